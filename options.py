@@ -12,9 +12,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
+import json
+import math
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +33,7 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[list[str]], int | None]) -> None:
-    """Run `main(argv)` as a program and exit: 2 with `error: …` on a UserError, 130 on Ctrl-C, else what main returns."""
+    """Run `main(argv)` as a program and exit: 2 with `error: …` on a UserError, 130 on Ctrl-C, else what it returns."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows "?" instead of a traceback
             stream.reconfigure(errors="replace")
@@ -99,3 +106,552 @@ def option(default: Any, doc: str, *, low=None, high=None, above=None, below=Non
     if dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: dataclasses.replace(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What a config class declares about one key; `kinds` are the members of its annotation, `int | None` has two."""
+
+    kinds: tuple
+    default: Any
+    doc: str = ""
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def section(self) -> type | None:
+        """The dataclass of a nested object, else None."""
+        return next((kind for kind in self.kinds if dataclasses.is_dataclass(kind)), None)
+
+    @property
+    def allowed(self) -> str:
+        """What may stand there, in words: `integer >= 1 or null`."""
+        words = {type(None): "null", bool: "true or false", int: "integer", float: "number", str: "text"}
+        signs = {">=": self.low, ">": self.above, "<=": self.high, "<": self.below}
+        bounds = " and ".join(f"{sign} {limit}" for sign, limit in signs.items() if limit is not None)
+        parts = []
+        for kind in self.kinds:
+            item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+            word = "{ section }" if dataclasses.is_dataclass(kind) else words.get(item, "anything")
+            if item is str and self.choices:
+                word = " or ".join(map(show, self.choices))
+            if item in (int, float) and bounds:
+                word += f" {bounds}"
+            parts.append(word if item is kind else f"list of {word}")
+        return " or ".join(parts) or "anything"
+
+
+@functools.cache
+def declared(cls: type) -> dict[str, Option]:
+    """Every key of a config class, in order."""
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        hint, meta = hints[field.name], dict(field.metadata)
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kinds = typing.get_args(hint) if union else () if hint is Any else (hint,)
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        meta["choices"] = tuple(meta.get("choices") or ())
+        found[field.name] = Option(kinds, default, **meta)
+    return found
+
+
+def dotted_names(cls: type, prefix: str = "") -> list[str]:
+    """The dotted names of every key, sections included: `dataset`, `dataset.path`, …"""
+    names = []
+    for name, key in declared(cls).items():
+        names.append(prefix + name)
+        names += dotted_names(key.section, f"{prefix}{name}.") if key.section else []
+    return names
+
+
+def to_dict(config: Any) -> dict:
+    """The config as plain JSON-able data; `check(type(config), to_dict(config))` gives it back."""
+    return dataclasses.asdict(config)
+
+
+# ---- reading JSON --------------------------------------------------------------------------------------------------
+
+MAX_CONFIG_BYTES = 65_536
+
+
+class _Object(dict):
+    """A JSON object that remembers the values of names that it was given more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        values: dict[str, list] = {}
+        for name, value in pairs:
+            values.setdefault(name, []).append(value)
+        self.repeated = {name: given for name, given in values.items() if len(given) > 1}
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file that may have `//` and `/* */` comments and trailing commas.
+
+    Raises UserError with the line where it is no JSON, and with every key that is given twice in one object.
+    """
+    raw = _parse(path)
+    if problems := _repeated(raw):
+        raise UserError(_message(problems, f"{path}: "))
+    return raw
+
+
+def _parse(path: str | os.PathLike) -> dict:
+    import json5  # only reading configs needs it: a loaded model brings its config as plain data
+
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, so it is no config; name a JSON file")
+        raw = json5.loads(data.decode("utf-8-sig"), object_pairs_hook=_Object)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else error.strerror or error
+        raise UserError(f"cannot read {path}: {reason}; name a JSON file") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: brackets are nested too deeply; a config has two levels") from error
+    except ValueError as error:  # "<string>:3 Unexpected "x" at column 7"
+        line, _, what = str(error).removeprefix("<string>:").partition(" ")
+        where = f"{path}, line {line}: {what}" if line.isdigit() else f"{path}: {error}"
+        raise UserError(f"{' '.join(where.split())}; mend the JSON there") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds {show(raw)}, but a config is an object, {{ … }}")
+    return raw
+
+
+def _repeated(raw: Any, prefix: str = "") -> list[str]:
+    problems = []
+    for name, given in getattr(raw, "repeated", {}).items():
+        problems.append(f"{prefix}{name} = {', '.join(map(show, given))}: given {len(given)} times; keep one")
+    for name, value in raw.items() if isinstance(raw, dict) else ():
+        problems += _repeated(value, f"{prefix}{name}.")
+    return problems
+
+
+def show(value: Any) -> str:
+    """A value as JSON spells it, short enough for a message, in characters that every stream can carry."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(value)
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _message(problems: list[str], source: str = "") -> str:
+    if len(problems) == 1:
+        return source + problems[0]
+    return f"{source}{len(problems)} problems:\n" + "\n".join(f"  {line}" for line in problems)
+
+
+# ---- checking ------------------------------------------------------------------------------------------------------
+
+_WRONG = object()
+
+
+def check(cls: type, raw: Any, prefix: str = "") -> tuple[Any, list[str]]:
+    """A config object made of plain data: (instance, []) or (None, every problem).
+
+    A problem names the key by its dotted name (`prefix` and a dot go before it), the value, and what is allowed.
+    A class may define `problems(self)`, an iterator of (key, message), for rules between its keys.
+
+    >>> check(Dataset, {"data_division": 2, "pth": "x"})
+    (None, ["data_division = 2: must be number > 0 and < 1", "pth = \\"x\\": unknown key (did you mean 'path'?)"])
+    """
+    return _check(cls, raw, f"{prefix.rstrip('.')}." if prefix else "", dotted_names(cls))
+
+
+def _check(cls: type, raw: Any, prefix: str, names: list[str]) -> tuple[Any, list[str]]:
+    if not isinstance(raw, dict):
+        return None, [f"{prefix.rstrip('.') or 'the config'} = {show(raw)}: must be an object, {{ … }}"]
+    known, values, wrong, problems = declared(cls), {}, set(), []
+    for name, value in raw.items():
+        label = f"{prefix}{name} = {show(value)}"
+        if name not in known:
+            problems.append(f"{label}: unknown key{_hint(str(name), list(known), names)}")
+            continue
+        key = known[name]
+        if key.section and not (value is None and type(None) in key.kinds):
+            values[name], found = _check(key.section, value, f"{prefix}{name}.", names)
+        else:
+            values[name] = next((fit for kind in key.kinds if (fit := _fit(value, kind, key)) is not _WRONG), _WRONG)
+            values[name] = value if not key.kinds else values[name]
+            found = [f"{label}: must be {_must_be(value, key)}"] if values[name] is _WRONG else []
+        problems += found
+        wrong |= {name} if found else set()
+    config = cls(**{name: value for name, value in values.items() if name not in wrong})
+    for name, message in config.problems() if hasattr(config, "problems") else ():
+        # a rule that mentions a key that is wrong in itself has judged its default: say nothing yet
+        if not wrong & set(re.findall(r"\w+", f"{name} {message}")):
+            value = functools.reduce(getattr, name.split("."), config)
+            problems.append(f"{prefix}{name} = {show(value)}: {message}")
+    return (None, problems) if problems else (config, [])
+
+
+def _fit(value: Any, kind: Any, key: Option) -> Any:
+    """The value as `kind`, or _WRONG. An integer passes as a float and 2e3 as an integer; a bool is neither."""
+    if kind in (bool, type(None)):
+        return value if isinstance(value, kind) else _WRONG
+    if kind is str:
+        return value if isinstance(value, str) and _good_text(value, key) else _WRONG
+    if typing.get_origin(kind) is list:
+        items = [_fit(item, typing.get_args(kind)[0], key) for item in value] if isinstance(value, list) else [_WRONG]
+        return _WRONG if any(item is _WRONG for item in items) else items
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return _WRONG
+    try:
+        number = kind(value)
+    except (OverflowError, ValueError):  # NaN, Infinity, or too large for a float
+        return _WRONG
+    if not math.isfinite(number) or (kind is int and (number != value or abs(number) >= 2**63)):
+        return _WRONG
+    low, high = -math.inf if key.low is None else key.low, math.inf if key.high is None else key.high
+    above, below = -math.inf if key.above is None else key.above, math.inf if key.below is None else key.below
+    return number if low <= number <= high and above < number < below else _WRONG
+
+
+def _good_text(value: str, key: Option) -> bool:
+    if key.choices:
+        return value in key.choices
+    try:
+        os.fsencode(value)  # half a surrogate pair is neither text nor a path
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value and (value != "" or key.default == "")  # empty only where that is the default
+
+
+def _must_be(value: Any, key: Option) -> str:
+    if isinstance(value, (int, float)) and not abs(value) < 2**63:  # NaN and Infinity too
+        return f"{key.allowed}, finite" + (" and < 2**63" if int in key.kinds else "")
+    return key.allowed + (nearest(value, key.choices) if isinstance(value, str) else "")
+
+
+def _hint(name: str, siblings: list[str], names: list[str]) -> str:
+    """Where an unknown key may belong: a sibling spelt alike, the same name in another section, or the list."""
+    moved = [dotted for dotted in names if dotted.rpartition(".")[2] == name.rpartition(".")[2]]
+    if moved:
+        return f" (did you mean {moved[0]!r}?)"
+    return nearest(name, siblings) or f"; valid here: {', '.join(siblings)}"
+
+
+# ---- the run's keys ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Dataset:
+    data_division: float = option(0.8, "share of the tokens that trains; the rest validates", above=0, below=1)
+    load_from_file: bool = option(True, "true: path is a token file; false: a directory, each token file in it is read")
+    path: str = option("data/webtext.bin", "token file or directory, made by prepare.py")
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    path: str = option("bin/ck", "directory of the checkpoints, one directory a step")
+    interval: int = option(2000, "steps between checkpoints", low=1)
+    create_checkpoints: bool = option(True, "false: none are written, and the run cannot be resumed")
+    keep: int = option(3, "newest checkpoints kept, besides the best by validation loss", low=1)
+
+
+@dataclasses.dataclass
+class OptimizerHyperparams:
+    eps: float = option(1e-10, "AdamW's epsilon", above=0)
+    beta1: float = option(0.9, "AdamW's decay of the mean of gradients", low=0, below=1)
+    beta2: float = option(0.95, "AdamW's decay of the mean of squared gradients", low=0, below=1)
+    weight_decay: float = option(0.1, "decoupled weight decay, on embeddings and hidden matrices only", low=0)
+    use_muon: bool = option(False, "true: Muon for hidden matrices, AdamW for the rest; false: AdamW for all")
+    momentum: float = option(0.95, "Muon's momentum, reached from 0.85 by warmup", low=0, below=1)
+    muon_lr: float | None = option(None, "Muon's learning rate; null: learning_rate", above=0)
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that train.py is told. `run_class` gives model_hyperparams the class of its arch."""
+
+    dataset: Dataset = option(Dataset(), "what is learned from")
+    checkpoints: Checkpoints = option(Checkpoints(), "what a run that stopped goes on from")
+    model_hyperparams: Any = option(None, "the model; its key arch picks the family, which has its own keys")
+    optimizer_hyperparams: OptimizerHyperparams = option(OptimizerHyperparams(), "AdamW and Muon")
+    model_path: str = option("bin/air.strawberry", "the trained model: one file, with its config and its encoder")
+    encoder_path: str = option("bin/cl8k.bin", "encoder file, or tiktoken:<name>, or chars:<text file>")
+    init_from: str = option(
+        "scratch", 'scratch; "<path>,pretrained": start from that model\'s weights; resume: newest good checkpoint'
+    )
+    seed: int | str = option("auto", "auto: drawn, then recorded", low=0, choices=["auto"])
+    gradient_accumulation_steps: int = option(1, "batches summed into one optimizer step", low=1, high=2**20)
+    batch_size: int = option(4, "rows of block_size tokens in a batch", low=1, high=2**20)
+    max_iters: int = option(50000, "optimizer steps in all", low=1)
+    eval_interval: int = option(2000, "steps between evaluations, each with a sample of text", low=1)
+    log_interval: int = option(200, "steps between logged lines", low=1)
+    eval_iters: int = option(200, "batches of each split in an evaluation", low=1)
+    decay_lr: bool = option(True, "false: the learning rate is constant after warmup")
+    lr_decay_iters: int | None = option(None, "step at which min_lr is reached; null: max_iters", low=1)
+    learning_rate: float = option(3e-3, "highest learning rate", above=0)
+    cooldown_frac: float = option(
+        0.4, "share of lr_decay_iters spent falling, by cosine; 1: the classic warmup-cosine", low=0, high=1
+    )
+    warmup_iters: int = option(2000, "steps of linear warmup", low=0)
+    min_lr: float = option(3e-4, "learning rate at the end and after", low=0)
+    grad_clip: float = option(1.0, "largest norm of all gradients together; 0: no clipping", low=0)
+    device: str = option("auto", "auto: cuda, else mps, else cpu", choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = option(
+        "auto", "activations; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
+    )
+    compile: bool | str = option("auto", "torch.compile; auto: where a compiler is there", choices=["auto"])
+    img_path: str = option("img", "directory of the curves")
+    sample_length: int = option(200, "tokens of the sample at each evaluation; 0: no sample", low=0, high=2**20)
+    sample_prompt: str = option("", "text that the sample continues; empty: a document's start")
+
+    def __post_init__(self):
+        if self.lr_decay_iters is None:
+            self.lr_decay_iters = self.max_iters
+
+    @property
+    def pretrained(self) -> str | None:
+        """The model file that init_from names, `"<path>,pretrained"` in either order; else None."""
+        before, after = self.init_from.removesuffix(",pretrained"), self.init_from.removeprefix("pretrained,")
+        return next((path.strip() for path in (before, after) if path != self.init_from), None)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.init_from not in ("scratch", "resume") and not self.pretrained:
+            hint = nearest(self.init_from, ["scratch", "resume"])
+            yield "init_from", f'must be "scratch", "resume" or "<path>,pretrained"{hint}'
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            yield "min_lr", f"must be <= learning_rate ({self.learning_rate:g}), since decay_lr is true"
+        taken = {"encoder_path": self.encoder_path, "dataset.path": self.dataset.path}
+        for key, path in {**taken, "checkpoints.path": self.checkpoints.path}.items():
+            if os.path.normpath(self.model_path) == os.path.normpath(path):
+                yield "model_path", f"is {key} too, which the trained model would replace; name another file"
+
+
+def run_class(archs: dict[str, type], arch: str) -> type[Run]:
+    """Run, with model_hyperparams of the class that `arch` names."""
+    model = option(archs[arch](), declared(Run)["model_hyperparams"].doc)
+    return dataclasses.make_dataclass("Run", [("model_hyperparams", archs[arch], model)], bases=(Run,))
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+DEFAULT_ARCH = "strawberry"
+CONFIG_FOLDER = Path(__file__).resolve().parent / "config"
+
+
+def load_run(argv: list[str], archs: dict[str, type]) -> Run:
+    """The run that a command line describes: defaults, then the file of --config, then --key=value overrides.
+
+    Every problem of file and command line is in one UserError. `--help` prints every key and exits.
+    """
+    config, overrides, problems = parse_arguments(argv)
+    raw: dict[str, Any] = {}
+    if config is not None:
+        try:
+            raw = _parse(find_config(config))
+        except UserError as error:
+            problems.append(str(error))
+    raw.pop("$schema", None)  # for editors
+    texts = set().union(*(_text_keys(run_class(archs, arch)) for arch in archs))
+    problems += apply_overrides(raw, overrides, texts) + _repeated(raw)
+    arch, arch_problems = _take_arch(raw, archs)
+    cls = run_class(archs, arch)
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls, arch, archs))
+        raise SystemExit(0)
+    run, found = check(cls, raw)
+    if problems := problems + arch_problems + found:
+        raise UserError(_message(problems, f"{config}: " if raw and not overrides else ""))
+    return run
+
+
+def parse_arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], list[str]]:
+    """(config file, overrides as (dotted name, text), problems) of `--name=value` and `--name value`."""
+    config, overrides, problems, rest = None, [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            continue
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            mend = f"--config {word}" if word.endswith(".json") else "--key=value"
+            problems.append(f"{show(word)} on the command line: must be an option; write {mend}")
+        elif not equals and (not rest or rest[0].startswith("--")):
+            problems.append(f"--{name}: has no value; write --{name}=value")
+        elif name == "config":
+            problems += [f"--config {config}: given twice; keep one"] if config is not None else []
+            config = text if equals else rest.pop(0)
+        else:
+            overrides.append((name, text if equals else rest.pop(0)))
+    return config, overrides, problems
+
+
+def find_config(name: str) -> Path:
+    """The file of that name in the working directory, else in config/ beside this file."""
+    for path in (Path(name), CONFIG_FOLDER / name):
+        with contextlib.suppress(OSError, ValueError):
+            if path.exists() and not path.is_dir():
+                return path
+    known = sorted(path.name for path in CONFIG_FOLDER.glob("*.json") if path.name != "schema.json")
+    raise UserError(
+        f"--config {show(name)}: no such file here or in config/{nearest(Path(name).name, known)}; "
+        f"config/ has {', '.join(known) or 'none'}"
+    )
+
+
+def apply_overrides(raw: dict, overrides: list[tuple[str, str]], text_keys: set[str]) -> list[str]:
+    """Set each `a.b` of the command line in the nested data; returns the problems."""
+    problems = []
+    for dotted, text in overrides:
+        *sections, name = dotted.split(".")
+        target: Any = raw
+        for section in sections:
+            target = target.setdefault(section, {}) if isinstance(target, dict) else None
+        if isinstance(target, dict):
+            target[name] = _value(text, dotted in text_keys)
+        else:
+            problems.append(f"{dotted} = {text}: {'.'.join(sections)} is a value, not a section")
+    return problems
+
+
+def _value(text: str, is_text: bool) -> Any:
+    """A command line's value: JSON, else the text itself. Keys that hold text only keep `123` and `true` as text."""
+    import json5
+
+    if text in ("True", "False", "None") and not is_text:  # Python's spelling comes easily to the fingers
+        return {"True": True, "False": False, "None": None}[text]
+    if is_text and not text.startswith('"') and text != "null":
+        return text
+    try:
+        return json5.loads(text, object_pairs_hook=_Object)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _text_keys(cls: type, prefix: str = "") -> set[str]:
+    names = set()
+    for name, key in declared(cls).items():
+        names |= _text_keys(key.section, f"{prefix}{name}.") if key.section else set()
+        names |= {prefix + name} if str in key.kinds and not set(key.kinds) - {str, type(None)} else set()
+    return names
+
+
+def _take_arch(raw: dict, archs: dict[str, type]) -> tuple[str, list[str]]:
+    """(the arch that the model's keys are judged by, problems)."""
+    default = DEFAULT_ARCH if DEFAULT_ARCH in archs else next(iter(archs))
+    model = raw.get("model_hyperparams", {})
+    arch = model.get("arch", default) if isinstance(model, dict) else default
+    if isinstance(arch, str) and arch in archs:
+        return arch, []
+    raw["model_hyperparams"] = {}  # without its arch no other key of it can be judged
+    allowed = f"must be one of {', '.join(map(show, archs))}{nearest(str(arch), archs)}"
+    return default, [f"model_hyperparams.arch = {show(arch)}: {allowed}"]
+
+
+# ---- help, table and schema ----------------------------------------------------------------------------------------
+
+
+def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, str, dict[str, Option]]]:
+    """(dotted name, doc, plain keys) of the config itself, then of each nested object."""
+    yield prefix, "", {name: key for name, key in declared(cls).items() if not key.section}
+    for name, key in declared(cls).items():
+        if key.section:
+            for dotted, doc, keys in sections(key.section, f"{prefix}{name}."):
+                yield dotted, doc or key.doc, keys
+
+
+def help_text(cls: type, arch: str, archs: dict[str, type]) -> str:
+    """What `train.py --help` prints: every key with its default, what is allowed, and its meaning."""
+    lines = [
+        f"usage: {Path(sys.argv[0]).name} [--config FILE] [--key=value …]",
+        "",
+        "FILE is JSON, comments and trailing commas welcome; it is looked for here, then in config/.",
+        "Any key can be given on the command line too: --learning_rate=1e-3 --model_hyperparams.n_layer=4",
+    ]
+    for prefix, doc, keys in sections(cls):
+        title = f"{prefix.rstrip('.')} ({doc})" if prefix else "the run"
+        lines += ["", title + (f", for arch {arch}" if prefix == "model_hyperparams." else "")]
+        for name, key in keys.items():
+            lines.append(f"  --{prefix}{name}={key.default if isinstance(key.default, str) else show(key.default)}")
+            lines += textwrap.indent(textwrap.fill(f"{key.doc} [{key.allowed}]", 92), " " * 8).splitlines()
+    lines += ["", f"The keys of another model: --help --model_hyperparams.arch=NAME, one of {', '.join(archs)}"]
+    return "\n".join(lines)
+
+
+def table(archs: dict[str, type]) -> str:
+    """The README's table, in Markdown: one table for each object of the JSON, model_hyperparams once for each arch."""
+
+    def rows(title: str, keys: dict[str, Option]) -> list[str]:
+        lines = [f"**{title}**", "", "| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+        for name, key in keys.items():
+            cells = (f"`{name}`", f"`{show(key.default)}`", key.allowed, key.doc)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
+        return [*lines, ""]
+
+    lines = []
+    for prefix, doc, keys in sections(Run):
+        plain = {name: key for name, key in keys.items() if name != "model_hyperparams"}
+        lines += rows(f"`{prefix.rstrip('.')}`: {doc}" if prefix else "The run", plain)
+    for arch, cls in archs.items():
+        for prefix, doc, keys in sections(cls, "model_hyperparams."):
+            lines += rows(f"`{prefix.rstrip('.')}` of arch `{arch}`" + (f": {doc}" if doc else ""), keys)
+    return "\n".join(lines)
+
+
+def schema(archs: dict[str, type]) -> dict:
+    """A JSON schema (draft 2020-12) of the config files: editors complete, explain and check with it."""
+    default, _ = _take_arch({}, archs)
+    root = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A training run", **_object_schema(Run)}
+    root["properties"]["$schema"] = {"type": "string", "description": "where this schema is, for editors"}
+    model = {"type": "object", "description": declared(Run)["model_hyperparams"].doc}
+    model["properties"] = {"arch": {"enum": list(archs), "default": default}}
+    model["allOf"] = []
+    for arch, cls in archs.items():
+        is_arch = {"properties": {"arch": {"const": arch}}, "required": [] if arch == default else ["arch"]}
+        model["allOf"].append({"if": is_arch, "then": _object_schema(cls)})
+    root["properties"]["model_hyperparams"] = model
+    return root
+
+
+def _object_schema(cls: type) -> dict:
+    properties = {}
+    for name, key in declared(cls).items():
+        variants = [_kind_schema(kind, key) for kind in key.kinds]
+        found = dict(variants[0]) if len(variants) == 1 else {"anyOf": variants} if variants else {}
+        if not key.section:
+            found["default"] = key.default
+        properties[name] = {**found, "description": key.doc}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _kind_schema(kind: Any, key: Option) -> dict:
+    if dataclasses.is_dataclass(kind):
+        return _object_schema(kind)
+    if typing.get_origin(kind) is list:
+        return {"type": "array", "items": _kind_schema(typing.get_args(kind)[0], key)}
+    if kind is str:
+        return {"enum": list(key.choices)} if key.choices else {"type": "string", "minLength": int(key.default != "")}
+    if kind in (bool, type(None)):
+        return {"type": "boolean" if kind is bool else "null"}
+    bounds = {"minimum": key.low, "maximum": key.high, "exclusiveMinimum": key.above, "exclusiveMaximum": key.below}
+    limits = {word: limit for word, limit in bounds.items() if limit is not None}
+    return {"type": "integer" if kind is int else "number", **limits}
+
+
+def main(argv: list[str]) -> int:
+    """`python options.py --schema` writes config/schema.json; `--table` prints the README's table."""
+    import model  # the architectures; only this command needs them here
+
+    if argv == ["--schema"]:
+        text = json.dumps(schema(model.CONFIGS), indent=2, ensure_ascii=False) + "\n"
+        atomic_write(CONFIG_FOLDER / "schema.json", text.encode())
+    elif argv == ["--table"]:
+        print(table(model.CONFIGS))
+    else:
+        raise UserError(f"{' '.join(argv) or 'nothing'} given; write --schema or --table")
+    return 0
+
+
+if __name__ == "__main__":
+    import options  # this file under the name that model.py knows, so that there is one UserError
+
+    options.run_cli(options.main)
