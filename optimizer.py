@@ -1,0 +1,270 @@
+"""The optimizer: AdamW for everything, or Muon for the hidden matrices and AdamW for the rest; and the learning rate.
+
+    lr_at            the learning rate at a step
+    newton_schulz    a stack of matrices made orthogonal, the heart of Muon
+    Muon             the optimizer for hidden matrices
+    build_optimizer  both of them behind one object, grouped by the roles that the model names
+
+What is here is for one process. Muon's state is one tensor per parameter, and `newton_schulz` takes any part of a
+stack, so that the work can be split over processes without another file format.
+"""
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from options import UserError
+
+# Which role is decayed, and which Muon may take. Every role that a model may name is here.
+DECAYED = {"matrix", "residual", "embedding"}
+HIDDEN = {"matrix", "residual"}
+ROLES = ("matrix", "residual", "embedding", "head", "router", "position", "norm", "bias", "tao")
+
+# ---- learning rate ---------------------------------------------------------------------------------------------------
+
+
+def lr_at(step: int, run) -> float:
+    """The learning rate of the step numbered `step`, the first being 0.
+
+    Linear warmup over `warmup_iters`, then `learning_rate` until max(warmup_iters, (1 - cooldown_frac)·lr_decay_iters),
+    then half a cosine down to `min_lr` at `lr_decay_iters`, and `min_lr` after. Without `decay_lr` it stays at
+    `learning_rate`. `cooldown_frac` 1 is the classic warmup and cosine.
+
+    With learning_rate 1, min_lr 0, warmup_iters 3, lr_decay_iters 10 and cooldown_frac 0.4:
+    steps 0 … 6 have 0.25, 0.5, 0.75, 1, 1, 1, 1, step 8 has 0.5, and from step 10 on it is 0.
+    """
+    if step < run.warmup_iters:
+        return run.learning_rate * (step + 1) / (run.warmup_iters + 1)
+    start = max(run.warmup_iters, (1 - run.cooldown_frac) * run.lr_decay_iters)
+    if not run.decay_lr or step < start:
+        return run.learning_rate
+    if step >= run.lr_decay_iters:
+        return run.min_lr
+    progress = (step - start) / (run.lr_decay_iters - start)
+    return run.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (run.learning_rate - run.min_lr)
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+
+def newton_schulz(stack: Tensor, steps: int = 5) -> Tensor:
+    """A stack of matrices (n, rows, cols), each turned into nearly the nearest orthogonal one, in the dtype given.
+
+    With G = U S Vᵀ the result is U p(S) Vᵀ: each singular value, first divided by the Frobenius norm, goes through the
+    quintic p(s) = a·s + b·s³ + c·s⁵ `steps` times and ends near 1 (0.68 … 1.20), unless it was under 0.15 % of
+    the norm. The coefficients are Keller Jordan's (https://kellerjordan.github.io/posts/muon/): they give the steepest
+    slope at zero, at the price of never settling at 1 exactly. A matrix of zeros stays one.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = stack.shape[1] > stack.shape[2]
+    x = stack.mT if tall else stack  # so that the product below has the smaller side
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)  # (n, rows, rows)
+        update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, update, x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: for matrices inside a network, never for embeddings, heads or vectors.
+
+        m ← μ m + (1 − μ) g              momentum
+        u ← NS(μ m + (1 − μ) g)          Nesterov's look ahead, then Newton–Schulz
+        w ← (1 − lr·λ) w − lr · 0.2·√max(rows, cols) · u
+
+    The factor gives the update the RMS that AdamW's usually has (Moonlight, arXiv 2502.16982, section 2.2), so that a
+    learning rate and a decay that suit AdamW suit here too. μ grows from 0.85 to `momentum` over the first `warmup`
+    steps. Parameters of equal shape go through Newton–Schulz as one stack: on CUDA in bfloat16, elsewhere in float32,
+    or in `ns_dtype`. At the end of the warmup it is torch.optim.Muon with adjust_lr_fn="match_rms_adamw".
+    """
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, warmup=300, ns_dtype=None):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "warmup": warmup, "step": 0}
+        super().__init__(params, defaults)
+        self.ns_dtype = ns_dtype
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim != 2:
+                    raise ValueError(f"Muon takes matrices only, and here is a parameter of shape {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every parameter that has a gradient; the others stay, without decay, as with torch's AdamW."""
+        for group in self.param_groups:
+            stacks = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    stacks[p.shape, p.dtype, p.device].append(p)
+            for params in stacks.values():
+                self._update(params, group["lr"], group["weight_decay"], momentum_at(group))
+            group["step"] += 1
+
+    def _update(self, params: list[Tensor], lr, weight_decay: float, momentum: float) -> None:
+        """Updates parameters of one shape. `lr` may be a float or a tensor of one element."""
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads = [p.grad for p in params]
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        ahead = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # (n, rows, cols)
+        dtype = self.ns_dtype or (torch.bfloat16 if ahead.is_cuda else torch.float32)
+        updates = newton_schulz(ahead.to(dtype)).to(ahead.dtype)
+        updates *= -lr * 0.2 * math.sqrt(max(ahead.shape[1:]))  # arXiv 2502.16982, equation 4
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, list(updates.unbind()))
+
+
+def momentum_at(group: dict) -> float:
+    """The momentum of the group's next step: from 0.85 to its `momentum` over the first `warmup` steps, linearly."""
+    if group["step"] >= group["warmup"]:
+        return group["momentum"]
+    first = min(0.85, group["momentum"])
+    return first + (group["momentum"] - first) * group["step"] / group["warmup"]
+
+
+# ---- both behind one object ------------------------------------------------------------------------------------------
+
+
+def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: str) -> "Optimizer":
+    """The optimizer that the "optimizer_hyperparams" ask for, over the roles that `model.roles()` names.
+
+    Matrices and embeddings are decayed, nothing else is. With `use_muon`, Muon takes the parameters of the roles matrix
+    and residual that have two dimensions, with the learning rate `muon_lr` (`learning_rate` where that is null), and
+    AdamW takes the rest.
+    """
+    named = parameters_by_role(model)
+    rate = {"adamw": learning_rate, "muon": learning_rate if hyper.muon_lr is None else hyper.muon_lr}
+    groups = defaultdict(list)
+    for role, p in named.values():
+        kind = "muon" if hyper.use_muon and role in HIDDEN and p.ndim == 2 else "adamw"
+        groups[kind, hyper.weight_decay if role in DECAYED else 0.0].append(p)
+
+    def groups_of(wanted: str) -> list[dict]:
+        return [
+            {"params": params, "lr": rate[kind], "base_lr": rate[kind], "weight_decay": decay}
+            for (kind, decay), params in groups.items()
+            if kind == wanted
+        ]
+
+    parts = {}
+    if adamw := groups_of("adamw"):
+        fused = device_type in ("cuda", "cpu", "mps")  # where torch has the fused kernel
+        betas = (hyper.beta1, hyper.beta2)
+        parts["adamw"] = torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=hyper.eps, fused=fused)
+    if muon := groups_of("muon"):
+        parts["muon"] = Muon(muon, momentum=hyper.momentum)
+    return Optimizer(parts, named)
+
+
+def parameters_by_role(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+    """Name → (role, parameter), every parameter once. A RuntimeError otherwise: it is a bug in the model."""
+    named = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter may be named either way
+    roles = model.roles()
+    if strangers := sorted(roles.keys() - named.keys()):
+        raise RuntimeError(f"roles() of {type(model).__name__} names what is no parameter: {', '.join(strangers)}")
+    if unknown := [f"{name}: {role}" for name, role in roles.items() if role not in ROLES]:
+        raise RuntimeError(f"{type(model).__name__} has roles that nobody knows: {', '.join(unknown)}")
+    names_of = defaultdict(list)
+    for name in roles:
+        names_of[id(named[name])].append(name)
+    if twice := [" = ".join(names) for names in names_of.values() if len(names) > 1]:
+        raise RuntimeError(f"roles() of {type(model).__name__} names a parameter twice: {', '.join(twice)}")
+    if missing := [name for name, p in model.named_parameters() if id(p) not in names_of]:
+        raise RuntimeError(f"roles() of {type(model).__name__} leaves out: {', '.join(missing)}")
+    return {name: (role, named[name]) for name, role in roles.items()}
+
+
+class Optimizer:
+    """AdamW and Muon as one: `set_lr`, `step`, `zero_grad`, and a state that is restored bit for bit.
+
+    `groups` says, one dict a row, which optimizer takes which role; `table()` is the same to be printed.
+    """
+
+    def __init__(self, parts: dict[str, torch.optim.Optimizer], named: dict[str, tuple[str, nn.Parameter]]):
+        self.parts = parts
+        self._params = {name: p for name, (_, p) in named.items()}
+        self._part_of = {id(p): kind for kind, part in parts.items() for g in part.param_groups for p in g["params"]}
+        self.groups = self._rows({id(p): role for role, p in named.values()})
+
+    def _rows(self, role_of: dict[int, str]) -> list[dict]:
+        rows = {}
+        for kind, part in self.parts.items():
+            for group in part.param_groups:
+                for p in group["params"]:
+                    about = {"role": role_of[id(p)], "optimizer": kind}
+                    about |= {"lr": group["base_lr"], "weight_decay": group["weight_decay"]}
+                    row = rows.setdefault((about["role"], kind), about | {"tensors": 0, "parameters": 0})
+                    row["tensors"] += 1
+                    row["parameters"] += p.numel()
+        return sorted(rows.values(), key=lambda row: ROLES.index(row["role"]))
+
+    def table(self) -> str:
+        """The groups as text, one line each."""
+        lines = [f"{'role':<10} {'optimizer':<9} {'lr':>8} {'decay':>6} {'tensors':>7} {'parameters':>13}"]
+        for row in self.groups:
+            what = f"{row['role']:<10} {row['optimizer']:<9} {row['lr']:>8g} {row['weight_decay']:>6g}"
+            lines.append(f"{what} {row['tensors']:>7} {row['parameters']:>13,}")
+        return "\n".join(lines)
+
+    def set_lr(self, factor: float) -> None:
+        """Sets every group's learning rate to `factor` times its own base: lr_at(step, run) / run.learning_rate."""
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group["lr"] = group["base_lr"] * factor  # a float; graph capture wants tensors filled in place here
+
+    def step(self) -> None:
+        """Updates every parameter that has a gradient."""
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        for part in self.parts.values():
+            part.zero_grad(set_to_none=True)
+
+    # ---- saving and restoring
+
+    def state_dict(self) -> dict:
+        """Tensors and numbers only: {"kinds": {name: "adamw" | "muon"}, "state": {name: {…}}, "muon_step": int}.
+
+        The tensors are the living ones, not copies. What the JSON says (rates, decay, betas) is left out: a resumed run
+        follows its JSON, and its schedule sets the rate.
+        """
+        state = {name: dict(self._part(name).state.get(p, {})) for name, p in self._params.items()}
+        kinds = {name: self._part_of[id(p)] for name, p in self._params.items()}
+        muon_step = self.parts["muon"].param_groups[0]["step"] if "muon" in self.parts else 0
+        return {"kinds": kinds, "state": state, "muon_step": muon_step}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Restores what `state_dict` gave. Raises UserError, and changes nothing, where it belongs to another model."""
+        self._check(saved)
+        name_of = {id(p): name for name, p in self._params.items()}
+        for part in self.parts.values():
+            order = [p for group in part.param_groups for p in group["params"]]  # torch numbers them in this order
+            state = {i: saved["state"][name_of[id(p)]] for i, p in enumerate(order)}
+            groups = part.state_dict()["param_groups"]
+            part.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
+        if "muon" in self.parts:
+            self.parts["muon"].param_groups[0]["step"] = saved["muon_step"]
+
+    def _part(self, name: str) -> torch.optim.Optimizer:
+        return self.parts[self._part_of[id(self._params[name])]]
+
+    def _check(self, saved: dict) -> None:
+        if not isinstance(saved, dict) or saved.keys() != {"kinds", "state", "muon_step"}:
+            raise UserError("the saved optimizer state is not one that this program wrote")
+        if differing := sorted(self._params.keys() ^ saved["kinds"].keys()):
+            raise UserError(f"the optimizer state is of another model: only one of the two has {differing[0]}")
+        for name, p in self._params.items():
+            now, then = self._part_of[id(p)], saved["kinds"][name]
+            if now != then:
+                mend = "set optimizer_hyperparams.use_muon as it was"
+                raise UserError(f"{name} was trained with {then} and would go on with {now}: {mend}")
+            for tensor in saved["state"][name].values():
+                if tensor.ndim and tensor.shape != p.shape:
+                    shapes = f"{tuple(tensor.shape)}, the parameter {tuple(p.shape)}"
+                    raise UserError(f"the optimizer state of {name} has shape {shapes}: it is of another model")

@@ -1,0 +1,335 @@
+"""The optimizer: groups, schedule, Muon against torch's own, and a state that comes back bit for bit."""
+
+import copy
+import io
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from optimizer import HIDDEN, Muon, build_optimizer, lr_at, momentum_at, newton_schulz
+from options import UserError
+
+
+class Small(nn.Module):
+    """Two hidden matrices of one shape and one of the transposed shape, a tied embedding, and the small ones."""
+
+    def __init__(self, roles=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 6)
+        self.a = nn.Parameter(torch.randn(8, 6))
+        self.b = nn.Parameter(torch.randn(8, 6))
+        self.c = nn.Parameter(torch.randn(6, 8))
+        self.router = nn.Parameter(torch.randn(6, 2))
+        self.scale = nn.Parameter(torch.ones(6))
+        self.unembed = nn.Linear(6, 11, bias=False)
+        self.unembed.weight = self.embed.weight
+        names = {"embed.weight": "embedding", "a": "matrix", "b": "matrix", "c": "residual"}
+        self._roles = names | {"router": "router", "scale": "norm"} if roles is None else roles
+
+    def roles(self):
+        return self._roles
+
+    def loss(self, step):
+        x = self.embed(torch.arange(11).roll(step)) * self.scale
+        hidden = (torch.tanh(x @ self.a.T) + torch.sin(x @ self.b.T)) @ self.c.T * (x @ self.router).sum(-1, True)
+        return self.unembed(hidden).square().mean()
+
+
+def hyper(**changes):
+    values = {"eps": 1e-10, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
+    return SimpleNamespace(**values | {"use_muon": False, "momentum": 0.95, "muon_lr": None} | changes)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        optimizer.set_lr(1 / (1 + step))
+        optimizer.zero_grad()
+        model.loss(step).backward()
+        optimizer.step()
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_muon", [False, True])
+def test_every_parameter_is_in_exactly_one_group(use_muon):
+    model = Small()
+    optimizer = build_optimizer(model, hyper(use_muon=use_muon), 1e-3, "cpu")
+    members = [id(p) for part in optimizer.parts.values() for group in part.param_groups for p in group["params"]]
+    assert sorted(members) == sorted(id(p) for p in model.parameters())
+    assert sum(row["parameters"] for row in optimizer.groups) == sum(p.numel() for p in model.parameters())
+    assert sum(row["tensors"] for row in optimizer.groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("use_muon", [False, True])
+def test_decay_is_on_matrices_and_embeddings_only_and_muon_on_hidden_matrices_only(use_muon):
+    optimizer = build_optimizer(Small(), hyper(use_muon=use_muon, weight_decay=0.3, muon_lr=0.02), 1e-3, "cpu")
+    for row in optimizer.groups:
+        assert row["weight_decay"] == (0.3 if row["role"] in ("matrix", "residual", "embedding") else 0.0), row
+        muon = use_muon and row["role"] in HIDDEN
+        assert (row["optimizer"], row["lr"]) == (("muon", 0.02) if muon else ("adamw", 1e-3)), row
+    for part in optimizer.parts.values():
+        for group in part.param_groups:
+            assert all((group["weight_decay"] > 0) == (p.ndim == 2 and p.shape[1] != 2) for p in group["params"])
+    assert [line.split()[0] for line in optimizer.table().splitlines()] == [
+        "role", "matrix", "residual", "embedding", "router", "norm"
+    ]  # fmt: skip
+
+
+def test_a_hidden_tensor_that_is_no_matrix_belongs_to_adamw():
+    model = nn.Module()
+    model.experts, model.w = nn.Parameter(torch.zeros(2, 3, 4)), nn.Parameter(torch.zeros(3, 4))
+    model.roles = lambda: {"experts": "matrix", "w": "matrix"}
+    optimizer = build_optimizer(model, hyper(use_muon=True), 1e-3, "cpu")
+    assert {(row["optimizer"], row["parameters"]) for row in optimizer.groups} == {("adamw", 24), ("muon", 12)}
+    assert optimizer.parts["adamw"].param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": None}, "leaves out: a"),
+        ({"ghost": "norm"}, "no parameter: ghost"),
+        ({"a": "matrixx"}, "nobody knows: a: matrixx"),
+        ({"unembed.weight": "head"}, "twice: embed.weight = unembed.weight"),
+    ],
+)
+def test_roles_that_are_not_the_parameters_are_named(change, message):
+    roles = {name: role for name, role in (Small().roles() | change).items() if role}
+    with pytest.raises(RuntimeError, match=message):
+        build_optimizer(Small(roles), hyper(), 1e-3, "cpu")
+
+
+def test_a_tied_parameter_may_be_named_either_way():
+    roles = Small().roles()
+    roles["unembed.weight"] = roles.pop("embed.weight")
+    assert "embedding" in build_optimizer(Small(roles), hyper(), 1e-3, "cpu").table()
+
+
+def test_adamw_is_the_formula():
+    """Three steps of one matrix and one vector in double-precision scalars, as in arXiv 1711.05101."""
+    model = Small()
+    optimizer = build_optimizer(model, hyper(eps=1e-8), 0.01, "cpu")
+    watched = [(model.a, 0.1), (model.scale, 0.0)]
+    w, m, v = [p.item() for p in (model.a[2, 3], model.scale[4])], [0.0, 0.0], [0.0, 0.0]
+    for t in range(1, 4):
+        train(model, optimizer, [t - 1])
+        lr = 0.01 / t
+        for i, (p, decay) in enumerate(watched):
+            g = (p.grad[2, 3] if p.ndim == 2 else p.grad[4]).item()
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.95 * v[i] + 0.05 * g * g
+            w[i] -= lr * decay * w[i]
+            w[i] -= lr * m[i] / (1 - 0.9**t) / (math.sqrt(v[i] / (1 - 0.95**t)) + 1e-8)
+    assert [p.item() for p in (model.a[2, 3], model.scale[4])] == pytest.approx(w, abs=1e-6)
+
+
+# ---- learning rate ---------------------------------------------------------------------------------------------------
+
+
+def schedule(**changes):
+    values = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 4, "lr_decay_iters": 20, "decay_lr": True}
+    return SimpleNamespace(**values | {"cooldown_frac": 0.5} | changes)
+
+
+def test_learning_rate_warms_up_stays_cools_down_and_stays_low():
+    run = schedule()
+    assert [lr_at(step, run) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(lr_at(step, run) == 1.0 for step in range(4, 11))
+    assert lr_at(15, run) == pytest.approx(0.55)  # half way down
+    assert lr_at(11, run) == pytest.approx(0.1 + 0.9 * (1 + math.cos(0.1 * math.pi)) / 2)
+    assert [lr_at(step, run) for step in (20, 21, 10**6)] == [0.1, 0.1, 0.1]
+    falling = [lr_at(step, run) for step in range(10, 21)]
+    assert falling == sorted(falling, reverse=True) and len(set(falling)) == 11
+
+
+def test_cooldown_of_the_whole_run_is_the_classic_warmup_and_cosine():
+    run = schedule(cooldown_frac=1)
+    for step in range(4, 20):
+        classic = 0.1 + 0.5 * (1.0 + math.cos(math.pi * (step - 4) / (20 - 4))) * 0.9
+        assert lr_at(step, run) == pytest.approx(classic), step
+
+
+def test_without_decay_the_rate_is_constant_after_the_warmup():
+    assert [lr_at(step, schedule(decay_lr=False)) for step in (4, 12, 20, 500)] == [1.0] * 4
+
+
+@pytest.mark.parametrize("changes", [{"warmup_iters": 30}, {"cooldown_frac": 0}, {"warmup_iters": 20}])
+def test_no_room_for_a_cooldown_is_a_drop_and_no_error(changes):
+    run = schedule(**changes)
+    start = max(run.warmup_iters, 20)
+    assert [lr_at(start - 1, run) > 0.9, lr_at(start, run)] == [True, 0.1]
+
+
+def test_no_warmup_starts_at_the_full_rate():
+    assert lr_at(0, schedule(warmup_iters=0)) == 1.0
+
+
+def test_every_group_follows_the_schedule_in_its_own_ratio():
+    optimizer = build_optimizer(Small(), hyper(use_muon=True, muon_lr=0.02), 0.001, "cpu")
+    optimizer.set_lr(0.5)
+    optimizer.set_lr(0.25)
+    assert {g["lr"] for g in optimizer.parts["adamw"].param_groups} == {0.00025}
+    assert {g["lr"] for g in optimizer.parts["muon"].param_groups} == {0.005}
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 9), (2, 9, 5), (1, 7, 7)])
+def test_newton_schulz_is_the_quintic_on_the_singular_values(shape):
+    torch.manual_seed(1)
+    stack = torch.randn(shape, dtype=torch.float64) * torch.tensor([1e-6, 1.0, 1e5])[: shape[0], None, None]
+    for matrix, result in zip(stack, newton_schulz(stack), strict=True):
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        s = s / s.square().sum().sqrt()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        torch.testing.assert_close(result, u @ torch.diag(s) @ vt, atol=1e-10, rtol=0)
+
+
+def test_newton_schulz_makes_matrices_orthogonal():
+    torch.manual_seed(2)
+    left, right = (torch.linalg.qr(torch.randn(4, 16, 16))[0] for _ in range(2))
+    stack = left @ torch.diag_embed(torch.linspace(0.1, 1.0, 16).expand(4, 16)) @ right
+    for dtype, low, high in [(torch.float32, 0.67, 1.14), (torch.bfloat16, 0.65, 1.16)]:
+        result = newton_schulz(stack.to(dtype)).float()
+        assert torch.linalg.svdvals(result).min() > low and torch.linalg.svdvals(result).max() < high
+        along = torch.diagonal(left.mT @ result @ right.mT, dim1=1, dim2=2)  # the same singular vectors, the same signs
+        assert along.min() > low
+    assert torch.equal(newton_schulz(torch.zeros(1, 3, 4)), torch.zeros(1, 3, 4))
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (20, 20)])
+def test_muon_is_torchs_muon_once_the_momentum_is_warm(shape):
+    torch.manual_seed(3)
+    ours = nn.Parameter(torch.randn(shape))
+    theirs = nn.Parameter(ours.detach().clone())
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
+    mine = Muon([ours], **settings, warmup=0, ns_dtype=torch.bfloat16)  # torch's always uses bfloat16
+    reference = torch.optim.Muon([theirs], **settings, adjust_lr_fn="match_rms_adamw")
+    start = ours.detach().clone()
+    for _ in range(6):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        reference.step()
+    moved = (theirs - start).abs().max().item()
+    assert moved > 0.05
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * moved, rtol=0)
+    torch.testing.assert_close(mine.state[ours]["momentum_buffer"], reference.state[theirs]["momentum_buffer"])
+
+
+def test_muon_is_the_formula_through_the_warmup():
+    """Scalar momentum, loops and an SVD: nothing that Muon itself uses."""
+    torch.manual_seed(4)
+    w = torch.randn(5, 3, dtype=torch.float64)
+    p = nn.Parameter(w.clone())
+    muon = Muon([p], lr=0.1, weight_decay=0.2, momentum=0.95, warmup=4, ns_dtype=torch.float64)
+    m = torch.zeros(5, 3, dtype=torch.float64)
+    for mu in [0.85, 0.875, 0.9, 0.925, 0.95, 0.95]:
+        p.grad = torch.randn(5, 3, dtype=torch.float64)
+        assert momentum_at(muon.param_groups[0]) == pytest.approx(mu)
+        for i in range(5):
+            for j in range(3):
+                m[i, j] = mu * m[i, j] + (1 - mu) * p.grad[i, j]
+        u, s, vt = torch.linalg.svd(mu * m + (1 - mu) * p.grad, full_matrices=False)
+        s = s / s.square().sum().sqrt()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        w = (1 - 0.1 * 0.2) * w - 0.1 * 0.2 * math.sqrt(5) * u @ torch.diag(s) @ vt
+        muon.step()
+        torch.testing.assert_close(p.detach(), w, atol=1e-10, rtol=0)
+
+
+def test_momentum_warms_up_over_300_steps_by_default_and_a_small_momentum_is_kept():
+    group = Muon([nn.Parameter(torch.zeros(2, 2))], momentum=0.95).param_groups[0]
+    assert [momentum_at(group | {"step": s}) for s in (0, 150, 300, 9999)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert momentum_at(group | {"momentum": 0.5, "step": 0}) == 0.5
+
+
+def test_a_stack_is_the_same_as_one_by_one():
+    torch.manual_seed(5)
+    together = [nn.Parameter(torch.randn(8, 6)) for _ in range(3)] + [nn.Parameter(torch.randn(6, 8))]
+    alone = [nn.Parameter(p.detach().clone()) for p in together]
+    optimizers = [Muon(together), *(Muon([p]) for p in alone)]
+    for _ in range(3):
+        for p, q in zip(together, alone, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(together, alone, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+def test_a_parameter_without_a_gradient_stays():
+    used, unused = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+    used.grad = torch.ones(3, 4)
+    Muon([used, unused]).step()
+    assert torch.equal(unused, torch.ones(3, 4)) and not torch.equal(used, torch.ones(3, 4))
+
+
+def test_muon_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        Muon([nn.Parameter(torch.zeros(3))])
+
+
+# ---- state -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_muon", [False, True])
+def test_the_state_comes_back_bit_for_bit(use_muon):
+    whole, settings = Small(), (hyper(use_muon=use_muon), 0.01, "cpu")
+    optimizer = build_optimizer(whole, *settings)
+    train(whole, optimizer, range(5))  # inside the momentum's warmup
+    weights, file = copy.deepcopy(whole.state_dict()), io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    train(whole, optimizer, range(5, 10))
+
+    resumed = Small()
+    resumed.load_state_dict(weights)
+    again = build_optimizer(resumed, *settings)
+    file.seek(0)
+    again.load_state_dict(torch.load(file, weights_only=True))
+    train(resumed, again, range(5, 10))
+
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+    first, second = optimizer.state_dict(), again.state_dict()
+    assert (first["kinds"], first["muon_step"]) == (second["kinds"], second["muon_step"])
+    assert first["muon_step"] == (10 if use_muon else 0)
+    for name, state in first["state"].items():
+        assert state.keys() == second["state"][name].keys() != set()
+        assert all(torch.equal(state[key], second["state"][name][key]) for key in state), name
+
+
+def test_a_resumed_run_follows_its_own_settings():
+    saved = build_optimizer(Small(), hyper(), 0.01, "cpu").state_dict()
+    optimizer = build_optimizer(Small(), hyper(weight_decay=0.5), 0.07, "cpu")
+    optimizer.load_state_dict(saved)
+    assert {(g["lr"], g["weight_decay"]) for g in optimizer.parts["adamw"].param_groups} == {(0.07, 0.5), (0.07, 0.0)}
+
+
+def test_the_state_of_another_model_is_refused_by_name():
+    model = Small()
+    optimizer = build_optimizer(model, hyper(use_muon=True), 0.01, "cpu")
+    train(model, optimizer, range(1))
+    good = optimizer.state_dict()
+
+    def refused(saved, message, use_muon=True):
+        other = build_optimizer(Small(), hyper(use_muon=use_muon), 0.01, "cpu")
+        with pytest.raises(UserError, match=message):
+            other.load_state_dict(saved)
+        assert not any(other.state_dict()["state"].values())
+
+    refused(good, "a was trained with muon and would go on with adamw", use_muon=False)
+    refused({"anything": 1}, "not one that this program wrote")
+    renamed = copy.deepcopy(good)
+    renamed["kinds"]["ghost"] = "adamw"
+    refused(renamed, "ghost")
+    reshaped = copy.deepcopy(good)
+    reshaped["state"]["c"]["momentum_buffer"] = torch.zeros(6, 7)
+    refused(reshaped, r"of c has shape \(6, 7\), the parameter \(6, 8\)")
