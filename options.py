@@ -304,9 +304,9 @@ def _fit(value: Any, kind: Any, key: Option) -> Any:
         return _WRONG
     try:
         number = kind(value)
+        if not math.isfinite(number) or (kind is int and (number != value or abs(number) >= 2**63)):
+            return _WRONG
     except (OverflowError, ValueError):  # NaN, Infinity, or too large for a float
-        return _WRONG
-    if not math.isfinite(number) or (kind is int and (number != value or abs(number) >= 2**63)):
         return _WRONG
     low, high = -math.inf if key.low is None else key.low, math.inf if key.high is None else key.high
     above, below = -math.inf if key.above is None else key.above, math.inf if key.below is None else key.below

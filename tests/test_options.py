@@ -1,0 +1,497 @@
+"""What options.py promises: every key declared once, every problem in one message, nothing a traceback."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import options
+from options import Run, UserError, check, declared, dotted_names, load_run, option, run_class, to_dict
+
+ROOT = Path(options.__file__).parent
+
+
+@dataclasses.dataclass
+class Berry:
+    arch: str = option("strawberry", "family", choices=["strawberry"])
+    vocab_size: int = option(8192, "tokens", low=2)
+    block_size: int = option(256, "context", low=1)
+    r_layer: int = option(2, "retention steps", low=0)
+    n_layer: int = option(2, "blocks", low=1)
+    n_head: int = option(4, "heads", low=1)
+    n_embd: int = option(64, "width", low=1)
+    n_qkv: int = option(256, "width of q, k, v", low=1)
+    window: list[int] | None = option(None, "windows", low=1)
+    dropout: float = option(0.0, "share dropped", low=0, below=1)
+
+    def problems(self):
+        if self.n_qkv % self.n_head:
+            yield "n_qkv", f"must be a multiple of n_head ({self.n_head})"
+
+
+@dataclasses.dataclass
+class Star:
+    arch: str = option("tinystar", "family", choices=["tinystar"])
+    n_layer: int = option(6, "blocks", low=1)
+    ffn_type: str = option("SwiGLU", "feed-forward", choices=["SwiGLU", "GELU"])
+
+
+ARCHS = {"strawberry": Berry, "tinystar": Star}
+BERRY_RUN = run_class(ARCHS, "strawberry")
+AIR = {
+    "dataset": {"data_division": 0.8, "load_from_file": True, "path": "data/webtext.bin"},
+    "checkpoints": {"path": "bin/ck", "interval": 2000, "create_checkpoints": True},
+    "model_hyperparams": {
+        "vocab_size": 8192, "block_size": 256, "r_layer": 2, "n_layer": 2, "n_head": 4, "n_embd": 64, "n_qkv": 256,
+    },
+    "optimizer_hyperparams": {
+        "eps": 1e-10, "beta1": 0.9, "beta2": 0.95, "weight_decay": 1e-1, "use_muon": False, "momentum": 0.95,
+    },
+    "model_path": "bin/air.strawberry", "encoder_path": "bin/cl8k.bin", "init_from": "scratch", "seed": "auto",
+    "gradient_accumulation_steps": 1, "batch_size": 4,
+    "max_iters": 50000, "eval_interval": 2000, "log_interval": 200, "eval_iters": 200,
+    "decay_lr": True, "lr_decay_iters": 50000, "learning_rate": 3e-3, "cooldown_frac": 0.4, "warmup_iters": 2000,
+    "min_lr": 3e-4,
+}  # fmt: skip
+
+
+def problems_of(*argv):
+    """The lines of the message that a command line is refused with."""
+    with pytest.raises(UserError) as caught:
+        load_run(list(argv), ARCHS)
+    lines = str(caught.value).split("\n  ")
+    assert len(lines) == 1 or lines[0].endswith(f"{len(lines) - 1} problems:")
+    return lines if len(lines) == 1 else lines[1:]
+
+
+def write(folder, text, name="run.json"):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+# ---- shared helpers ------------------------------------------------------------------------------------------------
+
+
+MISTAKE = "batch_size = 0: must be integer >= 1"
+
+
+def program(body, *argv, cwd=None, **pipes):
+    """Run `body`, the lines of a main(argv) that ends in run_cli, as a program."""
+    code = "import sys, options, time\ndef main(argv):\n" + "".join(f"    {line}\n" for line in body.splitlines())
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code + "options.run_cli(main)", *argv]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=not pipes, text=True, timeout=60, **pipes)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "stderr"),
+    [
+        ("return", 0, ""),
+        ("return 3", 3, ""),
+        (f"raise options.UserError({MISTAKE!r})", 2, f"error: {MISTAKE}\n"),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("raise BrokenPipeError", 141, ""),
+        ("raise options.UserError('\\ud800')", 2, "error: ?\n"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(body, code, stderr):
+    ran = program(body)
+    assert (ran.returncode, ran.stderr) == (code, stderr)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes there break in another way")
+def test_a_reader_that_leaves_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = program("print('x' * 1_000_000)", stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+def test_atomic_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = tmp_path / "new" / "folder" / "file.bin"
+    options.atomic_write(target, b"old")
+    assert target.read_bytes() == b"old"
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"file\.bin: No space left"):
+        options.atomic_write(target, b"new")
+    assert target.read_bytes() == b"old" and os.listdir(target.parent) == ["file.bin"]
+    with pytest.raises(UserError, match="not a regular file"):
+        options.atomic_write(tmp_path / "new", b"")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_atomic_write_keeps_a_symbolic_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    options.atomic_write(tmp_path / "link", b"x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"x"
+
+
+def test_nearest_name():
+    assert options.nearest("n_layers", ["n_head", "n_layer"]) == " (did you mean 'n_layer'?)"
+    assert options.nearest("gqa", ["MHA", "GQA"]) == " (did you mean 'GQA'?)"
+    assert options.nearest("zebra", ["n_layer"]) == options.nearest("n_layer", []) == ""
+
+
+# ---- the JSON as pasted --------------------------------------------------------------------------------------------
+
+
+def test_air_json_is_the_defaults():
+    assert options.read_json(ROOT / "config" / "air.json") == AIR
+    run = load_run(["--config", "air.json"], ARCHS)
+    assert to_dict(run) == to_dict(load_run([], ARCHS)) == to_dict(BERRY_RUN())
+    assert isinstance(run, Run) and isinstance(run.model_hyperparams, Berry)
+    for name, value in AIR.items():  # and it says what it sets
+        got = to_dict(run)[name]
+        assert got == value or {key: got[key] for key in value} == value
+
+
+def test_every_config_is_valid():
+    import model
+
+    for path in (ROOT / "config").glob("*.json"):
+        if path.name != "schema.json":
+            load_run(["--config", str(path)], model.CONFIGS)
+
+
+def test_comments_and_trailing_commas(tmp_path):
+    text = """\ufeff// before
+    {"$schema": "./schema.json", /* a "quoted" { */ "model_path": "bin/a//b/*c*/.x", // }
+     "model_hyperparams": {"n_layer": 3, "window": [8, 16,],}, "learning_rate": 1, "max_iters": 2e3, } // after"""
+    run = load_run(["--config", write(tmp_path, text)], ARCHS)
+    assert (run.model_path, run.model_hyperparams.window) == ("bin/a//b/*c*/.x", [8, 16])
+    assert (run.learning_rate, type(run.learning_rate), run.max_iters, type(run.max_iters)) == (1.0, float, 2000, int)
+
+
+def test_config_is_looked_for_here_then_in_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_run(["--config=tiny.json"], ARCHS).checkpoints.path == "bin/ck_tiny"
+    write(tmp_path, '{"seed": 5}', "tiny.json")
+    assert load_run(["--config", "tiny.json"], ARCHS).seed == 5
+    (line,) = problems_of("--config", "tinny.json")
+    assert line.startswith('--config "tinny.json": no such file') and "'tiny.json'" in line and "air.json" in line
+    (tmp_path / "air.json").mkdir()
+    assert load_run(["--config", "air.json"], ARCHS).batch_size == 4
+
+
+# ---- overrides -----------------------------------------------------------------------------------------------------
+
+
+def test_any_key_can_be_overridden():
+    argv = "--config air.json --learning_rate=1e-2 --model_hyperparams.n_layer 4 --model_hyperparams.dropout=.5"
+    argv += " --compile=False --decay_lr=false --seed 7 --model_hyperparams.window=[4,2]"
+    argv += " --optimizer_hyperparams.muon_lr=1"
+    run = load_run([*argv.split(), "--sample_prompt=123", "--model_path", "null.x", "--checkpoints.path=true"], ARCHS)
+    model = run.model_hyperparams
+    assert (run.learning_rate, model.n_layer, model.dropout, model.window) == (0.01, 4, 0.5, [4, 2])
+    assert (run.compile, run.decay_lr, run.seed, run.optimizer_hyperparams.muon_lr) == (False, False, 7, 1.0)
+    assert (run.sample_prompt, run.model_path, run.checkpoints.path) == ("123", "null.x", "true")
+    assert load_run(['--sample_prompt="a\\n"'], ARCHS).sample_prompt == "a\n"
+    assert load_run(["--seed=1", "--seed=2"], ARCHS).seed == 2
+
+
+def test_arch_picks_the_keys_of_the_model():
+    run = load_run(["--model_hyperparams.arch=tinystar", "--model_hyperparams.ffn_type=GELU"], ARCHS)
+    assert run.model_hyperparams == Star(ffn_type="GELU")
+    assert check(type(run), to_dict(run)) == (run, [])
+
+
+def test_lr_decay_iters_follows_max_iters():
+    assert load_run(["--max_iters=10"], ARCHS).lr_decay_iters == 10
+    assert load_run(["--config=air.json", "--max_iters=10"], ARCHS).lr_decay_iters == 50000
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("scratch", None), ("resume", None), ("bin/a,b.x,pretrained", "bin/a,b.x"), ("pretrained, bin/a.x", "bin/a.x")],
+)
+def test_init_from(text, path):
+    assert load_run([f"--init_from={text}"], ARCHS).pretrained == path
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "--learning_rat=1": "learning_rat = 1: unknown key (did you mean 'learning_rate'?)",
+    "--n_layer=4": "n_layer = 4: unknown key (did you mean 'model_hyperparams.n_layer'?)",
+    "--model_hyperparams.min_lr=1": "model_hyperparams.min_lr = 1: unknown key (did you mean 'min_lr'?)",
+    "--dataset.zebra=1": "dataset.zebra = 1: unknown key; valid here: data_division, load_from_file, path",
+    "--learning_rate=NaN": "learning_rate = NaN: must be number > 0, finite",
+    "--learning_rate=1e999": "learning_rate = Infinity: must be number > 0, finite",
+    "--grad_clip=-Infinity": "grad_clip = -Infinity: must be number >= 0, finite",
+    "--learning_rate=true": "learning_rate = true: must be number > 0",
+    "--learning_rate=0": "learning_rate = 0: must be number > 0",
+    '--learning_rate="1e-3"': 'learning_rate = "1e-3": must be number > 0',
+    "--batch_size=2.5": "batch_size = 2.5: must be integer >= 1 and <= 1048576",
+    "--batch_size=true": "batch_size = true: must be integer >= 1 and <= 1048576",
+    "--max_iters=1e30": "max_iters = 1e+30: must be integer >= 1, finite and < 2**63",
+    "--decay_lr=1": "decay_lr = 1: must be true or false",
+    "--compile=maybe": 'compile = "maybe": must be true or false or "auto"',
+    "--device=cuda:0": 'device = "cuda:0": must be "auto" or "cpu" or "cuda" or "mps" (did you mean \'cuda\'?)',
+    "--seed=-1": 'seed = -1: must be integer >= 0 or "auto"',
+    "--model_path=": 'model_path = "": must be text',
+    "--dataset=5": "dataset = 5: must be an object, { … }",
+    "--dataset.data_division=1": "dataset.data_division = 1: must be number > 0 and < 1",
+    "--dataset.path.x=1": 'dataset.path = {"x": 1}: must be text',
+    "--model_hyperparams.window=[4,0]": "model_hyperparams.window = [4, 0]: must be list of integer >= 1 or null",
+    "--model_hyperparams.arch=tinystars": 'model_hyperparams.arch = "tinystars": must be one of "strawberry", '
+    "\"tinystar\" (did you mean 'tinystar'?)",
+    '--model_hyperparams={"arch": []}': 'model_hyperparams.arch = []: must be one of "strawberry", "tinystar"',
+    "--model_hyperparams=5": "model_hyperparams = 5: must be an object, { … }",
+    "--model_hyperparams.n_qkv=255": "model_hyperparams.n_qkv = 255: must be a multiple of n_head (4)",
+    "--min_lr=1": "min_lr = 1.0: must be <= learning_rate (0.003), since decay_lr is true",
+    "--init_from=resum": 'init_from = "resum": must be "scratch", "resume" or "<path>,pretrained" '
+    "(did you mean 'resume'?)",
+    "--init_from=,pretrained": 'init_from = ",pretrained": must be "scratch", "resume" or "<path>,pretrained"',
+    "--model_path=./data/webtext.bin": 'model_path = "./data/webtext.bin": is dataset.path too, which the trained '
+    "model would replace; name another file",
+    '--dataset={"path": "a", "path": "b"}': 'dataset.path = "a", "b": given 2 times; keep one',
+    "air.json": '"air.json" on the command line: must be an option; write --config air.json',
+    "--seed": "--seed: has no value; write --seed=value",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argument", REFUSED)
+def test_a_problem_names_key_value_and_what_is_allowed(argument):
+    assert problems_of(argument) == [REFUSED[argument]]
+
+
+def test_all_problems_are_in_one_message_and_nothing_is_made(tmp_path):
+    """Every kind of mistake at once, from file and command line, through the program's front door."""
+    config = {**copy.deepcopy(AIR), "lerning_rate": 1, "eval_iters": "many", "min_lr": 1, "batch_size": -1}
+    config["model_hyperparams"] |= {"n_qkv": 255, "n_layers": 3, "n_embd": 0}
+    text = json.dumps(config).replace('"seed": "auto"', '"seed": 1, "seed": 2').replace("0.95", "NaN", 1)
+    write(tmp_path, text)
+    body = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import test_options\n"
+    body += "run = options.load_run(argv, test_options.ARCHS); open('made', 'w').write('x')"
+    ran = program(body, "--config", "run.json", "--n_head=3", "--checkpoints.keep=0", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout, os.listdir(tmp_path)) == (2, "", ["run.json"])
+    first, *lines = ran.stderr.splitlines()
+    named = {line.split(" = ")[0].strip() for line in lines}
+    assert first == "error: 11 problems:" and len(lines) == 11
+    assert named == {
+        *("seed", "lerning_rate", "eval_iters", "min_lr", "batch_size", "n_head", "checkpoints.keep"),
+        *("model_hyperparams.n_qkv", "model_hyperparams.n_layers", "model_hyperparams.n_embd"),
+        "optimizer_hyperparams.beta2",
+    }
+    made = program(body, "--config", "air.json", cwd=tmp_path)
+    assert (made.returncode, sorted(os.listdir(tmp_path))) == (0, ["made", "run.json"])
+
+
+def test_a_rule_is_silent_where_one_of_its_keys_is_wrong_in_itself():
+    assert problems_of("--model_hyperparams.n_qkv=255", "--model_hyperparams.n_head=x") == [
+        'model_hyperparams.n_head = "x": must be integer >= 1'
+    ]
+
+
+def test_problems_of_an_unreadable_file_and_of_the_command_line_come_together(tmp_path):
+    first, second = problems_of("--config", write(tmp_path, "{"), "--batch_size=0")
+    assert first.startswith(str(tmp_path)) and second.startswith("batch_size = 0")
+
+
+def test_duplicate_keys_are_all_named(tmp_path):
+    text = '{"seed": 1, "dataset": {"path": "a", "path": "b"}, "seed": 2, "seed": 2}'
+    path = write(tmp_path, text)
+    expected = ["seed = 1, 2, 2: given 3 times; keep one", 'dataset.path = "a", "b": given 2 times; keep one']
+    assert problems_of("--config", path) == expected
+    with pytest.raises(UserError, match="given 3 times"):
+        options.read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{\n"seed": 1,\n"batch_size" 4}', 'line 3: Unexpected "4" at column 14'),
+        ('{"seed": 1 // no end', "line 1: Unexpected end of input"),
+        ("", "Empty"),
+        ("[1]", "holds [1], but a config is an object"),
+        ("[" * 60_000, "nested too deeply"),
+        ('{"a":' * 10_000, "nested too deeply"),
+        ('{"seed": ' + "1" * 5000 + "}", "digits"),
+        (pickle.dumps({"seed": 1}), "not UTF-8 text"),
+        (b"\0" * 100, "Unexpected"),
+        ("{" + " " * 70_000 + "}", "larger than 65,536 bytes"),
+    ],
+)
+def test_a_file_that_is_no_config_says_where_and_why(tmp_path, content, message):
+    (line,) = problems_of("--config", write(tmp_path, content))
+    assert str(tmp_path / "run.json") in line and message in line and "\n" not in line
+
+
+def test_a_gigabyte_is_refused_at_once(tmp_path):
+    with open(tmp_path / "run.json", "wb") as file:
+        file.truncate(2**30)
+    assert "larger than" in problems_of("--config", str(tmp_path / "run.json"))[0]
+
+
+# ---- properties ----------------------------------------------------------------------------------------------------
+
+NUMBERS = st.integers() | st.floats() | st.just(10**400)
+SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=5) | st.just("\ud800")
+JUNK = st.recursive(
+    SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=2), max_leaves=4
+)
+
+
+def valid(kind, key):
+    """Values of a kind within a key's bounds."""
+    if kind is type(None):
+        return st.none()
+    if kind is bool:
+        return st.booleans()
+    if kind is str:
+        return st.sampled_from(key.choices) if key.choices else st.text("abc,/ é0", min_size=1, max_size=8)
+    if kind is int:
+        return st.integers(key.low or 0, min(key.high or 10**6, 10**6))
+    if kind is float:
+        low, high = key.low or key.above or 0, key.high or key.below or 1e6
+        return st.floats(low, high, exclude_min=key.above is not None, exclude_max=key.below is not None)
+    return st.lists(valid(kind.__args__[0], key), max_size=3)
+
+
+def configs(cls):
+    """Any part of a config, each key right in itself."""
+    keys = {
+        name: configs(key.section) if key.section else st.one_of([valid(kind, key) for kind in key.kinds])
+        for name, key in declared(cls).items()
+    }
+    return st.fixed_dictionaries({}, optional=keys)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(list(ARCHS)).flatmap(lambda arch: st.tuples(st.just(arch), configs(run_class(ARCHS, arch)))))
+def test_round_trip(pair):
+    arch, raw = pair
+    raw |= {"init_from": "resume", "decay_lr": False}
+    raw.get("model_hyperparams", {}).pop("n_qkv", None)
+    raw.get("model_hyperparams", {}).pop("n_head", None)
+    if raw.get("model_path") is not None:
+        raw["model_path"] = "bin/own"
+    run, problems = check(run_class(ARCHS, arch), raw)
+    assert problems == []
+    plain = json.loads(json.dumps(to_dict(run)))
+    assert to_dict(check(type(run), plain)[0]) == plain and check(type(run), plain)[0] == run
+    for name, value in raw.items():
+        assert isinstance(value, dict) or plain[name] == value or (name, value) == ("lr_decay_iters", None)
+
+
+def mutate(raw, dotted, value):
+    *parents, name = dotted.split(".")
+    for parent in parents:
+        raw = raw[parent]
+    raw[name] = value
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(dotted_names(BERRY_RUN)), JUNK)
+def test_any_value_anywhere_is_valid_or_refused_by_name(dotted, value):
+    raw = copy.deepcopy(AIR)
+    mutate(raw, dotted, value)
+    run, problems = check(BERRY_RUN, raw)
+    assert (run is None) == bool(problems)
+    for line in problems:
+        key = line.split(" = ")[0]
+        mentioned = dotted.rpartition(".")[2]  # the key itself, one inside it, or a rule that mentions it
+        assert key == dotted or key.startswith(dotted + ".") or mentioned in line, line
+        line.encode()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["", "dataset.", "model_hyperparams.", "optimizer_hyperparams."]), st.text(max_size=6))
+def test_any_other_key_is_refused_by_name(section, name):
+    if section + name not in dotted_names(BERRY_RUN) and "." not in name:
+        raw = copy.deepcopy(AIR)
+        mutate(raw, section + name, 1)
+        _, (line,) = check(BERRY_RUN, raw)
+        assert line.startswith(f"{section}{name} = 1: unknown key")
+
+
+WORDS = st.text(max_size=12) | st.sampled_from(["--", "=", "--=1", "--a..b=1", "--config", "--seed=1", "--seed.x=1"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(WORDS, max_size=4))
+def test_any_command_line_is_a_run_or_a_user_error(argv):
+    if "-h" not in argv:
+        try:
+            load_run(argv, ARCHS)
+        except UserError as error:
+            assert str(error)
+
+
+# ---- what is made from the declarations ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_help_and_table_tell_every_key(arch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_run(["--config", "air.json", f"--model_hyperparams.arch={arch}", "--n_layer=bad", "--help"], ARCHS)
+    text, markdown = capsys.readouterr().out, options.table(ARCHS)
+    assert stop.value.code == 0
+    for prefix, _, keys in options.sections(run_class(ARCHS, arch)):
+        for name, key in keys.items():
+            default = key.default if isinstance(key.default, str) else json.dumps(key.default)
+            assert f"\n  --{prefix}{name}={default}\n" in text
+            row = markdown[markdown.index(f"\n| `{name}` | `{json.dumps(key.default)}` | ") + 1 :].split("\n")[0]
+            assert key.doc.replace("<", "&lt;") in row and row.count(" | ") == 3
+            assert key.doc
+
+
+def test_every_key_means_something():
+    for dotted in dotted_names(Run):
+        cls = Run
+        for name in dotted.split("."):
+            key = declared(cls)[name]
+            cls = key.section
+        assert len(key.doc) > 8, dotted
+
+
+def test_schema_and_check_agree():
+    """On every value of every key: what the editor accepts is what training accepts, rules between keys aside."""
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(options.schema(ARCHS))
+    validator.check_schema(validator.schema)
+    values = [None, True, 0, 1, -1, 2.5, 3.0, 0.5, "", "auto", "strawberry", "GELU", [], [1], [0], ["a"], {}, {"x": 1}]
+    between_keys = ("init_from", "model_hyperparams.arch", "model_hyperparams.n_head", "model_hyperparams.n_qkv")
+    compared = set()
+    for arch in ARCHS:
+        cls = run_class(ARCHS, arch)
+        base = {"init_from": "resume", "decay_lr": False, "model_hyperparams": {"arch": arch}}
+        for dotted in [*dotted_names(cls), "n_layer", "dataset.x", "model_hyperparams.x"]:
+            for value in values:
+                raw = {"dataset": {}, "checkpoints": {}, "optimizer_hyperparams": {}, **copy.deepcopy(base)}
+                mutate(raw, dotted, value)
+                if dotted in between_keys or dotted == "model_hyperparams":
+                    continue
+                ok = not check(cls, raw)[1]
+                assert validator.is_valid(raw) == ok, (dotted, value)
+                compared.add(ok)
+    assert compared == {True, False}
+    assert validator.is_valid(AIR) and validator.is_valid({"$schema": "./schema.json", **AIR})
+    assert not validator.is_valid({"model_hyperparams": {"arch": "palm"}})
+    assert not validator.is_valid({"model_hyperparams": {"arch": "tinystar", "n_qkv": 256}})
+
+
+def test_schema_file_is_current():
+    import model
+
+    written = json.loads((ROOT / "config" / "schema.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(options.schema(model.CONFIGS))), "run: python options.py --schema"
+
+
+def test_no_default_is_out_of_its_own_bounds():
+    for arch in ARCHS:
+        cls = run_class(ARCHS, arch)
+        defaults = {name: key.default for name, key in declared(cls).items() if not key.section}
+        assert check(cls, defaults)[1] == []
+        assert all(math.isfinite(value) for value in defaults.values() if isinstance(value, float))
