@@ -207,7 +207,7 @@ def _parse(path: str | os.PathLike) -> dict:
             data = file.read(MAX_CONFIG_BYTES + 1)
         if len(data) > MAX_CONFIG_BYTES:
             raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, so it is no config; name a JSON file")
-        raw = json5.loads(data.decode("utf-8-sig"), object_pairs_hook=_Object)
+        raw = json5.loads(data.decode("utf-8"), object_pairs_hook=_Object)
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else error.strerror or error
         raise UserError(f"cannot read {path}: {reason}; name a JSON file") from error

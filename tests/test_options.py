@@ -110,10 +110,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(body, code, stderr):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes there break in another way")
-def test_a_reader_that_leaves_early_is_no_error():
+@pytest.mark.parametrize("characters", [1, 1_000_000])
+def test_a_reader_that_leaves_early_is_no_error(characters):
     reader, writer = os.pipe()
     os.close(reader)
-    ran = program("print('x' * 1_000_000)", stdout=writer, stderr=subprocess.PIPE)
+    ran = program(f"print('x' * {characters})", stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (ran.returncode, ran.stderr) == (141, "")
 
@@ -292,6 +293,16 @@ def test_a_rule_is_silent_where_one_of_its_keys_is_wrong_in_itself():
     assert problems_of("--model_hyperparams.n_qkv=255", "--model_hyperparams.n_head=x") == [
         'model_hyperparams.n_head = "x": must be integer >= 1'
     ]
+
+
+def test_a_value_has_no_keys_of_its_own():
+    first, second = problems_of("--seed=1", "--seed.x=2", "--max_iters=0")
+    assert first == "seed.x = 2: seed is a value, not a section" and second.startswith("max_iters")
+
+
+@pytest.mark.parametrize(("path", "shown"), [("a\0b", '"a\\u0000b"'), ("\ud800", '"\\ud800"')])
+def test_text_that_no_path_can_be_is_refused(path, shown):
+    assert check(Run, {"model_path": path}) == (None, [f"model_path = {shown}: must be text"])
 
 
 def test_problems_of_an_unreadable_file_and_of_the_command_line_come_together(tmp_path):
