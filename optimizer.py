@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from options import UserError
 
 # Which role is decayed, and which Muon may take. Every role that a model may name is here.
-DECAYED = {"matrix", "residual", "embedding"}
+DECAYED = {"matrix", "residual", "embedding", "input"}
 HIDDEN = {"matrix", "residual"}
-ROLES = ("matrix", "residual", "embedding", "head", "router", "position", "norm", "bias", "tao")
+ROLES = ("matrix", "residual", "embedding", "input", "head", "router", "position", "norm", "bias", "tao")
 
 # ---- learning rate ---------------------------------------------------------------------------------------------------
 
