@@ -1,0 +1,463 @@
+"""prepare.py: every kind of input, shuffled exactly, in constant memory, the same bytes each time."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dataset
+import encoder
+import prepare
+from options import UserError
+
+ROOT = Path(prepare.__file__).parent
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "the", "rat", "ran", "to", "the", "hat"]
+TEXTS = [f"{i} " + " ".join(WORDS[i % 5 : i % 5 + 8]) + "\n" * (i % 3) for i in range(40)] + ["é中文🙂<|eot|>x"]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoder") / "small.bin"
+    encoder.train([" ".join(WORDS) * 9], 284).save(path)
+    return str(path)
+
+
+def run(*arguments):
+    prepare.main([str(argument) for argument in arguments])
+
+
+def documents(path, spec):
+    """The texts in a token file, in its order."""
+    made, file = encoder.load(str(spec)), dataset.TokenFile(path)
+    file.verify()
+    tokens = file.tokens.tolist()
+    texts, start = [], 0
+    for place, token in enumerate(tokens):
+        if token == made.eot:
+            texts.append(made.decode(tokens[start:place]))
+            start = place + 1
+    assert start == len(tokens)
+    assert len(texts) == file.header.n_documents
+    assert file.header.encoder == made.fingerprint
+    return texts
+
+
+def write_texts(folder, texts, suffix=".txt"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, text in enumerate(texts):
+        (folder / f"{i:03}{suffix}").write_text(text, "utf-8", newline="")
+    return folder
+
+
+def write_as(kind, folder):
+    """TEXTS as one input of this kind; returns what --input is given."""
+    folder.mkdir()
+    path = folder / kind
+    entries = [{"text": text, "id": i} if i % 2 else text for i, text in enumerate(TEXTS)]
+    if kind == "folder":
+        write_texts(path / "deeper", TEXTS[:20])
+        write_texts(path / "other", TEXTS[20:], ".md")
+        (path / ".hidden.txt").write_text("hidden")
+        (path / ".git").mkdir()
+        (path / ".git" / "config.txt").write_text("hidden")
+    elif kind == "*.py":
+        write_texts(folder, TEXTS, ".py")
+        (folder / "other.txt").write_text("not matched")
+    elif ".jsonl" in kind:
+        text = "\n".join(json.dumps(entry, ensure_ascii=i % 3 == 0) for i, entry in enumerate(entries)) + "\n\n"
+        path.write_bytes(gzip.compress(text.encode()) if kind.endswith(".gz") else text.encode())
+    else:
+        text = json.dumps(entries, indent=1)
+        path.write_bytes(gzip.compress(text.encode()) if kind.endswith(".gz") else text.encode())
+    return path
+
+
+# ---- kinds of input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "*.py", "a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "A.JSON"])
+def test_every_kind_of_input_gives_every_document_once(tmp_path, bpe, kind):
+    given_path = write_as(kind, tmp_path / "in")
+    run("--input", given_path, "--output", tmp_path / "out.bin", "--encoder", bpe)
+    texts = documents(tmp_path / "out.bin", bpe)
+    assert sorted(texts) == sorted(TEXTS)
+    assert texts != TEXTS
+
+
+def test_several_inputs_and_no_file_twice(tmp_path, bpe):
+    folder = write_texts(tmp_path / "in", TEXTS[:5])
+    packed = tmp_path / "more.txt.gz"
+    packed.write_bytes(gzip.compress(TEXTS[5].encode()))
+    run("--input", folder, folder / "001.txt", "--input", packed, "--output", tmp_path / "out.bin", "--encoder", bpe)
+    assert sorted(documents(tmp_path / "out.bin", bpe)) == sorted(TEXTS[:6])
+
+
+def test_what_is_not_utf8_is_left_out_and_counted(tmp_path, bpe, capsys):
+    folder = write_texts(tmp_path / "in", TEXTS[:3])
+    (folder / "image.png").write_bytes(b"\x89PNG\xff\xfe")
+    (folder / "late.txt").write_bytes(b"good " * 1000 + b"\xc3")
+    (folder / "latin.json").write_bytes('["one", "caf\xe9"]'.encode("latin-1"))
+    (folder / "packed.gz").write_bytes(gzip.compress(b"\xff"))
+    (folder / "mixed.jsonl").write_bytes(b'"first"\n"caf\xe9"\n{"text": "last"}\n')
+    (folder / "bom.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    (folder / "empty.txt").write_bytes(b"")
+    run("--input", folder, "--output", tmp_path / "out.bin", "--encoder", bpe)
+    assert sorted(documents(tmp_path / "out.bin", bpe)) == sorted([*TEXTS[:3], "first", "last", "marked"])
+    told = capsys.readouterr().out
+    assert "left out 5 that are not UTF-8" in told
+    assert "mixed.jsonl:2" in told
+    assert "left out 1 empty" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '"good"\n{"text": 3}\n', r"a\.jsonl:2 is .*must be a string"),
+        ("a.jsonl", '"good"\n\nnot json\n', r"a\.jsonl:3 is not JSON"),
+        ("a.jsonl", "[" * 100_000, r"a\.jsonl:1 is not JSON"),
+        ("a.json", '["good", {"body": "x"}]', "entry 2 is .*must be a string"),
+        ("a.json", '{"text": "x"}', "comes '{', not \\["),
+        ("a.json", '["a" "b"]', "at entry 2 comes '\"', not , or \\]"),
+        ("a.json", '["a", ]', "entry 2 is not JSON"),
+        ("a.json", '["a", "b', "entry 2 is not JSON"),
+        ("a.json", '["a"', "at entry 2 comes the end of the file"),
+        ("a.json", "", "comes the end of the file, not \\["),
+        ("a.json", '["a"] more', "text after the list's end: 'more'"),
+        ("a.txt.gz", "not gzip", "not a whole gzip file"),
+        ("a.txt", "", "there is no text"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_made(tmp_path, bpe, name, content, message):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_text(content)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=message):
+        run("--input", tmp_path / "in", "--output", tmp_path / "out" / "a.bin", "--encoder", bpe)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_gzip_cut_short_is_refused(tmp_path, bpe):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(os.urandom(999).hex().encode())[:-20])
+    with pytest.raises(UserError, match="not a whole gzip file"):
+        run("--input", tmp_path / "a.txt.gz", "--output", tmp_path / "out.bin", "--encoder", bpe)
+
+
+def test_an_entry_over_the_limit_is_refused(tmp_path, bpe, monkeypatch):
+    monkeypatch.setattr(prepare, "RECORD", 1000)
+    monkeypatch.setattr(prepare, "PIECE", 100)
+    for name, text in [("a.jsonl", '"ok"\n"%s"'), ("a.json", '["ok", "%s"]')]:
+        (tmp_path / name).write_text(text % ("x" * 3000))
+        with pytest.raises(UserError, match=r"a\.jsonl?:.*(longer than|over) 0 MB"):
+            run("--input", tmp_path / name, "--output", tmp_path / "out.bin", "--encoder", bpe)
+
+
+@pytest.mark.parametrize("given_path", ["nowhere", "*.nothing"])
+def test_missing_input_is_refused(tmp_path, monkeypatch, given_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"--input {prepare.re.escape(given_path)}"):
+        run("--input", given_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+JSON_TEXT = st.text(st.sampled_from('ab"\\\n[],{}é🙂 '), max_size=12)
+PARTS = st.sampled_from([*WORDS, "it's", "42", "é🙂", "...", " ", "\n", "\n\n  ", "\t", "<|eot|>"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(JSON_TEXT, max_size=8), st.sampled_from([None, 0, 3]), st.booleans(), st.integers(1, 40))
+def test_a_json_list_is_read_in_parts_as_in_whole(texts, indent, plain, piece):
+    entries = [text if i % 2 else {"id": [i], "text": text} for i, text in enumerate(texts)]
+    data = json.dumps(entries, indent=indent, ensure_ascii=plain).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PIECE", piece)
+        assert list(prepare.JsonList(io.BytesIO(data), Path("a.json"))) == texts
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(PARTS), st.integers(9, 40))
+def test_pieces_have_the_tokens_of_the_whole(bpe, words, piece):
+    text = " ".join(words)
+    made = encoder.load(bpe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PIECE", piece)
+        pieces = list(prepare.text_pieces(io.BytesIO(text.encode())))
+    assert "".join(part for part, _ in pieces) == text
+    assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert all(len(part) <= piece for part, _ in pieces[:-1])
+    assert sum((made.encode(part) for part, _ in pieces), []) == made.encode(text)
+
+
+# ---- order and bytes -------------------------------------------------------------------------------------------------
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path, bpe, monkeypatch):
+    for name in ("one", "two"):
+        write_texts(tmp_path / name, TEXTS)
+        os.utime(tmp_path / name / "003.txt", (1, 1) if name == "two" else None)
+    outputs = []
+    for name, threads, batch in [("one", 1, 1 << 22), ("two", 4, 1)]:
+        monkeypatch.setattr(prepare.os, "cpu_count", lambda n=threads: n)
+        monkeypatch.setattr(prepare, "BATCH", batch)
+        run("--input", tmp_path / name, "--output", tmp_path / f"{name}.bin", "--encoder", bpe)
+        outputs.append((tmp_path / f"{name}.bin").read_bytes())
+    assert outputs[0] == outputs[1]
+
+
+def test_long_documents_stay_whole_when_shuffled(tmp_path, bpe, monkeypatch):
+    monkeypatch.setattr(prepare, "PIECE", 16)
+    texts = [" ".join([str(i), *WORDS * (i + 1)]) for i in range(6)]
+    write_texts(tmp_path / "in", texts)
+    run("--input", tmp_path / "in", "--output", tmp_path / "out.bin", "--encoder", bpe)
+    got = documents(tmp_path / "out.bin", bpe)
+    assert sorted(got) == sorted(texts)
+    assert got != texts
+
+
+def test_documents_of_one_file_are_spread_over_all_of_it(tmp_path, bpe):
+    """Sorted lines must not leave the last of them alone in the validation split."""
+    (tmp_path / "a.jsonl").write_text("".join(f'"{i}"\n' for i in range(1000)))
+    run("--input", tmp_path / "a.jsonl", "--output", tmp_path / "out.bin", "--encoder", bpe)
+    places = np.array([int(text) for text in documents(tmp_path / "out.bin", bpe)])
+    assert sorted(places.tolist()) == list(range(1000))
+    assert abs(places[-200:].mean() - 500) < 80  # 4 standard deviations
+    assert abs(np.corrcoef(places, np.arange(1000))[0, 1]) < 0.12
+
+
+def test_the_end_of_text_string_is_ordinary_text(tmp_path, bpe):
+    (tmp_path / "a.txt").write_text("one<|eot|>two")
+    run("--input", tmp_path / "a.txt", "--output", tmp_path / "out.bin", "--encoder", bpe)
+    assert documents(tmp_path / "out.bin", bpe) == ["one<|eot|>two"]
+
+
+# ---- up to date ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_up_to_date_is_left_alone_and_nothing_else_is(tmp_path, bpe, capsys):
+    folder, output = write_texts(tmp_path / "in", TEXTS[:9]), tmp_path / "in" / "out.bin"
+    for path in folder.iterdir():
+        os.utime(path, (1e9, 1e9))
+    common = ["--output", output, "--encoder", bpe]
+
+    def written(*arguments):
+        before = output.stat().st_ino, output.stat().st_mtime_ns
+        run(*arguments)
+        made = (output.stat().st_ino, output.stat().st_mtime_ns) != before
+        assert ("is up to date" in capsys.readouterr().out) != made
+        return made
+
+    run("--input", folder, *common)
+    capsys.readouterr()
+    assert not written("--input", folder, *common)  # its own output, in the folder, is no input
+    assert written("--input", folder, *common, "--force")
+    assert written("--input", folder / "001.txt", *common)  # other files, older than the output
+    assert written("--input", folder, *common)
+    now = output.stat().st_mtime + 5
+    os.utime(folder / "002.txt", (now, now))
+    assert written("--input", folder, *common)
+    os.utime(folder / "002.txt", (1e9, 1e9))
+    encoder.train([" ".join(WORDS) * 9], 280).save(tmp_path / "other.enc")
+    assert written("--input", folder, "--output", output, "--encoder", tmp_path / "other.enc")
+    output.write_bytes(output.read_bytes()[:-1])
+    assert written("--input", folder, "--output", output, "--encoder", tmp_path / "other.enc")
+
+
+def test_other_peoples_files_are_not_overwritten(tmp_path, bpe):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "mine.md").write_text("precious")
+    with pytest.raises(UserError, match=r"mine\.md is there and is not a token file"):
+        run("--input", tmp_path / "a.txt", "--output", tmp_path / "mine.md", "--encoder", bpe)
+    assert (tmp_path / "mine.md").read_text() == "precious"
+    run("--input", tmp_path / "a.txt", "--output", tmp_path / "mine.md", "--encoder", bpe, "--force")
+    assert documents(tmp_path / "mine.md", bpe) == ["text"]
+
+
+def test_an_interruption_leaves_nothing_behind(tmp_path, bpe, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(encoder.Encoder, "encode_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--input", tmp_path / "a.txt", "--output", tmp_path / "out" / "a.bin", "--encoder", bpe)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---- encoders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_encoder_is_trained_and_then_kept(tmp_path):
+    folder, spec = write_texts(tmp_path / "in", TEXTS), tmp_path / "bin" / "e.bin"
+    common = ["--input", folder, "--output", tmp_path / "out.bin", "--encoder", spec]
+    run(*common, "--vocab_size", 280)
+    made = encoder.load(str(spec))
+    assert made.vocab_size == 280
+    assert made.fingerprint == encoder.train(TEXTS, 280).fingerprint
+    before = spec.read_bytes()
+    run(*common, "--force")
+    assert spec.read_bytes() == before
+    with pytest.raises(UserError, match="--vocab_size 300: the encoder .* has 280 tokens"):
+        run(*common, "--vocab_size", 300)
+
+
+def test_training_stops_at_its_limit_and_refuses_nothing(tmp_path, monkeypatch):
+    source = prepare.Source("x", prepare.find([write_texts(tmp_path / "in", TEXTS)]))
+    everything = list(prepare.training_text(source))
+    assert sorted(everything) == sorted(TEXTS)
+    monkeypatch.setattr(prepare, "TRAINING_TEXT", 100)
+    assert "".join(prepare.training_text(source)) == "".join(everything)[:100]
+    with pytest.raises(UserError, match="no text in x"):
+        list(prepare.training_text(prepare.Source("x", [], [""])))
+
+
+def test_one_token_per_character(tmp_path):
+    path = tmp_path / "play.txt"
+    path.write_text("To be, or not to be")
+    run("--input", path, "--encoder", f"chars:{path}", "--output", tmp_path / "out.bin")
+    assert documents(tmp_path / "out.bin", f"chars:{path}") == ["To be, or not to be"]
+    assert dataset.TokenFile(tmp_path / "out.bin").header.n_tokens == 20
+    assert dataset.Corpus(tmp_path / "out.bin", None, 1, 0.9).val.n_tokens == 2
+
+
+# ---- corpora ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_arguments_prepare_the_standard_library(tmp_path, monkeypatch, capsys):
+    small = prepare.Source("the standard library's sources", prepare.stdlib().files[:8], ["a topic"], "stdlib")
+    monkeypatch.setattr(prepare, "stdlib", lambda: small)
+    monkeypatch.chdir(tmp_path)
+    run("--vocab_size", 500)
+    texts = documents("data/webtext.bin", "bin/cl8k.bin")
+    expected = [path.read_bytes().decode() for path in small.paths]
+    assert sorted(texts) == sorted(text for text in [*expected, "a topic"] if text)
+    capsys.readouterr()
+    run()
+    assert capsys.readouterr().out == "data/webtext.bin is up to date (--force writes it anew)\n"
+
+
+def test_the_standard_library_without_its_tests():
+    source = prepare.stdlib()
+    names = [name for name, _ in source.files]
+    assert {"os.py", "json/decoder.py", "asyncio/base_events.py"} <= set(names)
+    assert names == sorted(names)
+    assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
+    assert "pydoc_data/topics.py" not in names
+    assert len(source.texts) > 50
+    assert 6e6 < sum(path.stat().st_size for path in source.paths) + sum(map(len, source.texts)) < 20e6
+
+
+def test_a_python_without_sources_says_so(tmp_path, monkeypatch):
+    for path in (tmp_path, tmp_path / "python311.zip"):
+        monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name, path=path: str(path))
+        with pytest.raises(UserError, match="no sources of its standard library in .*zip.*--input"):
+            prepare.stdlib()
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package as pip installs one, and the requirements that pin it."""
+    site = tmp_path / "site"
+    files = {
+        "berry/__init__.py": "x = 1\n",
+        "berry/core.py": "def core(): ...\n",
+        "berry/tests/test_core.py": "assert True\n",
+        "berry/test_more.py": "assert True\n",
+        "berry/version.py": "version = '1.2'\n",
+        "berry/generated/table.py": "t = [1]\n",
+        "berry/parser.py": "# Autogenerated by a tool; do not edit\n",
+        "berry/data.json": "[]",
+        "../../bin/berry.py": "script\n",
+    }
+    info = site / "berry_jam-1.2.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: berry-jam\nVersion: 1.2+local\n")
+    (info / "RECORD").write_text("".join(f"{name},,\n" for name in [*files, "berry/gone.py"]))
+    for name, text in files.items():
+        path = site / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(str(site))
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("# pins\nBerry_Jam == 1.2  # jam\nwine==3.0 ; sys_platform == 'win32'\n--index-url x\n")
+    return requirements
+
+
+def test_packages_are_their_sources_without_tests_and_generated_files(installed):
+    source = prepare.packages(installed)
+    assert [name for name, _ in source.files] == ["berry/__init__.py", "berry/core.py"]
+    assert source.identity == "packages Berry_Jam==1.2"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("berry-jam==1.3", r"pins berry-jam 1\.3, and 1\.2\+local is"), ("no-such-jam==1", "missing")]
+)
+def test_packages_must_be_those_that_are_pinned(installed, line, message):
+    installed.write_text(line)
+    with pytest.raises(UserError, match=message):
+        prepare.packages(installed)
+
+
+def test_packages_have_a_default_output_of_their_own(installed, tmp_path, monkeypatch, bpe):
+    source = prepare.packages(installed)
+    monkeypatch.setattr(prepare, "packages", lambda requirements: source)
+    monkeypatch.chdir(tmp_path)
+    run("--corpus", "packages", "--encoder", bpe)
+    assert sorted(documents("data/packages.bin", bpe)) == ["def core(): ...\n", "x = 1\n"]
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+
+def program(*arguments, cwd=ROOT):
+    command = [sys.executable, ROOT / "prepare.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_verify_from_the_command_line(tmp_path, bpe):
+    run("--input", write_texts(tmp_path / "in", TEXTS), "--output", tmp_path / "a.bin", "--encoder", bpe)
+    good = program("--verify", tmp_path / "a.bin")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert f"is sound: {len(TEXTS)} documents" in good.stdout
+    data = bytearray((tmp_path / "a.bin").read_bytes())
+    data[300] ^= 1
+    (tmp_path / "a.bin").write_bytes(data)
+    bad = program("--verify", tmp_path / "a.bin")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("error: ")
+    assert bad.stderr.count("\n") == 1
+
+
+MEMORY = """
+import sys, prepare
+prepare.BATCH, prepare.PIECE = 1 << 17, 1 << 16
+for name in sys.argv[2:]:
+    prepare.main(["--input", name, "--output", "out.bin", "--encoder", sys.argv[1], "--force"])
+    print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_is_constant_whatever_the_inputs_size(tmp_path, bpe):
+    line = " ".join(WORDS * 4)
+    sizes = {"small": 5_000, "large": 35_000}  # 1 and 7 MB
+    for name, n in sizes.items():
+        (tmp_path / f"{name}.txt").write_text(f"{line}\n" * n)
+        (tmp_path / f"{name}.jsonl").write_text(f'"{line}"\n' * n)
+        (tmp_path / f"{name}.json").write_text("[" + ",".join([f'"{line}"'] * n) + "]")
+        (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(f"{line}\n".encode() * n, 1))
+    kinds = ("txt", "jsonl", "json", "txt.gz")
+    names = [f"{size}.{kind}" for size in sizes for kind in kinds]
+    command = [sys.executable, "-c", MEMORY, bpe, *names]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak")]
+    assert len(peaks) == len(names), done.stderr
+    assert peaks[-1] - peaks[len(kinds) - 1] < 4000  # kB, where the texts differ by 6 MB
