@@ -409,7 +409,7 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         except (RuntimeError, MemoryError, OverflowError) as error:  # shapes beyond any memory
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].rpartition("] ")[2]
             raise UserError(f"{path}: no model can be made of its hyperparameters ({reason})") from error
         _check_encoder(encoder, model, meta["encoder_fingerprint"], path)
         _copy_into(model, file, path)
@@ -447,10 +447,10 @@ def _open_tensors(path) -> safe_open:
             start, size = file.read(9), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise UserError(f"cannot read the model file {path}: {error.strerror}") from error
-    if start[:1] == b"\x80" or start[:2] == b"PK":
-        raise UserError(f"{path} is a pickle, which can run code and is not read; model files are safetensors")
     header = int.from_bytes(start[:8], "little")
-    if len(start) < 9 or start[8:] != b"{":
+    if start[8:] != b"{":
+        if start[:1] == b"\x80" or start[:2] == b"PK":  # bytes that a header's size may begin with too
+            raise UserError(f"{path} is a pickle, which can run code and is not read; model files are safetensors")
         raise UserError(f"{path} is not a model file: safetensors was expected")
     if header > min(size - 8, MAX_HEADER):
         limit = f"the file has {size}, and {MAX_HEADER} is the most"
