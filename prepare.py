@@ -480,8 +480,11 @@ def write(source: Source, encoder: Encoder, output: str) -> None:
             n_bytes = encode_all(reader, encoder, spool)
             if not spool.n_documents:
                 raise UserError(f"there is no text in {source.name}: every document is empty or not UTF-8")
+            bar.reset(spool.n_tokens * spool.dtype.itemsize)
+            bar.set_description("shuffling")
             for tokens, last in spool.shuffled(SEED):
                 writer.add(tokens, last)
+                bar.update(tokens.nbytes)
         except OSError as error:  # a full disk, above all
             raise UserError(f"cannot write beside {output}: {error.strerror or error}") from error
     print(f"{output}: {writer.n_documents:,} documents, {writer.n_tokens:,} tokens ({writer.dtype.name}), "

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -463,9 +464,17 @@ def test_batches_are_the_numbered_samples(split):
         for (x, y), windows in zip(step, wanted):
             assert x.is_contiguous()
             assert y.is_contiguous()
-            assert str(x.dtype) == "torch.int64"
+            assert x.dtype == torch.int64
             assert x.tolist() == windows[:, :-1].tolist()
             assert y.tolist() == windows[:, 1:].tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu_are_those_on_the_cpu(split):
+    """Held until the end, and compared last: a pinned block used again too early would show in the first ones."""
+    on_gpu = take(Loader(split, 4, 4, 2, device="cuda"), 300)
+    assert all(x.is_cuda and y.is_cuda and x.is_contiguous() for step in on_gpu for x, y in step)
+    assert rows(on_gpu) == rows(take(Loader(split, 4, 4, 2), 300))
 
 
 def test_any_start_gives_the_same_batches(split):
