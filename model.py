@@ -3,19 +3,27 @@ it stands in its Config.
 
 Notation:  B rows · T tokens · S keys · V vocab_size · C n_embd · D n_qkv · H n_head · d = D / H · J chunks
 
-Index:  helpers · where tokens stand, and what layers carry · attention · mixers: softmax, AFT, expert attention ·
-        projections and feed-forward · the language model · strawberry · tinystar · registry, initialisation
+Index:  helpers · rotary positions · where tokens stand, and what layers carry · who sees whom · sums over chunks ·
+        mixers: softmax, AFT, LAM, expert attention · projections and feed-forward · attention layers · positions ·
+        the language model · strawberry · strawberry-v0 · palm · tinystar · transformer · registry, initialisation
 
-How it fits together: mixers mix q, k, v over time, projections make them, blocks wire, models stack. A mixer is
-`forward(q, k, v, x, at, state) -> y`, all (B, T, ·): x is the normed input (routers read it), `at` says where the tokens
-stand, `state` is what the layer carried from earlier calls (None when the whole sequence is given at once).
+How it fits together: mixers mix q, k, v over time, projections make them, blocks wire, models stack. A mixer is a
+module with
+
+    forward(q, k, v, x, at, state) -> y      all (B, T, ·); x is the normed input, which routers read; `at` says where
+                                             the tokens stand; `state` is what was carried from earlier calls, None
+                                             where the whole sequence is given at once
+    new_state(batch, max_length, device, dtype) -> State | list | None
+    flops(T) -> operations of its matrix products per token, windows and causality not discounted
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -69,16 +77,94 @@ def linear_scan(decay: Tensor, x: Tensor) -> Tensor:
     return torch.cat((h, decay[:, even:] * h[:, -1:] + x[:, even:]), dim=1)
 
 
-# ---- where tokens stand, and what layers carry ---------------------------------------------------------------------
+# ---- rotary positions ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RopeScaling:
+    """Rotary positions beyond the length that a model was trained for. What applies is fixed at build."""
+
+    type: str = option("none", "the method", choices=("none", "linear", "ntk", "yarn", "longrope"))
+    factor: float | None = option(None, "new length / old; longrope: default block_size / original", low=1)
+    original_max_position: int | None = option(None, "length trained for (yarn, longrope)", low=2)
+    beta_fast: float = option(32.0, "yarn: pairs that turn more often than this in the old length stay", above=0)
+    beta_slow: float = option(1.0, "yarn: pairs that turn less often than this are interpolated", above=0)
+    attention_factor: float | None = option(None, "yarn, longrope: default as in the papers", above=0)
+    short_factor: list[float] | None = option(None, "longrope: a divisor per pair, up to the old length", above=0)
+    long_factor: list[float] | None = option(None, "longrope: a divisor per pair, beyond the old length", above=0)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        needed = {"linear": ["factor"], "ntk": ["factor"], "yarn": ["factor", "original_max_position"],
+                  "longrope": ["original_max_position", "short_factor", "long_factor"]}
+        for name in needed.get(self.type, []):
+            if getattr(self, name) is None:
+                yield name, f"is needed by type {self.type!r}"
+
+
+def rope_frequencies(dim: int, scaling: RopeScaling, block_size: int, base: float = 10000.0) -> tuple[Tensor, float]:
+    """Radians per position of each rotary pair, (dim/2,) float64, and the attention factor, whose square multiplies the
+    softmax scale."""
+    pair = torch.arange(0, dim, 2, dtype=torch.float64)
+    plain = base ** (-pair / dim)
+    return ROPE_SCALINGS[scaling.type](plain, scaling, block_size, base)
+
+
+def rope_plain(plain: Tensor, c: RopeScaling, block_size: int, base: float) -> tuple[Tensor, float]:
+    return plain, 1.0
+
+
+def rope_linear(plain: Tensor, c: RopeScaling, block_size: int, base: float) -> tuple[Tensor, float]:
+    return plain / c.factor, 1.0  # position interpolation, arXiv 2306.15595
+
+
+def rope_ntk(plain: Tensor, c: RopeScaling, block_size: int, base: float) -> tuple[Tensor, float]:
+    dim = 2 * len(plain)
+    wider = base * c.factor ** (dim / max(dim - 2, 1))  # arXiv 2309.00071, eq. 16
+    return wider ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim), 1.0
+
+
+def rope_yarn(plain: Tensor, c: RopeScaling, block_size: int, base: float) -> tuple[Tensor, float]:
+    """arXiv 2309.00071: between pairs that stay and pairs that are interpolated a ramp, linear in the pair's index, its
+    ends rounded outwards, as the authors' code and all published checkpoints have it."""
+    dim = 2 * len(plain)
+
+    def pair_that_turns(times: float) -> float:  # base^(−2i/dim) · length = 2π · times, solved for i
+        return dim * math.log(c.original_max_position / (2 * math.pi * times)) / (2 * math.log(base))
+
+    low = max(math.floor(pair_that_turns(c.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(c.beta_slow)), dim - 1)
+    index = torch.arange(len(plain), dtype=torch.float64)
+    ramp = ((index - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    default = 0.1 * math.log(c.factor) + 1  # eq. 22
+    return plain * (1 - ramp) + plain / c.factor * ramp, c.attention_factor or default
+
+
+def rope_longrope(plain: Tensor, c: RopeScaling, block_size: int, base: float) -> tuple[Tensor, float]:
+    """arXiv 2402.13753: a divisor for each pair, from the long list where block_size exceeds the old length."""
+    divisors = c.long_factor if block_size > c.original_max_position else c.short_factor
+    if len(divisors) != len(plain):
+        raise UserError(f"rope_scaling has {len(divisors)} factors, heads have {len(plain)} rotary pairs; give as many")
+    factor = c.factor or block_size / c.original_max_position
+    default = math.sqrt(1 + math.log(factor) / math.log(c.original_max_position)) if factor > 1 else 1.0
+    return plain / torch.tensor(divisors, dtype=torch.float64), c.attention_factor or default
+
+
+ROPE_SCALINGS = {
+    "none": rope_plain,
+    "linear": rope_linear,
+    "ntk": rope_ntk,
+    "yarn": rope_yarn,
+    "longrope": rope_longrope,
+}
 
 
 class Rope(nn.Module):
     """Rotary positions (arXiv 2104.09864): the cosines and sines of given positions."""
 
-    def __init__(self, dim: int, base: float = 10000.0):
+    def __init__(self, frequencies: Tensor):
         super().__init__()
-        self.exact = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        self.register_buffer("frequency", self.exact.float(), persistent=False)
+        self.exact = frequencies  # (d/2,) float64
+        self.register_buffer("frequency", frequencies.float(), persistent=False)
 
     def _apply(self, fn, recurse=True):
         # bfloat16 frequencies would turn far positions by the wrong angle, and float64 ones made from float32 too:
@@ -100,31 +186,50 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)
 
 
+# ---- where tokens stand, and what layers carry ---------------------------------------------------------------------
+
+
 @dataclass
 class At:
     """Where the tokens of one call stand: all that a layer may know besides q, k, v and x."""
 
     pos: Tensor  # (1, T) or (B, T), counted from each row's start
     rope: tuple[Tensor, Tensor] | None = None
-    slot: int = 0  # tokens in each retention chunk of this call
+    slot: int = 0  # tokens in each chunk of this call, where weights change from chunk to chunk
     count: Tensor | None = None  # (B,) how many of the tokens are real, the others being padding; None: all
-    border: bool | Tensor = True  # whether the call begins at a retention chunk's border, (B,) where rows differ
+    border: bool | Tensor = True  # whether the call begins at a chunk's border, (B,) where rows differ
     active: Tensor | None = None  # (B, T) tokens whose depth reaches this pass; None: all
+    causal: bool = True  # False in an encoder, where every token sees every other
+    padding: Tensor | None = None  # (B, T) padding that nobody sees, in an encoder
+    memory: Memory | None = None  # what the encoder made of the source
     masks: dict = field(default_factory=dict)
 
     def real(self) -> Tensor | None:
-        """(B, T), False for padding; None when there is none."""
+        """(B, T), False for padding after a row's last token; None when there is none."""
         if self.count is None:
             return None
         return torch.arange(self.pos.size(1), device=self.pos.device) < self.count.unsqueeze(1)
 
-    def mask(self, window: Window) -> Tensor | None:
-        """Who sees whom in this call, (B, 1, T, T), made once for all layers; None for plain causal attention."""
-        if window.size is None or window.size >= self.pos.size(1):
+    def mask(self, view: View) -> Tensor | None:
+        """Who sees whom in this call, (B, H or 1, T, T), made once for all layers; None for plain causal attention."""
+        if self.causal and view.covers(self.pos.size(1)):
             return None
-        if window.size not in self.masks:
-            self.masks[window.size] = window.sees(self.pos, self.pos)
-        return self.masks[window.size]
+        if view.key not in self.masks:
+            mask = view.sees(self.pos, self.pos, self.causal)
+            if self.padding is not None:
+                mask = mask & ~self.padding[:, None, None, :]
+            self.masks[view.key] = mask
+        return self.masks[view.key]
+
+    def counted(self, u: Tensor) -> Tensor:
+        """u (B, T, ·) for a sum over tokens: padding and frozen tokens stay out."""
+        for mask in (self.real(), self.active):
+            u = u if mask is None else u * mask.unsqueeze(-1)
+        return u
+
+    def moved(self, old: Tensor, new: Tensor) -> Tensor:
+        """x after a step: frozen tokens keep theirs."""
+        return new if self.active is None else torch.where(self.active.unsqueeze(-1), new, old)
 
 
 class State:
@@ -144,22 +249,26 @@ class State:
 
 
 class Ring(State):
-    """The newest `size` keys and values of each row, at slot `position % size`; one slot more takes what is dropped."""
+    """The newest `size` tensors of each row, at slot `position % size`; one slot more takes what is dropped."""
 
     def __init__(self, batch: int, device, dtype, size: int, **widths: int):
         self.size, self.names = size, tuple(widths)
         tensors = {name: ((size + 1, width), 0.0, dtype) for name, width in widths.items()}
         super().__init__(batch, device, pos=((size + 1,), -1, torch.int64), **tensors)
 
+    def held(self) -> tuple[Tensor, ...]:
+        return *(getattr(self, name)[:, : self.size] for name in self.names), self.pos[:, : self.size]
+
     def extend(self, at: At, *new: Tensor) -> tuple[Tensor, ...]:
-        """Add the call's tensors (B, T, ·); returns each with what is kept before it, (B, S, ·), and positions (B, S)."""
-        T, pos = at.pos.size(1), at.pos.expand(new[0].size(0), -1)
-        old = [] if T == 1 else [getattr(self, name)[:, : self.size].clone() for name in self.names]
-        old_pos = self.pos[:, : self.size].clone()
+        """Add the call's tensors (B, T, ·). Returns each with what was kept before it, (B, S, ·), and all positions
+        (B, S), −1 where a slot is empty."""
+        pos = at.pos.expand(new[0].size(0), -1)
+        if at.pos.size(1) == 1:  # the slot written to held the one that just left the window: the ring is what is seen
+            self.write(at, pos, new)
+            return self.held()
+        old = tuple(tensor.clone() for tensor in self.held())
         self.write(at, pos, new)
-        if T == 1:  # the token's slot held the one that just left the window: the ring itself is what it sees
-            return *(getattr(self, name)[:, : self.size] for name in self.names), self.pos[:, : self.size]
-        return *(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True)), torch.cat((old_pos, pos), dim=1)
+        return tuple(torch.cat((o, n.to(o.dtype)), dim=1) for o, n in zip(old, (*new, pos), strict=True))
 
     def write(self, at: At, pos: Tensor, new: tuple[Tensor, ...]) -> None:
         T = pos.size(1)
@@ -190,13 +299,13 @@ class Cache:
     >>> cache.reset([1])                            # row 1 starts anew, row 0 goes on
     """
 
-    def __init__(self, layers: list, batch_size: int, max_length: int, device):
-        self.layers, self.max_length = layers, max_length
+    def __init__(self, layers: list, batch_size: int, max_length: int, device, memory: Memory | None = None):
+        self.layers, self.max_length, self.memory = layers, max_length, memory
         self.length = [0] * batch_size  # on the host too, so that no decision waits for the device
         self.pos = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     def reset(self, rows) -> None:
-        rows = [rows] if isinstance(rows, int) else list(rows)
+        rows = [rows] if isinstance(rows, int) else [int(row) for row in rows]
         for row in rows:
             self.length[row] = 0
         self.pos[rows] = 0
@@ -211,36 +320,105 @@ class Cache:
         return sum(state.nbytes() for state in states_in(self.layers))
 
 
-# ---- attention -----------------------------------------------------------------------------------------------------
+# ---- who sees whom -------------------------------------------------------------------------------------------------
 
 
-class Window:
-    """Causal attention to the newest `size` tokens, the token itself among them; None: to all."""
+def pairs(q_pos: Tensor, k_pos: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions (B, T) and (B, S), −1 where a slot is empty: shaped to compare, and whether s may be seen at all."""
+    q_pos, k_pos = q_pos[:, None, :, None], k_pos[:, None, None, :]  # (B, 1, T, 1) and (B, 1, 1, S)
+    return q_pos, k_pos, (k_pos >= 0) & (k_pos <= q_pos) if causal else k_pos >= 0
+
+
+class View:
+    """Attention to all, or to the newest `size` tokens, the token itself among them; in an encoder, to both sides."""
 
     def __init__(self, size: int | None = None):
         self.size = size
+        self.key = ("window", size)
 
-    def sees(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        """(B, T) and (B, S) positions, −1 where a slot is empty, to (B, 1, T, S)."""
-        q_pos, k_pos = q_pos.unsqueeze(-1), k_pos.unsqueeze(-2)
-        seen = (k_pos <= q_pos) & (k_pos >= 0)
-        if self.size is not None:
-            seen = seen & (k_pos > q_pos - self.size)
-        return seen.unsqueeze(1)
+    def covers(self, T: int) -> bool:
+        """Whether, for T tokens, it is plain causal attention."""
+        return self.size is None or self.size >= T
+
+    def kept(self, max_length: int) -> int:
+        """How many of the newest keys a cache must hold."""
+        return max_length if self.size is None else min(self.size, max_length)
+
+    def sees(self, q_pos: Tensor, k_pos: Tensor, causal: bool = True) -> Tensor:
+        """(B, T) and (B, S) positions to (B, H or 1, T, S)."""
+        q_pos, k_pos, allowed = pairs(q_pos, k_pos, causal)
+        return allowed if self.size is None else allowed & ((q_pos - k_pos).abs() < self.size)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None = None, dropout: float = 0.0):
+class LongformerView(View):
+    """A window, and the first n_global tokens as globals (arXiv 2004.05150), which see s ≤ t like all."""
+
+    def __init__(self, size: int, n_global: int):
+        super().__init__(size)
+        self.n_global = n_global
+        self.key = ("longformer", size, n_global)
+
+    def kept(self, max_length: int) -> int:
+        return max_length
+
+    def sees(self, q_pos: Tensor, k_pos: Tensor, causal: bool = True) -> Tensor:
+        q_pos, k_pos, allowed = pairs(q_pos, k_pos, causal)
+        near = (q_pos - k_pos).abs() < self.size
+        return allowed & (near | (k_pos < self.n_global) | (q_pos < self.n_global))
+
+
+class BigBirdView(View):
+    """Longformer's, and n_random blocks of tokens, drawn for each head and block of queries from the blocks before it
+    (arXiv 2007.14062). The draw goes by (seed, layer, head, block) alone: a longer text changes nothing."""
+
+    def __init__(self, c, layer: int):
+        super().__init__(c.window)
+        self.base, self.block, self.n_random = LongformerView(c.window, c.n_global), c.sparse_block, c.n_random
+        self.seed, self.layer, self.n_head = c.sparse_seed, layer, c.n_head
+        self.key = ("bigbird", layer)
+        self.table = self.draw(-(-c.block_size // c.sparse_block))
+
+    def draw(self, n: int) -> Tensor:
+        """(H, n, n): whether a block of queries sees a block of keys by lot."""
+        table = torch.zeros(self.n_head, n, n, dtype=torch.bool)
+        for head in range(self.n_head):
+            for b in range(n):
+                lots = random.Random(f"{self.seed},{self.layer},{head},{b}")
+                table[head, b, lots.sample(range(b), min(self.n_random, b))] = True
+        return table
+
+    def kept(self, max_length: int) -> int:
+        return max_length
+
+    def sees(self, q_pos: Tensor, k_pos: Tensor, causal: bool = True) -> Tensor:
+        blocks = -(-max(q_pos.size(1), k_pos.size(1)) // self.block)
+        if blocks > self.table.size(1):  # a text longer than block_size
+            self.table = self.draw(blocks)
+        table = self.table.to(q_pos.device)
+        q, k = ((p.clamp(min=0) // self.block).clamp(max=table.size(1) - 1) for p in (q_pos, k_pos))
+        lot = table[:, q.unsqueeze(-1), k.unsqueeze(-2)].transpose(0, 1)  # (B, H, T, S)
+        return self.base.sees(q_pos, k_pos, causal) | (lot & (k_pos >= 0)[:, None, None, :])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, dropout: float = 0.0) -> Tensor:
     """softmax(q kᵀ · scale + mask) v. q (B, T, H, d), k and v (B, S, Hkv, ·) to (B, T, H, ·); no mask: causal, T = S.
 
     SDPA's own causal mask is only right where queries and keys begin together, so a cache always brings a mask.
     """
     if k.size(2) != q.size(2):
-        k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout
+        q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout
     )
     return y.transpose(1, 2)
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, dropout: float = 0.0) -> Tensor:
+    """`attend` where padding may leave a token nobody to see: it mixes to zero, where softmax alone would give NaN."""
+    blind = ~mask.any(dim=-1, keepdim=True)  # (B, H or 1, T or 1, 1)
+    y = attend(q, k, v, mask | blind, scale=scale, dropout=dropout)
+    return y.masked_fill(blind.transpose(1, 2), 0.0)
 
 
 # How a family readies q and k (B, T, ·) for its mixers: (q, k, at) -> (q, k)
@@ -269,51 +447,127 @@ def rotary_qk_norm(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
     return q, k
 
 
+# ---- sums over chunks ----------------------------------------------------------------------------------------------
+
+
+def to_chunks(x: Tensor, slot: int) -> Tensor:
+    """(B, T, ·) to (B, J, slot, ·), zeros after the last token."""
+    return F.pad(x, (0, 0, 0, -x.size(1) % slot)).unflatten(1, (-1, slot))
+
+
+def project(x: Tensor, w: Tensor, at: At) -> Tensor:
+    """x (B, T, in) through w (out, in), or through the w (B, J, out, in) of each token's chunk."""
+    if w.dim() == 2:
+        return F.linear(x, w)
+    y = to_chunks(x, at.slot) @ w.mT.to(x.dtype)  # (B, J, slot, out)
+    return y.flatten(1, 2)[:, : x.size(1)]
+
+
+class ChunkState(State):
+    """For one use of `by_chunks`: Σ uᵀ v over finished chunks and over the open one, and what was made for that one."""
+
+    def __init__(self, batch: int, device, dtype, C: int, shapes: list[tuple[int, ...]]):
+        self.names = [f"made{i}" for i in range(len(shapes))]
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        tensors = {name: (shape, 0.0, dtype) for name, shape in zip(self.names, shapes, strict=True)}
+        square = ((C, C), 0.0, dtype)
+        super().__init__(batch, device, finished=square, partial=square, **tensors)
+
+    def open(self, border: bool | Tensor) -> None:
+        """At a border the open chunk is finished: its sum joins the others."""
+        if border is False:
+            return
+        done = self.partial.clone() if border is True else torch.where(border.view(-1, 1, 1), self.partial, 0.0)
+        self.finished += done
+        self.partial -= done
+
+    def made(self) -> list[Tensor]:
+        return [getattr(self, name).unsqueeze(1) for name in self.names]
+
+    def keep(self, at: At, before: Tensor, sums: Tensor, made: Sequence[Tensor]) -> None:
+        """Carry what belongs to the chunk of each row's last real token."""
+        rows = torch.arange(before.size(0), device=before.device)
+        last = -1 if at.count is None else (at.count - 1).clamp(min=0) // at.slot
+        for mine, new in zip((self.finished, self.partial), (before, sums), strict=True):
+            mine.copy_(new[rows, last])
+        for name, new in zip(self.names, made, strict=True):
+            getattr(self, name).copy_(new.expand(len(rows), *new.shape[1:])[rows, last])
+
+
+def by_chunks(u: Tensor, v: Tensor, at: At, state: ChunkState | None, make: Callable) -> Sequence[Tensor]:
+    """What each chunk of each row is given, from the chunks before it alone.
+
+    u, v (B, T, C), zero where a token does not count. make(before), before (B, J, C, C) = Σ uᵀ v over the chunks before
+    each, returns tensors (B, J, ·, ·). A chunk that an earlier call opened keeps what was made for it then.
+    """
+    with full_precision(u):
+        sums = to_chunks(wide(u), at.slot).mT @ to_chunks(wide(v), at.slot)  # (B, J, C, C)
+    if state is None:
+        return make(shifted(sums))
+    state.open(at.border)
+    sums[:, 0] += state.partial
+    before = state.finished.unsqueeze(1) + shifted(sums)
+    made, kept = (state.made() if at.border is False else make(before)), state.made()
+    if isinstance(at.border, Tensor):  # some rows stand inside a chunk
+        made = [torch.where(at.border.view(-1, 1, 1, 1), m, k) for m, k in zip(made, kept, strict=True)]
+    state.keep(at, before, sums, made)
+    return made
+
+
+def shifted(sums: Tensor) -> Tensor:
+    """Σ over the chunks before each, (B, J, C, C)."""
+    return F.pad(sums, (0, 0, 0, 0, 1, -1)).cumsum(dim=1)
+
+
 # ---- mixers --------------------------------------------------------------------------------------------------------
 
 
-class Mixer(nn.Module):
-    """Mixes q, k, v over time. `new_state` makes what it carries between calls, `flops` counts its products per token."""
+class Softmax(nn.Module):
+    """Softmax attention, H heads of d channels; k and v may have fewer heads than q (arXiv 2305.13245)."""
 
-    def new_state(self, batch: int, max_length: int, device, dtype) -> State | list | None:
-        raise NotImplementedError
-
-    def flops(self, T: int) -> float:
-        raise NotImplementedError
-
-
-class Softmax(Mixer):
-    """Softmax attention over a window, heads of d channels; k and v may have fewer heads than q (arXiv 2305.13245)."""
-
-    def __init__(self, n_head: int, d: int, *, n_kv_head: int | None = None, window: int | None = None, prepare=as_is,
-                 dropout: float = 0.0):
+    def __init__(self, c, *, n_head: int | None = None, n_kv_head: int | None = None, view: View | None = None,
+                 prepare: Callable = as_is):
         super().__init__()
-        self.n_head, self.n_kv_head, self.d = n_head, n_kv_head or n_head, d
-        self.window, self.prepare, self.dropout = Window(window), prepare, dropout
+        self.n_head, self.d = n_head or c.n_head, c.n_qkv // c.n_head
+        self.n_kv_head = n_kv_head or self.n_head
+        self.view, self.prepare, self.dropout = view or View(), prepare, c.dropout
+        self.scale = self.d**-0.5 * rope_attention(c, prepare)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: Ring | None) -> Tensor:
         q, k = self.prepare(q, k, at)
-        mask = at.mask(self.window)
-        if state is not None:
+        if state is None:
+            mask = at.mask(self.view)
+        else:
             k, v, k_pos = state.extend(at, k, v)
-            mask = self.window.sees(at.pos, k_pos)
+            mask = self.view.sees(at.pos, k_pos)
         q, k, v = (x.unflatten(-1, (-1, self.d)) for x in (q, k, v))
-        return attend(q, k, v, mask, dropout=self.dropout if self.training else 0.0).flatten(2)
+        mix = attend if at.causal else attend_all
+        return mix(q, k, v, mask, scale=self.scale, dropout=self.dropout if self.training else 0.0).flatten(2)
 
     def new_state(self, batch: int, max_length: int, device, dtype) -> Ring:
-        size = max_length if self.window.size is None else min(self.window.size, max_length)
-        return Ring(batch, device, dtype, size, k=self.n_kv_head * self.d, v=self.n_kv_head * self.d)
+        width = self.n_kv_head * self.d
+        return Ring(batch, device, dtype, self.view.kept(max_length), k=width, v=width)
 
     def flops(self, T: int) -> float:
         return 4 * T * self.n_head * self.d
 
 
+def rope_attention(c, prepare: Callable) -> float:
+    """What the softmax scale is multiplied by where rotary positions are scaled: the attention factor, squared."""
+    if prepare not in (rotary, rotary_qk_norm):
+        return 1.0
+    return rope_frequencies(c.n_qkv // c.n_head, c.rope_scaling, c.block_size)[1] ** 2
+
+
 class Sums(NamedTuple):
-    """Running sums of exp(k)·v and exp(k), (B, T, D), both divided by exp(top), the running maximum of k."""
+    """Σ exp(k)·v and Σ exp(k) over some tokens, (…, D), both divided by exp(top), about their largest k."""
 
     top: Tensor
     numerator: Tensor
     denominator: Tensor
+
+    def mean(self) -> Tensor:
+        return self.numerator / torch.where(self.denominator > 0, self.denominator, 1.0)
 
 
 def merge(a: Sums, b: Sums) -> Sums:
@@ -324,26 +578,26 @@ def merge(a: Sums, b: Sums) -> Sums:
     return Sums(top, a.numerator * fa + b.numerator * fb, a.denominator * fa + b.denominator * fb)
 
 
-def running_sums(k: Tensor, v: Tensor) -> Sums:
-    """Σ_{s ≤ t} exp(k_s) v_s and Σ_{s ≤ t} exp(k_s) for every t, against the running maximum: no overflow, and no early
-    token lost to a later one's maximum. k, v (B, T, D)."""
-    top = k.cummax(dim=1).values
-    decay = torch.cat((torch.zeros_like(top[:, :1]), (top[:, :-1] - top[:, 1:]).exp()), dim=1)
-    e = (k - top).exp()
-    numerator, denominator = linear_scan(torch.cat((decay, decay), -1), torch.cat((e * v, e), -1)).chunk(2, dim=-1)
-    return Sums(top, numerator, denominator)
+def running(each: Sums) -> Sums:
+    """The sums over all s ≤ t, for every t (axis 1), against the running maximum: no overflow, and no early token is
+    lost to a later one's maximum."""
+    top = each.top.cummax(dim=1).values
+    decay = F.pad((top[:, :-1] - top[:, 1:]).exp(), (0, 0, 1, 0))
+    e = (each.top - top).exp()
+    both = linear_scan(torch.cat((decay, decay), -1), torch.cat((e * each.numerator, e * each.denominator), -1))
+    return Sums(top, *both.chunk(2, dim=-1))
 
 
 class AFTSimpleFunction(torch.autograd.Function):
     """o_t = Σ_{s ≤ t} exp(k_s) v_s / Σ_{s ≤ t} exp(k_s), keeping five (B, T, D) tensors for the way back.
 
-    With r_t = ∂L/∂o_t / Σ_{s ≤ t} exp(k_s), the gradients are sums over the future, again a scan, backwards:
+    With r_t = ∂L/∂o_t / Σ_{s ≤ t} exp(k_s), the gradients are sums over the future, a scan again, backwards:
     ∂L/∂v_s = exp(k_s) Σ_{t ≥ s} r_t and ∂L/∂k_s = exp(k_s) (v_s Σ_{t ≥ s} r_t − Σ_{t ≥ s} r_t o_t).
     """
 
     @staticmethod
     def forward(ctx, k: Tensor, v: Tensor) -> Tensor:
-        sums = running_sums(k, v)
+        sums = running(Sums(k, v, torch.ones_like(v)))
         o = sums.numerator / sums.denominator
         ctx.save_for_backward(k, v, o, sums.top, sums.denominator)
         return o
@@ -352,43 +606,290 @@ class AFTSimpleFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         k, v, o, top, denominator = ctx.saved_tensors
         r = grad / denominator
-        decay = torch.cat(((top[:, :-1] - top[:, 1:]).exp(), torch.zeros_like(top[:, :1])), dim=1).flip(1)
+        decay = F.pad((top[:, :-1] - top[:, 1:]).exp(), (0, 0, 0, 1)).flip(1)
         both = linear_scan(torch.cat((decay, decay), -1), torch.cat((r, r * o), -1).flip(1)).flip(1)
         after, weighted = both.chunk(2, dim=-1)
         e = (k - top).exp()
         return e * (v * after - weighted), e * after
 
 
-class AFTSimple(Mixer):
+class AFTSimple(nn.Module):
     """Attention-free mixing (arXiv 2105.14103) without positions: y_t = σ(q_t) ⊙ Σ exp(k_s) v_s / Σ exp(k_s)."""
 
-    def __init__(self, c, prepare):
+    def __init__(self, c, prepare: Callable):
         super().__init__()
         self.width, self.prepare = c.n_qkv, prepare
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: State | None) -> Tensor:
         q, k = self.prepare(q, k, at)
-        o = AFTSimpleFunction.apply(wide(k), wide(v)) if state is None else self.go_on(wide(k), wide(v), at, state)
+        if not at.causal:
+            o = self.of_all(wide(k), wide(v), at)
+        elif state is None:
+            o = AFTSimpleFunction.apply(wide(k), wide(v))
+        else:
+            o = self.go_on(wide(k), wide(v), at, state)
         return (torch.sigmoid(wide(q)) * o).to(v.dtype)
+
+    def of_all(self, k: Tensor, v: Tensor, at: At) -> Tensor:
+        if at.padding is not None:
+            k = k.masked_fill(at.padding.unsqueeze(-1), -1e30)
+            v = v.masked_fill(at.padding.all(dim=1)[:, None, None], 0.0)  # nobody to see: zero
+        return (k.softmax(dim=1) * v).sum(dim=1, keepdim=True).expand_as(v)
 
     def go_on(self, k: Tensor, v: Tensor, at: At, state: State) -> Tensor:
         real = at.real()
         if real is not None:
-            k = k.masked_fill(~real.unsqueeze(-1), -1e30)  # finite: padding must not make NaN of its own row's sums
+            k = k.masked_fill(~real.unsqueeze(-1), -1e30)  # not −∞: padding must not make NaN of its own row
         earlier = Sums(*(t.unsqueeze(1) for t in (state.top, state.numerator, state.denominator)))
-        sums = merge(earlier, running_sums(k, v))
-        some = at.count is None or (at.count > 0).unsqueeze(-1)
+        sums = merge(earlier, running(Sums(k, v, torch.ones_like(v))))
         for kept, new in zip((state.top, state.numerator, state.denominator), sums, strict=True):
-            kept.copy_(new[:, -1] if some is True else torch.where(some, new[:, -1], kept))
-        return sums.numerator / sums.denominator
+            new = new[:, -1]
+            kept.copy_(new if at.count is None else torch.where((at.count > 0).unsqueeze(-1), new, kept))
+        return sums.mean()
 
     def new_state(self, batch: int, max_length: int, device, dtype) -> State:
-        wide_type = torch.float64 if dtype == torch.float64 else torch.float32
-        zero = ((self.width,), 0.0, wide_type)
-        return State(batch, device, top=((self.width,), -torch.inf, wide_type), numerator=zero, denominator=zero)
+        return sums_state(batch, device, dtype, self.width)
 
     def flops(self, T: int) -> float:
         return 0
+
+
+def sums_state(batch: int, device, dtype, width: int) -> State:
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    zero = ((width,), 0.0, dtype)
+    return State(batch, device, top=((width,), -torch.inf, dtype), numerator=zero, denominator=zero)
+
+
+class AFTPositional(nn.Module):
+    """Attention-free mixing with learned positions: y_t = σ(q_t) ⊙ Σ exp(k_s + p_{t,s}) v_s / Σ exp(k_s + p_{t,s}).
+
+    A kind gives `positions(t, s)`: p for index tensors t (…, T, 1) and s (…, 1, S), as (G, …, T, S) for G groups of
+    channels. Where `window` is set, p is 0 from t − s = window on, but the sum still runs over every s.
+
+    The tokens are cut into blocks: pairs within a block are computed exactly, block pairs within the window as matrix
+    products against each block's largest key, and what lies before the window as running sums.
+    """
+
+    block = 32
+    groups = 1
+
+    def __init__(self, c, prepare: Callable, window: int | None):
+        super().__init__()
+        self.width, self.window, self.prepare = c.n_qkv, window, prepare
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: list | None) -> Tensor:
+        q, k = self.prepare(q, k, at)
+        with full_precision(x):
+            if not at.causal:
+                o = self.of_all(wide(k), wide(v), at)
+            elif state is None:
+                o = self.whole(wide(k), wide(v))
+            else:
+                o = self.go_on(wide(k), wide(v), at, state)
+        return (torch.sigmoid(wide(q)) * o).to(v.dtype)
+
+    def whole(self, k: Tensor, v: Tensor) -> Tensor:
+        T, c = k.size(1), self.block
+        k, v = to_chunks(k, c), to_chunks(v, c)  # (B, J, c, D)
+        J = k.size(1)
+        sums = self.within(k, v)
+        top = k.amax(dim=2, keepdim=True).detach()
+        e = (k - top).exp()
+        blocks = Sums(top, e * v, e)
+        near = J - 1 if self.window is None else min(J - 1, -(-(self.window - 1) // c))
+        for r in range(1, near + 1):
+            sums = merge(sums, delayed(self.across(blocks, r), r))
+        if near < J - 1:
+            before = running(Sums(top[:, :, 0], blocks.numerator.sum(2), blocks.denominator.sum(2)))
+            far = Sums(*(t[:, : J - near - 1].unsqueeze(2) for t in before))
+            sums = merge(sums, delayed(far, near + 1))
+        return sums.mean().flatten(1, 2)[:, :T]
+
+    def within(self, k: Tensor, v: Tensor) -> Sums:
+        """Of each token over its own block, pair by pair."""
+        J, c = k.size(1), k.size(2)
+        i = torch.arange(c, device=k.device)
+        start = c * torch.arange(J, device=k.device)[:, None, None]
+        p = self.per_channel(self.positions(start + i[:, None], start + i))  # (J, c, c, D or 1)
+        p = p.masked_fill((i > i[:, None])[..., None], -torch.inf)
+        score = k.unsqueeze(2) + p  # (B, J, t, s, D)
+        top = score.amax(dim=3).detach()
+        e = (score - top.unsqueeze(3)).exp()
+        return Sums(top, (e * v.unsqueeze(2)).sum(dim=3), e.sum(dim=3))
+
+    def across(self, blocks: Sums, r: int) -> Sums:
+        """Of each token over the block r before its own, for blocks r …, (B, J − r, c, D)."""
+        J, c = blocks.top.size(1) - r, blocks.numerator.size(2)
+        i = torch.arange(c, device=blocks.top.device)
+        start = c * torch.arange(J, device=i.device)[:, None, None]
+        p = self.positions(start + r * c + i[:, None], start + i)  # (G, J, c, c)
+        highest = p.amax(dim=-1, keepdim=True).detach()
+        weight = (p - highest).exp()
+
+        def mixed(x: Tensor) -> Tensor:
+            x = x[:, :J].unflatten(-1, (self.groups, -1))  # (B, J, s, G, D / G)
+            return torch.einsum("gjts,bjsgd->bjtgd", weight, x).flatten(3)
+
+        top = blocks.top[:, :J] + self.per_channel(highest)[..., 0, :]
+        return Sums(top.expand(-1, -1, c, self.width), mixed(blocks.numerator), mixed(blocks.denominator))
+
+    def per_channel(self, p: Tensor) -> Tensor:
+        """(G, …) to (…, D), or (…, 1) where all channels share p."""
+        p = p.movedim(0, -1)
+        return p if self.groups == 1 else p.repeat_interleave(self.width // self.groups, dim=-1)
+
+    def of_all(self, k: Tensor, v: Tensor, at: At) -> Tensor:
+        """In an encoder: every token sees all, p by the distance where there is a window."""
+        if at.padding is not None:
+            k = k.masked_fill(at.padding.unsqueeze(-1), -torch.inf)
+        top = k.amax(dim=1, keepdim=True).clamp(min=-1e30).detach()
+        e = (k - top).exp()
+        i = torch.arange(k.size(1), device=k.device)
+        p = self.positions(i[:, None], i[None, :])  # (G, T, S)
+        weight = (p - p.amax(dim=-1, keepdim=True).detach()).exp()
+        total, share = (
+            torch.einsum("gts,bsgd->btgd", weight, x.unflatten(-1, (self.groups, -1))).flatten(2) for x in (e * v, e)
+        )
+        return Sums(top, total, share).mean()
+
+    def go_on(self, k: Tensor, v: Tensor, at: At, state: list) -> Tensor:
+        """Token by token: each joins the ring, and what it pushes out of the window joins the sums before it."""
+        real = torch.ones_like(k[..., 0], dtype=torch.bool) if at.real() is None else at.real()
+        steps = [
+            self.one(k[:, t : t + 1], v[:, t : t + 1], At(at.pos[:, t : t + 1], count=real[:, t].long()), *state)
+            for t in range(k.size(1))
+        ]
+        return torch.cat(steps, dim=1)
+
+    def one(self, k: Tensor, v: Tensor, at: At, ring: Ring, far: State | None) -> Tensor:
+        if far is not None:
+            self.push_out(at, ring, far)
+        keys, values, s = ring.extend(at, k, v)
+        t = at.pos.expand(s.size(0), 1).unsqueeze(-1)
+        p = self.per_channel(self.positions(t, s.clamp(min=0).unsqueeze(1)))[:, 0]  # (B, S, D or 1)
+        score = (keys + p).masked_fill((s < 0).unsqueeze(-1), -torch.inf)
+        top = score.amax(dim=1, keepdim=True)
+        e = (score - top.clamp(min=-1e30)).exp()
+        sums = Sums(top, (e * values).sum(1, keepdim=True), e.sum(1, keepdim=True))
+        if far is not None:
+            sums = merge(sums, Sums(*(x.unsqueeze(1) for x in (far.top, far.numerator, far.denominator))))
+        return sums.mean()
+
+    def push_out(self, at: At, ring: Ring, far: State) -> None:
+        rows = torch.arange(len(ring.pos), device=ring.pos.device)
+        slot = (at.pos[:, 0] % ring.size).expand(len(rows))
+        leaves = ((ring.pos[rows, slot] >= 0) & (at.count > 0)).unsqueeze(-1)
+        top = torch.where(leaves, ring.k[rows, slot], -torch.inf)
+        one = leaves.to(top.dtype).expand_as(top)
+        sums = merge(Sums(far.top, far.numerator, far.denominator), Sums(top, ring.v[rows, slot] * one, one))
+        for kept, new in zip((far.top, far.numerator, far.denominator), sums, strict=True):
+            kept.copy_(new)
+
+    def new_state(self, batch: int, max_length: int, device, dtype) -> list:
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        size = max_length if self.window is None else min(self.window, max_length)
+        far = None if self.window is None else sums_state(batch, device, dtype, self.width)
+        return [Ring(batch, device, dtype, size, k=self.width, v=self.width), far]
+
+    def flops(self, T: int) -> float:
+        return 4 * T * self.width
+
+
+def delayed(sums: Sums, r: int) -> Sums:
+    """Sums of J blocks (axis 1) as those of the J blocks that come r later; the first r have none."""
+    return Sums(*(F.pad(x, (0, 0, 0, 0, r, 0), value=e) for x, e in zip(sums, (-torch.inf, 0.0, 0.0), strict=True)))
+
+
+class AFTFull(AFTPositional):
+    """p = a bᵀ, a and b (block_size, 128)."""
+
+    roles = {"a": "position", "b": "position"}
+
+    def __init__(self, c, prepare: Callable, window: int | None = None):
+        super().__init__(c, prepare, window)
+        self.a, self.b = nn.Parameter(torch.empty(c.block_size, 128)), nn.Parameter(torch.empty(c.block_size, 128))
+
+    def positions(self, t: Tensor, s: Tensor) -> Tensor:
+        last = len(self.a) - 1  # what pads the last block lies beyond
+        p = (wide(self.a)[t.clamp(max=last).squeeze(-1)] @ wide(self.b)[s.clamp(max=last).squeeze(-2)].mT).unsqueeze(0)
+        return p if self.window is None else torch.where((t - s).abs() < self.window, p, 0.0)
+
+    def flops(self, T: int) -> float:
+        return 4 * T * self.width + 2 * T * self.a.size(1)
+
+
+class AFTConv(AFTPositional):
+    """p by the distance t − s: `window` taps for each of n_head groups of channels, 0 beyond."""
+
+    roles = {"kernel": "position"}
+
+    def __init__(self, c, prepare: Callable):
+        super().__init__(c, prepare, c.window)
+        self.groups = c.n_head
+        self.kernel = nn.Parameter(torch.empty(c.n_head, c.window))
+
+    def positions(self, t: Tensor, s: Tensor) -> Tensor:
+        distance = (t - s).abs()
+        return torch.where(distance < self.window, wide(self.kernel)[:, distance.clamp(max=self.window - 1)], 0.0)
+
+
+def aft_local(c, prepare: Callable) -> AFTFull:
+    """As full, but p = 0 from a distance of `window` on."""
+    return AFTFull(c, prepare, window=c.window)
+
+
+AFTS = {"simple": AFTSimple, "full": AFTFull, "local": aft_local, "conv": AFTConv}
+ENDS = {"full", "local"}  # kinds of AFT that end at block_size
+
+
+class LAM(nn.Module):
+    """Linear attention (arXiv 2007.14902): the similarity of q and k is 1 + their cosine, so that three sums per head
+    carry the past. y_t = (Σ v_s + q̂_t Σ k̂_sᵀ v_s) / max(t + q̂_t · Σ k̂_s, 1e-6), t from 1."""
+
+    segment = 256  # tokens whose pairs are computed one by one; earlier ones come through the sums
+
+    def __init__(self, c, prepare: Callable):
+        super().__init__()
+        self.n_head, self.d, self.prepare = c.n_head, c.n_qkv // c.n_head, prepare
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: State | None) -> Tensor:
+        q, k = self.prepare(q, k, at)
+        real = ~at.padding if at.padding is not None else at.real()
+        with full_precision(x):
+            q, k, v_wide = (wide(t).unflatten(-1, (-1, self.d)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, d)
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            ones = torch.ones_like(v_wide[..., :1])
+            if real is not None:
+                k, v_wide, ones = (t * real[:, None, :, None] for t in (k, v_wide, ones))
+            mix = self.running if at.causal else self.of_all
+            y, count = mix(q, k, torch.cat((v_wide, ones), dim=-1), state)
+        return (y / count.clamp(min=1e-6)).transpose(1, 2).flatten(2).to(v.dtype)
+
+    def of_all(self, q: Tensor, k: Tensor, v: Tensor, state: None) -> tuple[Tensor, Tensor]:
+        y = v.sum(dim=2, keepdim=True) + q @ (k.mT @ v)
+        return y[..., :-1], y[..., -1:]
+
+    def running(self, q: Tensor, k: Tensor, v: Tensor, state: State | None) -> tuple[Tensor, Tensor]:
+        """v has a column of ones, so that the denominator is one more channel of the numerator."""
+        total, outer = (0.0, 0.0) if state is None else (state.total.unsqueeze(2), state.outer)
+        parts = []
+        for q_now, k_now, v_now in zip(*(t.split(self.segment, dim=2) for t in (q, k, v)), strict=True):
+            similar = (1 + q_now @ k_now.mT).tril()
+            parts.append(similar @ v_now + total + (0.0 if isinstance(outer, float) else q_now @ outer))
+            total, outer = total + v_now.sum(dim=2, keepdim=True), outer + k_now.mT @ v_now
+        if state is not None:
+            state.total.copy_(total.squeeze(2))
+            state.outer.copy_(outer)
+        y = torch.cat(parts, dim=2)
+        return y[..., :-1], y[..., -1:]
+
+    def new_state(self, batch: int, max_length: int, device, dtype) -> State:
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        shape = (self.n_head, self.d, self.d + 1)
+        return State(batch, device, total=((self.n_head, self.d + 1), 0.0, dtype), outer=(shape, 0.0, dtype))
+
+    def flops(self, T: int) -> float:
+        return 4 * T * self.n_head * self.d
 
 
 class Router(nn.Module):
@@ -408,9 +909,9 @@ class Router(nn.Module):
         self.register_buffer("load", torch.zeros(n), persistent=False)  # tokens since the last optimizer step
 
     def choose(self, x: Tensor, at: At) -> tuple[Tensor, Tensor]:
-        """Probabilities (B, T, n) of the normed x (B, T, C), and which are kept."""
+        """Probabilities (B, T, n) for x (B, T, C), and which are kept."""
         with full_precision(x):
-            p = F.linear(wide(x), wide(self.weight)).softmax(dim=-1)
+            p = F.linear(wide(norm(x)), wide(self.weight)).softmax(dim=-1)
         score = p.detach() + self.bias
         mine, other = score.unsqueeze(-1), score.unsqueeze(-2)
         first = torch.ones(self.n, self.n, dtype=torch.bool, device=x.device).tril(-1)  # ties: the lower index
@@ -435,24 +936,24 @@ class Router(nn.Module):
         return 2 * self.weight.numel()
 
 
-class ExpertAttention(Mixer):
+class ExpertAttention(nn.Module):
     """Token-level mixture of local-context attention (The Expert Abundance): groups of heads, each with a window of its
     own, weighted token by token by a router. Keys and values are never routed. See MoH (arXiv 2410.11842)."""
 
-    def __init__(self, c, prepare):
+    def __init__(self, c, prepare: Callable):
         super().__init__()
-        heads, d = c.n_head // c.n_experts, c.n_qkv // c.n_head
-        self.groups = nn.ModuleList(
-            Softmax(heads, d, window=window, dropout=c.dropout) for window in expert_windows(c)
-        )
-        self.router = Router(c.n_embd, c.n_experts, c.a_experts) if c.n_experts > 1 else None
         self.prepare = prepare
+        heads = c.n_head // c.n_experts
+        self.groups = nn.ModuleList(Softmax(c, n_head=heads, view=View(window)) for window in expert_windows(c))
+        self.router = Router(c.n_embd, c.n_experts, c.a_experts) if c.n_experts > 1 else None
+        for group in self.groups:
+            group.scale *= rope_attention(c, prepare)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: list | None) -> Tensor:
         q, k = self.prepare(q, k, at)
-        thirds = (t.chunk(len(self.groups), dim=-1) for t in (q, k, v))
+        shares = (t.chunk(len(self.groups), dim=-1) for t in (q, k, v))
         states = state or [None] * len(self.groups)
-        parts = [g(*qkv, x, at, s) for g, *qkv, s in zip(self.groups, *thirds, states, strict=True)]
+        parts = [g(*qkv, x, at, s) for g, *qkv, s in zip(self.groups, *shares, states, strict=True)]
         if self.router is None:
             return parts[0]
         weight = self.router(x, at).unsqueeze(-1)  # (B, T, n_experts, 1)
@@ -466,10 +967,12 @@ class ExpertAttention(Mixer):
 
 
 def expert_windows(c) -> list[int]:
-    """The window of each expert: as listed, or window, window/2, window/4, … not under 16."""
-    if c.windows is not None:
-        return c.windows
-    return [max(c.window >> e, min(16, c.window)) for e in range(c.n_experts)]
+    """The window of each expert: as listed, or window, window/2, window/4, … not under 16.
+
+    >>> expert_windows(StrawberryConfig(window=48, n_experts=4))
+    [48, 24, 16, 16]
+    """
+    return c.windows or [max(c.window >> e, min(16, c.window)) for e in range(c.n_experts)]
 
 
 # ---- projections and feed-forward ----------------------------------------------------------------------------------
@@ -491,6 +994,20 @@ class Linear(nn.Module):
         return 2 * self.weight.numel()
 
 
+class LowRank(nn.Module):
+    """A linear map through `rank` numbers: in → rank → out."""
+
+    def __init__(self, n_in: int, n_out: int, rank: int, role: str = "matrix"):
+        super().__init__()
+        self.down, self.up = Linear(n_in, rank, role=role), Linear(rank, n_out, role=role)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+    def flops(self, T: int) -> float:
+        return self.down.flops(T) + self.up.flops(T)
+
+
 class Embedding(nn.Module):
     """Rows of a table, (B, T) int64 to (B, T, C)."""
 
@@ -504,7 +1021,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`norm` with a learned scale."""
+    """`norm` with a learned scale (arXiv 1910.07467)."""
 
     roles = {"weight": "norm"}
 
@@ -532,13 +1049,12 @@ class LayerNorm(nn.Module):
 class SwiGLU(nn.Module):
     """u, g = split(x W₁); (u ⊙ silu(g)) W₂ (arXiv 2002.05202)."""
 
-    def __init__(self, n_embd: int, n_ffn: int | None, *, bias: bool = False, role: str = "matrix"):
+    def __init__(self, c):
         super().__init__()
-        n_ffn = n_ffn or -(-8 * n_embd // 3 // 64) * 64  # 8C/3, rounded up to 64
-        self.w1 = Linear(n_embd, 2 * n_ffn, bias=bias)
-        self.w2 = Linear(n_ffn, n_embd, bias=bias, role=role)
+        n_ffn = c.n_ffn or -(-8 * c.n_embd // 3 // 64) * 64  # 8C/3, rounded up to 64
+        self.w1, self.w2 = Linear(c.n_embd, 2 * n_ffn, bias=c.bias), Linear(n_ffn, c.n_embd, bias=c.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, at: At) -> Tensor:
         u, g = self.w1(x).chunk(2, dim=-1)
         return self.w2(u * F.silu(g))
 
@@ -546,24 +1062,311 @@ class SwiGLU(nn.Module):
         return self.w1.flops(T) + self.w2.flops(T)
 
 
-class GELU(nn.Module):
-    """gelu(x W₁) W₂ (arXiv 1606.08415)."""
+class FeedForward(nn.Module):
+    """activation(x W₁) W₂."""
 
-    def __init__(self, n_embd: int, n_ffn: int | None, *, bias: bool = False, role: str = "matrix"):
+    def __init__(self, activation: Callable, c):
         super().__init__()
-        n_ffn = n_ffn or 4 * n_embd
-        self.w1 = Linear(n_embd, n_ffn, bias=bias)
-        self.w2 = Linear(n_ffn, n_embd, bias=bias, role=role)
+        n_ffn = c.n_ffn or 4 * c.n_embd
+        self.activation = activation
+        self.w1, self.w2 = Linear(c.n_embd, n_ffn, bias=c.bias), Linear(n_ffn, c.n_embd, bias=c.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.gelu(self.w1(x)))
+    def forward(self, x: Tensor, at: At) -> Tensor:
+        return self.w2(self.activation(self.w1(x)))
 
     def flops(self, T: int) -> float:
         return self.w1.flops(T) + self.w2.flops(T)
 
 
+def relu2(x: Tensor) -> Tensor:
+    """Squared ReLU (arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+class MoE(nn.Module):
+    """n_ffn_experts feed-forwards, a_ffn_experts of which count for a token (arXiv 1701.06538). All of them are
+    computed for every token: shapes stay fixed, and no token depends on where its neighbours went."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.router = Router(c.n_embd, c.n_ffn_experts, c.a_ffn_experts)
+        self.experts = nn.ModuleList(FEED_FORWARDS[c.ffn_type.lower()](c) for _ in range(c.n_ffn_experts))
+
+    def forward(self, x: Tensor, at: At) -> Tensor:
+        weight = self.router(x, at)
+        return sum(weight[..., e : e + 1] * expert(x, at) for e, expert in enumerate(self.experts))
+
+    def flops(self, T: int) -> float:
+        return self.router.flops(T) + sum(expert.flops(T) for expert in self.experts)
+
+
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
-FEED_FORWARDS = {"SwiGLU": SwiGLU, "GELU": GELU}
+FEED_FORWARDS = {
+    "swiglu": SwiGLU,
+    "gelu": partial(FeedForward, F.gelu),
+    "relu": partial(FeedForward, F.relu),
+    "relu2": partial(FeedForward, relu2),
+}
+
+
+def feed_forward(c) -> nn.Module:
+    """What `ffn_type` names, or a mixture of several."""
+    return MoE(c) if c.n_ffn_experts > 1 else FEED_FORWARDS[c.ffn_type.lower()](c)
+
+
+# ---- attention layers: projections around a mixer, (x, at, state) -> y ---------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """Projections around any mixer. Without wq, q is k (KV attention, arXiv 2305.19129)."""
+
+    def __init__(self, c, mixer: nn.Module, *, n_kv_head: int | None = None, has_q: bool = True):
+        super().__init__()
+        kv_width = (n_kv_head or c.n_head) * (c.n_qkv // c.n_head)
+        self.wq = Linear(c.n_embd, c.n_qkv, bias=c.bias) if has_q else None
+        self.wk, self.wv = Linear(c.n_embd, kv_width, bias=c.bias), Linear(c.n_embd, kv_width, bias=c.bias)
+        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias)
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, at: At, state) -> Tensor:
+        k, v = self.wk(x), self.wv(x)
+        q = k if self.wq is None else self.wq(x)
+        return self.wo(self.mixer(q, k, v, x, at, state))
+
+    def new_state(self, batch: int, max_length: int, device, dtype):
+        return self.mixer.new_state(batch, max_length, device, dtype)
+
+    def flops(self, T: int) -> float:
+        return sum(w.flops(T) for w in (self.wq, self.wk, self.wv, self.wo) if w is not None) + self.mixer.flops(T)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads are read out of one latent of
+    kv_rank numbers, positions go through a rotary key of rope_dim numbers that all heads share. It caches these two."""
+
+    def __init__(self, c, view: View):
+        super().__init__()
+        self.n_head, self.d, self.rank, self.rope_dim = c.n_head, c.n_qkv // c.n_head, c.kv_rank, c.rope_dim
+        self.wq = Linear(c.n_embd, c.n_head * (self.d + self.rope_dim), bias=c.bias)
+        self.wkv_a = Linear(c.n_embd, self.rank + self.rope_dim, bias=c.bias)
+        self.kv_norm = RMSNorm(self.rank)
+        self.wkv_b = Linear(self.rank, c.n_head * 2 * self.d)  # per head: k, then v
+        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias)
+        self.view, self.dropout = view, c.dropout
+        factor = rope_frequencies(c.rope_dim, c.rope_scaling, c.block_size)[1]
+        self.scale = (self.d + self.rope_dim) ** -0.5 * factor**2
+
+    def forward(self, x: Tensor, at: At, state: Ring | None) -> Tensor:
+        q, q_rope = self.wq(x).unflatten(-1, (self.n_head, -1)).split((self.d, self.rope_dim), dim=-1)
+        latent, k_rope = self.wkv_a(x).split((self.rank, self.rope_dim), dim=-1)
+        latent, k_rope = self.kv_norm(latent), rotate(k_rope.unsqueeze(2), at.rope)
+        mix = self.expanded if state is None else self.absorbed
+        return self.wo(mix(q, rotate(q_rope, at.rope), latent, k_rope, at, state).flatten(2))
+
+    def expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, at: At, state: None) -> Tensor:
+        """Keys and values written out per head: the fewest products where all tokens are given at once."""
+        k, v = self.wkv_b(latent).unflatten(-1, (self.n_head, -1)).chunk(2, dim=-1)
+        k = torch.cat((k, k_rope.expand(-1, -1, self.n_head, -1).to(k.dtype)), dim=-1)
+        q = torch.cat((q, q_rope), dim=-1)
+        mix = attend if at.causal else attend_all
+        return mix(q, k, v, at.mask(self.view), scale=self.scale, dropout=self.dropout if self.training else 0.0)
+
+    def absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, at: At, state: Ring) -> Tensor:
+        """The same with the up-projections moved to q and to the result: one latent head serves all heads of q."""
+        latent, k_rope, k_pos = state.extend(at, latent, k_rope.flatten(2))
+        wk, wv = self.wkv_b.weight.unflatten(0, (self.n_head, 2, self.d)).unbind(dim=1)  # (H, d, rank) each
+        q = torch.cat((torch.einsum("bthd,hdr->bthr", q, wk), q_rope), dim=-1)
+        k = torch.cat((latent, k_rope), dim=-1).unsqueeze(2)
+        y = attend(q, k, latent.unsqueeze(2), self.view.sees(at.pos, k_pos), scale=self.scale)
+        return torch.einsum("bthr,hdr->bthd", y, wv)
+
+    def new_state(self, batch: int, max_length: int, device, dtype) -> Ring:
+        return Ring(batch, device, dtype, self.view.kept(max_length), latent=self.rank, k_rope=self.rope_dim)
+
+    def flops(self, T: int) -> float:
+        projections = sum(w.flops(T) for w in (self.wq, self.wkv_a, self.wkv_b, self.wo))
+        return projections + 2 * T * self.n_head * (2 * self.d + self.rope_dim)
+
+
+class Memory(NamedTuple):
+    """What the encoder made of the source, and where it is padding."""
+
+    x: Tensor  # (B, S, C)
+    padding: Tensor  # (B, S)
+
+
+class CrossState(State):
+    """The source's keys and values, made in the first call, for as long as the cache lives."""
+
+    def __init__(self):
+        self.start, self.k, self.v = {}, None, None
+
+    def nbytes(self) -> int:
+        return 0 if self.k is None else self.k.nbytes + self.v.nbytes
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention from each token to the whole source; a source of padding alone contributes zero."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_head, self.d, self.dropout = c.n_head, c.n_qkv // c.n_head, c.dropout
+        kv_width = {"GQA": c.n_kv_head, "MQA": 1}.get(c.attention_type.partition("-")[0], c.n_head) * self.d
+        self.wq, self.wo = Linear(c.n_embd, c.n_qkv, bias=c.bias), Linear(c.n_qkv, c.n_embd, bias=c.bias)
+        self.wk, self.wv = Linear(c.n_embd, kv_width, bias=c.bias), Linear(c.n_embd, kv_width, bias=c.bias)
+
+    def forward(self, x: Tensor, at: At, state: CrossState | None) -> Tensor:
+        state = CrossState() if state is None else state
+        if state.k is None:
+            state.k, state.v = self.wk(at.memory.x), self.wv(at.memory.x)
+        q, k, v = (t.unflatten(-1, (-1, self.d)) for t in (self.wq(x), state.k, state.v))
+        mask = ~at.memory.padding[:, None, None, :].expand(-1, 1, x.size(1), -1)
+        y = attend_all(q, k, v, mask, scale=self.d**-0.5, dropout=self.dropout if self.training else 0.0)
+        empty = at.memory.padding.all(dim=1)[:, None, None]
+        return self.wo(y.flatten(2)).masked_fill(empty, 0.0)
+
+    def flops(self, T: int) -> float:
+        return sum(w.flops(T) for w in (self.wq, self.wk, self.wv, self.wo)) + 4 * T * self.n_head * self.d
+
+
+def attention_view(c, layer: int) -> View:
+    """Who sees whom in one layer: all, a window where attention_type ends in -SWA, or a sparse pattern."""
+    if c.sparse != "none":
+        return SPARSE[c.sparse](c, layer)
+    return View(c.window if c.attention_type.endswith("-SWA") else None)
+
+
+SPARSE = {"longformer": lambda c, layer: LongformerView(c.window, c.n_global), "bigbird": BigBirdView}
+
+
+def grouped(kv_heads: Callable) -> Callable:
+    """An attention whose number of key heads is `kv_heads(c)`."""
+
+    def make(c, layer: int, prepare: Callable) -> SelfAttention:
+        n = kv_heads(c)
+        return SelfAttention(c, Softmax(c, n_kv_head=n, view=attention_view(c, layer), prepare=prepare), n_kv_head=n)
+
+    return make
+
+
+# attention_type, less its -SWA, to what makes the layer: (config, layer's number, how q and k are readied) -> module
+ATTENTIONS = {
+    "MHA": grouped(lambda c: c.n_head),
+    "GQA": grouped(lambda c: c.n_kv_head),
+    "MQA": grouped(lambda c: 1),
+    "MHLA": lambda c, layer, prepare: LatentAttention(c, attention_view(c, layer)),
+    "kv": lambda c, layer, prepare: SelfAttention(
+        c, Softmax(c, view=attention_view(c, layer), prepare=prepare), has_q=False),
+    "aft": lambda c, layer, prepare: SelfAttention(c, AFTS[c.aft](c, prepare)),
+    "lam": lambda c, layer, prepare: SelfAttention(c, LAM(c, prepare)),
+    "expert": lambda c, layer, prepare: SelfAttention(c, ExpertAttention(c, prepare)),
+}
+
+
+def make_attention(c, layer: int) -> nn.Module:
+    return ATTENTIONS[c.attention_type.partition("-")[0]](c, layer, POSITIONS[c.pos_encoding].prepare)
+
+
+# ---- positions that a model adds to its embedding ------------------------------------------------------------------
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector for each of block_size places."""
+
+    roles = {"weight": "position"}
+    prepare = staticmethod(as_is)
+
+    def __init__(self, c):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(c.block_size, c.n_embd))
+
+    def forward(self, x: Tensor, at: At) -> Tensor:
+        return x + F.embedding(at.pos.clamp(max=len(self.weight) - 1), self.weight)  # padding may stand beyond
+
+
+class SinusoidalPositions(nn.Module):
+    """sin(pos / 10000^(2i/C)) in even channels, cos in odd ones (arXiv 1706.03762)."""
+
+    prepare = staticmethod(as_is)
+
+    def __init__(self, c):
+        super().__init__()
+        self.rope = Rope(rope_frequencies(c.n_embd, RopeScaling(), c.block_size)[0])
+
+    def forward(self, x: Tensor, at: At) -> Tensor:
+        cos, sin = self.rope(at.pos)
+        both = torch.stack((sin, cos), dim=-1).flatten(-2).squeeze(2)  # (B, T, C), sin and cos in turn
+        return x + both[..., : x.size(-1)].to(x.dtype)
+
+
+class RotaryPositions(nn.Module):
+    """q and k are turned in each attention; nothing is added."""
+
+    prepare = staticmethod(rotary)
+
+    def __init__(self, c):
+        super().__init__()
+
+    def forward(self, x: Tensor, at: At) -> Tensor:
+        return x
+
+
+class NoPositions(nn.Module):
+    """Only the causal mask tells where a token stands (arXiv 2305.19466)."""
+
+    prepare = staticmethod(as_is)
+
+    def __init__(self, c):
+        super().__init__()
+
+    def forward(self, x: Tensor, at: At) -> Tensor:
+        return x
+
+
+POSITIONS = {
+    "Learned": LearnedPositions,
+    "RoPE": RotaryPositions,
+    "Sinusoidal": SinusoidalPositions,
+    "None": NoPositions,
+}
+
+
+def positions_end(c) -> int | None:
+    """block_size where positions are learned, so that no text can be longer."""
+    learned = c.pos_encoding == "Learned" or (c.attention_type == "aft" and c.aft in ENDS)
+    return c.block_size if learned else None
+
+
+def rope_of(c) -> Rope:
+    """The rotary positions of a model whose attention is chosen by attention_type."""
+    dim = c.rope_dim if c.attention_type.startswith("MHLA") else c.n_qkv // c.n_head
+    return Rope(rope_frequencies(dim, c.rope_scaling, c.block_size)[0])
+
+
+# ---- repeating a stack ---------------------------------------------------------------------------------------------
+
+
+def repeat(run: Callable, x: Tensor, at: At, states: list | None, n: int, depth: Router | None) -> Tensor:
+    """n passes of run(x, at, state), or, with a depth router, as many for each token as it chooses (arXiv 2507.10524).
+
+    After its last pass a token's x is frozen; its keys and values are still made. x₀ + n·q·(x − x₀) lets the router
+    learn, q being the chosen depth's probability.
+    """
+    states = states or [None] * n
+    if depth is None:
+        for state in states:
+            x = run(x, at, state)
+        return x
+    p, kept = depth.choose(x, at)
+    reaches = kept.flip(-1).cumsum(dim=-1).flip(-1).bool()  # (B, T, n): whether a token takes pass i
+    start = x
+    for i, state in enumerate(states):
+        at.active = reaches[..., i]
+        x = run(x, at, state)
+    at.active = None
+    share = (depth.n * p * kept).sum(dim=-1, keepdim=True).to(x.dtype)
+    return start + share * (x - start)
+
 
 # ---- the language model --------------------------------------------------------------------------------------------
 
@@ -579,19 +1382,80 @@ class ModelConfig:
     n_head: int = option(4, "heads", low=1)
     n_embd: int = option(64, "channels of the residual stream", low=1)
     dropout: float = option(0.0, "on embeddings, attention probabilities and residual branches", low=0, below=1)
+    rope_scaling: RopeScaling = option(RopeScaling(), "rotary positions beyond the length trained for")
+
+    # what some families offer and the parts ask of all
+    bias = False
+    sparse = "none"
+    windows = None
+    n_experts = 1
+    n_ffn_experts = 1
+
+
+def default_window(c) -> None:
+    c.window = c.window or max(1, c.block_size // 4)
+
+
+def default_experts(c) -> None:
+    c.a_experts = c.a_experts or max(1, c.n_experts // 2)
+    if hasattr(c, "a_ffn_experts"):
+        c.a_ffn_experts = c.a_ffn_experts or max(1, c.n_ffn_experts // 2)
+
+
+def default_attention(c) -> None:
+    """What attention_type's kinds need, from the width."""
+    default_window(c)
+    c.n_qkv = c.n_qkv or c.n_embd
+    c.n_kv_head = c.n_kv_head or max(1, c.n_head // 2)
+    c.kv_rank = c.kv_rank or max(1, c.n_embd // 4)
+    c.rope_dim = c.rope_dim or max(2, c.n_qkv // c.n_head // 4 * 2)
+
+
+def chunk_size(c) -> int:
+    """The default of retention_chunk: n_embd rounded up to a power of two, at most block_size / 2, at least 16."""
+    return max(16, min(1 << (c.n_embd - 1).bit_length(), c.block_size // 2))
+
+
+def attention_problems(c) -> Iterator[tuple[str, str]]:
+    if c.n_head % c.n_kv_head:
+        yield "n_kv_head", f"must divide n_head {c.n_head}"
+    if c.rope_dim % 2:
+        yield "rope_dim", "must be even, since rotary positions turn pairs"
+    if c.pos_encoding == "Sinusoidal" and c.n_embd % 2:
+        yield "n_embd", "must be even for sinusoidal positions"
+
+
+def heads_divide(name: str, width: int, n_head: int) -> Iterator[tuple[str, str]]:
+    if width % n_head:
+        yield name, f"must be a multiple of n_head {n_head}; try {-(-width // n_head) * n_head}"
+    elif width // n_head % 2:
+        yield name, f"gives heads of {width // n_head} channels, but rotary positions turn pairs: an even number"
+
+
+def expert_problems(c) -> Iterator[tuple[str, str]]:
+    """What is wrong with groups of heads and of channels that do not come out even."""
+    if c.n_head % c.n_experts:
+        yield "n_experts", f"must divide n_head {c.n_head}"
+    if c.windows is not None and len(c.windows) != c.n_experts:
+        yield "windows", f"must have one window for each of n_experts {c.n_experts}"
+    for active, n in (("a_experts", "n_experts"), ("a_ffn_experts", "n_ffn_experts")):
+        if getattr(c, active, 1) > getattr(c, n):
+            yield active, f"must be at most {n} {getattr(c, n)}"
 
 
 class LanguageModel(nn.Module):
     """What all families share: the call, the loss, the cache, generation.
 
     A family gives `embed_tokens(idx, at)`, `trunk(x, at, states)`, `head(x)`, `new_states(…)` and `flops(T)`, and sets
-    `rope`, `chunk` (retention's, where weights change along the row) and `max_positions` (learned positions).
+    the attributes below where it differs.
     """
 
     Config = ModelConfig
     causal = True  # whether the three promises hold: no token sees a later one, rows are apart, cache equals full pass
-    chunk: int | None = None
-    max_positions: int | None = None
+    generates = True  # whether it predicts the next token
+    takes_source = False  # whether it needs source=, as encoder-decoders do
+    chunk: int | None = None  # tokens that share weights, where weights change along the row
+    max_positions: int | None = None  # where learned positions end
 
     def __init__(self, config):
         super().__init__()
@@ -601,16 +1465,16 @@ class LanguageModel(nn.Module):
 
     # -- one call
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, lengths=None):
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, lengths=None,
+                source: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, V) and, given targets, the mean loss in nats.
 
         idx (B, T) int64; targets (B, T), −1 ignored, all −1 gives loss 0. With a cache the call continues where it
-        stands; lengths (B,) says how many of each row's tokens are real, when rows are ragged.
+        stands; lengths (B,) says how many of each row's tokens are real, when rows are ragged. Encoder-decoders take
+        source (B, S), which a cache already holds.
         """
-        if self.max_positions is not None and idx.size(1) > self.max_positions:
-            raise UserError(f"{idx.size(1)} tokens exceed block_size {self.max_positions}, where learned positions end; "
-                            "give fewer, or train with a larger block_size")
-        x = self.whole(idx) if cache is None else self.go_on(idx, cache, lengths)
+        self.check_length(idx)
+        x = self.whole(idx, source) if cache is None else self.go_on(idx, cache, lengths)
         logits = self.head(x)
         if targets is None:
             return logits, None
@@ -618,9 +1482,25 @@ class LanguageModel(nn.Module):
         loss = F.cross_entropy(wide(logits).flatten(0, 1), flat, ignore_index=-1, reduction="sum")
         return logits, loss / (flat >= 0).sum().clamp(min=1)
 
-    def whole(self, idx: Tensor) -> Tensor:
+    def check_length(self, idx: Tensor) -> None:
+        if self.max_positions is not None and idx.size(1) > self.max_positions:
+            raise UserError(f"{idx.size(1)} tokens exceed block_size {self.max_positions}, where positions end; "
+                            "give fewer, or train with a larger block_size")
+
+    def whole(self, idx: Tensor, source: Tensor | None) -> Tensor:
+        at = self.stand(idx)
+        at.memory = self.remember(source)
+        return self.hidden(idx, at, None)
+
+    def stand(self, idx: Tensor) -> At:
+        """Where the tokens of a whole text stand."""
         pos = torch.arange(idx.size(1), device=idx.device).unsqueeze(0)
-        return self.hidden(idx, At(pos, slot=min(self.chunk or idx.size(1), idx.size(1))), None)
+        return At(pos, slot=min(self.chunk or idx.size(1), idx.size(1)))
+
+    def remember(self, source: Tensor | None) -> Memory | None:
+        """What the decoder may read of the source."""
+        if source is not None:
+            raise UserError(f"a {self.config.arch} of this kind reads no source; give it to an encoder-decoder")
 
     def hidden(self, idx: Tensor, at: At, states) -> Tensor:
         at.rope = None if self.rope is None else self.rope(at.pos)
@@ -635,16 +1515,16 @@ class LanguageModel(nn.Module):
         outputs, begin = [], 0
         for end in self.cuts(cache, T):
             part = [min(max(n - begin, 0), end - begin) for n in counts]
-            outputs.append(self.hidden(idx[:, begin:end], self.stand(cache, end - begin, part), cache.layers))
+            outputs.append(self.hidden(idx[:, begin:end], self.stand_on(cache, end - begin, part), cache.layers))
             cache.advance(part)
             begin = end
         return torch.cat(outputs, dim=1)
 
     def check_call(self, idx: Tensor, cache: Cache, counts: list[int]) -> None:
         if not self.causal:
-            raise UserError(f"a {self.config.arch} model that sees the future has no cache; call it on the whole text")
+            raise UserError(f"this {self.config.arch} sees the future and has no cache; call it on the whole text")
         if len(counts) != len(cache.length) or idx.size(0) != len(counts):
-            raise UserError(f"the call has {idx.size(0)} rows, {len(counts)} lengths; the cache has {len(cache.length)}")
+            raise UserError(f"{idx.size(0)} rows, {len(counts)} lengths, a cache for {len(cache.length)}: give as many")
         if min(counts) < 0 or max(counts) > idx.size(1):
             raise UserError(f"lengths {counts} must lie between 0 and the call's {idx.size(1)} tokens")
         longest = max(n + c for n, c in zip(cache.length, counts, strict=True))
@@ -660,7 +1540,7 @@ class LanguageModel(nn.Module):
         first = -cache.length[0] % self.chunk
         return [T] if first == 0 or first >= T else [first, T]
 
-    def stand(self, cache: Cache, T: int, counts: list[int]) -> At:
+    def stand_on(self, cache: Cache, T: int, counts: list[int]) -> At:
         device = cache.pos.device
         pos = cache.pos.unsqueeze(1) + torch.arange(T, device=device)
         border = [n % self.chunk == 0 for n in cache.length] if self.chunk else [True]
@@ -669,31 +1549,39 @@ class LanguageModel(nn.Module):
             slot=min(self.chunk or T, T),
             count=None if min(counts) == T else torch.tensor(counts, device=device),
             border=border[0] if len(set(border)) == 1 else torch.tensor(border, device=device),
+            memory=cache.memory,
         )
 
-    def new_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache for `batch_size` rows of up to `max_length` tokens, on the model's device."""
+    def new_cache(self, batch_size: int, max_length: int, source: Tensor | None = None) -> Cache:
+        """An empty cache for `batch_size` rows of up to `max_length` tokens, on the model's device. It holds the source
+        of an encoder-decoder, encoded."""
         if self.max_positions is not None and max_length > self.max_positions:
-            raise UserError(f"max_length {max_length} exceeds block_size {self.max_positions}, where learned positions end")
+            raise UserError(f"max_length {max_length} exceeds block_size {self.max_positions}, where positions end")
         p = next(self.parameters())
-        return Cache(self.new_states(batch_size, max_length, p.device, p.dtype), batch_size, max_length, p.device)
+        with torch.no_grad():
+            memory = self.remember(source)
+        states = self.new_states(batch_size, max_length, p.device, p.dtype)
+        return Cache(states, batch_size, max_length, p.device, memory)
 
     # -- text
 
     @torch.no_grad()
     def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-               top_p: float | None = None, min_p: float | None = None, stop=(), generator=None) -> Iterator[Tensor]:
+               top_p: float | None = None, min_p: float | None = None, stop=(), generator=None,
+               source: Tensor | None = None) -> Iterator[Tensor]:
         """Continue idx (B, T), one token (B,) int64 at a time.
 
         temperature 0 takes the likeliest. `stop` holds token ids that end a row: it repeats its stop token until all
         rows have ended. `generator` is a torch.Generator, or one for each row.
         """
+        if not self.generates:
+            raise UserError(f"a {self.config.arch} of kind encoder predicts masked tokens; it does not continue text")
         stop = torch.tensor(sorted(stop), dtype=torch.int64, device=idx.device)
         ended, last = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device), None
         total = idx.size(1) + max_new_tokens
         fits = self.causal and (self.max_positions is None or total <= self.max_positions)
-        cache = self.new_cache(idx.size(0), total) if fits else None
-        logits = self.last_logits(idx, cache)
+        cache = self.new_cache(idx.size(0), total, source) if fits else None
+        logits = self.last_logits(idx, cache, source)
         for i in range(max_new_tokens):
             token = sample(logits, temperature, top_k, top_p, min_p, generator)
             token = token if last is None else torch.where(ended, last, token)
@@ -702,20 +1590,22 @@ class LanguageModel(nn.Module):
             if i + 1 == max_new_tokens or (len(stop) and bool(ended.all())):
                 return
             idx = torch.cat((idx, token.unsqueeze(1)), dim=1)
-            logits = self.last_logits(idx if cache is None else token.unsqueeze(1), cache)
+            logits = self.last_logits(idx if cache is None else token.unsqueeze(1), cache, source)
 
-    def last_logits(self, idx: Tensor, cache: Cache | None) -> Tensor:
+    def last_logits(self, idx: Tensor, cache: Cache | None, source: Tensor | None) -> Tensor:
         """(B, V) in float32 after the last token: through the cache, or computed anew from the last block_size tokens,
         row by row, since rows may see each other where there is no cache to be had."""
         if cache is not None:
             return wide(self(idx, cache=cache)[0][:, -1])
-        rows = [self(row[-self.config.block_size :].unsqueeze(0))[0][:, -1] for row in idx]
-        return wide(torch.cat(rows))
+        sources = [None] * len(idx) if source is None else source.split(1)
+        rows = zip(idx[:, -self.config.block_size :].split(1), sources, strict=True)
+        return wide(torch.cat([self(row, source=its)[0][:, -1] for row, its in rows]))
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, min_p: float | None = None, stop=(), generator=None) -> Tensor:
+                 top_p: float | None = None, min_p: float | None = None, stop=(), generator=None,
+                 source: Tensor | None = None) -> Tensor:
         """idx (B, T) and what follows it, (B, T + new). Arguments as `stream`."""
-        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, stop, generator)
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, stop, generator, source)
         return torch.cat((idx, *(token.unsqueeze(1) for token in tokens)), dim=1)
 
     # -- about the model
@@ -731,7 +1621,7 @@ class LanguageModel(nn.Module):
 
     def num_params(self, non_embedding: bool = True) -> int:
         """How many numbers are learned; without those of embeddings and learned positions unless asked otherwise."""
-        left_out = ("embedding", "position", "head") if non_embedding else ()
+        left_out = ("embedding", "input", "position", "head") if non_embedding else ()
         roles = self.roles()
         return sum(p.numel() for name, p in self.named_parameters() if roles[name] not in left_out)
 
@@ -779,7 +1669,15 @@ class StrawberryConfig(ModelConfig):
     n_qkv: int = option(256, "D, channels of q, of k and of v", low=1)
     r_layer: int = option(2, "retention steps of each block before its last step; 0: none", low=0)
     aft_ratio: int = option(3, "attention-free steps for each step of expert attention", low=0)
+    aft: str = option("simple", "positions of attention-free mixing", choices=tuple(AFTS))
     window: int | None = option(None, "tokens that attention sees; default block_size / 4", low=1)
+    n_experts: int = option(1, "groups of heads that a router chooses from, token by token", low=1)
+    a_experts: int | None = option(None, "groups active for a token; default half", low=1)
+    windows: list[int] | None = option(None, "each expert's; default window, window / 2, … not under 16", low=1)
+    n_ffn_experts: int = option(1, "groups of SwiGLU channels that a router chooses from", low=1)
+    a_ffn_experts: int | None = option(None, "groups active for a token; default half", low=1)
+    recursions: int = option(1, "times that the whole stack is run", low=1)
+    adaptive: bool = option(False, "each token chooses its number of recursions")
     retention: str = option("on", "'none': the same steps with weights that stay as they are", choices=("on", "none"))
     retention_scope: str = option(
         "causal", "what the update sums over: earlier chunks of the row, or ('batch', not causal) everything",
@@ -790,26 +1688,19 @@ class StrawberryConfig(ModelConfig):
     retention_scale: float | None = option(None, "size of the update; default n_embd ** -0.5", above=0)
     logit_softcap: float | None = option(None, "c: logits become c·tanh(logits / c)", above=0)
 
-    n_experts = 1  # expert attention with one expert is a sliding window
-    windows = None
-
     def __post_init__(self):
-        c = self
-        c.window = max(1, c.block_size // 4) if c.window is None else c.window
-        if c.retention_chunk is None:
-            power = 1 << (c.n_embd - 1).bit_length()
-            c.retention_chunk = max(16, min(power, c.block_size // 2))
-        c.retention_scale = c.n_embd**-0.5 if c.retention_scale is None else c.retention_scale
+        default_window(self)
+        default_experts(self)
+        self.retention_chunk = self.retention_chunk or chunk_size(self)
+        self.retention_scale = self.retention_scale or self.n_embd**-0.5
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from heads_divide("n_qkv", self.n_qkv, self.n_head)
-
-
-def heads_divide(name: str, width: int, n_head: int) -> Iterator[tuple[str, str]]:
-    if width % n_head:
-        yield name, f"is {width}, which n_head {n_head} does not divide; try {-(-width // n_head) * n_head}"
-    elif width // n_head % 2:
-        yield name, f"gives heads of {width // n_head} channels, but rotary positions turn pairs: an even number"
+        yield from expert_problems(self)
+        if self.n_embd % self.n_ffn_experts:
+            yield "n_ffn_experts", f"must divide n_embd {self.n_embd}"
+        if self.adaptive and self.recursions < 2:
+            yield "adaptive", "needs recursions of at least 2, to have depths to choose from"
 
 
 class Weights(NamedTuple):
@@ -819,19 +1710,6 @@ class Weights(NamedTuple):
     qkv: Tensor  # (3D, C)
     swiglu: Tensor  # (2C, D)
     out: Tensor  # (C, C)
-
-
-def to_chunks(x: Tensor, slot: int) -> Tensor:
-    """(B, T, ·) to (B, J, slot, ·), zeros after the last token."""
-    return F.pad(x, (0, 0, 0, -x.size(1) % slot)).unflatten(1, (-1, slot))
-
-
-def project(x: Tensor, w: Tensor, at: At) -> Tensor:
-    """x (B, T, in) through w (out, in), or through the w (B, J, out, in) of each token's chunk."""
-    if w.dim() == 2:
-        return F.linear(x, w)
-    y = to_chunks(x, at.slot) @ w.mT.to(x.dtype)  # (B, J, slot, out)
-    return y.flatten(1, 2)[:, : x.size(1)]
 
 
 def reweigh(w: Weights, oa: Tensor, out: Tensor, tao: Tensor) -> Weights:
@@ -867,10 +1745,9 @@ class NoRetention:
         return 0
 
 
-class BatchRetention:
+class BatchRetention(NoRetention):
     """The rule read literally: oa from all tokens of all rows. It sees the future and the other rows."""
 
-    chunk = None
     causal = False
 
     def __init__(self, c):
@@ -881,65 +1758,28 @@ class BatchRetention:
             total = (wide(u).mT @ wide(g)).mean(dim=0)
         return reweigh(w, self.scale * norm(total), block.out, block.tao)
 
-    def new_state(self, batch: int, device, dtype, w: Weights) -> None:
-        return None
-
     def flops(self, w: Weights, T: int) -> float:
         C = w.out.size(-1)
         return 2 * C * C + reweigh_flops(w) / T
 
 
 class CausalRetention:
-    """oa of chunk j from chunks 0 … j − 1 of its own row. Carries, for each step, the sum over finished chunks, that of
-    the open one, and the open one's weights, which the next step's update starts from."""
+    """oa of chunk j from chunks 0 … j − 1 of its own row. What is carried: the two sums, and the open chunk's weights,
+    which the next step's update starts from."""
 
     causal = True
 
     def __init__(self, c):
         self.scale, self.chunk = c.retention_scale, c.retention_chunk
 
-    def update(self, w: Weights, u: Tensor, g: Tensor, block: StrawberryBlock, at: At, state: State | None) -> Weights:
-        with full_precision(u):
-            sums = to_chunks(wide(u), at.slot).mT @ to_chunks(wide(g), at.slot)  # (B, J, C, C)
-        if state is None:
-            return self.weights(w, sums, block)
-        self.open_chunk(state, at)
-        sums[:, 0] += state.partial
-        before = state.finished.unsqueeze(1) + F.pad(sums, (0, 0, 0, 0, 1, -1)).cumsum(dim=1)
-        kept = Weights(*(getattr(state, name).unsqueeze(1) for name in Weights._fields))
-        new = kept if at.border is False else reweigh(w, self.scale * norm(before), block.out, block.tao)
-        if isinstance(at.border, Tensor):  # rows inside a chunk keep its weights
-            at_border = at.border.view(-1, 1, 1, 1)
-            new = Weights(*(torch.where(at_border, n, k) for n, k in zip(new, kept, strict=True)))
-        self.keep(state, at, before, sums, new)
-        return new
+    def update(self, w: Weights, u: Tensor, g: Tensor, block: StrawberryBlock, at: At, state: ChunkState) -> Weights:
+        def make(before: Tensor) -> Weights:
+            return reweigh(w, self.scale * norm(before), block.out, block.tao)
 
-    def weights(self, w: Weights, sums: Tensor, block: StrawberryBlock) -> Weights:
-        before = F.pad(sums, (0, 0, 0, 0, 1, -1)).cumsum(dim=1)
-        return reweigh(w, self.scale * norm(before), block.out, block.tao)
+        return Weights(*by_chunks(u, g, at, state, make))
 
-    def open_chunk(self, state: State, at: At) -> None:
-        """At a border the open chunk is finished: its sum joins the others."""
-        if at.border is False:
-            return
-        done = state.partial if at.border is True else torch.where(at.border.view(-1, 1, 1), state.partial, 0.0)
-        state.finished += done
-        state.partial -= done
-
-    def keep(self, state: State, at: At, before: Tensor, sums: Tensor, new: Weights) -> None:
-        """Carry what belongs to the chunk of each row's last real token."""
-        rows = torch.arange(before.size(0), device=before.device)
-        last = -1 if at.count is None else ((at.count - 1).clamp(min=0) // at.slot)
-        state.finished.copy_(before[rows, last])
-        state.partial.copy_(sums[rows, last])
-        for name, w in zip(Weights._fields, new, strict=True):
-            getattr(state, name).copy_(w[rows, last])
-
-    def new_state(self, batch: int, device, dtype, w: Weights) -> State:
-        C, wide_type = w.out.size(-1), torch.float64 if dtype == torch.float64 else torch.float32
-        matrices = {name: (tuple(m.shape), 0.0, wide_type) for name, m in zip(Weights._fields, w, strict=True)}
-        square = ((C, C), 0.0, wide_type)
-        return State(batch, device, finished=square, partial=square, **matrices)
+    def new_state(self, batch: int, device, dtype, w: Weights) -> ChunkState:
+        return ChunkState(batch, device, dtype, w.out.size(-1), [tuple(m.shape) for m in w])
 
     def flops(self, w: Weights, T: int) -> float:
         C = w.out.size(-1)
@@ -982,7 +1822,8 @@ class StrawberryBlock(nn.Module):
             self.retention = RETENTION[c.retention_scope](c)
         self.steps = strawberry_steps(c)
         self.tea = ExpertAttention(c, rotary_qk_norm)
-        self.aft = AFTSimple(c, channel_norm) if "aft" in self.steps else None
+        self.aft = AFTS[c.aft](c, channel_norm) if "aft" in self.steps else None
+        self.ffn_router = Router(C, c.n_ffn_experts, c.a_ffn_experts) if c.n_ffn_experts > 1 else None
         self.drop = nn.Dropout(c.dropout)
 
     def base(self) -> Weights:
@@ -997,14 +1838,14 @@ class StrawberryBlock(nn.Module):
                 w = self.retention.update(w, u, g, self, at, retained)
         return x
 
-    def step(self, mixer: Mixer, x: Tensor, w: Weights, at: At, state) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, mixer: nn.Module, x: Tensor, w: Weights, at: At, state) -> tuple[Tensor, Tensor, Tensor]:
         """Mix and SwiGLU with the weights w; also its u and g, which retention sums."""
-        h = norm(x)
-        q, k, v = project(h, w.qkv, at).chunk(3, dim=-1)
-        u, g = project(mixer(q, k, v, h, at, state), w.swiglu, at).chunk(2, dim=-1)
-        real = at.real()
-        summed = u if real is None else u * real.unsqueeze(-1)
-        return x + self.drop(project(u * F.silu(g), w.out, at)), summed, g
+        q, k, v = project(norm(x), w.qkv, at).chunk(3, dim=-1)
+        u, g = project(mixer(q, k, v, x, at, state), w.swiglu, at).chunk(2, dim=-1)
+        if self.ffn_router is not None:  # groups of channels, those not chosen at zero
+            u = u * self.ffn_router(x, at).repeat_interleave(u.size(-1) // self.ffn_router.n, dim=-1)
+        new = x + self.drop(project(u * F.silu(g), w.out, at))
+        return at.moved(x, new), at.counted(u), g
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
         return [
@@ -1016,7 +1857,8 @@ class StrawberryBlock(nn.Module):
     def flops(self, T: int) -> float:
         w = self.base()
         steps = sum(2 * sum(m.numel() for m in w) + getattr(self, kind).flops(T) for kind in self.steps)
-        return steps + (len(self.steps) - 1) * self.retention.flops(w, T)
+        routed = len(self.steps) * self.ffn_router.flops(T) if self.ffn_router else 0
+        return steps + routed + (len(self.steps) - 1) * self.retention.flops(w, T)
 
 
 class Strawberry(LanguageModel):
@@ -1029,14 +1871,19 @@ class Strawberry(LanguageModel):
         c = config
         self.embed = Embedding(c.vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(StrawberryBlock(c) for _ in range(c.n_layer))
-        self.rope = Rope(c.n_qkv // c.n_head)
-        self.causal = all(block.retention.causal for block in self.blocks)
-        self.chunk = self.blocks[0].retention.chunk
+        self.depth = Router(c.n_embd, c.recursions, 1) if c.adaptive else None
+        self.rope = Rope(rope_frequencies(c.n_qkv // c.n_head, c.rope_scaling, c.block_size)[0])
+        retention = self.blocks[0].retention
+        self.causal, self.chunk = retention.causal, retention.chunk
+        self.max_positions = c.block_size if c.aft in ENDS and self.blocks[0].aft is not None else None
 
     def embed_tokens(self, idx: Tensor, at: At) -> Tensor:
         return norm(self.embed(idx))
 
     def trunk(self, x: Tensor, at: At, states: list | None) -> Tensor:
+        return repeat(self.once, x, at, states, self.config.recursions, self.depth)
+
+    def once(self, x: Tensor, at: At, states: list | None) -> Tensor:
         for i, block in enumerate(self.blocks):
             x = block(x, at, None if states is None else states[i])
         return x
@@ -1045,10 +1892,305 @@ class Strawberry(LanguageModel):
         return softcap(F.linear(norm(x), self.embed.weight), self.config.logit_softcap)
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
-        return [block.new_states(batch, max_length, device, dtype) for block in self.blocks]
+        passes = range(self.config.recursions)
+        return [[block.new_states(batch, max_length, device, dtype) for block in self.blocks] for _ in passes]
 
     def flops(self, T: int) -> float:
-        return sum(block.flops(T) for block in self.blocks) + 2 * self.embed.weight.numel()
+        once = sum(block.flops(T) for block in self.blocks)
+        depth = self.depth.flops(T) if self.depth else 0
+        return self.config.recursions * once + depth + 2 * self.embed.weight.numel()
+
+
+# ---- strawberry-v0 -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StrawberryV0Config(ModelConfig):
+    arch: str = option("strawberry-v0", "the family of architectures", choices=("strawberry-v0",))
+    n_qkv: int = option(256, "D, channels of q, of k and of v", low=1)
+    r_layer: int = option(2, "times that each block is run", low=1)
+    aft: str = option("full", "positions of attention-free mixing", choices=tuple(AFTS))
+    window: int | None = option(None, "tokens that attention sees; default block_size / 4", low=1)
+    n_experts: int = option(1, "groups of heads that a router chooses from, token by token", low=1)
+    a_experts: int | None = option(None, "groups active for a token; default half", low=1)
+    windows: list[int] | None = option(None, "each expert's; default window, window / 2, … not under 16", low=1)
+    compaction: bool = option(False, "Compaction Compute: before its attention a block adds norm(x) @ Y to x")
+    compaction_scope: str = option(
+        "causal", "what Y sums over: earlier chunks of the row, or ('batch', not causal) everything",
+        choices=("causal", "batch"))
+    retention_chunk: int | None = option(
+        None, "tokens that share Y; default n_embd rounded up to a power of two, at most block_size / 2, at least 16",
+        low=1)
+
+    def __post_init__(self):
+        default_window(self)
+        default_experts(self)
+        self.retention_chunk = self.retention_chunk or chunk_size(self)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from heads_divide("n_qkv", self.n_qkv, self.n_head)
+        yield from expert_problems(self)
+
+
+def compact(x: Tensor, wo: Tensor, wa: Tensor, wt: Tensor) -> Tensor:
+    """Compaction Compute: Y = π·tanh((Oᵀ A) / √C) @ WT, (C, C) whatever the number of tokens in x (…, C), from
+    O = norm(x) WO and A = norm(x) WA."""
+    h = norm(x).flatten(0, -2)
+    with full_precision(x):
+        total = wide(h @ wo).mT @ wide(h @ wa)
+    return compacted(total, wt)
+
+
+def compacted(total: Tensor, wt: Tensor) -> Tensor:
+    return math.pi * torch.tanh(total * total.size(-1) ** -0.5) @ wt.to(total.dtype)
+
+
+class BatchCompaction(nn.Module):
+    """Y from all tokens of all rows. It sees the future and the other rows."""
+
+    roles = {"wo": "matrix", "wa": "matrix", "wt": "residual"}
+    causal = False
+    chunk = None
+
+    def __init__(self, c: StrawberryV0Config):
+        super().__init__()
+        self.wo, self.wa, self.wt = (nn.Parameter(torch.empty(c.n_embd, c.n_embd)) for _ in range(3))
+
+    def forward(self, x: Tensor, at: At, state: None) -> Tensor:
+        return x + norm(x) @ compact(x, self.wo, self.wa, self.wt).to(x.dtype)
+
+    def new_state(self, batch: int, device, dtype) -> None:
+        return None
+
+    def flops(self, T: int) -> float:
+        return 2 * 4 * self.wo.numel() + 2 * self.wo.numel() * len(self.wo) / T
+
+
+class CausalCompaction(nn.Module):
+    """Y of each chunk from the mean over the earlier chunks of its row."""
+
+    roles = {"wo": "matrix", "wa": "matrix", "wt": "residual"}
+    causal = True
+
+    def __init__(self, c: StrawberryV0Config):
+        super().__init__()
+        self.chunk = c.retention_chunk
+        self.wo, self.wa, self.wt = (nn.Parameter(torch.empty(c.n_embd, c.n_embd)) for _ in range(3))
+
+    def forward(self, x: Tensor, at: At, state: ChunkState | None) -> Tensor:
+        h = norm(x)
+        tokens = at.pos[:, :: at.slot].clamp(min=1)[..., None, None]  # before each chunk, (B, J, 1, 1)
+
+        def make(before: Tensor) -> list[Tensor]:
+            return [compacted(before / tokens, self.wt)]
+
+        (y,) = by_chunks(at.counted(h @ self.wo), h @ self.wa, at, state, make)
+        return x + project(h, y.mT, at)
+
+    def new_state(self, batch: int, device, dtype) -> ChunkState:
+        return ChunkState(batch, device, dtype, len(self.wo), [tuple(self.wt.shape)])
+
+    def flops(self, T: int) -> float:
+        return 2 * 4 * self.wo.numel() + 2 * self.wo.numel() * len(self.wo) * -(-T // self.chunk) / T
+
+
+COMPACTION = {"causal": CausalCompaction, "batch": BatchCompaction}
+
+
+class StrawberryV0Block(nn.Module):
+    """AFT mixes v, expert attention mixes the result, SwiGLU writes it back. Run r_layer times, weights shared."""
+
+    roles = {"w_qkv": "matrix", "w_swiglu": "matrix", "w_out": "residual"}
+
+    def __init__(self, c: StrawberryV0Config):
+        super().__init__()
+        C, D = c.n_embd, c.n_qkv
+        self.w_qkv = nn.Parameter(torch.empty(3 * D, C))
+        self.w_swiglu = nn.Parameter(torch.empty(2 * C, D))
+        self.w_out = nn.Parameter(torch.empty(C, C))
+        self.aft, self.tea = AFTS[c.aft](c, rotary_qk_norm), ExpertAttention(c, rotary_qk_norm)
+        self.compaction = COMPACTION[c.compaction_scope](c) if c.compaction else None
+        self.drop = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, at: At, states: tuple | None) -> Tensor:
+        aft, tea, compaction = states or (None, None, None)
+        if self.compaction is not None:
+            x = self.compaction(x, at, compaction)
+        q, k, v = F.linear(norm(x), self.w_qkv).chunk(3, dim=-1)
+        y = self.tea(q, k, self.aft(q, k, v, x, at, aft), x, at, tea)
+        u, g = F.linear(y, self.w_swiglu).chunk(2, dim=-1)
+        return x + self.drop(F.linear(u * F.silu(g), self.w_out))
+
+    def new_states(self, batch: int, max_length: int, device, dtype) -> tuple:
+        compaction = self.compaction.new_state(batch, device, dtype) if self.compaction is not None else None
+        return (*(m.new_state(batch, max_length, device, dtype) for m in (self.aft, self.tea)), compaction)
+
+    def flops(self, T: int) -> float:
+        matrices = 2 * (self.w_qkv.numel() + self.w_swiglu.numel() + self.w_out.numel())
+        return matrices + sum(m.flops(T) for m in (self.aft, self.tea, self.compaction) if m is not None)
+
+
+class StrawberryV0(LanguageModel):
+    """Strawberry (2025): attention-free mixing inside attention, blocks that repeat."""
+
+    Config = StrawberryV0Config
+
+    def __init__(self, config: StrawberryV0Config):
+        super().__init__(config)
+        c = config
+        self.embed = Embedding(c.vocab_size, c.n_embd)
+        self.blocks = nn.ModuleList(StrawberryV0Block(c) for _ in range(c.n_layer))
+        self.rope = Rope(rope_frequencies(c.n_qkv // c.n_head, c.rope_scaling, c.block_size)[0])
+        self.max_positions = c.block_size if c.aft in ENDS else None
+        compaction = self.blocks[0].compaction
+        if compaction is not None:
+            self.causal, self.chunk = compaction.causal, compaction.chunk
+
+    def embed_tokens(self, idx: Tensor, at: At) -> Tensor:
+        return norm(self.embed(idx))
+
+    def trunk(self, x: Tensor, at: At, states: list | None) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = repeat(block, x, at, None if states is None else states[i], self.config.r_layer, None)
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        return F.linear(norm(x), self.embed.weight)
+
+    def new_states(self, batch: int, max_length: int, device, dtype) -> list:
+        return repeated_states(self.blocks, self.config.r_layer, batch, max_length, device, dtype)
+
+    def flops(self, T: int) -> float:
+        return self.config.r_layer * sum(b.flops(T) for b in self.blocks) + 2 * self.embed.weight.numel()
+
+
+def repeated_states(blocks: nn.ModuleList, repeats: int, *args) -> list:
+    """For each block, the states of each of its repeats."""
+    return [[block.new_states(*args) for _ in range(repeats)] for block in blocks]
+
+
+# ---- palm ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PalmConfig(ModelConfig):
+    arch: str = option("palm", "the family of architectures", choices=("palm",))
+    n_qkv: int = option(256, "D, channels of q, of k and of v", low=1)
+    r_layer: int = option(1, "times that each block is run", low=1)
+    d_rank: int | None = option(64, "numbers that every linear map goes through; null: full rank", low=1)
+    attention_type: str = option("aft", "mixer", choices=("aft", "lam", "kv", "mha"))
+    aft: str = option("simple", "positions of attention-free mixing", choices=tuple(AFTS))
+    window: int | None = option(None, "tokens within AFT's local and conv positions; default block_size / 4", low=1)
+    n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 8C/3 rounded up to 64", low=1)
+    parallel: bool = option(True, "a SwiGLU feed-forward beside the attention")
+
+    def __post_init__(self):
+        default_window(self)
+        self.n_ffn = self.n_ffn or -(-8 * self.n_embd // 3 // 64) * 64
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from heads_divide("n_qkv", self.n_qkv, self.n_head)
+
+
+PALM_MIXERS = {
+    "aft": lambda c: AFTS[c.aft](c, rotary_qk_norm),
+    "lam": lambda c: LAM(c, rotary_qk_norm),
+    "kv": lambda c: Softmax(c, prepare=rotary_qk_norm),
+    "mha": lambda c: Softmax(c, prepare=rotary_qk_norm),
+}
+
+
+def palm_linear(c: PalmConfig, n_in: int, n_out: int, role: str = "matrix") -> nn.Module:
+    return Linear(n_in, n_out, role=role) if c.d_rank is None else LowRank(n_in, n_out, c.d_rank, role)
+
+
+class AttentionOnDetail(nn.Module):
+    """q, k, v = w₂(relu²(w₁ x)) (neural attention, arXiv 2310.11398), any mixer, and a gated way out."""
+
+    def __init__(self, c: PalmConfig):
+        super().__init__()
+        self.parts = 2 if c.attention_type == "kv" else 3  # in KV attention q is k
+        self.w1, self.w2 = palm_linear(c, c.n_embd, c.n_qkv), palm_linear(c, c.n_qkv, self.parts * c.n_qkv)
+        self.mixer = PALM_MIXERS[c.attention_type](c)
+        self.out = palm_linear(c, c.n_qkv, 2 * c.n_embd)
+
+    def forward(self, x: Tensor, at: At, state) -> Tensor:
+        *q, k, v = self.w2(relu2(self.w1(x))).chunk(self.parts, dim=-1)
+        u, g = self.out(self.mixer(q[0] if q else k, k, v, x, at, state)).chunk(2, dim=-1)
+        return u * F.silu(g)
+
+    def flops(self, T: int) -> float:
+        return sum(m.flops(T) for m in (self.w1, self.w2, self.mixer, self.out))
+
+
+class PalmFeedForward(nn.Module):
+    """SwiGLU through low-rank maps."""
+
+    def __init__(self, c: PalmConfig):
+        super().__init__()
+        self.w1, self.w2 = palm_linear(c, c.n_embd, 2 * c.n_ffn), palm_linear(c, c.n_ffn, c.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, g = self.w1(x).chunk(2, dim=-1)
+        return self.w2(u * F.silu(g))
+
+    def flops(self, T: int) -> float:
+        return self.w1.flops(T) + self.w2.flops(T)
+
+
+class PalmBlock(nn.Module):
+    """x + attention(norm(x)), and beside it + ffn(norm(x)) (arXiv 2204.02311)."""
+
+    def __init__(self, c: PalmConfig):
+        super().__init__()
+        self.attn, self.ffn = AttentionOnDetail(c), PalmFeedForward(c) if c.parallel else None
+        self.drop = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, at: At, state) -> Tensor:
+        h = norm(x)
+        y = self.attn(h, at, state)
+        return x + self.drop(y if self.ffn is None else y + self.ffn(h))
+
+    def new_states(self, *args):
+        return self.attn.mixer.new_state(*args)
+
+    def flops(self, T: int) -> float:
+        return self.attn.flops(T) + (self.ffn.flops(T) if self.ffn is not None else 0)
+
+
+class Palm(LanguageModel):
+    """Palm: everything through low rank, an untied head, queries, keys and values out of a network."""
+
+    Config = PalmConfig
+
+    def __init__(self, config: PalmConfig):
+        super().__init__(config)
+        c = config
+        self.embed = Embedding(c.vocab_size, c.d_rank or c.n_embd, "input")
+        self.embed_up = None if c.d_rank is None else Linear(c.d_rank, c.n_embd)
+        self.blocks = nn.ModuleList(PalmBlock(c) for _ in range(c.n_layer))
+        self.unembed = palm_linear(c, c.n_embd, c.vocab_size, "head")
+        self.rope = Rope(rope_frequencies(c.n_qkv // c.n_head, c.rope_scaling, c.block_size)[0])
+        self.max_positions = c.block_size if c.attention_type == "aft" and c.aft in ENDS else None
+
+    def embed_tokens(self, idx: Tensor, at: At) -> Tensor:
+        x = self.embed(idx)
+        return x if self.embed_up is None else self.embed_up(x)
+
+    def trunk(self, x: Tensor, at: At, states: list | None) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = repeat(block, x, at, None if states is None else states[i], self.config.r_layer, None)
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.unembed(norm(x))
+
+    def new_states(self, batch: int, max_length: int, device, dtype) -> list:
+        return repeated_states(self.blocks, self.config.r_layer, batch, max_length, device, dtype)
+
+    def flops(self, T: int) -> float:
+        ends = self.unembed.flops(T) + (self.embed_up.flops(T) if self.embed_up is not None else 0)
+        return self.config.r_layer * sum(block.flops(T) for block in self.blocks) + ends
 
 
 # ---- tinystar ------------------------------------------------------------------------------------------------------
@@ -1063,21 +2205,20 @@ class TinyStarConfig(ModelConfig):
     window: int | None = option(None, "tokens that -SWA attention sees; default block_size / 4", low=1)
     kv_rank: int | None = option(None, "MHLA's latent; default n_embd / 4", low=1)
     rope_dim: int | None = option(None, "MHLA's rotary channels; default half a head's", low=2)
+    n_ffn_experts: int = option(1, "feed-forwards that a router chooses from, token by token", low=1)
+    a_ffn_experts: int | None = option(None, "feed-forwards active for a token; default half", low=1)
     norm_type: str = option("RMSNorm", "norms, with learned scales", choices=tuple(NORMS))
     attention_type: str = option(
         "GQA", "heads of k and v: as q, grouped, one, or a latent; -SWA: over a sliding window",
         choices=("MHA", "GQA", "MQA", "MHLA", "MHA-SWA", "GQA-SWA", "MQA-SWA", "MHLA-SWA"))
-    ffn_type: str = option("SwiGLU", "feed-forward", choices=tuple(FEED_FORWARDS))
+    ffn_type: str = option("SwiGLU", "feed-forward", choices=("SwiGLU", "GELU"))
     pos_encoding: str = option(
         "RoPE", "how tokens know where they stand", choices=("Learned", "RoPE", "Sinusoidal", "None"))
     tie_embeddings: bool = option(True, "one table for input and output")
 
     def __post_init__(self):
-        self.n_qkv = self.n_embd if self.n_qkv is None else self.n_qkv
-        self.n_kv_head = max(1, self.n_head // 2) if self.n_kv_head is None else self.n_kv_head
-        self.window = max(1, self.block_size // 4) if self.window is None else self.window
-        self.kv_rank = max(1, self.n_embd // 4) if self.kv_rank is None else self.kv_rank
-        self.rope_dim = max(2, self.n_qkv // self.n_head // 4 * 2) if self.rope_dim is None else self.rope_dim
+        default_attention(self)
+        self.a_ffn_experts = self.a_ffn_experts or max(1, self.n_ffn_experts // 2)
 
     @property
     def bias(self) -> bool:
@@ -1086,163 +2227,22 @@ class TinyStarConfig(ModelConfig):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from heads_divide("n_qkv", self.n_qkv, self.n_head)
-        if self.n_head % self.n_kv_head:
-            yield "n_kv_head", f"is {self.n_kv_head}, which does not divide n_head {self.n_head}"
-        if self.rope_dim % 2:
-            yield "rope_dim", f"is {self.rope_dim}, but rotary positions turn pairs: an even number"
-
-
-class SelfAttention(nn.Module):
-    """Projections around softmax attention: all heads of q, n_kv_head heads of k and v."""
-
-    def __init__(self, c: TinyStarConfig, n_kv_head: int, window: int | None):
-        super().__init__()
-        d = c.n_qkv // c.n_head
-        self.wq = Linear(c.n_embd, c.n_qkv, bias=c.bias)
-        self.wk = Linear(c.n_embd, n_kv_head * d, bias=c.bias)
-        self.wv = Linear(c.n_embd, n_kv_head * d, bias=c.bias)
-        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias)
-        self.mixer = Softmax(c.n_head, d, n_kv_head=n_kv_head, window=window, prepare=POSITIONS[c.pos_encoding].prepare,
-                             dropout=c.dropout)
-
-    def forward(self, x: Tensor, at: At, state: Ring | None) -> Tensor:
-        return self.wo(self.mixer(self.wq(x), self.wk(x), self.wv(x), x, at, state))
-
-    def new_state(self, batch: int, max_length: int, device, dtype) -> Ring:
-        return self.mixer.new_state(batch, max_length, device, dtype)
-
-    def flops(self, T: int) -> float:
-        return sum(w.flops(T) for w in (self.wq, self.wk, self.wv, self.wo)) + self.mixer.flops(T)
-
-
-class LatentAttention(nn.Module):
-    """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads are read out of one latent of kv_rank
-    numbers; positions go through a rotary key of rope_dim numbers that all heads share. These two are all it caches."""
-
-    def __init__(self, c: TinyStarConfig, n_kv_head: int, window: int | None):
-        super().__init__()
-        self.n_head, self.d, self.rank, self.rope_dim = c.n_head, c.n_qkv // c.n_head, c.kv_rank, c.rope_dim
-        self.wq = Linear(c.n_embd, c.n_head * (self.d + self.rope_dim), bias=c.bias)
-        self.wkv_a = Linear(c.n_embd, self.rank + self.rope_dim, bias=c.bias)
-        self.kv_norm = RMSNorm(self.rank)
-        self.wkv_b = Linear(self.rank, c.n_head * 2 * self.d)  # per head: k, then v
-        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias)
-        self.window, self.dropout = Window(window), c.dropout
-
-    def forward(self, x: Tensor, at: At, state: Ring | None) -> Tensor:
-        q, q_rope = self.wq(x).unflatten(-1, (self.n_head, -1)).split((self.d, self.rope_dim), dim=-1)
-        latent, k_rope = self.wkv_a(x).split((self.rank, self.rope_dim), dim=-1)
-        latent, k_rope = self.kv_norm(latent), rotate(k_rope.unsqueeze(2), at.rope)
-        mix = self.expanded if state is None else self.absorbed
-        return self.wo(mix(q, rotate(q_rope, at.rope), latent, k_rope, at, state).flatten(2))
-
-    def expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, at: At, state: None) -> Tensor:
-        """Keys and values written out per head: the fewest products where all tokens are given at once."""
-        k, v = self.wkv_b(latent).unflatten(-1, (self.n_head, -1)).chunk(2, dim=-1)
-        k = torch.cat((k, k_rope.expand(-1, -1, self.n_head, -1)), dim=-1)
-        dropout = self.dropout if self.training else 0.0
-        return attend(torch.cat((q, q_rope), dim=-1), k, v, at.mask(self.window), dropout=dropout)
-
-    def absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, at: At, state: Ring) -> Tensor:
-        """The same with the up-projections moved to q and to the result: one latent head serves all heads of q."""
-        latent, k_rope, k_pos = state.extend(at, latent, k_rope.flatten(2))
-        wk, wv = self.wkv_b.weight.unflatten(0, (self.n_head, 2, self.d)).unbind(dim=1)  # (H, d, rank) each
-        q = torch.cat((torch.einsum("bthd,hdr->bthr", q, wk), q_rope), dim=-1)
-        k = torch.cat((latent, k_rope), dim=-1).unsqueeze(2)
-        scale = (self.d + self.rope_dim) ** -0.5
-        y = attend(q, k, latent.unsqueeze(2), self.window.sees(at.pos, k_pos), scale=scale)
-        return torch.einsum("bthr,hdr->bthd", y, wv)
-
-    def new_state(self, batch: int, max_length: int, device, dtype) -> Ring:
-        size = max_length if self.window.size is None else min(self.window.size, max_length)
-        return Ring(batch, device, dtype, size, latent=self.rank, k_rope=self.rope_dim)
-
-    def flops(self, T: int) -> float:
-        projections = sum(w.flops(T) for w in (self.wq, self.wkv_a, self.wkv_b, self.wo))
-        return projections + 2 * T * self.n_head * (2 * self.d + self.rope_dim)
-
-
-# attention_type to the class, and its heads of k and v from (n_head, n_kv_head)
-ATTENTIONS = {
-    "MHA": (SelfAttention, lambda h, kv: h),
-    "GQA": (SelfAttention, lambda h, kv: kv),
-    "MQA": (SelfAttention, lambda h, kv: 1),
-    "MHLA": (LatentAttention, lambda h, kv: 1),
-}
-
-
-def tinystar_attention(c: TinyStarConfig) -> nn.Module:
-    name, _, sliding = c.attention_type.partition("-")
-    attention, kv_heads = ATTENTIONS[name]
-    return attention(c, kv_heads(c.n_head, c.n_kv_head), c.window if sliding else None)
-
-
-class LearnedPositions(nn.Module):
-    """A learned vector for each of block_size places, added to the embedding."""
-
-    roles = {"weight": "position"}
-    prepare = staticmethod(as_is)
-
-    def __init__(self, c):
-        super().__init__()
-        self.max_positions = c.block_size
-        self.weight = nn.Parameter(torch.empty(c.block_size, c.n_embd))
-
-    def forward(self, x: Tensor, at: At) -> Tensor:
-        return x + F.embedding(at.pos, self.weight)
-
-
-class SinusoidalPositions(nn.Module):
-    """sin(pos / 10000^(2i/C)) in even channels, cos in odd ones (arXiv 1706.03762), added to the embedding."""
-
-    max_positions = None
-    prepare = staticmethod(as_is)
-
-    def __init__(self, c):
-        super().__init__()
-        self.width, self.rope = c.n_embd, Rope(c.n_embd)
-
-    def forward(self, x: Tensor, at: At) -> Tensor:
-        cos, sin = self.rope(at.pos)
-        both = torch.stack((sin, cos), dim=-1).flatten(-2).squeeze(2)  # (B, T, C), sin and cos in turn
-        return x + both[..., : self.width].to(x.dtype)
-
-
-class RotaryPositions(nn.Module):
-    """q and k are turned in each attention; nothing is added."""
-
-    max_positions = None
-    prepare = staticmethod(rotary)
-
-    def __init__(self, c):
-        super().__init__()
-
-    def forward(self, x: Tensor, at: At) -> Tensor:
-        return x
-
-
-class NoPositions(RotaryPositions):
-    """Only the causal mask tells where a token stands (arXiv 2305.19466)."""
-
-    prepare = staticmethod(as_is)
-
-
-POSITIONS = {"Learned": LearnedPositions, "RoPE": RotaryPositions, "Sinusoidal": SinusoidalPositions, "None": NoPositions}
+        yield from attention_problems(self)
+        yield from expert_problems(self)
 
 
 class TinyStarBlock(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, c: TinyStarConfig):
+    def __init__(self, c: TinyStarConfig, layer: int):
         super().__init__()
         self.norm1, self.norm2 = NORMS[c.norm_type](c.n_embd), NORMS[c.norm_type](c.n_embd)
-        self.attn = tinystar_attention(c)
-        self.ffn = FEED_FORWARDS[c.ffn_type](c.n_embd, c.n_ffn, bias=c.bias)
+        self.attn, self.ffn = make_attention(c, layer), feed_forward(c)
         self.drop = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, at: At, state: Ring | None) -> Tensor:
         x = x + self.drop(self.attn(self.norm1(x), at, state))
-        return x + self.drop(self.ffn(self.norm2(x)))
+        return x + self.drop(self.ffn(self.norm2(x), at))
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> State:
         return self.attn.new_state(batch, max_length, device, dtype)
@@ -1261,12 +2261,10 @@ class TinyStar(LanguageModel):
         c = config
         self.embed = Embedding(c.vocab_size, c.n_embd, "embedding" if c.tie_embeddings else "input")
         self.positions = POSITIONS[c.pos_encoding](c)
-        self.blocks = nn.ModuleList(TinyStarBlock(c) for _ in range(c.n_layer))
+        self.blocks = nn.ModuleList(TinyStarBlock(c, layer) for layer in range(c.n_layer))
         self.norm = NORMS[c.norm_type](c.n_embd)
         self.unembed = None if c.tie_embeddings else Linear(c.n_embd, c.vocab_size, role="head")
-        latent = c.attention_type.startswith("MHLA")
-        self.rope = Rope(c.rope_dim if latent else c.n_qkv // c.n_head)
-        self.max_positions = self.positions.max_positions
+        self.rope, self.max_positions = rope_of(c), positions_end(c)
 
     def embed_tokens(self, idx: Tensor, at: At) -> Tensor:
         return self.positions(self.embed(idx), at)
@@ -1287,9 +2285,194 @@ class TinyStar(LanguageModel):
         return sum(block.flops(T) for block in self.blocks) + 2 * self.embed.weight.numel()
 
 
+# ---- transformer ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TransformerConfig(ModelConfig):
+    arch: str = option("transformer", "the family of architectures", choices=("transformer",))
+    kind: str = option("encoder-decoder", "which stacks", choices=("encoder-decoder", "decoder", "encoder"))
+    n_encoder_layer: int | None = option(None, "blocks of the encoder; default n_layer", low=1)
+    n_qkv: int | None = option(None, "channels of q; default n_embd", low=1)
+    n_kv_head: int | None = option(None, "heads of k and v in GQA; default n_head / 2", low=1)
+    n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 4C, for swiglu 8C/3", low=1)
+    n_ffn_experts: int = option(1, "feed-forwards that a router chooses from, token by token", low=1)
+    a_ffn_experts: int | None = option(None, "feed-forwards active for a token; default half", low=1)
+    norm_position: str = option("post", "norm after each residual sum, or before each part", choices=("post", "pre"))
+    norm_type: str = option("LayerNorm", "norms, with learned scales", choices=tuple(NORMS))
+    attention_type: str = option(
+        "MHA", "mixer of self-attention; -SWA: over a sliding window",
+        choices=(*ATTENTIONS, "MHA-SWA", "GQA-SWA", "MQA-SWA", "MHLA-SWA", "kv-SWA"))
+    ffn_type: str = option("relu", "feed-forward", choices=tuple(FEED_FORWARDS))
+    pos_encoding: str = option("Sinusoidal", "how tokens know where they stand", choices=tuple(POSITIONS))
+    bias: bool = option(True, "biases in linear maps")
+    tie_embeddings: bool = option(True, "one table for input and output")
+    pad_id: int | None = option(None, "token that is padding, in the source and in an encoder", low=0)
+    window: int | None = option(None, "tokens that -SWA and sparse attention see nearby; default block_size / 4", low=1)
+    kv_rank: int | None = option(None, "MHLA's latent; default n_embd / 4", low=1)
+    rope_dim: int | None = option(None, "MHLA's rotary channels; default half a head's", low=2)
+    aft: str = option("simple", "positions of attention-free mixing", choices=tuple(AFTS))
+    n_experts: int = option(1, "expert attention: groups of heads that a router chooses from", low=1)
+    a_experts: int | None = option(None, "groups active for a token; default half", low=1)
+    windows: list[int] | None = option(None, "each expert's; default window, window / 2, … not under 16", low=1)
+    sparse: str = option("none", "pattern of softmax attention", choices=("none", *SPARSE))
+    n_global: int = option(0, "sparse: first tokens that everyone sees", low=0)
+    n_random: int = option(3, "bigbird: blocks drawn for each block of queries", low=0)
+    sparse_block: int = option(64, "bigbird: tokens in a block", low=1)
+    sparse_seed: int = option(0, "bigbird: seed of the draw", low=0)
+    recursions: int = option(1, "times that each stack is run", low=1)
+    adaptive: bool = option(False, "each token chooses its number of recursions")
+
+    def __post_init__(self):
+        default_attention(self)
+        default_experts(self)
+        self.n_encoder_layer = self.n_encoder_layer or self.n_layer
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from heads_divide("n_qkv", self.n_qkv, self.n_head)
+        yield from attention_problems(self)
+        yield from expert_problems(self)
+        if self.adaptive and self.recursions < 2:
+            yield "adaptive", "needs recursions of at least 2, to have depths to choose from"
+        if self.sparse != "none" and self.attention_type in ("aft", "lam", "expert"):
+            yield "sparse", f"is for softmax attention, which attention_type {self.attention_type!r} is not"
+        if self.sparse != "none" and self.attention_type.endswith("-SWA"):
+            yield "sparse", "has a window of its own; take an attention_type without -SWA"
+
+
+def post_norm(x: Tensor, norm: nn.Module, part: Callable, drop: nn.Module) -> Tensor:
+    """As published: the residual stream itself is normed."""
+    return norm(x + drop(part(x)))
+
+
+def pre_norm(x: Tensor, norm: nn.Module, part: Callable, drop: nn.Module) -> Tensor:
+    """What a part reads is normed, the residual stream is not (arXiv 2002.04745)."""
+    return x + drop(part(norm(x)))
+
+
+NORM_POSITIONS = {"post": post_norm, "pre": pre_norm}
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the source where there is one, feed-forward."""
+
+    def __init__(self, c: TransformerConfig, layer: int, crosses: bool):
+        super().__init__()
+        self.wire, self.drop = NORM_POSITIONS[c.norm_position], nn.Dropout(c.dropout)
+        self.norm1, self.attn = NORMS[c.norm_type](c.n_embd), make_attention(c, layer)
+        self.norm2, self.cross = NORMS[c.norm_type](c.n_embd), CrossAttention(c) if crosses else None
+        self.norm3, self.ffn = NORMS[c.norm_type](c.n_embd) if crosses else None, feed_forward(c)
+
+    def forward(self, x: Tensor, at: At, states: tuple | None) -> Tensor:
+        mine, crossed = states or (None, None)
+        y = self.wire(x, self.norm1, lambda h: self.attn(h, at, mine), self.drop)
+        if self.cross is not None:
+            y = self.wire(y, self.norm2, lambda h: self.cross(h, at, crossed), self.drop)
+        y = self.wire(y, self.norm3 or self.norm2, lambda h: self.ffn(h, at), self.drop)
+        return at.moved(x, y)
+
+    def new_states(self, *args) -> tuple:
+        return self.attn.new_state(*args), CrossState() if self.cross is not None else None
+
+    def flops(self, T: int) -> float:
+        return sum(m.flops(T) for m in (self.attn, self.cross, self.ffn) if m is not None)
+
+
+class TransformerStack(nn.Module):
+    """Positions, blocks, and with pre-norm a last norm. The encoder is one, the decoder another."""
+
+    def __init__(self, c: TransformerConfig, n_layer: int, crosses: bool):
+        super().__init__()
+        self.recursions = c.recursions
+        self.positions = POSITIONS[c.pos_encoding](c)
+        self.blocks = nn.ModuleList(TransformerBlock(c, layer, crosses) for layer in range(n_layer))
+        self.depth = Router(c.n_embd, c.recursions, 1) if c.adaptive else None
+        self.norm = NORMS[c.norm_type](c.n_embd) if c.norm_position == "pre" else nn.Identity()
+
+    def forward(self, x: Tensor, at: At, states: list | None) -> Tensor:
+        return self.norm(repeat(self.once, x, at, states, self.recursions, self.depth))
+
+    def once(self, x: Tensor, at: At, states: list | None) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = block(x, at, None if states is None else states[i])
+        return x
+
+    def new_states(self, *args) -> list:
+        return [[block.new_states(*args) for block in self.blocks] for _ in range(self.recursions)]
+
+    def flops(self, T: int) -> float:
+        depth = self.depth.flops(T) if self.depth else 0
+        return depth + self.recursions * sum(block.flops(T) for block in self.blocks)
+
+
+class Transformer(LanguageModel):
+    """The original (arXiv 1706.03762) and what became of it: encoder, decoder or both, every part swappable."""
+
+    Config = TransformerConfig
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        c = config
+        self.embed = Embedding(c.vocab_size, c.n_embd, "embedding" if c.tie_embeddings else "input")
+        self.takes_source = c.kind == "encoder-decoder"
+        self.causal = self.generates = c.kind != "encoder"
+        self.encoder = TransformerStack(c, c.n_encoder_layer, False) if c.kind != "decoder" else None
+        self.decoder = TransformerStack(c, c.n_layer, self.takes_source) if c.kind != "encoder" else None
+        self.unembed = None if c.tie_embeddings else Linear(c.n_embd, c.vocab_size, role="head")
+        self.rope, self.max_positions = rope_of(c), positions_end(c)
+
+    def embedded(self, idx: Tensor, at: At, stack: TransformerStack) -> Tensor:
+        return stack.positions(self.embed(idx) * self.config.n_embd**0.5, at)  # arXiv 1706.03762, section 3.4
+
+    def embed_tokens(self, idx: Tensor, at: At) -> Tensor:
+        return self.embedded(idx, at, self.decoder or self.encoder)
+
+    def trunk(self, x: Tensor, at: At, states: list | None) -> Tensor:
+        return (self.decoder or self.encoder)(x, at, states)
+
+    def head(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.embed.weight) if self.unembed is None else self.unembed(x)
+
+    def stand(self, idx: Tensor) -> At:
+        return super().stand(idx) if self.causal else self.stand_apart(idx)
+
+    def stand_apart(self, idx: Tensor) -> At:
+        """In an encoder: all see all, but nobody sees padding."""
+        pos = torch.arange(idx.size(1), device=idx.device).unsqueeze(0)
+        return At(pos, causal=False, padding=self.padding(idx))
+
+    def padding(self, idx: Tensor) -> Tensor:
+        pad = -1 if self.config.pad_id is None else self.config.pad_id
+        return idx == pad
+
+    def remember(self, source: Tensor | None) -> Memory | None:
+        if not self.takes_source:
+            return super().remember(source)
+        if source is None:
+            raise UserError("an encoder-decoder needs a source (B, S); give source=")
+        self.check_length(source)
+        at = self.stand_apart(source)
+        at.rope = self.rope(at.pos)
+        x = self.encoder(self.drop(self.embedded(source, at, self.encoder)), at, None)
+        return Memory(x, at.padding)
+
+    def new_states(self, *args) -> list:
+        return self.decoder.new_states(*args)
+
+    def flops(self, T: int) -> float:
+        return sum(stack.flops(T) for stack in (self.encoder, self.decoder) if stack is not None) + (
+            2 * self.embed.weight.numel())
+
+
 # ---- registry, initialisation --------------------------------------------------------------------------------------
 
-MODELS: dict[str, type[LanguageModel]] = {"strawberry": Strawberry, "tinystar": TinyStar}
+MODELS: dict[str, type[LanguageModel]] = {
+    "strawberry": Strawberry,
+    "strawberry-v0": StrawberryV0,
+    "palm": Palm,
+    "tinystar": TinyStar,
+    "transformer": Transformer,
+}
 CONFIGS: dict[str, type[ModelConfig]] = {name: model.Config for name, model in MODELS.items()}
 
 

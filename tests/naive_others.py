@@ -47,7 +47,7 @@ Readings: where the specification leaves a choice, this file takes
     17. palm: x starts as the bare embedding, one norm before the head. A repeat is a whole block, so r_layer 1 is
         each block once. One FFN makes q, k, v (for "kv": k, v), rows in that order: w2 relu²(w1 h). AFT, LAM and KV
         too get rotated and normed q and k. `parallel: false` has no feed-forward at all.
-    18. The first expert's window is `window` itself, however small; the floor of 16 is for the halved ones.
+    18. A window that is itself under 16 is every expert's; halving stops at 16.
     19. LAM divides q and k by max(‖·‖, 1e-12).
 """
 
@@ -418,10 +418,10 @@ def lam_attention(p, name, cfg, h, layer, causal, padding=None):
 
 def expert_windows(cfg):
     """One window for each expert: an explicit list, or window, window/2, …, not under 16."""
+    if cfg.get("windows"):
+        return cfg["windows"]
     window = default_window(cfg)
-    if isinstance(window, list | tuple):
-        return list(window)
-    return [max(window >> e, 16) if e else window for e in range(cfg["n_experts"])]
+    return [max(window >> e, min(16, window)) for e in range(cfg["n_experts"])]
 
 
 def expert_attention(p, name, cfg, h, layer, causal, padding=None):

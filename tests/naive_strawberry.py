@@ -21,7 +21,7 @@ Readings, where the specification leaves a choice:
     index in its row. QK-norm comes after it, over each head's d; scores are still divided by sqrt(d).
  3. GQA: consecutive query heads share a key head (h // (H / n_kv_head)).
  4. Expert windows: window // 2^e, not under 16; a `window` that is itself under 16 is left as it is for all experts.
-    A list is given as `window: [...]` and taken as it stands. AFT (local) then uses the first entry.
+    An explicit list is `windows` and taken as it stands.
     The default window is block_size // 4, at least 1. a_experts and a_ffn_experts default to all.
  5. A kept expert weighs n_experts * p_e with p the softmax over all experts; kept weights aren't renormalised.
  6. A retention step is a SwiGLU step with the weights it found, followed by their update from that step's own u, v.
@@ -46,11 +46,12 @@ Readings, where the specification leaves a choice:
 import math
 
 import numpy as np
+from naive_others import rope_frequencies
 
 
 def float64(params):
     """Arrays or torch tensors by name -> NumPy float64 arrays by the same names."""
-    return {name: np.array(p.detach().cpu() if hasattr(p, "detach") else p, np.float64) for name, p in params.items()}
+    return {name: np.asarray(p.detach().cpu() if hasattr(p, "detach") else p, np.float64) for name, p in params.items()}
 
 
 def option(cfg, name, default):
@@ -87,24 +88,30 @@ def softmax(scores):
     return e / e.sum()
 
 
-def rotary(x, t):
+def rotary(x, t, frequency=None):
     """One head's vector x (d,) at position t, half-split pairs (arXiv 2104.09864)."""
     half = len(x) // 2
     y = np.empty_like(x)
     for i in range(half):
-        angle = t * 10000.0 ** (-2 * i / len(x))
+        angle = t * (10000.0 ** (-2 * i / len(x)) if frequency is None else frequency[i])
         x1, x2 = x[i], x[i + half]
         y[i] = x1 * math.cos(angle) + x2 * math.sin(angle)
         y[i + half] = x2 * math.cos(angle) - x1 * math.sin(angle)
     return y
 
 
-def rotary_and_norm(x, n_head):
+def frequencies(cfg):
+    """(radians per position of each pair, attention factor): rope_scaling's, or the plain ones."""
+    return rope_frequencies(cfg["n_qkv"] // cfg["n_head"], option(cfg, "rope_scaling", None), cfg["block_size"])
+
+
+def rotary_and_norm(cfg, x):
     """x (T, D) -> (T, D): each head of each token turned by the token's position, then normed over d."""
     y = np.empty_like(x)
+    frequency, _ = frequencies(cfg)
     for t in range(len(x)):
-        for head in heads(x.shape[1], n_head):
-            y[t, head] = norm(rotary(x[t, head], t))
+        for head in heads(x.shape[1], cfg["n_head"]):
+            y[t, head] = norm(rotary(x[t, head], t, frequency))
     return y
 
 
@@ -220,7 +227,7 @@ def aft_position(cfg, P, block, kind):
     if kind == "full":
         return aft_full_position(P[block + "aft.a"], P[block + "aft.b"])
     if kind == "local":
-        return aft_local_position(P[block + "aft.a"], P[block + "aft.b"], first_window(cfg))
+        return aft_local_position(P[block + "aft.a"], P[block + "aft.b"], window_of(cfg))
     if kind == "conv":
         return aft_conv_position(P[block + "aft.kernel"], cfg["n_qkv"])
     raise ValueError(f"no such aft: {kind!r}")
@@ -242,17 +249,16 @@ def route(xn, W, bias, n_kept):
     return weights
 
 
-def first_window(cfg):
-    window = option(cfg, "window", max(1, cfg["block_size"] // 4))
-    return window if isinstance(window, int) else window[0]
+def window_of(cfg):
+    return option(cfg, "window", max(1, cfg["block_size"] // 4))
 
 
 def expert_windows(cfg):
     """One window per expert: the explicit list, or window, window/2, window/4, … not under 16."""
-    window, n = option(cfg, "window", max(1, cfg["block_size"] // 4)), option(cfg, "n_experts", 1)
-    if not isinstance(window, int):
-        return list(window)
-    return [max(window // 2**e, min(window, 16)) for e in range(n)]
+    if option(cfg, "windows", None):
+        return cfg["windows"]
+    window = window_of(cfg)
+    return [max(window // 2**e, min(window, 16)) for e in range(option(cfg, "n_experts", 1))]
 
 
 def expert_attention(q, k, v, n_head, windows, weights):
@@ -274,7 +280,8 @@ def block_expert_attention(cfg, P, block, q, k, v, xn):
     else:
         W, bias, kept = P[block + "tea.router.weight"], P[block + "tea.router.bias"], option(cfg, "a_experts", n)
         weights = [route(xn_t, W, bias, kept) for xn_t in xn]
-    return expert_attention(q, k, v, cfg["n_head"], expert_windows(cfg), weights)
+    _, factor = frequencies(cfg)  # squared, it multiplies the scores
+    return expert_attention(q * factor**2, k, v, cfg["n_head"], expert_windows(cfg), weights)
 
 
 # ---- 4 feed-forwards: one token x (C,) -> (C,) -------------------------------------------------------------------
@@ -328,9 +335,7 @@ def naive_strawberry(cfg, params, idx):
 
 
 def prepare(cfg, params, idx):
-    if option(cfg, "rope_scaling", "none") != "none":
-        raise NotImplementedError("rope_scaling isn't in this reference")
-    return float64(params), np.array(idx)
+    return float64(params), np.asarray(idx)
 
 
 def strawberry_rows(cfg, P, idx):
@@ -430,7 +435,7 @@ def strawberry_aft(cfg, P, block, q, k, v, xn):
 
 
 def strawberry_tea(cfg, P, block, q, k, v, xn):
-    q, k = rotary_and_norm(q, cfg["n_head"]), rotary_and_norm(k, cfg["n_head"])
+    q, k = rotary_and_norm(cfg, q), rotary_and_norm(cfg, k)
     return block_expert_attention(cfg, P, block, q, k, v, xn)
 
 
@@ -501,7 +506,7 @@ def v0_rows(cfg, P, idx):
 def v0_block(cfg, P, block, x):
     """(B, T, C) -> (B, T, C), once through the block."""
     B, T, C = x.shape
-    D, H = cfg["n_qkv"], cfg["n_head"]
+    D = cfg["n_qkv"]
     w_qkv, w_swiglu, w_out = P[block + "w_qkv"], P[block + "w_swiglu"], P[block + "w_out"]
     if option(cfg, "compaction", False):
         x = add_compaction(cfg, P, block, x)
@@ -509,7 +514,7 @@ def v0_block(cfg, P, block, x):
     for b in range(B):
         xn = np.array([norm(x[b, t]) for t in range(T)])
         qkv = np.array([w_qkv @ xn[t] for t in range(T)])
-        q, k, v = rotary_and_norm(qkv[:, :D], H), rotary_and_norm(qkv[:, D : 2 * D], H), qkv[:, 2 * D :]
+        q, k, v = rotary_and_norm(cfg, qkv[:, :D]), rotary_and_norm(cfg, qkv[:, D : 2 * D]), qkv[:, 2 * D :]
         v = aft(q, k, v, aft_position(cfg, P, block, option(cfg, "aft", "full")))
         y = block_expert_attention(cfg, P, block, q, k, v, xn)
         for t in range(T):

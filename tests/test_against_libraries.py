@@ -419,7 +419,7 @@ def test_experts_with_all_kept_and_even_router_are_plain_windows():
     """Router at zero: each weight n_experts · 1/n_experts = 1, so two experts of one window are one attention."""
     params = {f"attn.w{x}.weight": randn(C, C, seed=i).numpy() for i, x in enumerate("qkvo")}
     params["attn.router.weight"] = torch.zeros(2, C, dtype=torch.float64).numpy()
-    cfg = {"n_head": 4, "n_embd": C, "block_size": 64, "n_experts": 2, "a_experts": 2, "window": [5, 5]}
+    cfg = {"n_head": 4, "n_embd": C, "block_size": 64, "n_experts": 2, "a_experts": 2, "windows": [5, 5]}
     h = list(randn(T, C).numpy())
     got = expert_attention(params, "attn", cfg, h, 0, causal=True)
     plain = softmax_attention(params, "attn", {**cfg, "attention_type": "MHA-SWA", "window": 5}, h, 0, causal=True)

@@ -19,7 +19,7 @@ import naive_strawberry as naive
 
 CFG = {"vocab_size": 11, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 8, "n_qkv": 16, "r_layer": 2}
 CFG |= {"window": 5, "retention_chunk": 4, "aft_ratio": 1}
-EXPERTS = {"n_experts": 2, "a_experts": 1, "window": [5, 2], "n_ffn_experts": 4, "a_ffn_experts": 2}
+EXPERTS = {"n_experts": 2, "a_experts": 1, "windows": [5, 2], "n_ffn_experts": 4, "a_ffn_experts": 2}
 
 
 def normal(*shape, seed=0):
@@ -148,7 +148,7 @@ def test_expert_windows_halve_down_to_16():
     windows = {(64, 4): [64, 32, 16, 16], (50, 3): [50, 25, 16], (8, 2): [8, 8], (100, 1): [100]}
     for (window, n), expected in windows.items():
         assert naive.expert_windows({"window": window, "n_experts": n, "block_size": 256}) == expected
-    assert naive.expert_windows({"window": [3, 1], "n_experts": 2, "block_size": 256}) == [3, 1]
+    assert naive.expert_windows({"windows": [3, 1], "n_experts": 2, "block_size": 256}) == [3, 1]
     assert naive.expert_windows({"block_size": 256}) == [64]
 
 

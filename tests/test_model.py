@@ -1,0 +1,244 @@
+"""The promises that every architecture keeps, over every option that changes what is computed.
+
+The cases come from the registry: for each architecture a small base, and one case for each choice, switch and
+expert count that its config declares. A new architecture or option is tested without a line here, unless it needs
+companions (COMPANIONS) or a slow reference (REFERENCES).
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from naive_others import naive_palm, naive_tinystar, naive_transformer
+from naive_strawberry import naive_strawberry, naive_strawberry_v0
+
+from model import CONFIGS, AFTSimpleFunction, LanguageModel, build
+from options import UserError, declared
+
+torch.set_num_threads(1)
+
+# ---- the cases -----------------------------------------------------------------------------------------------------
+
+SMALL = {"vocab_size": 29, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_qkv": 32}
+BASES = {
+    "strawberry": {"r_layer": 2, "aft_ratio": 1, "retention_chunk": 16, "window": 7},
+    "strawberry-v0": {"window": 7, "retention_chunk": 16},
+    "palm": {"d_rank": 8, "r_layer": 2, "window": 7},
+    "tinystar": {"window": 7, "n_qkv": 16, "rope_dim": 2},
+    "transformer": {"window": 7, "n_qkv": 16, "rope_dim": 2, "pad_id": 28, "sparse_block": 8},
+}
+COUNTS = {"n_experts": 4, "n_ffn_experts": 4, "recursions": 2, "logit_softcap": 5.0, "d_rank": None}
+LONGROPE = {"type": "longrope", "original_max_position": 32, "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.5]}
+# cases that an option alone does not make
+COMPANIONS = {
+    "strawberry": [
+        {"adaptive": True, "recursions": 3},
+        {"adaptive": True, "recursions": 2, "retention": "none", "n_experts": 2},
+        {"n_experts": 4, "a_experts": 2, "n_ffn_experts": 4, "a_ffn_experts": 2},
+        {"n_experts": 2, "windows": [3, 40]},
+        {"retention_scale": 1.0, "r_layer": 3},
+        {"r_layer": 0},
+        {"retention_chunk": 64},
+        {"recursions": 2, "n_experts": 2},
+    ],
+    "strawberry-v0": [
+        {"compaction": True, "compaction_scope": "batch"},
+        {"compaction": True, "n_experts": 4, "a_experts": 2},
+        {"aft": "conv", "compaction": True},
+    ],
+    "palm": [{"attention_type": "aft", "aft": "conv", "d_rank": None}],
+    "tinystar": [
+        {"norm_type": "LayerNorm", "ffn_type": "GELU", "attention_type": "MHA", "pos_encoding": "Learned"},
+        {"norm_type": "LayerNorm", "ffn_type": "GELU", "attention_type": "MHLA"},
+        {"attention_type": "MHLA", "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position": 32}},
+        *({"rope_scaling": r} for r in (
+            {"type": "linear", "factor": 2.0}, {"type": "ntk", "factor": 2.0},
+            {"type": "yarn", "factor": 4.0, "original_max_position": 16}, LONGROPE,
+            {**LONGROPE, "original_max_position": 128})),
+    ],
+    "transformer": [
+        {"kind": "decoder", "norm_position": "pre", "norm_type": "RMSNorm", "attention_type": "GQA", "bias": False,
+         "ffn_type": "swiglu", "pos_encoding": "RoPE",
+         "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position": 32}},
+        {"kind": "decoder", "adaptive": True, "recursions": 3, "norm_position": "pre"},
+        {"adaptive": True, "recursions": 2},
+        {"kind": "decoder", "attention_type": "expert", "n_experts": 2, "pos_encoding": "RoPE"},
+        *({"kind": k, "attention_type": a} for k in ("decoder", "encoder") for a in ("aft", "lam", "kv-SWA", "MHLA-SWA")),
+        *({"kind": k, "attention_type": "aft", "aft": a} for k in ("decoder", "encoder") for a in ("full", "local", "conv")),
+        *({"kind": k, "sparse": s, "n_global": 2, "n_random": 2} for k in ("decoder", "encoder")
+          for s in ("longformer", "bigbird")),
+        {"kind": "encoder", "attention_type": "MHA-SWA"},
+    ],
+}  # fmt: skip
+REFERENCES = {
+    "strawberry": naive_strawberry,
+    "strawberry-v0": naive_strawberry_v0,
+    "palm": naive_palm,
+    "tinystar": naive_tinystar,
+    "transformer": naive_transformer,
+}
+
+
+def cases() -> dict[str, dict]:
+    """Name → model_hyperparams."""
+    found = {}
+    for arch, config in CONFIGS.items():
+        base = {"arch": arch, **SMALL, **BASES.get(arch, {})}
+        variants = [{}, *COMPANIONS.get(arch, [])]
+        for name, key in declared(config).items():
+            if name == "arch":
+                continue
+            values = [value for value in key.choices if value != key.default]
+            values += [not key.default] if isinstance(key.default, bool) else []
+            values += [COUNTS[name]] if name in COUNTS else []
+            variants += [{name: value} for value in values if (name, value) != ("adaptive", True)]
+        for variant in variants:
+            name = ",".join(f"{k}={v['type'] if isinstance(v, dict) else v}" for k, v in variant.items())
+            found[f"{arch}({name})"] = {**base, **variant}
+    return found
+
+
+CASES = cases()
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+@functools.cache
+def shaken(case: str, dtype=torch.float64) -> LanguageModel:
+    """The model in eval mode, every parameter perturbed, those that start at zero or one too, and the routers' biases."""
+    torch.manual_seed(0)
+    model = build(CASES[case]).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        for router in model.routers().values():
+            router.bias.add_(0.1 * torch.randn_like(router.bias))
+    return model
+
+
+def is_causal(case: str) -> bool:
+    return shaken(case).causal
+
+
+causal_cases = pytest.mark.parametrize("case", [case for case in CASES if is_causal(case)])
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(28, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def source_for(model: LanguageModel, rows: int) -> torch.Tensor | None:
+    """Some source, its last row all padding and the one before ending in some."""
+    if not model.takes_source:
+        return None
+    source = tokens(rows, 11, seed=9)
+    source[-1] = model.config.pad_id
+    source[-2, 6:] = model.config.pad_id
+    return source
+
+
+T = 3 * 16 + 5  # three chunks and a ragged end, beyond every window
+
+# ---- the three promises --------------------------------------------------------------------------------------------
+
+
+@causal_cases
+def test_causal(case):
+    """No logit changes when a later token does: exactly, at equal shapes, in float32."""
+    model = shaken(case, torch.float32)
+    idx, source = tokens(2, T), source_for(model, 2)
+    full = model(idx, source=source)[0]
+    for t in (0, 15, 16, 37, T - 2):
+        other = idx.clone()
+        other[:, t + 1 :] = tokens(2, T - t - 1, seed=t + 1)
+        assert torch.equal(model(other, source=source)[0][:, : t + 1], full[:, : t + 1]), f"position ≤ {t} saw later ones"
+        assert not torch.equal(model(other, source=source)[0][:, -1], full[:, -1])
+
+
+@causal_cases
+def test_rows_are_apart(case):
+    """No logit changes when other rows do, exactly, or when they go, within 1e-9 in float64."""
+    model = shaken(case, torch.float32)
+    idx, source = tokens(3, T), source_for(model, 3)
+    other = torch.cat((idx[:1], tokens(2, T, seed=5)))
+    assert torch.equal(model(idx, source=source)[0][0], model(other, source=source)[0][0])
+    model = shaken(case)
+    alone = model(idx[1:2], source=None if source is None else source[1:2])[0]
+    torch.testing.assert_close(alone[0], model(idx, source=source)[0][1], rtol=0, atol=1e-9)
+
+
+def through_cache(model, idx, splits, source):
+    cache = model.new_cache(idx.size(0), idx.size(1), source)
+    parts = [model(part, cache=cache)[0] for part in idx.split(splits, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+@causal_cases
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_chunking_is_invisible(case, seed):
+    """The whole at once, token by token (seed None) and in random pieces: within 1e-9 in float64."""
+    model = shaken(case)
+    idx, source = tokens(2, T), source_for(model, 2)
+    splits = [1] * T
+    if seed is not None:
+        cuts = torch.randperm(T - 1, generator=torch.Generator().manual_seed(seed))[: 2 * seed].sort().values + 1
+        splits = torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([T])).tolist()
+    full = model(idx, source=source)[0]
+    torch.testing.assert_close(through_cache(model, idx, splits, source), full, rtol=0, atol=1e-9)
+
+
+@causal_cases
+def test_ragged_rows_and_reset(case):
+    """Rows of different lengths in one call, a row that waits, a row that starts anew: each as if it were alone."""
+    model = shaken(case)
+    idx, source = tokens(3, T), source_for(model, 3)
+    full = model(idx, source=source)[0]
+    cache = model.new_cache(3, T, source)
+    position = [0, 0, 0]
+    worst = 0.0
+    for counts, reset in [([20, 33, 16], None), ([4, 0, 1], None), ([1, 1, 1], 1), ([1, 1, 1], None), ([9, 20, 30], None)]:
+        width = max(counts)
+        rows = [torch.cat((idx[b, p : p + n], tokens(1, width - n, seed=7)[0])) for b, (p, n) in
+                enumerate(zip(position, counts, strict=True))]
+        logits = model(torch.stack(rows), cache=cache, lengths=torch.tensor(counts))[0]
+        for b, (p, n) in enumerate(zip(position, counts, strict=True)):
+            if n:
+                worst = max(worst, (logits[b, :n] - full[b, p : p + n]).abs().max().item())
+        position = [p + n for p, n in zip(position, counts, strict=True)]
+        if reset is not None:
+            cache.reset([reset])
+            position[reset] = 0
+    assert worst < 1e-9
+
+
+# ---- the same function as the slow reference ---------------------------------------------------------------------------
+
+
+def by_reference_names(name: str, arch: str) -> str:
+    """The references spell a few nested names shorter."""
+    if arch == "palm":
+        name = name.replace("embed_up.", "embed.up.")
+    for mine, theirs in (("unembed.", "head."), (".compaction.", "."), ("mixer.router.", "router."), ("mixer.", "aft.")):
+        name = name.replace(mine, theirs)
+    return name
+
+
+def reference_params(model: LanguageModel) -> dict[str, torch.Tensor]:
+    params = {by_reference_names(n, model.config.arch): p for n, p in model.state_dict().items()}
+    stacked = {name.split(".experts.")[0] for name in params if ".experts." in name}
+    for ffn in stacked:  # experts one by one here, stacked there
+        for part in {name.split(".experts.0.")[1] for name in params if name.startswith(f"{ffn}.experts.0.")}:
+            experts = [params.pop(f"{ffn}.experts.{e}.{part}") for e in range(model.config.n_ffn_experts)]
+            params[f"{ffn}.{part}"] = torch.stack(experts)
+    return params
+
+
+@every_case
+def test_equals_the_slow_reference(case):
+    """Naive loops in float64, written from the specification alone, give the same logits within 1e-9."""
+    model = shaken(case)
+    idx, source = tokens(2, T, seed=3), source_for(model, 2)
+    cfg = {k: v for k, v in dataclasses.asdict(model.config).items() if v is not None}
+    reference = REFERENCES[model.config.arch]
+    expected = reference(cfg, reference_params(model), idx, *([source] if model.takes_source else []))
+    torch.testing.assert_close(model(idx, source=source)[0], torch.as_tensor(expected), rtol=0, atol=1e-9)
