@@ -1,0 +1,27 @@
+# make train: from nothing to a trained model and its text.  make test: the tests.  make torture: the long ones.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+train: $(VENV)/installed
+	$(BIN)/python prepare.py
+	$(BIN)/python train.py --config tiny.json
+	$(BIN)/python sample.py --model bin/tiny.strawberry --prompt "def " --length 200 --seed 1
+
+# one thread for each of two workers: more of either only get in each other's way on two cores
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) data/*.bin bin/* img/*.png
+
+.PHONY: train test lint clean
