@@ -379,6 +379,12 @@ class Run:
     init_from: str = option(
         "scratch", 'scratch; "<path>,pretrained": start from that model\'s weights; resume: newest good checkpoint'
     )
+    objective: str = option(
+        "auto",
+        "what is learned: the next token, spans that the source lacks, the target of a pair, or masked tokens; auto: "
+        "next, but for an encoder masked, for an encoder-decoder pairs or spans, by what dataset.path holds",
+        choices=["auto", "next", "spans", "pairs", "masked"],
+    )
     seed: int | str = option("auto", "auto: drawn, then recorded", low=0, choices=["auto"])
     gradient_accumulation_steps: int = option(1, "batches summed into one optimizer step", low=1, high=2**20)
     batch_size: int = option(4, "rows of block_size tokens in a batch", low=1, high=2**20)
@@ -402,7 +408,10 @@ class Run:
     compile: bool | str = option("auto", "torch.compile; auto: where a compiler is there", choices=["auto"])
     img_path: str = option("img", "directory of the curves")
     sample_length: int = option(200, "tokens of the sample at each evaluation; 0: no sample", low=0, high=2**20)
-    sample_prompt: str = option("", "text that the sample continues; empty: a document's start")
+    sample_prompt: str = option(
+        "", "text that the sample continues, or an encoder-decoder's source; empty: a document's start, or a source of "
+        "the validation split"
+    )
 
     def __post_init__(self):
         if self.lr_decay_iters is None:
