@@ -405,7 +405,10 @@ class Run:
     dtype: str = option(
         "auto", "activations; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
     )
-    compile: bool | str = option("auto", "torch.compile; auto: where a compiler is there", choices=["auto"])
+    compile: bool | str = option(
+        "auto", "torch.compile; auto: on cuda, and on cpu from max_iters 5000 on where a C++ compiler is there, since "
+        "compiling takes minutes there; where it fails, training goes on without", choices=["auto"]
+    )
     img_path: str = option("img", "directory of the curves")
     sample_length: int = option(200, "tokens of the sample at each evaluation; 0: no sample", low=0, high=2**20)
     sample_prompt: str = option(

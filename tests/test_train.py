@@ -1,0 +1,581 @@
+"""Training: the same run whether interrupted or not, gradients that are exact, losses that are honest."""
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import encoder as encoders
+import plot
+import train
+from checkpoint import load_model, newest
+from dataset import TokenFileWriter
+from model import CONFIGS, build
+from options import UserError, load_run
+from train import Signals, Trainer
+
+TEXT = "".join(f"{word} sat on the mat and saw {n} dogs.\n" for n in range(40) for word in ("a cat", "the owl", "we"))
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
+STRAWBERRY = {"vocab_size": 44, "block_size": 16, "n_layer": 1, "r_layer": 1, "n_head": 2, "n_embd": 16, "n_qkv": 16}
+TINYSTAR = {"arch": "tinystar", "vocab_size": 44, "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
+MODELS = {"strawberry": STRAWBERRY, "tinystar": TINYSTAR}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """A directory with a corpus and a config, where nothing is drawn."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot, "curves", lambda *arguments: None)
+    Path("text.txt").write_text(ALPHABET)
+    write_corpus("data.bin", TEXT)
+    write_config()
+    return tmp_path
+
+
+def write_corpus(path, text):
+    encoder = encoders.load("chars:text.txt")
+    with TokenFileWriter(path, encoder) as writer:
+        for line in text.splitlines(keepends=True):
+            writer.add(np.array(encoder.encode(line)))
+
+
+def write_config(model="strawberry", **changes):
+    config = {
+        "dataset": {"path": "data.bin", "data_division": 0.8},
+        "checkpoints": {"path": "ck", "interval": 4, "keep": 9},
+        "model_hyperparams": MODELS[model] | changes.pop("model_hyperparams", {}),
+        "optimizer_hyperparams": {"use_muon": True},
+        "model_path": "out/tiny.model", "encoder_path": "chars:text.txt", "seed": 5, "device": "cpu", "compile": False,
+        "batch_size": 3, "max_iters": 10, "eval_interval": 5, "log_interval": 1, "eval_iters": 2,
+        "learning_rate": 3e-3, "warmup_iters": 2, "min_lr": 1e-3, "sample_length": 8,
+    }  # fmt: skip
+    Path("run.json").write_text(json.dumps(config | changes))
+
+
+def run(*overrides):
+    return train.main(["--config", "run.json", *overrides])
+
+
+def prepared(*overrides):
+    """A trainer before its first step."""
+    trainer = Trainer(load_run(["--config", "run.json", *overrides], CONFIGS), Signals())
+    trainer.prepare()
+    return trainer
+
+
+def metrics(path="ck/metrics.jsonl"):
+    return plot.read_metrics(path)
+
+
+def at_step(monkeypatch, step, act):
+    """Call `act()` once, in the middle of the step of that number."""
+    compute = Trainer.compute_gradients
+
+    def then_compute(self, micro_batches):
+        if self.progress.step == step - 1:
+            act()
+        return compute(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "compute_gradients", then_compute)
+
+
+def weights_and_state(root="ck"):
+    """(step, weights, optimizer state flattened) of the newest checkpoint."""
+    found = newest(root)
+    hyper = found.meta["run"]["model_hyperparams"]
+    model = build(hyper)
+    found.load_weights(model)
+    state = found.load_state()["optimizer"]["state"]
+    flat = {f"{name}.{key}": value for name, values in state.items() for key, value in values.items()}
+    return found.step, model.state_dict(), flat
+
+
+def assert_same(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_accumulated_gradients_are_those_of_one_large_batch(workshop, model):
+    write_config(model)
+    trainer = prepared()
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(0, 30, (6, 16), generator=generator) for _ in range(2))
+    y[0], y[1, 3:], y[4:, ::2] = -1, -1, -1  # the first micro-batch has 0 + 3 targets, the others 32 and 16
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    grads = []
+    for parts in ([slice(0, 6)], [slice(0, 2), slice(2, 4), slice(4, 6)], [slice(0, 1), slice(1, 6)]):
+        trainer.optimizer.zero_grad()
+        loss = trainer.accumulate([(x[part], y[part]) for part in parts])
+        grads.append([loss, *(p.grad.clone() for p in trainer.model.parameters())])
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_clipped_to_grad_clip(workshop):
+    trainer = prepared("--grad_clip=0.01")
+    with trainer.batches() as loader:
+        _, before = trainer.compute_gradients(next(loader))
+    after = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()
+    assert before > 0.01 and after == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_rehearsal_leaves_weights_and_buffers_as_they_were(workshop, monkeypatch):
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x
+
+    def build_counting(hyper):
+        model = build(hyper)
+        model.drop = Counting()
+        return model
+
+    monkeypatch.setattr(train, "build", build_counting)
+    trainer = prepared()
+    torch.manual_seed(trainer.run.seed)
+    assert_same(trainer.model.state_dict(), build_counting(trainer.run.model_hyperparams).state_dict())
+    assert trainer.model.drop.calls == 0 and all(p.grad is None for p in trainer.model.parameters())
+
+
+# ---- the same run, interrupted or not ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model,muon,stop", [("strawberry", "true", 7), ("tinystar", "false", 3)])
+def test_a_resumed_run_is_the_uninterrupted_one(workshop, monkeypatch, capsys, model, muon, stop):
+    write_config(model, gradient_accumulation_steps=2, model_hyperparams={"dropout": 0.2})
+    options = [f"--optimizer_hyperparams.use_muon={muon}"]
+    assert run(*options, "--checkpoints.path=whole") == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, stop, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run(*options) == 143
+    assert newest("ck").step == stop == metrics()[-1]["step"]
+    capsys.readouterr()
+    assert run(*options, "--init_from=resume") == 0
+    assert "changed keys" not in capsys.readouterr().out
+    whole, resumed = weights_and_state("whole"), weights_and_state("ck")
+    assert whole[0] == resumed[0] == 10
+    assert_same(whole[1], resumed[1])
+    assert_same(whole[2], resumed[2])
+    timeless = [[{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in metrics(path)]
+                for path in ("whole/metrics.jsonl", "ck/metrics.jsonl")]  # fmt: skip
+    assert timeless[0] == timeless[1]
+
+
+def test_steps_draw_dropout_and_batches_of_their_own(workshop):
+    write_config(model_hyperparams={"dropout": 0.5})
+    trainer = prepared()
+    with trainer.batches() as loader:
+        batch = next(loader)
+        other = next(loader)
+    assert not torch.equal(batch[0][0], other[0][0])
+    losses = []
+    for trainer.progress.step in (0, 0, 1):
+        trainer.optimizer.zero_grad()
+        losses.append(trainer.compute_gradients(batch)[0])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_what_was_logged_after_the_checkpoint_is_dropped_on_resume(workshop, monkeypatch):
+    at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), 0) or (_ for _ in ()).throw(RuntimeError("power cut")))
+    with pytest.raises(RuntimeError):
+        run()
+    assert [line["step"] for line in metrics()] == [1, 2, 3, 4, 5, 5, 6]
+    with open("ck/metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    monkeypatch.undo()
+    os.chdir(workshop)
+    monkeypatch.setattr(plot, "curves", lambda *arguments: None)
+    assert run("--init_from=resume") == 0
+    assert [line["step"] for line in metrics()] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(workshop, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "mean_loss", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        assert run() == 130
+    assert newest("ck").step == 5 and not any("val_loss" in line for line in metrics())
+    assert run("--init_from=resume") == 0
+    assert [line["step"] for line in metrics() if "val_loss" in line] == [5, 10]
+
+
+def test_resuming_a_finished_run_only_writes_the_model(workshop, capsys):
+    assert run() == 0
+    before = metrics()
+    Path("out/tiny.model").unlink()
+    assert run("--init_from=resume") == 0
+    assert Path("out/tiny.model").exists() and metrics() == before
+
+
+def test_auto_seeds_are_drawn_and_kept(workshop):
+    run("--seed=auto", "--max_iters=1")
+    first = newest("ck").meta["run"]["seed"]
+    run("--seed=auto", "--max_iters=2", "--init_from=resume")
+    assert isinstance(first, int) and newest("ck").meta["run"]["seed"] == first
+    run("--seed=auto", "--max_iters=1")
+    assert newest("ck").meta["run"]["seed"] != first
+
+
+def test_resume_lists_what_has_changed(workshop, capsys):
+    run()
+    capsys.readouterr()
+    assert run("--init_from=resume", "--max_iters=12", "--learning_rate=0.002") == 0
+    out = capsys.readouterr().out
+    assert "max_iters: 10 → 12" in out and "learning_rate: 0.003 → 0.002" in out and "init_from" not in out
+
+
+@pytest.mark.parametrize("change,named", [
+    (lambda: write_corpus("data.bin", TEXT + "one line more\n"), "dataset"),
+    (lambda: (Path("text.txt").write_text(ALPHABET + "ZQ"), write_corpus("data.bin", TEXT)), "encoder"),
+])  # fmt: skip
+def test_resume_refuses_changed_data_and_encoders_with_both_fingerprints(workshop, change, named):
+    run()
+    then = newest("ck").meta[named][:12]
+    change()
+    with pytest.raises(UserError, match=f"the {named} has changed") as refused:
+        run("--init_from=resume")
+    trainer = Trainer(load_run(["--config", "run.json"], CONFIGS), Signals())
+    encoder, corpus = train.load_data(trainer.run)
+    now = {"dataset": corpus, "encoder": encoder}[named].fingerprint[:12]
+    assert then in str(refused.value) and now in str(refused.value) and now != then
+
+
+def test_resume_refuses_a_model_of_another_shape(workshop):
+    run()
+    with pytest.raises(UserError, match="model_hyperparams.n_embd: 16 → 32"):
+        run("--init_from=resume", "--model_hyperparams.n_embd=32")
+
+
+def test_a_new_run_sets_the_earlier_one_aside_unharmed(workshop, capsys):
+    run()
+    before = metrics()
+    assert run("--seed=6", "--max_iters=3") == 0
+    assert "ck/earlier_1" in capsys.readouterr().out.replace(os.sep, "/")
+    assert newest("ck").step == 3 and newest("ck/earlier_1").step == 10
+    assert metrics("ck/earlier_1/metrics.jsonl") == before and metrics()[-1]["step"] == 3
+
+
+# ---- stopping ------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(workshop, monkeypatch, capsys):
+    grabbed = []
+    compute, count = Trainer.compute_gradients, Trainer.count
+
+    def poisoned(self, micro_batches):
+        loss, norm = compute(self, micro_batches)
+        return (math.nan, norm) if self.progress.step == 6 else (loss, norm)
+
+    def counted(self, seconds):
+        count(self, seconds)
+        grabbed[:] = [self, {name: p.clone() for name, p in self.model.state_dict().items()}]
+
+    monkeypatch.setattr(Trainer, "compute_gradients", poisoned)
+    monkeypatch.setattr(Trainer, "count", counted)
+    assert run() == 3
+    error = capsys.readouterr().err
+    assert "step 7: the loss is nan" in error and "step 4 is saved" in error and "--init_from=resume" in error
+    trainer, before = grabbed
+    assert_same(trainer.model.state_dict(), before)
+    assert newest("ck").step == 4 and not Path("out/tiny.model").exists()
+
+
+def test_a_poisoned_weight_is_never_saved(workshop):
+    trainer = prepared()
+    with torch.no_grad():
+        trainer.model.embed.weight[0, 0] = math.nan
+    with trainer.batches() as loader:
+        loss, norm = trainer.compute_gradients(next(loader))
+    with pytest.raises(train.NonFinite, match="step 1"):
+        trainer.update_weights(loss, norm)
+    with pytest.raises(train.NonFinite, match=r"embed\.weight"):
+        trainer.save()
+    assert trainer.saved == -1
+
+
+def test_an_exploding_run_ends_with_code_3(workshop, capsys):
+    assert run("--learning_rate=1e20", "--warmup_iters=0", "--max_iters=200", "--log_interval=50") == 3
+    assert "lower learning_rate" in capsys.readouterr().err
+
+
+def test_a_signal_before_the_first_step_changes_nothing(workshop, monkeypatch, capsys):
+    run("--max_iters=2")
+    before = sorted(Path("ck").rglob("*"))
+    monkeypatch.setattr(train, "build", lambda hyper: signal.raise_signal(signal.SIGTERM))
+    assert run() == 143
+    assert sorted(Path("ck").rglob("*")) == before
+    assert capsys.readouterr().out.rstrip().endswith("--config run.json")  # not resume: that is the older run's
+
+
+def test_signals_wait_for_the_end_of_what_holds_them():
+    done = []
+    with Signals() as signals:
+        with pytest.raises(train.Interrupted), signals.held():
+            with signals.held():
+                signal.raise_signal(signal.SIGINT)
+            done.append("inner")
+        assert done == ["inner"] and signals.received == signal.SIGINT
+    with Signals(), pytest.raises(train.Interrupted, match="SIGTERM"):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_signal_leaves_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with Signals() as signals, pytest.raises(train.Interrupted), signals.held():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert left == [130]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGINT to a process alone")
+def test_sigint_saves_and_prints_the_command_that_resumes(workshop):
+    script = str(Path(train.__file__).resolve())
+    command = [sys.executable, script, "--config", "run.json", "--init_from", "scratch", "--max_iters=100000"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 5:"):  # the first evaluation
+                break
+        process.send_signal(signal.SIGINT)
+        last = process.stdout.read().rstrip().splitlines()[-2:]
+        assert process.wait(20) == 130
+    step = newest("ck").step
+    assert f"step {step:,} is saved" in last[0]
+    words = shlex.split(last[1])
+    assert words[1] == script and words[2:] == ["--config", "run.json", "--max_iters=100000", "--init_from=resume"]
+    assert train.main([*words[2:], f"--max_iters={step + 1}"]) == 0
+    assert metrics()[-1]["step"] == step + 1
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_again(workshop, monkeypatch, capsys):
+    save, calls = train.save_checkpoint, []
+
+    def full_disk(root, step, *rest):
+        calls.append(step)
+        if len(calls) == 1:
+            raise UserError("cannot save: No space left on device")
+        return save(root, step, *rest)
+
+    monkeypatch.setattr(train, "save_checkpoint", full_disk)
+    assert run() == 0
+    assert calls == [4, 5, 8, 10] and "No space left" in capsys.readouterr().err
+
+
+def test_data_that_goes_bad_costs_no_step(workshop, monkeypatch):
+    at_step(monkeypatch, 7, lambda: (_ for _ in ()).throw(UserError("data.bin was replaced")))
+    with pytest.raises(UserError):
+        run()
+    assert newest("ck").step == 6
+
+
+def test_metrics_survive_a_full_disk(tmp_path, monkeypatch, capsys):
+    log = train.Metrics(tmp_path / "metrics.jsonl")
+    log.add(step=1, loss=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        log.add(step=2, loss=math.nan)
+    log.add(step=3, loss=3.0)
+    assert metrics(log.path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 3.0}]
+    assert "No space left" in capsys.readouterr().err
+
+
+# ---- what is learned and told --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_overfits_a_small_corpus_and_writes_a_model_that_knows_it(workshop, capsys, model):
+    write_config(model)
+    write_corpus("data.bin", "the cat sat on the mat.\n" * 40)
+    assert run("--max_iters=150", "--eval_interval=150", "--learning_rate=0.02", "--batch_size=8",
+               "--sample_prompt=the cat", "--checkpoints.interval=1000") == 0  # fmt: skip
+    assert metrics()[-1]["val_loss"] < 0.1
+    assert "| the cat sat on " in capsys.readouterr().out
+    model, encoder, record = load_model("out/tiny.model")
+    idx = torch.tensor([encoder.encode("the cat")])
+    assert encoder.decode(model.generate(idx, 8, temperature=0)[0]) == "the cat sat on "
+    assert record["step"] == 150 and record["run"]["seed"] == 5 and record["val_loss"] < 0.1
+
+
+def test_metrics_have_every_logged_step_and_evaluation(workshop, capsys):
+    assert run("--log_interval=2", "--max_iters=7", "--gradient_accumulation_steps=2") == 0
+    logged = [line for line in metrics() if "loss" in line]
+    assert [line["step"] for line in logged] == [1, 2, 4, 6, 7]
+    assert [line["tokens"] for line in logged] == [96 * line["step"] for line in logged]
+    for line in logged:
+        assert line.keys() == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "seconds"}
+        assert all(value > 0 for value in line.values())
+    evaluations = [line for line in metrics() if "val_loss" in line]
+    assert [line["step"] for line in evaluations] == [5, 7]
+    assert evaluations[0].keys() == {"step", "tokens", "train_loss", "train_bpb", "val_loss", "val_bpb"}
+    out = capsys.readouterr().out
+    for told in ("parameters", "96 tokens of 0.05 MFLOP each", "float32", "aft → tea", "muon", "bits per byte"):
+        assert told in out
+
+
+@pytest.mark.parametrize("scope,agree", [("causal", True), ("batch", False)])
+def test_strict_and_plain_loss_agree_exactly_where_the_model_is_causal(workshop, scope, agree):
+    write_config(model_hyperparams={"retention_scope": scope})
+    trainer = prepared()
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    with train.evaluating(trainer.model):
+        strict, plain = train.strict_loss(trainer.model, trainer.corpus.val, positions=40, rows=3)
+        again = train.strict_loss(trainer.model, trainer.corpus.val, positions=40, rows=3)
+    assert (strict, plain) == again
+    assert (abs(strict - plain) < 1e-5) == agree
+    assert agree or abs(strict - plain) > 1e-3
+
+
+def test_the_strict_loss_sees_each_prefix_alone(workshop):
+    write_config(model_hyperparams={"retention_scope": "batch"})
+    trainer = prepared()
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    split = trainer.corpus.val
+    with train.evaluating(trainer.model):
+        got = train.strict_loss(trainer.model, split, positions=3, rows=2)[0]
+        expected = 0
+        places = (0, 9, 3)  # 16 · (0, 0.618, 0.236)
+        for window, t in zip(split.windows(train.EVAL_SEED, 0, 3).tolist(), places, strict=True):
+            logits, _ = trainer.model(torch.tensor([window[: t + 1]]))
+            expected -= logits[0, t].log_softmax(-1)[window[t + 1]].item() / 3
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_strict_loss_is_told_where_the_model_sees_the_future(workshop, capsys):
+    write_config(model_hyperparams={"retention_scope": "batch"})
+    assert run("--max_iters=2") == 0
+    assert "the honest one" in capsys.readouterr().out
+    assert {"strict_loss", "plain_at_strict"} <= metrics()[-1].keys()
+
+
+def test_evaluation_is_the_mean_over_tokens_and_bytes(workshop):
+    Path("text.txt").write_text(ALPHABET + "é", encoding="utf-8")  # two bytes a character
+    write_corpus("data.bin", "été café né\n" * 60)
+    trainer = prepared()
+    split, encoder = trainer.corpus.val, trainer.encoder
+    with train.evaluating(trainer.model):
+        got = train.mean_loss(trainer.model, split, 2, 3, trainer.lengths)
+        nats, n_bytes, count = 0.0, 0, 0
+        for window in split.windows(train.EVAL_SEED, 0, 6):
+            log_p = trainer.model(torch.from_numpy(window[None, :-1]))[0][0].log_softmax(-1)
+            for t, target in enumerate(window[1:].tolist()):
+                nats -= log_p[t, target].item()
+                n_bytes += 0 if target == encoder.eot else len(encoder.decode([target]).encode())
+                count += 1
+    assert n_bytes > count  # the é
+    assert got == pytest.approx((nats / count, nats / math.log(2) / n_bytes), rel=1e-5)
+
+
+def test_evaluations_read_each_window_at_most_once_and_always_the_same(workshop):
+    trainer = prepared()
+    seen = []
+
+    def forward(x, y):
+        seen.append(y)
+        return None, torch.tensor(1.0)
+
+    n = trainer.corpus.val.n_windows
+    assert train.mean_loss(forward, trainer.corpus.val, 10_000, 3, trainer.lengths)[0] == 1
+    rows = torch.cat(seen)
+    epoch = torch.from_numpy(trainer.corpus.val.windows(train.EVAL_SEED, 0, n))  # n windows: each once
+    assert torch.equal(rows, epoch[: n // 3 * 3, 1:])
+    first, seen = rows, []
+    train.mean_loss(forward, trainer.corpus.val, 10_000, 3, trainer.lengths)
+    assert torch.equal(first, torch.cat(seen))
+
+
+def test_a_pretrained_model_is_gone_on_from(workshop):
+    run()
+    trainer = prepared("--init_from=out/tiny.model,pretrained", "--checkpoints.path=ck2")
+    assert_same(trainer.model.state_dict(), load_model("out/tiny.model")[0].state_dict())
+    assert trainer.progress.step == 0
+    with pytest.raises(UserError, match="model_hyperparams.n_layer: 1 → 2"):
+        run("--init_from=pretrained,out/tiny.model", "--model_hyperparams.n_layer=2")
+
+
+def test_training_goes_on_where_compiling_fails(workshop, monkeypatch, capsys):
+    run("--checkpoints.path=eager")
+
+    def broken(*arguments):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: broken)
+    assert run("--compile=true") == 0
+    assert "torch.compile failed" in capsys.readouterr().err
+    assert_same(weights_and_state("eager")[1], weights_and_state("ck")[1])
+
+
+def test_training_goes_on_where_drawing_fails(workshop, monkeypatch, capsys):
+    def broken(*arguments):
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr(plot, "curves", broken)
+    assert run() == 0
+    assert "cannot draw the curves" in capsys.readouterr().err
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides,told", [
+    (["--model_hyperparams.vocab_size=20"], r"model_hyperparams.vocab_size = 20: encoder_path chars:text.txt has \d+"),
+    (["--model_hyperparams.block_size=4000"], "block_size"),
+    (["--dataset.path=none.bin"], "none.bin"),
+    (["--encoder_path=none.bin"], "none.bin"),
+    (["--init_from=resume"], "no checkpoint"),
+    (["--init_from=none.model,pretrained"], "none.model"),
+    (["--device=mps"], 'device = "mps"'),
+    (["--sample_prompt=Ж"], "character"),
+    (["--model_path=."], "model_path"),
+    (["--learning_rat=1"], "learning_rate"),
+])  # fmt: skip
+def test_mistakes_are_told_and_nothing_is_created(workshop, overrides, told):
+    if "mps" in overrides[0] and torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    before = sorted(workshop.rglob("*"))
+    with pytest.raises(UserError, match=told):
+        run(*overrides)
+    assert sorted(workshop.rglob("*")) == before
+
+
+def test_out_of_memory_says_which_keys_to_lower(workshop, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "accumulate", full)
+    with pytest.raises(UserError, match="Halve batch_size and double gradient_accumulation_steps"):
+        run()
+    assert not Path("ck").exists()
