@@ -10,7 +10,11 @@ The order of the samples is a formula, not a state. Sample number g of a run bel
 number of windows; a permutation of 0 … n−1 keyed by (seed, epoch) says which window it is. So any number of processes
 sees the same samples, and the position in the data is one number, the step.
 
-Index:  the header · writing · reading · order · splits · the corpus · batches · measuring
+A file of kind "pairs" holds a source, its target, the next source, … as documents in turn. What a model learns from
+windows or pairs, an objective says: the next token, the missing spans, the target, or the masked tokens. What it hides
+is a formula of (seed, sample number) too.
+
+Index:  the header · writing · reading · order · splits · the corpus · objectives · batches · measuring
 """
 
 from __future__ import annotations
@@ -23,12 +27,15 @@ import itertools
 import math
 import os
 import queue
+import re
 import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +46,7 @@ MAGIC = b"\x89TOKENS\n"  # \x89 starts no UTF-8 text: a token file is never take
 VERSION = 1
 HEADER_SIZE = 256
 CHUNK = 1 << 20  # tokens that are read, scanned or hashed at a time
+KINDS = ("tokens", "pairs")  # running text; sources and targets in turn
 
 # ---- the header ----------------------------------------------------------------------------------------------------
 
@@ -50,7 +58,7 @@ class Header:
     bytes    field          meaning
     0-7      magic          b"\\x89TOKENS\\n"
     8-15     version, size  two uint32: 1 and 256
-    16-31    kind           what one entry is; only "tokens" is read here, other kinds are for other objectives
+    16-31    kind           "tokens" is running text; in "pairs" every other document is the target of the one before it
     32-39    dtype          "uint16" where vocab_size is at most 65,536, else "uint32"
     40-71    vocab_size, eot, n_tokens, n_documents    four uint64; n_tokens counts the eot tokens too
     72-103   encoder        the encoder's fingerprint, a SHA-256
@@ -100,8 +108,8 @@ class Header:
         return header
 
     def problems(self) -> Iterator[str]:
-        if self.kind != "tokens":
-            yield f"it holds {self.kind!r}, and only 'tokens' are read here"
+        if self.kind not in KINDS:
+            yield f"it holds {self.kind!r}, and only {' and '.join(map(repr, KINDS))} are read here"
         if not 1 <= self.vocab_size <= 1 << 32:
             yield f"vocab_size is {self.vocab_size}, allowed is 1 to 2^32"
         elif self.dtype != dtype_for(self.vocab_size):
@@ -110,6 +118,8 @@ class Header:
             yield f"the end-of-text token {self.eot} is not under vocab_size {self.vocab_size}"
         if not self.n_documents <= self.n_tokens:
             yield f"{self.n_documents} documents in {self.n_tokens} tokens"
+        elif self.kind == "pairs" and (self.n_documents % 2 or self.n_documents == 0):
+            yield f"{self.n_documents} documents are no pairs of a source and a target"
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -135,8 +145,8 @@ class TokenFileWriter:
     `encoder` is anything with vocab_size, eot and fingerprint. An exception inside the `with` leaves no file behind.
     """
 
-    def __init__(self, path: str | os.PathLike, encoder, source: str = "00" * 32):
-        self.path, self.encoder, self.source = path, encoder, source
+    def __init__(self, path: str | os.PathLike, encoder, source: str = "00" * 32, kind: str = "tokens"):
+        self.path, self.encoder, self.source, self.kind = path, encoder, source, kind
         self.dtype = storage(encoder.vocab_size)
         self.n_tokens = self.n_documents = 0
         self._hash = hashlib.sha256()
@@ -185,7 +195,7 @@ class TokenFileWriter:
         """Write the header, put the file in place, return the header."""
         encoder = self.encoder
         counts = (encoder.vocab_size, encoder.eot, self.n_tokens, self.n_documents)
-        header = Header(*counts, encoder.fingerprint, self._hash.hexdigest(), self.source)
+        header = Header(*counts, encoder.fingerprint, self._hash.hexdigest(), self.source, kind=self.kind)
         target = Path(os.path.realpath(self.path))
         try:
             self._file.seek(0)
@@ -253,10 +263,17 @@ class TokenFile:
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """The tokens from each of `starts` (n,) on: (n, length) int64, a copy. Maps, copies and unmaps."""
         view = np.lib.stride_tricks.sliding_window_view(self.tokens, length)  # (n_tokens − length + 1, length)
-        rows = view[starts].astype(np.int64)
-        if rows.max() >= self.header.vocab_size:
-            raise UserError(self._bad_token(int(rows.max())))
-        return rows
+        return self._checked(view[starts])
+
+    def slices(self, starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:
+        """The tokens start … stop−1 of each of starts and stops (n,): n arrays int64, copies. Maps, copies, unmaps."""
+        tokens = self.tokens
+        return [self._checked(tokens[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+
+    def _checked(self, tokens: np.ndarray) -> np.ndarray:
+        if tokens.size and tokens.max() >= self.header.vocab_size:
+            raise UserError(self._bad_token(int(tokens.max())))
+        return tokens.astype(np.int64)
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Tokens start … stop−1 in order, a chunk at a time, read and not mapped."""
@@ -303,6 +320,8 @@ class TokenFile:
         if division >= 1:
             return n
         wanted = min(max(math.ceil(division * n), 1), n)
+        if self.header.kind == "pairs":
+            return self._pair_boundary(wanted)
         position = wanted - 1  # a boundary at b means that token b−1 is an eot
         for chunk in self.chunks(position, n - 1):
             found = np.flatnonzero(chunk == eot)
@@ -315,6 +334,26 @@ class TokenFile:
             if len(found):
                 return start + int(found[-1]) + 1
         return min(max(round(division * n), 1), n)
+
+    def _pair_boundary(self, wanted: int) -> int:
+        """The first end of a pair at or after `wanted`; the last one before the end of the file where that leaves none;
+        the end of the file where it has but one pair."""
+        ends = self.pairs(0, self.header.n_tokens)[:, -1]
+        place = min(int(np.searchsorted(ends, wanted)), max(len(ends) - 2, 0))
+        return int(ends[place])
+
+    def pairs(self, start: int, stop: int) -> np.ndarray:
+        """Where the pairs in tokens start … stop−1 stand, (n, 3) int64: a source's first token, its target's first
+        token, and the pair's end. 24 bytes a pair, the only thing here that grows with the file."""
+        found, position = [], start
+        for chunk in self.chunks(start, stop):
+            found.append(position + np.flatnonzero(chunk == self.header.eot))
+            position += len(chunk)
+        ends = np.concatenate([[start - 1], *found]).astype(np.int64) + 1
+        if len(ends) % 2 == 0 or ends[-1] != stop:
+            told = f"tokens {start} to {stop} hold {len(ends) - 1} end-of-text tokens, which make no pairs"
+            raise UserError(f"{self.path} is wrongly made: {told}; prepare it anew")
+        return np.stack((ends[:-1:2], ends[1::2], ends[2::2]), axis=1)
 
 
 # ---- order ---------------------------------------------------------------------------------------------------------
@@ -414,6 +453,47 @@ class Split:
         return piece, self._start[piece] + (index - self._first[piece]) * self.block_size + phase.astype(np.int64)
 
 
+class PairSplit:
+    """The training or the validation part of a corpus of pairs: each pair once in each epoch, in an order of its own.
+
+    Sample number g is found as in Split; a window is a pair here. .n_cut counts the pairs that block_size cuts short.
+    """
+
+    def __init__(self, name: str, pieces: list[tuple[TokenFile, int, int]], block_size: int):
+        self.name, self.block_size, self.pieces = name, block_size, pieces
+        self.n_tokens = sum(stop - start for _, start, stop in pieces)
+        self._places = [file.pairs(start, stop) for file, start, stop in pieces]
+        self.ends = np.cumsum([len(places) for places in self._places])
+        self._first = self.ends - [len(places) for places in self._places]
+        self.n_windows = int(self.ends[-1])
+        self.n_cut = sum(int((np.diff(places).max(axis=1) > block_size).sum()) for places in self._places)
+
+    def pairs(self, seed: int, first: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Samples number first … first + count − 1: (source, target) each, the first block_size tokens of both. The
+        eot ends each of them, unless it was cut off."""
+        piece, number = self.locate(seed, np.arange(first, first + count, dtype=np.int64))
+        out: list[Any] = [None] * count
+        for p in np.unique(piece):
+            rows = np.flatnonzero(piece == p)
+            starts, middles, ends = self._places[p][number[rows]].T
+            sources = self.pieces[p][0].slices(starts, np.minimum(middles, starts + self.block_size))
+            targets = self.pieces[p][0].slices(middles, np.minimum(ends, middles + self.block_size))
+            for row, source, target in zip(rows, sources, targets, strict=True):
+                out[row] = (source, target)
+        return out
+
+    def locate(self, seed: int, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For sample numbers (n,): which piece each one is in, and the number of its pair there."""
+        if not self.n_windows:
+            raise UserError(f"the {self.name} split has no pair; change dataset.data_division, or prepare more pairs")
+        epoch, index = np.divmod(sample, self.n_windows)
+        index = permute(index, self.n_windows, keys(seed, epoch))
+        piece = np.searchsorted(self.ends, index, side="right")
+        return piece, index - self._first[piece]
+
+
+SPLITS = {"tokens": Split, "pairs": PairSplit}
+
 # ---- the corpus ----------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +504,7 @@ class Corpus:
     encoder       the fingerprint of the encoder that the files must have been made with (None: any, but one)
     .train, .val  the two splits; no token is a target in both. With data_division 1.0, val has no windows
     .fingerprint  SHA-256 of the files' contents in order, for a checkpoint to compare
+    .kind         what the files hold, "tokens" or "pairs": one of them for all
     """
 
     def __init__(self, dataset, encoder: str | None, block_size: int, data_division: float | None = None):
@@ -431,25 +512,29 @@ class Corpus:
         if not 0 < division <= 1:
             raise UserError(f"dataset.data_division is {division}, allowed is above 0 and up to 1")
         self.files = [TokenFile(path) for path in token_files(dataset)]
-        self.vocab_size = self.files[0].header.vocab_size
+        self.vocab_size, self.kind = self.files[0].header.vocab_size, self.files[0].header.kind
         self.fingerprint = hashlib.sha256("".join(f.header.sha256 for f in self.files).encode()).hexdigest()
         for file in self.files:
             self._check(file, encoder or self.files[0].header.encoder, block_size)
         cut_files = [(file, file.boundary(division)) for file in self.files]
-        self.train = Split("training", [(file, 0, cut) for file, cut in cut_files], block_size)
-        self.val = Split("validation", [(file, cut, file.header.n_tokens) for file, cut in cut_files], block_size)
+        split = SPLITS[self.kind]
+        self.train = split("training", [(file, 0, cut) for file, cut in cut_files], block_size)
+        self.val = split("validation", [(file, cut, file.header.n_tokens) for file, cut in cut_files], block_size)
         for split in (self.train, self.val):
             if not split.n_windows and (split is self.train or division < 1):
+                needed = f"a window of {block_size + 1}" if self.kind == "tokens" else "a pair"
                 raise UserError(f"the {split.name} split has {split.n_tokens} tokens in {len(self.files)} file(s), too "
-                                f"few for a window of {block_size + 1}; change dataset.data_division (now {division}), "
+                                f"few for {needed}; change dataset.data_division (now {division}), "
                                 "lower block_size, or prepare more text")
 
-    @staticmethod
-    def _check(file: TokenFile, encoder: str, block_size: int) -> None:
+    def _check(self, file: TokenFile, encoder: str, block_size: int) -> None:
+        if file.header.kind != self.kind:
+            raise UserError(f"{file.path} holds {file.header.kind}, and {self.files[0].path} holds {self.kind}: train "
+                            "on one kind at a time")
         if file.header.encoder != encoder:
             raise UserError(f"{file.path} was made with encoder {file.header.encoder[:12]}…, and this run's is "
                             f"{encoder[:12]}…: set encoder_path to the one it was made with, or prepare it anew")
-        if file.header.n_tokens <= block_size:
+        if file.header.n_tokens <= block_size and self.kind == "tokens":
             raise UserError(f"{file.path} has {file.header.n_tokens} tokens, fewer than one window of "
                             f"{block_size + 1}: lower block_size or prepare more text")
 
@@ -483,6 +568,203 @@ def _is_token_file(path: Path) -> bool:
         return path.suffix == ".bin" or file.read(len(MAGIC)) == MAGIC
 
 
+# ---- objectives ----------------------------------------------------------------------------------------------------
+# What is made of a split's samples: what the model is shown, and what it must say. An objective is
+#     batch(split, seed, first, count) -> Batch of numpy arrays, for samples number first … first + count − 1
+# and a pure function of its arguments: a resumed run, and any number of processes, see the same corruption.
+# Sentinels and the mask are ids from encoder.vocab_size on, so that no text spells them; a model's vocab_size leaves
+# room for them, `extra_ids` many.
+
+
+class Batch(NamedTuple):
+    """What one micro-batch is made of; tensors or arrays, int64."""
+
+    x: Any  # (B, T) what the model reads: an encoder's input, a decoder's past
+    y: Any  # (B, T) what it must predict at each place, −1 where nothing
+    source: Any = None  # (B, S) for encoder-decoders
+    n_targets: int = 0  # of y that are not −1
+
+
+class NextToken:
+    """Each token from those before it: x is the window but for its last token, y the window but for its first."""
+
+    model, kind = "decoder", "tokens"  # what it trains, what it reads
+    in_bytes = True  # whether the targets are text, so that bits per byte mean something
+    pads = False  # whether rows hold, or will hold when the model is used, padding
+
+    def __init__(self, encoder=None, block_size: int = 0):
+        self.extra_ids = 0
+
+    def batch(self, split, seed: int, first: int, count: int) -> Batch:
+        windows = split.windows(seed, first, count)
+        y = windows[:, 1:].copy()
+        return Batch(windows[:, :-1].copy(), y, None, y.size)
+
+
+class Spans:
+    """Span corruption (T5, arXiv 1910.10683): the source lacks 15 % of its tokens, in spans of 3 on average, a sentinel
+    in the place of each; the target is each sentinel and what it stands for.
+
+    Of block_size tokens, all windows lose equally many, in equally many spans, so that no row is padded. How the tokens
+    are cut into spans, and what is between them into gaps, is drawn uniformly; a window begins with a gap.
+
+        text     a b c d e f g h      source  a b <0> e f g <1> eot      target  <0> c d <1> h eot
+    """
+
+    model, kind = "encoder-decoder", "tokens"
+    in_bytes = False  # the sentinels cost bits and are no text
+    pads = True
+    DENSITY, MEAN_SPAN = 0.15, 3
+
+    def __init__(self, encoder, block_size: int):
+        if block_size < 2:
+            raise UserError(f"model_hyperparams.block_size = {block_size}: span corruption needs 2 or more tokens")
+        self.eot, self.first_sentinel = encoder.eot, encoder.vocab_size
+        self.n_noise = min(max(round(block_size * self.DENSITY), 1), block_size - 1)
+        self.n_spans = min(max(round(self.n_noise / self.MEAN_SPAN), 1), block_size - self.n_noise)
+        self.extra_ids = self.n_spans
+
+    def batch(self, split, seed: int, first: int, count: int) -> Batch:
+        text = split.windows(seed, first, count)[:, 1:]
+        n = text.shape[1]
+        draw = draws(seed, first, count, n - 2)
+        spans = cut(self.n_noise, self.n_spans, draw[:, : self.n_noise - 1])
+        gaps = cut(n - self.n_noise, self.n_spans, draw[:, self.n_noise - 1 :])
+        lengths = np.stack((gaps, spans), axis=2).reshape(count, -1)  # gap, span, gap, span, …
+        begins = np.zeros((count, n), bool)
+        np.put_along_axis(begins, np.cumsum(lengths, axis=1)[:, :-1], True, axis=1)
+        part = np.cumsum(begins, axis=1)  # (count, n): 0, 2, 4 … are gaps, 1, 3, 5 … the spans after them
+        begins[:, 0] = True
+        noise = part % 2 == 1
+        sentinel = self.first_sentinel + part // 2
+        source = np.where(begins & noise, sentinel, text)[begins | ~noise].reshape(count, -1)
+        target = np.where(begins & ~noise, sentinel, text)[noise | begins].reshape(count, -1)
+        y = ended(target, self.eot)
+        return Batch(shifted(y, self.eot), y, ended(source, self.eot), y.size)
+
+
+class Pairs:
+    """The target of a pair from its source. Both end with the eot, and are cut to block_size tokens or padded."""
+
+    model, kind = "encoder-decoder", "pairs"
+    in_bytes = True
+    pads = True
+
+    def __init__(self, encoder, block_size: int):
+        self.eot, self.pad, self.block_size, self.extra_ids = encoder.eot, encoder.pad, block_size, 0
+
+    def batch(self, split, seed: int, first: int, count: int) -> Batch:
+        source, x = np.full((2, count, self.block_size), self.pad, np.int64)
+        y = np.full_like(x, -1)
+        for row, (given, wanted) in enumerate(split.pairs(seed, first, count)):
+            source[row, : len(given)] = given
+            source[row, len(given) - 1] = self.eot  # of a source that is cut, too
+            y[row, : len(wanted)] = wanted
+            x[row, : len(wanted)] = shifted(wanted[None], self.eot)
+        return Batch(x, y, source, int((y >= 0).sum()))
+
+
+class Masked:
+    """Masked tokens (BERT, arXiv 1810.04805): 15 % of the tokens, never an eot, are to be told from those around them.
+
+    Of those, 80 % are shown as the mask, 10 % as an ordinary token drawn uniformly, and 10 % as they are.
+    """
+
+    model, kind = "encoder", "tokens"
+    in_bytes = False  # bits per byte of a text cannot be had from tokens that are guessed one by one
+    pads = True
+    DENSITY, MASKED, RANDOM = 0.15, 0.8, 0.1
+
+    def __init__(self, encoder, block_size: int):
+        self.eot, self.mask, self.extra_ids = encoder.eot, encoder.vocab_size, 1
+        self.ordinary = np.setdiff1d(np.arange(encoder.vocab_size), list(encoder.specials.values()))
+        self.n_chosen = max(round(block_size * self.DENSITY), 1)
+
+    def batch(self, split, seed: int, first: int, count: int) -> Batch:
+        text = split.windows(seed, first, count)[:, 1:]
+        n = text.shape[1]
+        order, how, which = np.split(draws(seed, first, count, 3 * n), 3, axis=1)
+        order = np.where(text == self.eot, np.iinfo(np.uint64).max, order)
+        chosen = np.zeros(text.shape, bool)
+        np.put_along_axis(chosen, smallest(order, self.n_chosen), True, axis=1)
+        chosen &= text != self.eot  # in a window of little else
+        share = (how >> np.uint64(11)) * 2.0**-53
+        other = self.ordinary[which % np.uint64(len(self.ordinary))]
+        shown = np.where(share < self.MASKED, self.mask, np.where(share < self.MASKED + self.RANDOM, other, text))
+        y = np.where(chosen, text, -1)
+        return Batch(np.where(chosen, shown, text), y, None, int(chosen.sum()))
+
+
+OBJECTIVES = {"next": NextToken, "spans": Spans, "pairs": Pairs, "masked": Masked}
+CORRUPTION = np.uint64(0x5AB1E5)  # sets these draws apart from the order's and from dropout's, which are keyed alike
+
+
+def draws(seed: int, first: int, count: int, n: int) -> np.ndarray:
+    """n draws for each of the samples first … first + count − 1: (count, n) uint64, SplitMix64 from the sample's key"""
+    key = mix(keys(seed, np.arange(first, first + count)) ^ CORRUPTION)
+    return mix(key[:, None] + np.arange(1, n + 1, dtype=np.uint64) * GOLDEN)
+
+
+def smallest(draw: np.ndarray, k: int) -> np.ndarray:
+    """The places of the k smallest of each row: k of n places, each choice equally likely. (count, n) to (count, k)."""
+    return np.argsort(draw, axis=1, kind="stable")[:, :k]
+
+
+def cut(n: int, parts: int, draw: np.ndarray) -> np.ndarray:
+    """n cut into that many parts of at least 1, each way equally likely: (count, n − 1) draws to (count, parts)."""
+    places = np.sort(smallest(draw, parts - 1), axis=1) + 1
+    return np.diff(places, axis=1, prepend=0, append=n)
+
+
+def ended(rows: np.ndarray, eot: int) -> np.ndarray:
+    return np.pad(rows, ((0, 0), (0, 1)), constant_values=eot)
+
+
+def shifted(y: np.ndarray, eot: int) -> np.ndarray:
+    """What a decoder reads in order to say y: what comes before each of its tokens, at first the eot."""
+    return np.pad(y[:, :-1], ((0, 0), (1, 0)), constant_values=eot)
+
+
+def make_objective(name: str, model: str, vocab_size: int, block_size: int, encoder, corpus: Corpus) -> tuple:
+    """(name, objective), once it is known to fit. `model` is "decoder", "encoder" or "encoder-decoder".
+
+    "auto" is what such a model learns from such a corpus: "next", "masked", or "spans" or "pairs" by the corpus' kind.
+    """
+    fits = [fit for fit, objective in OBJECTIVES.items() if objective.model == model]
+    if name == "auto":
+        name = next((fit for fit in fits if OBJECTIVES[fit].kind == corpus.kind), fits[0])
+    cls, path = OBJECTIVES[name], corpus.files[0].path
+    if name not in fits:
+        raise UserError(f'objective = "{name}": is for a model of kind {cls.model}, and this one is of kind {model}, '
+                        f'for which there is {" and ".join(fits)}; set it to "auto"')
+    if cls.kind != corpus.kind:
+        made = "with" if cls.kind == "pairs" else "without"
+        raise UserError(f'objective = "{name}": learns from {cls.kind}, and {path} holds {corpus.kind}; set '
+                        f"dataset.path to a file that prepare.py made {made} --pairs")
+    objective = cls(encoder, block_size)
+    needed = encoder.vocab_size + objective.extra_ids
+    if vocab_size < needed:
+        raise UserError(f'model_hyperparams.vocab_size = {vocab_size}: objective "{name}" needs {objective.extra_ids} '
+                        f"more ids than the encoder's {encoder.vocab_size}; set it to {needed} or more")
+    return name, objective
+
+
+def spell(encoder, tokens) -> str:
+    """The text of tokens, in which the sentinels above the encoder's ids are written <|0|>, <|1|>, …"""
+    text = ""
+    for is_text, run in itertools.groupby(tokens, lambda token: token < encoder.vocab_size):
+        run = list(run)
+        text += encoder.decode(run) if is_text else "".join(f"<|{token - encoder.vocab_size}|>" for token in run)
+    return text
+
+
+def read_spelled(encoder, text: str) -> list[int]:
+    """The tokens of a text in which <|0|>, <|1|>, … are sentinels."""
+    parts = re.split(r"<\|(\d{1,9})\|>", text)  # text, number, text, …
+    ids = [[encoder.vocab_size + int(part)] if i % 2 else encoder.encode(part) for i, part in enumerate(parts)]
+    return list(itertools.chain.from_iterable(ids))
+
+
 # ---- batches -------------------------------------------------------------------------------------------------------
 
 
@@ -490,8 +772,8 @@ class Loader:
     """Batches for training, made ahead on a thread of their own.
 
     with Loader(corpus.train, seed, batch_size=4, accumulation=2, device="cpu") as loader:
-        for micro_batches in loader:                  # one step: a list of `accumulation` pairs
-            for x, y in micro_batches: ...            # (batch_size // world, block_size) int64 on the device
+        for micro_batches in loader:                  # one step: a list of `accumulation` batches
+            for x, y, source, n_targets in micro_batches: ...      # x (batch_size // world, T) int64 on the device
 
     Step s takes samples s·batch_size·accumulation … and so on; micro-batch m is the m-th batch_size of them, and rank r
     of `world` gets the r-th equal part of each micro-batch. Position and order depend on nothing else, so that
@@ -502,7 +784,7 @@ class Loader:
     AHEAD = 2  # steps that wait, ready, for the consumer
 
     def __init__(self, split: Split, seed: int, batch_size: int, accumulation: int = 1, device="cpu",
-                 start_step: int = 0, rank: int = 0, world: int = 1):
+                 start_step: int = 0, rank: int = 0, world: int = 1, objective=None):
         import torch
 
         if batch_size % world:
@@ -521,7 +803,8 @@ class Loader:
             cuda = torch.cuda.current_device() if self.device.index is None else self.device.index
         self._queue: queue.Queue = queue.Queue(self.AHEAD)
         stop = threading.Event()
-        arguments = (split, seed, share, firsts, cuda, self._queue, stop)  # never self: the thread would keep it alive
+        make = partial((objective or NextToken()).batch, split, seed)
+        arguments = (make, share, firsts, cuda, self._queue, stop)  # never self: the thread would keep it alive
         thread = threading.Thread(target=_produce, args=arguments, name="loader", daemon=True)
         self._finalizer = weakref.finalize(self, _finish, self._queue, stop, thread)
         thread.start()
@@ -532,17 +815,16 @@ class Loader:
     def __next__(self) -> list:
         item = self._queue.get()
         if isinstance(item, list):
-            return [self._to_device(windows) for windows in item]
+            return [self._to_device(batch) for batch in item]
         self._queue.put(item)  # the end or an error: so is every later call
         if item is None:
             raise StopIteration
         raise item
 
-    def _to_device(self, windows):
-        """(x, y) of windows (b, block_size + 1). The copy is queued on the caller's stream, so what the caller computes
-        next waits for it; torch keeps the pinned block from reuse until the copy is done, however soon it is freed."""
-        windows = windows.to(self.device, non_blocking=True)
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    def _to_device(self, batch: Batch) -> Batch:
+        """The copy is queued on the caller's stream, so what the caller computes next waits for it; torch keeps the
+        pinned block from reuse until the copy is done, however soon it is freed."""
+        return tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def close(self) -> None:
         self._finalizer()
@@ -554,16 +836,21 @@ class Loader:
         self.close()
 
 
-def _produce(split, seed, count, firsts, cuda, ready, stop) -> None:
-    """The loader's thread: one list of windows per step into `ready`, until `stop`; an error is the last thing put."""
+def tensors(batch: Batch, change: Callable) -> Batch:
+    """The batch with its arrays or tensors changed."""
+    return Batch(*(None if part is None else change(part) for part in batch[:3]), batch.n_targets)
+
+
+def _produce(make, count, firsts, cuda, ready, stop) -> None:
+    """The loader's thread: one list of batches per step into `ready`, until `stop`; an error is the last thing put."""
     import torch
 
     try:
         if cuda is not None:
             torch.cuda.set_device(cuda)  # per thread; else pinning would open a context on the first GPU too
         for step in firsts:
-            windows = [torch.from_numpy(split.windows(seed, first, count)) for first in step]
-            ready.put([w.pin_memory() for w in windows] if cuda is not None else windows)
+            batches = [tensors(make(first, count), torch.from_numpy) for first in step]
+            ready.put([tensors(b, torch.Tensor.pin_memory) for b in batches] if cuda is not None else batches)
             if stop.is_set():
                 return
     except BaseException as error:  # whatever it is, the consumer must hear of it rather than wait for ever

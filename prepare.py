@@ -3,6 +3,8 @@
     python prepare.py                                     # the standard library's sources -> data/webtext.bin
     python prepare.py --corpus packages                   # the pinned packages' sources   -> data/packages.bin
     python prepare.py --input texts/ 'more/*.jsonl.gz'    # your own text                  -> data/webtext.bin
+    python prepare.py --pairs                             # docstrings and their code      -> data/pairs.bin
+    python prepare.py --pairs mine.jsonl                  # lines of {"source": …, "target": …}, for encoder-decoders
     python prepare.py --verify data/webtext.bin           # reads all of a token file and checks its hash
 
 Input is .txt .md .py and the like, one document a file; .json, a list of strings or of {"text": …}; .jsonl, one such
@@ -14,12 +16,13 @@ the input stands on disk, in unnamed temporary files beside the output as large 
 are held. Shuffling is exact over all documents, whichever file they come from: they are encoded into such a temporary
 file, then copied from it in the order of a permutation that is a formula (dataset.permute).
 
-Index:  reading documents · finding files · corpora · the encoder · writing the token file · the command line
+Index:  reading documents · finding files · corpora · pairs · the encoder · writing the token file · the command line
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import codecs
 import contextlib
 import dataclasses
@@ -35,6 +38,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -53,6 +57,7 @@ RECORD = 1 << 28  # bytes: the longest entry of a .json or .jsonl
 BATCH = 1 << 22  # characters that are encoded at a time, on all threads
 TRAINING_TEXT = 10**8  # characters that an encoder is trained on, at most
 SEED = 0  # of the shuffle
+LONGEST = 1 << 16  # tokens of a pair's source or target: both fit into a piece
 
 # ---- reading documents ---------------------------------------------------------------------------------------------
 
@@ -65,10 +70,12 @@ class Reader:
     """The documents of some files, one after the other, in pieces: iterate for (text, whether it ends its document).
 
     What isn't UTF-8 is left out and counted in .skipped. `told` is called with the number of bytes read from disk.
+    `entry(value, where)` is what an entry of a .json or .jsonl comes to; by default its text (see entry_text).
     """
 
-    def __init__(self, paths: Iterable[Path], texts: Iterable[str] = (), told: Callable[[int], object] = ignore):
-        self.paths, self.texts, self.told = paths, texts, told
+    def __init__(self, paths: Iterable[Path], texts: Iterable[str] = (), told: Callable[[int], object] = ignore,
+                 entry: Callable | None = None):
+        self.paths, self.texts, self.told, self.entry = paths, texts, told, entry or entry_text
         self.skipped: list[str] = []  # the first ten
         self.n_skipped = 0
 
@@ -94,7 +101,7 @@ class Reader:
             if kind == ".jsonl":
                 yield from ((text, True) for text in self._lines(stream, path))
             elif kind == ".json":
-                yield from ((text, True) for text in JsonList(stream, path))
+                yield from ((text, True) for text in JsonList(stream, path, self.entry))
             else:
                 yield from text_pieces(stream)
 
@@ -112,7 +119,7 @@ class Reader:
                 self._skip(f"{path}:{number}")
                 continue
             if text.strip():
-                yield entry_text(parsed(text, f"{path}:{number}"), f"{path}:{number}")
+                yield self.entry(parsed(text, f"{path}:{number}"), f"{path}:{number}")
 
     def _skip(self, what: str) -> None:
         self.n_skipped += 1
@@ -169,7 +176,8 @@ class JsonList:
 
     SPACE = re.compile(r"[ \t\r\n]*")
 
-    def __init__(self, stream: io.BufferedIOBase, path: Path):
+    def __init__(self, stream: io.BufferedIOBase, path: Path, entry: Callable | None = None):
+        self.entry = entry or entry_text
         self.source, self.path = io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), path
         self.buffer, self.at = "", 0
         self.decode = json.JSONDecoder().raw_decode
@@ -180,7 +188,7 @@ class JsonList:
         for number in itertools.count(1):
             if mark == "]":
                 break
-            yield entry_text(self._entry(number), f"{self.path}: entry {number}")
+            yield self.entry(self._entry(number), f"{self.path}: entry {number}")
             mark = self._expect(",]", number + 1)
         if self._peek():
             raise UserError(f"{self.path}: there is text after the list's end: {self.buffer[self.at:][:20]!r}")
@@ -235,10 +243,24 @@ def entry_text(entry, where: str) -> str:
     return text
 
 
+def entry_pair(entry, where: str) -> tuple[str, str]:
+    """(source, target) of an entry {"source": string, "target": string} with any other keys beside them."""
+    pair = tuple(entry.get(key) for key in ("source", "target")) if isinstance(entry, dict) else ()
+    if not pair or not all(isinstance(text, str) for text in pair):
+        wanted = '{"source": a string, "target": a string}'
+        raise UserError(f"{where} is {json.dumps(entry)[:60]}, and must be {wanted}")
+    return pair
+
+
+def entry_both(entry, where: str) -> str:
+    """Both texts of an entry that is a pair, for an encoder to be trained on."""
+    return "\n".join(entry_pair(entry, where))
+
+
 # ---- finding files -------------------------------------------------------------------------------------------------
 
 
-def find(inputs: Iterable[str], leave_out: Iterable[str | os.PathLike] = ()) -> list[tuple[str, Path]]:
+def find(inputs: Iterable[str], option: str = "--input", leave_out: Iterable[str | os.PathLike] = ()) -> list:
     """(name, path) of each file that the inputs mean, once: a file, a directory, or a glob.
 
     Names are within the input, with slashes, and sorted within each; hidden files and links to directories are left
@@ -249,7 +271,7 @@ def find(inputs: Iterable[str], leave_out: Iterable[str | os.PathLike] = ()) -> 
     for given in inputs:
         hits = [given] if os.path.exists(given) else sorted(glob.glob(os.path.expanduser(given), recursive=True))
         if not hits:
-            raise UserError(f"--input {given}: there is no such file or directory, and as a glob it matches nothing")
+            raise UserError(f"{option} {given}: there is no such file or directory, and as a glob it matches nothing")
         for hit in hits:
             for name, path in walk(Path(hit)):
                 found.setdefault(os.path.realpath(path), (name, path))
@@ -279,15 +301,24 @@ class Source:
     files: list[tuple[str, Path]]
     texts: list[str] = dataclasses.field(default_factory=list)
     identity: str = ""  # of a corpus that needs no look at its files
+    entry: Callable = entry_text  # what its .json and .jsonl have for an encoder to be trained on
+    pairs: Callable | None = None  # what reads pairs from it, (paths, told) -> a reader; None: it is running text
+    longest: int = 0  # tokens of a pair's target
 
     @property
     def paths(self) -> list[Path]:
         return [path for _, path in self.files]
 
     @property
+    def kind(self) -> str:
+        """Of the token file that is made from it."""
+        return "pairs" if self.pairs else "tokens"
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the files' names and sizes, wherever they lie; it stands in the token file's header."""
-        digest = hashlib.sha256(self.identity.encode())
+        about = f"pairs of {self.longest} " if self.pairs else ""
+        digest = hashlib.sha256(f"{about}{self.identity}".encode())
         for name, path in [] if self.identity else self.files:
             digest.update(json.dumps([name, path.stat().st_size]).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
@@ -365,6 +396,83 @@ def is_generated(name: str, path: Path) -> bool:
         return bool(GENERATED_NAME.fullmatch(name) or GENERATED.search(file.read(1000)))
 
 
+# ---- pairs ---------------------------------------------------------------------------------------------------------
+
+
+def pair_source(source: Source, longest: int) -> Source:
+    """The same source, to be read as pairs: of a corpus' sources the docstrings, of .json and .jsonl the entries."""
+    if source.identity:
+        return dataclasses.replace(source, texts=[], pairs=Docstrings, longest=longest)
+    for path in source.paths:
+        if Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower() not in (".json", ".jsonl"):
+            raise UserError(f"--pairs {path}: pairs are read from .jsonl and .json, gzipped or not; leave it out")
+    return dataclasses.replace(source, entry=entry_both, pairs=pair_reader, longest=longest)
+
+
+def pair_reader(paths: Iterable[Path], told: Callable[[int], object]) -> Reader:
+    """Reads ((source, target), True) from .json and .jsonl."""
+    return Reader(paths, told=told, entry=entry_pair)
+
+
+class Docstrings:
+    """The pairs in Python sources: the docstring of each function is the source, the function without it the target.
+
+    Iterates as Reader does. Files that Python cannot parse are left out and counted in .skipped.
+    """
+
+    def __init__(self, paths: Iterable[Path], told: Callable[[int], object] = ignore):
+        self.paths, self.told = paths, told
+        self.skipped: list[str] = []  # the first ten
+        self.n_skipped = 0
+
+    def __iter__(self) -> Iterator[tuple[tuple[str, str], bool]]:
+        for path in self.paths:
+            try:
+                data = path.read_bytes()
+                self.told(len(data))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of spellings that Python has come to dislike
+                    pairs = list(documented(data.decode("utf-8-sig")))
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            except (ValueError, SyntaxError, RecursionError):  # a UnicodeDecodeError is a ValueError
+                self.n_skipped += 1
+                self.skipped = [*self.skipped, str(path)][:10]
+                continue
+            yield from ((pair, True) for pair in pairs)
+
+
+def documented(text: str) -> Iterator[tuple[str, str]]:
+    """(docstring, code without it) of each function in a Python source, in the order of the text.
+
+    >>> list(documented('def add(a, b):\\n    "Sum of two."\\n    return a + b\\n'))
+    [('Sum of two.', 'def add(a, b):\\n    return a + b\\n')]
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    for node in sorted(functions, key=lambda node: node.lineno):
+        told, code = ast.get_docstring(node), without_docstring(node, lines)
+        if told and len(told.split()) > 1 and code:
+            yield told, code
+
+
+def without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
+    """The source of a function, shifted to the margin, less its docstring; "" where nothing else is in it, or where the
+    docstring shares a line with code."""
+    doc = node.body[0]
+    before = lines[doc.lineno - 1].encode()[: doc.col_offset]
+    after = lines[doc.end_lineno - 1].encode()[doc.end_col_offset :].split(b"#")[0]
+    if len(node.body) == 1 or before.strip() or after.strip():
+        return ""
+    body = lines[doc.end_lineno : node.end_lineno]
+    while not body[0].strip():  # the blank line after a docstring
+        body.pop(0)
+    indent = node.col_offset
+    kept = [*lines[node.lineno - 1 : doc.lineno - 1], *body]
+    return "".join((line if line[:indent].strip() else line[indent:]) + "\n" for line in kept)
+
+
 # ---- the encoder ---------------------------------------------------------------------------------------------------
 
 
@@ -387,7 +495,7 @@ def training_text(source: Source) -> Iterator[str]:
     paths = source.paths
     order = dataset.permute(np.arange(len(paths)), len(paths), dataset.keys(SEED, np.zeros(len(paths))))
     left = TRAINING_TEXT
-    for text, _ in Reader((paths[i] for i in order), source.texts):
+    for text, _ in Reader((paths[i] for i in order), source.texts, entry=source.entry):
         if text:
             yield text[:left]
             left -= len(text)
@@ -409,6 +517,7 @@ class Spool:
         self.ends = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._mark(0)
         self._start = 0
+        self.notes: list[str] = []  # what was left out on the way here
 
     def __enter__(self) -> Spool:
         return self
@@ -465,35 +574,92 @@ def encode_all(pieces: Iterable[tuple[str, bool]], encoder: Encoder, spool: Spoo
     return n_bytes
 
 
+def encode_pairs(pairs: Iterable[tuple[tuple[str, str], bool]], encoder: Encoder, spool: Spool, longest: int) -> int:
+    """Encode pairs into the spool, each as its source, an eot, and its target; returns the bytes of text.
+
+    Sources are cut to `longest` tokens, the eot included; a pair whose target is longer is left out, since half a
+    target is none. spool.notes says how many.
+    """
+    n_bytes = n_cut = n_long = 0
+    for batch in batches(pair for pair, _ in pairs):
+        sources, targets = zip(*batch, strict=True)
+        n_threads = os.cpu_count() or 1
+        encoded = zip(encoder.encode_batch(sources, n_threads), encoder.encode_batch(targets, n_threads), strict=True)
+        for (source, target), texts in zip(encoded, batch, strict=True):
+            if not len(source) or not len(target):
+                spool.n_empty += 1
+            elif len(target) >= longest:
+                n_long += 1
+            else:
+                n_cut += len(source) >= longest
+                spool.add(np.concatenate((source[: longest - 1], [encoder.eot], target)), last=True)
+                n_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    if n_long:
+        spool.notes.append(f"left out {n_long:,} pairs with a target of more than {longest} tokens (--longest)")
+    if n_cut:
+        spool.notes.append(f"cut {n_cut:,} sources to {longest} tokens (--longest)")
+    return n_bytes
+
+
+def batches(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Lists of pairs, each of about BATCH characters."""
+    batch, size = [], 0
+    for pair in pairs:
+        batch.append(pair)
+        size += sum(map(len, pair)) + 512  # for short texts, the objects around them
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def put(writer: dataset.TokenFileWriter, tokens: np.ndarray, last: bool) -> None:
+    """A document, or a part of one, or a pair, from the spool into the file."""
+    if writer.kind == "pairs":
+        middle = int(np.argmax(tokens == writer.encoder.eot))
+        writer.add(tokens[:middle])
+        tokens = tokens[middle + 1 :]
+    writer.add(tokens, last)
+
+
 def write(source: Source, encoder: Encoder, output: str) -> None:
     """Encode, shuffle and write the source; a line on stdout says what came of it."""
-    began = time.perf_counter()
+    began, what = time.perf_counter(), "pair" if source.pairs else "document"
     folder = Path(os.path.realpath(output)).parent
     size = sum(path.stat().st_size for path in source.paths)
     with (
-        dataset.TokenFileWriter(output, encoder, source.digest) as writer,
+        dataset.TokenFileWriter(output, encoder, source.digest, source.kind) as writer,
         Spool(folder, writer.dtype) as spool,
         tqdm(total=size, desc="encoding", unit="B", unit_scale=True, disable=None) as bar,
     ):
-        reader = Reader(source.paths, source.texts, bar.update)
         try:
-            n_bytes = encode_all(reader, encoder, spool)
+            if source.pairs:
+                reader = source.pairs(source.paths, bar.update)
+                n_bytes = encode_pairs(reader, encoder, spool, source.longest)
+            else:
+                reader = Reader(source.paths, source.texts, bar.update)
+                n_bytes = encode_all(reader, encoder, spool)
             if not spool.n_documents:
-                raise UserError(f"there is no text in {source.name}: every document is empty or not UTF-8")
+                told = f" ({'; '.join(spool.notes)})" if spool.notes else ""
+                raise UserError(f"there is no text in {source.name}: every {what} is empty or not UTF-8{told}")
             bar.reset(spool.n_tokens * spool.dtype.itemsize)
             bar.set_description("shuffling")
             for tokens, last in spool.shuffled(SEED):
-                writer.add(tokens, last)
+                put(writer, tokens, last)
                 bar.update(tokens.nbytes)
         except OSError as error:  # a full disk, above all
             raise UserError(f"cannot write beside {output}: {error.strerror or error}") from error
-    print(f"{output}: {writer.n_documents:,} documents, {writer.n_tokens:,} tokens ({writer.dtype.name}), "
+    print(f"{output}: {spool.n_documents:,} {what}s, {writer.n_tokens:,} tokens ({writer.dtype.name}), "
           f"{n_bytes / 1e6:.1f} MB of text, {n_bytes / writer.n_tokens:.2f} bytes per token, "
           f"in {time.perf_counter() - began:.1f} s")
     if spool.n_empty:
-        print(f"left out {spool.n_empty:,} empty documents")
+        print(f"left out {spool.n_empty:,} empty {what}s")
+    for note in spool.notes:
+        print(note)
     if reader.n_skipped:
-        print(f"left out {reader.n_skipped:,} that are not UTF-8: {', '.join(reader.skipped)}"
+        why = "Python cannot parse" if source.pairs is Docstrings else "are not UTF-8"
+        print(f"left out {reader.n_skipped:,} that {why}: {', '.join(reader.skipped)}"
               + (" …" if reader.n_skipped > len(reader.skipped) else ""))
 
 
@@ -514,7 +680,7 @@ def is_up_to_date(output: str, source: Source, spec: str, vocab_size: int | None
     except UserError as error:
         print(f"{error}", file=sys.stderr)
         return False
-    if header.source != source.digest or source.changed_since(os.stat(output).st_mtime):
+    if (header.source, header.kind) != (source.digest, source.kind) or source.changed_since(os.stat(output).st_mtime):
         return False
     return header.encoder == get_encoder(spec, vocab_size, source).fingerprint
 
@@ -527,7 +693,8 @@ def verify(path: str) -> None:
     header = file.header
     with tqdm(total=header.n_tokens, desc="verifying", unit="tokens", unit_scale=True, disable=None) as bar:
         file.verify(bar.update)
-    print(f"{path} is sound: {header.n_documents:,} documents, {header.n_tokens:,} tokens ({header.dtype}, under "
+    what = "documents" if header.kind == "tokens" else "sources and targets"
+    print(f"{path} is sound: {header.n_documents:,} {what}, {header.n_tokens:,} tokens ({header.dtype}, under "
           f"{header.vocab_size:,}), encoder {header.encoder[:12]}…, SHA-256 {header.sha256[:12]}…")
 
 
@@ -539,8 +706,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--corpus", choices=("stdlib", "packages"), default="stdlib", help="instead of --input: the "
                       "sources of this Python's standard library (default), or of the packages in requirements.txt")
     what.add_argument("--verify", metavar="FILE", help="read all of a token file and check its hash; writes nothing")
+    parser.add_argument("--pairs", nargs="*", metavar="PATH", help="make pairs for encoder-decoders: of .jsonl files "
+                        "with lines of {\"source\": …, \"target\": …}; without a PATH, of the corpus, in which the "
+                        "docstring of each function is a source, and its code the target")
+    parser.add_argument("--longest", type=int, default=256, metavar="N", help="tokens of a pair, the <|eot|> included: "
+                        "longer sources are cut, pairs with a longer target left out (default %(default)s)")
     parser.add_argument("--output", metavar="FILE", help="the token file (default data/webtext.bin; data/packages.bin "
-                        "for --corpus packages)")
+                        "for --corpus packages; data/pairs.bin for --pairs)")
     parser.add_argument("--encoder", default="bin/cl8k.bin", metavar="SPEC", help="an encoder file, trained on the "
                         "input where it is missing; tiktoken:NAME; chars:FILE (default %(default)s)")
     parser.add_argument("--vocab_size", type=int, help="size of the encoder to train (default 8192)")
@@ -549,22 +721,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def get_source(given: argparse.Namespace) -> tuple[Source, str]:
+    """What a command line says to read, and where the token file goes by default."""
+    inputs, option = (given.pairs, "--pairs") if given.pairs else (given.input, "--input")
+    default = "data/packages.bin" if given.corpus == "packages" and not inputs else "data/webtext.bin"
+    default = default if given.pairs is None else "data/pairs.bin"
+    if given.pairs is not None and given.input:
+        raise UserError("--pairs and --input exclude each other: name the files after --pairs")
+    if not 2 <= given.longest <= LONGEST:
+        raise UserError(f"--longest {given.longest}: allowed is 2 to {LONGEST:,}")
+    if inputs:
+        files = find(inputs, option, leave_out=[given.output or default, given.encoder])
+        if not files:
+            raise UserError(f"{option} {' '.join(inputs)}: no files there")
+        source = Source(" ".join(inputs)[:80], files)
+    else:
+        source = packages(Path(__file__).with_name("requirements.txt")) if given.corpus == "packages" else stdlib()
+    return source if given.pairs is None else pair_source(source, given.longest), default
+
+
 def main(argv: list[str]) -> None:
     given = parse(argv)
     if given.verify:
         verify(given.verify)
         return
-    default = "data/packages.bin" if given.corpus == "packages" and not given.input else "data/webtext.bin"
+    source, default = get_source(given)
     output = given.output or default
-    if given.input:
-        files = find(given.input, leave_out=[output, given.encoder])
-        if not files:
-            raise UserError(f"--input {' '.join(given.input)}: no files there")
-        source = Source(" ".join(given.input)[:80], files)
-    elif given.corpus == "packages":
-        source = packages(Path(__file__).with_name("requirements.txt"))
-    else:
-        source = stdlib()
     if not given.force and is_up_to_date(output, source, given.encoder, given.vocab_size):
         print(f"{output} is up to date (--force writes it anew)")
         return

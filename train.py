@@ -28,6 +28,7 @@ if __name__ == "__main__":  # importing torch takes seconds, in which there is n
         signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 import contextlib
+import itertools
 import json
 import math
 import secrets
@@ -49,7 +50,7 @@ import dataset
 import encoder as encoders
 import plot
 from checkpoint import newest, save_checkpoint, save_model, set_aside, write_model, write_state
-from dataset import Corpus, Loader, Split
+from dataset import Batch, Corpus, Loader, NextToken, Split
 from model import CONFIGS, build
 from optimizer import build_optimizer, lr_at
 from options import UserError, atomic_write, load_run, run_cli, to_dict
@@ -175,28 +176,27 @@ def byte_lengths(encoder, vocab_size: int) -> Tensor:
     return lengths
 
 
-def eval_windows(split: Split, first: int, count: int, device) -> tuple[Tensor, Tensor]:
-    """x and y, (count, T) each: the same windows in every evaluation of every run."""
-    windows = torch.from_numpy(split.windows(EVAL_SEED, first, count)).to(device)
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+def make_batch(objective, split, seed: int, first: int, count: int, device) -> Batch:
+    """The batch of samples first … first + count − 1, on the device."""
+    return dataset.tensors(objective.batch(split, seed, first, count), lambda part: torch.from_numpy(part).to(device))
 
 
-def mean_loss(forward, split: Split, batches: int, rows: int, lengths: Tensor) -> tuple[float, float]:
-    """(nats per token, bits per byte) over the first windows of a split, at most all of them, each once.
+def mean_loss(forward, split, batches: int, rows: int, lengths: Tensor, objective=None) -> tuple[float, float]:
+    """(nats per token, bits per byte) over the targets of the first samples of a split, at most all of them, each once;
+    the same in every evaluation of every run.
 
     bits per byte = nats / ln 2 · tokens / bytes, where bytes are those of the target tokens' text: unlike the loss, it
-    can be compared between vocabularies.
+    can be compared between vocabularies. NaN where the objective's targets are no text.
     """
-    device = lengths.device
-    nats, tokens, n_bytes = [], [], []
+    objective = objective or NextToken()
+    nats, n_bytes, count = [], [], 0
     for i in range(min(batches, max(1, split.n_windows // rows))):
-        x, y = eval_windows(split, i * rows, rows, device)
-        count = (y >= 0).sum()
-        nats.append(forward(x, y)[1].detach().float() * count)
-        tokens.append(count)
-        n_bytes.append((lengths[y.clamp(min=0)] * (y >= 0)).sum())
-    total, count, n_bytes = (sum(torch.stack(values).tolist()) for values in (nats, tokens, n_bytes))
-    return total / max(count, 1), total / math.log(2) / n_bytes if n_bytes else math.nan
+        batch = make_batch(objective, split, EVAL_SEED, i * rows, rows, lengths.device)
+        nats.append(forward(batch.x, batch.y, source=batch.source)[1].detach().float() * batch.n_targets)
+        n_bytes.append((lengths[batch.y.clamp(min=0)] * (batch.y >= 0)).sum())
+        count += batch.n_targets
+    total, n_bytes = (sum(torch.stack(values).tolist()) for values in (nats, n_bytes))
+    return total / max(count, 1), total / math.log(2) / n_bytes if n_bytes and objective.in_bytes else math.nan
 
 
 def strict_loss(model: nn.Module, split: Split, positions: int = STRICT_POSITIONS, rows: int = 16, device="cpu"):
@@ -210,7 +210,7 @@ def strict_loss(model: nn.Module, split: Split, positions: int = STRICT_POSITION
     strict, plain_loss = [], []
     for first in range(0, positions, rows):
         count = min(rows, positions - first)
-        x, y = eval_windows(split, first, rows, device)
+        x, y, *_ = make_batch(NextToken(), split, EVAL_SEED, first, rows, device)
         log_p = model(x)[0].float().log_softmax(dim=-1)
         for row in range(count):
             t = int((first + row) * step % 1 * split.block_size)
@@ -223,11 +223,22 @@ def strict_loss(model: nn.Module, split: Split, positions: int = STRICT_POSITION
 def sample_text(model: nn.Module, encoder, prompt: str, length: int, seed: int, device) -> str:
     """The prompt and `length` tokens after it; without a prompt, the start of a document."""
     start = encoder.encode(prompt) or [encoder.eot]
-    generator = torch.Generator(device).manual_seed(seed)
-    idx = torch.tensor([start], device=device)
-    tokens = model.generate(idx, length, temperature=0.8, top_k=50, generator=generator)[0].tolist()
+    tokens = sample_tokens(model, start, length, seed, device)
     tokens = tokens if prompt else tokens[1:]
     return encoder.decode([token for token in tokens if token < encoder.vocab_size])  # the model may have spare ids
+
+
+def sample_answer(model: nn.Module, encoder, source: list[int], length: int, seed: int, device) -> str:
+    """A source, and what an encoder-decoder makes of it: up to its end, or `length` tokens."""
+    tokens = sample_tokens(model, [encoder.eot], length, seed, device, source)[1:]
+    answer = list(itertools.takewhile(lambda token: token != encoder.eot, tokens))
+    return f"{dataset.spell(encoder, source)}\n→ {dataset.spell(encoder, answer)}"
+
+
+def sample_tokens(model: nn.Module, start: list[int], length: int, seed: int, device, source=None) -> list[int]:
+    generator = torch.Generator(device).manual_seed(seed)
+    idx, given = torch.tensor([start], device=device), None if source is None else torch.tensor([source], device=device)
+    return model.generate(idx, length, temperature=0.8, top_k=50, generator=generator, source=given)[0].tolist()
 
 
 # ---- getting ready -------------------------------------------------------------------------------------------------
@@ -262,6 +273,19 @@ def load_data(run) -> tuple:
         )
     encoder.encode(run.sample_prompt)  # a character that it lacks is told now, not at the first sample
     return encoder, Corpus(run.dataset, encoder.fingerprint, hyper.block_size)
+
+
+def choose_objective(run, encoder, corpus: Corpus):
+    """What the run learns, once it fits model and data. Writes into `run` what was left open: objective and pad_id."""
+    hyper = run.model_hyperparams
+    about = (getattr(hyper, "kind", "decoder"), hyper.vocab_size, hyper.block_size)
+    run.objective, objective = dataset.make_objective(run.objective, *about, encoder, corpus)
+    if objective.pads:
+        hyper.pad_id = encoder.pad if hyper.pad_id is None else hyper.pad_id
+        if hyper.pad_id != encoder.pad:
+            told = f"the encoder pads with {encoder.pad}; set it to that or to null"
+            raise UserError(f"model_hyperparams.pad_id = {hyper.pad_id}: {told}")
+    return objective
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
@@ -348,6 +372,7 @@ class Trainer:
         self.device = choose_device(run.device)
         self.dtype = choose_dtype(run.dtype, self.device)
         self.encoder, self.corpus = load_data(run)
+        self.objective = choose_objective(run, self.encoder, self.corpus)
         found = self.find_checkpoint() if run.init_from == "resume" else None
         if run.seed == "auto":
             run.seed = found.meta["run"]["seed"] if found else secrets.randbits(31)
@@ -406,6 +431,7 @@ class Trainer:
             "parameters": f"{model.num_params(non_embedding=False):,}, {model.num_params():,} without embeddings",
             "data": f"{run.dataset.path}: {corpus.train.n_tokens:,} tokens to train on, {corpus.val.n_tokens:,} to "
                     f"validate; {self.encoder.vocab_size:,} token ids from {run.encoder_path}",
+            "objective": run.objective + self.cut_short(),
             "step": f"{accumulation} × {run.batch_size} rows of {T} = {self.tokens_per_step:,} tokens of "
                     f"{model.flops_per_token(T) / 1e6:,.2f} MFLOP each",
             "machine": f"{self.device.type}{name}, {str(self.dtype).removeprefix('torch.')}",
@@ -416,20 +442,24 @@ class Trainer:
         print("\n".join(f"{key:<12} {text}" for key, text in rows.items()))
         print("\n" + self.optimizer.table() + "\n", flush=True)
 
+    def cut_short(self) -> str:
+        """How many pairs block_size cuts short, where it does."""
+        splits = (self.corpus.train, self.corpus.val)
+        n_cut, n = (sum(getattr(split, what, 0) for split in splits) for what in ("n_cut", "n_windows"))
+        return f"; {n_cut:,} of {n:,} are cut to {splits[0].block_size} tokens" if n_cut else ""
+
     def rehearse(self) -> None:
         """One forward and backward whose results are thrown away: compiles, and finds what won't work, before any file
         is touched and outside the time that is measured."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        windows = self.corpus.train.windows(self.run.seed, 0, self.run.batch_size)
-        windows = torch.from_numpy(windows).to(self.device)
-        batch = [(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())]
+        batch = make_batch(self.objective, self.corpus.train, self.run.seed, 0, self.run.batch_size, self.device)
         if worth_compiling(self.run, self.device):
             print("compiling …", flush=True)
             self.forward = torch.compile(self.model, dynamic=False)
             try:
-                self.accumulate(batch)
+                self.accumulate([batch])
                 with evaluating(self.model), self.autocast():
-                    self.forward(*batch[0])
+                    self.forward(batch.x, batch.y, source=batch.source)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -437,7 +467,7 @@ class Trainer:
                 warn(f"torch.compile failed, so that steps take longer ({type(error).__name__}: {reason})")
                 self.forward = self.model
         if self.forward is self.model:
-            self.accumulate(batch)
+            self.accumulate([batch])
         self.optimizer.zero_grad()
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():  # what routers have counted
@@ -482,7 +512,7 @@ class Trainer:
                 if self.due(run.checkpoints.interval) or (self.save_failed and self.due(run.log_interval)):
                     self.save()
 
-    def compute_gradients(self, micro_batches: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    def compute_gradients(self, micro_batches: list[Batch]) -> tuple[float, float]:
         """(loss, norm of the gradient before clipping). Dropout is drawn from (seed, step)."""
         torch.manual_seed(int(dataset.keys(self.run.seed, np.array([self.progress.step]))[0]))
         loss = self.accumulate(micro_batches)
@@ -494,16 +524,15 @@ class Trainer:
         # On an H100 a step with and without it took the same time within noise, at 12 ms and more.
         return tuple(torch.stack((loss, norm)).tolist())
 
-    def accumulate(self, micro_batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def accumulate(self, micro_batches: list[Batch]) -> Tensor:
         """The gradients of the mean loss over all targets of all micro-batches, as one large batch would give them:
         each micro-batch's mean is weighted by its share of the targets that are not ignored."""
-        counts = [(y >= 0).sum() for _, y in micro_batches]
-        total = sum(counts).clamp(min=1)
+        total = max(sum(batch.n_targets for batch in micro_batches), 1)
         loss = torch.zeros((), device=self.device)
-        for (x, y), count in zip(micro_batches, counts, strict=True):
+        for batch in micro_batches:
             with self.autocast():
-                _, mean = self.forward(x, y)
-            share = mean * (count / total)
+                _, mean = self.forward(batch.x, batch.y, source=batch.source)
+            share = mean * (batch.n_targets / total)
             share.backward()
             loss += share.detach()
         return loss
@@ -539,8 +568,8 @@ class Trainer:
 
     def batches(self) -> Loader:
         run = self.run
-        accumulation = run.gradient_accumulation_steps
-        return Loader(self.corpus.train, run.seed, run.batch_size, accumulation, self.device, self.progress.step)
+        order = (run.seed, run.batch_size, run.gradient_accumulation_steps)
+        return Loader(self.corpus.train, *order, self.device, self.progress.step, objective=self.objective)
 
     # -- telling
 
@@ -570,18 +599,28 @@ class Trainer:
             with self.autocast():
                 results = {}
                 for name, split in (("train", self.corpus.train), ("val", self.corpus.val)):
-                    found = mean_loss(self.forward, split, run.eval_iters, run.batch_size, self.lengths)
-                    results[f"{name}_loss"], results[f"{name}_bpb"] = found
-                if not self.model.causal:
+                    asked = (split, run.eval_iters, run.batch_size, self.lengths, self.objective)
+                    results[f"{name}_loss"], results[f"{name}_bpb"] = mean_loss(self.forward, *asked)
+                if self.model.generates and not self.model.causal:
                     found = strict_loss(self.model, self.corpus.val, rows=run.batch_size, device=self.device)
                     results["strict_loss"], results["plain_at_strict"] = found
-            asked = (run.sample_prompt, run.sample_length, run.seed)
-            text = sample_text(self.model, self.encoder, *asked, self.device) if run.sample_length else ""
+            text = self.sample() if run.sample_length and self.model.generates else ""
         with self.signals.held():
             self.evaluated, self.val_loss = self.progress.step, results["val_loss"]
             self.metrics.add(step=self.progress.step, tokens=self.progress.tokens, **results)
             tqdm.write(report(self.progress.step, results, text))
         self.draw()
+
+    def sample(self) -> str:
+        run = self.run
+        asked = (run.sample_length, run.seed, self.device)
+        if not self.model.takes_source:
+            return sample_text(self.model, self.encoder, run.sample_prompt, *asked)
+        source = [*dataset.read_spelled(self.encoder, run.sample_prompt), self.encoder.eot]
+        if not run.sample_prompt:
+            first = self.objective.batch(self.corpus.val, EVAL_SEED, 0, 1).source[0].tolist()
+            source = [token for token in first if token != self.encoder.pad]
+        return sample_answer(self.model, self.encoder, source, *asked)
 
     def draw(self) -> None:
         try:
@@ -653,7 +692,9 @@ class Trainer:
 def report(step: int, results: dict, text: str) -> str:
     """What an evaluation prints."""
     line = f"step {step:,}: loss {results['train_loss']:.4f} in training, {results['val_loss']:.4f} in validation"
-    line += f" (nats per token); {results['train_bpb']:.4f} and {results['val_bpb']:.4f} bits per byte"
+    line += " (nats per token)"
+    if not math.isnan(results["val_bpb"]):
+        line += f"; {results['train_bpb']:.4f} and {results['val_bpb']:.4f} bits per byte"
     if "strict_loss" in results:
         strict, plain_loss = results["strict_loss"], results["plain_at_strict"]
         line += f"\n    strict loss in validation, the honest one: {strict:.4f} (the plain one there: {plain_loss:.4f})"

@@ -328,7 +328,7 @@ def sign(head):
         (lambda d: d[:200] + b"\1" + d[201:], "damaged header"),
         (lambda d: sign(d[:8] + struct.pack("<I", 2) + d[12:]) + d[256:], "version 2, and 1 is read"),
         (lambda d: sign(d[:12] + struct.pack("<I", 512) + d[16:]) + d[256:], "version"),
-        (lambda d: sign(d[:16] + b"pairs\0" + d[22:]) + d[256:], "it holds 'pairs'"),
+        (lambda d: sign(d[:16] + b"triple" + d[22:]) + d[256:], "it holds 'triple'"),
         (lambda d: sign(d[:16] + b"\xff\xfe\0\0\0\0" + d[22:]) + d[256:], "it holds '\ufffd\ufffd'"),
         (lambda d: sign(d[:32] + b"uint16" + d[38:]) + d[256:], "a vocabulary of 100000 needs 'uint32'"),
         (lambda d: sign(d[:40] + struct.pack("<Q", 0) + d[48:]) + d[256:], "vocab_size is 0"),
@@ -453,7 +453,7 @@ def take(loader, steps):
 
 
 def rows(steps):
-    return [[x.tolist() for x, _ in step] for step in steps]
+    return [[batch.x.tolist() for batch in step] for step in steps]
 
 
 def test_batches_are_the_numbered_samples(split):
@@ -461,7 +461,9 @@ def test_batches_are_the_numbered_samples(split):
     expected = split.windows(4, 0, 72).reshape(12, 2, 3, 9)
     for step, wanted in zip(steps, expected):
         assert len(step) == 2
-        for (x, y), windows in zip(step, wanted):
+        for (x, y, source, n_targets), windows in zip(step, wanted):
+            assert source is None
+            assert n_targets == 24
             assert x.is_contiguous()
             assert y.is_contiguous()
             assert x.dtype == torch.int64
@@ -473,7 +475,7 @@ def test_batches_are_the_numbered_samples(split):
 def test_batches_on_a_gpu_are_those_on_the_cpu(split):
     """Held until the end, and compared last: a pinned block used again too early would show in the first ones."""
     on_gpu = take(Loader(split, 4, 4, 2, device="cuda"), 300)
-    assert all(x.is_cuda and y.is_cuda and x.is_contiguous() for step in on_gpu for x, y in step)
+    assert all(b.x.is_cuda and b.y.is_cuda and b.x.is_contiguous() for step in on_gpu for b in step)
     assert rows(on_gpu) == rows(take(Loader(split, 4, 4, 2), 300))
 
 

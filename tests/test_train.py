@@ -17,7 +17,7 @@ import encoder as encoders
 import plot
 import train
 from checkpoint import load_model, newest
-from dataset import TokenFileWriter
+from dataset import Batch, TokenFileWriter
 from model import CONFIGS, build
 from options import UserError, load_run
 from train import Signals, Trainer
@@ -128,7 +128,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(workshop, model):
     grads = []
     for parts in ([slice(0, 6)], [slice(0, 2), slice(2, 4), slice(4, 6)], [slice(0, 1), slice(1, 6)]):
         trainer.optimizer.zero_grad()
-        loss = trainer.accumulate([(x[part], y[part]) for part in parts])
+        loss = trainer.accumulate([Batch(x[part], y[part], None, int((y[part] >= 0).sum())) for part in parts])
         grads.append([loss, *(p.grad.clone() for p in trainer.model.parameters())])
     for other in grads[1:]:
         for a, b in zip(grads[0], other, strict=True):
@@ -503,7 +503,7 @@ def test_evaluations_read_each_window_at_most_once_and_always_the_same(workshop)
     trainer = prepared()
     seen = []
 
-    def forward(x, y):
+    def forward(x, y, source):
         seen.append(y)
         return None, torch.tensor(1.0)
 
