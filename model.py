@@ -50,9 +50,9 @@ def full_precision(x: Tensor):
     return torch.autocast(x.device.type, enabled=False)
 
 
-def std(w: Tensor, n: int) -> Tensor:
-    """Rescale each matrix (…, rows, columns) to standard deviation n^(−1/2), unbiased, one number per matrix."""
-    return w * (n**-0.5 / (wide(w).std(dim=(-2, -1), keepdim=True) + 1e-8)).to(w.dtype)
+def std(w: Tensor, n: int, gain: Tensor | float = 1.0) -> Tensor:
+    """Rescale each matrix (…, rows, columns) to standard deviation gain·n^(−1/2), unbiased, one number per matrix."""
+    return w * (gain * n**-0.5 / (wide(w).std(dim=(-2, -1), keepdim=True) + 1e-8)).to(w.dtype)
 
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:
@@ -500,8 +500,7 @@ def by_chunks(u: Tensor, v: Tensor, at: At, state: ChunkState | None, make: Call
     u, v (B, T, C), zero where a token does not count. make(before), before (B, J, C, C) = Σ uᵀ v over the chunks before
     each, returns tensors (B, J, ·, ·). A chunk that an earlier call opened keeps what was made for it then.
     """
-    with full_precision(u):
-        sums = to_chunks(wide(u), at.slot).mT @ to_chunks(wide(v), at.slot)  # (B, J, C, C)
+    sums = chunk_sums(u, v, at.slot)
     if state is None:
         return make(shifted(sums))
     state.open(at.border)
@@ -512,6 +511,12 @@ def by_chunks(u: Tensor, v: Tensor, at: At, state: ChunkState | None, make: Call
         made = [torch.where(at.border.view(-1, 1, 1, 1), m, k) for m, k in zip(made, kept, strict=True)]
     state.keep(at, before, sums, made)
     return made
+
+
+def chunk_sums(u: Tensor, v: Tensor, slot: int) -> Tensor:
+    """Σ uᵀ v over each chunk, (B, J, C, C), float32 or wider."""
+    with full_precision(u):
+        return to_chunks(wide(u), slot).mT @ to_chunks(wide(v), slot)
 
 
 def shifted(sums: Tensor) -> Tensor:
@@ -1712,21 +1717,23 @@ class Weights(NamedTuple):
     out: Tensor  # (C, C)
 
 
+def rescale(w: Weights, tao: Tensor) -> Weights:
+    """Each matrix at its usual deviation, times |tao|: what the update rule comes to where oa = 0."""
+    C, D = w.qkv.size(-1), w.swiglu.size(-1)
+    alpha, beta, gamma = tao.abs().unbind(dim=-1)
+    return Weights(std(w.qkv, C, alpha), std(w.swiglu, D, beta), std(w.out, C, gamma))
+
+
 def reweigh(w: Weights, oa: Tensor, out: Tensor, tao: Tensor) -> Weights:
-    """The update rule: w + f(w) with f(w) = silu(w @ oa) @ outᵀ, rescaled to its usual deviation times |tao|."""
+    """The update rule: w + f(w), f(w) = silu(w @ oa) @ outᵀ, rescaled."""
 
     def f(m: Tensor) -> Tensor:
         return F.silu(m @ oa.to(m.dtype)) @ out.mT
 
     C, D = w.qkv.size(-1), w.swiglu.size(-1)
-    alpha, beta, gamma = tao.abs().unbind(dim=-1)
     view = w.swiglu.unflatten(-2, (C, 2)).flatten(-2).mT  # (…, 2C, D) → (…, C, 2D) → (…, 2D, C)
-    change = f(view).mT.unflatten(-1, (2, D)).flatten(-3, -2)  # and back
-    return Weights(
-        std(w.qkv + f(w.qkv), C) * alpha,
-        std(w.swiglu + change, D) * beta,
-        std(w.out + f(w.out), C) * gamma,
-    )
+    swiglu = w.swiglu + f(view).mT.unflatten(-1, (2, D)).flatten(-3, -2)  # and back
+    return rescale(Weights(w.qkv + f(w.qkv), swiglu, w.out + f(w.out)), tao)
 
 
 class NoRetention:
@@ -1776,14 +1783,26 @@ class CausalRetention:
         def make(before: Tensor) -> Weights:
             return reweigh(w, self.scale * norm(before), block.out, block.tao)
 
-        return Weights(*by_chunks(u, g, at, state, make))
+        return self.whole(w, u, g, block, at) if state is None else Weights(*by_chunks(u, g, at, state, make))
+
+    def whole(self, w: Weights, u: Tensor, g: Tensor, block: StrawberryBlock, at: At) -> Weights:
+        """The same for a whole text, without the products that chunk 0, whose oa is zero, does not need."""
+        J = -(-u.size(1) // at.slot)
+        first = rescale(Weights(*(m if m.dim() == 2 else m[:, :1] for m in w)), block.tao)
+        if J == 1:
+            return first
+        earlier = (J - 1) * at.slot
+        before = chunk_sums(u[:, :earlier], g[:, :earlier], at.slot).cumsum(dim=1)
+        later = Weights(*(m if m.dim() == 2 else m[:, 1:] for m in w))
+        rest = reweigh(later, self.scale * norm(before), block.out, block.tao)
+        return Weights(*(torch.cat((f.expand(len(r), 1, -1, -1), r), dim=1) for f, r in zip(first, rest, strict=True)))
 
     def new_state(self, batch: int, device, dtype, w: Weights) -> ChunkState:
         return ChunkState(batch, device, dtype, w.out.size(-1), [tuple(m.shape) for m in w])
 
     def flops(self, w: Weights, T: int) -> float:
         C = w.out.size(-1)
-        return 2 * C * C + reweigh_flops(w) * -(-T // self.chunk) / T
+        return 2 * C * C + reweigh_flops(w) * (-(-T // self.chunk) - 1) / T  # chunk 0 needs none
 
 
 def reweigh_flops(w: Weights) -> float:
