@@ -606,7 +606,8 @@ class Spans:
     in the place of each; the target is each sentinel and what it stands for.
 
     Of block_size tokens, all windows lose equally many, in equally many spans, so that no row is padded. How the tokens
-    are cut into spans, and what is between them into gaps, is drawn uniformly; a window begins with a gap.
+    are cut into spans, and what is between them into gaps, is drawn uniformly; as T5's do, a window begins with a gap
+    and ends with a span.
 
         text     a b c d e f g h      source  a b <0> e f g <1> eot      target  <0> c d <1> h eot
     """

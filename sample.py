@@ -3,6 +3,7 @@
     python sample.py                                             the newest model in bin/; prompts are typed in
     python sample.py --prompt "The cat" --length 100 --stop "."
     python sample.py --model bin/air.strawberry --prompt_file start.txt --num_samples 3 --seed 7
+    python sample.py --model bin/pairs.transformer --source "The larger of two numbers."     from an encoder-decoder
     python sample.py --score book.txt                            loss and bits per byte
 
 Text goes to stdout; what model, which seed and how fast goes to stderr.
@@ -25,6 +26,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import MODEL, load_model, newest
+from dataset import read_spelled, spell
+from model import MODELS
 from options import UserError, check, declared, nearest, option, parse_arguments, run_cli
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -34,6 +37,10 @@ from options import UserError, check, declared, nearest, option, parse_arguments
 class Settings:
     model: str | None = option(None, "model file or checkpoint directory; default: the newest model in bin/")
     prompt: Any = option(None, 'text to continue; "" starts a new text')
+    source: Any = option(
+        None, "what an encoder-decoder reads; a prompt then begins its answer. Where it learned spans, <|0|>, <|1|>, … "
+        "stand for what is missing"
+    )
     prompt_file: str | None = option(None, "file that holds the prompt; - is standard input")
     length: int = option(256, "tokens to make at most", low=1, high=2**20)
     temperature: float = option(0.8, "0 takes the likeliest token each time; higher is more surprising", low=0)
@@ -61,7 +68,7 @@ def read_settings(argv: list[str]) -> Settings:
             problems.append(f"--{name}: unknown option{nearest(name, known) or '; --help lists them'}")
         elif name in raw and name != "stop":
             problems.append(f"--{name}: given twice; keep one")
-        elif text == "" and name != "prompt":
+        elif text == "" and name not in ("prompt", "source"):
             problems.append(f"--{name}: is empty; give it a value or leave it out")
         elif name == "stop":
             raw.setdefault(name, []).append(text)
@@ -89,7 +96,7 @@ def help_text() -> str:
     lines = ["usage: python sample.py [--option value …]", ""]
     for name, key in declared(Settings).items():
         default = "" if key.default in (None, []) else f"; default {key.default}"
-        allowed = "text" if name in ("prompt", "stop") else key.allowed.removesuffix(" or null")
+        allowed = "text" if name in ("prompt", "source", "stop") else key.allowed.removesuffix(" or null")
         lines.append(f"  --{name:<12} {key.doc} [{allowed}{default}]")
     return "\n".join([*lines, "", "Without a prompt: standard input is one; at a terminal, prompts are typed in."])
 
@@ -103,6 +110,8 @@ def read_prompt(settings: Settings) -> str | None:
         return settings.prompt
     if settings.prompt_file is not None:
         return read_text(settings.prompt_file)
+    if settings.source is not None:
+        return ""
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
     return None if at_terminal else read_text("-")
 
@@ -122,30 +131,56 @@ def read_text(path: str) -> str:
         raise UserError(f"cannot read {name}: {error.strerror or error}; name a text file") from error
 
 
-def encode(encoder, text: str) -> list[int]:
-    """The tokens of a text. Raises UserError where it has characters that no UTF-8, or not this encoder, can spell."""
+def encode(encoder, text: str, spelled: bool = False) -> list[int]:
+    """The tokens of a text, in which <|0|>, <|1|>, … are sentinels if they are `spelled` there.
+
+    Raises UserError where it has characters that no UTF-8, or not this encoder, can spell.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:  # how Python passes on arguments that are not UTF-8
         raise UserError(f"the text is not UTF-8 (character {error.start}); convert it first") from error
-    return encoder.encode(text)
+    return read_spelled(encoder, text) if spelled else encoder.encode(text)
+
+
+def read_source(settings: Settings, model, encoder, record: dict) -> list[int] | None:
+    """The tokens that an encoder-decoder is to read, with <|eot|> at the end; None for other models."""
+    text = settings.source
+    if not model.takes_source:
+        if text is not None:
+            raise UserError(f"--source: this {model.config.arch} reads none; leave it out, or make it the --prompt")
+        return None
+    if text is None:
+        raise UserError("this model is an encoder-decoder, which answers to a text; give it one with --source")
+    spans = record.get("run", {}).get("objective") == "spans"
+    tokens = encode(encoder, text, spelled=spans)
+    if max(tokens, default=0) >= model.config.vocab_size:
+        n = model.config.vocab_size - encoder.vocab_size
+        raise UserError(f"--source: <|{max(tokens) - encoder.vocab_size}|> is one of too many; the model knows {n}")
+    if len(tokens) >= model.config.block_size:
+        print(f"note: the source has {len(tokens) + 1:,} tokens, and the model was trained on no more than "
+              f"{model.config.block_size:,}", file=sys.stderr)
+    return [*tokens, encoder.eot]
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
 def load(settings: Settings):
-    """(model, encoder) of the settings, ready on the device."""
+    """(model, encoder, source) of the settings, ready on the device."""
     path, device = find_model(settings.model), pick_device(settings.device)
-    model, encoder, _ = load_model(path, device)
+    model, encoder, record = load_model(path, device)
+    if not model.generates:
+        raise UserError(f"{path}: this {model.config.arch} is an encoder: it guesses masked tokens and makes no text")
+    source = read_source(settings, model, encoder, record)
     half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device == "cuda")
     model = model.to(torch.bfloat16 if half else torch.float32)
     about = f"{path}: {model.config.arch}, {model.num_params(non_embedding=False):,} parameters"
     print(f"{about}, {device} {'bfloat16' if half else 'float32'}", file=sys.stderr)
-    return model, encoder
+    return model, encoder, source
 
 
-MODEL_SUFFIXES = (".strawberry", ".safetensors")
+MODEL_SUFFIXES = (".safetensors", *(f".{arch}" for arch in MODELS))
 
 
 def find_model(name: str | None) -> Path:
@@ -208,22 +243,27 @@ class Until:
         return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
-def continuation(model, encoder, prompt: list[int], settings: Settings, seed: int) -> Iterator[str]:
+def continuation(model, encoder, prompt: list[int], settings: Settings, seed: int, source=None) -> Iterator[str]:
     """The text that follows the prompt, a piece for each token: "" while a character or a stop string may be under way.
 
-    An empty prompt stands for a text's beginning. Ends after settings.length tokens, at <|eot|>, or at a stop string.
+    An empty prompt stands for a text's beginning. `source` are the tokens that an encoder-decoder reads.
+    Ends after settings.length tokens, at <|eot|>, or at a stop string.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    idx = torch.tensor([prompt or [encoder.eot]], device=device)
+    start = prompt or [encoder.eot] if source is None else [encoder.eot, *prompt]
+    idx = torch.tensor([start], device=device)
     ends, decoder, until = {encoder.eot, encoder.pad}, encoder.stream(), Until(settings.stop)
     temperature = settings.temperature if settings.temperature > 1e-6 else 0.0  # float32 logits / 1e-40 are infinite
     tokens = model.stream(idx, settings.length, temperature, settings.top_k or None, settings.top_p,
-                          settings.min_p or None, ends, generator)
+                          settings.min_p or None, ends, generator,
+                          source=None if source is None else torch.tensor([source], device=device))
     for count, token in enumerate(map(int, tokens), 1):
         last = token in ends or count == settings.length
-        # ids above the encoder's, of a vocabulary rounded up, spell nothing
-        text = "" if token in ends or token >= encoder.vocab_size else decoder.push(token)
+        if token >= encoder.vocab_size:  # a sentinel, or in a decoder an id that nothing uses
+            text = "" if source is None else decoder.flush() + spell(encoder, [token])
+        else:
+            text = "" if token in ends else decoder.push(token)
         yield until.push(text + (decoder.flush() if last else ""), last)
         if last or until.found:
             return
@@ -253,6 +293,7 @@ class Writer:
     encoder: Any
     settings: Settings
     seeds: Iterator[int]
+    source: list[int] | None = None
     tokens: int = 0
     seconds: float = 0.0
 
@@ -271,7 +312,7 @@ class Writer:
         began = time.perf_counter()
         try:
             with clear_errors(len(prompt) + self.settings.length):
-                for text in continuation(self.model, self.encoder, prompt, self.settings, seed):
+                for text in continuation(self.model, self.encoder, prompt, self.settings, seed, self.source):
                     self.tokens += 1
                     print(text, end="", flush=True)
             print(flush=True)
@@ -313,7 +354,7 @@ def converse(writer: Writer) -> None:
 
 
 @torch.no_grad()
-def score(model, encoder, text: str, stride: int = 0) -> tuple[float, float]:
+def score(model, encoder, text: str, stride: int = 0, source: list[int] | None = None) -> tuple[float, float]:
     """(loss in nats per token, bits per byte) of a text, the end of the text not among what is predicted.
 
     Every token is predicted once, from at most block_size tokens before it; at the text's start from <|eot|>.
@@ -326,11 +367,12 @@ def score(model, encoder, text: str, stride: int = 0) -> tuple[float, float]:
         raise UserError("there is nothing to score: the text is empty")
     ids = torch.tensor([[encoder.eot, *encode(encoder, text)]], device=next(model.parameters()).device)
     n, total = ids.size(1) - 1, 0.0
+    given = None if source is None else torch.tensor([source], device=ids.device)
     with tqdm(total=n, desc="scoring", unit=" tokens", leave=False, disable=None) as bar, clear_errors(size):
         for begin, done, end in windows(n, size, stride or max(1, size // 2), model.causal):
             targets = ids[:, begin + 1 : end + 1].clone()
             targets[:, : done - begin] = -1  # scored by the window before
-            total += model(ids[:, begin:end], targets)[1].item() * (end - done)
+            total += model(ids[:, begin:end], targets, source=given)[1].item() * (end - done)
             bar.update(end - done)
     return total / n, total / math.log(2) / len(text.encode())
 
@@ -360,14 +402,15 @@ def main(argv: list[str]) -> None:
     settings = read_settings(argv)
     if settings.score is not None:
         text = read_text(settings.score)
-        loss, bits = score(*load(settings), text, settings.stride)
+        model, encoder, source = load(settings)
+        loss, bits = score(model, encoder, text, settings.stride, source)
         print(f"loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
         return
     prompt = read_prompt(settings)
-    model, encoder = load(settings)
+    model, encoder, source = load(settings)
     seed = int.from_bytes(os.urandom(4)) if settings.seed is None else settings.seed
     print(f"seed {seed}", file=sys.stderr)
-    writer = Writer(model, encoder, settings, itertools.count(seed))
+    writer = Writer(model, encoder, settings, itertools.count(seed), source)
     if prompt is None:
         converse(writer)
     else:

@@ -83,8 +83,8 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.tokens, self.made, self.weight = tokens, 0, torch.nn.Parameter(torch.zeros(1))
 
-    def stream(self, idx, max_new_tokens, *asked):
-        self.idx, self.asked = idx, asked
+    def stream(self, idx, max_new_tokens, *asked, source=None):
+        self.idx, self.asked, self.source = idx, asked, source
         for token in self.tokens[:max_new_tokens]:
             self.made += 1
             yield torch.tensor([token])
@@ -546,7 +546,7 @@ def test_bits_are_per_byte_not_per_token():
 
         config = models.CONFIGS["tinystar"](block_size=4)
 
-        def forward(self, idx, targets):
+        def forward(self, idx, targets, source=None):
             return None, torch.tensor(math.log(258))
 
     text = "é🙂"
