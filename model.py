@@ -5,7 +5,8 @@ Notation:  B rows · T tokens · S keys · V vocab_size · C n_embd · D n_qkv �
 
 Index:  helpers · rotary positions · where tokens stand, and what layers carry · who sees whom · sums over chunks ·
         mixers: softmax, AFT, LAM, expert attention · projections and feed-forward · attention layers · positions ·
-        the language model · strawberry · strawberry-v0 · palm · tinystar · transformer · registry, initialisation
+        the language model · strawberry · strawberry-v0 · palm · tinystar · transformer · registry, initialisation ·
+        the stack as text (python model.py --config x.json)
 
 How it fits together: mixers mix q, k, v over time, projections make them, blocks wire, models stack. A mixer is a
 module with
@@ -19,6 +20,7 @@ module with
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from options import UserError, check, nearest, option
+from options import UserError, check, load_run, nearest, option, run_cli
 
 # ---- helpers -------------------------------------------------------------------------------------------------------
 
@@ -2553,3 +2555,70 @@ START = {
     "tao": nn.init.ones_,
     "bias": nn.init.zeros_,
 }
+
+# ---- the stack as text ---------------------------------------------------------------------------------------------
+
+
+def draw(model: LanguageModel) -> str:
+    """The model as a tree: modules, shapes, parameters, forward FLOPs per token; then what its cache holds."""
+    T = model.config.block_size
+    total, inner = model.num_params(non_embedding=False), model.num_params()
+    lines = [
+        f"{model.config.arch}: {total:,} parameters, {inner:,} without embeddings; "
+        f"{model.flops_per_token(T) / 1e6:,.2f} MFLOP per token in a training step at T = {T}",
+        *branches(model, T, ""),
+    ]
+    if model.causal:
+        lines.append(cache_size(model))
+    return "\n".join(lines)
+
+
+def branches(module: nn.Module, T: int, indent: str) -> Iterator[str]:
+    """A line for each child, its parameters' shapes on it; children that are alike are drawn once."""
+    if hasattr(module, "steps"):
+        yield f"{indent}  steps: {' → '.join(module.steps)}"
+    children = [(name, child) for name, child in module.named_children() if drawn(child)]
+    groups = [[pair] for pair in children]
+    if isinstance(module, nn.ModuleList):
+        groups = [list(group) for _, group in itertools.groupby(children, key=lambda pair: repr(pair[1]))]
+    for group in groups:
+        (name, child), last = group[0], group[-1][0]
+        yield f"{indent}  {name if len(group) == 1 else f'{name} … {last}'}: {about(child, T)}"
+        yield from branches(child, T, indent + "    ")
+
+
+def drawn(module: nn.Module) -> bool:
+    return not isinstance(module, (nn.Dropout, nn.Identity, Rope))
+
+
+def about(module: nn.Module, T: int) -> str:
+    """One line: what it is, how large, how much work for a token."""
+    if isinstance(module, nn.ModuleList):
+        return f"{len(module)}, one after the other"
+    words = [type(module).__name__]
+    if isinstance(module, (Softmax, LatentAttention, LAM)):
+        words.append(f"{module.n_head} heads of {module.d}")
+    view = getattr(module, "view", None)
+    if view is not None and view.size:
+        words.append(f"window {view.size}")
+    words += [f"{name} {tuple(p.shape)}" for name, p in module.named_parameters(recurse=False)]
+    if hasattr(module, "flops"):
+        words.append(f"{module.flops(T) / 1e3:,.1f} kFLOP")
+    return ", ".join(words)
+
+
+def cache_size(model: LanguageModel) -> str:
+    """Bytes for each row: what does not depend on the text's length, and what each token of context adds."""
+    T = model.config.block_size
+    source = torch.zeros(1, 1, dtype=torch.int64) if model.takes_source else None
+    half, whole = (model.new_cache(1, n, source).nbytes() for n in (T // 2, T))
+    each = (whole - half) / (T - T // 2)
+    return f"cache of a row in float32: {whole - each * T:,.0f} bytes, and {each:,.0f} for each token up to {T}"
+
+
+def main(argv: list[str]) -> None:
+    print(draw(build(load_run(argv, CONFIGS).model_hyperparams)))
+
+
+if __name__ == "__main__":
+    run_cli(main)
