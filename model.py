@@ -2580,7 +2580,7 @@ def branches(module: nn.Module, T: int, indent: str) -> Iterator[str]:
     children = [(name, child) for name, child in module.named_children() if drawn(child)]
     groups = [[pair] for pair in children]
     if isinstance(module, nn.ModuleList):
-        groups = [list(group) for _, group in itertools.groupby(children, key=lambda pair: repr(pair[1]))]
+        groups = [list(group) for _, group in itertools.groupby(children, key=lambda pair: about(pair[1], T))]
     for group in groups:
         (name, child), last = group[0], group[-1][0]
         yield f"{indent}  {name if len(group) == 1 else f'{name} … {last}'}: {about(child, T)}"
