@@ -585,15 +585,17 @@ def encode_pairs(pairs: Iterable[tuple[tuple[str, str], bool]], encoder: Encoder
         sources, targets = zip(*batch, strict=True)
         n_threads = os.cpu_count() or 1
         encoded = zip(encoder.encode_batch(sources, n_threads), encoder.encode_batch(targets, n_threads), strict=True)
-        for (source, target), texts in zip(encoded, batch, strict=True):
+        for source, target in encoded:
             if not len(source) or not len(target):
                 spool.n_empty += 1
             elif len(target) >= longest:
                 n_long += 1
             else:
-                n_cut += len(source) >= longest
-                spool.add(np.concatenate((source[: longest - 1], [encoder.eot], target)), last=True)
-                n_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+                if len(source) >= longest:
+                    n_cut += 1
+                    source = source[: longest - 1]
+                spool.add(np.concatenate((source, [encoder.eot], target)), last=True)
+                n_bytes += len(encoder.decode_bytes(source)) + len(encoder.decode_bytes(target))
     if n_long:
         spool.notes.append(f"left out {n_long:,} pairs with a target of more than {longest} tokens (--longest)")
     if n_cut:

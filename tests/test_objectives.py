@@ -384,8 +384,8 @@ def test_auto_is_what_fits(corpora, model, kind, chosen):
 @pytest.mark.parametrize(
     ("name", "model", "kind", "message"),
     [
-        ("spans", "decoder", "tokens", 'objective = "spans": is for a model of kind encoder-decoder, and this one is of '
-         'kind decoder, for which there is next; set it to "auto"'),
+        ("spans", "decoder", "tokens", 'objective = "spans": is for a model of kind encoder-decoder, and this one is '
+         'of kind decoder, for which there is next; set it to "auto"'),
         ("next", "encoder-decoder", "tokens", "for which there is spans and pairs"),
         ("masked", "encoder-decoder", "tokens", "is for a model of kind encoder,"),
         ("pairs", "encoder-decoder", "tokens", r"learns from pairs, and .*t\.bin holds tokens; .* made with --pairs"),
@@ -402,7 +402,7 @@ def test_vocab_size_must_leave_room(corpora):
     needed = {"masked": N + 1, "spans": N + 1}  # 2 of 16 tokens, in one span
     for name, model in (("masked", "encoder"), ("spans", "encoder-decoder")):
         make(name, model, corpora["tokens"], needed[name])
-        message = f'vocab_size = 300: objective "{name}" needs 1 more ids than the encoder\'s 300; set it to 301 or more'
+        message = f'vocab_size = 300: objective "{name}" needs 1 more ids than the encoder\'s 300; set it to 301 or'
         with pytest.raises(UserError, match=message):
             make(name, model, corpora["tokens"], needed[name] - 1)
     with pytest.raises(UserError, match="needs 13 more ids .* set it to 313 or more"):

@@ -1,5 +1,7 @@
 """prepare.py: every kind of input, shuffled exactly, in constant memory, the same bytes each time."""
 
+import ast
+import codecs
 import gzip
 import io
 import json
@@ -289,6 +291,208 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, bpe, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run("--input", tmp_path / "a.txt", "--output", tmp_path / "out" / "a.bin", "--encoder", bpe)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+PAIRS = [(f"{i} " + " ".join(WORDS[: 1 + i % 6]), "\n".join(WORDS[i % 3 : 4 + i % 7])) for i in range(30)]
+
+
+def pair_texts(path, spec):
+    """The pairs of texts in a pair file, in its order."""
+    texts = documents(path, spec)
+    assert dataset.TokenFile(path).header.kind == "pairs"
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def write_pairs(path, pairs):
+    entries = [{"source": source, "id": 5, "target": target} for source, target in pairs]
+    data = "\n".join(map(json.dumps, entries)) if ".jsonl" in path.name else json.dumps(entries)
+    path.write_bytes(gzip.compress(data.encode()) if path.suffix == ".gz" else data.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "p.jsonl.gz"])
+def test_every_pair_once_in_a_shuffled_order(tmp_path, bpe, name, capsys):
+    common = ["--pairs", write_pairs(tmp_path / name, PAIRS), "--encoder", bpe]
+    run(*common, "--output", tmp_path / "a.bin")
+    assert "a.bin: 30 pairs, " in capsys.readouterr().out
+    found = pair_texts(tmp_path / "a.bin", bpe)
+    assert sorted(found) == sorted(PAIRS) and found != PAIRS
+    run(*common, "--output", tmp_path / "b.bin")
+    assert (tmp_path / "b.bin").read_bytes() == (tmp_path / "a.bin").read_bytes()
+    run("--verify", tmp_path / "a.bin")
+    assert "60 sources and targets" in capsys.readouterr().out
+
+
+def test_pairs_that_are_long_or_empty_are_cut_or_left_out_and_counted(tmp_path, capsys):
+    (tmp_path / "abc").write_text("abc")
+    pairs = [("aaaa", "b"), ("aaaaa", "b"), ("c" * 60, "ab"), ("a", "bbbb"), ("a", "bbbbb"), ("", "b"), ("a", "")]
+    spec, path = f"chars:{tmp_path / 'abc'}", write_pairs(tmp_path / "p.jsonl", pairs)
+    run("--pairs", path, "--output", tmp_path / "p.bin", "--encoder", spec, "--longest", 5)
+    assert sorted(pair_texts(tmp_path / "p.bin", spec)) == [("a", "bbbb"), ("aaaa", "b"), ("aaaa", "b"), ("cccc", "ab")]
+    out = capsys.readouterr().out
+    for told in ("4 pairs, ", "left out 2 empty pairs", "cut 2 sources to 5 tokens",
+                 "left out 1 pairs with a target of more than 5 tokens"):  # fmt: skip
+        assert told in out
+    write_pairs(path, [("a", "bb"), ("a", "ccc")])
+    with pytest.raises(UserError, match="there is no text in .*every pair is empty .*left out 2 pairs with a target"):
+        run("--pairs", path, "--output", tmp_path / "q.bin", "--encoder", spec, "--longest", 2)
+    assert not (tmp_path / "q.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "text.jsonl"], r'text\.jsonl:1 is "text", and must be {"source": a string, "target": a string}'),
+        (["--pairs", "half.jsonl"], r"half\.jsonl:2 is "),
+        (["--pairs", "number.json"], r"number\.json: entry 1 is "),
+        (["--pairs", "bad.jsonl"], r"bad\.jsonl:1 is not JSON"),
+        (["--pairs", "a.txt"], r"--pairs a\.txt: pairs are read from \.jsonl"),
+        (["--pairs", "nowhere.jsonl"], r"--pairs nowhere\.jsonl: there is no such file"),
+        (["--pairs", "text.jsonl", "--input", "a.txt"], "exclude each other"),
+        (["--pairs", "--input", "a.txt"], "exclude each other"),
+        (["--pairs", "text.jsonl", "--longest", "1"], "--longest 1: allowed is 2 to 65,536"),
+        (["--pairs", "text.jsonl", "--longest", "65537"], "--longest 65537: allowed"),
+    ],
+)
+def test_bad_pairs_are_refused_and_nothing_is_made(tmp_path, bpe, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    files = {"text.jsonl": '"text"', "half.jsonl": '{"source": "a", "target": "b"}\n{"source": "a"}', "a.txt": "text",
+             "number.json": '[{"source": "a", "target": 5}]', "bad.jsonl": '{"source": '}  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        run(*arguments, "--encoder", bpe, "--output", "made.bin")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+
+
+def test_pairs_and_text_are_not_taken_for_each_other(tmp_path, bpe, capsys):
+    """The same file of entries that are both, to the same output."""
+    entries = [{"text": "the cat sat", "source": source, "target": target} for source, target in PAIRS]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    os.utime(tmp_path / "a.jsonl", (1e9, 1e9))
+    common = [tmp_path / "a.jsonl", "--encoder", bpe, "--output", tmp_path / "out.bin"]
+    kinds = []
+    for given_option in ("--input", "--pairs", "--pairs", "--input"):
+        run(given_option, *common)
+        kinds.append((dataset.TokenFile(tmp_path / "out.bin").header.kind, "up to date" in capsys.readouterr().out))
+    assert kinds == [("tokens", False), ("pairs", False), ("pairs", True), ("tokens", False)]
+    run("--pairs", *common, "--longest", 50)
+    run("--pairs", *common, "--longest", 60)
+    assert "up to date" not in capsys.readouterr().out  # what is cut, is cut elsewhere
+
+
+def test_a_missing_encoder_is_trained_on_both_sides(tmp_path):
+    path = write_pairs(tmp_path / "p.jsonl", [("xyxyxyxy", "zwzwzwzw")] * 20)
+    run("--pairs", path, "--output", tmp_path / "p.bin", "--encoder", tmp_path / "e.bin", "--vocab_size", 262)
+    made = encoder.load(str(tmp_path / "e.bin"))
+    assert len(made.encode("xyxyxyxy")) < 8 and len(made.encode("zwzwzwzw")) < 8
+
+
+SOURCE = '''
+# A file.
+class Dog:
+    "A class's docstring is none."
+
+    @property
+    def bark(self, *, loud=False):
+        """How it barks.
+
+        Twice if loud.
+        """
+
+        def echo(sound): # twice
+            'Sound, and sound.'
+            return sound + """
+  margin"""
+        return echo("woof") if loud else "woof"
+
+    def only(self):
+        "Nothing else is here."
+
+    def joined(self): "One line, with code."; return 1
+
+    def after(self):
+        "Code follows the docstring."; return 1
+
+    def plain(self):
+        return "no docstring here"
+
+    def word(self):
+        "Word."
+        return 1
+
+async def fetch(url: str) -> bytes:
+\t"Fetch an é."  # as it is
+\tawait url
+\treturn b""
+'''
+BARK = '''def bark(self, *, loud=False):
+
+    def echo(sound): # twice
+        'Sound, and sound.'
+        return sound + """
+  margin"""
+    return echo("woof") if loud else "woof"
+'''
+ECHO = '''def echo(sound): # twice
+    return sound + """
+  margin"""
+'''
+FETCH = '''async def fetch(url: str) -> bytes:
+\tawait url
+\treturn b""
+'''
+
+
+def test_docstrings_and_the_code_without_them():
+    wanted = [("How it barks.\n\nTwice if loud.", BARK.replace("\n\n", "\n", 1)), ("Sound, and sound.", ECHO),
+              ("Fetch an é.", FETCH)]  # fmt: skip
+    assert list(prepare.documented(SOURCE)) == wanted
+    assert list(prepare.documented(SOURCE.replace("\n", "\r\n"))) == wanted
+
+
+def test_code_without_its_docstring_is_the_same_code():
+    """On modules of the standard library: parsed again, it is the function less its first statement."""
+    found = 0
+    for module in (ast, gzip, io, json, subprocess, codecs):
+        text = Path(module.__file__).read_text(encoding="utf-8")
+        nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+        for told, code in prepare.documented(text):
+            (again,) = ast.parse(code).body
+            same = [n for n in nodes if n.name == again.name and ast.get_docstring(n) == told]
+            bodies = [[ast.dump(statement) for statement in n.body[1:]] for n in same]
+            assert [ast.dump(statement) for statement in again.body] in bodies, code
+            found += 1
+    assert found > 100
+
+
+@pytest.fixture
+def small_corpus(tmp_path, monkeypatch):
+    """A standard library of four files."""
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    files = {"dog.py": SOURCE, "a.py": "def add(a, b):\n    'Sum of two.'\n    return a + b\n", "old.py": "print 'x'\n"}
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9")
+    source = prepare.Source("four files", prepare.find([str(folder)]), ["a topic"], "stdlib")
+    monkeypatch.setattr(prepare, "stdlib", lambda: source)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_no_pairs_given_are_those_of_the_corpus(small_corpus, capsys):
+    run("--pairs", "--encoder", "e.bin", "--vocab_size", 270)
+    assert sorted(source for source, _ in pair_texts("data/pairs.bin", "e.bin")) == [
+        "Fetch an é.", "How it barks.\n\nTwice if loud.", "Sound, and sound.", "Sum of two."]  # fmt: skip
+    assert ("Sum of two.", "def add(a, b):\n    return a + b\n") in pair_texts("data/pairs.bin", "e.bin")
+    out = capsys.readouterr().out
+    assert "data/pairs.bin: 4 pairs" in out
+    assert "left out 2 that Python cannot parse: " in out and "old.py" in out and "latin.py" in out
+    run("--pairs", "--encoder", "e.bin")
+    assert capsys.readouterr().out == "data/pairs.bin is up to date (--force writes it anew)\n"
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------

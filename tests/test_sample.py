@@ -1,5 +1,6 @@
 """What sample.py promises: text as it is made, repeatable, cut at stop strings; every mistake one line and exit 2."""
 
+import itertools
 import math
 import os
 import pickle
@@ -402,6 +403,125 @@ def test_help_names_every_option(capsys):
     sample.main(["--help"])
     out = capsys.readouterr().out
     assert all(f"--{name} " in out for name in sample.declared(sample.Settings))
+
+
+# ---- encoder-decoders ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def answering(tmp_path_factory):
+    """Model files of an encoder-decoder that learned pairs, of one that learned spans with 3 sentinels, and of an
+    encoder, all with random weights."""
+    path = tmp_path_factory.mktemp("answering")
+    (path / "letters.txt").write_text(ALPHABET, newline="")
+    encoder = encoders.load(f"chars:{path / 'letters.txt'}")  # 10 letters, <|eot|> 10, <|pad|> 11
+    kinds = {"pairs": "encoder-decoder", "spans": "encoder-decoder", "masked": "encoder"}
+    for seed, (objective, kind) in enumerate(kinds.items()):
+        torch.manual_seed(seed)
+        model = models.build({"arch": "transformer", "kind": kind, "pad_id": 11, **SHAPE, "vocab_size": 15})
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.3 * torch.randn(p.shape)
+            model.embed.weight[10:] *= 0.1  # so that texts are long
+        checkpoint.save_model(path / f"{objective}.transformer", model, encoder, {"run": {"objective": objective}})
+    return path
+
+
+def answer(capsys, path, *argv):
+    sample.main(["--model", str(path), "--length", "12", "--temperature", "1", "--seed", "3", "--device", "cpu", *argv])
+    return capsys.readouterr()
+
+
+def made_by(model, start, source):
+    """What a model says, drawn as sample.py's seed 3 is."""
+    generator = torch.Generator().manual_seed(3)
+    return model.generate(torch.tensor([start]), 12, generator=generator, source=source)[0, 1:].tolist()
+
+
+def test_an_encoder_decoder_answers_its_source(answering, capsys):
+    path = answering / "pairs.transformer"
+    model, encoder, _ = checkpoint.load_model(path)
+    answers = set()
+    for source in ("abc", "hgfe dcba", "", "hhhhhhhh", "b d f", "aaaaa"):
+        given = torch.tensor([[*encoder.encode(source), encoder.eot]])
+        made = made_by(model, [encoder.eot], given)
+        assert made == made_by(model, [encoder.eot], torch.nn.functional.pad(given, (0, 3), value=encoder.pad))
+        wanted = encoder.decode(itertools.takewhile(lambda token: token < 10, made)) + "\n"
+        assert answer(capsys, path, "--source", source).out == wanted
+        answers.add(wanted)
+    assert len(answers) > 1
+
+
+def test_a_prompt_begins_the_answer(answering, capsys):
+    path = answering / "pairs.transformer"
+    model, encoder, _ = checkpoint.load_model(path)
+    given = torch.tensor([[*encoder.encode("abc"), encoder.eot]])
+    made = made_by(model, [encoder.eot, *encoder.encode("fg")], given)
+    wanted = encoder.decode(itertools.takewhile(lambda token: token < 10, made)) + "\n"
+    assert answer(capsys, path, "--source", "abc", "--prompt", "fg").out == wanted
+
+
+def test_sentinels_are_read_where_spans_were_learned(answering, capsys, monkeypatch):
+    path = answering / "spans.transformer"
+    model, encoder, record = checkpoint.load_model(path)
+    a, b, c = (encoder.decode([i]) for i in range(3))
+    asked = sample.Settings(source=f"{a}{b}<|0|>{c}<|2|>")
+    assert sample.read_source(asked, model, encoder, record) == [0, 1, 12, 2, 14, encoder.eot]
+    answer(capsys, path, "--source", asked.source)
+    error = fails(capsys, monkeypatch, "--model", str(path), "--source", "ab<|3|>")
+    assert error == "error: --source: <|3|> is one of too many; the model knows 3"
+    error = fails(capsys, monkeypatch, "--model", str(answering / "pairs.transformer"), "--source", "ab<|0|>")
+    assert "'<'" in error  # which this encoder lacks: without spans it is ordinary text
+
+
+def test_sentinels_in_an_answer_are_spelled():
+    model = Scripted([258, *spoken("aé")[:2], 259, *spoken("é"), 256])
+    found = list(sample.continuation(model, bytes_encoder(), [], sample.Settings(), 0, source=[5, 256]))
+    assert found == ["<|0|>", "a", "", "\ufffd<|1|>", "", "é", ""]
+    assert model.source.tolist() == [[5, 256]] and model.idx.tolist() == [[256]]
+
+
+def test_a_long_source_is_noted(answering, capsys):
+    for length, noted in ((15, False), (16, True)):
+        told = answer(capsys, answering / "pairs.transformer", "--source", "a" * length).err
+        assert ("note: the source has 17 tokens, and the model was trained on no more than 16" in told) == noted
+
+
+def test_an_answer_is_scored_given_its_source(answering, tmp_path, capsys):
+    path = answering / "pairs.transformer"
+    model, encoder, _ = checkpoint.load_model(path)
+    (tmp_path / "answer.txt").write_text("hedge")
+    losses = []
+    for source in ("abc", "gag"):
+        given = torch.tensor([[*encoder.encode(source), encoder.eot]])
+        ids = torch.tensor([[encoder.eot, *encoder.encode("hedge")]])
+        losses.append(model(ids[:, :-1], ids[:, 1:], source=given)[1].item())
+        out = answer(capsys, path, "--source", source, "--score", str(tmp_path / "answer.txt")).out
+        assert out.startswith(f"loss {losses[-1]:.4f} nats per token")
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "message"),
+    [
+        ("pairs", ["--prompt", "a"], "an encoder-decoder, which answers to a text; give it one with --source"),
+        ("pairs", ["--score", "a.txt"], "give it one with --source"),
+        ("masked", ["--prompt", "a"], "this transformer is an encoder: it guesses masked tokens and makes no text"),
+        ("masked", ["--source", "a"], "is an encoder: it guesses"),
+        ("masked", ["--score", "a.txt"], "is an encoder: it guesses"),
+        ("strawberry", ["--source", "a"], "this strawberry reads none; leave it out, or make it the --prompt"),
+        ("pairs", ["--source", "a", "--source", "b"], "--source: given twice"),
+        ("pairs", ["--source", "\udcff"], "is not UTF-8"),
+        ("pairs", ["--source", "x"], "'x'"),
+    ],
+)
+def test_a_source_too_many_or_too_few_is_one_line_and_exit_2(
+    answering, folder, tmp_path, capsys, monkeypatch, name, argv, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a")
+    path = folder / "strawberry.strawberry" if name == "strawberry" else answering / f"{name}.transformer"
+    assert message in fails(capsys, monkeypatch, "--model", str(path), *argv)
 
 
 # ---- at a terminal -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import dataset
 import encoder as encoders
 import plot
 import train
@@ -166,6 +167,109 @@ def test_the_rehearsal_leaves_weights_and_buffers_as_they_were(workshop, monkeyp
     torch.manual_seed(trainer.run.seed)
     assert_same(trainer.model.state_dict(), build_counting(trainer.run.model_hyperparams).state_dict())
     assert trainer.model.drop.calls == 0 and all(p.grad is None for p in trainer.model.parameters())
+
+
+# ---- objectives ----------------------------------------------------------------------------------------------------
+
+TRANSFORMER = {"arch": "transformer", "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "dropout": 0.1}
+OBJECTIVES = {
+    "spans": {"kind": "encoder-decoder", "vocab_size": 42},  # the encoder has 41 ids, a window of 16 one span
+    "pairs": {"kind": "encoder-decoder", "vocab_size": 41},
+    "masked": {"kind": "encoder", "vocab_size": 42},
+}
+
+
+@pytest.fixture(params=OBJECTIVES)
+def objective(request, workshop, monkeypatch):
+    """The name of an objective, for which there are data and a config."""
+    monkeypatch.setitem(MODELS, "transformer", TRANSFORMER | OBJECTIVES[request.param])
+    write_config("transformer", dataset={"path": "pairs.bin" if request.param == "pairs" else "data.bin"})
+    encoder = encoders.load("chars:text.txt")
+    with TokenFileWriter("pairs.bin", encoder, kind="pairs") as writer:
+        for line in TEXT.splitlines():
+            for half in (line[:6], line[6:]):
+                writer.add(np.array(encoder.encode(half)))
+    return request.param
+
+
+def test_a_resumed_run_of_any_objective_is_the_uninterrupted_one(objective):
+    run("--gradient_accumulation_steps=2")
+    whole = weights_and_state()
+    evaluations = [line for line in metrics() if "val_loss" in line]
+    run("--gradient_accumulation_steps=2", "--max_iters=7", "--lr_decay_iters=10", "--checkpoints.path=other")
+    run("--gradient_accumulation_steps=2", "--init_from=resume", "--checkpoints.path=other")
+    step, weights, state = weights_and_state("other")
+    assert step == whole[0] == 10
+    assert_same(weights, whole[1])
+    assert_same(state, whole[2])
+    again = [line for line in metrics("other/metrics.jsonl") if "val_loss" in line]
+    assert again[0] == evaluations[0] and again[-1] == evaluations[-1]
+
+
+def test_losses_of_any_objective_are_means_over_the_targets(objective):
+    trainer = prepared()
+    split, encoder = trainer.corpus.val, trainer.encoder
+    with train.evaluating(trainer.model):
+        got = train.mean_loss(trainer.model, split, 2, 3, trainer.lengths, trainer.objective)
+        nats, n_bytes, count = 0.0, 0, 0
+        for sample in range(6):  # one at a time
+            x, y, source, _ = dataset.tensors(trainer.objective.batch(split, 0, sample, 1), torch.from_numpy)
+            log_p = trainer.model(x, source=source)[0][0].log_softmax(-1)
+            for t, target in enumerate(y[0].tolist()):
+                if target >= 0:
+                    nats -= log_p[t, target].item()
+                    n_bytes += target not in (encoder.eot, encoder.pad)
+                    count += 1
+    assert got[0] == pytest.approx(nats / count, rel=1e-5)
+    if objective == "pairs":  # how well the answers are told, in bits for each byte of them
+        assert got[1] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    else:
+        assert math.isnan(got[1])
+
+
+def test_accumulation_weighs_rows_by_their_targets(objective):
+    """Batches of 1 as one of 6, though they have unequally many targets."""
+    trainer = prepared("--model_hyperparams.dropout=0")
+    grads = []
+    for rows in (6, 1):
+        trainer.optimizer.zero_grad()
+        made = [train.make_batch(trainer.objective, trainer.corpus.train, 5, i, rows, "cpu") for i in range(0, 6, rows)]
+        grads.append([trainer.accumulate(made), *(p.grad.clone() for p in trainer.model.parameters())])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluations_show_what_they_can(objective, capsys):
+    run("--max_iters=1")
+    out, line = capsys.readouterr().out, metrics()[-1]
+    assert f"\nobjective    {objective}" in out
+    assert (objective == "pairs") == ("bits per byte" in out) == (line["val_bpb"] is not None)
+    assert "strict_loss" not in line
+    assert (objective != "masked") == ("    | → " in out)
+    assert (objective == "spans") == ("<|0|>" in out.partition("    | → ")[0])
+    run("--max_iters=1", "--sample_prompt=the cat")
+    assert (objective != "masked") == ("    | the cat<|eot|>\n    | → " in capsys.readouterr().out)
+
+
+def test_what_was_left_open_is_recorded(objective):
+    trainer = prepared()
+    assert trainer.run.objective == trainer.record()["run"]["objective"] == objective
+    assert trainer.model.config.pad_id == trainer.encoder.pad
+    assert prepared(f"--model_hyperparams.pad_id={trainer.encoder.pad}").model.config.pad_id == trainer.encoder.pad
+    with pytest.raises(UserError, match=r"pad_id = 3: the encoder pads with 40; set it to that or to null"):
+        prepared("--model_hyperparams.pad_id=3")
+
+
+def test_pairs_that_are_cut_are_counted_at_the_start(workshop, monkeypatch, capsys):
+    encoder = encoders.load("chars:text.txt")
+    with TokenFileWriter("pairs.bin", encoder, kind="pairs") as writer:
+        for length in (3, 15, 16, 40) * 3:
+            writer.add(np.zeros(3))
+            writer.add(np.zeros(length))
+    monkeypatch.setitem(MODELS, "transformer", TRANSFORMER | OBJECTIVES["pairs"])
+    write_config("transformer", dataset={"path": "pairs.bin"})
+    prepared()
+    assert "objective    pairs; 6 of 12 are cut to 16 tokens" in capsys.readouterr().out
 
 
 # ---- the same run, interrupted or not ------------------------------------------------------------------------------

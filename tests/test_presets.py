@@ -1,0 +1,186 @@
+"""The presets in config/: what they are, and that each of them trains, evaluates, is saved and makes text."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import encoder as encoders
+import options
+import plot
+import sample
+import train
+from checkpoint import load_model
+from dataset import TokenFileWriter
+from model import CONFIGS, build
+from options import load_run, read_json, to_dict
+
+CONFIG = Path(options.__file__).parent / "config"
+PRESETS = sorted(path.stem for path in CONFIG.glob("*.json") if path.name != "schema.json")
+SPECIAL = {"air", "tiny"}  # the reference and the first run, whose files have names of their own
+TINYSTAR = ["v0.1-baseline", "v0.2-modernbase", "v0.3-mha", "v0.4-mqa", "v0.5-mhla", "v0.6-gelu", "v0.7-gqa-swa"]
+WANTED = {
+    "strawberry": ["strawberry-large", "strawberry-experts", "air", "tiny"],
+    "strawberry-v0": ["strawberry-v0", "strawberry-v0-compaction"],
+    "palm": ["palm-aft", "palm-lam", "palm-kv"],
+    "tinystar": [f"tinystar-{version}" for version in TINYSTAR],
+    "transformer": ["transformer-spans", "transformer-pairs", "transformer-decoder", "transformer-masked"],
+}
+SMALL = {"block_size": 32, "n_layer": 1, "n_head": 4, "n_embd": 16, "n_qkv": 16, "d_rank": 8}
+
+
+def raw(name):
+    return read_json(CONFIG / f"{name}.json")
+
+
+def loaded(name, *overrides):
+    return load_run(["--config", str(CONFIG / f"{name}.json"), *overrides], CONFIGS)
+
+
+# ---- what they are -------------------------------------------------------------------------------------------------
+
+
+def test_every_named_model_is_there():
+    assert sorted(sum(WANTED.values(), [])) == PRESETS
+    for arch, names in WANTED.items():
+        assert all(loaded(name).model_hyperparams.arch == arch for name in names)
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - SPECIAL))
+def test_files_have_the_presets_name(name):
+    run = loaded(name)
+    assert run.model_path == f"bin/{name}.{run.model_hyperparams.arch}"
+    assert run.checkpoints.path == f"bin/ck_{name}"
+    assert raw(name)["$schema"] == "./schema.json"
+    assert (CONFIG / f"{name}.json").read_text(encoding="utf-8").startswith("// ")
+
+
+def test_none_writes_what_another_does():
+    for key in (lambda run: run.model_path, lambda run: run.checkpoints.path):
+        assert len({key(loaded(name)) for name in PRESETS}) == len(PRESETS)
+
+
+def test_all_can_be_built_and_are_small():
+    for name in PRESETS:
+        model = build(loaded(name).model_hyperparams)
+        assert model.num_params(non_embedding=False) < 6e6
+
+
+def test_those_of_tinystar_differ_from_v0_2_in_one_thing():
+    base = raw("tinystar-v0.2-modernbase")
+    default = to_dict(CONFIGS["tinystar"]())
+    for key in ("norm_type", "attention_type", "ffn_type", "pos_encoding"):
+        assert base["model_hyperparams"][key] == default[key]
+    one = {"v0.3-mha": ("attention_type", "MHA"), "v0.4-mqa": ("attention_type", "MQA"),
+           "v0.5-mhla": ("attention_type", "MHLA"), "v0.6-gelu": ("ffn_type", "GELU"),
+           "v0.7-gqa-swa": ("attention_type", "GQA-SWA")}  # fmt: skip
+    for version, (key, value) in one.items():
+        name = f"tinystar-{version}"
+        named = {"model_path": f"bin/{name}.tinystar", "checkpoints": {**base["checkpoints"], "path": f"bin/ck_{name}"}}
+        changed = {**base["model_hyperparams"], key: value}
+        assert changed != base["model_hyperparams"]
+        assert raw(name) == {**base, **named, "model_hyperparams": changed}
+
+
+def test_each_is_what_its_name_says():
+    def has(name, **keys):
+        config = loaded(name).model_hyperparams
+        assert {key: getattr(config, key) for key in keys} == keys
+
+    has("strawberry-large", n_experts=1, n_ffn_experts=1)
+    has("strawberry-experts", n_experts=4, a_experts=2)
+    has("strawberry-v0", compaction=False)
+    has("strawberry-v0-compaction", compaction=True, compaction_scope="causal")
+    for mixer in ("aft", "lam", "kv"):
+        has(f"palm-{mixer}", attention_type=mixer)
+        assert loaded(f"palm-{mixer}").optimizer_hyperparams.use_muon
+    has("tinystar-v0.1-baseline", attention_type="MHA", ffn_type="GELU", norm_type="LayerNorm", pos_encoding="Learned")
+    has("transformer-spans", kind="encoder-decoder", attention_type="MHA", norm_position="post", ffn_type="relu",
+        pos_encoding="Sinusoidal", norm_type="LayerNorm")  # fmt: skip
+    has("transformer-pairs", kind="encoder-decoder")
+    has("transformer-decoder", kind="decoder", attention_type="GQA", pos_encoding="RoPE")
+    assert loaded("transformer-decoder").model_hyperparams.rope_scaling.type == "yarn"
+    has("transformer-masked", kind="encoder")
+
+
+# ---- that they train -----------------------------------------------------------------------------------------------
+
+TEXT = "".join(f"the {word} sat on mat {n} and saw it.\n" for n in range(60) for word in ("cat", "owl"))
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("presets")
+    (folder / "text.txt").write_text(TEXT)
+    encoder = encoders.load(f"chars:{folder / 'text.txt'}")
+    lines = [np.array(encoder.encode(line)) for line in TEXT.splitlines()]
+    with TokenFileWriter(folder / "text.bin", encoder) as writer:
+        for line in lines:
+            writer.add(line)
+    with TokenFileWriter(folder / "pairs.bin", encoder, kind="pairs") as writer:
+        for line in lines:
+            writer.add(line[:9])
+            writer.add(line[9:])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small(name, folder):
+    """The overrides that make a preset small and quick, on the corpus in `folder`."""
+    given = raw(name)["model_hyperparams"]
+    encoder = encoders.load(f"chars:{folder / 'text.txt'}")
+    sizes = {key: value for key, value in SMALL.items() if key in given} | {"vocab_size": encoder.vocab_size + 2}
+    sizes["n_head"] = 8 if given.get("n_experts") or given.get("n_kv_head") else 4
+    data = "pairs.bin" if "pairs" in raw(name)["dataset"]["path"] else "text.bin"
+    run = {"dataset.path": folder / data, "encoder_path": f"chars:{folder / 'text.txt'}", "batch_size": 3,
+           "max_iters": 2, "eval_interval": 2, "log_interval": 1, "eval_iters": 2, "warmup_iters": 0, "seed": 5,
+           "sample_length": 4, "device": "cpu", "dtype": "float32", "compile": "false"}  # fmt: skip
+    if "rope_scaling" in given:
+        run["model_hyperparams.rope_scaling.original_max_position"] = 16
+    run |= {f"model_hyperparams.{key}": value for key, value in sizes.items()}
+    return [f"--{key}={value}" for key, value in run.items()]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_trains_evaluates_is_saved_and_makes_text(name, workshop, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot, "curves", lambda *arguments: None)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    run = loaded(name)
+    assert train.main(["--config", f"{name}.json", *small(name, workshop)]) == 0
+    lines = plot.read_metrics(Path(run.checkpoints.path, "metrics.jsonl"))
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert all(0 < line[key] < 8 for line in lines for key in line if key.endswith("loss"))
+    model, encoder, record = load_model(run.model_path)
+    objective = record["run"]["objective"]
+    assert objective == {"spans": "spans", "pairs": "pairs", "masked": "masked"}.get(name.split("-")[-1], "next")
+    assert (lines[-1]["val_bpb"] is None) == (objective in ("spans", "masked"))
+    assert getattr(model.config, "pad_id", None) == (None if objective == "next" else encoder.pad)
+    told = capsys.readouterr().out
+    assert "bits per byte" in told or objective in ("spans", "masked")
+    assert f"\nobjective    {objective}\n" in told
+    if not model.generates:
+        with pytest.raises(options.UserError, match="is an encoder: it guesses masked tokens and makes no text"):
+            sample.main(["--prompt", "the"])
+        return
+    argv = ["--source", "the cat"] if model.takes_source else ["--prompt", "the"]
+    sample.main([*argv, "--length", "5", "--seed", "1", "--device", "cpu"])  # of the newest model in bin/
+    out, told = capsys.readouterr()
+    assert out.startswith("" if model.takes_source else "the") and out.endswith("\n")
+    assert f"{Path(run.model_path)}: {model.config.arch}" in told
+
+
+def test_the_sizes_in_the_presets_of_the_objectives_are_what_they_need():
+    """8192 is what prepare.py's encoder has by default."""
+    assert loaded("transformer-spans").model_hyperparams.vocab_size == 8192 + 13
+    assert loaded("transformer-masked").model_hyperparams.vocab_size == 8192 + 1
