@@ -1803,8 +1803,8 @@ class CausalRetention:
         return ChunkState(batch, device, dtype, w.out.size(-1), [tuple(m.shape) for m in w])
 
     def flops(self, w: Weights, T: int) -> float:
-        C = w.out.size(-1)
-        return 2 * C * C + reweigh_flops(w) * (-(-T // self.chunk) - 1) / T  # chunk 0 needs none
+        C, later = w.out.size(-1), -(-T // self.chunk) - 1  # chunk 0 needs no products, the last one's sum is not used
+        return later * (2 * C * C * self.chunk + reweigh_flops(w)) / T
 
 
 def reweigh_flops(w: Weights) -> float:

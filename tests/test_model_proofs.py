@@ -1,0 +1,858 @@
+"""What is claimed of every architecture besides its function: numerics, gradients, sizes, operations, training,
+experts, cache bytes. The cases are those of test_model.py, generated from the registry.
+
+Index:  sums over long texts · gradients · half precision · parameters · operations · initialisation and optimizer ·
+        overfitting, files, compiling · experts · cache bytes
+"""
+
+import copy
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from naive_strawberry import aft, aft_conv_position, aft_full_position, aft_local_position, aft_simple_long, sigmoid
+from test_model import CASES, T, every_case, shaken, source_for, tokens
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import encoder
+import model as model_file
+from checkpoint import load_model, save_model
+from model import AFTS, LAM, MODELS, START, AFTPositional, AFTSimpleFunction, At, as_is, build, init_weights
+from optimizer import DECAYED, HIDDEN, ROLES, build_optimizer
+from options import OptimizerHyperparams
+
+torch.set_num_threads(1)
+
+# ---- sums over long texts ------------------------------------------------------------------------------------------
+
+LONG, WIDTH = 65536, 4
+
+
+def extreme(shape: str, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q, k, v (n, WIDTH) in float64, exact in float32, with keys between −80 and 80."""
+    draw, t = np.random.default_rng(0), np.arange(n)[:, None]
+    keys = {
+        "either": draw.choice([-80.0, 80.0], (n, WIDTH)),
+        "anything": draw.uniform(-80, 80, (n, WIDTH)),
+        "first one high": np.where(t == 0, 80.0, 69.0),  # of 65,536, each e^11 lighter: half of all the weight
+        "high, then low": np.where(t < 8, 80.0, -80.0),
+        "low, then high": np.where(t < n - 8, -80.0, 80.0),
+        "rising": np.linspace(-80, 80, n)[:, None],
+        "flat": np.full((n, 1), 80.0),
+    }
+    arrays = draw.normal(size=(n, WIDTH)), keys[shape] + np.zeros((n, WIDTH)), draw.normal(size=(n, WIDTH))
+    return tuple(x.astype(np.float32).astype(np.float64) for x in arrays)
+
+
+SHAPES = ["either", "anything", "first one high", "high, then low", "low, then high", "rising", "flat"]
+
+
+def mixer(kind: str, n: int, window: int = 40) -> nn.Module:
+    """An AFT in float32 for n tokens, its positions normal."""
+    torch.manual_seed(0)
+    mix = AFTS[kind](SimpleNamespace(n_qkv=WIDTH, n_head=2, window=window, block_size=n), as_is)
+    for p in mix.parameters():
+        nn.init.normal_(p, std=0.3)
+    return mix.requires_grad_(False)
+
+
+def mixed(mix: nn.Module, q, k, v) -> np.ndarray:
+    q, k, v = (torch.tensor(x, dtype=torch.float32)[None] for x in (q, k, v))
+    y = mix(q, k, v, v, At(torch.arange(q.size(1))[None]), None)
+    assert y.dtype == torch.float32
+    return y[0].double().numpy()
+
+
+def check_means(got: np.ndarray, reference, q, k, v, bound: float) -> None:
+    """The error of each weighted mean is under `bound` times the weighted mean of |v|, which nothing cancels in."""
+    assert np.isfinite(got).all()
+    error = np.abs(got - reference(q, k, v)) / reference(q, k, np.abs(v))
+    assert error.max() < bound, f"relative error {error.max():.1e} at token {error.argmax() // WIDTH}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_aft_simple_over_65536_tokens_with_keys_of_80(shape):
+    """float32 against float64, within 2e-6 (measured: at most 6e-7)."""
+    q, k, v = extreme(shape, LONG)
+    check_means(mixed(mixer("simple", LONG), q, k, v), aft_simple_cumulative, q, k, v, 2e-6)
+
+
+def aft_simple_cumulative(q, k, v):
+    e = np.exp(k)  # float64 carries e^±80
+    return sigmoid(q) * np.cumsum(e * v, axis=0) / np.cumsum(e, axis=0)
+
+
+def test_the_cumulative_reference_is_the_loop():
+    q, k, v = extreme("anything", 3000)
+    np.testing.assert_allclose(aft_simple_cumulative(q, k, v), aft_simple_long(q, k, v), rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_aft_conv_over_65536_tokens_with_keys_of_80(shape):
+    """float32 against prefix sums and a window of taps in float64, within 1e-5 (measured: at most 5e-6, most of it the
+    rounding of k + p near 80, where float32 has steps of 8e-6)."""
+    mix = mixer("conv", LONG)
+    taps = mix.kernel.double().numpy().repeat(WIDTH // 2, axis=0).T  # (window, WIDTH)
+
+    def reference(q, k, v):
+        above, below = np.zeros_like(v), np.zeros_like(v)
+        n = len(taps)
+        above[n:], below[n:] = np.cumsum(np.exp(k) * v, axis=0)[:-n], np.cumsum(np.exp(k), axis=0)[:-n]
+        for distance, tap in enumerate(taps):
+            e = np.exp(k[: len(k) - distance] + tap)
+            above[distance:] += e * v[: len(v) - distance]
+            below[distance:] += e
+        return sigmoid(q) * above / below
+
+    check_means(mixed(mix, *(qkv := extreme(shape, LONG))), reference, *qkv, 1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["full", "local", "conv"])
+def test_positional_aft_with_keys_of_80(kind, shape):
+    """float32 against the loop over pairs in float64, beyond blocks and windows, within 1e-5 (measured: 4e-6)."""
+    n = 137
+    mix = mixer(kind, n)
+    weights = {name: p.double().numpy() for name, p in mix.named_parameters()}
+    position = {
+        "full": lambda: aft_full_position(weights["a"], weights["b"]),
+        "local": lambda: aft_local_position(weights["a"], weights["b"], 40),
+        "conv": lambda: aft_conv_position(weights["kernel"], WIDTH),
+    }[kind]()
+    qkv = extreme(shape, n)
+    check_means(mixed(mix, *qkv), lambda q, k, v: aft(q, k, v, position), *qkv, 1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_over_65536_tokens_reach_the_first(shape):
+    """float32 against autograd through cumulative sums in float64, within 5e-6 of the largest (measured: 1.3e-6)."""
+    _, k, v = (torch.tensor(x)[None] for x in extreme(shape, LONG))
+    weight = torch.randn(1, LONG, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = [x.clone().requires_grad_() for x in (k, v)]
+    e = exact[0].exp()
+    ((e * exact[1]).cumsum(1) / e.cumsum(1) * weight).sum().backward()
+    ours = [x.float().requires_grad_() for x in (k, v)]
+    (AFTSimpleFunction.apply(*ours) * weight.float()).sum().backward()
+    for mine, its in zip(ours, exact, strict=True):
+        assert (mine.grad - its.grad).abs().max() < 5e-6 * its.grad.abs().max()
+        torch.testing.assert_close(mine.grad[0, 0].double(), its.grad[0, 0], rtol=2e-4, atol=1e-5)
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [1.0, 30.0])
+@pytest.mark.parametrize("length", [1, 2, 7, 8])
+def test_the_hand_written_backward_of_aft_simple(keys, length):
+    generator = torch.Generator().manual_seed(length)
+    k = torch.randn(2, length, 3, dtype=torch.float64, generator=generator)
+    k = k.sign() * keys if keys > 1 else k
+    v = torch.randn(2, length, 3, dtype=torch.float64, generator=generator)
+    assert torch.autograd.gradcheck(AFTSimpleFunction.apply, (k.requires_grad_(), v.requires_grad_()))
+
+
+@pytest.mark.parametrize("kind", ["full", "local", "conv", "lam"])
+def test_gradients_of_mixers(kind):
+    """Through q, k, v and positions, over several blocks or segments."""
+    torch.manual_seed(0)
+    c = SimpleNamespace(n_qkv=4, n_head=2, window=5, block_size=12)
+    mix = (LAM(c, as_is) if kind == "lam" else AFTS[kind](c, as_is)).double()
+    mix.block = mix.segment = 3
+    names = [name for name, _ in mix.named_parameters()]
+    at = At(torch.arange(11)[None])
+    qkv = [torch.randn(2, 11, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    positions = [torch.randn(p.shape, dtype=torch.float64, requires_grad=True) for p in mix.parameters()]
+
+    def output(q, k, v, *p):
+        return torch.func.functional_call(mix, dict(zip(names, p, strict=True)), (q, k, v, v, at, None))
+
+    assert torch.autograd.gradcheck(lambda *x: output(*x, *positions), qkv)
+    if positions:
+        assert torch.autograd.gradcheck(lambda *p: output(*qkv, *p), positions, fast_mode=True)
+
+
+@pytest.mark.parametrize("scope", ["causal", "batch"])
+def test_gradients_of_retention(scope):
+    """Through a block's weights and its input, three chunks and a ragged end."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 3, "n_qkv": 4, "r_layer": 2, "aft_ratio": 1, "retention_chunk": 3}
+    model = build({"retention_scope": scope, "window": 2, "block_size": 16, **sizes}).double()
+    block, names = model.blocks[0], [name for name, _ in model.blocks[0].named_parameters()]
+    assert names == ["w_attn_qkv", "w_attn_swiglu", "w_attn_out", "out", "tao"]
+    params = [(p + 0.3 * torch.randn_like(p)).detach().requires_grad_() for p in block.parameters()]
+    x = torch.randn(2, 11, 3, dtype=torch.float64, requires_grad=True)
+    pos = torch.arange(11)[None]
+    at = At(pos, rope=model.rope(pos), slot=3 if scope == "causal" else 11)
+
+    def output(x, *p):
+        return torch.func.functional_call(block, dict(zip(names, p, strict=True)), (x, at, None))
+
+    assert torch.autograd.gradcheck(output, (x, *params))
+
+
+def k_bias_is_idle(model: nn.Module, name: str) -> bool:
+    """Softmax and AFT do not change when every key gets the same vector, which a bias of k is without rotary turns."""
+    c = model.config
+    if not name.endswith("wk.bias"):
+        return False
+    kind = c.attention_type.removesuffix("-SWA")
+    return ".cross." in name or (kind in ("MHA", "GQA", "MQA", "expert", "aft") and c.pos_encoding != "RoPE")
+
+
+def learning(case: str) -> nn.Module:
+    """`shaken` in float64, to be learned; routers without bias, so that each expert gets tokens."""
+    model = copy.deepcopy(shaken(case)).requires_grad_()
+    for router in model.routers().values():
+        router.bias.zero_()
+    return model
+
+
+@every_case
+def test_every_parameter_receives_its_gradient(case):
+    """T = 3 chunks + 5. None is zero, and along a random direction they say what the loss does, within 1e-5."""
+    model = learning(case)
+    n = 3 * (model.chunk or 16) + 5
+    idx, targets, source = tokens(2, n), tokens(2, n, seed=1), source_for(model, 2)
+    model(idx, targets, source=source)[1].backward()
+    sizes = {name: p.grad.abs().max().item() for name, p in model.named_parameters()}
+    idle = {name for name, size in sizes.items() if size < 1e-9}
+    assert idle == {name for name in sizes if k_bias_is_idle(model, name)}
+
+    generator, step, slope = torch.Generator().manual_seed(0), 1e-8, 0.0  # so small that hardly a ReLU turns
+    ways = [torch.randn(p.shape, dtype=torch.float64, generator=generator) for p in model.parameters()]
+    with torch.no_grad():
+        for p, way in zip(model.parameters(), ways, strict=True):
+            slope += (p.grad * way).sum().item()
+            p.add_(way, alpha=step)
+        above = model(idx, targets, source=source)[1].item()
+        for p, way in zip(model.parameters(), ways, strict=True):
+            p.sub_(way, alpha=2 * step)
+        below = model(idx, targets, source=source)[1].item()
+    assert (above - below) / (2 * step) == pytest.approx(slope, rel=1e-5, abs=1e-6)
+
+
+# ---- half precision ------------------------------------------------------------------------------------------------
+
+
+def bound_in_bfloat16(model: nn.Module) -> float:
+    """Stated: ‖logits − float32's‖ / ‖float32's‖, and for routed models its median over tokens, since a token whose
+    routing is a near tie may go elsewhere. Measured: 0.025, palm 0.05, batch compaction (tanh of a long sum) 0.10."""
+    c = model.config
+    if getattr(c, "compaction", False) and not model.causal:
+        return 0.2
+    return 0.08 if c.arch == "palm" else 0.04
+
+
+def difference(model: nn.Module, logits: torch.Tensor, exact: torch.Tensor) -> float:
+    assert logits.isfinite().all()
+    error = logits.float() - exact
+    if not model.routers():
+        return (error.norm() / exact.norm()).item()
+    return (error.norm(dim=-1) / exact.norm(dim=-1)).median().item()
+
+
+@every_case
+def test_bfloat16_stays_near_float32(case):
+    """Cast as a whole, and under autocast."""
+    model = shaken(case, torch.float32)
+    idx, source = tokens(2, T), source_for(model, 2)
+    exact = model(idx, source=source)[0]
+    half = copy.deepcopy(model).bfloat16()(idx, source=source)[0]
+    assert half.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = model(idx, source=source)[0]
+    for logits in (half, auto):
+        assert 1e-5 < difference(model, logits, exact) < bound_in_bfloat16(model)
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_bfloat16_through_the_cache_stays_near_float32(arch):
+    model = shaken(f"{arch}()", torch.float32)
+    half = copy.deepcopy(model).bfloat16()
+    idx, source = tokens(2, T), source_for(model, 2)
+    exact = model(idx, source=source)[0]
+    cache = half.new_cache(2, T, source)
+    logits = torch.cat([half(part, cache=cache)[0] for part in idx.split([20, *[1] * (T - 20)], dim=1)], dim=1)
+    assert difference(model, logits, exact) < bound_in_bfloat16(model)
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_autocast_trains(arch):
+    """Loss and gradients under autocast are float32, and near those without it."""
+    model = copy.deepcopy(shaken(f"{arch}()", torch.float32)).requires_grad_()
+    idx, targets, source = tokens(2, T), tokens(2, T, seed=1), source_for(model, 2)
+
+    def gradient():
+        loss = model(idx, targets, source=source)[1]
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        assert loss.dtype == torch.float32 and all(g.dtype == torch.float32 for g in grads)
+        return loss, torch.cat([g.flatten() for g in grads])
+
+    loss, exact = gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        near, grads = gradient()
+    assert abs(near - loss) < 0.01 * loss
+    assert (grads - exact).norm() < 0.1 * exact.norm()
+
+
+# ---- parameters ----------------------------------------------------------------------------------------------------
+
+
+def sized(case: str) -> dict:
+    """The case with n_embd and n_qkv apart, and layers that no formula can confuse."""
+    stacks = {"n_encoder_layer": 2} if case.startswith("transformer") else {}
+    return {**CASES[case], "n_embd": 24, "n_layer": 3, **stacks}
+
+
+def linear(n_in: int, n_out: int, bias: bool = False) -> int:
+    return n_in * n_out + n_out * bias
+
+
+def aft_positions(c) -> int:
+    """Learned positions of one AFT: p = a bᵀ with 128 columns each, or a tap for each group and distance."""
+    pairs = 2 * c.block_size * 128
+    return {"simple": 0, "full": pairs, "local": pairs, "conv": c.n_head * c.window}[c.aft]
+
+
+def choice(c, n: int) -> int:
+    """A router among n, which one needs none for."""
+    return c.n_embd * n if n > 1 else 0
+
+
+def strawberry_params(c) -> tuple[int, int]:
+    """(those of blocks, those of tables, heads and positions)"""
+    C, D = c.n_embd, c.n_qkv
+    block = 3 * D * C + 2 * C * D + C * C + choice(c, c.n_experts) + choice(c, c.n_ffn_experts)
+    if c.r_layer and c.retention == "on":
+        block += C * C + 3
+    positions = aft_positions(c) if c.r_layer and c.aft_ratio else 0
+    depth = C * c.recursions if c.adaptive else 0
+    return c.n_layer * block + depth, c.vocab_size * C + c.n_layer * positions
+
+
+def strawberry_v0_params(c) -> tuple[int, int]:
+    C, D = c.n_embd, c.n_qkv
+    block = 3 * D * C + 2 * C * D + C * C + choice(c, c.n_experts) + (3 * C * C if c.compaction else 0)
+    return c.n_layer * block, c.vocab_size * C + c.n_layer * aft_positions(c)
+
+
+def palm_params(c) -> tuple[int, int]:
+    C, D, F, rank, V = c.n_embd, c.n_qkv, 64, c.d_rank, c.vocab_size  # 8C/3 = 64
+
+    def low(n_in, n_out):
+        return n_in * n_out if rank is None else rank * (n_in + n_out)
+
+    parts = 2 if c.attention_type == "kv" else 3
+    block = low(C, D) + low(D, parts * D) + low(D, 2 * C)
+    block += low(C, 2 * F) + low(F, C) if c.parallel else 0
+    positions = aft_positions(c) if c.attention_type == "aft" else 0
+    table = V * C if rank is None else V * rank
+    return c.n_layer * block + (0 if rank is None else rank * C), table + low(C, V) + c.n_layer * positions
+
+
+def norm_params(c) -> int:
+    return {"RMSNorm": 1, "LayerNorm": 2}[c.norm_type] * c.n_embd
+
+
+def attention_params(c, bias: bool) -> tuple[int, int]:
+    """(projections and routers, positions)"""
+    C, D, H, d = c.n_embd, c.n_qkv, c.n_head, c.n_qkv // c.n_head
+    kind = c.attention_type.removesuffix("-SWA")
+    if kind == "MHLA":
+        down = linear(C, H * (d + c.rope_dim), bias) + linear(C, c.kv_rank + c.rope_dim, bias)
+        return down + c.kv_rank + c.kv_rank * 2 * D + linear(D, C, bias), 0
+    kv = {"GQA": c.n_kv_head * d, "MQA": d}.get(kind, D)
+    total = 2 * linear(C, kv, bias) + linear(D, C, bias) + (0 if kind == "kv" else linear(C, D, bias))
+    return total + (choice(c, c.n_experts) if kind == "expert" else 0), aft_positions(c) if kind == "aft" else 0
+
+
+def ffn_params(c, bias: bool) -> int:
+    swiglu = c.ffn_type.lower() == "swiglu"
+    F = 64 if swiglu else 4 * c.n_embd
+    one = linear(c.n_embd, 2 * F if swiglu else F, bias) + linear(F, c.n_embd, bias)
+    return c.n_ffn_experts * one + choice(c, c.n_ffn_experts)
+
+
+def tinystar_params(c) -> tuple[int, int]:
+    bias = c.norm_type == "LayerNorm" and c.ffn_type == "GELU"
+    block = 2 * norm_params(c) + attention_params(c, bias)[0] + ffn_params(c, bias)
+    tables = c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)
+    return c.n_layer * block + norm_params(c), tables + c.block_size * c.n_embd * (c.pos_encoding == "Learned")
+
+
+def transformer_params(c) -> tuple[int, int]:
+    C, D, d = c.n_embd, c.n_qkv, c.n_qkv // c.n_head
+    attention, positions = attention_params(c, c.bias)
+    kv = {"GQA": c.n_kv_head * d, "MQA": d}.get(c.attention_type.removesuffix("-SWA"), D)
+    cross = linear(C, D, c.bias) + 2 * linear(C, kv, c.bias) + linear(D, C, c.bias) + norm_params(c)
+    body, outside = 0, c.vocab_size * C * (1 if c.tie_embeddings else 2)
+    stacks = {"encoder": [(2, 0)], "decoder": [(3, 0)], "encoder-decoder": [(2, 0), (3, cross)]}[c.kind]
+    for layers, crossing in stacks:
+        n = c.n_layer if layers == 3 or c.kind == "decoder" else c.n_encoder_layer
+        body += n * (2 * norm_params(c) + attention + ffn_params(c, c.bias) + crossing)
+        body += norm_params(c) * (c.norm_position == "pre") + C * c.recursions * c.adaptive
+        outside += n * positions + c.block_size * C * (c.pos_encoding == "Learned")
+    return body, outside
+
+
+PARAMS = {
+    "strawberry": strawberry_params,
+    "strawberry-v0": strawberry_v0_params,
+    "palm": palm_params,
+    "tinystar": tinystar_params,
+    "transformer": transformer_params,
+}
+
+
+@every_case
+def test_parameters_equal_a_closed_formula(case):
+    model = build(sized(case))
+    body, outside = PARAMS[model.config.arch](model.config)
+    assert sum(p.numel() for p in model.parameters()) == model.num_params(non_embedding=False) == body + outside
+    assert model.num_params() == body
+
+
+def test_default_widths_are_those_of_the_specification():
+    c = build({"arch": "tinystar", "n_embd": 96, "n_head": 6, "block_size": 128, "n_layer": 1}).blocks[0]
+    assert c.ffn.w2.weight.shape == (96, 256)  # 8C/3, already a multiple of 64
+    assert build({"arch": "tinystar", "n_embd": 104, "n_layer": 1}).blocks[0].ffn.w2.weight.shape == (104, 320)
+    assert build({"arch": "transformer", "n_embd": 24, "n_layer": 1}).decoder.blocks[0].ffn.w1.weight.shape == (96, 24)
+    for n_embd, block_size, chunk in [(96, 1024, 128), (128, 1024, 128), (64, 64, 32), (64, 16, 16), (8, 256, 16)]:
+        assert build({"n_embd": n_embd, "block_size": block_size}).config.retention_chunk == chunk
+    assert build({"block_size": 100}).config.window == 25
+    assert build({"n_embd": 64}).config.retention_scale == 64**-0.5
+
+
+# ---- operations ----------------------------------------------------------------------------------------------------
+
+
+def aft_by_products(self, k, v):
+    """AFTPositional.whole as two (T, T) products, without blocks."""
+    i = torch.arange(k.size(1))
+    p = self.positions(i[:, None], i[None, :]).masked_fill(i > i[:, None], -torch.inf)  # (G, T, S)
+    weight, e = (p - p.amax(dim=-1, keepdim=True)).exp(), (k - k.amax(dim=1, keepdim=True)).exp()
+    above, below = (
+        torch.einsum("gts,bsgd->btgd", weight, x.unflatten(-1, (self.groups, -1))).flatten(2) for x in (e * v, e)
+    )
+    return above / below
+
+
+def lam_by_products(causal: bool):
+    """LAM's mixing as two (T, T) products, without segments or sums. The last channel of v counts tokens."""
+
+    def mix(self, q, k, v, state):
+        similar = 1 + q @ k.mT
+        similar = similar.tril() if causal else similar
+        return similar @ v[..., :-1], (similar * v[..., -1:].mT).sum(dim=-1, keepdim=True)
+
+    return mix
+
+
+@every_case
+def test_flops_per_token_are_those_counted(case, monkeypatch):
+    """A training step's matrix products over one row of block_size tokens, counted by torch on explicit T² products:
+    within 1 %. An encoder-decoder's source is as long as its text."""
+    torch.manual_seed(0)
+    n = CASES[case]["block_size"]
+    model = build({**sized(case), "n_layer": 1, "dropout": 0.0}).double()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    idx, source = tokens(1, n), tokens(1, n, seed=1) if model.takes_source else None
+    in_blocks = model(idx, source=source)[0]
+    monkeypatch.setattr(AFTPositional, "whole", aft_by_products)
+    monkeypatch.setattr(LAM, "running", lam_by_products(True))
+    monkeypatch.setattr(LAM, "of_all", lam_by_products(False))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        logits, loss = model(idx, tokens(1, n, seed=2), source=source)
+        forward = counter.get_total_flops()
+        loss.backward()
+    torch.testing.assert_close(logits, in_blocks, rtol=0, atol=1e-9)
+    assert model.flops_per_token(n) * n == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert model.flops_per_token(n) * n == pytest.approx(3 * forward, rel=0.01)
+
+
+# ---- initialisation and optimizer ----------------------------------------------------------------------------------
+
+
+def table() -> dict[str, tuple[str, str, str]]:
+    """Role → (start, optimized by, decay), as the docstring of init_weights has it."""
+    lines = [line.strip() for line in init_weights.__doc__.splitlines()]
+    rows = lines[next(i for i, line in enumerate(lines) if line.startswith("role ")) + 1 :]
+    rows = rows[: rows.index("")]
+    starts = ("uniform, std fan_in^(−1/2)", "zero", "one", "normal, std 0.02", "normal, std 1")
+    found = {}
+    for row in rows:
+        role, rest = row.split(None, 1)
+        start = next(s for s in starts if rest.startswith(s + " "))
+        *optimizer, decay = rest.removeprefix(start).split()
+        found[role] = (start, " ".join(optimizer), decay)
+    return found
+
+
+def test_the_table_names_every_role():
+    assert table().keys() == START.keys() == set(ROLES)
+    assert {role for role, (_, _, decay) in table().items() if decay == "yes"} == DECAYED
+    assert {decay for _, _, decay in table().values()} == {"yes", "no"}
+    assert {role for role, (_, by, _) in table().items() if by == "Muon where asked, or AdamW"} == HIDDEN
+    assert {by for _, by, _ in table().values()} == {"Muon where asked, or AdamW", "AdamW"}
+
+
+def check_start(name: str, p: torch.Tensor, start: str) -> None:
+    if start in ("zero", "one"):
+        assert (p == (start == "one")).all(), name
+        return
+    std = {"normal, std 0.02": 0.02, "normal, std 1": 1.0}.get(start) or p.size(1) ** -0.5
+    assert abs(p.std() / std - 1) < 5 / (2 * p.numel()) ** 0.5, (name, p.std(), std)
+    assert abs(p.mean()) < 5 * std / p.numel() ** 0.5, name
+    beyond = (p.abs() > 3**0.5 * std * (1 + 1e-6)).float().mean()  # where a uniform distribution ends
+    assert beyond == 0 if start.startswith("uniform") else (beyond > 0.01 or p.numel() < 400), (name, start)
+
+
+@every_case
+def test_parameters_start_and_are_optimized_as_the_table_says(case):
+    """Measured on drawn weights; each parameter in exactly one group, with Muon and without."""
+    torch.manual_seed(1)
+    model = build(sized(case))
+    roles, rows = model.roles(), table()
+    assert roles.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        check_start(name, p, rows[roles[name]][0])
+    for use_muon in (False, True):
+        hyper = OptimizerHyperparams(use_muon=use_muon, weight_decay=0.3)
+        parts = build_optimizer(model, hyper, 1e-3, "cpu").parts
+        held = [(id(p), kind, g["weight_decay"]) for kind, part in parts.items() for g in part.param_groups
+                for p in g["params"]]  # fmt: skip
+        expected = []
+        for name, p in model.named_parameters():
+            _, by, decay = rows[roles[name]]
+            kind = "muon" if use_muon and by.startswith("Muon") else "adamw"
+            expected.append((id(p), kind, 0.3 if decay == "yes" else 0.0))
+        assert sorted(held) == sorted(expected)
+
+
+# ---- overfitting, files, compiling ---------------------------------------------------------------------------------
+
+TINY = {"vocab_size": 16, "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
+WIDE = {"n_qkv": 32, "retention_chunk": 8}
+TINIES = {
+    "strawberry": {**WIDE},
+    "strawberry, experts": {**WIDE, "n_experts": 2, "n_ffn_experts": 2, "r_layer": 1},
+    "strawberry, adaptive": {**WIDE, "adaptive": True, "recursions": 2},
+    "strawberry-v0": {**WIDE},
+    "strawberry-v0, compaction and experts": {**WIDE, "compaction": True, "n_experts": 2},
+    "palm": {"n_qkv": 32},
+    "palm, lam": {"n_qkv": 32, "attention_type": "lam"},
+    "tinystar": {},
+    "tinystar, experts": {"n_ffn_experts": 4},
+    "tinystar, latent": {"attention_type": "MHLA"},
+    "transformer": {},
+    "transformer, adaptive": {"kind": "decoder", "adaptive": True, "recursions": 2},
+    "transformer, experts": {"attention_type": "expert", "n_experts": 2},
+    "transformer, encoder": {"kind": "encoder"},
+}
+every_tiny = pytest.mark.parametrize("name", TINIES)
+
+
+def tiny(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build({"arch": name.split(",")[0], **TINY, **TINIES[name]})
+
+
+def test_every_architecture_has_a_tiny():
+    assert {name.split(",")[0] for name in TINIES} == set(MODELS)
+
+
+@every_tiny
+def test_one_batch_is_learned_by_heart(name):
+    """A loss under 0.1 nats within 300 steps; random weights have about 2.8."""
+    model = tiny(name).train()
+    text = torch.randint(16, (2, 17), generator=torch.Generator().manual_seed(1))
+    source = text[:, :8].flip(1) if model.takes_source else None
+    hyper = OptimizerHyperparams(weight_decay=0.0, eps=1e-8, beta2=0.99)
+    optimizer, losses = build_optimizer(model, hyper, 1e-2, "cpu"), []
+    while not losses or (losses[-1] >= 0.1 and len(losses) < 300):
+        loss = model(text[:, :-1], text[:, 1:], source=source)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.after_step()
+        losses.append(loss.item())
+    assert losses[0] > 1.5 and losses[-1] < 0.1, (losses[0], len(losses), losses[-1])
+
+
+@every_tiny
+def test_a_saved_model_gives_the_same_logits_bit_for_bit(name, tmp_path):
+    model = tiny(name).eval()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(router.bias for router in model.routers().values())):
+            tensor.add_(0.3 * torch.randn_like(tensor))
+    (tmp_path / "text").write_text("characters")
+    save_model(tmp_path / "file", model, encoder.load(f"chars:{tmp_path / 'text'}"), {})
+    again = load_model(tmp_path / "file")[0].eval()
+    idx = torch.randint(16, (2, 16))
+    source = idx.flip(1) if model.takes_source else None
+    assert again.config == model.config
+    assert torch.equal(again(idx, source=source)[0], model(idx, source=source)[0])
+
+
+def step_of(call, model: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Loss and gradients of one training step over two chunks and a ragged end."""
+    idx, source = tokens(2, 37), source_for(model, 2)
+    loss = call(idx[:, :-1], idx[:, 1:], source=source)[1]
+    return loss, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+
+def check_compiled(case: str, backend: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = build({**CASES[case], "n_layer": 1})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    loss, grads = step_of(model, model)
+    compiled_loss, compiled_grads = step_of(torch.compile(model, fullgraph=True, backend=backend), model)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
+    for mine, its in zip(compiled_grads, grads, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
+    torch._dynamo.reset()
+
+
+COMPILED = [
+    *(f"{arch}()" for arch in MODELS),
+    "strawberry(r_layer=0)",
+    "tinystar(n_ffn_experts=4)",
+    "transformer(kind=encoder,attention_type=MHLA-SWA)",
+    "transformer(kind=decoder,sparse=longformer,n_global=2,n_random=2)",
+    "transformer(kind=decoder,adaptive=True,recursions=3,norm_position=pre)",
+]
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_it_compiles_as_one_graph(case):
+    """torch.compile(fullgraph=True): no break in tracing, the same loss and gradients."""
+    check_compiled(case, "eager")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_it_compiles_to_code():
+    check_compiled("tinystar()", "inductor")
+
+
+# ---- experts -------------------------------------------------------------------------------------------------------
+
+
+def skewed(hyperparams: dict) -> nn.Module:
+    """Embeddings that share a direction, and routers whose first choice likes it."""
+    torch.manual_seed(0)
+    model = build({"vocab_size": 64, "block_size": 16, "n_layer": 1, "n_head": 4, "n_embd": 16, **hyperparams})
+    way = nn.functional.normalize(torch.randn(16), dim=0)
+    with torch.no_grad():
+        model.embed.weight.normal_().add_(2 * way)
+        for router in model.routers().values():
+            router.weight.normal_(std=0.5)
+            router.weight[0] += way
+            router.weight[-1] -= 0.5 * way
+    return model.train()
+
+
+def loads_after(model: nn.Module, steps: int, balanced: bool) -> dict[str, torch.Tensor]:
+    """Share of each expert relative to uniform over the last 50 steps of training."""
+    routers, generator = model.routers(), torch.Generator().manual_seed(1)
+    total = {name: torch.zeros(router.n) for name, router in routers.items()}
+    optimizer = build_optimizer(model, OptimizerHyperparams(weight_decay=0.0), 1e-3, "cpu")
+    for step in range(steps):
+        text = torch.randint(64, (4, 17), generator=generator)
+        optimizer.zero_grad()
+        model(text[:, :-1], text[:, 1:])[1].backward()
+        optimizer.step()
+        for name, router in routers.items():
+            total[name] += router.load * (step >= steps - 50)
+            if not balanced:
+                router.load.zero_()
+        if balanced:
+            model.after_step()
+    return {name: load / load.mean() for name, load in total.items()}
+
+
+ROUTED = {
+    "blocks.0.tea.router blocks.0.ffn_router depth": {
+        "n_qkv": 16, "r_layer": 0, "n_experts": 4, "n_ffn_experts": 4, "adaptive": True, "recursions": 2},
+    "blocks.0.ffn.router": {"arch": "tinystar", "n_ffn_experts": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", ROUTED)
+def test_the_bias_balances_a_skewed_router(names):
+    """After 500 steps every load is within 20 % of uniform with the bias, and none of the routers' are without it."""
+    for balanced in (True, False):
+        loads = loads_after(skewed(ROUTED[names]), 500, balanced)
+        assert list(loads) == names.split()
+        for name, load in loads.items():
+            assert ((load - 1).abs().max() < 0.2) == balanced, (name, balanced, load)
+
+
+def test_the_bias_moves_by_a_hundredth_towards_the_mean():
+    router = model_file.Router(4, 3, 1)
+    router.load.copy_(torch.tensor([5.0, 3.0, 1.0]))
+    router.balance()
+    assert router.bias.tolist() == pytest.approx([-0.01, 0.0, 0.01]) and router.load.tolist() == [0, 0, 0]
+
+
+def test_loads_sum_over_micro_batches_and_steps_of_the_block():
+    sizes = {"n_qkv": 32, "retention_chunk": 16, "r_layer": 2, "aft_ratio": 1}  # aft, tea, tea: attention twice
+    model = build({**TINY, "n_embd": 32, **sizes, "n_head": 4, "n_experts": 4, "n_ffn_experts": 4, "a_ffn_experts": 1})
+    tea, ffn = model.routers().values()
+    model.eval()(tokens(3, 16) % 16)
+    assert tea.load.sum() == ffn.load.sum() == 0  # evaluation does not count
+    model.train()
+    for micro in (1, 2, 3):
+        model(tokens(3, 16, seed=micro) % 16)
+        assert tea.load.sum() == micro * 3 * 16 * 2 * 2  # tokens, uses, active
+        assert ffn.load.sum() == micro * 3 * 16 * 3 * 1
+    expected = 0.01 * torch.sign(tea.load.mean() - tea.load)
+    model.after_step()
+    torch.testing.assert_close(tea.bias, expected)
+    assert tea.load.sum() == ffn.load.sum() == 0
+    assert "blocks.0.tea.router.bias" in model.state_dict() and not any("load" in name for name in model.state_dict())
+
+
+def test_a_frozen_token_is_no_load():
+    """The depth router counts all tokens once, the others those whose depth reaches their pass."""
+    routed = {"n_experts": 2, "a_experts": 1, "adaptive": True, "recursions": 2}
+    model = build({**TINY, "n_qkv": 32, "r_layer": 0, **routed})
+    model.train()(tokens(3, 16) % 16)
+    depth, tea = model.depth.load, model.blocks[0].tea.router.load
+    assert depth.sum() == 48 and 0 < depth[0] < 48
+    assert tea.sum() == 48 + depth[1]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_window_of_each_expert_ends_where_it_should(cached):
+    """Token t − w changes nothing through an expert of window w; token t − w + 1 does."""
+    torch.manual_seed(0)
+    windows = [3, 1, 8, 5]
+    c = build({"n_qkv": 32, "n_head": 8, "n_experts": 4, "a_experts": 4, "windows": windows, "block_size": 32}).config
+    tea = model_file.ExpertAttention(c, as_is).eval()
+    init_weights_of(tea)
+    q, k, v, x = (torch.randn(1, 20, n) for n in (32, 32, 32, c.n_embd))
+
+    def parts(k, v):
+        at, state = At(torch.arange(20)[None]), None
+        if not cached:
+            return tea(q, k, v, x, at, None)[0].chunk(4, dim=-1)
+        state = tea.new_state(1, 20, "cpu", torch.float32)
+        steps = [tea(*(z[:, a:b] for z in (q, k, v, x)), At(torch.arange(a, b)[None]), state)
+                 for a, b in [(0, 9), (9, 10), (10, 11), (11, 17), (17, 18), (18, 19), (19, 20)]]  # fmt: skip
+        return torch.cat(steps, dim=1)[0].chunk(4, dim=-1)
+
+    before = parts(k, v)
+    for s in range(20):
+        other_k, other_v = k.clone(), v.clone()
+        other_k[:, s] += 1
+        other_v[:, s] -= 1
+        for w, one, two in zip(windows, before, parts(other_k, other_v), strict=True):
+            changed = (one != two).any(dim=-1).nonzero().flatten().tolist()
+            assert changed == list(range(s, min(s + w, 20))), (w, s, changed)
+
+
+def init_weights_of(module: nn.Module) -> None:
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.1)
+
+
+@pytest.mark.parametrize("options", [{"r_layer": 0}, {"n_qkv": 32, "r_layer": 0, "n_experts": 2, "windows": [7, 4]}])
+def test_the_window_of_a_whole_model_ends_where_it_should(options):
+    """One layer of windowed attention: a logit knows the newest `window` tokens and no others."""
+    torch.manual_seed(0)
+    model = build({**TINY, "n_head": 4, "block_size": 32, "window": 7, **options}).eval()
+    idx = torch.randint(16, (1, 20))
+    for s in range(20):
+        other = idx.clone()
+        other[0, s] = (other[0, s] + 1) % 16
+        changed = (model(other)[0] != model(idx)[0]).any(dim=-1)[0].nonzero().flatten().tolist()
+        assert changed[0] == s and changed[-1] < s + 7
+        if options == {"r_layer": 0}:
+            assert changed == list(range(s, min(s + 7, 20)))
+
+
+# ---- cache bytes ---------------------------------------------------------------------------------------------------
+
+
+def cache_bytes(hyperparams: dict, max_length: int, rows: int = 2, filled: int = 0) -> int:
+    model = build({"vocab_size": 16, "block_size": 256, "n_layer": 2, "n_head": 4, "n_embd": 32, **hyperparams}).eval()
+    cache = model.new_cache(rows, max_length)
+    if filled:
+        model(torch.zeros(rows, filled, dtype=torch.int64), cache=cache)
+    return cache.nbytes()
+
+
+RINGS = [  # tinystar's attention_type → numbers per token and layer
+    ({"attention_type": "MHLA", "kv_rank": 12, "rope_dim": 4}, 12 + 4),
+    ({"attention_type": "MHA"}, 2 * 4 * 8),
+    ({"attention_type": "GQA", "n_kv_head": 2}, 2 * 2 * 8),
+    ({"attention_type": "MQA"}, 2 * 8),
+]
+FLOAT, POSITION = 4, 8  # bytes; a slot holds its token's position, int64, and one slot more takes what is dropped
+
+
+@pytest.mark.parametrize("options, numbers", RINGS)
+@pytest.mark.parametrize("filled", [0, 40])
+def test_attention_caches_so_many_numbers_for_each_token(options, numbers, filled):
+    """2 rows, 2 layers: MHLA kv_rank + rope_dim, others 2·n_kv_head·d. With a window, no more than the window holds."""
+    slot = 2 * 2 * (FLOAT * numbers + POSITION)
+    hyperparams = {"arch": "tinystar", **options}
+    for length in (50, 200):
+        assert cache_bytes(hyperparams, length, filled=filled) == (length + 1) * slot
+    windowed = {**hyperparams, "attention_type": f"{options['attention_type']}-SWA", "window": 30}
+    for length, kept in ((20, 20), (50, 30), (10**6, 30)):
+        assert cache_bytes(windowed, length, filled=min(filled, length)) == (kept + 1) * slot
+
+
+D = 64
+SUMS = FLOAT * 3 * D  # numerator, denominator, maximum
+ring = FLOAT * 2 * D + POSITION
+CONSTANT = {  # bytes for each row and layer, whatever the length; the window is 30
+    "AFT simple": ({"arch": "palm", "n_qkv": D}, SUMS),
+    "AFT conv": ({"arch": "palm", "n_qkv": D, "aft": "conv", "window": 30}, SUMS + 31 * ring),
+    "LAM": ({"arch": "palm", "n_qkv": D, "attention_type": "lam"}, FLOAT * 4 * (17 + 16 * 17)),
+    "retention": (
+        {"n_qkv": D, "r_layer": 1, "window": 30},  # two sums and the open chunk's weights; then an AFT and a TEA
+        FLOAT * (2 * 32 * 32 + 3 * D * 32 + 2 * 32 * D + 32 * 32) + SUMS + 31 * ring),
+    "retention, two passes of two experts": (
+        {"n_qkv": D, "r_layer": 1, "windows": [30, 9], "n_experts": 2, "recursions": 2},
+        2 * (FLOAT * (3 * 32 * 32 + 5 * D * 32) + SUMS + 31 * (FLOAT * D + POSITION) + 10 * (FLOAT * D + POSITION))),
+    "compaction": (
+        {"arch": "strawberry-v0", "n_qkv": D, "compaction": True, "aft": "simple", "window": 30, "r_layer": 1},
+        FLOAT * 3 * 32 * 32 + SUMS + 31 * ring),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_caches_of_a_constant_size(name):
+    hyperparams, size = CONSTANT[name]
+    for length, filled in ((40, 0), (40, 40), (5000, 45), (10**6, 0)):
+        assert cache_bytes(hyperparams, length, filled=filled) == 2 * 2 * size
+
+
+@pytest.mark.parametrize("aft_kind, tokens_kept, far", [("full", 200, 0), ("local", 30, SUMS)])
+def test_positional_aft_caches_its_window(aft_kind, tokens_kept, far):
+    """`full` keeps all k, v; `local` the window and the three sums."""
+    hyperparams = {"arch": "palm", "n_qkv": D, "aft": aft_kind, "window": 30}
+    assert cache_bytes(hyperparams, 200) == 2 * 2 * ((tokens_kept + 1) * ring + far)
+
+
+def test_an_encoder_decoder_caches_its_source_once():
+    model = build({"arch": "transformer", **TINY, "attention_type": "MQA"}).eval()
+    cache = model.new_cache(2, 10, torch.zeros(2, 7, dtype=torch.int64))
+    empty = 2 * 11 * (FLOAT * 2 * 8 + POSITION)
+    assert cache.nbytes() == empty  # the source's keys and values are made in the first call
+    model(torch.zeros(2, 4, dtype=torch.int64), cache=cache)
+    held = cache.nbytes()
+    assert held == empty + 2 * 7 * FLOAT * 2 * 8
+    model(torch.zeros(2, 6, dtype=torch.int64), cache=cache)
+    assert cache.nbytes() == held
