@@ -1,4 +1,4 @@
-"""The naive implementation against other people's: torch.nn and Hugging Face transformers.
+"""model.py and the naive implementation against other people's: torch.nn and Hugging Face transformers.
 
 Each test builds the library's module with random weights, renames those weights to ours, and compares outputs.
 torch.nn works in float64 and must agree to 1e-9. transformers computes norms, softmax and rotary tables in float32
@@ -27,9 +27,11 @@ from transformers import DeepseekV2Config, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 
+import model as model_file
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested.tensor:UserWarning")
-EXACT = dict(rtol=1e-9, atol=1e-9)
-FLOAT32 = dict(rtol=1e-5, atol=1e-5)
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def perturb(module, seed=0, scale=0.3):
@@ -66,20 +68,26 @@ def library_frequencies(rope, max_position=256, head_dim=32, seq_len=None):
     return inv_freq.double(), factor
 
 
-def check_frequencies(ours, theirs):
-    torch.testing.assert_close(torch.from_numpy(ours[0]), theirs[0], rtol=2e-6, atol=0)
-    assert ours[1] == pytest.approx(theirs[1], rel=1e-12)
+def check_frequencies(theirs, dim, scaling, block_size=256):
+    naive, factor = rope_frequencies(dim, scaling, block_size)
+    for ours in ((torch.from_numpy(naive), factor), model_frequencies(dim, scaling, block_size)):
+        torch.testing.assert_close(ours[0], theirs[0], rtol=2e-6, atol=0)
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-12)
+
+
+def model_frequencies(dim, scaling, block_size):
+    return model_file.rope_frequencies(dim, model_file.RopeScaling(**scaling), block_size)
 
 
 def test_linear_frequencies():
     theirs = library_frequencies({"rope_type": "linear", "factor": 4.0})
-    check_frequencies(rope_frequencies(32, {"type": "linear", "factor": 4.0}), theirs)
+    check_frequencies(theirs, 32, {"type": "linear", "factor": 4.0})
 
 
 def test_ntk_frequencies():
     # The library has the dynamic form only; at factor 1 it stretches the base by seq_len / max_position.
     theirs = library_frequencies({"rope_type": "dynamic", "factor": 1.0}, max_position=64, seq_len=256)
-    check_frequencies(rope_frequencies(32, {"type": "ntk", "factor": 4.0}), theirs)
+    check_frequencies(theirs, 32, {"type": "ntk", "factor": 4.0})
 
 
 @pytest.mark.parametrize("head_dim", [8, 32, 128])
@@ -89,7 +97,7 @@ def test_yarn_frequencies(head_dim, extra, original):
     rope = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": original, **extra}
     theirs = library_frequencies(rope, 8 * original, head_dim)
     ours = {"type": "yarn", "factor": 8.0, "original_max_position": original, **extra}
-    check_frequencies(rope_frequencies(head_dim, ours), theirs)
+    check_frequencies(theirs, head_dim, ours)
 
 
 @pytest.mark.parametrize("block_size", [64, 65, 512])
@@ -98,7 +106,7 @@ def test_longrope_frequencies(block_size):
     rope = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
     theirs = library_frequencies({**rope, "original_max_position_embeddings": 64}, block_size, seq_len=block_size)
     ours = {"type": "longrope", "short_factor": short, "long_factor": long, "original_max_position": 64}
-    check_frequencies(rope_frequencies(32, ours, block_size), theirs)
+    check_frequencies(theirs, 32, ours, block_size)
 
 
 # ---- Llama: grouped-query attention, SwiGLU, RMS norm, rotary --------------------------------------------------------
@@ -126,8 +134,8 @@ def llama_as_tinystar(n_kv_head, rope):
         rope_parameters={"rope_theta": 10000.0, **rope},
     )
     model = perturb(LlamaForCausalLM(config))
-    cfg = dict(n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32, block_size=64, vocab_size=50)
-    cfg |= dict(attention_type="GQA", norm_type="RMSNorm", ffn_type="SwiGLU", pos_encoding="RoPE")
+    cfg = {"n_layer": 2, "n_head": 4, "n_kv_head": n_kv_head, "n_embd": 32, "block_size": 64, "vocab_size": 50}
+    cfg |= {"attention_type": "GQA", "norm_type": "RMSNorm", "ffn_type": "SwiGLU", "pos_encoding": "RoPE"}
     theirs = model.state_dict()
     ours = {"embed.weight": theirs["model.embed_tokens.weight"], "head.weight": theirs["lm_head.weight"]}
     ours["norm.weight"] = theirs["model.norm.weight"]
@@ -143,22 +151,33 @@ def llama_as_tinystar(n_kv_head, rope):
     return model, cfg, ours
 
 
+def built(arch, cfg, params):
+    """model.py's, in float64, with these parameters."""
+    model = model_file.build({"arch": arch, **{k: v for k, v in cfg.items() if v is not None}}).double().eval()
+    model.load_state_dict({k.replace("head.", "unembed."): v for k, v in params.items()})
+    return model.requires_grad_(False)
+
+
 YARN = {"factor": 4.0, "original_max_position": 16}
+LONGROPE = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 5.0, 9.0], "original_max_position": 16}
+SCALINGS = [None, {"type": "linear", "factor": 4.0}, {"type": "yarn", **YARN}, {"type": "longrope", **LONGROPE}]
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
-@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 4.0}, {"type": "yarn", **YARN}])
+@pytest.mark.parametrize("scaling", SCALINGS)
 def test_llama(n_kv_head, scaling):
     rope = {"rope_type": "default"}
-    if scaling:
-        rope = {"rope_type": scaling["type"], "factor": 4.0}
-    if scaling and scaling["type"] == "yarn":  # the library multiplies cos and sin, we the softmax scale
-        rope["original_max_position_embeddings"] = 16
-    model, cfg, params = llama_as_tinystar(n_kv_head, rope)
+    if scaling:  # with yarn and longrope the library multiplies cos and sin, we the softmax scale
+        rope = {k.replace("position", "position_embeddings"): v for k, v in scaling.items() if k != "type"}
+        rope["rope_type"] = scaling["type"]
+    theirs, cfg, params = llama_as_tinystar(n_kv_head, rope)
+    cfg["rope_scaling"] = scaling
     idx = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        theirs = model(idx).logits.double()
-    torch.testing.assert_close(naive_tinystar({**cfg, "rope_scaling": scaling}, params, idx), theirs, **FLOAT32)
+        expected = theirs(idx).logits.double()
+    torch.testing.assert_close(naive_tinystar(cfg, params, idx), expected, **FLOAT32)
+    ours = built("tinystar", {**cfg, "n_ffn": 24, "tie_embeddings": False}, params)
+    torch.testing.assert_close(ours(idx)[0], expected, **FLOAT32)
 
 
 # ---- DeepSeek-V2: multi-head latent attention ------------------------------------------------------------------------
@@ -201,7 +220,8 @@ def test_deepseek_latent_attention(yarn):
         "attn.wkv_b.weight": w["kv_b_proj.weight"],
         "attn.wo.weight": w["o_proj.weight"],
     }
-    cfg = dict(n_head=n_head, n_embd=32, rope_dim=rope_dim, kv_rank=kv_rank, block_size=64, attention_type="MHLA")
+    cfg = {"n_head": n_head, "n_embd": 32, "rope_dim": rope_dim, "kv_rank": kv_rank, "block_size": 64}
+    cfg |= {"attention_type": "MHLA", "bias": False}
     cfg["rope_scaling"] = {"type": "yarn", **YARN} if yarn else None
     x = randn(T, 32)
     table = DeepseekV2RotaryEmbedding(config)(x[None], torch.arange(T)[None])
@@ -210,6 +230,19 @@ def test_deepseek_latent_attention(yarn):
         expected = theirs(x[None], attention_mask=mask, position_embeddings=table)[0][0]
     got = latent_attention(as_numpy(ours), "attn", cfg, list(x.numpy()), layer=0, causal=True)
     torch.testing.assert_close(as_tensor(got), expected, **FLOAT32)
+    layer, at = attention_layer(cfg, ours, T)
+    torch.testing.assert_close(layer(x[None], at, None)[0], expected, **FLOAT32)
+    cached = layer.new_state(1, T, "cpu", torch.float64)  # and as it is computed from the latents alone
+    torch.testing.assert_close(layer(x[None], at, cached)[0], expected, **FLOAT32)
+
+
+def attention_layer(cfg, params, T):
+    """(model.py's attention with these parameters, where its T tokens stand)"""
+    cfg = {"arch": "transformer", "kind": "decoder", "pos_encoding": "None", "n_layer": 1, **cfg}
+    model = model_file.build({k: v for k, v in cfg.items() if v is not None}).double().eval().requires_grad_(False)
+    layer, pos = model.decoder.blocks[0].attn, torch.arange(T)[None]
+    layer.load_state_dict({name.removeprefix("attn."): tensor for name, tensor in params.items()})
+    return layer, model_file.At(pos, rope=model.rope(pos))
 
 
 # ---- torch.nn.MultiheadAttention and torch.nn.Transformer ------------------------------------------------------------
@@ -234,10 +267,15 @@ def test_multihead_attention(causal, n_padding):
     mask = torch.ones(T, T, dtype=torch.bool).triu(1) if causal else None
     with torch.no_grad():
         expected = theirs(x[None], x[None], x[None], key_padding_mask=padding[None], attn_mask=mask)[0][0]
-    cfg = dict(n_head=4, n_embd=32, attention_type="MHA", block_size=T)
-    params = as_numpy(attention_params(theirs.state_dict(), "attn"))
-    got = softmax_attention(params, "attn", cfg, list(x.numpy()), 0, causal, padding.tolist())
+    cfg = {"n_head": 4, "n_embd": 32, "attention_type": "MHA", "block_size": T}
+    params = attention_params(theirs.state_dict(), "attn")
+    got = softmax_attention(as_numpy(params), "attn", cfg, list(x.numpy()), 0, causal, padding.tolist())
     torch.testing.assert_close(as_tensor(got), expected, **EXACT)
+    layer, at = attention_layer(cfg, params, T)
+    if not causal:  # a decoder needs no mask for padding: it stands at the end, where nobody looks
+        at.causal, at.padding = False, padding[None]
+    real = T - n_padding if causal else T
+    torch.testing.assert_close(layer(x[None], at, None)[0, :real], expected[:real], **EXACT)
 
 
 def test_cross_attention():
@@ -246,7 +284,7 @@ def test_cross_attention():
     with torch.no_grad():
         expected = theirs(x[None], memory[None], memory[None], key_padding_mask=padding[None])[0][0]
     params = as_numpy(attention_params(theirs.state_dict(), "cross"))
-    cfg = dict(n_head=4, n_embd=32)
+    cfg = {"n_head": 4, "n_embd": 32}
     got = cross_attention(params, "cross", cfg, list(x.numpy()), list(memory.numpy()), padding.tolist())
     torch.testing.assert_close(as_tensor(got), expected, **EXACT)
 
@@ -272,8 +310,8 @@ def transformer_as_ours(norm_position, activation):
                     ours[f"{a}ffn.w{number}.{kind}"] = w[f"{b}linear{number}.{kind}"]
         if norm_position == "pre":
             ours |= {f"{stack}.norm.{kind}": w[f"{stack}.norm.{kind}"] for kind in ("weight", "bias")}
-    cfg = dict(n_layer=2, n_head=4, n_embd=32, block_size=32, norm_position=norm_position, ffn_type=activation)
-    return theirs, embed, {**cfg, "pad_id": 0}, ours
+    cfg = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 32, "pad_id": 0}
+    return theirs, embed, {**cfg, "norm_position": norm_position, "ffn_type": activation}, ours
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -291,16 +329,18 @@ def test_transformer(norm_position, activation):
 
     padding = source == 0
     mask = torch.ones(9, 9, dtype=torch.bool).triu(1)
-    masks = dict(tgt_mask=mask, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+    masks = {"tgt_mask": mask, "src_key_padding_mask": padding, "memory_key_padding_mask": padding}
     with torch.no_grad():
         expected = theirs(embedded(source), embedded(idx), **masks) @ embed.T
     torch.testing.assert_close(naive_transformer(cfg, params, idx, source), expected, **EXACT)
+    ours = built("transformer", {**cfg, "vocab_size": 50, "n_ffn": 48}, params)
+    torch.testing.assert_close(ours(idx, source=source)[0], expected, **EXACT)
 
 
 # ---- The rest of the naive implementation, which no library has ------------------------------------------------------
 
 C, V, T = 16, 20, 24
-SIZES = dict(n_layer=2, n_head=4, n_embd=C, vocab_size=V, block_size=T, window=5)
+SIZES = {"n_layer": 2, "n_head": 4, "n_embd": C, "vocab_size": V, "block_size": T, "window": 5}
 SHARED = {"attn.wq": (C, C), "attn.wo": (C, C), "norm1": (C,), "norm2": (C,)}
 SHARED |= {"ffn.w1": (2 * C, C), "ffn.w2": (C, C)}
 AFT = {"attn.aft.a": (T, 3), "attn.aft.b": (T, 3), "attn.aft.kernel": (4, 5)}
