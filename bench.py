@@ -1,0 +1,1139 @@
+"""Measures models against each other.
+
+    python bench.py compare air.json air.json:retention=none tinystar_v0.2.json --tokens 5M --seeds 3 --match params
+
+compare trains each config on the same data, in the same order, with the same tokens per step, budget and schedule, the
+learning rate tuned over the same grid for each, and writes what came out to img/compare: compare.md and compare.json, a
+table; compare.png, validation bits per byte against tokens, FLOPs and seconds; runs/, a small file for each finished
+run, by which the same command goes on after an interruption and redoes nothing.
+
+`config.json:key=value,key=value` changes keys of one config, `--set key=value` of all. Keys of the model need no
+prefix: `air.json:r_layer=0` is `air.json:model_hyperparams.r_layer=0`.
+
+Runs are child processes: train.py's own Trainer, told by a JSON file. So one that fails takes no other along, and
+several share a device (--jobs). Speed is measured apart from them, while nothing else runs.
+
+Index:  numbers and names · configs · equal sizes · runs · children · speed · training them all · the table ·
+        the picture · compare · the command
+"""
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import plot
+import train
+from model import CONFIGS, build
+from options import OptimizerHyperparams, Run, UserError, atomic_write, declared, load_run, nearest, run_cli, to_dict
+from train import Signals, Trainer
+
+EVALUATIONS = 20  # in each run: the points of its curve
+MIN_LR = 0.1  # the learning rate at the end, as a share of the highest
+TOLERANCE = 0.02  # of --match params
+POLL_SECONDS = 0.3  # between looks at the children
+CODE = ("model.py", "kernels.py", "optimizer.py", "dataset.py", "train.py")  # what a run's result depends on
+
+# Keys that are the same for all, as the first config has them: what is seen, in which portions, and how it is judged.
+SHARED = ("dataset.path", "dataset.load_from_file", "dataset.data_division", "encoder_path",
+          "model_hyperparams.vocab_size", "model_hyperparams.block_size", "batch_size", "gradient_accumulation_steps",
+          "eval_iters", "grad_clip", "dtype", "compile")  # fmt: skip
+
+# Keys that compare sets itself, and how it is told to.
+MANAGED = {
+    "max_iters": "--tokens", "lr_decay_iters": "--tokens", "warmup_iters": "--warmup", "cooldown_frac": "--cooldown",
+    "learning_rate": "--lrs", "min_lr": "--lrs", "seed": "--seeds", "device": "--device", "model_path": "--out",
+    "img_path": "--out", "checkpoints.path": "--out",
+}  # fmt: skip
+FIXED = {  # and those that have one value here
+    "decay_lr": True, "init_from": "scratch", "objective": "next", "sample_length": 0, "sample_prompt": "",
+}  # fmt: skip
+
+# ---- numbers and names ---------------------------------------------------------------------------------------------
+
+
+def quantity(text: str) -> int:
+    """A positive whole number, short or long.
+
+    >>> quantity("5M"), quantity("1.5B"), quantity("100k"), quantity("2e6")
+    (5000000, 1500000000, 100000, 2000000)
+    """
+    sizes = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
+    digits, size = (text[:-1], sizes[text[-1].lower()]) if text[-1:].lower() in sizes else (text, 1)
+    try:
+        number = float(digits) * size
+    except ValueError:
+        number = math.nan
+    if not 1 <= number < 2**63:
+        raise UserError(f"{text!r} is no positive number; write one like 5M, 100k or 2e6")
+    return round(number)
+
+
+def short(number: float) -> str:
+    """Three digits and a letter: 4_012_345 → 4.01M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def split_list(text: str) -> list[str]:
+    """The parts between commas that stand in no brackets and no quotes.
+
+    >>> split_list('windows=[64,32],aft="conv"')
+    ['windows=[64,32]', 'aft="conv"']
+    """
+    parts, depth, quoted = [""], 0, False
+    for letter in text:
+        quoted ^= letter == '"'
+        depth += 0 if quoted else (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth and not quoted:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def full_name(key: str) -> str:
+    """The dotted name of a key: those of the model and of the optimizer may be given without their section.
+
+    >>> full_name("r_layer"), full_name("use_muon"), full_name("batch_size")
+    ('model_hyperparams.r_layer', 'optimizer_hyperparams.use_muon', 'batch_size')
+    """
+    if "." in key or key in declared(Run):
+        return key
+    model_keys = set().union(*(declared(cls) for cls in CONFIGS.values()))
+    for section, keys in (("model_hyperparams", model_keys), ("optimizer_hyperparams", declared(OptimizerHyperparams))):
+        if key in keys:
+            return f"{section}.{key}"
+    return key
+
+
+def parse_override(text: str) -> tuple[str, str]:
+    """`r_layer=0` → ("model_hyperparams.r_layer", "0"). Refuses what compare sets itself."""
+    key, equals, value = text.partition("=")
+    name = full_name(key.strip().removeprefix("--"))
+    if not equals or not name:
+        raise UserError(f"{text!r} is no override; write key=value")
+    if name in MANAGED:
+        raise UserError(f"{text!r}: compare sets {name} for all alike; use {MANAGED[name]}")
+    if name in FIXED or name in ("eval_interval", "log_interval") or name.startswith("checkpoints."):
+        raise UserError(f"{text!r}: compare sets {name} itself; leave it out")
+    return name, value.strip()
+
+
+# ---- configs -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Entry:
+    """One line of the table: a config file, what is changed in it, and the model that it makes."""
+
+    label: str
+    file: str
+    overrides: list[tuple[str, str]]  # its own, which win over --set
+    run: Run | None = None
+    changes: list[str] = field(default_factory=list)  # what compare changed, in words
+    params: int = 0  # without embeddings
+    params_total: int = 0
+    flops: float = 0.0  # of a training step, per token
+    causal: bool = True
+    failure: str | None = None
+
+    def load(self, common: list[tuple[str, str]]) -> None:
+        """Read the config with `common` overrides under its own. Raises UserError, naming the config."""
+        words = [f"--{key}={value}" for key, value in (*common, *self.overrides)]
+        try:
+            self.run = load_run(["--config", self.file, *words], CONFIGS)
+        except UserError as error:
+            raise UserError(f"{self.label}: {error}") from error
+
+    def measure(self) -> None:
+        """Count what needs no training."""
+        with torch.device("meta"):  # shapes without memory
+            model = build(self.run.model_hyperparams)
+        if model.takes_source or not model.generates:
+            raise UserError(f"{self.label}: kind = {model.config.kind!r} predicts something else than the next token; "
+                            "only models that do can be compared: try :kind=decoder")
+        self.params, self.params_total = model.num_params(), model.num_params(non_embedding=False)
+        self.flops, self.causal = model.flops_per_token(model.config.block_size), model.causal
+
+
+def read_specs(specs: list[str]) -> list[Entry]:
+    """`file.json:key=value,key=value` for each entry."""
+    entries = []
+    for spec in specs:
+        match = re.fullmatch(r"(.+?\.json5?)(?::(.*))?", spec, re.DOTALL)
+        file, texts = (match[1], split_list(match[2]) if match[2] else []) if match else (spec, [])
+        label = " ".join([Path(file).stem, *(text.removeprefix("model_hyperparams.") for text in texts)])
+        overrides = [parse_override(text) for text in texts]
+        if (twice := next((key for key, _ in overrides if key in SHARED), None)) and len(specs) > 1:
+            raise UserError(f"{spec}: {twice} must be the same for all; use --set {twice}=…")
+        entries.append(Entry(label, file, overrides))
+    for label in {entry.label for entry in entries}:
+        same = [entry for entry in entries if entry.label == label]
+        for entry in same if len(same) > 1 else ():
+            entry.label = f"{Path(entry.file).parent.name}/{label}"
+        if len({entry.label for entry in same}) < len(same):
+            raise UserError(f"{label} is given twice; give each config once, under names that differ")
+    return entries
+
+
+def value_of(run: Run, dotted: str):
+    for name in dotted.split("."):
+        run = getattr(run, name)
+    return run
+
+
+def load_entries(specs: list[str], common: list[tuple[str, str]]) -> list[Entry]:
+    """The entries, all with the first one's SHARED keys."""
+    entries = read_specs(specs)
+    first = entries[0]
+    first.load(common)
+    shared = {key: value_of(first.run, key) for key in SHARED}
+    alike = [*common, *((key, json.dumps(value)) for key, value in shared.items())]
+    for entry in entries:
+        entry.load(common)
+        differ = [key for key in SHARED if value_of(entry.run, key) != shared[key]]
+        entry.changes += [f"{key} {value_of(entry.run, key)} → {shared[key]}" for key in differ]
+        entry.load(alike if differ else common)
+        entry.measure()
+    return entries
+
+
+# ---- equal sizes ---------------------------------------------------------------------------------------------------
+
+# What widths are multiples of, from what a GPU likes best to the finest: (n_embd, channels of a head, other widths).
+# n_embd is a multiple of its heads too, as n_qkv must be; but for the finest.
+GRAINS = ((64, 16, 64), (32, 8, 32), (16, 8, 16), (8, 8, 8), (8, 2, 8), (2, 2, 2))
+CLOSE = 0.005  # near enough to look no further
+FAIR = 0.015  # near enough not to try the finest
+STRETCH = 0.15  # how far one width may leave its proportion to n_embd, to meet the number
+
+
+counted: dict[str, int] = {}  # what count has found: a search asks for the same again
+
+
+def count(config) -> int:
+    """Non-embedding parameters."""
+    if repr(config) not in counted:
+        with torch.device("meta"):
+            counted[repr(config)] = build(config).num_params()
+    return counted[repr(config)]
+
+
+def to_multiple(value: float, of: int) -> int:
+    return max(1, round(value / of)) * of
+
+
+def other_widths(config, grain: tuple[int, int, int]) -> dict[str, tuple[float, int]]:
+    """The widths that grow with n_embd: name → (now, what it must be a multiple of)."""
+    _, head, step = grain
+    found = {"n_qkv": (config.n_qkv, head * config.n_head)}
+    if hasattr(config, "n_ffn"):
+        gated = getattr(config, "ffn_type", "SwiGLU").lower() == "swiglu"
+        found["n_ffn"] = (config.n_ffn or (8 / 3 if gated else 4) * config.n_embd, step)
+    if getattr(config, "d_rank", None):
+        found["d_rank"] = (config.d_rank, min(step, 8))
+    if getattr(config, "attention_type", "").startswith("MHLA"):
+        found |= {"kv_rank": (config.kv_rank, min(step, 8)), "rope_dim": (config.rope_dim, 2)}
+    return found
+
+
+def resized(config, n_embd: int, grain: tuple[int, int, int]):
+    """The config with this n_embd and the other widths in proportion."""
+    ratio = n_embd / config.n_embd
+    others = {name: to_multiple(now * ratio, of) for name, (now, of) in other_widths(config, grain).items()}
+    return dataclasses.replace(config, n_embd=n_embd, **others)
+
+
+def meet(config, target: int, grain: tuple[int, int, int]):
+    """The config with one width, the feed-forward's or else the attention's, moved to come nearest to the target."""
+    widths, now = other_widths(config, grain), count(config)
+    for name in ("n_ffn", "n_qkv"):
+        width, of = widths.get(name, (0, 1))
+        slope = (count(dataclasses.replace(config, **{name: int(width) + of})) - now) / of if width else 0
+        if slope:
+            wanted = min(max(width + (target - now) / slope, width * (1 - STRETCH)), width * (1 + STRETCH))
+            return dataclasses.replace(config, **{name: to_multiple(wanted, of)})
+    return config
+
+
+def candidates(config, target: int, grain: tuple[int, int, int]) -> Iterator:
+    """Configs of nearly `target` parameters: of the last n_embd below it and of the first one above."""
+    heads = grain[1] * config.n_head if grain != GRAINS[-1] else 1
+    step = math.lcm(grain[0], heads, config.n_ffn_experts)
+
+    def small(n: int) -> bool:
+        return n < 1 or count(resized(config, n * step, grain)) < target
+
+    guess = max(1, round(config.n_embd * math.sqrt(target / count(config)) / step))  # matrices grow with the square
+    low, high = guess - 1, guess  # in steps, until small(low) and not small(high)
+    while small(high):
+        low, high = high, 2 * high
+    while not small(low):
+        low, high = low // 2, low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if small(middle) else (low, middle)
+    for n in {max(low, 1), high}:
+        same = resized(config, n * step, grain)
+        yield from (same, meet(same, target, grain))
+
+
+def fit_params(config, target: int):
+    """The config resized to `target` non-embedding parameters: (config, how far off, as a share)."""
+
+    def off(c) -> float:
+        return abs(count(c) / target - 1)
+
+    best = config
+    for grain in GRAINS:
+        if off(best) <= (FAIR if grain == GRAINS[-1] else CLOSE):
+            break
+        valid = [c for c in candidates(config, target, grain) if not list(c.problems())]
+        best = min([best, *valid], key=off)
+    return best, count(best) / target - 1
+
+
+def match_params(entries: list[Entry], target: int, common: list[tuple[str, str]]) -> None:
+    """Resize every entry to `target` non-embedding parameters, within TOLERANCE. Raises UserError where none fits."""
+    for entry in entries:
+        old = entry.run.model_hyperparams
+        new, off = fit_params(old, target)
+        widths = {name: getattr(new, name) for name in ("n_embd", "n_qkv", "n_ffn", "d_rank", "kv_rank", "rope_dim")
+                  if getattr(new, name, None) != getattr(old, name, None)}  # fmt: skip
+        if abs(off) > TOLERANCE:
+            nearest_widths = ", ".join(f"{name} {width}" for name, width in widths.items()) or "as it is"
+            raise UserError(f"{entry.label}: no widths give {target:,} non-embedding parameters within "
+                            f"{TOLERANCE:.0%}; the nearest ({nearest_widths}) gives {count(new):,}; change its n_layer "
+                            "or n_head, or give another --params")
+        entry.overrides += [(f"model_hyperparams.{name}", str(width)) for name, width in widths.items()]
+        entry.changes += [f"{name} {getattr(old, name) or 'default'} → {width}" for name, width in widths.items()]
+        shared = [(key, json.dumps(value_of(entries[0].run, key))) for key in SHARED]
+        entry.load([*common, *shared])
+        entry.measure()
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """What all runs have in common."""
+
+    steps: int
+    tokens_per_step: int
+    warmup: float  # share of the steps
+    cooldown: float
+    lrs: list[float]
+    seeds: int
+    jobs: int
+    device: torch.device
+    out: Path
+    data: dict[str, str]  # fingerprints of the data, the encoder and the code
+
+    @property
+    def runs(self) -> Path:
+        return self.out / "runs"
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run."""
+
+    label: str
+    lr: float
+    seed: int
+    config: dict  # what train.py is told, but for the paths
+    key: str  # the name of its result's file: all that the result depends on, hashed
+
+    def __str__(self) -> str:
+        return f"{self.label}, lr {self.lr:g}, seed {self.seed}"
+
+
+def meaning(source: str) -> str:
+    """A Python file without comments, docstrings and layout, which change no result."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def code_fingerprint() -> str:
+    """SHA-256 of the code that trains."""
+    paths = [Path(__file__).resolve().parent / name for name in CODE]
+    texts = [meaning(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def hashed(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_trial(entry: Entry, plan: Plan, lr: float, seed: int) -> Trial:
+    """The run of one config with one learning rate and one seed."""
+    run, steps = to_dict(entry.run), plan.steps
+    every = max(1, steps // EVALUATIONS)
+    if every >= 5:
+        every -= every % 5  # so that an evaluation has a logged line, with the seconds, at its step
+    muon_lr = run["optimizer_hyperparams"]["muon_lr"]
+    if muon_lr is not None:  # goes with the learning rate, in the config's own proportion
+        run["optimizer_hyperparams"]["muon_lr"] = muon_lr * lr / run["learning_rate"]
+    run |= FIXED | {
+        "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": round(plan.warmup * steps),
+        "cooldown_frac": plan.cooldown, "learning_rate": lr, "min_lr": MIN_LR * lr, "seed": seed,
+        "device": plan.device.type, "eval_interval": every, "log_interval": max(1, every // 5),
+    }  # fmt: skip
+    places = ("checkpoints", "model_path", "img_path", "encoder_path")
+    matters = {key: value for key, value in run.items() if key not in places}
+    matters["dataset"] = {key: value for key, value in run["dataset"].items() if key != "path"}
+    prints = {name: plan.data[name] for name in ("dataset", "encoder")}
+    return Trial(entry.label, lr, seed, run, f"{hashed([matters, prints])}-{plan.data['code'][:8]}")
+
+
+def read_result(plan: Plan, trial: Trial) -> dict | None:
+    """What an earlier call found, or None."""
+    path = plan.runs / f"{trial.key}.json"
+    return read_result_file(path) if path.exists() else None
+
+
+def read_result_file(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it, and its run is done again") from error
+
+
+def honest_bpb(line: dict) -> float | None:
+    """Validation bits per byte of an evaluation; of a model that sees the future, as it would be without.
+
+    Such a model's evaluation also has the strict loss of some positions, and the plain one of the same positions: what
+    seeing the future gains there is taken off.
+    """
+    bpb = line.get("val_bpb")
+    if bpb is None or line.get("strict_loss") is None:
+        return bpb
+    return bpb * (1 + (line["strict_loss"] - line["plain_at_strict"]) / line["val_loss"])
+
+
+def make_result(trial: Trial, lines: list[dict], diverged: bool) -> dict:
+    """A finished run, from its metrics.jsonl. bits per byte is None where it diverged."""
+    points = {line["step"]: line for line in lines if "val_bpb" in line}
+    curve = [[line["tokens"], honest_bpb(line)] for _, line in sorted(points.items())]
+    bpb = curve[-1][1] if curve and not diverged else None
+    seconds = max((line["seconds"] for line in lines if "seconds" in line), default=None)
+    return {"label": trial.label, "lr": trial.lr, "seed": trial.seed, "bpb": bpb, "seconds_in_steps": seconds,
+            "curve": curve, "torch": torch.__version__, "run": trial.config}  # fmt: skip
+
+
+# ---- children ------------------------------------------------------------------------------------------------------
+
+
+def child_command(role: str, *arguments: str) -> list[str]:
+    return [sys.executable, os.path.abspath(__file__), role, *arguments]
+
+
+def start_child(command: list[str], log: Path, plan: Plan, **pipes) -> subprocess.Popen:
+    """A child out of the terminal's reach: Ctrl-C is for this process, which passes it on once."""
+    threads = str(max(1, (os.cpu_count() or 1) // plan.jobs))
+    env = dict(os.environ)
+    if plan.jobs > 1:
+        env = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, **env}
+    apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+    with open(log, "ab") as file:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": file} | pipes
+        return subprocess.Popen(command, stderr=file, env=env, **pipes, **apart)
+
+
+def stop_children(children: list[subprocess.Popen], patience: float = 60) -> None:
+    """Let each finish its step and save; a second Ctrl-C, or the end of patience, ends them."""
+    try:
+        for child in children:
+            if child.poll() is None:
+                child.terminate() if os.name == "nt" else child.send_signal(signal.SIGINT)
+        end = time.monotonic() + patience
+        for child in children:
+            child.wait(max(0.0, end - time.monotonic()))
+    except (KeyboardInterrupt, subprocess.TimeoutExpired):
+        for child in children:
+            child.kill()
+
+
+def reason(log: Path) -> str:
+    """Why a child failed: the last `error:` of its log, else its last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
+
+
+def write_config(folder: Path, trial: Trial, **changes) -> Path:
+    """The JSON file that a child reads; everything that it writes goes into the folder."""
+    checkpoints = {"path": str(folder / "ck"), "interval": trial.config["max_iters"], "create_checkpoints": True,
+                   "keep": 1}  # fmt: skip
+    paths = {"checkpoints": checkpoints, "model_path": str(folder / "model"), "img_path": str(folder)}
+    atomic_write(folder / "config.json", json.dumps(trial.config | paths | changes, indent=1).encode())
+    return folder / "config.json"
+
+
+def train_child(argv: list[str]) -> int | None:
+    """A child's main: train.py, but for the curves that it draws at each evaluation, for which nobody looks here."""
+    Trainer.draw = lambda self: None
+    return train.main(argv)
+
+
+class Pool:
+    """Up to plan.jobs runs at once, each in a folder of its own until its result is written."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.running: dict[str, tuple[Trial, subprocess.Popen]] = {}
+
+    def folder(self, trial: Trial) -> Path:
+        return self.plan.runs / trial.key
+
+    def start(self, trial: Trial) -> None:
+        folder = self.folder(trial)
+        config = write_config(folder, trial)
+        resume = ["--init_from=resume"] if any((folder / "ck").glob("step_*")) else []
+        command = child_command("_train", "--config", str(config), *resume)
+        self.running[trial.key] = (trial, start_child(command, folder / "log.txt", self.plan))
+
+    def finished(self) -> Iterator[tuple[Trial, dict | None, str]]:
+        """(trial, its result or None, why not) of each child that has ended since. Writes the results."""
+        for key, (trial, child) in list(self.running.items()):
+            if child.poll() is None:
+                continue
+            del self.running[key]
+            folder = self.folder(trial)
+            lines = self.metrics(trial)
+            evaluated = any(line["step"] == self.plan.steps and "val_bpb" in line for line in lines)
+            done = child.returncode == 0 and evaluated
+            if done or child.returncode == 3:  # train.py's code for a loss that is not finite
+                result = make_result(trial, lines, diverged=not done)
+                atomic_write(self.plan.runs / f"{key}.json", json.dumps(result).encode())
+                shutil.rmtree(folder, ignore_errors=True)
+                yield trial, result, ""
+            else:
+                yield trial, None, f"exit code {child.returncode}, {reason(folder / 'log.txt')}; see {folder}/log.txt"
+
+    def metrics(self, trial: Trial) -> list[dict]:
+        path = self.folder(trial) / "ck" / train.METRICS
+        return plot.read_metrics(path) if path.exists() else []
+
+    def steps_done(self) -> int:
+        lines = [self.metrics(trial) for trial, _ in self.running.values()]
+        return sum(metrics[-1]["step"] for metrics in lines if metrics)
+
+    def stop(self) -> None:
+        stop_children([child for _, child in self.running.values()])
+
+
+# ---- speed ---------------------------------------------------------------------------------------------------------
+
+MEASURED_SECONDS = 3.0
+
+
+class Timer(Trainer):
+    """A Trainer that is only measured: train.py's own loop, without evaluations."""
+
+    def evaluate(self) -> None:
+        pass
+
+    def advance(self, steps: int, every: int) -> list[float]:
+        """Train for `steps`; tokens/s of each `every` of them."""
+        first = self.progress.step
+        self.run.max_iters, self.run.log_interval = first + steps, every
+        self.train()
+        lines = plot.read_metrics(self.metrics.path)
+        return [line["tokens_per_s"] for line in lines if line["step"] > first + (first == 0)]
+
+    def measure(self) -> dict:
+        self.advance(6, 3)  # the first steps allocate and choose kernels
+        pace = statistics.median(self.advance(4, 2)) / self.tokens_per_step  # steps per second
+        steps = min(max(round(MEASURED_SECONDS * pace), 10), 1000) // 10 * 10
+        speed = statistics.median(self.advance(steps, steps // 10))
+        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        return {"tokens_per_s": speed, "steps": steps, "memory": memory}
+
+
+def speed_child(argv: list[str]) -> None:
+    """A child's main: get ready, say so, and measure when told: by then nothing else runs."""
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        timer = Timer(load_run(["--config", *argv], CONFIGS), Signals())
+        timer.prepare()
+        print("ready", file=answers, flush=True)
+        if sys.stdin.readline():
+            print(json.dumps(timer.measure()), file=answers, flush=True)
+
+
+def machine(device: torch.device) -> str:
+    """The device's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    model = ""
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        model = found[1].strip() if found else ""
+    return f"{device.type}{f' {model}' if model else ''}, {os.cpu_count()} cores"
+
+
+def speed_trial(entry: Entry, plan: Plan) -> Trial:
+    """What a speed depends on: the run but for its learning rate and seed, the machine and torch's version."""
+    trial = make_trial(entry, plan, plan.lrs[0], 1)
+    return dataclasses.replace(trial, key=f"speed-{hashed([trial.key, machine(plan.device), torch.__version__])}")
+
+
+def measure_speeds(entries: list[Entry], plan: Plan) -> dict[str, dict]:
+    """label → tokens/s and memory of each config, alone on the device. Children get ready --jobs at a time, compiling
+    included, then take turns. A config that fails here gets its `failure`."""
+    trials = {entry.label: speed_trial(entry, plan) for entry in entries}
+    found = {label: result for label, trial in trials.items() if (result := read_result(plan, trial))}
+    missing = [entry for entry in entries if entry.label not in found]
+    for first in range(0, len(missing), plan.jobs):
+        group = missing[first : first + plan.jobs]
+        found |= measure_group({entry.label: trials[entry.label] for entry in group}, plan)
+        for entry in group:
+            folder = plan.runs / trials[entry.label].key
+            if entry.label in found:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                entry.failure = f"{reason(folder / 'log.txt')}; see {folder}/log.txt"
+                tqdm.write(f"{entry.label}: failed: {entry.failure}")
+    return found
+
+
+def measure_group(trials: dict[str, Trial], plan: Plan) -> dict[str, dict]:
+    children, found = {}, {}
+    try:
+        for label, trial in trials.items():
+            folder = plan.runs / trial.key
+            none = {"path": str(folder / "ck"), "create_checkpoints": False}
+            command = child_command("_speed", str(write_config(folder, trial, checkpoints=none)))
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            children[label] = start_child(command, folder / "log.txt", plan, **pipes)
+        ready = [label for label, child in children.items() if child.stdout.readline() == "ready\n"]
+        for label in ready:
+            answer = children[label].communicate("go\n")[0]
+            if children[label].returncode == 0:
+                found[label] = json.loads(answer) | {"label": label, "machine": machine(plan.device)}
+                path = plan.runs / f"{trials[label].key}.json"
+                atomic_write(path, json.dumps(found[label]).encode())
+                tqdm.write(f"{label}: {found[label]['tokens_per_s']:,.0f} tokens/s alone on the device")
+    finally:
+        for child in children.values():
+            child.kill()
+            child.communicate()
+    return found
+
+
+# ---- training them all ---------------------------------------------------------------------------------------------
+
+
+class Contest:
+    """Which runs there are to do, given those that are done: the grid of each config, then its other seeds."""
+
+    def __init__(self, entries: list[Entry], plan: Plan):
+        self.entries, self.plan = entries, plan
+        self.grid = {entry.label: [make_trial(entry, plan, lr, 1) for lr in plan.lrs] for entry in entries}
+        self.results: dict[str, dict] = {}
+        self.failed: set[str] = set()
+        self.pool = Pool(plan)
+
+    def best(self, entry: Entry) -> float | None:
+        """The learning rate with the lowest bits per byte, once the grid is done; the lowest where all diverged."""
+        found = [self.results.get(trial.key) for trial in self.grid[entry.label]]
+        if None in found:
+            return None
+        return min(found, key=lambda result: (math.inf if result["bpb"] is None else result["bpb"], result["lr"]))["lr"]
+
+    def seeds(self, entry: Entry) -> list[Trial]:
+        """The runs of the table: the winner of the grid, which is seed 1, and the other seeds."""
+        lr = self.best(entry)
+        seeds = range(1, self.plan.seeds + 1) if lr is not None else ()
+        return [make_trial(entry, self.plan, lr, seed) for seed in seeds]
+
+    def recall(self, trial: Trial) -> bool:
+        """Whether the result is there, from this call or an earlier one."""
+        if trial.key not in self.results and (result := read_result(self.plan, trial)):
+            self.results[trial.key] = result
+        return trial.key in self.results
+
+    def waiting(self) -> list[Trial]:
+        """What could be started now."""
+        found = []
+        for entry in (entry for entry in self.entries if not entry.failure):
+            grid = [trial for trial in self.grid[entry.label] if not self.recall(trial)]
+            found += grid or [trial for trial in self.seeds(entry) if not self.recall(trial)]
+        return [trial for trial in found if trial.key not in self.failed | self.pool.running.keys()]
+
+    def done(self) -> int:
+        """How many results there are, by now or from earlier calls."""
+        for entry in self.entries:
+            grid = [self.recall(trial) for trial in self.grid[entry.label]]
+            for trial in self.seeds(entry) if all(grid) else ():
+                self.recall(trial)
+        return len(self.results)
+
+    @property
+    def total(self) -> int:
+        return len(self.entries) * (len(self.plan.lrs) + self.plan.seeds - 1)
+
+    def run(self) -> None:
+        """Train what is not trained yet. A run that fails is told and left out; the others go on."""
+        style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+        total, done = self.total * self.plan.steps, len(self.results) * self.plan.steps
+        every = 1 if sys.stderr.isatty() else 30  # seconds
+        with tqdm(total=total, initial=done, bar_format=style, dynamic_ncols=True, mininterval=every) as bar:
+            try:
+                while (waiting := self.waiting()) or self.pool.running:
+                    for trial in waiting[: self.plan.jobs - len(self.pool.running)]:
+                        self.pool.start(trial)
+                    while not self.collect():
+                        self.show(bar)
+                        time.sleep(POLL_SECONDS)
+                self.show(bar)
+            except KeyboardInterrupt:
+                self.pool.stop()
+                self.collect(stopped=True)
+                raise
+
+    def collect(self, stopped: bool = False) -> int:
+        """Take in what has finished since; returns how many runs that were. Those that were stopped have not failed."""
+        finished = list(self.pool.finished())
+        for trial, result, why in finished:
+            if result is None and stopped:
+                continue
+            if result is None:
+                self.failed.add(trial.key)
+                entry = next(entry for entry in self.entries if entry.label == trial.label)
+                entry.failure = why
+                tqdm.write(f"{trial}: failed: {why}")
+            else:
+                self.results[trial.key] = result
+                bpb = "diverged" if result["bpb"] is None else f"{result['bpb']:.4f} bits per byte"
+                tqdm.write(f"{trial}: {bpb}")
+        return len(finished)
+
+    def show(self, bar: tqdm) -> None:
+        done = len(self.results)
+        bar.set_postfix_str(f"{done}/{self.total} runs done, {len(self.pool.running)} running", refresh=False)
+        bar.update(done * self.plan.steps + self.pool.steps_done() - bar.n)
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float | None, float | None]:
+    """The mean, and the standard deviation of a sample (divided by n − 1), None of a single value."""
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
+
+
+def mean_curve(results: list[dict]) -> list[list[float]]:
+    """[tokens, mean, standard deviation] wherever every seed was evaluated."""
+    curves = [dict(map(tuple, result["curve"])) for result in results]
+    places = [t for t in curves[0] if all(curve.get(t) is not None for curve in curves)] if curves else []
+    return [[t, mean, deviation or 0.0]
+            for t in places for mean, deviation in [mean_and_deviation([curve[t] for curve in curves])]]  # fmt: skip
+
+
+def make_row(entry: Entry, grid: list[dict], seeds: list[dict], speed: dict | None) -> dict:
+    """All that is known of one config, in plain data. bpb is None if a seed diverged or a run failed."""
+    values = [result["bpb"] for result in seeds]
+    mean, deviation = mean_and_deviation(values) if values and None not in values else (None, None)
+    return {
+        "label": entry.label, "arch": entry.run.model_hyperparams.arch,
+        "optimizer": "Muon" if entry.run.optimizer_hyperparams.use_muon else "AdamW",
+        "params": entry.params, "params_total": entry.params_total, "flops_per_token": entry.flops,
+        "tokens_per_s": speed and speed["tokens_per_s"], "memory": speed and speed["memory"],
+        "lr": seeds[0]["lr"] if seeds else None, "bpb": mean, "bpb_sd": deviation, "bpb_seeds": values,
+        "grid": {f"{result['lr']:g}": result["bpb"] for result in grid},
+        "curve": mean_curve(seeds), "changes": entry.changes, "failure": entry.failure,
+        "model_hyperparams": to_dict(entry.run.model_hyperparams),
+        "optimizer_hyperparams": to_dict(entry.run.optimizer_hyperparams),
+    }  # fmt: skip
+
+
+def bpb_text(row: dict) -> str:
+    if row["failure"]:
+        return "failed"
+    if row["bpb"] is None:
+        return f"diverged ({row['bpb_seeds'].count(None)} of {len(row['bpb_seeds'])})"
+    return f"{row['bpb']:.4f}" + ("" if row["bpb_sd"] is None else f" ± {row['bpb_sd']:.4f}")
+
+
+def ranked(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: math.inf if row["bpb"] is None else row["bpb"])
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main_table(rows: list[dict]) -> str:
+    """The models, the best first."""
+    memory = any(row["memory"] for row in rows)
+    header = ["model", "optimizer", "learning rate", "parameters, non-embedding", "total", "MFLOP / token", "tokens/s"]
+    header += ["memory, GB"] * memory + ["validation, bits per byte"]
+    lines = []
+    for row in ranked(rows):
+        line = [row["label"], row["optimizer"], f"{row['lr']:g}" if row["lr"] else "–", f"{row['params']:,}",
+                f"{row['params_total']:,}", f"{row['flops_per_token'] / 1e6:.1f}",
+                f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "–"]  # fmt: skip
+        line += [f"{row['memory'] / 1e9:.2f}" if row["memory"] else "–"] * memory
+        lines.append([*line, bpb_text(row)])
+    return markdown_table(header, lines)
+
+
+def grid_table(rows: list[dict], lrs: list[float]) -> str:
+    """Bits per byte of every run of the grid."""
+    lines = []
+    for row in ranked(rows):
+        cells = [row["grid"].get(f"{lr:g}", "–") for lr in lrs]
+        lines.append([row["label"], *("diverged" if c is None else c if c == "–" else f"{c:.4f}" for c in cells)])
+    return markdown_table(["learning rate, seed 1", *(f"{lr:g}" for lr in lrs)], lines)
+
+
+def settings(entries: list[Entry], plan: Plan) -> list[str]:
+    """How everything was measured, a sentence each."""
+    run = entries[0].run
+    T, rows = run.model_hyperparams.block_size, run.batch_size * run.gradient_accumulation_steps
+    evaluated = run.eval_iters * run.batch_size * T
+    return [
+        f"Data: {run.dataset.path}, encoder {run.encoder_path} ({run.model_hyperparams.vocab_size:,} tokens); the same "
+        "order for all, given the seed.",
+        f"Budget: {plan.tokens:,} tokens = {plan.steps:,} steps of {rows} rows of {T} tokens.",
+        f"Schedule: warmup {plan.warmup:g} and cooldown {plan.cooldown:g} of the steps, down to {MIN_LR:g} of the "
+        "learning rate.",
+        f"Learning rate: for each model the best of {', '.join(f'{lr:g}' for lr in plan.lrs)} by the last validation "
+        "bits per byte with seed 1; that run is also the first of the mean, which flatters all models alike.",
+        f"Validation: the same {evaluated:,} tokens at most, for all; ± is the standard deviation over "
+        f"{plan.seeds} seeds (n − 1)." if plan.seeds > 1 else
+        f"Validation: the same {evaluated:,} tokens at most, for all; one seed, so nothing is known of the noise.",
+        f"Speed: training steps of each model alone on {machine(plan.device)}, torch {torch.__version__}, the median "
+        "of ten stretches; seconds in the picture are tokens by this speed, without evaluation and compilation.",
+        "FLOPs: matrix products of forward and backward, attention counted in full (T²).",
+    ]  # fmt: skip
+
+
+def own_choices(entries: list[Entry]) -> Iterator[str]:
+    """What differs though it is no part of the architecture."""
+    keys = [("optimizer_hyperparams", name) for name in declared(OptimizerHyperparams)]
+    for section, name in [*keys, ("model_hyperparams", "dropout")]:
+        labels: dict[str, list[str]] = {}
+        for entry in entries:
+            value = getattr(getattr(entry.run, section), name)
+            labels.setdefault(json.dumps(value), []).append(entry.label)
+        if len(labels) > 1:
+            told = "; ".join(f"{value} for {', '.join(those)}" for value, those in labels.items())
+            yield f"{name} is each config's own: {told}. --set {name}=… makes it the same."
+    if any(entry.run.optimizer_hyperparams.muon_lr for entry in entries):
+        yield "muon_lr, where a config sets it, keeps its proportion to the learning rate."
+
+
+def caveats(entries: list[Entry], rows: list[dict], plan: Plan) -> list[str]:
+    """What a reader should know before believing the table."""
+    found = [f"{entry.label}: changed: {', '.join(entry.changes)}." for entry in entries if entry.changes]
+    found += own_choices(entries)
+    sizes = [entry.params for entry in entries]
+    if max(sizes) > min(sizes) * (1 + 2 * TOLERANCE):
+        found.append(f"Sizes differ: from {min(sizes):,} to {max(sizes):,} non-embedding parameters; --match params "
+                     "makes them the same.")
+    for edge, what in ((min(plan.lrs), "smallest"), (max(plan.lrs), "largest")):
+        at_edge = [row["label"] for row in rows if row["lr"] == edge]
+        if at_edge and len(plan.lrs) > 1:
+            found.append(f"The best learning rate is the grid's {what} for {', '.join(at_edge)}: a better one may lie "
+                         "beyond.")
+    cheats = [entry.label for entry in entries if not entry.causal]
+    if cheats:
+        found.append(f"{', '.join(cheats)}: sees the future, so that its bits per byte are those of the strict loss, "
+                     "estimated from 512 positions.")
+    found += [f"{row['label']}: failed: {row['failure']}" for row in rows if row["failure"]]
+    return found
+
+
+def report(entries: list[Entry], rows: list[dict], plan: Plan, command: str) -> str:
+    """compare.md."""
+    parts = [main_table(rows), "![validation bits per byte against tokens, FLOPs and seconds](compare.png)"]
+    parts.append("\n".join(f"- {line}" for line in settings(entries, plan) + caveats(entries, rows, plan)))
+    if len(plan.lrs) > 1:
+        parts.append(grid_table(rows, plan.lrs))
+    return "\n\n".join([*parts, f"```\n{command}\n```"]) + "\n"
+
+
+# ---- the picture ---------------------------------------------------------------------------------------------------
+
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+
+
+def draw(rows: list[dict], title: str, seeds: int):
+    """One sheet, three panels: bits per byte against tokens, FLOPs and seconds, the band one standard deviation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [row for row in ranked(rows) if row["curve"]]
+    columns = 2 if max((len(row["label"]) for row in shown), default=0) > 34 else 3
+    fig = Figure(figsize=(11, 4.3 + 0.2 * math.ceil(len(shown) / columns)), dpi=200, layout="constrained")
+    FigureCanvasAgg(fig)
+    panels = fig.subplots(1, 3, sharey=True)
+    axes = (("training tokens", lambda row: 1.0),
+            ("training FLOPs", lambda row: row["flops_per_token"]),
+            ("training time, alone on the device (s)", lambda row: 1 / row["tokens_per_s"] if row["tokens_per_s"] else None))  # fmt: skip  # noqa: E501
+    order = {row["label"]: i for i, row in enumerate(rows)}  # colours follow the command line, not the result
+    for ax, (xlabel, scale) in zip(panels, axes, strict=True):
+        for row in shown:
+            if scale(row) is not None:
+                draw_curve(ax, row, scale(row), order[row["label"]])
+        style_panel(ax, xlabel)
+    panels[0].set_ylabel("validation (bits per byte)", fontsize=11)
+    limit(panels, shown)
+    fig.suptitle(title, fontsize=12, x=0.01, ha="left")
+    if shown:
+        fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=9,
+                   frameon=False, title=f"final value, {'one seed' if seeds == 1 else f'mean ± sd of {seeds} seeds'}",
+                   title_fontsize=9)  # fmt: skip
+    return fig
+
+
+def draw_curve(ax, row: dict, scale: float, number: int) -> None:
+    colour = plot.COLOURS[number % len(plot.COLOURS)]
+    dashes = DASHES[number // len(plot.COLOURS) % len(DASHES)]
+    tokens, mean, deviation = zip(*row["curve"], strict=True)
+    xs = [t * scale for t in tokens]
+    marker, fill = plot.MARKERS[number % len(plot.MARKERS)], colour if number < len(plot.COLOURS) else "white"
+    ax.plot(xs, mean, color=colour, linestyle=dashes, linewidth=1.5, marker=marker, markersize=5, markerfacecolor=fill,
+            markevery=[len(xs) - 1], label=f"{row['label']}  {bpb_text(row)}")  # fmt: skip
+    low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
+    ax.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def style_panel(ax, xlabel: str) -> None:
+    ax.set_xlabel(xlabel, fontsize=11)
+    ax.tick_params(labelsize=9.5, color="0.5", which="both")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("0.5")
+    ax.grid(color="0.92", linewidth=0.8)
+    ax.set_axisbelow(True)
+    log_scale(ax)
+
+
+def log_scale(ax) -> None:
+    """A log scale with ticks at 1, 2 and 5 of each decade, in short numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    values = [x for line in ax.lines for x in line.get_xdata() if x > 0]
+    ax.set_xscale("log")
+    decades = math.log10(max(values) / min(values)) if values else 1
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=12))
+    big = bool(values) and max(values) >= 1e10
+    ax.xaxis.set_major_formatter(FuncFormatter(power if big else plot.short_number))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def power(value: float, position=None) -> str:
+    """2e14 → 2·10¹⁴, in mathtext."""
+    exponent = math.floor(math.log10(value) + 1e-9)
+    front = round(value / 10**exponent)
+    return f"$10^{{{exponent}}}$" if front == 1 else f"${front}{{\\cdot}}10^{{{exponent}}}$"
+
+
+def limit(panels, rows: list[dict]) -> None:
+    """From the best value to where the slowest learner stands after a tenth of the budget: until then, all fall."""
+    curves = [[mean for _, mean, _ in row["curve"]] for row in rows]
+    if not curves:
+        return
+    low, high = min(map(min, curves)), max(curve[min(len(curve) // 10, len(curve) - 1)] for curve in curves)
+    margin = 0.05 * (high - low or 1)
+    panels[0].set_ylim(low - margin, high + margin)
+    for ax in panels:
+        seen = [x for line in ax.lines for x, y in line.get_xydata() if y <= high]
+        if seen and min(seen) < max(seen):
+            ax.set_xlim(min(seen) * 0.85, max(seen) * 1.18)
+
+
+# ---- compare -------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def compare_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="bench.py compare", allow_abbrev=False, description=(
+        "Train several configs under equal conditions; write a table and a picture. The same command goes on after an "
+        "interruption."))  # fmt: skip
+    add = parser.add_argument
+    add("configs", nargs="+", help="config files; file.json:key=value,key=value changes keys of one")
+    add("--tokens", type=quantity, default=quantity("5M"), help="training tokens of each run (default 5M)")
+    add("--seeds", type=quantity, default=3, help="runs of each config with its best learning rate (default 3)")
+    add("--lrs", default="1e-3,3e-3,1e-2", help="learning rates to choose from (default 1e-3,3e-3,1e-2)")
+    add("--warmup", type=float, default=0.05, help="share of the steps with rising learning rate (default 0.05)")
+    add("--cooldown", type=float, default=0.4, help="share of the steps with falling learning rate (default 0.4)")
+    add("--match", choices=["params"], help="resize widths until all have as many non-embedding parameters")
+    add("--params", type=quantity, help="how many, with --match params (default: as many as the first config has)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
+    add("--jobs", type=quantity, default=1, help="runs at once, when a small model leaves a GPU idle (default 1)")
+    add("--out", default="img/compare", type=Path, help="directory of the results (default img/compare)")
+    arguments = parser.parse_args(argv)
+    for name in ("warmup", "cooldown"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise UserError(f"--{name} {getattr(arguments, name)}: is a share of the steps, between 0 and 1")
+    if arguments.params and not arguments.match:
+        raise UserError(f"--params {arguments.params}: says what --match params aims at; add --match params")
+    arguments.lrs = learning_rates(arguments.lrs)
+    return arguments
+
+
+def learning_rates(text: str) -> list[float]:
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(0 < lr < math.inf for lr in found):
+        raise UserError(f"--lrs {text}: must be numbers above 0 between commas, like 1e-3,3e-3")
+    return found
+
+
+def make_plan(arguments, entries: list[Entry]) -> Plan:
+    """Checks that the data fit; raises UserError before anything is trained."""
+    run = entries[0].run
+    device = train.choose_device(arguments.device)
+    encoder, corpus = train.load_data(run)
+    per_step = run.batch_size * run.gradient_accumulation_steps * run.model_hyperparams.block_size
+    steps = round(arguments.tokens / per_step)
+    if steps < 10:
+        raise UserError(f"--tokens {arguments.tokens:,}: is {steps} steps of {per_step:,} tokens, too few to compare "
+                        f"anything; give at least {10 * per_step:,}, or --set batch_size=… smaller")
+    prints = {"dataset": corpus.fingerprint, "encoder": encoder.fingerprint, "code": code_fingerprint()}
+    return Plan(steps, per_step, arguments.warmup, arguments.cooldown, arguments.lrs, arguments.seeds, arguments.jobs,
+                device, arguments.out, prints)  # fmt: skip
+
+
+def introduce(entries: list[Entry], contest: Contest) -> None:
+    """What is about to be done, before it takes hours."""
+    plan = contest.plan
+    rows = [[e.label, f"{e.params:,}", f"{e.params_total:,}", f"{e.flops / 1e6:.1f}"] for e in entries]
+    print(markdown_table(["model", "parameters, non-embedding", "total", "MFLOP / token"], rows))
+    print("\n".join(["", *settings(entries, plan), *caveats(entries, [], plan)]))
+    amount = f"{contest.total} runs of {short(plan.tokens)} tokens, {plan.jobs} at once"
+    print(f"{amount}; {contest.done()} of them are done already")
+    grid = [trial for trials in contest.grid.values() for trial in trials if trial.key not in contest.results]
+    stale = sum(bool(list(plan.runs.glob(f"{trial.key.partition('-')[0]}-*.json"))) for trial in grid)
+    if stale:
+        print(f"{stale} results in {plan.runs} were made by other code than this, and are not used")
+    print(flush=True)
+
+
+def command_line(argv: list[str]) -> str:
+    words = [train.short(sys.executable), train.short(os.path.abspath(__file__)), "compare", *argv]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+@contextlib.contextmanager
+def ctrl_c_for_all_signals():
+    """SIGTERM and a closed terminal end this as Ctrl-C does: children are told."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def write_all(contest: Contest, speeds: dict[str, dict], command: str) -> str:
+    """compare.md, compare.json and compare.png; returns the table."""
+    entries, plan = contest.entries, contest.plan
+    rows = []
+    for entry in entries:
+        grid = [contest.results[trial.key] for trial in contest.grid[entry.label] if trial.key in contest.results]
+        seeds = [contest.results[trial.key] for trial in contest.seeds(entry) if trial.key in contest.results]
+        rows.append(make_row(entry, grid, seeds, speeds.get(entry.label)))
+    text = report(entries, rows, plan, command)
+    about = {"tokens": plan.tokens, "steps": plan.steps, "tokens_per_step": plan.tokens_per_step, "lrs": plan.lrs,
+             "seeds": plan.seeds, "warmup": plan.warmup, "cooldown": plan.cooldown, "device": machine(plan.device),
+             "torch": torch.__version__, "fingerprints": plan.data, "command": command}  # fmt: skip
+    notes = settings(entries, plan) + caveats(entries, rows, plan)
+    atomic_write(plan.out / "compare.json", json.dumps(about | {"rows": rows, "notes": notes}, indent=1).encode())
+    atomic_write(plan.out / "compare.md", text.encode())
+    block = entries[0].run.model_hyperparams.block_size
+    title = f"{short(plan.tokens)} tokens, context {block}, {short(plan.tokens_per_step)} tokens a step"
+    plot.save(draw(rows, title, plan.seeds), plan.out / "compare.png")
+    return main_table(rows)
+
+
+def compare(argv: list[str]) -> int | None:
+    """Train several configs under equal conditions; write a table and a picture."""
+    arguments = compare_arguments(argv)
+    common = [parse_override(text) for text in arguments.set]
+    entries = load_entries(arguments.configs, common)
+    if arguments.match:
+        match_params(entries, arguments.params or entries[0].params, common)
+    plan = make_plan(arguments, entries)
+    contest = Contest(entries, plan)
+    introduce(entries, contest)
+    try:
+        with ctrl_c_for_all_signals():
+            speeds = measure_speeds(entries, plan)
+            contest.run()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {contest.done()} of {contest.total} runs are finished and kept in {plan.runs}; "
+              f"to go on:\n    {command_line(argv)}", flush=True)
+        return 130
+    print(f"\n{write_all(contest, speeds, command_line(argv))}\n\nthe table and the picture are in {plan.out}")
+    failed = [f"{entry.label} ({entry.failure})" for entry in entries if entry.failure]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(entries)} configs failed: {'; '.join(failed)}")
+    return 0
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {"compare": compare}
+CHILDREN: dict[str, Callable[[list[str]], int | None]] = {"_train": train_child, "_speed": speed_child}
+
+
+def main(argv: list[str]) -> int | None:
+    known = "\n".join(f"  {name:<10} {function.__doc__.splitlines()[0]}" for name, function in COMMANDS.items())
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: bench.py COMMAND …; bench.py COMMAND --help says more\n\n{known}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS | CHILDREN:
+        raise UserError(f"{name!r} is no command; there are: {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
+    return (COMMANDS | CHILDREN)[name](rest)
+
+
+if __name__ == "__main__":
+    run_cli(main)

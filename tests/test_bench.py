@@ -1,0 +1,455 @@
+"""Comparisons: equal conditions for all, nothing done twice, tables that say what was found."""
+
+import io
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bench
+import encoder as encoders
+import options
+import plot
+from dataset import TokenFileWriter
+from model import build
+from options import UserError
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
+SMALL = {"vocab_size": 44, "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
+PRESETS = sorted(path.name for path in options.CONFIG_FOLDER.glob("*.json") if path.name != "schema.json")
+NEXT_TOKEN = [name for name in PRESETS if name not in ("transformer-masked.json", "transformer-pairs.json",
+                                                      "transformer-spans.json")]  # fmt: skip
+
+# A child that only pretends: it notes that it was called, and "measures" what its config says.
+FAKE = """
+import json, os, sys
+role, *arguments = sys.argv[1:]
+path = next(word for word in arguments if word.endswith("config.json"))
+run = json.load(open(path))
+lr, seed, width = run["learning_rate"], run["seed"], run["model_hyperparams"]["n_embd"]
+with open("calls.txt", "a") as file:
+    file.write(f"{role} {width} {lr:g} {seed} {'--init_from=resume' in arguments}\\n")
+if os.path.exists(f"fail_{width}_{role}"):
+    print("error: the device is on fire", file=sys.stderr)
+    sys.exit(2)
+if role == "_speed":
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(json.dumps({"tokens_per_s": 1000.0, "steps": 10, "memory": None}))
+    sys.exit()
+os.makedirs(run["checkpoints"]["path"], exist_ok=True)
+with open(os.path.join(run["checkpoints"]["path"], "metrics.jsonl"), "w") as file:
+    for step in range(1, run["max_iters"] + 1):
+        both = {"step": step, "tokens": 64 * step}
+        file.write(json.dumps({**both, "loss": 2.0, "seconds": step / 10, "tokens_per_s": 640.0}) + "\\n")
+        if step % run["eval_interval"] == 0 or step == run["max_iters"]:
+            bpb = 2 + 10 / step + abs(lr - 3e-3) * 100 + seed / 100
+            file.write(json.dumps({**both, "val_loss": bpb, "val_bpb": bpb}) + "\\n")
+sys.exit(3 if lr > 0.5 else 0)
+"""
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """A directory with a corpus and two configs, where children only pretend."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(ALPHABET)
+    encoder = encoders.load("chars:text.txt")
+    with TokenFileWriter("data.bin", encoder) as writer:
+        for n in range(60):
+            writer.add(np.array(encoder.encode(f"a cat sat on the mat and saw {n} dogs.\n")))
+    write_config("a", {"arch": "tinystar"})
+    write_config("b", {"arch": "tinystar", "n_embd": 32})
+    command = lambda role, *arguments: [sys.executable, "-c", FAKE, role, *arguments]  # noqa: E731
+    monkeypatch.setattr(bench, "child_command", command)
+    monkeypatch.setattr(bench, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(bench, "draw", lambda *arguments: None)
+    monkeypatch.setattr(plot, "save", lambda *arguments: None)
+    return tmp_path
+
+
+def write_config(name, model, **changes):
+    config = {
+        "dataset": {"path": "data.bin", "data_division": 0.8}, "encoder_path": "chars:text.txt", "batch_size": 4,
+        "model_hyperparams": SMALL | model, "eval_iters": 2, "compile": False,
+    }  # fmt: skip
+    Path(f"{name}.json").write_text(json.dumps(config | changes))
+
+
+def compare(*words):
+    """20 steps of 64 tokens, two learning rates, two seeds: three runs for each config."""
+    defaults = {"--tokens": "1280", "--seeds": "2", "--lrs": "1e-3,3e-3", "--device": "cpu", "--out": "out"}
+    for name, value in defaults.items():
+        words = words if name in words else (*words, name, value)
+    return bench.main(["compare", *words])
+
+
+def calls(role="_train"):
+    """What children were started for, since this was last asked."""
+    path = Path("calls.txt")
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return [line.removeprefix(f"{role} ") for line in lines if line.startswith(role)]
+
+
+def table():
+    return {row["label"]: row for row in json.loads(Path("out/compare.json").read_text())["rows"]}
+
+
+def entries(*specs, common=()):
+    return bench.load_entries(list(specs), [bench.parse_override(text) for text in common])
+
+
+def plan(**changes):
+    fixed = {"steps": 100, "tokens_per_step": 64, "warmup": 0.05, "cooldown": 0.4, "lrs": [1e-3], "seeds": 1, "jobs": 1,
+             "device": bench.torch.device("cpu"), "out": Path("out"),
+             "data": {"dataset": "d", "encoder": "e", "code": "c" * 64}}  # fmt: skip
+    return bench.Plan(**fixed | changes)
+
+
+# ---- what is compared ----------------------------------------------------------------------------------------------
+
+
+def test_quantities_are_read_short_and_long():
+    assert [bench.quantity(text) for text in ("5M", "100k", "1.5B", "2e6", "7")] == [5 * 10**6, 10**5, 15 * 10**8,
+                                                                                     2 * 10**6, 7]  # fmt: skip
+    for text in ("", "M", "-5M", "0", "many", "nan", "inf"):
+        with pytest.raises(UserError, match="5M"):
+            bench.quantity(text)
+
+
+def test_overrides_on_the_command_line_reach_the_model_without_their_section(workshop):
+    write_config("s", {"n_qkv": 16})
+    found = entries("s.json", "s.json:retention=none,windows=[8],weight_decay=0.5", "s.json:r_layer=0")
+    assert [entry.label for entry in found] == ["s", "s retention=none windows=[8] weight_decay=0.5", "s r_layer=0"]
+    assert [entry.run.model_hyperparams.retention for entry in found] == ["on", "none", "on"]
+    assert [entry.run.model_hyperparams.r_layer for entry in found] == [2, 2, 0]
+    assert found[1].run.model_hyperparams.windows == [8]
+    assert [entry.run.optimizer_hyperparams.weight_decay for entry in found] == [0.1, 0.5, 0.1]
+    assert found[1].params < found[0].params  # without `out` and `tao`
+
+
+def test_set_is_for_all_and_yields_to_a_config_s_own(workshop):
+    found = entries("a.json", "b.json:n_layer=3", common=["n_layer=2", "use_muon=true"])
+    assert [entry.run.model_hyperparams.n_layer for entry in found] == [2, 3]
+    assert all(entry.run.optimizer_hyperparams.use_muon for entry in found)
+
+
+def test_all_see_what_the_first_sees(workshop):
+    write_config("c", {"arch": "tinystar", "block_size": 8}, batch_size=2, eval_iters=9)
+    first, second = entries("a.json", "c.json")
+    for key in bench.SHARED:
+        assert bench.value_of(second.run, key) == bench.value_of(first.run, key), key
+    told = " ".join(second.changes)
+    assert "block_size 8 → 16" in told and "batch_size 2 → 4" in told and "eval_iters 9 → 2" in told
+    assert second.run.model_hyperparams.window == 4  # what follows from block_size follows
+
+
+def test_the_schedule_is_the_same_for_all(workshop):
+    write_config("m", {"arch": "tinystar"}, learning_rate=1e-3, warmup_iters=7, min_lr=1e-5,
+                 optimizer_hyperparams={"use_muon": True, "muon_lr": 1e-2})  # fmt: skip
+    for entry in entries("a.json", "m.json"):
+        run = bench.make_trial(entry, plan(), 4e-3, 5).config
+        expected = {"max_iters": 100, "lr_decay_iters": 100, "warmup_iters": 5, "cooldown_frac": 0.4, "seed": 5,
+                    "learning_rate": 4e-3, "min_lr": pytest.approx(4e-4), "init_from": "scratch"}  # fmt: skip
+        assert {key: run[key] for key in expected} == expected
+        _, problems = options.check(options.run_class(bench.CONFIGS, "tinystar"), run)
+        assert problems == []
+    assert run["optimizer_hyperparams"]["muon_lr"] == pytest.approx(4e-2)  # ten times the rate, as in the file
+
+
+# ---- equal sizes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NEXT_TOKEN)
+def test_every_preset_can_be_given_the_same_size(name):
+    target = 800_000
+    (entry,) = entries(name)
+    before = entry.run.model_hyperparams
+    bench.match_params([entry], target, [])
+    after = entry.run.model_hyperparams
+    params = build(after).num_params()
+    assert abs(params / target - 1) <= 0.02 and entry.params == params
+    assert (after.n_head, after.n_layer, after.vocab_size) == (before.n_head, before.n_layer, before.vocab_size)
+    assert after.n_qkv % (2 * after.n_head) == 0
+    ratio = (after.n_qkv / after.n_embd) / (before.n_qkv / before.n_embd)
+    assert 0.8 < ratio < 1.25, "not in proportion"
+    if after.n_embd != before.n_embd:
+        assert any(change.startswith(f"n_embd {before.n_embd} → {after.n_embd}") for change in entry.changes)
+
+
+def test_the_first_config_says_the_size_unless_another_is_asked_for(workshop):
+    for asked, expected in (((), entries("b.json")[0].params), (("--params", "20k"), 20_000)):
+        assert compare("b.json", "a.json", "--match", "params", *asked, "--out", f"out{expected}") == 0
+        rows = json.loads(Path(f"out{expected}/compare.json").read_text())["rows"]
+        assert all(abs(row["params"] / expected - 1) <= 0.02 for row in rows), rows
+        assert asked or rows[0]["changes"] == []
+        assert "n_embd 16 → " in Path(f"out{expected}/compare.md").read_text()
+
+
+def test_a_size_that_no_width_gives_is_an_error_with_the_nearest(workshop):
+    with pytest.raises(UserError, match=r"a: no widths give 10 non-embedding parameters within 2%; the nearest \(.*n_"):
+        compare("a.json", "--match", "params", "--params", "10")
+    assert not Path("out").exists()
+
+
+# ---- nothing is done twice -----------------------------------------------------------------------------------------
+
+
+def test_a_finished_comparison_is_not_redone(workshop):
+    assert compare("a.json", "b.json") == 0
+    assert sorted(calls()) == sorted(f"{width} {rest} False" for width in (16, 32)
+                                     for rest in ("0.001 1", "0.003 1", "0.003 2"))  # fmt: skip
+    times = {path: path.stat().st_mtime_ns for path in Path("out/runs").iterdir()}
+    assert len(times) == 8 and all(path.suffix == ".json" for path in times)  # 6 runs and 2 speeds, no leftovers
+    first = Path("out/compare.md").read_text()
+    assert compare("a.json", "b.json") == 0
+    assert not Path("calls.txt").exists()
+    assert {path: path.stat().st_mtime_ns for path in Path("out/runs").iterdir()} == times
+    assert Path("out/compare.md").read_text() == first
+
+
+def test_more_of_the_same_does_only_what_is_new(workshop):
+    compare("a.json")
+    calls()
+    compare("a.json", "--seeds", "3")
+    assert calls() == ["16 0.003 3 False"]
+    compare("a.json", "b.json", "--seeds", "3", "--jobs", "2")
+    assert len(calls()) == 4
+    next(path for path in Path("out/runs").glob("*.json") if '"lr": 0.001' in path.read_text()).unlink()
+    compare("a.json", "b.json", "--seeds", "3")
+    assert len(calls()) == 1
+
+
+def test_an_interruption_keeps_what_is_finished_and_tells_how_to_go_on(workshop, monkeypatch, capsys):
+    finished = bench.Pool.finished
+
+    def interrupted_after_two(self):
+        yield from finished(self)
+        if len(list(Path("out/runs").glob("[!s]*.json"))) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.Pool, "finished", interrupted_after_two)
+        assert compare("a.json", "b.json") == 130
+    told = capsys.readouterr().out
+    assert "2 of 6 runs are finished" in told and "bench.py compare a.json b.json --tokens 1280" in told
+    assert len(calls()) == 2 and not Path("out/compare.md").exists()
+    assert compare("a.json", "b.json") == 0
+    assert len(calls()) == 4 and "2 of them are done already" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(workshop):
+    (entry,) = entries("a.json")
+    pool = bench.Pool(plan())
+    trial = bench.make_trial(entry, pool.plan, 1e-3, 1)
+    (pool.folder(trial) / "ck" / "step_00000003").mkdir(parents=True)
+    pool.start(trial)
+    pool.running[trial.key][1].wait()
+    assert calls() == ["16 0.001 1 True"]
+
+
+@pytest.mark.parametrize("change", [
+    {"lr": 2e-3}, {"seed": 2}, {"model": {"dropout": 0.1}}, {"weight_decay": 0.2}, {"dataset": "x"}, {"encoder": "x"},
+    {"code": "x" * 64}, {"steps": 99}, {"warmup": 0.1}, {"batch_size": 8}, {"data_division": 0.7}])  # fmt: skip
+def test_whatever_matters_makes_another_run(workshop, change):
+    def key(lr=1e-3, seed=1, steps=100, warmup=0.05, model=None, weight_decay=0.1, batch_size=4, data_division=0.8,
+            **data):  # fmt: skip
+        write_config("c", {"arch": "tinystar"} | (model or {}), batch_size=batch_size,
+                     dataset={"path": "data.bin", "data_division": data_division},
+                     optimizer_hyperparams={"weight_decay": weight_decay})  # fmt: skip
+        prints = {"dataset": "d", "encoder": "e", "code": "c" * 64} | data
+        return bench.make_trial(entries("c.json")[0], plan(steps=steps, warmup=warmup, data=prints), lr, seed).key
+
+    assert key() == key() != key(**change)
+
+
+def test_what_does_not_matter_makes_no_other_run(workshop):
+    (entry,) = entries("a.json")
+    Path("moved.bin").write_bytes(Path("data.bin").read_bytes())
+    (moved,) = entries("a.json", common=["dataset.path=moved.bin"])
+    key = bench.make_trial(entry, plan(), 1e-3, 1).key
+    assert bench.make_trial(moved, plan(out=Path("elsewhere"), jobs=4, seeds=9, lrs=[1, 2]), 1e-3, 1).key == key
+
+
+def test_comments_and_docstrings_of_the_code_do_not_matter():
+    plain = "def f(x):\n    return x + 1\n"
+    assert bench.meaning(plain) == bench.meaning('"""A file."""\n\ndef f(x):  # adds\n    """Add."""\n    return x + 1')
+    assert bench.meaning(plain) != bench.meaning(plain.replace("1", "2"))
+
+
+# ---- what comes out ------------------------------------------------------------------------------------------------
+
+
+def result(bpb, lr=1e-3, seed=1, curve=None):
+    return {"label": "m", "lr": lr, "seed": seed, "bpb": bpb, "curve": curve or [[100, 3.0], [200, bpb]]}
+
+
+def test_the_table_is_the_mean_and_the_standard_deviation_over_seeds(workshop):
+    (entry,) = entries("a.json")
+    seeds = [result(1.0, curve=[[100, 2.0], [200, 1.0]]), result(1.2, seed=2, curve=[[100, 2.5], [200, 1.2]]),
+             result(1.7, seed=3, curve=[[100, 3.0], [200, 1.7]])]  # fmt: skip
+    row = bench.make_row(entry, [seeds[0], result(1.1, 3e-3)], seeds, {"tokens_per_s": 1234.5, "memory": 2.5e9})
+    # by hand: the mean of 1, 1.2, 1.7 is 1.3; deviations −0.3, −0.1, 0.4; √((0.09 + 0.01 + 0.16) / 2) = √0.13
+    assert row["bpb"] == pytest.approx(1.3) and row["bpb_sd"] == pytest.approx(math.sqrt(0.13))
+    assert row["curve"] == [[100, 2.5, 0.5], [200, pytest.approx(1.3), pytest.approx(math.sqrt(0.13))]]
+    T, C, V = 16, 16, 44
+    # GQA of two heads: q 16·16, k and v one head of 8 channels each, out 16·16; SwiGLU of 64 channels; three norms
+    hidden = C * C + 2 * C * 8 + C * C + 3 * C * 64 + 3 * C
+    # forward 2 per weight of a product, the head's included, and two T·T·C products; backward twice that
+    flops = 3 * (2 * (hidden - 3 * C + V * C) + 4 * T * C)
+    cells = [cell.strip() for cell in bench.main_table([row]).splitlines()[2].strip("|").split("|")]
+    assert cells == ["a", "AdamW", "0.001", f"{hidden:,}", f"{hidden + V * C:,}", f"{flops / 1e6:.1f}", "1,234", "2.50",
+                     "1.3000 ± 0.3606"]  # fmt: skip
+    assert row["flops_per_token"] == flops
+    assert "| a | 1.0000 | 1.1000 |" in bench.grid_table([row], [1e-3, 3e-3])
+
+
+def test_one_seed_has_no_deviation_and_a_diverged_one_no_mean(workshop):
+    (entry,) = entries("a.json")
+    one = bench.make_row(entry, [], [result(1.25)], None)
+    assert bench.bpb_text(one) == "1.2500" and one["bpb_sd"] is None
+    assert bench.bpb_text(bench.make_row(entry, [], [result(1.25), result(None)], None)) == "diverged (1 of 2)"
+
+
+def test_the_best_is_first_and_every_number_is_there(workshop):
+    compare("a.json:dropout=0.3", "b.json")
+    rows, text = table(), Path("out/compare.md").read_text()
+    # the fake's bits per byte after 20 steps: 2 + 10/20 + 0 + seed/100, for the best rate 3e-3, seeds 1 and 2
+    for row in rows.values():
+        assert row["lr"] == 3e-3 and row["bpb_seeds"] == pytest.approx([2.51, 2.52])
+        assert row["bpb"] == pytest.approx(2.515) and row["bpb_sd"] == pytest.approx(0.01 / math.sqrt(2))
+        assert row["grid"] == {"0.001": pytest.approx(2.71), "0.003": pytest.approx(2.51)}
+        assert len(row["curve"]) == 20
+    assert "2.5150 ± 0.0071" in text and "1,280 tokens = 20 steps of 4 rows of 16 tokens" in text
+    assert "that run is also the first of the mean" in text
+    assert "dropout is each config's own: 0.3 for a dropout=0.3; 0.0 for b" in text
+    assert "Sizes differ" in text and "the grid's largest for a dropout=0.3, b" in text
+
+
+def test_a_model_that_sees_the_future_is_shown_by_its_strict_loss():
+    line = {"val_bpb": 2.0, "val_loss": 4.0}
+    assert bench.honest_bpb(line) == 2.0
+    # half a bit per byte for each nat; the strict loss is 0.5 nats above the plain one of the same positions
+    assert bench.honest_bpb(line | {"strict_loss": 4.7, "plain_at_strict": 4.2}) == pytest.approx(2.25)
+
+
+def test_a_diverged_run_is_a_result_and_never_the_best(workshop):
+    assert compare("a.json", "--lrs", "1e-3,1") == 0
+    assert table()["a"]["lr"] == 1e-3 and table()["a"]["grid"] == {"0.001": pytest.approx(2.71), "1": None}
+    assert len(calls()) == 3
+    compare("a.json", "--lrs", "1e-3,1")
+    assert calls() == []
+
+
+@pytest.mark.parametrize("role", ["_speed", "_train"])
+def test_one_that_fails_takes_no_other_along(workshop, role):
+    Path(f"fail_16_{role}").touch()
+    with pytest.raises(UserError, match="1 of 2 configs failed: a .*the device is on fire; see .*log.txt"):
+        compare("a.json", "b.json")
+    assert table()["a"]["failure"] and table()["b"]["bpb"] == pytest.approx(2.515)
+    assert "failed" in Path("out/compare.md").read_text()
+    calls()
+    Path(f"fail_16_{role}").unlink()
+    assert compare("a.json", "b.json") == 0  # and what failed is tried again
+    assert all(call.startswith("16 ") for call in calls())
+    assert table()["a"]["bpb"] == pytest.approx(2.515)
+
+
+def test_the_picture_has_tokens_flops_and_seconds():
+    def row(label, flops, speed, last):
+        curve = [[100, 3.0, 0.1], [200, last, 0.1]]
+        return {"label": label, "flops_per_token": flops, "tokens_per_s": speed, "curve": curve, "bpb": last,
+                "bpb_sd": 0.1, "bpb_seeds": [last], "failure": None}  # fmt: skip
+
+    panels = bench.draw([row("a", 5.0, 50.0, 2.0), row("b", 7.0, 10.0, 1.0)], "title", 3).axes
+    found = {ax.get_xlabel(): {line.get_label(): list(line.get_xdata()) for line in ax.lines} for ax in panels}
+    a, b = "a  2.0000 ± 0.1000", "b  1.0000 ± 0.1000"
+    assert found == {
+        "training tokens": {a: [100, 200], b: [100, 200]},
+        "training FLOPs": {a: [500, 1000], b: [700, 1400]},
+        "training time, alone on the device (s)": {a: [2, 4], b: [10, 20]},
+    }
+    assert [line.get_color() for line in panels[0].lines] == list(plot.COLOURS[1::-1])  # best first, colours as given
+    assert list(panels[0].lines[0].get_ydata()) == [3.0, 1.0] and "bits per byte" in panels[0].get_ylabel()
+
+
+# ---- mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, message", [
+    (["a.json", "--tokens", "100"], "too few"),
+    (["a.json", "--tokens", "lots"], "5M"),
+    (["a.json", "--lrs", "fast"], "--lrs fast"),
+    (["a.json", "--lrs", "1e-3,-1"], "above 0"),
+    (["a.json", "--seeds", "0"], "'0' is no positive number"),
+    (["a.json", "--warmup", "2"], "between 0 and 1"),
+    (["a.json", "--params", "1M"], "add --match params"),
+    (["a.json", "--match", "size"], "params"),
+    (["a.json", "--sets", "x=1"], "unrecognized"),
+    ([], "required: configs"),
+    (["nowhere.json"], "no such file"),
+    (["a.json", "a.json"], "given twice"),
+    (["a.json:n_layers=2"], "n_layer"),
+    (["a.json:n_layer"], "is no override; write key=value"),
+    (["a.json:n_layer=none"], "n_layer"),
+    (["a.json:max_iters=5"], "use --tokens"),
+    (["a.json:learning_rate=5"], "use --lrs"),
+    (["a.json", "--set", "seed=5"], "use --seeds"),
+    (["a.json", "--set", "eval_interval=5"], "leave it out"),
+    (["a.json", "b.json:batch_size=8"], "must be the same for all; use --set batch_size="),
+    (["a.json", "--set", "r_layer=1"], "a: .*r_layer"),
+    (["a.json", "--set", "vocab_size=20"], "vocab_size"),
+    (["a.json", "--set", "dataset.path=none.bin"], "none.bin"),
+    (["a.json:arch=transformer"], "kind=decoder"),
+])  # fmt: skip
+def test_mistakes_are_told_before_anything_is_made(workshop, words, message):
+    with pytest.raises(UserError, match=message):
+        compare(*words)
+    assert not Path("out").exists() and not Path("calls.txt").exists()
+
+
+def test_an_unknown_command_is_told_with_the_nearest(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "comapre"])
+    with pytest.raises(SystemExit) as left:
+        options.run_cli(bench.main)
+    assert left.value.code == 2 and "did you mean 'compare'" in capsys.readouterr().err
+
+
+# ---- the real thing ------------------------------------------------------------------------------------------------
+
+
+def test_a_real_child_trains(workshop, monkeypatch):
+    pretended = bench.child_command
+    monkeypatch.undo()
+    monkeypatch.chdir(workshop)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    real = bench.child_command
+    by_role = {"_train": real, "_speed": pretended}
+    monkeypatch.setattr(bench, "child_command", lambda role, *rest: by_role[role](role, *rest))
+    assert compare("a.json", "--seeds", "1", "--lrs", "1e-2") == 0
+    curve = table()["a"]["curve"]
+    assert len(curve) == 20 and 0 < table()["a"]["bpb"] == curve[-1][1] < curve[0][1]
+    assert [path.suffix for path in Path("out/runs").iterdir()] == [".json"] * 2
+    assert {path.name for path in Path("out").iterdir()} == {"compare.json", "compare.md", "compare.png", "runs"}
+    assert Path("out/compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "MEASURED_SECONDS", 0.05)
+    trial = bench.speed_trial(entries("a.json")[0], plan())
+    config = bench.write_config(Path("x"), trial, checkpoints={"path": "x/ck", "create_checkpoints": False})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
+    bench.speed_child([str(config)])
+    ready, answer = capsys.readouterr().out.splitlines()
+    found = json.loads(answer)
+    assert ready == "ready" and found["tokens_per_s"] > 64 and found["steps"] >= 10 and found["memory"] is None
+    steps = [line["step"] for line in plot.read_metrics("x/ck/metrics.jsonl") if "tokens_per_s" in line]
+    assert steps[-1] == 10 + found["steps"] and not Path("x/model").exists()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # the one who asked is gone
+    bench.speed_child([str(config)])
+    assert capsys.readouterr().out == "ready\n"
