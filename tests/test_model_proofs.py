@@ -255,6 +255,43 @@ def difference(model: nn.Module, logits: torch.Tensor, exact: torch.Tensor) -> f
     return (error.norm(dim=-1) / exact.norm(dim=-1)).median().item()
 
 
+@pytest.mark.parametrize("kind", [*AFTS, "lam"])
+def test_sums_over_bfloat16_are_float32(kind):
+    """2,000 tokens, where sums in bfloat16 would stand still from the 256th on: only the result is rounded, 2^−8."""
+    c = SimpleNamespace(n_qkv=WIDTH, n_head=2, window=40, block_size=2000)
+    mix = LAM(c, as_is) if kind == "lam" else mixer(kind, 2000)
+    mix, at = mix.bfloat16(), At(torch.arange(2000)[None])
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2000, WIDTH, generator=generator).bfloat16() for _ in range(3))
+    v = v + 2
+    state = mix.new_state(1, 2000, "cpu", torch.bfloat16)
+    pieces = [(0, 300), (300, 301)] if kind in ("full", "local", "conv") else [(0, 300), (300, 301), (301, 2000)]
+    cached = torch.cat([mix(*(x[:, a:b] for x in (q, k, v, v)), At(torch.arange(a, b)[None]), state)
+                        for a, b in pieces], dim=1)  # fmt: skip
+    exact = copy.deepcopy(mix).float()(q.float(), k.float(), v.float(), v, at, None)
+    for y in (mix(q, k, v, v, at, None), cached):
+        assert y.dtype == torch.bfloat16
+        assert ((y.float() - exact[:, : y.size(1)]) / exact[:, : y.size(1)]).abs().max() < 2**-8
+
+
+def test_deviations_routing_and_chunk_sums_are_float32():
+    """What a bfloat16 model sums in float32: std, router probabilities, Σ uᵀ v."""
+    torch.manual_seed(0)
+    w = (torch.randn(300, 300) + 0.25).bfloat16()
+    torch.testing.assert_close(model_file.std(w, 300).float().std(), torch.tensor(300**-0.5), rtol=2e-3, atol=0)
+    router, x = model_file.Router(16, 4, 2), torch.randn(1, 5, 16).bfloat16()
+    init_weights_of(router)
+    p = router.bfloat16().choose(x, At(torch.arange(5)[None]))[0]
+    assert p.dtype == torch.float32 and (p.sum(-1) - 1).abs().max() < 1e-6
+    u, v = ((torch.randn(2, 600, 8) + 1).bfloat16() for _ in range(2))
+    sums = model_file.chunk_sums(u, v, 300)
+    assert sums.dtype == torch.float32
+    exact = u.double()[:, :300].mT @ v.double()[:, :300]
+    torch.testing.assert_close(sums[:, 0].double(), exact, rtol=1e-5, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model_file.chunk_sums(u.float(), v.float(), 300), sums)
+
+
 @every_case
 def test_bfloat16_stays_near_float32(case):
     """Cast as a whole, and under autocast."""
