@@ -682,7 +682,7 @@ def is_up_to_date(output: str, source: Source, spec: str, vocab_size: int | None
     except UserError as error:
         print(f"{error}", file=sys.stderr)
         return False
-    if (header.source, header.kind) != (source.digest, source.kind) or source.changed_since(os.stat(output).st_mtime):
+    if header.source != source.digest or source.changed_since(os.stat(output).st_mtime):
         return False
     return header.encoder == get_encoder(spec, vocab_size, source).fingerprint
 

@@ -422,7 +422,8 @@ class Trainer:
         """One block that says what is about to be trained, on what, and how."""
         run, model, corpus = self.run, self.model, self.corpus
         T, accumulation = run.model_hyperparams.block_size, run.gradient_accumulation_steps
-        blocks = getattr(model, "blocks", [None])
+        stacks = (module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks")
+        blocks = list(itertools.chain.from_iterable(stacks))  # of encoder and decoder
         pattern = f" of {' → '.join(blocks[0].steps)}" if hasattr(blocks[0], "steps") else ""
         threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
         name = f" ({torch.cuda.get_device_name()})" if self.device.type == "cuda" else threads

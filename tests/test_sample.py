@@ -479,6 +479,8 @@ def test_sentinels_in_an_answer_are_spelled():
     found = list(sample.continuation(model, bytes_encoder(), [], sample.Settings(), 0, source=[5, 256]))
     assert found == ["<|0|>", "a", "", "\ufffd<|1|>", "", "é", ""]
     assert model.source.tolist() == [[5, 256]] and model.idx.tolist() == [[256]]
+    list(sample.continuation(model, bytes_encoder(), [7, 8], sample.Settings(), 0, source=[5, 256]))
+    assert model.idx.tolist() == [[256, 7, 8]]  # a prompt begins the answer, which begins where one does
 
 
 def test_a_long_source_is_noted(answering, capsys):

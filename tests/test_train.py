@@ -235,6 +235,8 @@ def test_accumulation_weighs_rows_by_their_targets(objective):
         trainer.optimizer.zero_grad()
         made = [train.make_batch(trainer.objective, trainer.corpus.train, 5, i, rows, "cpu") for i in range(0, 6, rows)]
         grads.append([trainer.accumulate(made), *(p.grad.clone() for p in trainer.model.parameters())])
+    batch = train.make_batch(trainer.objective, trainer.corpus.train, 5, 0, 6, "cpu")
+    assert grads[0][0].item() == pytest.approx(trainer.model(batch.x, batch.y, source=batch.source)[1].item(), rel=1e-5)
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
