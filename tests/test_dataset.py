@@ -471,7 +471,7 @@ def test_batches_are_the_numbered_samples(split):
             assert y.tolist() == windows[:, 1:].tolist()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_batches_on_a_gpu_are_those_on_the_cpu(split):
     """Held until the end, and compared last: a pinned block used again too early would show in the first ones."""
     on_gpu = take(Loader(split, 4, 4, 2, device="cuda"), 300)

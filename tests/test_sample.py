@@ -360,7 +360,6 @@ def test_wrong_options_are_one_line_and_exit_2(capsys, monkeypatch, argv, messag
     assert re.search(message, fails(capsys, monkeypatch, "--prompt", "a", *argv))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_missing_device_is_named(folder, capsys, monkeypatch):
     argv = ["--model", str(folder / "tinystar.strawberry"), "--prompt", "a", "--device", "cuda"]
     assert "--device cuda" in fails(capsys, monkeypatch, *argv)

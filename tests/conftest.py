@@ -1,0 +1,22 @@
+"""`pytest` runs on the CPU, where results are exact, also where there is a GPU; `pytest --cuda` runs what needs one."""
+
+import os
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cuda", action="store_true", help="run the tests that need a GPU, and only those")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a GPU; runs with --cuda")
+    if not config.getoption("--cuda"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # child processes inherit it
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--cuda")
+    for item in items:
+        if bool(item.get_closest_marker("cuda")) != wanted:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU" if not wanted else "runs on the CPU"))
