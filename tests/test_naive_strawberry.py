@@ -207,17 +207,16 @@ def by_hand(P, idx, scale, H=4, D=16):
         return rms(q).sigmoid() * (e * v).cumsum(1) / e.cumsum(1)
 
     x = rms(P["embed.weight"][torch.tensor(idx)])
-    for i, mixer in enumerate([aft, tea, tea]):
+    for mixer in (aft, tea, tea):
         y = mixer(*(rms(x) @ w[0].T).split(D, dim=-1))
         u, v = (y @ w[1].T).split(C, dim=-1)
         x = x + (u * F.silu(v)) @ w[2].T
-        if i == 2:
-            return rms(x) @ P["embed.weight"].T
         oa = scale * rms(torch.einsum("btc,btd->cd", u, v) / B)
         views = [w[0], w[1].view(C, 2 * D).T, w[2]]
         new = [m + F.silu(m @ oa) @ P["out"].T for m in views]
         new[1] = new[1].T.reshape(2 * C, D)
         w = [m / (m.std() + 1e-8) * n**-0.5 * g for m, n, g in zip(new, (C, D, C), P["tao"][0].abs(), strict=True)]
+    return rms(x) @ P["embed.weight"].T
 
 
 @pytest.mark.parametrize("scale", [None, 1.0])
