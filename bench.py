@@ -49,6 +49,7 @@ from train import Signals, Trainer
 EVALUATIONS = 20  # in each run: the points of its curve
 MIN_LR = 0.1  # the learning rate at the end, as a share of the highest
 TOLERANCE = 0.02  # of --match params
+FORMAT = 1  # of the files in runs/: those of another are not read
 POLL_SECONDS = 0.3  # between looks at the children
 CODE = ("model.py", "kernels.py", "optimizer.py", "dataset.py", "train.py")  # what a run's result depends on
 
@@ -412,7 +413,7 @@ def make_trial(entry: Entry, plan: Plan, lr: float, seed: int) -> Trial:
     matters = {key: value for key, value in run.items() if key not in places}
     matters["dataset"] = {key: value for key, value in run["dataset"].items() if key != "path"}
     prints = {name: plan.data[name] for name in ("dataset", "encoder")}
-    return Trial(entry.label, lr, seed, run, f"{hashed([matters, prints])}-{plan.data['code'][:8]}")
+    return Trial(entry.label, lr, seed, run, f"{hashed([FORMAT, matters, prints])}-{plan.data['code'][:8]}")
 
 
 def read_result(plan: Plan, trial: Trial) -> dict | None:
@@ -576,7 +577,8 @@ class Timer(Trainer):
         steps = min(max(round(MEASURED_SECONDS * pace), 10), 1000) // 10 * 10
         speed = statistics.median(self.advance(steps, steps // 10))
         memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-        return {"tokens_per_s": speed, "steps": steps, "memory": memory}
+        compiled = self.forward is not self.model
+        return {"tokens_per_s": speed, "steps": steps, "memory": memory, "compiled": compiled}
 
 
 def speed_child(argv: list[str]) -> None:
@@ -603,7 +605,7 @@ def machine(device: torch.device) -> str:
 
 def speed_trial(entry: Entry, plan: Plan) -> Trial:
     """What a speed depends on: the run but for its learning rate and seed, the machine and torch's version."""
-    trial = make_trial(entry, plan, plan.lrs[0], 1)
+    trial = make_trial(entry, plan, entry.run.learning_rate, 1)
     return dataclasses.replace(trial, key=f"speed-{hashed([trial.key, machine(plan.device), torch.__version__])}")
 
 
@@ -660,7 +662,6 @@ class Contest:
         self.entries, self.plan = entries, plan
         self.grid = {entry.label: [make_trial(entry, plan, lr, 1) for lr in plan.lrs] for entry in entries}
         self.results: dict[str, dict] = {}
-        self.failed: set[str] = set()
         self.pool = Pool(plan)
 
     def best(self, entry: Entry) -> float | None:
@@ -688,7 +689,7 @@ class Contest:
         for entry in (entry for entry in self.entries if not entry.failure):
             grid = [trial for trial in self.grid[entry.label] if not self.recall(trial)]
             found += grid or [trial for trial in self.seeds(entry) if not self.recall(trial)]
-        return [trial for trial in found if trial.key not in self.failed | self.pool.running.keys()]
+        return [trial for trial in found if trial.key not in self.pool.running]
 
     def done(self) -> int:
         """How many results there are, by now or from earlier calls."""
@@ -728,7 +729,6 @@ class Contest:
             if result is None and stopped:
                 continue
             if result is None:
-                self.failed.add(trial.key)
                 entry = next(entry for entry in self.entries if entry.label == trial.label)
                 entry.failure = why
                 tqdm.write(f"{trial}: failed: {why}")
@@ -770,6 +770,7 @@ def make_row(entry: Entry, grid: list[dict], seeds: list[dict], speed: dict | No
         "optimizer": "Muon" if entry.run.optimizer_hyperparams.use_muon else "AdamW",
         "params": entry.params, "params_total": entry.params_total, "flops_per_token": entry.flops,
         "tokens_per_s": speed and speed["tokens_per_s"], "memory": speed and speed["memory"],
+        "compiled": speed and speed["compiled"],
         "lr": seeds[0]["lr"] if seeds else None, "bpb": mean, "bpb_sd": deviation, "bpb_seeds": values,
         "grid": {f"{result['lr']:g}": result["bpb"] for result in grid},
         "curve": mean_curve(seeds), "changes": entry.changes, "failure": entry.failure,
@@ -824,14 +825,16 @@ def settings(entries: list[Entry], plan: Plan) -> list[str]:
     run = entries[0].run
     T, rows = run.model_hyperparams.block_size, run.batch_size * run.gradient_accumulation_steps
     evaluated = run.eval_iters * run.batch_size * T
+    rate = f"{plan.lrs[0]:g} for all, not tuned." if len(plan.lrs) == 1 else (
+        f"for each model the best of {', '.join(f'{lr:g}' for lr in plan.lrs)} by the last validation bits per byte "
+        "with seed 1; that run is also the first of the mean, which flatters all models alike.")  # fmt: skip
     return [
         f"Data: {run.dataset.path}, encoder {run.encoder_path} ({run.model_hyperparams.vocab_size:,} tokens); the same "
         "order for all, given the seed.",
         f"Budget: {plan.tokens:,} tokens = {plan.steps:,} steps of {rows} rows of {T} tokens.",
         f"Schedule: warmup {plan.warmup:g} and cooldown {plan.cooldown:g} of the steps, down to {MIN_LR:g} of the "
         "learning rate.",
-        f"Learning rate: for each model the best of {', '.join(f'{lr:g}' for lr in plan.lrs)} by the last validation "
-        "bits per byte with seed 1; that run is also the first of the mean, which flatters all models alike.",
+        f"Learning rate: {rate}",
         f"Validation: the same {evaluated:,} tokens at most, for all; ± is the standard deviation over "
         f"{plan.seeds} seeds (n − 1)." if plan.seeds > 1 else
         f"Validation: the same {evaluated:,} tokens at most, for all; one seed, so nothing is known of the noise.",
@@ -843,7 +846,9 @@ def settings(entries: list[Entry], plan: Plan) -> list[str]:
 
 def own_choices(entries: list[Entry]) -> Iterator[str]:
     """What differs though it is no part of the architecture."""
-    keys = [("optimizer_hyperparams", name) for name in declared(OptimizerHyperparams)]
+    muon = any(entry.run.optimizer_hyperparams.use_muon for entry in entries)
+    names = [name for name in declared(OptimizerHyperparams) if muon or name not in ("momentum", "muon_lr")]
+    keys = [("optimizer_hyperparams", name) for name in names]
     for section, name in [*keys, ("model_hyperparams", "dropout")]:
         labels: dict[str, list[str]] = {}
         for entry in entries:
@@ -852,7 +857,7 @@ def own_choices(entries: list[Entry]) -> Iterator[str]:
         if len(labels) > 1:
             told = "; ".join(f"{value} for {', '.join(those)}" for value, those in labels.items())
             yield f"{name} is each config's own: {told}. --set {name}=… makes it the same."
-    if any(entry.run.optimizer_hyperparams.muon_lr for entry in entries):
+    if muon and any(entry.run.optimizer_hyperparams.muon_lr for entry in entries):
         yield "muon_lr, where a config sets it, keeps its proportion to the learning rate."
 
 
@@ -869,6 +874,9 @@ def caveats(entries: list[Entry], rows: list[dict], plan: Plan) -> list[str]:
         if at_edge and len(plan.lrs) > 1:
             found.append(f"The best learning rate is the grid's {what} for {', '.join(at_edge)}: a better one may lie "
                          "beyond.")
+    eager = [row["label"] for row in rows if row["compiled"] is False]
+    if 0 < len(eager) < len(rows):
+        found.append(f"Not compiled, unlike the others, and slower for it: {', '.join(eager)}.")
     cheats = [entry.label for entry in entries if not entry.causal]
     if cheats:
         found.append(f"{', '.join(cheats)}: sees the future, so that its bits per byte are those of the strict loss, "
@@ -888,6 +896,11 @@ def report(entries: list[Entry], rows: list[dict], plan: Plan, command: str) -> 
 
 # ---- the picture ---------------------------------------------------------------------------------------------------
 
+PANELS = {  # what the x axis counts, and how much of it a token takes
+    "training tokens": lambda row: 1.0,
+    "training FLOPs": lambda row: row["flops_per_token"],
+    "training time, alone on the device (s)": lambda row: row["tokens_per_s"] and 1 / row["tokens_per_s"],
+}
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 
 
@@ -901,14 +914,11 @@ def draw(rows: list[dict], title: str, seeds: int):
     fig = Figure(figsize=(11, 4.3 + 0.2 * math.ceil(len(shown) / columns)), dpi=200, layout="constrained")
     FigureCanvasAgg(fig)
     panels = fig.subplots(1, 3, sharey=True)
-    axes = (("training tokens", lambda row: 1.0),
-            ("training FLOPs", lambda row: row["flops_per_token"]),
-            ("training time, alone on the device (s)", lambda row: 1 / row["tokens_per_s"] if row["tokens_per_s"] else None))  # fmt: skip  # noqa: E501
     order = {row["label"]: i for i, row in enumerate(rows)}  # colours follow the command line, not the result
-    for ax, (xlabel, scale) in zip(panels, axes, strict=True):
+    for ax, (xlabel, per_token) in zip(panels, PANELS.items(), strict=True):
         for row in shown:
-            if scale(row) is not None:
-                draw_curve(ax, row, scale(row), order[row["label"]])
+            if per_token(row):
+                draw_curve(ax, row, per_token(row), order[row["label"]])
         style_panel(ax, xlabel)
     panels[0].set_ylabel("validation (bits per byte)", fontsize=11)
     limit(panels, shown)
@@ -967,7 +977,8 @@ def limit(panels, rows: list[dict]) -> None:
     curves = [[mean for _, mean, _ in row["curve"]] for row in rows]
     if not curves:
         return
-    low, high = min(map(min, curves)), max(curve[min(len(curve) // 10, len(curve) - 1)] for curve in curves)
+    low = min(mean - deviation for row in rows for _, mean, deviation in row["curve"])
+    high = max(curve[min(len(curve) // 10, len(curve) - 1)] for curve in curves)
     margin = 0.05 * (high - low or 1)
     panels[0].set_ylim(low - margin, high + margin)
     for ax in panels:
@@ -1051,8 +1062,8 @@ def introduce(entries: list[Entry], contest: Contest) -> None:
     print(flush=True)
 
 
-def command_line(argv: list[str]) -> str:
-    words = [train.short(sys.executable), train.short(os.path.abspath(__file__)), "compare", *argv]
+def command_line(python: str, argv: list[str]) -> str:
+    words = [python, train.short(os.path.abspath(__file__)), "compare", *argv]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
@@ -1109,9 +1120,10 @@ def compare(argv: list[str]) -> int | None:
             contest.run()
     except KeyboardInterrupt:
         print(f"\ninterrupted: {contest.done()} of {contest.total} runs are finished and kept in {plan.runs}; "
-              f"to go on:\n    {command_line(argv)}", flush=True)
+              f"to go on:\n    {command_line(train.short(sys.executable), argv)}", flush=True)
         return 130
-    print(f"\n{write_all(contest, speeds, command_line(argv))}\n\nthe table and the picture are in {plan.out}")
+    text = write_all(contest, speeds, command_line("python", argv))
+    print(f"\n{text}\n\nthe table and the picture are in {plan.out}")
     failed = [f"{entry.label} ({entry.failure})" for entry in entries if entry.failure]
     if failed:
         raise UserError(f"{len(failed)} of {len(entries)} configs failed: {'; '.join(failed)}")

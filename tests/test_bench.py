@@ -26,20 +26,23 @@ NEXT_TOKEN = [name for name in PRESETS if name not in ("transformer-masked.json"
 
 # A child that only pretends: it notes that it was called, and "measures" what its config says.
 FAKE = """
-import json, os, sys
+import json, os, signal, sys
 role, *arguments = sys.argv[1:]
 path = next(word for word in arguments if word.endswith("config.json"))
 run = json.load(open(path))
 lr, seed, width = run["learning_rate"], run["seed"], run["model_hyperparams"]["n_embd"]
+signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 with open("calls.txt", "a") as file:
     file.write(f"{role} {width} {lr:g} {seed} {'--init_from=resume' in arguments}\\n")
 if os.path.exists(f"fail_{width}_{role}"):
     print("error: the device is on fire", file=sys.stderr)
     sys.exit(2)
+if os.path.exists(f"hang_{width}_{role}"):
+    signal.pause()
 if role == "_speed":
     print("ready", flush=True)
     sys.stdin.readline()
-    print(json.dumps({"tokens_per_s": 1000.0, "steps": 10, "memory": None}))
+    print(json.dumps({"tokens_per_s": 1000.0, "steps": 10, "memory": None, "compiled": False}))
     sys.exit()
 os.makedirs(run["checkpoints"]["path"], exist_ok=True)
 with open(os.path.join(run["checkpoints"]["path"], "metrics.jsonl"), "w") as file:
@@ -243,6 +246,23 @@ def test_an_interruption_keeps_what_is_finished_and_tells_how_to_go_on(workshop,
     assert len(calls()) == 4 and "2 of them are done already" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="children are ended there, not asked")
+def test_a_child_that_is_running_is_asked_to_stop_and_has_not_failed(workshop, monkeypatch, capfd):
+    def interrupt(seconds):
+        if "_train 32" in Path("calls.txt").read_text():
+            signal.raise_signal(signal.SIGINT)
+
+    Path("hang_32__train").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.time, "sleep", interrupt)
+        assert compare("a.json", "b.json") == 130
+    assert len(calls()) == 4
+    told = capfd.readouterr().out
+    assert "3 of 6 runs are finished" in told and "failed" not in told
+    Path("hang_32__train").unlink()
+    assert compare("a.json", "b.json") == 0 and len(calls()) == 3
+
+
 def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(workshop):
     (entry,) = entries("a.json")
     pool = bench.Pool(plan())
@@ -293,7 +313,8 @@ def test_the_table_is_the_mean_and_the_standard_deviation_over_seeds(workshop):
     (entry,) = entries("a.json")
     seeds = [result(1.0, curve=[[100, 2.0], [200, 1.0]]), result(1.2, seed=2, curve=[[100, 2.5], [200, 1.2]]),
              result(1.7, seed=3, curve=[[100, 3.0], [200, 1.7]])]  # fmt: skip
-    row = bench.make_row(entry, [seeds[0], result(1.1, 3e-3)], seeds, {"tokens_per_s": 1234.5, "memory": 2.5e9})
+    speed = {"tokens_per_s": 1234.5, "memory": 2.5e9, "compiled": True}
+    row = bench.make_row(entry, [seeds[0], result(1.1, 3e-3)], seeds, speed)
     # by hand: the mean of 1, 1.2, 1.7 is 1.3; deviations −0.3, −0.1, 0.4; √((0.09 + 0.01 + 0.16) / 2) = √0.13
     assert row["bpb"] == pytest.approx(1.3) and row["bpb_sd"] == pytest.approx(math.sqrt(0.13))
     assert row["curve"] == [[100, 2.5, 0.5], [200, pytest.approx(1.3), pytest.approx(math.sqrt(0.13))]]
@@ -453,3 +474,37 @@ def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # the one who asked is gone
     bench.speed_child([str(config)])
     assert capsys.readouterr().out == "ready\n"
+
+
+# ---- nanogpt -------------------------------------------------------------------------------------------------------
+
+STAND_IN = """
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class GPTConfig:
+    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+
+class GPT(torch.nn.Embedding):
+    def __init__(self, c):
+        super().__init__(c.vocab_size, c.n_embd)
+
+    def forward(self, x, y):
+        return None, super().forward(x).square().mean()
+
+    def configure_optimizers(self, decay, rate, betas, device):
+        return torch.optim.SGD(self.parameters(), rate)
+"""
+
+
+def test_nanogpt_is_timed_beside_ours(tmp_path, capsys):
+    (tmp_path / "model.py").write_text(STAND_IN)
+    small = ["--steps", "2", "--n_layer", "1", "--n_embd", "16", "--batch_size", "1", "--block_size", "8"]
+    bench.main(["nanogpt", "--nanogpt_path", str(tmp_path), *small])
+    assert re.search(r"nanoGPT [\d,]+, tinystar [\d,]+; step by step [\d.]+ times as fast", capsys.readouterr().out)
+
+
+def test_a_missing_nanogpt_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"there is no {re.escape(str(tmp_path / 'model.py'))}"):
+        bench.main(["nanogpt", "--nanogpt_path", str(tmp_path)])
