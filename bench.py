@@ -10,11 +10,15 @@ run, by which the same command goes on after an interruption and redoes nothing.
 `config.json:key=value,key=value` changes keys of one config, `--set key=value` of all. Keys of the model need no
 prefix: `air.json:r_layer=0` is `air.json:model_hyperparams.r_layer=0`.
 
-Runs are child processes: train.py's own Trainer, told by a JSON file. So one that fails takes no other along, and
-several share a device (--jobs). Speed is measured apart from them, while nothing else runs.
+    python bench.py nanogpt --nanogpt_path ~/nanoGPT [--compile]
+
+times training steps of a nanoGPT checkout's model and of tinystar in its manner, in turns.
+
+compare's runs are child processes: train.py's own Trainer, told by a JSON file. So one that fails takes no other along,
+and several share a device (--jobs). Speed is measured apart from them, while nothing else runs.
 
 Index:  numbers and names · configs · equal sizes · runs · children · speed · training them all · the table ·
-        the picture · compare · the command
+        the picture · compare · nanogpt · the command
 """
 
 import argparse
@@ -22,6 +26,7 @@ import ast
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -43,6 +48,7 @@ from tqdm import tqdm
 import plot
 import train
 from model import CONFIGS, build
+from optimizer import build_optimizer
 from options import OptimizerHyperparams, Run, UserError, atomic_write, declared, load_run, nearest, run_cli, to_dict
 from train import Signals, Trainer
 
@@ -1130,9 +1136,58 @@ def compare(argv: list[str]) -> int | None:
     return 0
 
 
+# ---- nanogpt -------------------------------------------------------------------------------------------------------
+
+GPT2 = {"norm_type": "LayerNorm", "attention_type": "MHA", "ffn_type": "GELU", "pos_encoding": "Learned"}
+
+
+def nanogpt(argv: list[str]) -> None:
+    """Time training steps of a nanoGPT checkout's model and of tinystar in its manner, in turns, on the CPU."""
+    parser = argparse.ArgumentParser(prog="bench.py nanogpt", description=nanogpt.__doc__)
+    parser.add_argument("--nanogpt_path", required=True, help="directory that holds nanoGPT's model.py")
+    parser.add_argument("--compile", action="store_true", help="compile both")
+    parser.add_argument("--steps", type=int, default=15)
+    for name, size in (("n_layer", 4), ("n_head", 4), ("n_embd", 128), ("batch_size", 8), ("block_size", 256)):
+        parser.add_argument(f"--{name}", type=int, default=size)
+    a = parser.parse_args(argv)
+    shape = {name: getattr(a, name) for name in ("block_size", "n_layer", "n_head", "n_embd")} | {"vocab_size": 8192}
+    theirs, their_optimizer = load_nanogpt(Path(a.nanogpt_path) / "model.py", shape)
+    ours = build({"arch": "tinystar", **shape, **GPT2})
+    our_optimizer = build_optimizer(ours, OptimizerHyperparams(eps=1e-8), 1e-3, "cpu")
+    batch = torch.randint(8192, (2, a.batch_size, a.block_size))
+    contestants = [(theirs, their_optimizer), (ours, our_optimizer)]
+    if a.compile:
+        contestants = [(torch.compile(model), optimizer) for model, optimizer in contestants]
+    times = [[timed_step(*each, *batch) for each in contestants] for _ in range(3 + a.steps)][3:]
+    ratios = [their / our for their, our in times]
+    speeds = [batch[0].numel() / statistics.median(column) for column in zip(*times, strict=True)]
+    print(f"tokens/s: nanoGPT {speeds[0]:,.0f}, tinystar {speeds[1]:,.0f}; "
+          f"step by step {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def load_nanogpt(path: Path, shape: dict) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The user's own checkout: its code is run, as `python train.py` in it would."""
+    if not path.is_file():
+        raise UserError(f"--nanogpt_path: there is no {path}; name a checkout of nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=True))
+    return model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+
+
+def timed_step(model, optimizer, x: torch.Tensor, y: torch.Tensor) -> float:
+    start = time.perf_counter()
+    model(x, y)[1].backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
-COMMANDS: dict[str, Callable[[list[str]], int | None]] = {"compare": compare}
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {"compare": compare, "nanogpt": nanogpt}
 CHILDREN: dict[str, Callable[[list[str]], int | None]] = {"_train": train_child, "_speed": speed_child}
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import signal
 import sys
 from pathlib import Path
