@@ -1,6 +1,7 @@
 """`pytest` runs on the CPU, where results are exact, also where there is a GPU; `pytest --cuda` runs what needs one."""
 
 import os
+import signal
 
 import pytest
 
@@ -11,6 +12,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a GPU; runs with --cuda")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
     if not config.getoption("--cuda"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # child processes inherit it
 

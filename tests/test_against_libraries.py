@@ -31,7 +31,13 @@ import model as model_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested.tensor:UserWarning")
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
+FLOAT32 = {"rtol": 1e-5, "atol": 5e-5}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The libraries draw weights of their own."""
+    torch.manual_seed(0)
 
 
 def perturb(module, seed=0, scale=0.3):

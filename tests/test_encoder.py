@@ -137,12 +137,12 @@ def test_decoding_invalid_utf8_replaces(data):
 
 
 def measure(function, *args):
-    """The shortest of two runs: a busy machine only ever adds."""
+    """Processor seconds of the shortest of five runs: a busy machine only ever adds."""
     times = []
-    for _ in range(2):
-        start = time.perf_counter()
+    for _ in range(5):
+        start = time.process_time()
         function(*args)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
@@ -150,9 +150,9 @@ def measure(function, *args):
 def test_time_is_linear(char):
     short, long = (char * (size // len(char)) for size in (2 * SEGMENT, 16 * SEGMENT))
     # Eight times the text: about 8 when linear, 64 when quadratic.
-    assert measure(BPE.encode, long) < 24 * measure(BPE.encode, short) + 0.01
+    assert measure(BPE.encode, long) < 32 * measure(BPE.encode, short) + 0.02
     short, long = BPE.encode(short), BPE.encode(long)
-    assert measure(BPE.decode, long) < 24 * measure(BPE.decode, short) + 0.01
+    assert measure(BPE.decode, long) < 32 * measure(BPE.decode, short) + 0.02
 
 
 # ---- the tokens --------------------------------------------------------------------------------------------------

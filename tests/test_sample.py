@@ -598,6 +598,8 @@ def test_a_session_at_a_pseudo_terminal(folder):
     try:
         wait_for(rb"> ")
         os.write(ours, b"\x03")
+        while not select.select([ours], [], [], 1)[0]:  # readline misses what comes just as it begins to listen
+            os.write(ours, b"\x03")
         wait_for(rb"> ")
         os.write(ours, b"ab cd\n")
         wait_for(rb"ab cd\r?\n[a-h \r\n]{100}")
