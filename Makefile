@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 train: $(VENV)/installed
 	$(BIN)/python prepare.py
 	$(BIN)/python train.py --config tiny.json
-	$(BIN)/python sample.py --model bin/tiny.strawberry --prompt "def " --length 200 --seed 1
+	$(BIN)/python sample.py --model bin/tiny.strawberry --prompt "    def close(self):" --length 160 --temperature 0.7 --seed 2
 
 # one thread for each of two workers: more of either only get in each other's way on two cores
 test: $(VENV)/installed
