@@ -1,0 +1,34 @@
+"""Who starts how and who is optimized by whom, parameter by parameter, as the families say it."""
+
+import pytest
+from test_model import CASES
+
+from model import build
+
+# what these endings say; everything else is a hidden matrix
+RESIDUAL = {"strawberry": (".out",), "strawberry-v0": (".w_out", "compaction.wt")}
+SPECIAL = {"tao": ".tao", "router": ("router.weight", "depth.weight"), "position": (".aft.a", ".aft.b", "aft.kernel",
+           "mixer.a", "mixer.b", "mixer.kernel", "positions.weight")}  # fmt: skip
+
+
+def expected(arch: str, name: str, tied: bool) -> str:
+    for role, ends in SPECIAL.items():
+        if name.endswith(ends):
+            return role
+    if name == "embed.weight":
+        return "embedding" if tied else "input"
+    if name.startswith("unembed"):
+        return "head"
+    if name.endswith(".bias"):
+        return "bias"
+    if "norm" in name:
+        return "norm"
+    return "residual" if name.endswith(RESIDUAL.get(arch, "-")) else "matrix"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_parameter_has_the_role_that_its_family_says(case):
+    model = build(CASES[case])
+    arch = model.config.arch
+    tied = arch != "palm" and getattr(model.config, "tie_embeddings", True)
+    assert model.roles() == {name: expected(arch, name, tied) for name, _ in model.named_parameters()}
