@@ -2,6 +2,7 @@
 
     save_checkpoint, newest, Checkpoint    a directory per step, whole or not there at all
     set_aside                              moves an earlier run's checkpoints out of the way
+    Lock                                   one process at a time writes to such a directory
     write_state, write_model               the two files of a checkpoint
     rng_state, set_rng_state               torch's, CUDA's, Python's and numpy's random numbers
     save_model, load_model                 one safetensors file with weights, configuration, encoder and record
@@ -12,18 +13,23 @@ A checkpoint directory:
                          state.pt             optimizer, random numbers, position: read with weights_only=True
                          manifest.json        size and SHA-256 of each file, its own SHA-256, the step and what it is of
     bin/ck/latest                             "step_00002000"
-
-One process at a time writes to such a directory.
+    bin/ck/lock                               the process that writes here, while it does
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
+import socket
 import sys
+import time
+import weakref
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +44,14 @@ from torch.overrides import TorchFunctionMode
 
 from options import UserError, atomic_write, to_dict
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 Writer = Callable[[BinaryIO], Any]  # writes one file of a checkpoint
 
-MODEL, STATE, MANIFEST, LATEST = "model.safetensors", "state.pt", "manifest.json", "latest"
+MODEL, STATE, MANIFEST, LATEST, LOCK = "model.safetensors", "state.pt", "manifest.json", "latest", "lock"
 FORMAT = 1  # of a checkpoint
 MAX_MANIFEST = 16 << 20  # bytes
 UNFINISHED = ".tmp_"  # what a killed run may leave: never read, removed by the next save
@@ -79,6 +90,8 @@ def save_checkpoint(root, step: int, parts: dict[str, Writer], val_loss=None, ke
         shutil.rmtree(temporary, ignore_errors=True)
     try:
         atomic_write(root / LATEST, f"{final.name}\n".encode())
+    except UserError as error:  # it helps people, and `newest` in one case: the checkpoint is good without it
+        print(f"warning: {error}; the checkpoint {final} is saved all the same", file=sys.stderr)
     finally:
         _prune(root, step, keep)
     return final
@@ -221,6 +234,125 @@ def set_aside(root) -> Path | None:
     return target
 
 
+# ---- one process at a time -------------------------------------------------------------------------------------------
+
+
+class Lock:
+    """Keeps a directory for this process until release(), or until the process ends, however it ends.
+
+    Raises UserError, naming the process that has the directory, where another one does. The file `lock` says who that
+    is. What keeps it is flock, which the system undoes when a process dies; where there is none (Windows, some network
+    file systems) it is the file itself, and one that a dead process of this machine left is taken over.
+    """
+
+    def __init__(self, root):
+        self.path = Path(root) / LOCK
+        me = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
+        me |= {"command": shlex.join(sys.argv), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        try:
+            file = self._take()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}; name another directory") from error
+        with contextlib.suppress(OSError):  # on a full disk it is locked without a name
+            os.write(file, json.dumps(me).encode())
+        self.release = weakref.finalize(self, _release, self.path, file, os.getpid())
+
+    def _take(self) -> int:
+        while fcntl:
+            file = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o644)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.exists(self.path) and os.path.samestat(os.fstat(file), os.stat(self.path)):
+                    os.ftruncate(file, 0)
+                    return file
+                os.close(file)  # its holder has just removed it: once more
+            except BlockingIOError:
+                os.close(file)
+                raise self._refusal(_holder(self.path)) from None
+            except OSError:
+                os.close(file)
+                break  # this file system has no flock
+        return self._take_by_name()
+
+    def _take_by_name(self) -> int:
+        while True:
+            with contextlib.suppress(FileExistsError):
+                return os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            holder = _holder(self.path)
+            if not _is_dead(holder):
+                raise self._refusal(holder)
+            aside = self.path.with_name(f".{LOCK}.{os.getpid()}")
+            try:
+                os.rename(self.path, aside)  # of several that take it over, one succeeds
+            except FileNotFoundError:
+                continue
+            if _holder(aside) != holder:  # and another one has it already
+                os.rename(aside, self.path)
+            else:
+                os.unlink(aside)
+
+    def _refusal(self, holder: dict) -> UserError:
+        who = "another process, which has left no name"
+        if holder:
+            who = "process {pid} on {host} since {since} ({command})".format_map(holder)
+        mend = f"wait for it, stop it, or name another checkpoints.path; if it is gone, remove {self.path}"
+        return UserError(f"checkpoints.path = {self.path.parent}: is written to by {who}; {mend}")
+
+
+def _release(path: Path, file: int, pid: int) -> None:
+    """Removes the lock; before closing it where that can be, so that nobody locks a file that is about to go."""
+    if os.getpid() != pid:  # a fork of the holder ends
+        return
+    if os.name != "nt":
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        os.close(file)
+    if os.name == "nt":
+        path.unlink(missing_ok=True)
+
+
+def _holder(path: Path) -> dict:
+    """What a lock says of its process; empty where it is damaged, or not yet written."""
+    try:
+        holder = json.loads(path.read_bytes()[:65536])
+        return {key: holder[key] for key in ("pid", "born", "host", "command", "since")}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return {}
+
+
+def _is_dead(holder: dict) -> bool:
+    """Whether the process that a lock names is known to have ended: one of another machine never is."""
+    pid = holder.get("pid")
+    if type(pid) is not int or pid < 1 or holder["host"] != socket.gethostname():
+        return False
+    if os.name == "nt":
+        return _is_dead_on_windows(pid)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # another user's
+        pass
+    return holder["born"] != _born(pid)  # its number was given to another process
+
+
+def _is_dead_on_windows(pid: int) -> bool:
+    import ctypes
+
+    handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+    if handle:
+        ctypes.windll.kernel32.CloseHandle(handle)
+    return not handle
+
+
+def _born(pid: int) -> str:
+    """When a process started, in ticks since the system did, so that no clock matters; empty where that is not told."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
 # ---- finding and reading a checkpoint --------------------------------------------------------------------------------
 
 
@@ -242,6 +374,9 @@ class Checkpoint:
         """What write_state was given, with tensors on the CPU. Raises UserError, and runs nothing, on anything else."""
         path = self.path / STATE
         try:
+            with zipfile.ZipFile(path) as parts:  # torch.save compresses nothing: what would grow is no state of ours
+                if sum(part.file_size for part in parts.infolist()) > os.path.getsize(path):
+                    raise ValueError("it would unpack to more than its size")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a file of unknown content makes the reader say
             reason = str(error).strip().partition("\n")[0]

@@ -46,6 +46,7 @@ MAGIC = b"\x89TOKENS\n"  # \x89 starts no UTF-8 text: a token file is never take
 VERSION = 1
 HEADER_SIZE = 256
 CHUNK = 1 << 20  # tokens that are read, scanned or hashed at a time
+MAX_BATCH = 1 << 20  # rows
 KINDS = ("tokens", "pairs")  # running text; sources and targets in turn
 
 # ---- the header ----------------------------------------------------------------------------------------------------

@@ -330,11 +330,13 @@ def _must_be(value: Any, key: Option) -> str:
 
 
 def _hint(name: str, siblings: list[str], names: list[str]) -> str:
-    """Where an unknown key may belong: a sibling spelt alike, the same name in another section, or the list."""
+    """Where an unknown key may belong: the same name in another section, one spelt alike here or there, or the list."""
     moved = [dotted for dotted in names if dotted.rpartition(".")[2] == name.rpartition(".")[2]]
     if moved:
         return f" (did you mean {moved[0]!r}?)"
-    return nearest(name, siblings) or f"; valid here: {', '.join(siblings)}"
+    places = {dotted.rpartition(".")[2]: dotted for dotted in reversed(names)} | {key: key for key in siblings}
+    close = difflib.get_close_matches(name.lower()[:200], places, n=1, cutoff=0.6)
+    return f" (did you mean {places[close[0]]!r}?)" if close else f"; valid here: {', '.join(siblings)}"
 
 
 # ---- the run's keys ------------------------------------------------------------------------------------------------
@@ -387,7 +389,10 @@ class Run:
     )
     seed: int | str = option("auto", "auto: drawn, then recorded", low=0, choices=["auto"])
     gradient_accumulation_steps: int = option(1, "batches summed into one optimizer step", low=1, high=2**20)
-    batch_size: int = option(4, "rows of block_size tokens in a batch", low=1, high=2**20)
+    batch_size: int | str = option(
+        4, "rows of block_size tokens in a batch; auto: as many as the GPU has memory for, on a CPU up to 8192 tokens",
+        low=1, high=2**20, choices=["auto"],
+    )
     max_iters: int = option(50000, "optimizer steps in all", low=1)
     eval_interval: int = option(2000, "steps between evaluations, each with a sample of text", low=1)
     log_interval: int = option(200, "steps between logged lines", low=1)
@@ -401,6 +406,11 @@ class Run:
     warmup_iters: int = option(2000, "steps of linear warmup", low=0)
     min_lr: float = option(3e-4, "learning rate at the end and after", low=0)
     grad_clip: float = option(1.0, "largest norm of all gradients together; 0: no clipping", low=0)
+    on_nan: str = option(
+        "stop", "what follows a loss or gradient that is not finite; stop: the end, with code 3; rollback: back to the "
+        "last checkpoint, past the data since then, at half the learning rate, at most 3 times",
+        choices=["stop", "rollback"],
+    )
     device: str = option("auto", "auto: cuda, else mps, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option(
         "auto", "activations; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
@@ -432,6 +442,8 @@ class Run:
             yield "init_from", f'must be "scratch", "resume" or "<path>,pretrained"{hint}'
         if self.decay_lr and self.min_lr > self.learning_rate:
             yield "min_lr", f"must be <= learning_rate ({self.learning_rate:g}), since decay_lr is true"
+        if self.on_nan == "rollback" and not self.checkpoints.create_checkpoints:
+            yield "on_nan", "needs checkpoints.create_checkpoints: there is nothing else to return to"
         taken = {"encoder_path": self.encoder_path, "dataset.path": self.dataset.path}
         for key, path in {**taken, "checkpoints.path": self.checkpoints.path}.items():
             if os.path.normpath(self.model_path) == os.path.normpath(path):

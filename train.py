@@ -2,6 +2,8 @@
 
     python train.py --config tiny.json                        # from scratch
     python train.py --config tiny.json --init_from=resume     # go on from the newest good checkpoint
+    python train.py --config tiny.json --check                # would it work? says so in seconds, and writes nothing
+    torchrun --nproc_per_node=2 train.py --config tiny.json   # each batch divided among two processes
     python train.py --help                                    # every key
 
 Each step is a pure function of the weights, the optimizer's state, the seed and the step's number: batches and dropout
@@ -14,9 +16,10 @@ What it writes:  checkpoints.path/step_…         to resume from
 A run from scratch moves what an earlier run left in checkpoints.path to earlier_1, earlier_2, … in there.
 
 Exit codes:  0 all steps done · 2 a mistake to mend, nothing changed · 3 the loss or the gradient was not finite, the
-weights were not touched · 130 SIGINT, 143 SIGTERM: the step was finished and saved. A second signal leaves at once.
+weights were not touched · 4 another process of this run was lost · 130 SIGINT, 143 SIGTERM: the step was finished and
+saved. A second signal leaves at once.
 
-Index:  signals · metrics.jsonl · evaluation · getting ready · the trainer · the command
+Index:  signals · metrics.jsonl · evaluation · getting ready · memory · the trainer · the command
 """
 
 import os
@@ -28,6 +31,7 @@ if __name__ == "__main__":  # importing torch takes seconds, in which there is n
         signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -37,7 +41,8 @@ import shutil
 import subprocess
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -49,16 +54,21 @@ import checkpoint
 import dataset
 import encoder as encoders
 import plot
-from checkpoint import newest, save_checkpoint, save_model, set_aside, write_model, write_state
+from checkpoint import Lock, newest, save_checkpoint, save_model, set_aside, write_model, write_state
 from dataset import Batch, Corpus, Loader, NextToken, Split
 from model import CONFIGS, build
 from optimizer import build_optimizer, lr_at
 from options import UserError, atomic_write, load_run, run_cli, to_dict
+from ranks import Alone, Lost, Ranks, join
 
 METRICS = "metrics.jsonl"
 EVAL_SEED = 0  # of the windows that evaluations read: the same whatever the run's seed is
 STRICT_POSITIONS = 512
 COMPILE_ON_CPU_FROM = 5000  # steps; see worth_compiling
+MAX_ROLLBACKS = 3
+GRACE = 3.0  # seconds after a signal in which a step may still be finished
+CPU_TOKENS = 8192  # in a batch, at most, that batch_size "auto" makes on a CPU: more makes no token cheaper there
+VERIFIED = 2 << 30  # bytes of token file that --check reads whole: seconds
 
 # ---- signals -------------------------------------------------------------------------------------------------------
 
@@ -80,6 +90,7 @@ class Signals:
 
     def __init__(self):
         self.received: int | None = None
+        self.at = 0.0  # when, by time.monotonic()
         self.heard = False  # Interrupted was caught: from here on, nothing is raised again
         self.depth = 0  # of held() blocks
 
@@ -97,9 +108,14 @@ class Signals:
     def handle(self, number: int, frame) -> None:
         if self.received is not None:
             os._exit(128 + number)
-        self.received = number
+        self.received, self.at = number, time.monotonic()
         if not self.depth:
             raise Interrupted(number)
+
+    def give_up_late(self) -> None:
+        """To be called in a held() block at places where its work can be given up: raises once GRACE is over."""
+        if self.received is not None and not self.heard and time.monotonic() - self.at > GRACE:
+            raise Interrupted(self.received)
 
     @contextlib.contextmanager
     def held(self):
@@ -181,21 +197,25 @@ def make_batch(objective, split, seed: int, first: int, count: int, device) -> B
     return dataset.tensors(objective.batch(split, seed, first, count), lambda part: torch.from_numpy(part).to(device))
 
 
-def mean_loss(forward, split, batches: int, rows: int, lengths: Tensor, objective=None) -> tuple[float, float]:
+def mean_loss(
+    forward, split, batches: int, rows: int, lengths: Tensor, objective=None, ranks=None
+) -> tuple[float, float]:
     """(nats per token, bits per byte) over the targets of the first samples of a split, at most all of them, each once;
-    the same in every evaluation of every run.
+    the same in every evaluation of every run. Of several ranks each takes its part of each batch.
 
     bits per byte = nats / ln 2 · tokens / bytes, where bytes are those of the target tokens' text: unlike the loss, it
     can be compared between vocabularies. NaN where the objective's targets are no text.
     """
-    objective = objective or NextToken()
+    objective, ranks = objective or NextToken(), ranks or Alone()
     nats, n_bytes, count = [], [], 0
+    share = rows // ranks.world
     for i in range(min(batches, max(1, split.n_windows // rows))):
-        batch = make_batch(objective, split, EVAL_SEED, i * rows, rows, lengths.device)
+        batch = make_batch(objective, split, EVAL_SEED, i * rows + ranks.rank * share, share, lengths.device)
         nats.append(forward(batch.x, batch.y, source=batch.source)[1].detach().float() * batch.n_targets)
         n_bytes.append((lengths[batch.y.clamp(min=0)] * (batch.y >= 0)).sum())
         count += batch.n_targets
     total, n_bytes = (sum(torch.stack(values).tolist()) for values in (nats, n_bytes))
+    total, n_bytes, count = ranks.total(total, n_bytes, count)
     return total / max(count, 1), total / math.log(2) / n_bytes if n_bytes and objective.in_bytes else math.nan
 
 
@@ -333,6 +353,113 @@ def worth_compiling(run, device: torch.device) -> bool:
     return True
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return folder if folder.exists() or folder == folder.parent else existing(folder.parent)
+
+
+def check_writable(key: str, path: str, folder: Path) -> None:
+    """Raises UserError, naming key and path, unless things can be made in `folder` or in what is there of its parents.
+    Makes nothing itself."""
+    try:
+        folder = existing(folder)
+        good, reason = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK), f"{folder} cannot be written to"
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        good, reason = False, f"{error.strerror} ({folder})"
+    if not good:
+        raise UserError(f"{key} = {path}: {reason}; name another path, or change the rights")
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+STATE_BYTES = {"adamw": 8, "muon": 4}  # of an optimizer's state, for each parameter
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left; only CUDA has a class of its own for it."""
+    told = ("DefaultCPUAllocator: can't", "DefaultCPUAllocator: not enough", "MPS backend out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in told)
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """(bytes that this process could still take, bytes that there are)."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
+    if device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        return total - torch.mps.driver_allocated_memory(), total
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free, total = (int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
+    except (OSError, KeyError, ValueError):
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
+        free, total = pages // 2, pages
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free, total = min(free, max(limit - used, 0)), min(total, limit)
+    return free, total
+
+
+def kept_for_backward(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that `forward()` keeps for a backward pass, the model's own tensors left out."""
+    own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    kept = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = forward()
+    total = sum(kept.values())
+    del result
+    return total
+
+
+@dataclass
+class Footprint:
+    """Bytes that training takes, by what. An estimate: what an operation needs only while it runs is not counted."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    row: int  # what a forward pass keeps of one row for the backward pass
+
+    @property
+    def fixed(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+    def told(self, rows: int, block_size: int) -> str:
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        text = ", ".join(f"{what} {size(n)}" for what, n in parts.items())
+        return f"{text}, activations of {rows:,} rows of {block_size:,} tokens about {size(rows * self.row)}"
+
+
+def size(n: float) -> str:
+    """1_500_000_000 → 1.5 GB"""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if n >= scale:
+            return f"{n / scale:,.1f} {unit}"
+    return f"{n / 1e3:,.1f} kB"
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest n up to `limit` that fits, where what fits leaves room for all that is smaller; 0: not even 1 does.
+
+    >>> largest(lambda n: n <= 11, limit=100)  # asks for 1, 2, 4, 8, 16, 12, 10, 11
+    11
+    """
+    good, bad, n = 0, limit + 1, 1
+    while bad - good > 1:
+        good, bad = (n, bad) if fits(n) else (good, n)
+        n = min(2 * n, limit) if bad > limit else (good + bad) // 2
+    return good
+
+
 # ---- the trainer ---------------------------------------------------------------------------------------------------
 
 
@@ -347,15 +474,24 @@ class Progress:
     step: int = 0  # optimizer steps done
     tokens: int = 0
     seconds: float = 0.0  # spent in steps: without evaluations and saves
+    skipped: int = 0  # steps whose data rollbacks have passed over
+    rollbacks: list[dict] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Where the next step stands in the data, in steps; its batches and its dropout are drawn from this number."""
+        return self.step + self.skipped
 
 
 class Trainer:
-    """A run, from its configuration to its model file: prepare(), train(), finish()."""
+    """A run, from its configuration to its model file: prepare(), train(), finish(), close()."""
 
     def __init__(self, run, signals: Signals):
         self.run, self.signals = run, signals
         self.root = Path(run.checkpoints.path)
         self.metrics = Metrics(self.root / METRICS)
+        self.ranks: Alone | Ranks = Alone()
+        self.lock: Lock | None = None
         self.progress = Progress()
         self.evaluated = self.saved = -1  # the step that each was last done at
         self.val_loss: float | None = None
@@ -366,16 +502,25 @@ class Trainer:
 
     def prepare(self) -> None:
         """Everything before the first step. Nothing on disk is touched before all of it is known to work."""
+        self.get_ready()
+        self.rehearse(worth_compiling(self.run, self.device))
+        with self.signals.held():
+            self.claim_directory()
+
+    def get_ready(self) -> None:
+        """All that the first step needs, in memory."""
         run = self.run
-        if Path(run.model_path).is_dir():
-            raise UserError(f"model_path = {run.model_path}: is a directory; name a file")
+        self.check_paths()
         self.device = choose_device(run.device)
         self.dtype = choose_dtype(run.dtype, self.device)
+        self.ranks = join(self.device)
+        if self.ranks.main and self.root.is_dir():
+            self.lock = Lock(self.root)
         self.encoder, self.corpus = load_data(run)
         self.objective = choose_objective(run, self.encoder, self.corpus)
         found = self.find_checkpoint() if run.init_from == "resume" else None
         if run.seed == "auto":
-            run.seed = found.meta["run"]["seed"] if found else secrets.randbits(31)
+            run.seed = self.ranks.agree(found.meta["run"]["seed"] if found else secrets.randbits(31))
         torch.manual_seed(run.seed)
         model = build(run.model_hyperparams)
         if run.pretrained:
@@ -385,16 +530,87 @@ class Trainer:
         hyper = run.optimizer_hyperparams
         self.optimizer = build_optimizer(self.model, hyper, run.learning_rate, self.device.type)
         self.lengths = byte_lengths(self.encoder, run.model_hyperparams.vocab_size).to(self.device)
+        if run.batch_size == "auto" and found:
+            run.batch_size = found.meta["run"]["batch_size"]
         if found:
             self.restore(found)
+        self.choose_batch_size()
         self.introduce()
-        self.rehearse()
-        with self.signals.held():
-            self.claim_directory()
+
+    def check_paths(self) -> None:
+        run = self.run
+        if Path(run.model_path).is_dir():
+            raise UserError(f"model_path = {run.model_path}: is a directory; name a file")
+        check_writable("model_path", run.model_path, Path(run.model_path).parent)
+        check_writable("checkpoints.path", run.checkpoints.path, self.root)
+
+    def choose_batch_size(self) -> None:
+        """Check that the batch can be divided among the ranks; where it is "auto", find the largest that fits."""
+        run, world = self.run, self.ranks.world
+        if run.batch_size == "auto":
+            run.batch_size = self.find_batch_size() * world
+            print(f'batch_size   {run.batch_size:,}, the largest that fits; write it into the JSON to keep it')
+        if run.batch_size % world:
+            near = max(run.batch_size // world, 1) * world
+            told = f"cannot be divided among {world} processes; set it to {near} or {near + world}"
+            raise UserError(f"batch_size = {run.batch_size}: {told}")
+
+    def find_batch_size(self) -> int:
+        """The most rows that a rank has memory for, and at most one epoch.
+
+        A GPU is asked, by steps of more and more rows. A CPU's memory has no such edge, since a system that is out of
+        it slows down or kills: there half of what is free is taken, by estimate, and no more than CPU_TOKENS.
+        """
+        limit = max(1, min(self.corpus.train.n_windows, dataset.MAX_BATCH) // self.ranks.world)
+        if self.device.type == "cpu":
+            need, T = self.footprint(), self.run.model_hyperparams.block_size
+            room = device_memory(self.device)[0] // 2 - need.fixed
+            limit = max(1, int(self.ranks.agree(min(limit, CPU_TOKENS // T, room // need.row))))
+        found = largest(self.fits, limit)
+        if not found:
+            raise torch.OutOfMemoryError("not even one row fits")
+        return found
+
+    def fits(self, rows: int) -> bool:
+        """Whether every rank can take a step of so many rows, with room for the optimizer's state and 5 % to spare."""
+        spare = device_memory(self.device)[1] // 20 if self.device.type == "cuda" else 0
+        try:
+            reserve = torch.empty(self.footprint(row=0).optimizer + spare, dtype=torch.uint8, device=self.device)
+            with self.untouched():
+                batch = make_batch(self.objective, self.corpus.train, self.run.seed, 0, rows, self.device)
+                self.accumulate([batch] * min(self.run.gradient_accumulation_steps, 2))
+            del reserve
+            fit = True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            fit = False
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self.ranks.total(fit)[0] == self.ranks.world
+
+    def footprint(self, row: int | None = None) -> Footprint:
+        """What training takes. `row`: what one row does, where that is known or does not matter."""
+        weights = sum(p.nbytes for p in itertools.chain(self.model.parameters(), self.model.buffers()))
+        optimizer = sum(STATE_BYTES[group["optimizer"]] * group["parameters"] for group in self.optimizer.groups)
+        gradients = sum(p.nbytes for p in self.model.parameters())
+        if row is None:
+            with self.untouched():  # the second row's alone: casts of weights and tables are made once
+                one, two = (kept_for_backward(self.model, lambda n=n: self.one_forward(n)) for n in (1, 2))
+            row = max(two - one, 1)
+        return Footprint(weights, gradients, optimizer, row)
+
+    def one_forward(self, rows: int) -> Tensor:
+        batch = make_batch(self.objective, self.corpus.train, self.run.seed, 0, rows, self.device)
+        with self.autocast():
+            return self.model(batch.x, batch.y, source=batch.source)[1]
 
     def find_checkpoint(self) -> checkpoint.Checkpoint:
         """The newest good one, which must be of the same encoder and the same data."""
         found = newest(self.root)
+        if self.ranks.agree(found.path.name) != found.path.name:
+            raise UserError(f"checkpoints.path = {self.root}: the processes of this run find different ones there; "
+                            "give them one that all of them see")
         now = {"encoder": ("encoder_path", self.encoder.fingerprint), "dataset": ("dataset", self.corpus.fingerprint)}
         for what, (key, fingerprint) in now.items():
             if (then := found.meta.get(what)) != fingerprint:
@@ -407,16 +623,19 @@ class Trainer:
     def restore(self, found: checkpoint.Checkpoint) -> None:
         changed = differences(found.meta["run"], to_dict(self.run) | {"init_from": found.meta["run"]["init_from"]})
         try:
-            found.load_weights(self.model)
+            self.load(found)
         except UserError as error:
             shape = [line for line in changed if line.startswith("model_hyperparams.")]
             raise UserError(f"{error}; a resumed run keeps its model ({'; '.join(shape) or 'none changed'})") from error
+        print("\n    ".join([f"resuming {found.path}" + (", with changed keys:" if changed else ""), *changed]))
+
+    def load(self, found: checkpoint.Checkpoint) -> None:
+        found.load_weights(self.model)
         state = found.load_state()
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
         self.saved = self.progress.step
         self.val_loss = found.val_loss
-        print("\n    ".join([f"resuming {found.path}" + (", with changed keys:" if changed else ""), *changed]))
 
     def introduce(self) -> None:
         """One block that says what is about to be trained, on what, and how."""
@@ -449,53 +668,79 @@ class Trainer:
         n_cut, n = (sum(getattr(split, what, 0) for split in splits) for what in ("n_cut", "n_windows"))
         return f"; {n_cut:,} of {n:,} are cut to {splits[0].block_size} tokens" if n_cut else ""
 
-    def rehearse(self) -> None:
-        """One forward and backward whose results are thrown away: compiles, and finds what won't work, before any file
-        is touched and outside the time that is measured."""
+    @contextlib.contextmanager
+    def untouched(self):
+        """Whatever is computed in this block, model and gradients are then as before: routers have counted nothing."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        batch = make_batch(self.objective, self.corpus.train, self.run.seed, 0, self.run.batch_size, self.device)
-        if worth_compiling(self.run, self.device):
-            print("compiling …", flush=True)
-            self.forward = torch.compile(self.model, dynamic=False)
-            try:
-                self.accumulate([batch])
-                with evaluating(self.model), self.autocast():
-                    self.forward(batch.x, batch.y, source=batch.source)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                reason = str(error).strip().partition("\n")[0]
-                warn(f"torch.compile failed, so that steps take longer ({type(error).__name__}: {reason})")
-                self.forward = self.model
-        if self.forward is self.model:
-            self.accumulate([batch])
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            for name, buffer in self.model.named_buffers():  # what routers have counted
-                buffer.copy_(buffers[name])
+        try:
+            yield
+        finally:
+            self.optimizer.zero_grad()
+            with torch.no_grad():
+                for name, buffer in self.model.named_buffers():
+                    buffer.copy_(buffers[name])
+
+    def rehearse(self, compile: bool) -> float:
+        """One forward and backward whose results are thrown away: compiles, and finds what won't work, before any file
+        is touched and outside the time that is measured. Returns the loss."""
+        rows = self.run.batch_size // self.ranks.world
+        batch = make_batch(self.objective, self.corpus.train, self.run.seed, 0, rows, self.device)
+        with self.untouched():
+            if compile:
+                print("compiling …", flush=True)
+                self.forward = torch.compile(self.model, dynamic=False)
+                try:
+                    loss = self.accumulate([batch])
+                    with evaluating(self.model), self.autocast():
+                        self.forward(batch.x, batch.y, source=batch.source)
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+                    reason = str(error).strip().partition("\n")[0]
+                    warn(f"torch.compile failed, so that steps take longer ({type(error).__name__}: {reason})")
+                    self.forward = self.model
+            if self.forward is self.model:
+                loss = self.accumulate([batch])
+            return loss.item()
 
     def claim_directory(self) -> None:
         """Make checkpoints.path this run's: another run's files there are moved aside, a resumed run's are gone on."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            Path(self.run.model_path).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {error.filename}: {error.strerror}; name another path") from error
-        if self.run.init_from != "resume":
-            aside = set_aside(self.root)
-            if aside:
-                print(f"the checkpoints of an earlier run are now in {aside}")
-                with contextlib.suppress(FileNotFoundError):
-                    os.replace(self.metrics.path, aside / METRICS)
-        kept = self.metrics.rewind(self.progress.step if self.run.init_from == "resume" else -1)
-        for line in kept:
-            if line["step"] == self.progress.step and "val_loss" in line:
-                self.evaluated, self.val_loss = line["step"], line["val_loss"]
+        if self.ranks.main:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                Path(self.run.model_path).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make {error.filename}: {error.strerror}; name another path") from error
+            self.lock = self.lock or Lock(self.root)
+            if self.run.init_from != "resume":
+                aside = set_aside(self.root)
+                if aside:
+                    print(f"the checkpoints of an earlier run are now in {aside}")
+                    with contextlib.suppress(FileNotFoundError):
+                        os.replace(self.metrics.path, aside / METRICS)
+        self.rewind(self.progress.step if self.run.init_from == "resume" else -1)
         self.claimed = True
+
+    def rewind(self, step: int) -> None:
+        """Bring metrics.jsonl back to a step, and with it what is known of that step's evaluation."""
+        self.evaluated = -1
+        for line in self.metrics.rewind(step) if self.ranks.main else ():
+            if line["step"] == step and "val_loss" in line:
+                self.evaluated, self.val_loss = step, line["val_loss"]
+        self.evaluated, self.val_loss = self.ranks.agree([self.evaluated, self.val_loss])
 
     # -- the steps
 
     def train(self) -> None:
+        if self.run.on_nan == "rollback" and self.saved < 0:
+            self.save()  # what there is to go back to before the first interval is over
+        while self.progress.step < self.run.max_iters:
+            try:
+                self.take_steps()
+            except NonFinite as error:
+                self.roll_back(error)
+
+    def take_steps(self) -> None:
         run = self.run
         if self.progress.step and self.due(run.eval_interval) and self.evaluated != self.progress.step:
             self.evaluate()  # a signal came first
@@ -514,10 +759,14 @@ class Trainer:
                     self.save()
 
     def compute_gradients(self, micro_batches: list[Batch]) -> tuple[float, float]:
-        """(loss, norm of the gradient before clipping). Dropout is drawn from (seed, step)."""
-        torch.manual_seed(int(dataset.keys(self.run.seed, np.array([self.progress.step]))[0]))
+        """(loss, norm of the gradient before clipping), of all ranks together. Dropout is drawn from (seed, position),
+        on each rank its own."""
+        key = self.progress.position + (self.ranks.rank << 40)
+        torch.manual_seed(int(dataset.keys(self.run.seed, np.array([key]))[0]))
         loss = self.accumulate(micro_batches)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.ranks.mean_([loss, *grads], sum(batch.n_targets for batch in micro_batches))
+        self.ranks.sum_([router.load for router in self.model.routers().values()])
         norm = nn.utils.get_total_norm(grads)
         if self.run.grad_clip:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.run.grad_clip, norm)
@@ -531,6 +780,7 @@ class Trainer:
         total = max(sum(batch.n_targets for batch in micro_batches), 1)
         loss = torch.zeros((), device=self.device)
         for batch in micro_batches:
+            self.signals.give_up_late()  # nothing has changed yet
             with self.autocast():
                 _, mean = self.forward(batch.x, batch.y, source=batch.source)
             share = mean * (batch.n_targets / total)
@@ -544,12 +794,37 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             found = f"the loss is {loss:g} and the norm of the gradient {grad_norm:g}"
             raise NonFinite(f"step {step + 1:,}: {found}, so the weights were not updated")
-        lr = lr_at(step, self.run)
+        lr = lr_at(step, self.run) * 0.5 ** len(self.progress.rollbacks)
         self.optimizer.set_lr(lr / self.run.learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.after_step()
         return lr
+
+    def roll_back(self, error: NonFinite) -> None:
+        """Back to the last good checkpoint, past all data up to here, at half the learning rate.
+
+        Where `on_nan` does not ask for it, or it was done MAX_ROLLBACKS times, the error is raised again. The
+        checkpoint is then written anew with the rollback in it, so that a resumed run knows of it too.
+        """
+        reached = self.progress
+        number = len(reached.rollbacks) + 1
+        if self.run.on_nan != "rollback" or number > MAX_ROLLBACKS:
+            raise error
+        with self.signals.held():
+            self.optimizer.zero_grad()
+            self.load(self.find_checkpoint())
+            step = self.progress.step
+            about = {"rollback": number, "from_step": reached.step + 1, "lr_factor": 0.5**number, "why": str(error)}
+            self.progress.skipped = reached.position + 1 - step
+            self.progress.rollbacks = [*reached.rollbacks, {"step": step, **about}]
+            self.rewind(step)  # every rank has loaded by then
+            if self.ranks.main:
+                warn(f"{error}; going back to step {step:,}, past the data since then, with the learning rate times "
+                     f"{0.5**number:g} (rollback {number} of at most {MAX_ROLLBACKS})")
+                self.metrics.add(step=step, tokens=self.progress.tokens, **about)
+            self.saved = -1
+            self.save()
 
     def count(self, seconds: float) -> None:
         self.progress.step += 1
@@ -570,7 +845,8 @@ class Trainer:
     def batches(self) -> Loader:
         run = self.run
         order = (run.seed, run.batch_size, run.gradient_accumulation_steps)
-        return Loader(self.corpus.train, *order, self.device, self.progress.step, objective=self.objective)
+        place = (self.device, self.progress.position, self.ranks.rank, self.ranks.world)
+        return Loader(self.corpus.train, *order, *place, objective=self.objective)
 
     # -- telling
 
@@ -579,7 +855,8 @@ class Trainer:
         self.logged = (self.progress.tokens, self.progress.seconds)
         every = 0.2 if sys.stderr.isatty() else 5  # seconds: a log file need not be redrawn as often as a screen
         total, done = self.run.max_iters, self.progress.step
-        return tqdm(total=total, initial=done, bar_format=style, mininterval=every, maxinterval=60, dynamic_ncols=True)
+        shown = {"bar_format": style, "mininterval": every, "maxinterval": 60, "dynamic_ncols": True}
+        return tqdm(total=total, initial=done, disable=not self.ranks.main, **shown)
 
     def log(self, bar: tqdm, loss: float, grad_norm: float, lr: float) -> None:
         """The bar at every step, a line of metrics.jsonl at each log_interval and at the first step."""
@@ -590,7 +867,8 @@ class Trainer:
         bar.update()
         if self.due(self.run.log_interval) or p.step == 1:
             rates = {"lr": lr, "grad_norm": grad_norm, "tokens_per_s": speed, "seconds": p.seconds}
-            self.metrics.add(step=p.step, tokens=p.tokens, loss=loss, **rates)
+            if self.ranks.main:
+                self.metrics.add(step=p.step, tokens=p.tokens, loss=loss, **rates)
             self.logged = (p.tokens, p.seconds)
 
     def evaluate(self) -> None:
@@ -600,17 +878,19 @@ class Trainer:
             with self.autocast():
                 results = {}
                 for name, split in (("train", self.corpus.train), ("val", self.corpus.val)):
-                    asked = (split, run.eval_iters, run.batch_size, self.lengths, self.objective)
+                    asked = (split, run.eval_iters, run.batch_size, self.lengths, self.objective, self.ranks)
                     results[f"{name}_loss"], results[f"{name}_bpb"] = mean_loss(self.forward, *asked)
-                if self.model.generates and not self.model.causal:
+                if self.ranks.main and self.model.generates and not self.model.causal:
                     found = strict_loss(self.model, self.corpus.val, rows=run.batch_size, device=self.device)
                     results["strict_loss"], results["plain_at_strict"] = found
-            text = self.sample() if run.sample_length and self.model.generates else ""
+            text = self.sample() if self.ranks.main and run.sample_length and self.model.generates else ""
         with self.signals.held():
             self.evaluated, self.val_loss = self.progress.step, results["val_loss"]
-            self.metrics.add(step=self.progress.step, tokens=self.progress.tokens, **results)
-            tqdm.write(report(self.progress.step, results, text))
-        self.draw()
+            if self.ranks.main:
+                self.metrics.add(step=self.progress.step, tokens=self.progress.tokens, **results)
+                tqdm.write(report(self.progress.step, results, text))
+        if self.ranks.main:
+            self.draw()
 
     def sample(self) -> str:
         run = self.run
@@ -637,6 +917,9 @@ class Trainer:
         if not self.run.checkpoints.create_checkpoints or self.saved == step:
             return
         self.check_weights()
+        if not self.ranks.main:
+            self.saved = step
+            return
         fingerprints = {"dataset": self.corpus.fingerprint, "encoder": self.encoder.fingerprint}
         state = {"optimizer": self.optimizer.state_dict(), "progress": vars(self.progress)}
         parts = {checkpoint.MODEL: write_model(self.model, self.encoder, self.record()),
@@ -661,11 +944,14 @@ class Trainer:
         """What a model file tells about its training."""
         p = self.progress
         about = {"step": p.step, "tokens": p.tokens, "seconds": round(p.seconds, 3), "val_loss": self.val_loss}
-        return {**about, "dataset": self.corpus.fingerprint, "torch": torch.__version__, "run": to_dict(self.run)}
+        about |= {"rollbacks": p.rollbacks, "dataset": self.corpus.fingerprint, "torch": torch.__version__}
+        return about | {"run": to_dict(self.run)}
 
     def finish(self) -> None:
         """After the last step: the model file."""
         self.check_weights()
+        if not self.ranks.main:
+            return
         with self.signals.held():
             save_model(self.run.model_path, self.model, self.encoder, self.record())
         p = self.progress
@@ -688,6 +974,73 @@ class Trainer:
         if self.saved < 0:
             return "there is no checkpoint yet"
         return f"step {self.saved:,} is saved in {self.root}"
+
+    def close(self) -> None:
+        self.ranks.close()
+        if self.lock:
+            self.lock.release()
+
+    def memory_advice(self) -> str:
+        """What took the memory that there was, and which keys to lower."""
+        when = f"at step {self.progress.step + 1:,}" if self.claimed else "before the first step"
+        told = f"{self.device.type} is out of memory {when}"
+        with contextlib.suppress(Exception):  # whatever goes wrong in counting, the advice holds
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            free, total = device_memory(self.device)
+            rows, T = self.run.batch_size, self.run.model_hyperparams.block_size
+            rows = 1 if rows == "auto" else rows // self.ranks.world
+            need = self.footprint()
+            told += f", of {size(total)}: {need.told(rows, T)}"
+        return f"{told}; {self.standing()}. {self.lower()}"
+
+    def lower(self) -> str:
+        """Which keys to lower where memory is short."""
+        run, hyper = self.run, self.run.model_hyperparams
+        rows, mend = run.batch_size, "Lower"
+        if rows != "auto" and rows > self.ranks.world:
+            numbers = f"{max(rows // 2, 1)} and {run.gradient_accumulation_steps * 2}"
+            mend = (
+                f"Halve batch_size and double gradient_accumulation_steps (to {numbers}), which computes the same, or "
+                'set batch_size to "auto", or lower'
+            )
+        sizes = (f"model_hyperparams.{key} ({getattr(hyper, key)})" for key in ("block_size", "n_embd", "n_layer"))
+        return f"{mend} {', '.join(sizes)}."
+
+    # -- checking
+
+    def check(self) -> None:
+        """What --check does: all that a run does before its first file, and what takes seconds. Writes nothing."""
+        run = self.run
+        self.get_ready()
+        start = time.perf_counter()
+        loss = self.rehearse(compile=False)
+        seconds = time.perf_counter() - start
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of the first batch is {loss}: {MEND_NON_FINITE}")
+        read = sum(os.path.getsize(file.path) for file in self.corpus.files)
+        for file in self.corpus.files if read <= VERIFIED else ():
+            file.verify()
+        need, rows = self.footprint(), run.batch_size // self.ranks.world
+        total, (free, there) = need.fixed + rows * need.row, device_memory(self.device)
+        saved, disk = need.weights + need.optimizer, shutil.disk_usage(existing(self.root))
+        wanted = (run.checkpoints.keep + 2) * saved if run.checkpoints.create_checkpoints else 0
+        lines = {
+            "paths": f"{run.model_path} and {self.root} can be written",
+            "fingerprints": f"dataset {self.corpus.fingerprint[:12]}…"
+                            f"{' (read whole)' if read <= VERIFIED else ''}, encoder {self.encoder.fingerprint[:12]}…",
+            "memory": f"about {size(total)} ({need.told(rows, run.model_hyperparams.block_size)}); {size(free)} of "
+                      f"{size(there)} are free",
+            "disk": f"{size(saved)} a checkpoint, {size(wanted)} for those that are kept; {size(disk.free)} are free",
+            "first batch": f"loss {loss:.3f}; {run.gradient_accumulation_steps} × {seconds:.2f} s a step, not compiled",
+        }
+        print("\n".join(f"{key:<12} {text}" for key, text in lines.items()))
+        if total > free:
+            warn(f"that may be more memory than there is. {self.lower()}")
+        if wanted > disk.free:
+            warn("the checkpoints may fill the disk; lower checkpoints.keep, or name another checkpoints.path")
+        print("all is well, and nothing was written")
 
 
 def report(step: int, results: dict, text: str) -> str:
@@ -716,7 +1069,9 @@ def command(argv: list[str], resume: bool) -> str:
             elif not word.startswith("--init_from="):
                 kept.append(word)
         argv = [*kept, "--init_from=resume"]
-    words = [short(sys.executable), short(os.path.abspath(__file__)), *argv]
+    world = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    start = [short(sys.executable)] if world == "1" else ["torchrun", f"--nproc_per_node={world}"]
+    words = [*start, short(os.path.abspath(__file__)), *argv]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
@@ -729,35 +1084,48 @@ def short(path: str) -> str:
 
 
 def main(argv: list[str]) -> int:
+    checking, argv = "--check" in argv, [word for word in argv if word != "--check"]
     trainer = Trainer(load_run(argv, CONFIGS), Signals())
     try:
         with trainer.signals:
+            if checking:
+                trainer.check()
+                return 0
             trainer.prepare()
             trainer.train()
             trainer.finish()
         return 0
-    except Interrupted as interrupted:
-        saved = trainer.save_where_it_stands()
-        print(f"\n{interrupted}: {trainer.standing()}; to {'go on' if saved else 'start again'}:")
-        print(f"    {command(argv, resume=saved)}", flush=True)
-        return 128 + interrupted.number
+    except (Interrupted, Lost) as stop:
+        return leave(trainer, stop, argv)
     except NonFinite as error:
-        print(f"error: {error}; {trainer.standing()}. {MEND_NON_FINITE}", file=sys.stderr)
+        tried = f" {MAX_ROLLBACKS} rollbacks did not help." if trainer.progress.rollbacks else ""
+        print(f"error: {error}; {trainer.standing()}.{tried} {MEND_NON_FINITE}", file=sys.stderr)
         if trainer.saved > 0:
             print(f"    {command(argv, resume=True)}", file=sys.stderr)
         return 3
-    except torch.OutOfMemoryError as error:  # perhaps in the middle of an update: what there is, is not saved
-        raise UserError(f"{trainer.device.type} is out of memory; {trainer.standing()}. {MEND_MEMORY}") from error
     except UserError:
         trainer.save_where_it_stands()
         raise
+    except Exception as error:  # out of memory, perhaps in the middle of an update: what there is, is not saved
+        if is_out_of_memory(error):
+            raise UserError(trainer.memory_advice()) from error
+        raise
+    finally:
+        trainer.close()
+
+
+def leave(trainer: Trainer, stop: Interrupted | Lost, argv: list[str]) -> int:
+    """Save, say how to go on, and return the exit code, after a signal or the loss of another process."""
+    number = trainer.signals.received  # torchrun sends one to all when it has lost one
+    saved = trainer.save_where_it_stands()
+    told = f"\n{signal.Signals(number).name}" if number else f"error: {stop}"
+    out = sys.stdout if number else sys.stderr
+    print(f"{told}: {trainer.standing()}; to {'go on' if saved else 'start again'}:", file=out)
+    print(f"    {command(argv, resume=saved)}", file=out, flush=True)
+    return 128 + number if number else 4
 
 
 MEND_NON_FINITE = "Try a lower learning_rate, a longer warmup_iters or a lower grad_clip."
-MEND_MEMORY = (
-    "Halve batch_size and double gradient_accumulation_steps, which computes the same, or lower "
-    "model_hyperparams.block_size or the model's size."
-)
 
 if __name__ == "__main__":
     run_cli(main)

@@ -225,6 +225,9 @@ def test_init_from(text, path):
 REFUSED = {
     "--learning_rat=1": "learning_rat = 1: unknown key (did you mean 'learning_rate'?)",
     "--n_layer=4": "n_layer = 4: unknown key (did you mean 'model_hyperparams.n_layer'?)",
+    "--n_layr=4": "n_layr = 4: unknown key (did you mean 'model_hyperparams.n_layer'?)",
+    "--dataset.max_iter=4": "dataset.max_iter = 4: unknown key (did you mean 'max_iters'?)",
+    "--batch_size=atuo": 'batch_size = "atuo": must be integer >= 1 and <= 1048576 or "auto" (did you mean \'auto\'?)',
     "--model_hyperparams.min_lr=1": "model_hyperparams.min_lr = 1: unknown key (did you mean 'min_lr'?)",
     "--dataset.zebra=1": "dataset.zebra = 1: unknown key; valid here: data_division, load_from_file, path",
     "--learning_rate=NaN": "learning_rate = NaN: must be number > 0, finite",
@@ -233,8 +236,8 @@ REFUSED = {
     "--learning_rate=true": "learning_rate = true: must be number > 0",
     "--learning_rate=0": "learning_rate = 0: must be number > 0",
     '--learning_rate="1e-3"': 'learning_rate = "1e-3": must be number > 0',
-    "--batch_size=2.5": "batch_size = 2.5: must be integer >= 1 and <= 1048576",
-    "--batch_size=true": "batch_size = true: must be integer >= 1 and <= 1048576",
+    "--batch_size=2.5": "batch_size = 2.5: must be integer >= 1 and <= 1048576 or \"auto\"",
+    "--batch_size=true": "batch_size = true: must be integer >= 1 and <= 1048576 or \"auto\"",
     "--max_iters=1e30": "max_iters = 1e+30: must be integer >= 1, finite and < 2**63",
     "--decay_lr=1": "decay_lr = 1: must be true or false",
     "--compile=maybe": 'compile = "maybe": must be true or false or "auto"',
@@ -265,6 +268,11 @@ REFUSED = {
 @pytest.mark.parametrize("argument", REFUSED)
 def test_a_problem_names_key_value_and_what_is_allowed(argument):
     assert problems_of(argument) == [REFUSED[argument]]
+
+
+def test_rollback_needs_checkpoints():
+    told = 'on_nan = "rollback": needs checkpoints.create_checkpoints: there is nothing else to return to'
+    assert problems_of("--on_nan=rollback", "--checkpoints.create_checkpoints=false") == [told]
 
 
 def test_all_problems_are_in_one_message_and_nothing_is_made(tmp_path):
@@ -383,7 +391,7 @@ def configs(cls):
 @given(st.sampled_from(list(ARCHS)).flatmap(lambda arch: st.tuples(st.just(arch), configs(run_class(ARCHS, arch)))))
 def test_round_trip(pair):
     arch, raw = pair
-    raw |= {"init_from": "resume", "decay_lr": False}
+    raw |= {"init_from": "resume", "decay_lr": False, "on_nan": "stop"}
     raw.get("model_hyperparams", {}).pop("n_qkv", None)
     raw.get("model_hyperparams", {}).pop("n_head", None)
     if raw.get("model_path") is not None:

@@ -77,9 +77,10 @@ def run(*overrides):
 
 
 def prepared(*overrides):
-    """A trainer before its first step."""
+    """A trainer before its first step, which keeps its directory from no other one."""
     trainer = Trainer(load_run(["--config", "run.json", *overrides], CONFIGS), Signals())
     trainer.prepare()
+    trainer.close()
     return trainer
 
 
