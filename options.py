@@ -390,7 +390,7 @@ class Run:
     seed: int | str = option("auto", "auto: drawn, then recorded", low=0, choices=["auto"])
     gradient_accumulation_steps: int = option(1, "batches summed into one optimizer step", low=1, high=2**20)
     batch_size: int | str = option(
-        4, "rows of block_size tokens in a batch; auto: as many as the GPU has memory for, on a CPU up to 8192 tokens",
+        4, "rows of block_size tokens in a batch; auto: as many as the GPU has memory for, on a CPU up to 4096 tokens",
         low=1, high=2**20, choices=["auto"],
     )
     max_iters: int = option(50000, "optimizer steps in all", low=1)

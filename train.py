@@ -67,7 +67,7 @@ STRICT_POSITIONS = 512
 COMPILE_ON_CPU_FROM = 5000  # steps; see worth_compiling
 MAX_ROLLBACKS = 3
 GRACE = 3.0  # seconds after a signal in which a step may still be finished
-CPU_TOKENS = 8192  # in a batch, at most, that batch_size "auto" makes on a CPU: more makes no token cheaper there
+CPU_TOKENS = 4096  # in a batch, at most, that batch_size "auto" makes on a CPU: more makes no token cheaper there
 VERIFIED = 2 << 30  # bytes of token file that --check reads whole: seconds
 
 # ---- signals -------------------------------------------------------------------------------------------------------
