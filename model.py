@@ -20,6 +20,7 @@ module with
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -199,7 +200,9 @@ class At:
     rope: tuple[Tensor, Tensor] | None = None
     slot: int = 0  # tokens in each chunk of this call, where weights change from chunk to chunk
     count: Tensor | None = None  # (B,) how many of the tokens are real, the others being padding; None: all
-    border: bool | Tensor = True  # whether the call begins at a chunk's border, (B,) where rows differ
+    opened: bool = False  # whether all tokens lie in chunks that are open already
+    start: int | None = None  # tokens that each row had before, where all have as many
+    held: int = 2**62  # slots of a ring that may hold something from earlier calls, at most
     active: Tensor | None = None  # (B, T) tokens whose depth reaches this pass; None: all
     causal: bool = True  # False in an encoder, where every token sees every other
     padding: Tensor | None = None  # (B, T) padding that nobody sees, in an encoder
@@ -212,6 +215,11 @@ class At:
             return None
         return torch.arange(self.pos.size(1), device=self.pos.device) < self.count.unsqueeze(1)
 
+    def one(self, t: int) -> At:
+        """Where the call's t-th token stands, for what goes on token by token."""
+        count = None if self.count is None else (self.count > t).long()
+        return At(self.pos[:, t : t + 1], count=count, held=self.held + t)
+
     def mask(self, view: View) -> Tensor | None:
         """Who sees whom in this call, (B, H or 1, T, T), made once for all layers; None for plain causal attention."""
         if self.causal and view.covers(self.pos.size(1)):
@@ -222,6 +230,16 @@ class At:
                 mask = mask & ~self.padding[:, None, None, :]
             self.masks[view.key] = mask
         return self.masks[view.key]
+
+    def ring_mask(self, view: View, ring: Ring) -> Tensor | None:
+        """Who sees whom of what `ring.extend` returns, made once for all layers; None where that is plain: causal among
+        the first tokens, or one token that sees all."""
+        if self.start == 0 or (self.start is not None and self.pos.size(1) == 1 and type(view) is View):
+            return self.mask(view) if self.start == 0 else None
+        key = (*view.key, ring.size)
+        if key not in self.masks:
+            self.masks[key] = view.sees(self.pos, ring.positions(self))
+        return self.masks[key]
 
     def counted(self, u: Tensor) -> Tensor:
         """u (B, T, ·) for a sum over tokens: padding and frozen tokens stay out."""
@@ -246,6 +264,13 @@ class State:
         for name, value in self.start.items():
             getattr(self, name)[rows] = value
 
+    def row(self, i: int) -> State:
+        """The i-th row alone, in the same memory."""
+        one = copy.copy(self)
+        for name in self.start:
+            setattr(one, name, getattr(self, name)[i : i + 1])
+        return one
+
     def nbytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in self.start)
 
@@ -255,32 +280,46 @@ class Ring(State):
 
     def __init__(self, batch: int, device, dtype, size: int, **widths: int):
         self.size, self.names = size, tuple(widths)
-        tensors = {name: ((size + 1, width), 0.0, dtype) for name, width in widths.items()}
-        super().__init__(batch, device, pos=((size + 1,), -1, torch.int64), **tensors)
+        super().__init__(batch, device, **{name: ((size + 1, width), 0.0, dtype) for name, width in widths.items()})
 
-    def held(self) -> tuple[Tensor, ...]:
-        return *(getattr(self, name)[:, : self.size] for name in self.names), self.pos[:, : self.size]
+    def held(self, n: int) -> tuple[Tensor, ...]:
+        """The first n slots, (B, n, ·) each."""
+        return tuple(getattr(self, name)[:, : min(n, self.size)] for name in self.names)
+
+    def positions(self, at: At) -> Tensor:
+        """Positions of what `extend` returns, (B or 1, S), negative where a slot is empty."""
+        if at.pos.size(1) == 1:
+            newest = at.pos if at.count is None else at.pos + at.count.unsqueeze(1) - 1
+            return self.in_slots(newest, at.held + 1)
+        return torch.cat((self.in_slots(at.pos[:, :1] - 1, at.held), at.pos), dim=1)
+
+    def in_slots(self, newest: Tensor, n: int) -> Tensor:
+        """The position in each of the first n slots, where a row's newest is `newest` (B, 1)."""
+        slot = torch.arange(min(n, self.size), device=newest.device)
+        return newest - (newest - slot) % self.size
 
     def extend(self, at: At, *new: Tensor) -> tuple[Tensor, ...]:
-        """Add the call's tensors (B, T, ·). Returns each with what was kept before it, (B, S, ·), and all positions
-        (B, S), −1 where a slot is empty."""
-        pos = at.pos.expand(new[0].size(0), -1)
+        """Add the call's tensors (B, T, ·). Returns each with what was kept before it, (B, S, ·)."""
         if at.pos.size(1) == 1:  # the slot written to held the one that just left the window: the ring is what is seen
-            self.write(at, pos, new)
-            return self.held()
-        old = tuple(tensor.clone() for tensor in self.held())
-        self.write(at, pos, new)
-        return tuple(torch.cat((o, n.to(o.dtype)), dim=1) for o, n in zip(old, (*new, pos), strict=True))
+            self.write(at, new)
+            return self.held(at.held + 1)
+        if at.start == 0:
+            self.write(at, new)
+            return new
+        both = tuple(torch.cat((o, n.to(o.dtype)), dim=1) for o, n in zip(self.held(at.held), new, strict=True))
+        self.write(at, new)
+        return both
 
-    def write(self, at: At, pos: Tensor, new: tuple[Tensor, ...]) -> None:
-        T = pos.size(1)
-        count = T if at.count is None else at.count.unsqueeze(1)
-        index = torch.arange(T, device=pos.device)
-        kept = ((index < count) & (index >= count - self.size)).expand_as(pos)
-        slot = torch.where(kept, pos % self.size, self.size)
-        self.pos.scatter_(1, slot, torch.where(kept, pos, -1))
+    def write(self, at: At, new: tuple[Tensor, ...]) -> None:
+        B, T = new[0].shape[:2]
+        slot = at.pos % self.size
+        if T > 1 or at.count is not None:  # what is padding, or pushed out by the call itself, goes to the last slot
+            count = T if at.count is None else at.count.unsqueeze(1)
+            index = torch.arange(T, device=slot.device)
+            slot = torch.where((index < count) & (index >= count - self.size), slot, self.size)
         for name, tensor in zip(self.names, new, strict=True):
-            getattr(self, name).scatter_(1, slot.unsqueeze(-1).expand_as(tensor), tensor.to(getattr(self, name).dtype))
+            mine = getattr(self, name)
+            mine.scatter_(1, slot.expand(B, T).unsqueeze(-1).expand_as(tensor), tensor.to(mine.dtype))
 
 
 def states_in(tree) -> Iterator[State]:
@@ -293,7 +332,7 @@ def states_in(tree) -> Iterator[State]:
 
 
 class Cache:
-    """The states of all layers, and how many tokens each row has.
+    """The states of all layers, and how many tokens each row has. Allocated once; its tensors never move.
 
     >>> cache = model.new_cache(batch_size=2, max_length=512)
     >>> logits, _ = model(prompt, cache=cache)      # the whole prompt, (2, T, V)
@@ -314,12 +353,26 @@ class Cache:
         for state in states_in(self.layers):
             state.reset(rows)
 
+    def row(self, i: int) -> Cache:
+        """A cache of row i alone, which shares this one's memory, but not `length`."""
+        one = Cache(in_row(self.layers, i), 1, self.max_length, self.pos.device)
+        one.memory = None if self.memory is None else Memory(None, self.memory.padding[i : i + 1])
+        one.pos, one.length = self.pos[i : i + 1], self.length[i : i + 1]
+        return one
+
     def advance(self, counts: list[int]) -> None:
         self.length = [n + c for n, c in zip(self.length, counts, strict=True)]
-        self.pos += torch.tensor(counts, device=self.pos.device)
+        self.pos += counts[0] if len(set(counts)) == 1 else torch.tensor(counts, device=self.pos.device)
 
     def nbytes(self) -> int:
         return sum(state.nbytes() for state in states_in(self.layers))
+
+
+def in_row(tree, i: int):
+    """The nested list with the i-th row of every State in it."""
+    if tree is None or isinstance(tree, State):
+        return tree and tree.row(i)
+    return type(tree)(in_row(branch, i) for branch in tree)
 
 
 # ---- who sees whom -------------------------------------------------------------------------------------------------
@@ -403,17 +456,21 @@ class BigBirdView(View):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ · scale + mask) v. q (B, T, H, d), k and v (B, S, Hkv, ·) to (B, T, H, ·); no mask: causal, T = S.
+    """softmax(q kᵀ · scale + mask) v. q (B, T, H, d), k and v (B, S, Hkv, ·) to (B, T, H, ·); no mask: causal, T = S,
+    or one query that sees all.
 
-    SDPA's own causal mask is only right where queries and keys begin together, so a cache always brings a mask.
+    SDPA's own causal mask is only right where queries and keys begin together, so a cache brings a mask.
     """
-    if k.size(2) != q.size(2):
-        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    B, T, H, kv = *q.shape[:3], k.size(2)
+    if kv != H and T == 1 and (mask is None or mask.size(1) == 1):  # heads that share keys, as queries in a row
+        q = q.reshape(B, kv, H // kv, -1).transpose(1, 2)
+    elif kv != H:
+        k, v = (x.repeat_interleave(H // kv, dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(
-        q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout
-    )
-    return y.transpose(1, 2)
+        q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None and T > 1, scale=scale,
+        dropout_p=dropout)  # fmt: skip
+    return y.transpose(1, 2) if kv == H or T > 1 else y.reshape(B, T, H, -1)
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, dropout: float = 0.0) -> Tensor:
@@ -470,21 +527,23 @@ class ChunkState(State):
 
     def __init__(self, batch: int, device, dtype, C: int, shapes: list[tuple[int, ...]]):
         self.names = [f"made{i}" for i in range(len(shapes))]
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
         tensors = {name: (shape, 0.0, dtype) for name, shape in zip(self.names, shapes, strict=True)}
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
         square = ((C, C), 0.0, dtype)
         super().__init__(batch, device, finished=square, partial=square, **tensors)
 
-    def open(self, border: bool | Tensor) -> None:
-        """At a border the open chunk is finished: its sum joins the others."""
-        if border is False:
-            return
-        done = self.partial.clone() if border is True else torch.where(border.view(-1, 1, 1), self.partial, 0.0)
-        self.finished += done
-        self.partial -= done
+    def open(self, rows, make: Callable) -> list[Tensor]:
+        """These rows stand at a border: their open chunk is finished, the next one's tensors are made and kept. A
+        second call changes nothing."""
+        self.finished[rows] += self.partial[rows]
+        self.partial[rows] = 0.0
+        made = make(self.finished[rows].unsqueeze(1))
+        for name, new in zip(self.names, made, strict=True):
+            getattr(self, name)[rows] = new.squeeze(1).to(getattr(self, name).dtype)
+        return self.made(rows)
 
-    def made(self) -> list[Tensor]:
-        return [getattr(self, name).unsqueeze(1) for name in self.names]
+    def made(self, rows=slice(None)) -> list[Tensor]:
+        return [getattr(self, name)[rows].unsqueeze(1) for name in self.names]
 
     def keep(self, at: At, before: Tensor, sums: Tensor, made: Sequence[Tensor]) -> None:
         """Carry what belongs to the chunk of each row's last real token."""
@@ -500,17 +559,17 @@ def by_chunks(u: Tensor, v: Tensor, at: At, state: ChunkState | None, make: Call
     """What each chunk of each row is given, from the chunks before it alone.
 
     u, v (B, T, C), zero where a token does not count. make(before), before (B, J, C, C) = Σ uᵀ v over the chunks before
-    each, returns tensors (B, J, ·, ·). A chunk that an earlier call opened keeps what was made for it then.
+    each, returns tensors (B, J, ·, ·). A chunk that is open already keeps what was made for it.
     """
+    if at.opened:
+        with full_precision(u):
+            state.partial += wide(u).mT @ wide(v)
+        return state.made()
     sums = chunk_sums(u, v, at.slot)
     if state is None:
         return make(shifted(sums))
-    state.open(at.border)
-    sums[:, 0] += state.partial
-    before = state.finished.unsqueeze(1) + shifted(sums)
-    made, kept = (state.made() if at.border is False else make(before)), state.made()
-    if isinstance(at.border, Tensor):  # some rows stand inside a chunk
-        made = [torch.where(at.border.view(-1, 1, 1, 1), m, k) for m, k in zip(made, kept, strict=True)]
+    before = (state.finished + state.partial).unsqueeze(1) + shifted(sums)
+    made = make(before)
     state.keep(at, before, sums, made)
     return made
 
@@ -542,11 +601,9 @@ class Softmax(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: Ring | None) -> Tensor:
         q, k = self.prepare(q, k, at)
-        if state is None:
-            mask = at.mask(self.view)
-        else:
-            k, v, k_pos = state.extend(at, k, v)
-            mask = self.view.sees(at.pos, k_pos)
+        if state is not None:
+            k, v = state.extend(at, k, v)
+        mask = at.mask(self.view) if state is None else at.ring_mask(self.view, state)
         q, k, v = (x.unflatten(-1, (-1, self.d)) for x in (q, k, v))
         mix = attend if at.causal else attend_all
         return mix(q, k, v, mask, scale=self.scale, dropout=self.dropout if self.training else 0.0).flatten(2)
@@ -647,9 +704,9 @@ class AFTSimple(nn.Module):
         real = at.real()
         if real is not None:
             k = k.masked_fill(~real.unsqueeze(-1), -1e30)  # not −∞: padding must not make NaN of its own row
-        earlier = Sums(*(t.unsqueeze(1) for t in (state.top, state.numerator, state.denominator)))
+        earlier = Sums(*(t.unsqueeze(1) for t in sums_of(state)))
         sums = merge(earlier, running(Sums(k, v, torch.ones_like(v))))
-        for kept, new in zip((state.top, state.numerator, state.denominator), sums, strict=True):
+        for kept, new in zip(sums_of(state), sums, strict=True):
             new = new[:, -1]
             kept.copy_(new if at.count is None else torch.where((at.count > 0).unsqueeze(-1), new, kept))
         return sums.mean()
@@ -659,6 +716,23 @@ class AFTSimple(nn.Module):
 
     def flops(self, T: int) -> float:
         return 0
+
+
+def sums_over(k: Tensor, v: Tensor, mask: Tensor) -> Sums:
+    """Of the tokens (B, S, D) where mask (B, S) is true, (B, D); none of them is an empty set."""
+    k = k.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+    top = k.amax(dim=1)
+    e = (k - top.clamp(min=-1e30).unsqueeze(1)).exp()
+    return Sums(top, (e * v).sum(dim=1), e.sum(dim=1))
+
+
+def sums_of(state: State) -> Sums:
+    return Sums(state.top, state.numerator, state.denominator)
+
+
+def set_sums(state: State, sums: Sums) -> None:
+    for kept, new in zip(sums_of(state), sums, strict=True):
+        kept.copy_(new)
 
 
 def sums_state(batch: int, device, dtype, width: int) -> State:
@@ -696,27 +770,31 @@ class AFTPositional(nn.Module):
         return (torch.sigmoid(wide(q)) * o).to(v.dtype)
 
     def whole(self, k: Tensor, v: Tensor) -> Tensor:
+        return self.sums(k, v, first=0).mean()
+
+    def sums(self, k: Tensor, v: Tensor, first: int) -> Sums:
+        """Of each token over itself and those before it, (B, T, D); k and v begin at position `first`."""
         T, c = k.size(1), self.block
         k, v = to_chunks(k, c), to_chunks(v, c)  # (B, J, c, D)
         J = k.size(1)
-        sums = self.within(k, v)
+        sums = self.within(k, v, first)
         top = k.amax(dim=2, keepdim=True).detach()
         e = (k - top).exp()
         blocks = Sums(top, e * v, e)
         near = J - 1 if self.window is None else min(J - 1, -(-(self.window - 1) // c))
         for r in range(1, near + 1):
-            sums = merge(sums, delayed(self.across(blocks, r), r))
+            sums = merge(sums, delayed(self.across(blocks, r, first), r))
         if near < J - 1:
             before = running(Sums(top[:, :, 0], blocks.numerator.sum(2), blocks.denominator.sum(2)))
             far = Sums(*(t[:, : J - near - 1].unsqueeze(2) for t in before))
             sums = merge(sums, delayed(far, near + 1))
-        return sums.mean().flatten(1, 2)[:, :T]
+        return Sums(*(x.flatten(1, 2)[:, :T] for x in sums))
 
-    def within(self, k: Tensor, v: Tensor) -> Sums:
+    def within(self, k: Tensor, v: Tensor, first: int) -> Sums:
         """Of each token over its own block, pair by pair."""
         J, c = k.size(1), k.size(2)
         i = torch.arange(c, device=k.device)
-        start = c * torch.arange(J, device=k.device)[:, None, None]
+        start = first + c * torch.arange(J, device=k.device)[:, None, None]
         p = self.per_channel(self.positions(start + i[:, None], start + i))  # (J, c, c, D or 1)
         p = p.masked_fill((i > i[:, None])[..., None], -torch.inf)
         score = k.unsqueeze(2) + p  # (B, J, t, s, D)
@@ -724,11 +802,11 @@ class AFTPositional(nn.Module):
         e = (score - top.unsqueeze(3)).exp()
         return Sums(top, (e * v.unsqueeze(2)).sum(dim=3), e.sum(dim=3))
 
-    def across(self, blocks: Sums, r: int) -> Sums:
+    def across(self, blocks: Sums, r: int, first: int) -> Sums:
         """Of each token over the block r before its own, for blocks r …, (B, J − r, c, D)."""
         J, c = blocks.top.size(1) - r, blocks.numerator.size(2)
         i = torch.arange(c, device=blocks.top.device)
-        start = c * torch.arange(J, device=i.device)[:, None, None]
+        start = first + c * torch.arange(J, device=i.device)[:, None, None]
         p = self.positions(start + r * c + i[:, None], start + i)  # (G, J, c, c)
         highest = p.amax(dim=-1, keepdim=True).detach()
         weight = (p - highest).exp()
@@ -760,37 +838,45 @@ class AFTPositional(nn.Module):
         return Sums(top, total, share).mean()
 
     def go_on(self, k: Tensor, v: Tensor, at: At, state: list) -> Tensor:
-        """Token by token: each joins the ring, and what it pushes out of the window joins the sums before it."""
-        real = torch.ones_like(k[..., 0], dtype=torch.bool) if at.real() is None else at.real()
-        steps = [
-            self.one(k[:, t : t + 1], v[:, t : t + 1], At(at.pos[:, t : t + 1], count=real[:, t].long()), *state)
-            for t in range(k.size(1))
-        ]
+        if k.size(1) > 1 and at.start is not None:
+            return self.piece(k, v, at, *state)
+        steps = [self.one(k[:, t : t + 1], v[:, t : t + 1], at.one(t), *state) for t in range(k.size(1))]
         return torch.cat(steps, dim=1)
 
+    def piece(self, k: Tensor, v: Tensor, at: At, ring: Ring, far: State | None) -> Tensor:
+        """Many tokens at once, behind those of the ring, where all rows have as many."""
+        n = min(at.start, ring.size)
+        slots = torch.arange(at.start - n, at.start, device=k.device) % ring.size  # the oldest first
+        k, v = (torch.cat((old[:, slots], new), dim=1) for old, new in zip((ring.k, ring.v), (k, v), strict=True))
+        sums = Sums(*(x[:, n:] for x in self.sums(k, v, first=at.start - n)))
+        if far is not None:
+            before = sums_of(far)
+            sums = merge(sums, Sums(*(x.unsqueeze(1) for x in before)))
+            count = k.size(1) - n if at.count is None else at.count.unsqueeze(1)
+            leaves = torch.arange(k.size(1), device=k.device) < n + count - ring.size  # (S) or (B, S)
+            set_sums(far, merge(before, sums_over(k, v, leaves.expand(k.shape[:2]))))
+        ring.write(at, (k[:, n:], v[:, n:]))
+        return sums.mean()
+
     def one(self, k: Tensor, v: Tensor, at: At, ring: Ring, far: State | None) -> Tensor:
+        """One token: it joins the ring, and what it pushes out of the window joins the sums before it."""
         if far is not None:
             self.push_out(at, ring, far)
-        keys, values, s = ring.extend(at, k, v)
-        t = at.pos.expand(s.size(0), 1).unsqueeze(-1)
-        p = self.per_channel(self.positions(t, s.clamp(min=0).unsqueeze(1)))[:, 0]  # (B, S, D or 1)
+        (keys, values), s = ring.extend(at, k, v), ring.positions(at)
+        p = self.per_channel(self.positions(at.pos.unsqueeze(-1), s.clamp(min=0).unsqueeze(1)))[:, 0]  # (B, S, D or 1)
         score = (keys + p).masked_fill((s < 0).unsqueeze(-1), -torch.inf)
         top = score.amax(dim=1, keepdim=True)
         e = (score - top.clamp(min=-1e30)).exp()
         sums = Sums(top, (e * values).sum(1, keepdim=True), e.sum(1, keepdim=True))
         if far is not None:
-            sums = merge(sums, Sums(*(x.unsqueeze(1) for x in (far.top, far.numerator, far.denominator))))
+            sums = merge(sums, Sums(*(x.unsqueeze(1) for x in sums_of(far))))
         return sums.mean()
 
     def push_out(self, at: At, ring: Ring, far: State) -> None:
-        rows = torch.arange(len(ring.pos), device=ring.pos.device)
-        slot = (at.pos[:, 0] % ring.size).expand(len(rows))
-        leaves = ((ring.pos[rows, slot] >= 0) & (at.count > 0)).unsqueeze(-1)
-        top = torch.where(leaves, ring.k[rows, slot], -torch.inf)
-        one = leaves.to(top.dtype).expand_as(top)
-        sums = merge(Sums(far.top, far.numerator, far.denominator), Sums(top, ring.v[rows, slot] * one, one))
-        for kept, new in zip((far.top, far.numerator, far.denominator), sums, strict=True):
-            kept.copy_(new)
+        slot = (at.pos % ring.size).expand(len(ring.k), 1)
+        k, v = (x.gather(1, slot.unsqueeze(-1).expand(-1, -1, self.width)) for x in (ring.k, ring.v))
+        leaves = at.pos >= ring.size if at.count is None else (at.pos >= ring.size) & (at.count > 0).unsqueeze(1)
+        set_sums(far, merge(sums_of(far), sums_over(k, v, leaves.expand(k.shape[:2]))))
 
     def new_state(self, batch: int, max_length: int, device, dtype) -> list:
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -818,7 +904,8 @@ class AFTFull(AFTPositional):
 
     def positions(self, t: Tensor, s: Tensor) -> Tensor:
         last = len(self.a) - 1  # what pads the last block lies beyond
-        p = (wide(self.a)[t.clamp(max=last).squeeze(-1)] @ wide(self.b)[s.clamp(max=last).squeeze(-2)].mT).unsqueeze(0)
+        a, b = wide(self.a)[t.clamp(0, last).squeeze(-1)], wide(self.b)[s.clamp(0, last).squeeze(-2)]
+        p = (a @ b.mT).unsqueeze(0)
         return p if self.window is None else torch.where((t - s).abs() < self.window, p, 0.0)
 
     def flops(self, T: int) -> float:
@@ -1167,10 +1254,15 @@ class LatentAttention(nn.Module):
         q, q_rope = self.wq(x).unflatten(-1, (self.n_head, -1)).split((self.d, self.rope_dim), dim=-1)
         latent, k_rope = self.wkv_a(x).split((self.rank, self.rope_dim), dim=-1)
         latent, k_rope = self.kv_norm(latent), rotate(k_rope.unsqueeze(2), at.rope)
-        mix = self.expanded if state is None else self.absorbed
-        return self.wo(mix(q, rotate(q_rope, at.rope), latent, k_rope, at, state).flatten(2))
+        q_rope = rotate(q_rope, at.rope)
+        kept = None if state is None else state.extend(at, latent, k_rope.flatten(2))
+        if state is None or at.start == 0:
+            y = self.expanded(q, q_rope, latent, k_rope, at)
+        else:
+            y = self.absorbed(q, q_rope, *kept, at.ring_mask(self.view, state))
+        return self.wo(y.flatten(2))
 
-    def expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, at: At, state: None) -> Tensor:
+    def expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, at: At) -> Tensor:
         """Keys and values written out per head: the fewest products where all tokens are given at once."""
         k, v = self.wkv_b(latent).unflatten(-1, (self.n_head, -1)).chunk(2, dim=-1)
         k = torch.cat((k, k_rope.expand(-1, -1, self.n_head, -1).to(k.dtype)), dim=-1)
@@ -1178,13 +1270,12 @@ class LatentAttention(nn.Module):
         mix = attend if at.causal else attend_all
         return mix(q, k, v, at.mask(self.view), scale=self.scale, dropout=self.dropout if self.training else 0.0)
 
-    def absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, at: At, state: Ring) -> Tensor:
+    def absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         """The same with the up-projections moved to q and to the result: one latent head serves all heads of q."""
-        latent, k_rope, k_pos = state.extend(at, latent, k_rope.flatten(2))
         wk, wv = self.wkv_b.weight.unflatten(0, (self.n_head, 2, self.d)).unbind(dim=1)  # (H, d, rank) each
         q = torch.cat((torch.einsum("bthd,hdr->bthr", q, wk), q_rope), dim=-1)
         k = torch.cat((latent, k_rope), dim=-1).unsqueeze(2)
-        y = attend(q, k, latent.unsqueeze(2), self.view.sees(at.pos, k_pos), scale=self.scale)
+        y = attend(q, k, latent.unsqueeze(2), mask, scale=self.scale)
         return torch.einsum("bthr,hdr->bthd", y, wv)
 
     def new_state(self, batch: int, max_length: int, device, dtype) -> Ring:
@@ -1196,20 +1287,28 @@ class LatentAttention(nn.Module):
 
 
 class Memory(NamedTuple):
-    """What the encoder made of the source, and where it is padding."""
+    """What the encoder made of the source, and where it is padding. A cache holds its keys and values instead of it."""
 
-    x: Tensor  # (B, S, C)
+    x: Tensor | None  # (B, S, C)
     padding: Tensor  # (B, S)
 
 
 class CrossState(State):
-    """The source's keys and values, made in the first call, for as long as the cache lives."""
+    """The source's keys and values, for as long as the cache lives: a row that starts anew reads the same source."""
 
     def __init__(self):
         self.start, self.k, self.v = {}, None, None
 
+    def allocate(self, batch: int, size: int, width: int, device, dtype) -> None:
+        self.k, self.v = (torch.zeros(batch, size, width, device=device, dtype=dtype) for _ in range(2))
+
+    def row(self, i: int) -> CrossState:
+        one = CrossState()
+        one.k, one.v = self.k[i : i + 1], self.v[i : i + 1]
+        return one
+
     def nbytes(self) -> int:
-        return 0 if self.k is None else self.k.nbytes + self.v.nbytes
+        return self.k.nbytes + self.v.nbytes
 
 
 class CrossAttention(nn.Module):
@@ -1223,14 +1322,16 @@ class CrossAttention(nn.Module):
         self.wk, self.wv = Linear(c.n_embd, kv_width, bias=c.bias), Linear(c.n_embd, kv_width, bias=c.bias)
 
     def forward(self, x: Tensor, at: At, state: CrossState | None) -> Tensor:
-        state = CrossState() if state is None else state
-        if state.k is None:
-            state.k, state.v = self.wk(at.memory.x), self.wv(at.memory.x)
-        q, k, v = (t.unflatten(-1, (-1, self.d)) for t in (self.wq(x), state.k, state.v))
+        k, v = self.of(at.memory) if state is None else (state.k, state.v)
+        q, k, v = (t.unflatten(-1, (-1, self.d)) for t in (self.wq(x), k, v))
         mask = ~at.memory.padding[:, None, None, :].expand(-1, 1, x.size(1), -1)
         y = attend_all(q, k, v, mask, scale=self.d**-0.5, dropout=self.dropout if self.training else 0.0)
         empty = at.memory.padding.all(dim=1)[:, None, None]
         return self.wo(y.flatten(2)).masked_fill(empty, 0.0)
+
+    def of(self, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The source's keys and values."""
+        return self.wk(memory.x), self.wv(memory.x)
 
     def flops(self, T: int) -> float:
         return sum(w.flops(T) for w in (self.wq, self.wk, self.wv, self.wo)) + 4 * T * self.n_head * self.d
@@ -1288,7 +1389,8 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(c.block_size, c.n_embd))
 
     def forward(self, x: Tensor, at: At) -> Tensor:
-        return x + F.embedding(at.pos.clamp(max=len(self.weight) - 1), self.weight)  # padding may stand beyond
+        pos = at.pos.clamp(0, len(self.weight) - 1)  # padding may stand beyond, an idle row before
+        return x + F.embedding(pos, self.weight)
 
 
 class SinusoidalPositions(nn.Module):
@@ -1463,6 +1565,7 @@ class LanguageModel(nn.Module):
     takes_source = False  # whether it needs source=, as encoder-decoders do
     chunk: int | None = None  # tokens that share weights, where weights change along the row
     max_positions: int | None = None  # where learned positions end
+    part = 2048  # tokens that a cache takes at once: masks stay small however long the prompt is
 
     def __init__(self, config):
         super().__init__()
@@ -1515,7 +1618,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def go_on(self, idx: Tensor, cache: Cache, lengths) -> Tensor:
-        """Continue each row of the cache. Retention's weights change at chunk borders, so calls are cut there."""
+        """Continue each row of the cache, in parts: retention's weights change at chunk borders."""
         B, T = idx.shape
         counts = [T] * B if lengths is None else [int(n) for n in lengths]
         self.check_call(idx, cache, counts)
@@ -1526,6 +1629,17 @@ class LanguageModel(nn.Module):
             cache.advance(part)
             begin = end
         return torch.cat(outputs, dim=1)
+
+    @torch.no_grad()
+    def step(self, token: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, V), float32 or wider, after one more token (B,) of every row. The same launches whatever the rows'
+        lengths are, and nothing that the host must know, so that a GPU can record it once: see decode.py. The caller
+        first opens the chunks of rows at a border, and afterwards moves cache.pos and cache.length on."""
+        at = At(cache.pos.unsqueeze(1), slot=1, opened=True, memory=cache.memory)
+        return wide(self.head(self.hidden(token.unsqueeze(1), at, cache.layers))[:, -1])
+
+    def open_chunks(self, cache: Cache, rows) -> None:
+        """Make what the next chunk of these rows (a list or slice), which stand at a border, goes by."""
 
     def check_call(self, idx: Tensor, cache: Cache, counts: list[int]) -> None:
         if not self.causal:
@@ -1539,36 +1653,51 @@ class LanguageModel(nn.Module):
             raise UserError(f"{longest} tokens exceed the cache's max_length {cache.max_length}; make a longer one")
 
     def cuts(self, cache: Cache, T: int) -> list[int]:
-        """Where the parts of a call of T tokens end: at the first chunk border, or token by token where rows differ."""
-        if self.chunk is None or T == 1:
-            return [T]
-        if len(set(cache.length)) > 1:
+        """Where the parts of a call of T tokens end: at the first chunk border, then whenever there are more than fit a
+        mask of reasonable size; token by token where rows differ."""
+        if T == 1 or (self.chunk and len(set(cache.length)) > 1):
             return list(range(1, T + 1))
-        first = -cache.length[0] % self.chunk
-        return [T] if first == 0 or first >= T else [first, T]
+        chunk = self.chunk or 1
+        first, most = -max(cache.length) % chunk, -(-self.part // chunk) * chunk
+        return sorted({min(first, T), *range(first + most, T, most), T} - {0})
 
     def stand_on(self, cache: Cache, T: int, counts: list[int]) -> At:
-        device = cache.pos.device
-        pos = cache.pos.unsqueeze(1) + torch.arange(T, device=device)
-        border = [n % self.chunk == 0 for n in cache.length] if self.chunk else [True]
+        """Where a part's tokens stand; on the way, chunks are opened where not the part itself does it."""
+        device, lengths = cache.pos.device, set(cache.length)
+        start = lengths.pop() if len(lengths) == 1 else None
+        opened = self.chunk is not None and (T == 1 or start is None or start % self.chunk != 0)
+        if opened and (rows := [i for i, n in enumerate(cache.length) if n % self.chunk == 0]):
+            self.open_chunks(cache, slice(None) if len(rows) == len(counts) else rows)
+        i = torch.arange(T, device=device)
         return At(
-            pos,
+            pos=cache.pos.unsqueeze(1) + i if start is None else (start + i).unsqueeze(0),
             slot=min(self.chunk or T, T),
             count=None if min(counts) == T else torch.tensor(counts, device=device),
-            border=border[0] if len(set(border)) == 1 else torch.tensor(border, device=device),
+            opened=opened,
+            start=start,
+            held=max(cache.length),
             memory=cache.memory,
         )
 
-    def new_cache(self, batch_size: int, max_length: int, source: Tensor | None = None) -> Cache:
-        """An empty cache for `batch_size` rows of up to `max_length` tokens, on the model's device. It holds the source
-        of an encoder-decoder, encoded."""
+    def new_cache(self, batch_size: int, max_length: int, source: Tensor | None = None,
+                  max_source: int | None = None) -> Cache:
+        """An empty cache for `batch_size` rows of up to `max_length` tokens, on the model's device. That of an
+        encoder-decoder holds the source (B, S), encoded, or has room for sources of up to `max_source` tokens: see `read`."""
         if self.max_positions is not None and max_length > self.max_positions:
             raise UserError(f"max_length {max_length} exceeds block_size {self.max_positions}, where positions end")
         p = next(self.parameters())
-        with torch.no_grad():
-            memory = self.remember(source)
         states = self.new_states(batch_size, max_length, p.device, p.dtype)
-        return Cache(states, batch_size, max_length, p.device, memory)
+        cache = Cache(states, batch_size, max_length, p.device)
+        self.attach(cache, source, max_source)
+        return cache
+
+    def attach(self, cache: Cache, source: Tensor | None, max_source: int | None) -> None:
+        """Make room for the source in a new cache."""
+        self.remember(source)
+
+    def read(self, source: Tensor, cache: Cache) -> None:
+        """Give the cache's rows another source (B, S) to read."""
+        self.remember(source)
 
     # -- text
 
@@ -1579,18 +1708,24 @@ class LanguageModel(nn.Module):
         """Continue idx (B, T), one token (B,) int64 at a time.
 
         temperature 0 takes the likeliest. `stop` holds token ids that end a row: it repeats its stop token until all
-        rows have ended. `generator` is a torch.Generator, or one for each row.
+        rows have ended. `generator` is a torch.Generator, or one for each row. Plain and slow on a GPU: decode.py is
+        how the scripts make text.
         """
         if not self.generates:
             raise UserError(f"a {self.config.arch} of kind encoder predicts masked tokens; it does not continue text")
         stop = torch.tensor(sorted(stop), dtype=torch.int64, device=idx.device)
+        top_k = None if not top_k or top_k >= self.config.vocab_size else top_k
+        top_p = None if top_p is None or top_p >= 1 else top_p
         ended, last = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device), None
         total = idx.size(1) + max_new_tokens
         fits = self.causal and (self.max_positions is None or total <= self.max_positions)
         cache = self.new_cache(idx.size(0), total, source) if fits else None
         logits = self.last_logits(idx, cache, source)
         for i in range(max_new_tokens):
-            token = sample(logits, temperature, top_k, top_p, min_p, generator)
+            u = uniform_numbers(len(idx), generator, idx.device)
+            token = sample(logits, u, temperature, top_k, top_p, min_p, width=top_k)
+            if bool((token < 0).any()):
+                raise UserError("the model predicts NaN: its weights are ruined; use an earlier checkpoint")
             token = token if last is None else torch.where(ended, last, token)
             yield token
             last, ended = token, ended | torch.isin(token, stop)
@@ -1646,25 +1781,42 @@ class LanguageModel(nn.Module):
             router.balance()
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, generator):
-    """Draw a token (B,) from logits (B, V), after the filters: the k likeliest; the likeliest that make up p together;
-    those at least min_p times as likely as the likeliest."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True, stable=True)
-        p = ordered.softmax(dim=-1)
-        beyond = p.cumsum(dim=-1) - p >= top_p  # what stands before a token already makes up p
-        logits = ordered.masked_fill(beyond, -torch.inf).gather(-1, order.argsort(dim=-1))
-    p = logits.softmax(dim=-1)
+def uniform_numbers(n: int, generator, device) -> Tensor:
+    """(n,) numbers in [0, 1), from one torch.Generator, or one for each, or torch's own."""
+    if isinstance(generator, (list, tuple)):
+        return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generator]).to(device)
+    return torch.rand(n, generator=generator, device=device if generator is None else generator.device).to(device)
+
+
+def sample(logits: Tensor, u: Tensor, temperature, top_k=None, top_p=None, min_p=None, width: int | None = None):
+    """Draw a token (B,) from logits (B, V): the one at which the running sum of probabilities passes u (B,) in [0, 1).
+
+    Left out are, one after the other, all but the top_k likeliest, all but the likeliest that make up top_p together,
+    and those less than min_p times as likely as the likeliest; ties stay together. Each is a number or (B,), None is
+    off; temperature 0 takes the likeliest token. `width`: how many tokens top_k leaves at most. A row whose logits are
+    NaN gets token −1. What a row draws does not depend on the other rows, nor on what is asked for them.
+    """
+    numbers = (temperature, top_k, top_p, min_p)
+    temperature, top_k, top_p, min_p = (
+        f if f is None else torch.as_tensor(f, device=logits.device).view(-1, 1) for f in numbers)
+    best, likeliest = logits.max(dim=-1)
+    p = (logits / (temperature + (temperature == 0))).softmax(dim=-1)
+    if top_k is not None or top_p is not None:
+        ordered = p.topk(width).values if width else p.sort(descending=True).values
+        if top_k is not None:
+            ordered = ordered.masked_fill(torch.arange(ordered.size(1), device=p.device) >= top_k, 0.0)
+        if top_p is not None:  # what stands before a token already makes up top_p
+            beyond = ordered.cumsum(dim=-1) - ordered >= top_p * ordered.sum(dim=-1, keepdim=True)
+            ordered = ordered.masked_fill(beyond & (top_p < 1), 0.0)
+        least = ordered.masked_fill(ordered == 0, torch.inf).amin(dim=-1, keepdim=True)
+        p = p.masked_fill(p < least, 0.0)
     if min_p is not None:
         p = p.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), 0.0)
-    if isinstance(generator, (list, tuple)):
-        return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generator, strict=True)])
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)
+    total = p.cumsum(dim=-1)
+    passed = total <= u.clamp(max=1 - 2**-20).unsqueeze(1) * total[:, -1:]
+    token = passed.sum(dim=-1).clamp(max=p.size(1) - 1)
+    token = torch.where(temperature.squeeze(1) == 0, likeliest, token)
+    return torch.where(best.isnan(), -1, token)
 
 
 # ---- strawberry ----------------------------------------------------------------------------------------------------
@@ -1782,10 +1934,12 @@ class CausalRetention:
         self.scale, self.chunk = c.retention_scale, c.retention_chunk
 
     def update(self, w: Weights, u: Tensor, g: Tensor, block: StrawberryBlock, at: At, state: ChunkState) -> Weights:
-        def make(before: Tensor) -> Weights:
-            return reweigh(w, self.scale * norm(before), block.out, block.tao)
+        if state is None:
+            return self.whole(w, u, g, block, at)
+        return Weights(*by_chunks(u, g, at, state, lambda before: self.make(w, before, block)))
 
-        return self.whole(w, u, g, block, at) if state is None else Weights(*by_chunks(u, g, at, state, make))
+    def make(self, w: Weights, before: Tensor, block: StrawberryBlock) -> Weights:
+        return reweigh(w, self.scale * norm(before), block.out, block.tao)
 
     def whole(self, w: Weights, u: Tensor, g: Tensor, block: StrawberryBlock, at: At) -> Weights:
         """The same for a whole text, without the products that chunk 0, whose oa is zero, does not need."""
@@ -1796,7 +1950,7 @@ class CausalRetention:
         earlier = (J - 1) * at.slot
         before = chunk_sums(u[:, :earlier], g[:, :earlier], at.slot).cumsum(dim=1)
         later = Weights(*(m if m.dim() == 2 else m[:, 1:] for m in w))
-        rest = reweigh(later, self.scale * norm(before), block.out, block.tao)
+        rest = self.make(later, before, block)
         return Weights(*(torch.cat((f.expand(len(r), 1, -1, -1), r), dim=1) for f, r in zip(first, rest, strict=True)))
 
     def new_state(self, batch: int, device, dtype, w: Weights) -> ChunkState:
@@ -1868,6 +2022,11 @@ class StrawberryBlock(nn.Module):
         new = x + self.drop(project(u * F.silu(g), w.out, at))
         return at.moved(x, new), at.counted(u), g
 
+    def open_chunks(self, states: list, rows) -> None:
+        w = self.base()
+        for _, retained in states[:-1]:
+            w = Weights(*retained.open(rows, lambda before, w=w: self.retention.make(w, before, self)))
+
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
         return [
             (getattr(self, kind).new_state(batch, max_length, device, dtype),
@@ -1915,6 +2074,11 @@ class Strawberry(LanguageModel):
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
         passes = range(self.config.recursions)
         return [[block.new_states(batch, max_length, device, dtype) for block in self.blocks] for _ in passes]
+
+    def open_chunks(self, cache: Cache, rows) -> None:
+        for states in cache.layers:
+            for block, mine in zip(self.blocks, states, strict=True):
+                block.open_chunks(mine, rows)
 
     def flops(self, T: int) -> float:
         once = sum(block.flops(T) for block in self.blocks)
@@ -2000,13 +2164,13 @@ class CausalCompaction(nn.Module):
 
     def forward(self, x: Tensor, at: At, state: ChunkState | None) -> Tensor:
         h = norm(x)
-        tokens = at.pos[:, :: at.slot].clamp(min=1)[..., None, None]  # before each chunk, (B, J, 1, 1)
-
-        def make(before: Tensor) -> list[Tensor]:
-            return [compacted(before / tokens, self.wt)]
-
-        (y,) = by_chunks(at.counted(h @ self.wo), h @ self.wa, at, state, make)
+        tokens = at.pos[:, :: at.slot]  # before each chunk
+        (y,) = by_chunks(at.counted(h @ self.wo), h @ self.wa, at, state, lambda before: self.make(before, tokens))
         return x + project(h, y.mT, at)
+
+    def make(self, before: Tensor, tokens: Tensor) -> list[Tensor]:
+        """Y from the sums (B, J, C, C) over `tokens` (B, J) tokens."""
+        return [compacted(before / tokens.clamp(min=1)[..., None, None], self.wt)]
 
     def new_state(self, batch: int, device, dtype) -> ChunkState:
         return ChunkState(batch, device, dtype, len(self.wo), [tuple(self.wt.shape)])
@@ -2080,6 +2244,12 @@ class StrawberryV0(LanguageModel):
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
         return repeated_states(self.blocks, self.config.r_layer, batch, max_length, device, dtype)
+
+    def open_chunks(self, cache: Cache, rows) -> None:
+        tokens = cache.pos[rows].unsqueeze(1)
+        for block, repeats in zip(self.blocks, cache.layers, strict=True):
+            for *_, state in repeats:
+                state.open(rows, lambda before, block=block: block.compaction.make(before, tokens))
 
     def flops(self, T: int) -> float:
         return self.config.r_layer * sum(b.flops(T) for b in self.blocks) + 2 * self.embed.weight.numel()
@@ -2479,6 +2649,32 @@ class Transformer(LanguageModel):
 
     def new_states(self, *args) -> list:
         return self.decoder.new_states(*args)
+
+    def crossings(self, cache: Cache) -> Iterator[tuple[CrossAttention, CrossState]]:
+        for states in cache.layers:
+            for block, (_, state) in zip(self.decoder.blocks, states, strict=True):
+                yield block.cross, state
+
+    def attach(self, cache: Cache, source: Tensor | None, max_source: int | None) -> None:
+        if not self.takes_source or (source is None and max_source is None):
+            self.remember(source)
+            return
+        B, size, weight = len(cache.length), max_source or source.size(1), self.embed.weight
+        cache.memory = Memory(None, torch.ones(B, size, dtype=torch.bool, device=weight.device))
+        for cross, state in self.crossings(cache):
+            state.allocate(B, size, cross.wk.weight.size(0), weight.device, weight.dtype)
+        if source is not None:
+            self.read(source, cache)
+
+    @torch.no_grad()
+    def read(self, source: Tensor, cache: Cache) -> None:
+        memory, S, padding = self.remember(source), source.size(1), cache.memory.padding
+        if padding.size(1) < S:
+            raise UserError(f"a source of {S} tokens exceeds the {padding.size(1)} that the cache was made for; "
+                            "give new_cache a larger max_source")
+        padding.copy_(F.pad(memory.padding, (0, padding.size(1) - S), value=True))
+        for cross, state in self.crossings(cache):
+            state.k[:, :S], state.v[:, :S] = cross.of(memory)
 
     def flops(self, T: int) -> float:
         return sum(stack.flops(T) for stack in (self.encoder, self.decoder) if stack is not None) + (

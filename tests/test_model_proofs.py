@@ -834,14 +834,14 @@ RINGS = [  # tinystar's attention_type → numbers per token and layer
     ({"attention_type": "GQA", "n_kv_head": 2}, 2 * 2 * 8),
     ({"attention_type": "MQA"}, 2 * 8),
 ]
-FLOAT, POSITION = 4, 8  # bytes; a slot holds its token's position, int64, and one slot more takes what is dropped
+FLOAT = 4  # bytes; one slot more than there are tokens takes what is dropped
 
 
 @pytest.mark.parametrize("options, numbers", RINGS)
 @pytest.mark.parametrize("filled", [0, 40])
 def test_attention_caches_so_many_numbers_for_each_token(options, numbers, filled):
     """2 rows, 2 layers: MHLA kv_rank + rope_dim, others 2·n_kv_head·d. With a window, no more than the window holds."""
-    slot = 2 * 2 * (FLOAT * numbers + POSITION)
+    slot = 2 * 2 * FLOAT * numbers
     hyperparams = {"arch": "tinystar", **options}
     for length in (50, 200):
         assert cache_bytes(hyperparams, length, filled=filled) == (length + 1) * slot
@@ -852,7 +852,7 @@ def test_attention_caches_so_many_numbers_for_each_token(options, numbers, fille
 
 D = 64
 SUMS = FLOAT * 3 * D  # numerator, denominator, maximum
-ring = FLOAT * 2 * D + POSITION
+ring = FLOAT * 2 * D
 CONSTANT = {  # bytes for each row and layer, whatever the length; the window is 30
     "AFT simple": ({"arch": "palm", "n_qkv": D}, SUMS),
     "AFT conv": ({"arch": "palm", "n_qkv": D, "aft": "conv", "window": 30}, SUMS + 31 * ring),
@@ -862,7 +862,7 @@ CONSTANT = {  # bytes for each row and layer, whatever the length; the window is
         FLOAT * (2 * 32 * 32 + 3 * D * 32 + 2 * 32 * D + 32 * 32) + SUMS + 31 * ring),
     "retention, two passes of two experts": (
         {"n_qkv": D, "r_layer": 1, "windows": [30, 9], "n_experts": 2, "recursions": 2},
-        2 * (FLOAT * (3 * 32 * 32 + 5 * D * 32) + SUMS + 31 * (FLOAT * D + POSITION) + 10 * (FLOAT * D + POSITION))),
+        2 * (FLOAT * (3 * 32 * 32 + 5 * D * 32) + SUMS + (31 + 10) * FLOAT * D)),
     "compaction": (
         {"arch": "strawberry-v0", "n_qkv": D, "compaction": True, "aft": "simple", "window": 30, "r_layer": 1},
         FLOAT * 3 * 32 * 32 + SUMS + 31 * ring),
@@ -886,10 +886,8 @@ def test_positional_aft_caches_its_window(aft_kind, tokens_kept, far):
 def test_an_encoder_decoder_caches_its_source_once():
     model = build({"arch": "transformer", **TINY, "attention_type": "MQA"}).eval()
     cache = model.new_cache(2, 10, torch.zeros(2, 7, dtype=torch.int64))
-    empty = 2 * 11 * (FLOAT * 2 * 8 + POSITION)
-    assert cache.nbytes() == empty  # the source's keys and values are made in the first call
-    model(torch.zeros(2, 4, dtype=torch.int64), cache=cache)
-    held = cache.nbytes()
-    assert held == empty + 2 * 7 * FLOAT * 2 * 8
-    model(torch.zeros(2, 6, dtype=torch.int64), cache=cache)
+    held = 2 * 11 * FLOAT * 2 * 8 + 2 * 7 * FLOAT * 2 * 8
+    for _ in range(2):
+        assert cache.nbytes() == held
+        model(torch.zeros(2, 4, dtype=torch.int64), cache=cache)
     assert cache.nbytes() == held
