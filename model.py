@@ -264,12 +264,16 @@ class State:
         for name, value in self.start.items():
             getattr(self, name)[rows] = value
 
-    def row(self, i: int) -> State:
-        """The i-th row alone, in the same memory."""
-        one = copy.copy(self)
+    def part(self, rows: slice) -> State:
+        """These rows alone, in the same memory."""
+        mine = copy.copy(self)
         for name in self.start:
-            setattr(one, name, getattr(self, name)[i : i + 1])
-        return one
+            setattr(mine, name, getattr(self, name)[rows])
+        return mine
+
+    def move(self, source: int, target: int) -> None:
+        for name in self.start:
+            getattr(self, name)[target] = getattr(self, name)[source]
 
     def nbytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in self.start)
@@ -353,12 +357,19 @@ class Cache:
         for state in states_in(self.layers):
             state.reset(rows)
 
-    def row(self, i: int) -> Cache:
-        """A cache of row i alone, which shares this one's memory, but not `length`."""
-        one = Cache(in_row(self.layers, i), 1, self.max_length, self.pos.device)
-        one.memory = None if self.memory is None else Memory(None, self.memory.padding[i : i + 1])
-        one.pos, one.length = self.pos[i : i + 1], self.length[i : i + 1]
-        return one
+    def part(self, rows: slice) -> Cache:
+        """A cache of these rows alone, which shares this one's memory, but not `length`."""
+        mine = Cache(part_of(self.layers, rows), 0, self.max_length, self.pos.device)
+        mine.memory = None if self.memory is None else Memory(None, self.memory.padding[rows])
+        mine.pos, mine.length = self.pos[rows], self.length[rows]
+        return mine
+
+    def move(self, source: int, target: int) -> None:
+        """Row `target` becomes what row `source` is."""
+        for state in states_in(self.layers):
+            state.move(source, target)
+        for mine in (self.pos, self.length, *(() if self.memory is None else (self.memory.padding,))):
+            mine[target] = mine[source]
 
     def advance(self, counts: list[int]) -> None:
         self.length = [n + c for n, c in zip(self.length, counts, strict=True)]
@@ -368,11 +379,11 @@ class Cache:
         return sum(state.nbytes() for state in states_in(self.layers))
 
 
-def in_row(tree, i: int):
-    """The nested list with the i-th row of every State in it."""
+def part_of(tree, rows: slice):
+    """The nested list with these rows of every State in it."""
     if tree is None or isinstance(tree, State):
-        return tree and tree.row(i)
-    return type(tree)(in_row(branch, i) for branch in tree)
+        return tree and tree.part(rows)
+    return type(tree)(part_of(branch, rows) for branch in tree)
 
 
 # ---- who sees whom -------------------------------------------------------------------------------------------------
@@ -1302,10 +1313,14 @@ class CrossState(State):
     def allocate(self, batch: int, size: int, width: int, device, dtype) -> None:
         self.k, self.v = (torch.zeros(batch, size, width, device=device, dtype=dtype) for _ in range(2))
 
-    def row(self, i: int) -> CrossState:
-        one = CrossState()
-        one.k, one.v = self.k[i : i + 1], self.v[i : i + 1]
-        return one
+    def part(self, rows: slice) -> CrossState:
+        mine = CrossState()
+        mine.k, mine.v = self.k[rows], self.v[rows]
+        return mine
+
+    def move(self, source: int, target: int) -> None:
+        for mine in (self.k, self.v):
+            mine[target] = mine[source]
 
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
@@ -1631,11 +1646,12 @@ class LanguageModel(nn.Module):
         return torch.cat(outputs, dim=1)
 
     @torch.no_grad()
-    def step(self, token: Tensor, cache: Cache) -> Tensor:
+    def step(self, token: Tensor, cache: Cache, held: int = At.held) -> Tensor:
         """Logits (B, V), float32 or wider, after one more token (B,) of every row. The same launches whatever the rows'
         lengths are, and nothing that the host must know, so that a GPU can record it once: see decode.py. The caller
-        first opens the chunks of rows at a border, and afterwards moves cache.pos and cache.length on."""
-        at = At(cache.pos.unsqueeze(1), slot=1, opened=True, memory=cache.memory)
+        first opens the chunks of rows at a border, and afterwards moves cache.pos and cache.length on. A row that has
+        more than `held` tokens would be cut short."""
+        at = At(cache.pos.unsqueeze(1), slot=1, opened=True, held=held, memory=cache.memory)
         return wide(self.head(self.hidden(token.unsqueeze(1), at, cache.layers))[:, -1])
 
     def open_chunks(self, cache: Cache, rows) -> None:
@@ -1682,7 +1698,8 @@ class LanguageModel(nn.Module):
     def new_cache(self, batch_size: int, max_length: int, source: Tensor | None = None,
                   max_source: int | None = None) -> Cache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens, on the model's device. That of an
-        encoder-decoder holds the source (B, S), encoded, or has room for sources of up to `max_source` tokens: see `read`."""
+        encoder-decoder holds the source (B, S), encoded, or has room for sources of up to `max_source` tokens: see
+        `read`."""
         if self.max_positions is not None and max_length > self.max_positions:
             raise UserError(f"max_length {max_length} exceeds block_size {self.max_positions}, where positions end")
         p = next(self.parameters())
@@ -1734,11 +1751,17 @@ class LanguageModel(nn.Module):
             idx = torch.cat((idx, token.unsqueeze(1)), dim=1)
             logits = self.last_logits(idx if cache is None else token.unsqueeze(1), cache, source)
 
+    @torch.no_grad()
+    def after(self, idx: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, V), float32 or wider, after the last of idx (B, T) alone."""
+        self.check_length(idx)
+        return wide(self.head(self.go_on(idx, cache, None)[:, -1:])[:, -1])
+
     def last_logits(self, idx: Tensor, cache: Cache | None, source: Tensor | None) -> Tensor:
         """(B, V) in float32 after the last token: through the cache, or computed anew from the last block_size tokens,
         row by row, since rows may see each other where there is no cache to be had."""
         if cache is not None:
-            return wide(self(idx, cache=cache)[0][:, -1])
+            return self.after(idx, cache)
         sources = [None] * len(idx) if source is None else source.split(1)
         rows = zip(idx[:, -self.config.block_size :].split(1), sources, strict=True)
         return wide(torch.cat([self(row, source=its)[0][:, -1] for row, its in rows]))

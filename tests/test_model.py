@@ -207,7 +207,7 @@ def test_steps_of_rows_that_stand_apart(case):
     cache.pos[:], cache.length = -1, [1] * 3
     for row, n in ((0, 20), (2, 9)):
         cache.pos[row] = cache.length[row] = 0
-        model(idx[row : row + 1, :n], cache=cache.row(row))
+        model(idx[row : row + 1, :n], cache=cache.part(slice(row, row + 1)))
         cache.length[row] = n
     for _ in range(T - 20):
         if model.chunk and (rows := [row for row in (0, 2) if cache.length[row] % model.chunk == 0]):

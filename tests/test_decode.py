@@ -1,0 +1,201 @@
+"""decode.py: many texts at once, each as if it were alone; and what a text is, against model.generate."""
+
+import pytest
+import torch
+
+from decode import Decoder, Request, texts
+from model import build, states_in
+from options import UserError
+
+SMALL = {"vocab_size": 31, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32}
+MODELS = {
+    "strawberry": {"n_qkv": 32, "retention_chunk": 16},
+    "strawberry, experts, two passes": {"n_qkv": 32, "retention_chunk": 16, "n_experts": 2, "recursions": 2},
+    "strawberry, adaptive": {"n_qkv": 32, "retention": "none", "recursions": 2, "adaptive": True},
+    "strawberry-v0": {"arch": "strawberry-v0", "n_qkv": 32, "compaction": True, "retention_chunk": 16, "aft": "conv"},
+    "palm": {"arch": "palm", "n_qkv": 32, "d_rank": 8},
+    "palm, lam": {"arch": "palm", "n_qkv": 32, "attention_type": "lam"},
+    "tinystar": {"arch": "tinystar"},
+    "tinystar, learned": {"arch": "tinystar", "pos_encoding": "Learned", "attention_type": "MHA"},
+    "tinystar, window": {"arch": "tinystar", "attention_type": "MQA-SWA", "window": 9},
+    "tinystar, latent": {"arch": "tinystar", "attention_type": "MHLA"},
+    "transformer": {"arch": "transformer", "kind": "decoder", "sparse": "bigbird", "sparse_block": 4},
+    "encoder-decoder": {"arch": "transformer", "pad_id": 0},
+    "batch scope": {"n_qkv": 32, "retention_scope": "batch"},
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def made(name: str, **more):
+    """A model whose logits tell positions and tokens apart, in float64 so that no rounding decides a draw."""
+    torch.manual_seed(3)
+    model = build(SMALL | MODELS[name] | more).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def requests_for(model, n: int) -> list[Request]:
+    """Texts that differ in all that a text may be asked for."""
+    random = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(1, 31, (1 + 5 * i % 23,), generator=random).tolist() for i in range(n)]
+    wishes = [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.5}]
+    sources = [torch.randint(0, 31, (2 + i,), generator=random).tolist() for i in range(n)]
+    return [
+        Request(prompts[i], 4 + 7 * i % 30, seed=i, source=sources[i] if model.takes_source else None,
+                stop=frozenset({3} if i % 3 == 1 else ()), **wishes[i % len(wishes)])
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def by_generate(model, r: Request) -> list[int]:
+    source = None if r.source is None else torch.tensor([r.source])
+    new = model.generate(torch.tensor([r.prompt]), r.max_new_tokens, r.temperature, r.top_k, r.top_p, r.min_p, r.stop,
+                         torch.Generator().manual_seed(r.seed), source)  # fmt: skip
+    return new[0, len(r.prompt) :].tolist()
+
+
+def collect(decoder, requests) -> list[tuple[list[int], str]]:
+    out, why = [[] for _ in requests], [None] * len(requests)
+    for i, token, ended in texts(decoder, requests):
+        assert why[i] is None
+        out[i].append(token)
+        why[i] = ended
+    assert decoder.busy == 0
+    return list(zip(out, why, strict=True))
+
+
+@every_model
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_texts_are_those_that_generate_makes(name, rows):
+    """Whatever the number of rows, the company and who came before in a row; rows join while others stand elsewhere."""
+    model = made(name)
+    requests = requests_for(model, 9)
+    for request, (tokens, why) in zip(requests, collect(Decoder(model, rows, 64), requests), strict=True):
+        assert tokens == by_generate(model, request)
+        assert why == ("stop" if tokens[-1] in request.stop else "length")
+
+
+@every_model
+def test_alone_and_in_company_are_the_same_in_float32(name):
+    model = made(name).float()
+    requests = requests_for(model, 7)
+    together = collect(Decoder(model, 4, 64, shrink=False), requests)
+    alone = [collect(Decoder(model, 4, 64, shrink=False), [request])[0] for request in requests]
+    assert together == alone
+
+
+# ---- where positions end -------------------------------------------------------------------------------------------
+
+
+def test_texts_stop_where_learned_positions_end():
+    model = made("tinystar, learned")
+    (tokens, why), (short, _) = collect(Decoder(model, 2, 500), [Request([1] * 60, 100, seed=1), Request([1], 3)])
+    assert (len(tokens), why, len(short)) == (5, "full", 3)  # the fifth follows the 64th position
+    assert tokens == by_generate(model, Request([1] * 60, 4, seed=1)) + tokens[4:]
+
+
+def test_texts_slide_on_over_the_newest_half():
+    """After each time that positions end, the newest 32 tokens are read anew."""
+    model = made("tinystar, learned")
+    request = Request([1] * 60, 90, seed=1)
+    for rows in (1, 2):
+        (tokens, why), *_ = collect(Decoder(model, rows, 500, on_full="slide"), [request, Request([2], 50)][:rows])
+        generator, text, expected = torch.Generator().manual_seed(1), list(request.prompt), []
+        context = list(text)
+        for _ in range(90):
+            if len(context) > 64:
+                context = text[-32:]
+            new = model.generate(torch.tensor([context]), 1, generator=generator)[0, -1].item()
+            for mine in (text, context, expected):
+                mine.append(new)
+        assert (tokens, why) == (expected, "length")
+
+
+def test_a_prompt_longer_than_positions_is_refused_or_its_newest_half_read():
+    model = made("tinystar, learned")
+    with pytest.raises(UserError, match="70 tokens exceed 64, where positions end.*slide"):
+        Decoder(model, 1, 500).admit(Request([1] * 70, 5))
+    prompt = torch.randint(31, (70,), generator=torch.Generator().manual_seed(0)).tolist()
+    ((tokens, _),) = collect(Decoder(model, 1, 500, on_full="slide"), [Request(prompt, 5, seed=4)])
+    assert tokens == by_generate(model, Request(prompt[-32:], 5, seed=4))
+
+
+# ---- what may go wrong, and early ends -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("request_, message", [
+    (Request([], 5), "at least one token"),
+    (Request([1], 0), "at least one token to be made"),
+    (Request([31], 5), "token 31 is none of the 31"),
+    (Request([1] * 10, 60), "10 tokens and 60 new ones exceed max_length 64"),
+])  # fmt: skip
+def test_requests_that_cannot_be_are_refused_and_leave_the_row_free(request_, message):
+    decoder = Decoder(made("tinystar"), 1, 64)
+    with pytest.raises(UserError, match=message):
+        decoder.admit(request_)
+    assert decoder.free == 1
+
+
+def test_a_source_too_long_is_refused_and_leaves_the_row_free():
+    decoder = Decoder(made("encoder-decoder"), 1, 64, max_source=8)
+    with pytest.raises(UserError, match="a source of 9 tokens exceeds the 8"):
+        decoder.admit(Request([1], 5, source=[1] * 9))
+    assert decoder.free == 1
+
+
+def test_an_encoder_is_refused():
+    with pytest.raises(UserError, match="masked tokens"):
+        Decoder(build(SMALL | {"arch": "transformer", "kind": "encoder"}), 1, 64)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_ruined_weights_are_named(temperature):
+    model = made("tinystar")
+    model.blocks[1].ffn.w2.weight.data[0, 0] = float("nan")
+    decoder = Decoder(model, 1, 64)
+    with pytest.raises(UserError, match="NaN"):
+        decoder.admit(Request([1], 5, temperature=temperature))
+        decoder.step()
+
+
+def test_a_released_row_is_free_at_once_and_disturbs_nobody():
+    model = made("strawberry")
+    first, second, third = requests_for(model, 3)
+    decoder = Decoder(model, 2, 64)
+    handle, other, got = decoder.admit(first), decoder.admit(third), {}
+    for _ in range(3):
+        for owner, token, _ in decoder.step():
+            got.setdefault(owner, []).append(token)
+    decoder.release(handle)
+    assert decoder.free == 1
+    last = decoder.admit(second)
+    while decoder.busy:
+        for owner, token, _ in decoder.step():
+            got.setdefault(owner, []).append(token)
+    assert got[handle] == by_generate(model, first)[:3]
+    assert got[last] == by_generate(model, second) and got[other] == by_generate(model, third)
+
+
+def test_few_busy_rows_cost_few_rows(monkeypatch):
+    """Eight texts, seven of which end soon: the last is computed alone."""
+    model = made("strawberry, experts, two passes")
+    sizes, step = [], model.step
+    monkeypatch.setattr(model, "step", lambda token, *args: sizes.append(len(token)) or step(token, *args))
+    requests = [Request([1 + i], 40 if i == 6 else 3, seed=i) for i in range(8)]
+    results = collect(Decoder(model, 8, 64), requests)
+    assert sizes == [8] * 2 + [1] * 37
+    assert results[6][0] == by_generate(model, requests[6])
+
+
+def test_the_cache_is_allocated_once():
+    """No tensor of the cache moves or grows while texts are made, joined, moved and ended."""
+    model = made("strawberry")
+    decoder = Decoder(model, 4, 64)
+
+    def addresses() -> list[int]:
+        return [getattr(s, n).data_ptr() for s in states_in(decoder.logits.cache.layers) for n in s.start]
+
+    before = addresses()
+    collect(decoder, requests_for(model, 9))
+    assert addresses() == before
