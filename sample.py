@@ -4,19 +4,25 @@
     python sample.py --prompt "The cat" --length 100 --stop "."
     python sample.py --model bin/air.strawberry --prompt_file start.txt --num_samples 3 --seed 7
     python sample.py --model bin/pairs.transformer --source "The larger of two numbers."     from an encoder-decoder
+    python sample.py --prompts_file prompts.jsonl --out texts.jsonl      many texts at once; the same command goes on
     python sample.py --score book.txt                            loss and bits per byte
 
-Text goes to stdout; what model, which seed and how fast goes to stderr.
+Text goes to stdout; what model, which seed and how fast goes to stderr. decode.py makes the tokens.
 
-Index:  settings · what is read · the model · making text · samples and conversation · score · the command
+Index:  settings · what is read · the model · making text · samples and conversation · bulk: prompts · bulk: results ·
+        score · the command
 """
 
+import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +31,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import decode
 from checkpoint import MODEL, load_model, newest
 from dataset import read_spelled, spell
+from decode import Decoder, Request
 from model import MODELS
-from options import UserError, check, declared, nearest, option, parse_arguments, run_cli
+from options import UserError, atomic_write, check, declared, nearest, option, parse_arguments, run_cli, show
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 
@@ -50,11 +58,28 @@ class Settings:
     seed: int | None = option(None, "sample n is drawn with seed + n, from n = 0; default: drawn and printed", low=0)
     num_samples: int = option(1, "samples of each prompt", low=1)
     stop: list[str] = option([], "text that ends a sample and is not printed; may be given several times")
+    on_full: str = option(
+        "stop", "where learned positions end: stop there, or slide: read the newer half of the text anew and go on",
+        choices=["stop", "slide"],
+    )
+    prompts_file: str | None = option(
+        None, 'JSON lines {"prompt": …} of texts to make many at once, into --out; beside the prompt a line may have '
+        "source, id, max_tokens, temperature, top_k, top_p, min_p, seed, stop: its own, in place of the command's"
+    )
+    out: str | None = option(
+        None, "file for a line of JSON of each finished text of --prompts_file; the same command goes on where it was"
+    )
+    batch: int | None = option(None, "texts made at once at most; default: 64 on cuda, 8 elsewhere", low=1, high=2**16)
     score: str | None = option(None, "file whose loss and bits per byte are printed, instead of samples; - is stdin")
     stride: int = option(0, "tokens that --score's window moves each time; 0: half the model's block_size", low=0)
     device: str = option("auto", "auto: cuda, else mps, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option(
         "auto", "of the weights; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
+    )
+    quantize: str | None = option(None, "int8: matrices in 8 bits, half of bfloat16's bytes to read", choices=["int8"])
+    compile: str = option(
+        "auto", "torch.compile, which takes a minute first; auto: on cuda where many tokens are to be made",
+        choices=["auto", "true", "false"],
     )
 
 
@@ -74,12 +99,24 @@ def read_settings(argv: list[str]) -> Settings:
             raw.setdefault(name, []).append(text)
         else:
             raw[name] = number(text) if {int, float} & set(known[name].kinds) else text
-    texts = [f"--{name}" for name in ("prompt", "prompt_file", "score") if name in raw]
-    problems += [f"{' and '.join(texts)} exclude each other; keep one"] if len(texts) > 1 else []
+    problems += combinations(raw)
     settings, found = check(Settings, raw)
     if problems := problems + [f"--{problem.removesuffix(' or null')}" for problem in found]:
         raise UserError("; ".join(problems))
     return settings
+
+
+def combinations(raw: dict) -> Iterator[str]:
+    """What is wrong with options that are given together."""
+    texts = [f"--{name}" for name in ("prompt", "prompt_file", "prompts_file", "score") if name in raw]
+    if len(texts) > 1:
+        yield f"{' and '.join(texts)} exclude each other; keep one"
+    if "prompts_file" in raw and "out" not in raw:
+        yield "--prompts_file: needs a file for the texts; name one with --out"
+    if "out" in raw and "prompts_file" not in raw:
+        yield "--out: takes the texts of a --prompts_file; name one, or leave --out away"
+    if "prompts_file" in raw and "num_samples" in raw:
+        yield "--num_samples: a --prompts_file has one text for each line; repeat a line for more of it"
 
 
 def number(text: str) -> int | float | str:
@@ -143,41 +180,47 @@ def encode(encoder, text: str, spelled: bool = False) -> list[int]:
     return read_spelled(encoder, text) if spelled else encoder.encode(text)
 
 
-def read_source(settings: Settings, model, encoder, record: dict) -> list[int] | None:
-    """The tokens that an encoder-decoder is to read, with <|eot|> at the end; None for other models."""
-    text = settings.source
+def read_source(text: str | None, model, encoder, record: dict, name: str = "--source") -> list[int] | None:
+    """The tokens that an encoder-decoder is to read, with <|eot|> at the end; None for other models.
+
+    `name` is what the source is called where it was given.
+    """
     if not model.takes_source:
         if text is not None:
-            raise UserError(f"--source: this {model.config.arch} reads none; leave it out, or make it the --prompt")
+            raise UserError(f"{name}: this {model.config.arch} reads none; leave it out, or make it the prompt")
         return None
     if text is None:
-        raise UserError("this model is an encoder-decoder, which answers to a text; give it one with --source")
+        raise UserError(f"this model is an encoder-decoder, which answers to a text; give it one with {name}")
     spans = record.get("run", {}).get("objective") == "spans"
     tokens = encode(encoder, text, spelled=spans)
     if max(tokens, default=0) >= model.config.vocab_size:
         n = model.config.vocab_size - encoder.vocab_size
-        raise UserError(f"--source: <|{max(tokens) - encoder.vocab_size}|> is one of too many; the model knows {n}")
-    if len(tokens) >= model.config.block_size:
-        print(f"note: the source has {len(tokens) + 1:,} tokens, and the model was trained on no more than "
-              f"{model.config.block_size:,}", file=sys.stderr)
+        raise UserError(f"{name}: <|{max(tokens) - encoder.vocab_size}|> is one of too many; the model knows {n}")
     return [*tokens, encoder.eot]
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
 
 
-def load(settings: Settings):
-    """(model, encoder, source) of the settings, ready on the device."""
-    path, device = find_model(settings.model), pick_device(settings.device)
+def load(path: Path, settings: Settings):
+    """(model, encoder, training record) of a model file, ready on the device that the settings name."""
+    device = pick_device(settings.device)
     model, encoder, record = load_model(path, device)
     if not model.generates:
         raise UserError(f"{path}: this {model.config.arch} is an encoder: it guesses masked tokens and makes no text")
-    source = read_source(settings, model, encoder, record)
-    half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and device == "cuda")
-    model = model.to(torch.bfloat16 if half else torch.float32)
-    about = f"{path}: {model.config.arch}, {model.num_params(non_embedding=False):,} parameters"
-    print(f"{about}, {device} {'bfloat16' if half else 'float32'}", file=sys.stderr)
-    return model, encoder, source
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path}: the model predicts NaN: its weights are ruined; use an earlier checkpoint")
+    dtype = dtype_name(settings, device)
+    model = model.to(getattr(torch, dtype))
+    about = f"{path}: {model.config.arch}, {model.num_params(non_embedding=False):,} parameters, {device} {dtype}"
+    if settings.quantize:
+        model, about = decode.quantize(model, settings.quantize), f"{about}, {settings.quantize}"
+    print(about, file=sys.stderr)
+    return model, encoder, record
+
+
+def dtype_name(settings: Settings, device: str) -> str:
+    return {"auto": "bfloat16" if device == "cuda" else "float32"}.get(settings.dtype, settings.dtype)
 
 
 MODEL_SUFFIXES = (".safetensors", *(f".{arch}" for arch in MODELS))
@@ -243,40 +286,134 @@ class Until:
         return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
-def continuation(model, encoder, prompt: list[int], settings: Settings, seed: int, source=None) -> Iterator[str]:
-    """The text that follows the prompt, a piece for each token: "" while a character or a stop string may be under way.
+class Text:
+    """A text under way: what decode.py is asked for, and what of the tokens that come can be printed.
 
-    An empty prompt stands for a text's beginning. `source` are the tokens that an encoder-decoder reads.
-    Ends after settings.length tokens, at <|eot|>, or at a stop string.
+    `made` counts its tokens; `why` says why it ended: "stop" (<|eot|> or a stop string), "length" (as many tokens as
+    asked for), "full" (no positions are left). `label` is the caller's.
     """
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+
+    def __init__(self, encoder, request: Request, stops: list[str], label: Any = None):
+        self.encoder, self.request, self.label = encoder, request, label
+        self.decoder, self.until = encoder.stream(), Until(stops)
+        self.made, self.why = 0, None
+
+    def push(self, token: int, why: str | None) -> str:
+        """The piece that can be printed now, "" while a character or a stop string may be under way.
+
+        `why` is what ends the text with this token, else None.
+        """
+        self.made += 1
+        if token in self.request.stop:
+            piece = ""
+        elif token < self.encoder.vocab_size:
+            piece = self.decoder.push(token)
+        else:  # a sentinel, or in a decoder an id that nothing uses
+            sentinel = self.request.source is not None
+            piece = self.decoder.flush() + spell(self.encoder, [token]) if sentinel else ""
+        last = why is not None
+        piece = self.until.push(piece + (self.decoder.flush() if last else ""), last)
+        self.why = "stop" if self.until.found else why
+        return piece
+
+
+def make_request(settings: Settings, encoder, prompt: list[int], source: list[int] | None, seed: int) -> Request:
+    """What decode.py is asked for. An empty prompt stands for a text's beginning; an answer begins where one does."""
     start = prompt or [encoder.eot] if source is None else [encoder.eot, *prompt]
-    idx = torch.tensor([start], device=device)
-    ends, decoder, until = {encoder.eot, encoder.pad}, encoder.stream(), Until(settings.stop)
-    temperature = settings.temperature if settings.temperature > 1e-6 else 0.0  # float32 logits / 1e-40 are infinite
-    tokens = model.stream(idx, settings.length, temperature, settings.top_k or None, settings.top_p,
-                          settings.min_p or None, ends, generator,
-                          source=None if source is None else torch.tensor([source], device=device))
-    for count, token in enumerate(map(int, tokens), 1):
-        last = token in ends or count == settings.length
-        if token >= encoder.vocab_size:  # a sentinel, or in a decoder an id that nothing uses
-            text = "" if source is None else decoder.flush() + spell(encoder, [token])
-        else:
-            text = "" if token in ends else decoder.push(token)
-        yield until.push(text + (decoder.flush() if last else ""), last)
-        if last or until.found:
+    return Request(
+        start, settings.length,
+        temperature=settings.temperature if settings.temperature > 1e-6 else 0.0,  # logits / 1e-40 are infinite
+        top_k=settings.top_k or None, top_p=settings.top_p if settings.top_p < 1 else None,
+        min_p=settings.min_p or None, seed=seed, stop=frozenset({encoder.eot, encoder.pad}), source=source,
+    )  # fmt: skip
+
+
+def check_fits(model, request: Request, on_full: str) -> None:
+    """Raises UserError where the prompt leaves no position for a text."""
+    n, end = len(request.prompt), model.max_positions
+    if end is not None and n > end and on_full == "stop":
+        raise UserError(f"the prompt has {n:,} tokens, and the model's positions end at {end:,}; give a shorter one, "
+                        "or --on_full slide, which reads its end alone")
+
+
+MANY_TOKENS = 200_000  # from here on compiling pays
+
+
+@dataclass
+class Work:
+    """How much is to be made, at most."""
+
+    texts: int = 0
+    tokens: int = 0
+    longest: int = 0  # tokens of a text, prompt included
+    longest_source: int = 0
+
+    def add(self, request: Request) -> None:
+        self.texts += 1
+        self.tokens += request.max_new_tokens
+        self.longest = max(self.longest, len(request.prompt) + request.max_new_tokens)
+        self.longest_source = max(self.longest_source, len(request.source or ()))
+
+
+def make_decoder(model, settings: Settings, work: Work) -> Decoder:
+    on_cuda = next(model.parameters()).is_cuda
+    compiled = settings.compile == "true" or (settings.compile == "auto" and on_cuda and work.tokens >= MANY_TOKENS)
+    return Decoder(model, rows_at_once(model, settings, work.texts), work.longest, on_full=settings.on_full,
+                   compile=compiled, max_source=work.longest_source or None)  # fmt: skip
+
+
+def rows_at_once(model, settings: Settings, n: int) -> int:
+    """How many of n texts are made at once."""
+    return min(n, settings.batch or (64 if next(model.parameters()).is_cuda else 8))
+
+
+Piece = tuple[Text, str, str | None]  # what can be printed of a text now, and why it ended if it did
+
+
+def make(decoder: Decoder, texts: Iterable[Text]) -> Iterator[Piece]:
+    """The pieces of as many texts at once as there are rows, one for each token as it comes.
+
+    A text that ends leaves its row to the next one.
+    """
+    waiting, running = iter(texts), {}
+    while True:
+        while decoder.free and (text := next(waiting, None)) is not None:
+            running[decoder.admit(text.request)] = text
+        if not running:
             return
+        for handle, token, why in decoder.step():
+            text = running[handle]
+            piece = text.push(token, why)
+            if text.why:
+                del running[handle]
+                if why is None:  # a stop string, of which the decoder does not know
+                    decoder.release(handle)
+            yield text, piece, text.why
+
+
+def in_turn(pieces: Iterable[Piece], texts: list[Text]) -> Iterator[Piece]:
+    """The pieces of one text after the other: the first one's as they come, those of each other are held back until the
+    texts before it have ended."""
+    held: dict[int, deque[Piece]] = {id(text): deque() for text in texts}
+    turn = 0
+    for piece in pieces:
+        held[id(piece[0])].append(piece)
+        while turn < len(texts) and held[id(texts[turn])]:
+            ready = held[id(texts[turn])].popleft()
+            yield ready
+            turn += ready[2] is not None
 
 
 @contextmanager
-def clear_errors(n_tokens: int):
+def clear_errors(n_tokens: int, rows: int = 1):
     """What torch says of too little memory and of a ruined model, as a UserError."""
     try:
         yield
     except RuntimeError as error:
         if "memory" in str(error):
-            raise UserError(f"not enough memory for {n_tokens:,} tokens; give fewer, or a smaller --length") from error
+            what = f"{n_tokens:,} tokens" if rows == 1 else f"{rows} texts of up to {n_tokens:,} tokens at once"
+            mend = "give fewer, or a smaller --length" if rows == 1 else "give a smaller --batch or --length"
+            raise UserError(f"not enough memory for {what}; {mend}") from error
         if "probability tensor" in str(error):
             raise UserError("the model predicts NaN: its weights are ruined; use an earlier checkpoint") from error
         raise
@@ -294,34 +431,68 @@ class Writer:
     settings: Settings
     seeds: Iterator[int]
     source: list[int] | None = None
+    decoder: Decoder | None = None  # kept from prompt to prompt, in a conversation
+    longest: int = 0  # tokens that it has room for
     tokens: int = 0
     seconds: float = 0.0
 
     def samples(self, prompt: str, echo: bool) -> None:
-        """Prints num_samples continuations, each behind its prompt if `echo`, with a line of dashes between them."""
-        tokens = encode(self.encoder, prompt)
-        warn_of_length(self.model, len(tokens))
-        for i in range(self.settings.num_samples):
-            if i:
-                print("---------------")
-            if echo:
-                print(prompt, end="", flush=True)
-            self.sample(tokens, next(self.seeds))
+        """Prints num_samples continuations, each behind its prompt if `echo`, with a line of dashes between them.
 
-    def sample(self, prompt: list[int], seed: int) -> None:
-        began = time.perf_counter()
+        All are made at once; the first is printed as it comes, the others each in its turn.
+        """
+        tokens = encode(self.encoder, prompt)
+        seeds = itertools.islice(self.seeds, self.settings.num_samples)
+        requests = [make_request(self.settings, self.encoder, tokens, self.source, seed) for seed in seeds]
+        check_fits(self.model, requests[0], self.settings.on_full)
+        warn_of_length(self.model, len(tokens))
+        texts = [Text(self.encoder, request, self.settings.stop) for request in requests]
+        began, head = time.perf_counter(), prompt if echo else ""
         try:
-            with clear_errors(len(prompt) + self.settings.length):
-                for text in continuation(self.model, self.encoder, prompt, self.settings, seed, self.source):
-                    self.tokens += 1
-                    print(text, end="", flush=True)
-            print(flush=True)
+            self.show(texts, head)
+        except BaseException:  # Ctrl-C among them: its rows are in no state to go on
+            self.decoder = None
+            raise
         finally:
+            self.tokens += sum(text.made for text in texts)
             self.seconds += time.perf_counter() - began
 
+    def show(self, texts: list[Text], head: str) -> None:
+        work = Work()
+        for text in texts:
+            work.add(text.request)
+        print(head, end="", flush=True)
+        with clear_errors(work.longest, min(len(texts), 2)):
+            for text, piece, why in in_turn(make(self.room_for(work), texts), texts):
+                print(piece, end="", flush=True)
+                if why is not None:
+                    print(flush=True)
+                    tell_of_end(why, self.model)
+                    if text is not texts[-1]:
+                        print(f"---------------\n{head}", end="", flush=True)
+
+    def room_for(self, work: Work) -> Decoder:
+        """The decoder of the last prompt, or one with more room."""
+        if self.decoder is None or work.longest > self.longest:
+            self.decoder = None  # its memory first
+            self.longest = work.longest = -(-work.longest // 256) * 256  # the next prompts may be a little longer
+            self.decoder = make_decoder(self.model, self.settings, work)
+        return self.decoder
+
     def report(self) -> None:
-        rate = self.tokens / max(self.seconds, 1e-9)
-        print(f"{self.tokens:,} tokens in {self.seconds:.2f} s, {rate:,.0f} tokens/s", file=sys.stderr)
+        print(rate(self.tokens, self.seconds), file=sys.stderr)
+
+
+def rate(tokens: int, seconds: float) -> str:
+    return f"{tokens:,} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+
+
+def tell_of_end(why: str, model, n: int = 1) -> None:
+    """A note where texts end because the model has no more positions."""
+    if why == "full":
+        what = "the text ends" if n == 1 else f"{n:,} texts end"
+        print(f"note: {what} where the model's positions do, at {model.max_positions:,} tokens with the prompt; "
+              "--on_full slide goes on", file=sys.stderr)
 
 
 def warn_of_length(model, n: int) -> None:
@@ -329,6 +500,12 @@ def warn_of_length(model, n: int) -> None:
     if n > limit:
         how = "was trained on no more than" if model.causal and model.max_positions is None else "reads only the last"
         print(f"note: the prompt has {n:,} tokens, and the model {how} {limit:,} at a time", file=sys.stderr)
+
+
+def warn_of_source(model, source: list[int] | None) -> None:
+    if source is not None and len(source) > model.config.block_size:
+        print(f"note: the source has {len(source):,} tokens, and the model was trained on no more than "
+              f"{model.config.block_size:,}", file=sys.stderr)
 
 
 def converse(writer: Writer) -> None:
@@ -348,6 +525,247 @@ def converse(writer: Writer) -> None:
             print(f"error: {error}", file=sys.stderr)
         except UnicodeDecodeError as error:
             print(f"error: the prompt is not UTF-8 text ({error.reason})", file=sys.stderr)
+
+
+# ---- bulk: prompts -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Line:
+    """What a line of --prompts_file may say; what it leaves out is as the command has it."""
+
+    prompt: Any = option(None, "text to continue")
+    source: Any = option(None, "what an encoder-decoder reads")
+    id: Any = option(None, "text or integer, given back")
+    max_tokens: int | None = option(None, "tokens to make at most", low=1, high=2**20)
+    length: int | None = option(None, "the same", low=1, high=2**20)
+    temperature: float | None = option(None, "as --temperature", low=0)
+    top_k: int | None = option(None, "as --top_k", low=0)
+    top_p: float | None = option(None, "as --top_p", above=0, high=1)
+    min_p: float | None = option(None, "as --min_p", low=0, high=1)
+    seed: int | None = option(None, "default: the command's, plus the line's index", low=0)
+    stop: list[str] | None = option(None, "as --stop")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name in ("prompt", "source"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                yield name, "must be text"
+        if isinstance(self.id, bool) or not isinstance(self.id, (str, int, type(None))):
+            yield "id", "must be text or integer"
+        if self.max_tokens is not None and self.length is not None:
+            yield "length", f"is max_tokens too, which is {self.max_tokens}; keep one"
+
+
+TOLD = 10  # bad lines that are told; of more, only how many
+
+
+class Prompts:
+    """The lines of --prompts_file, read twice: all are checked before any text is made."""
+
+    def __init__(self, settings: Settings, seed: int, model, encoder, record: dict):
+        self.settings, self.seed, self.model, self.encoder, self.record = settings, seed, model, encoder, record
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """(index from 0, bytes) of the lines; empty ones count, and are left out."""
+        try:
+            with open(self.settings.prompts_file, "rb") as file:
+                for index, raw in enumerate(file):
+                    if raw.strip():
+                        yield index, raw.removeprefix(b"\xef\xbb\xbf")
+        except OSError as error:
+            raise UserError(f"cannot read {self.settings.prompts_file}: {error.strerror or error}; name a file of JSON "
+                            "lines") from error
+
+    def text(self, index: int, raw: bytes) -> Text:
+        """What a line asks for. Raises UserError, which names its file and number."""
+        try:
+            try:
+                data = json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"is not UTF-8 text ({error.reason}, byte {error.start}); convert it first") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f'is not JSON ({error}); write {{"prompt": "…"}}') from error
+            return self.asked_for(index, data)
+        except UserError as error:
+            raise UserError(f"{self.settings.prompts_file}, line {index + 1}: {error}") from error
+
+    def asked_for(self, index: int, data: Any) -> Text:
+        if not isinstance(data, dict):
+            raise UserError(f'holds {show(data)}; write an object, {{"prompt": "…"}}')
+        line, problems = check(Line, data)
+        if problems:
+            raise UserError("; ".join(problems))
+        s = self.settings
+        source = read_source(s.source if line.source is None else line.source, self.model, self.encoder, self.record,
+                             "source")
+        if line.prompt is None and source is None:
+            raise UserError('has no prompt; give it one, "" for the beginning of a text')
+        own = {"length": line.max_tokens, **{name: getattr(line, name) for name in OWN if name in data}}
+        s = dataclasses.replace(s, **{name: value for name, value in own.items() if value is not None})
+        seed = self.seed + index if line.seed is None else line.seed
+        request = make_request(s, self.encoder, encode(self.encoder, line.prompt or ""), source, seed)
+        check_fits(self.model, request, s.on_full)
+        known = {"id": line.id, "source": line.source, "prompt": line.prompt}
+        label = {"index": index, **{name: value for name, value in known.items() if value is not None}}
+        return Text(self.encoder, request, s.stop, label)
+
+    def check(self, done: set[int]) -> tuple[int, Work]:
+        """(texts in all, what is to be made of them). Raises UserError, naming the wrong lines."""
+        bad, count, work = [], 0, Work()
+        for index, raw in self.lines():
+            count += 1
+            try:
+                request = self.text(index, raw).request
+            except UserError as error:
+                bad.append(str(error))
+                continue
+            if index not in done:
+                work.add(request)
+        if bad:
+            more = [f"… and {len(bad) - TOLD:,} more"] if len(bad) > TOLD else []
+            problems = "\n  ".join([*bad[:TOLD], *more])
+            raise UserError(bad[0] if len(bad) == 1 else f"{len(bad):,} of {count:,} lines are wrong:\n  {problems}")
+        if not count:
+            raise UserError(f'{self.settings.prompts_file} has no prompts; write a line {{"prompt": "…"}} for each')
+        return count, work
+
+    def texts(self, done: set[int]) -> Iterator[Text]:
+        """Those that are to be made."""
+        return (self.text(index, raw) for index, raw in self.lines() if index not in done)
+
+
+OWN = ("length", "temperature", "top_k", "top_p", "min_p", "stop")  # what a line may have of its own, besides its seed
+
+# ---- bulk: results -------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """--out: a line for each finished text, in the order of finishing. Beside it OUT.from.json says what it was made
+    from, so that nothing else is ever added to it."""
+
+    def __init__(self, path: str):
+        self.path, self.beside = Path(path), Path(f"{path}.from.json")
+
+    def origin(self) -> dict | None:
+        """What the results that are there were made from; None where there are none."""
+        try:
+            if not self.path.exists() or not self.path.stat().st_size:
+                return None
+            return dict(json.loads(self.beside.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.path} is there, but {self.beside}, which would say what it was made from, cannot "
+                            "be read; name another --out") from error
+
+    def agree(self, origin: dict, before: dict) -> None:
+        """Raises UserError, naming what differs, where the results come from something else."""
+        files = {"prompts_file": "the prompts file", "model": "the model"}
+        differ = [f"{files[name]} is another, or was changed" if name in files else
+                  f"--{name} was {show(before.get(name))} and is {show(value)}"
+                  for name, value in origin.items() if before.get(name) != value]  # fmt: skip
+        if differ:
+            raise UserError(f"{self.path} was made otherwise: {'; '.join(differ)}. Give the same again, or name "
+                            "another --out")
+
+    def done(self) -> set[int]:
+        """Indexes of the texts that are there. A last line that a kill tore is removed."""
+        found, end = set(), 0
+        with self.opened("r+b") as file:
+            for number, raw in enumerate(file, 1):
+                if not raw.endswith(b"\n"):
+                    file.truncate(end)
+                    break
+                end += len(raw)
+                try:
+                    found.add(int(json.loads(raw)["index"]))
+                except (ValueError, TypeError, KeyError) as error:
+                    raise UserError(f"{self.path}, line {number}: is no text that sample.py wrote; remove the line, or "
+                                    "name another --out") from error
+        return found
+
+    def begin(self, origin: dict) -> None:
+        atomic_write(self.beside, json.dumps(origin, indent=1).encode())
+        with self.opened("wb"):
+            pass
+
+    def add(self, line: dict) -> None:
+        """One write to the file, so that a kill tears no line but the last."""
+        with self.opened("ab") as file:
+            file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+
+    @contextmanager
+    def opened(self, mode: str):
+        try:
+            with open(self.path, mode) as file:
+                yield file
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}; what is in it stays, and the same "
+                            "command goes on") from error
+
+
+def file_hash(path: str | Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def origin_of(settings: Settings, path: Path, model, seed: int) -> dict:
+    """All that the texts depend on."""
+    files = {"prompts_file": file_hash(settings.prompts_file), "model": file_hash(path)}
+    options = {name: getattr(settings, name) for name in (*OWN, "source", "on_full", "quantize")}
+    dtype = dtype_name(settings, next(model.parameters()).device.type)
+    return {**files, "seed": seed, "dtype": dtype, **options}
+
+
+def bulk(settings: Settings) -> None:
+    """Make the texts of --prompts_file that are not in --out yet."""
+    results, path = Results(settings.out), find_model(settings.model)
+    before = results.origin()
+    model, encoder, record = load(path, settings)
+    seed = settings.seed if settings.seed is not None else before["seed"] if before else drawn_seed()
+    origin = origin_of(settings, path, model, seed)
+    if before:
+        results.agree(origin, before)
+    done = results.done() if before else set()
+    prompts = Prompts(settings, seed, model, encoder, record)
+    count, work = prompts.check(done)
+    if not work.texts:
+        print(f"all {count:,} texts are in {results.path} already", file=sys.stderr)
+        return
+    print(f"seed {seed}; {work.texts:,} of {count:,} texts are to be made", file=sys.stderr)
+    if not before:
+        results.begin(origin)
+    with clear_errors(work.longest, rows_at_once(model, settings, work.texts)):
+        decoder = make_decoder(model, settings, work)
+        reasons = write_results(make(decoder, prompts.texts(done)), results, count - work.texts, count)
+    if reasons["full"]:
+        tell_of_end("full", model, reasons["full"])
+
+
+def write_results(pieces: Iterable[Piece], results: Results, done: int, count: int) -> dict[str, int]:
+    """Adds each text to the results when it has ended, under a bar. Returns how many ended why."""
+    said: dict[int, str] = defaultdict(str)
+    began, tokens, reasons = time.perf_counter(), 0, Counter()
+    with tqdm(total=count, initial=done, unit=" texts", dynamic_ncols=True, disable=None) as bar:
+        try:
+            for text, piece, why in pieces:
+                tokens += 1
+                said[text.label["index"]] += piece
+                if why is not None:
+                    words = said.pop(text.label["index"])
+                    results.add(text.label | {"text": words, "finish_reason": why, "tokens": text.made})
+                    reasons[why] += 1
+                    speed = tokens / max(time.perf_counter() - began, 1e-9)
+                    bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+                    bar.update()
+        except KeyboardInterrupt:
+            bar.close()
+            print(f"interrupted: {done + reasons.total():,} of {count:,} texts are in {results.path}; "
+                  "the same command goes on", file=sys.stderr)
+            raise
+    print(rate(tokens, time.perf_counter() - began), file=sys.stderr)
+    return reasons
 
 
 # ---- score ---------------------------------------------------------------------------------------------------------
@@ -400,15 +818,21 @@ def main(argv: list[str]) -> None:
         print(help_text())
         return
     settings = read_settings(argv)
+    if settings.prompts_file is not None:
+        bulk(settings)
+        return
     if settings.score is not None:
         text = read_text(settings.score)
-        model, encoder, source = load(settings)
+        model, encoder, record = load(find_model(settings.model), settings)
+        source = read_source(settings.source, model, encoder, record)
         loss, bits = score(model, encoder, text, settings.stride, source)
         print(f"loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
         return
     prompt = read_prompt(settings)
-    model, encoder, source = load(settings)
-    seed = int.from_bytes(os.urandom(4)) if settings.seed is None else settings.seed
+    model, encoder, record = load(find_model(settings.model), settings)
+    source = read_source(settings.source, model, encoder, record)
+    warn_of_source(model, source)
+    seed = drawn_seed() if settings.seed is None else settings.seed
     print(f"seed {seed}", file=sys.stderr)
     writer = Writer(model, encoder, settings, itertools.count(seed), source)
     if prompt is None:
@@ -416,6 +840,10 @@ def main(argv: list[str]) -> None:
     else:
         writer.samples(prompt, echo=True)
     writer.report()
+
+
+def drawn_seed() -> int:
+    return int.from_bytes(os.urandom(4))
 
 
 if __name__ == "__main__":

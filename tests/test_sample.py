@@ -1,6 +1,7 @@
 """What sample.py promises: text as it is made, repeatable, cut at stop strings; every mistake one line and exit 2."""
 
 import itertools
+import json
 import math
 import os
 import pickle
@@ -23,6 +24,7 @@ import encoder as encoders
 import model as models
 import sample
 from dataset import spell
+from decode import Request
 from options import UserError, run_cli
 
 PROGRAM = Path(sample.__file__)
@@ -33,6 +35,7 @@ ARCHS = {
     "batch": {"arch": "strawberry", "n_qkv": 16, "retention_scope": "batch", **SHAPE},
     "tinystar": {"arch": "tinystar", **SHAPE},
 }
+LEARNED = {"arch": "tinystar", "pos_encoding": "Learned", **SHAPE}
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +44,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models")
     (path / "letters.txt").write_text(ALPHABET, newline="")
     encoder = encoders.load(f"chars:{path / 'letters.txt'}")
-    for name, hyperparams in ARCHS.items():
+    for name, hyperparams in {**ARCHS, "learned": LEARNED}.items():
         torch.manual_seed(1)
         model = models.build(hyperparams)
         with torch.no_grad():  # so that texts are long: <|eot|> and <|pad|> are never the likeliest
@@ -76,20 +79,37 @@ def fails(capsys, monkeypatch, *argv) -> str:
     return lines[0]
 
 
-class Scripted(torch.nn.Module):
-    """A model that says what it is told to, and remembers what it was asked."""
+class Scripted:
+    """A decoder that says what it is told to, a script for each request, and remembers what it was asked."""
 
-    causal, max_positions = True, None
+    def __init__(self, *scripts, rows=1):
+        self.scripts, self.rows = [list(script) for script in scripts], rows
+        self.asked, self.running, self.made, self.released = [], {}, 0, []
 
-    def __init__(self, tokens):
-        super().__init__()
-        self.tokens, self.made, self.weight = tokens, 0, torch.nn.Parameter(torch.zeros(1))
+    @property
+    def free(self):
+        return self.rows - len(self.running)
 
-    def stream(self, idx, max_new_tokens, *asked, source=None):
-        self.idx, self.asked, self.source = idx, asked, source
-        for token in self.tokens[:max_new_tokens]:
-            self.made += 1
-            yield torch.tensor([token])
+    def admit(self, request):
+        assert self.free
+        self.asked.append(request)
+        handle = next(row for row in range(self.rows) if row not in self.running)
+        self.running[handle] = [request, 0, iter(self.scripts[len(self.asked) - 1])]
+        return handle
+
+    def step(self):
+        made = []
+        for handle, row in list(self.running.items()):
+            token, row[1], self.made = next(row[2]), row[1] + 1, self.made + 1
+            why = "stop" if token in row[0].stop else "length" if row[1] == row[0].max_new_tokens else None
+            if why:
+                del self.running[handle]
+            made.append((handle, token, why))
+        return made
+
+    def release(self, handle):
+        self.released.append(handle)
+        del self.running[handle]
 
 
 def bytes_encoder():
@@ -103,9 +123,16 @@ def spoken(text: str) -> list[int]:
     return [byte_ids[bytes([byte])] for byte in text.encode()]
 
 
-def pieces(tokens, length=1000, stop=(), prompt=()):
-    options = sample.Settings(length=length, stop=list(stop))
-    return list(sample.continuation(Scripted(tokens), bytes_encoder(), list(prompt), options, 0))
+def a_text(options=None, prompt=(), source=None, seed=0, label=None):
+    """A text that is asked for, of the encoder of bytes."""
+    encoder, options = bytes_encoder(), options or sample.Settings()
+    request = sample.make_request(options, encoder, list(prompt), source, seed)
+    return sample.Text(encoder, request, options.stop, label)
+
+
+def pieces(tokens, length=1000, stop=(), **asked):
+    text = a_text(sample.Settings(length=length, stop=list(stop)), **asked)
+    return [piece for _, piece, _ in sample.make(Scripted(tokens), [text])]
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
@@ -119,26 +146,23 @@ def test_streaming_equals_generate(run, folder, name, seed):
     generator = torch.Generator().manual_seed(seed)
     made = model.generate(prompt, 30, 0.9, 5, 0.95, 0.01, {encoder.eot, encoder.pad}, generator)[0].tolist()
     out, _ = run("--prompt", "abc d", "--length", "30", "--temperature", "0.9", "--top_k", "5", "--top_p", "0.95",
-                 "--min_p", "0.01", "--seed", str(seed), model=name)
+                 "--min_p", "0.01", "--seed", str(seed), "--on_full", "slide", model=name)
     assert out == encoder.decode([i for i in made if i not in (encoder.eot, encoder.pad)]) + "\n"
 
 
-def test_settings_reach_the_model():
-    model = Scripted([])
-    options = sample.read_settings(["--temperature=0.7", "--top_k=5", "--top_p", "0.9", "--min_p", "0.02"])
-    list(sample.continuation(model, bytes_encoder(), [], options, 11))
-    *asked, generator = model.asked
-    assert asked == [0.7, 5, 0.9, 0.02, {256, 257}] and generator.initial_seed() == 11
+def test_settings_reach_the_decoder():
+    options = sample.read_settings(["--temperature=0.7", "--top_k=5", "--top_p", "0.9", "--min_p=0.02", "--length=9"])
+    asked = a_text(options, prompt=[1, 2], source=[3], seed=11).request
+    assert asked == Request([256, 1, 2], 9, 0.7, 5, 0.9, 0.02, 11, frozenset({256, 257}), [3])
     options = sample.read_settings(["--temperature=1e-40"])  # too small to divide by
-    list(sample.continuation(model, bytes_encoder(), [], options, 11))
-    assert model.asked[:4] == (0.0, None, 1.0, None)
+    assert a_text(options, prompt=[1]).request == Request([1], 256, 0.0, None, None, None, 0, frozenset({256, 257}))
 
 
 def test_each_token_is_printed_before_the_next_is_made():
-    model, encoder = Scripted(spoken("abc")), bytes_encoder()
-    text = sample.continuation(model, encoder, [], sample.Settings(), 0)
+    decoder = Scripted(spoken("abc"))
+    made = sample.make(decoder, [a_text()])
     for count, letter in enumerate("abc", 1):
-        assert next(text) == letter and model.made == count
+        assert next(made)[1] == letter and decoder.made == count
 
 
 def test_what_is_printed_is_flushed(folder, monkeypatch):
@@ -167,6 +191,29 @@ def test_same_seed_same_text_and_each_sample_has_its_own(run):
     assert parts == [run(*argv, "--seed", seed).out.removesuffix("\n") for seed in ("5", "6", "7")]
 
 
+def test_samples_made_at_once_are_those_made_one_by_one(run):
+    argv = ["--prompt", "a", "--length", "30", "--temperature", "2", "--seed", "5", "--num_samples", "5"]
+    assert run(*argv).out == run(*argv, "--batch", "1").out == run(*argv, "--batch", "2").out
+
+
+def test_the_first_text_streams_and_the_others_wait_their_turn():
+    decoder = Scripted(spoken("abcd"), spoken("12"), spoken("xyz"), rows=3)
+    texts = [a_text(sample.Settings(length=n), label=name) for n, name in ((4, "A"), (2, "B"), (3, "C"))]
+    seen = [(text.label, piece, decoder.made) for text, piece, _ in sample.in_turn(sample.make(decoder, texts), texts)]
+    assert seen[:4] == [("A", "a", 3), ("A", "b", 6), ("A", "c", 8), ("A", "d", 9)]  # at each step, with all others
+    assert seen[4:] == [("B", "1", 9), ("B", "2", 9), ("C", "x", 9), ("C", "y", 9), ("C", "z", 9)]
+
+
+def test_a_row_that_is_free_takes_the_next_text():
+    scripts = [spoken(word) for word in ("abcdef", "12", "xyz", "KL")]
+    decoder = Scripted(*scripts, rows=2)
+    texts = [a_text(sample.Settings(length=len(script)), label=i) for i, script in enumerate(scripts)]
+    seen = [(text.label, piece) for text, piece, _ in sample.make(decoder, texts)]
+    by_text = ["".join(piece for label, piece in seen if label == i) for i in range(4)]
+    assert by_text == ["abcdef", "12", "xyz", "KL"] and decoder.made == 13
+    assert [label for label, _ in seen] == [0, 1, 0, 1, 0, 2, 0, 2, 0, 2, 0, 3, 3]
+
+
 def test_the_drawn_seed_repeats_the_text(run):
     argv = ["--prompt", "a", "--length", "40", "--temperature", "2"]
     out, err = run(*argv)
@@ -177,7 +224,7 @@ def test_the_drawn_seed_repeats_the_text(run):
 
 def test_characters_are_printed_whole():
     text = "é🙂中"
-    said = pieces(spoken(text))
+    said = pieces(spoken(text), length=len(text.encode()))
     assert [piece for piece in said if piece] == list(text) and len(said) == len(text.encode())
 
 
@@ -188,12 +235,13 @@ def test_half_a_character_at_the_end_is_marked_once():
 
 @pytest.mark.parametrize("end", [256, 257])
 def test_the_end_of_the_text_ends_the_sample_unprinted(end):
-    model = Scripted([*spoken("ab"), end, *spoken("cd")])
-    assert "".join(sample.continuation(model, bytes_encoder(), [], sample.Settings(), 0)) == "ab" and model.made == 3
+    decoder, text = Scripted([*spoken("ab"), end, *spoken("cd")]), a_text()
+    assert [piece for _, piece, _ in sample.make(decoder, [text])] == ["a", "b", ""]
+    assert decoder.made == text.made == 3 and text.why == "stop"
 
 
 def test_ids_beyond_the_encoder_spell_nothing():
-    assert pieces([*spoken("a"), 300, *spoken("b")]) == ["a", "", "b"]
+    assert pieces([*spoken("a"), 300, *spoken("b")], length=3) == ["a", "", "b"]
 
 
 # ---- stop strings --------------------------------------------------------------------------------------------------
@@ -229,10 +277,16 @@ def test_no_more_is_held_back_than_may_become_a_stop_string():
 
 
 def test_a_stop_string_ends_the_making_of_text():
-    model = Scripted(spoken("Once upon a time. And then"))
-    options = sample.Settings(stop=["xx", "me. A"])
-    assert "".join(sample.continuation(model, bytes_encoder(), [], options, 0)) == "Once upon a ti"
-    assert model.made == len("Once upon a time. A")
+    decoder, text = Scripted(spoken("Once upon a time. And then")), a_text(sample.Settings(stop=["xx", "me. A"]))
+    assert "".join(piece for _, piece, _ in sample.make(decoder, [text])) == "Once upon a ti"
+    assert decoder.made == len("Once upon a time. A") and decoder.released == [0] and text.why == "stop"
+
+
+def test_a_stop_string_at_the_very_end_is_the_reason():
+    decoder, text = Scripted(spoken("abcd")), a_text(sample.Settings(stop=["cd"], length=4))
+    assert [(piece, why) for _, piece, why in sample.make(decoder, [text])] == [("a", None), ("b", None), ("", None),
+                                                                                ("", "stop")]  # fmt: skip
+    assert decoder.released == []  # the decoder ended it too
 
 
 def test_stop_on_the_command_line(run):
@@ -260,9 +314,7 @@ def test_prompt_file_and_standard_input_are_prompts(run, tmp_path, monkeypatch):
 
 
 def test_an_empty_prompt_starts_at_the_end_of_text_token(run):
-    model = Scripted([])
-    list(sample.continuation(model, bytes_encoder(), [], sample.Settings(), 0))
-    assert model.idx.tolist() == [[256]]
+    assert a_text().request.prompt == [256]
     argv = ["--length", "20", "--seed", "3"]
     assert run("--prompt", "", *argv).out == run(*argv).out  # standard input is empty
 
@@ -277,6 +329,24 @@ def test_a_prompt_longer_than_block_size_is_continued_with_a_note(run, name, rea
     assert out.startswith("abcd" * 10) and len(out) == 46
     how = "was trained on no more than" if reads_all else "reads only the last"
     assert f"note: the prompt has 40 tokens, and the model {how} 16 at a time" in err
+
+
+def test_learned_positions_end_a_text_with_a_note_or_slide(run):
+    argv = ["--prompt", "abc", "--temperature", "0", "--length", "40"]
+    out, err = run(*argv, model="learned")
+    assert len(out) <= 3 + 13 + 1 + 1  # the last token may be drawn from the last position
+    assert "note: the text ends where the model's positions do, at 16 tokens with the prompt; --on_full slide" in err
+    slid, err = run(*argv, "--on_full", "slide", model="learned")
+    assert len(slid) == 3 + 40 + 1 and slid.startswith(out[:-1]) and "note" not in err
+    assert "note" not in run(*argv[:-1], "5", model="learned").err
+
+
+def test_a_prompt_beyond_learned_positions_is_refused_or_cut(run, folder, capsys, monkeypatch):
+    argv = ["--prompt", "abcd" * 5, "--length", "5", "--temperature", "0"]
+    told = fails(capsys, monkeypatch, "--model", str(folder / "learned.strawberry"), *argv)
+    assert "the prompt has 20 tokens, and the model's positions end at 16" in told and "--on_full slide" in told
+    out, _ = run(*argv, "--on_full", "slide", model="learned")
+    assert out.startswith("abcd" * 5) and len(out) == 20 + 5 + 1
 
 
 # ---- which model ---------------------------------------------------------------------------------------------------
@@ -352,6 +422,12 @@ def test_the_last_line_says_how_fast(run):
         (["--device", "gpu"], '--device = "gpu": must be "auto"'),
         (["--dtype", "int8"], '--dtype = "int8": must be "auto"'),
         (["--prompt_file", "x"], "--prompt and --prompt_file exclude each other"),
+        (["--prompts_file", "x", "--out", "y"], "--prompt and --prompts_file exclude each other"),
+        (["--out", "y"], "--out: takes the texts of a --prompts_file; name one"),
+        (["--batch", "0"], "--batch = 0: must be integer >= 1"),
+        (["--on_full", "wrap"], '--on_full = "wrap": must be "stop" or "slide"'),
+        (["--quantize", "int4"], '--quantize = "int4": must be "int8"'),
+        (["--compile", "yes"], '--compile = "yes": must be "auto" or "true" or "false"'),
         (["--length", "0", "--top_p", "0"], "--length = 0.*; --top_p = 0"),
         (["--model", "nowhere.strawberry"], "nowhere.strawberry"),
         (["--model", ""], "--model: is empty"),
@@ -470,9 +546,9 @@ def test_sentinels_are_read_where_spans_were_learned(answering, capsys, monkeypa
     path = answering / "spans.transformer"
     model, encoder, record = checkpoint.load_model(path)
     a, b, c = (encoder.decode([i]) for i in range(3))
-    asked = sample.Settings(source=f"{a}{b}<|0|>{c}<|2|>")
+    asked = f"{a}{b}<|0|>{c}<|2|>"
     assert sample.read_source(asked, model, encoder, record) == [0, 1, 12, 2, 14, encoder.eot]
-    answer(capsys, path, "--source", asked.source)
+    answer(capsys, path, "--source", asked)
     error = fails(capsys, monkeypatch, "--model", str(path), "--source", "ab<|3|>")
     assert error == "error: --source: <|3|> is one of too many; the model knows 3"
     error = fails(capsys, monkeypatch, "--model", str(answering / "pairs.transformer"), "--source", "ab<|0|>")
@@ -480,12 +556,10 @@ def test_sentinels_are_read_where_spans_were_learned(answering, capsys, monkeypa
 
 
 def test_sentinels_in_an_answer_are_spelled():
-    model = Scripted([258, *spoken("aé")[:2], 259, *spoken("é"), 256])
-    found = list(sample.continuation(model, bytes_encoder(), [], sample.Settings(), 0, source=[5, 256]))
-    assert found == ["<|0|>", "a", "", "\ufffd<|1|>", "", "é", ""]
-    assert model.source.tolist() == [[5, 256]] and model.idx.tolist() == [[256]]
-    list(sample.continuation(model, bytes_encoder(), [7, 8], sample.Settings(), 0, source=[5, 256]))
-    assert model.idx.tolist() == [[256, 7, 8]]  # a prompt begins the answer, which begins where one does
+    said = pieces([258, *spoken("aé")[:2], 259, *spoken("é"), 256], source=[5, 256])
+    assert said == ["<|0|>", "a", "", "\ufffd<|1|>", "", "é", ""]
+    assert a_text(source=[5, 256]).request.prompt == [256]
+    assert a_text(source=[5, 256], prompt=[7, 8]).request.prompt == [256, 7, 8]  # a prompt begins the answer
 
 
 def test_a_long_source_is_noted(answering, capsys):
@@ -516,7 +590,7 @@ def test_an_answer_is_scored_given_its_source(answering, tmp_path, capsys):
         ("masked", ["--prompt", "a"], "this transformer is an encoder: it guesses masked tokens and makes no text"),
         ("masked", ["--source", "a"], "is an encoder: it guesses"),
         ("masked", ["--score", "a.txt"], "is an encoder: it guesses"),
-        ("strawberry", ["--source", "a"], "this strawberry reads none; leave it out, or make it the --prompt"),
+        ("strawberry", ["--source", "a"], "this strawberry reads none; leave it out, or make it the prompt"),
         ("pairs", ["--source", "a", "--source", "b"], "--source: given twice"),
         ("pairs", ["--source", "\udcff"], "is not UTF-8"),
         ("pairs", ["--source", "x"], "'x'"),
@@ -566,7 +640,7 @@ def test_conversation(folder, run, monkeypatch, capsys):
 
 def test_a_stopped_text_uses_up_its_seed(folder, run, monkeypatch, capsys):
     expected = run("--prompt", "ab", "--length", "12", "--temperature", "2", "--seed", "5").out.removeprefix("ab")
-    real, calls = sample.continuation, []
+    real, calls = sample.make, []
 
     def stopped_once(*args):
         calls.append(args)
@@ -574,7 +648,7 @@ def test_a_stopped_text_uses_up_its_seed(folder, run, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(sample, "continuation", stopped_once)
+    monkeypatch.setattr(sample, "make", stopped_once)
     assert talk(folder, monkeypatch, capsys, "ab", "ab", EOFError()).out == "\n" + expected + "\n"
 
 
@@ -637,6 +711,305 @@ def test_a_reader_that_leaves_early_is_no_error(folder):
     assert "Error" not in err and "error" not in err and "Traceback" not in err
 
 
+# ---- bulk ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def desk(folder, tmp_path, monkeypatch):
+    """A directory to work in: desk(lines) writes prompts.jsonl."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(*lines, name="prompts.jsonl"):
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        Path(name).write_text("".join(f"{text}\n" for text in texts))
+
+    write.model = str(folder / "strawberry.strawberry")
+    return write
+
+
+BULK = ["--prompts_file", "prompts.jsonl", "--out", "texts.jsonl", "--temperature", "2", "--seed", "7"]
+
+
+def bulk(desk, *argv, out="texts.jsonl"):
+    sample.main(["--model", desk.model, *BULK[:2], "--out", out, *BULK[4:], *argv])
+    return results(out)
+
+
+def results(name="texts.jsonl"):
+    """What is in --out, by index."""
+    found = [json.loads(line) for line in Path(name).read_text().splitlines()]
+    assert len({line["index"] for line in found}) == len(found)
+    return {line["index"]: line for line in found}
+
+
+def test_bulk_texts_are_those_of_each_prompt_alone(desk, run):
+    lines = [{"prompt": "ab"}, {"prompt": "hedge a cab", "length": 9, "id": "x", "temperature": 0.5, "top_k": 3},
+             {"prompt": "", "max_tokens": 21, "top_p": 0.7, "min_p": 0.1, "id": 5},
+             {"prompt": "c", "seed": 99, "stop": ["a", "b"]}, {"prompt": "f", "stop": []}]  # fmt: skip
+    desk(*lines)
+    found = bulk(desk, "--length", "15", "--batch", "3", "--stop", "h")
+    assert sorted(found) == [0, 1, 2, 3, 4]
+    for index, line in enumerate(lines):
+        own = {"length": 15, "temperature": 2, "seed": 7 + index, **line}
+        own["length"] = own.pop("max_tokens", own["length"])
+        own.pop("id", None)
+        stops = own.pop("stop", ["h"])
+        argv = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+        text = run(*argv, *(word for stop in stops for word in ("--stop", stop))).out.removeprefix(line["prompt"])
+        assert found[index]["text"] + "\n" == text
+        assert found[index]["prompt"] == line["prompt"] and found[index].get("id") == line.get("id")
+        assert found[index]["tokens"] <= own["length"]
+        assert found[index]["finish_reason"] == ("length" if len(text) == own["length"] + 1 else "stop")
+
+
+def test_a_text_does_not_depend_on_its_company(desk):
+    """Letter for letter, in whatever company and order; see decode.py's tests for the tokens."""
+    lines = [{"prompt": "abcdefgh"[: i % 7 + 1], "max_tokens": 5 + 7 * i % 23, "seed": i} for i in range(12)]
+    desk(*lines)
+    together = bulk(desk, "--batch", "5")
+    desk(*lines[::-1], name="prompts.jsonl")
+    turned = bulk(desk, "--batch", "4", out="turned.jsonl")
+    desk(lines[4])
+    alone = bulk(desk, out="alone.jsonl")
+    assert {line["text"] for line in together.values()} == {line["text"] for line in turned.values()}
+    assert alone[0]["text"] == together[4]["text"] == turned[7]["text"]
+
+
+def test_results_come_as_they_finish(desk):
+    desk(*({"prompt": "a", "max_tokens": n, "temperature": 0} for n in (40, 3, 8)))
+    assert list(bulk(desk, "--batch", "2")) == [1, 2, 0]
+
+
+def test_empty_lines_count_and_are_left_out(desk, run):
+    Path("prompts.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \n{"prompt": "b"}')
+    found = bulk(desk, "--length", "5")
+    assert sorted(found) == [0, 3]
+    argv = ["--temperature", "2", "--length", "5", "--seed"]
+    assert found[3]["text"] == run("--prompt", "b", *argv, "10").out[1:-1]
+
+
+def test_a_finished_file_is_left_alone(desk, monkeypatch, capsys):
+    desk({"prompt": "a"}, {"prompt": "b"})
+    bulk(desk, "--length", "5")
+    before = Path("texts.jsonl").read_bytes(), Path("texts.jsonl").stat().st_mtime_ns
+    monkeypatch.setattr(sample, "Decoder", None)
+    bulk(desk, "--length", "5")
+    assert (Path("texts.jsonl").read_bytes(), Path("texts.jsonl").stat().st_mtime_ns) == before
+    assert "all 2 texts are in texts.jsonl already" in capsys.readouterr().err
+
+
+def test_a_kill_at_any_byte_costs_only_what_was_not_finished(desk):
+    desk(*({"prompt": "ab"[i % 2], "max_tokens": 3 + i} for i in range(6)))
+    whole = bulk(desk)
+    data = Path("texts.jsonl").read_bytes()
+    for cut in [*range(0, len(data), 37), len(data) - 1]:
+        Path("texts.jsonl").write_bytes(data[:cut])
+        kept = data[:cut].rpartition(b"\n")[0]
+        assert bulk(desk) == whole, cut
+        assert Path("texts.jsonl").read_bytes().startswith(kept)
+
+
+def test_what_is_finished_is_not_made_again(desk, monkeypatch):
+    desk(*({"prompt": "a", "max_tokens": 4} for _ in range(5)))
+    bulk(desk)
+    lines = Path("texts.jsonl").read_bytes().splitlines(keepends=True)
+    Path("texts.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:10])
+    asked, real = [], sample.make
+    monkeypatch.setattr(sample, "make", lambda decoder, texts: real(decoder, (asked.append(t) or t for t in texts)))
+    bulk(desk)
+    done = {json.loads(line)["index"] for line in lines[:3]}
+    assert {text.label["index"] for text in asked} == set(range(5)) - done
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(desk, monkeypatch, capsys):
+    desk(*({"prompt": "a", "max_tokens": n, "temperature": 0} for n in (3, 30, 5, 30)))
+    whole = bulk(desk)
+    Path("texts.jsonl").unlink()
+    real = sample.make
+
+    def interrupted(decoder, texts):
+        for count, piece in enumerate(real(decoder, texts)):
+            if count == 40:
+                raise KeyboardInterrupt
+            yield piece
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample, "make", interrupted)
+        bulk(desk)
+    assert "interrupted: 2 of 4 texts are in texts.jsonl; the same command goes on" in capsys.readouterr().err
+    assert sorted(results()) == [0, 2]
+    assert bulk(desk) == whole
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_killed_and_started_again_until_done(desk):
+    """A process, killed while it works at places that nobody chose, ends up with what one that was left alone makes."""
+    n = 24
+    desk(*({"prompt": "abc"[i % 3], "max_tokens": 20 + i, "id": f"n{i}"} for i in range(n)))
+    whole = bulk(desk)
+    Path("texts.jsonl").unlink()
+    argv = [sys.executable, str(PROGRAM), "--model", desk.model, *BULK, "--batch", "2", "--device", "cpu"]
+    for wanted in (3, 9, 16):
+        process = subprocess.Popen(argv, stderr=subprocess.PIPE)
+        end = time.monotonic() + 60
+        while Path("texts.jsonl").stat().st_size == 0 if Path("texts.jsonl").exists() else True:
+            assert time.monotonic() < end and process.poll() is None, process.stderr.read()
+        while Path("texts.jsonl").read_bytes().count(b"\n") < wanted and process.poll() is None:
+            assert time.monotonic() < end
+        process.kill()
+        process.communicate()
+    subprocess.run(argv, check=True, stderr=subprocess.DEVNULL)
+    assert results() == whole
+
+
+def test_a_drawn_seed_is_kept_for_the_rest(desk):
+    desk(*({"prompt": "a", "max_tokens": 9} for _ in range(4)))
+    argv = ["--model", desk.model, "--prompts_file", "prompts.jsonl", "--out", "texts.jsonl", "--temperature", "2"]
+    sample.main(argv)
+    whole, data = results(), Path("texts.jsonl").read_bytes()
+    Path("texts.jsonl").write_bytes(data.splitlines(keepends=True)[0])
+    sample.main(argv)
+    assert results() == whole
+    Path("texts.jsonl").unlink()
+    sample.main(argv)
+    assert results() != whole  # and drawn anew where nothing is there
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (["--temperature", "1"], "--temperature was 2.0 and is 1.0"),
+    (["--length", "5"], "--length was 256 and is 5"),
+    (["--stop", "a"], r'--stop was \[\] and is \["a"\]'),
+    (["--seed", "8"], "--seed was 7 and is 8"),
+    (["--dtype", "bfloat16"], '--dtype was "float32" and is "bfloat16"'),
+    (["--on_full", "slide", "--top_k", "4"], '--top_k was 0 and is 4; --on_full was "stop" and is "slide"'),
+    (["--model", "tinystar"], "the model is another, or was changed"),
+    ("prompts", "the prompts file is another, or was changed"),
+])  # fmt: skip
+def test_results_of_something_else_are_not_added_to(desk, folder, capsys, monkeypatch, change, message):
+    desk({"prompt": "a", "max_tokens": 3}, {"prompt": "b", "max_tokens": 3})
+    bulk(desk)
+    Path("texts.jsonl").write_bytes(Path("texts.jsonl").read_bytes().splitlines(keepends=True)[0])
+    before = Path("texts.jsonl").read_bytes()
+    if change == "prompts":
+        desk({"prompt": "a", "max_tokens": 3}, {"prompt": "c", "max_tokens": 3})
+        change = []
+    options = dict(zip(BULK[::2], BULK[1::2], strict=True)) | {"--model": desk.model}
+    options |= dict(zip(change[::2], change[1::2], strict=True))
+    if options["--model"] == "tinystar":
+        options["--model"] = str(folder / "tinystar.strawberry")
+    argv = [word for pair in options.items() for word in pair]
+    told = fails(capsys, monkeypatch, *argv)
+    assert re.search(f"texts.jsonl was made otherwise: {message}. Give the same again, or name another --out", told)
+    assert Path("texts.jsonl").read_bytes() == before
+
+
+def test_more_at_once_or_on_another_day_is_the_same_run(desk):
+    desk(*({"prompt": "a", "max_tokens": 6} for _ in range(4)))
+    whole = bulk(desk)
+    Path("texts.jsonl").write_bytes(Path("texts.jsonl").read_bytes().splitlines(keepends=True)[0])
+    assert bulk(desk, "--batch", "2", "--compile", "false", "--device", "cpu") == whole
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("{", "is not JSON"),
+    ("[" * 100_000, "is not JSON"),
+    ("5", r'holds 5; write an object, \{"prompt": "…"\}'),
+    ("{}", 'has no prompt; give it one, "" for the beginning of a text'),
+    ({"prompt": None}, "has no prompt"),
+    ({"prompt": 5}, "prompt = 5: must be text"),
+    ({"prompt": "aX"}, "'X'.* at position 1"),
+    ('{"prompt": "a\\ud800"}', "is not UTF-8"),
+    ({"prompt": "a", "tempe": 1}, r"tempe = 1: unknown key \(did you mean 'temperature'"),
+    ({"prompt": "a", "temperature": -1}, "temperature = -1: must be number >= 0"),
+    ({"prompt": "a", "top_p": 0}, "top_p = 0: must be number > 0 and <= 1"),
+    ({"prompt": "a", "top_k": 1.5}, "top_k = 1.5: must be integer >= 0"),
+    ({"prompt": "a", "min_p": True}, "min_p = true: must be number"),
+    ({"prompt": "a", "seed": -1}, "seed = -1: must be integer >= 0"),
+    ({"prompt": "a", "length": 0}, "length = 0: must be integer >= 1"),
+    ({"prompt": "a", "max_tokens": "9"}, 'max_tokens = "9": must be integer'),
+    ({"prompt": "a", "max_tokens": 3, "length": 4}, "length = 4: is max_tokens too, which is 3; keep one"),
+    ({"prompt": "a", "stop": "b"}, 'stop = "b": must be list of text'),
+    ({"prompt": "a", "stop": [""]}, r'stop = \[""\]: must be list of text'),
+    ({"prompt": "a", "id": [1]}, r"id = \[1\]: must be text or integer"),
+    ({"prompt": "a", "source": "b"}, "source: this strawberry reads none"),
+])  # fmt: skip
+def test_a_wrong_line_is_named_before_anything_is_made(desk, capsys, monkeypatch, line, message):
+    desk({"prompt": "a"}, line)
+    told = fails(capsys, monkeypatch, "--model", desk.model, *BULK)
+    assert re.match(f"error: prompts.jsonl, line 2: .*{message}", told) and len(told) < 400
+    assert sorted(path.name for path in Path().iterdir()) == ["prompts.jsonl"]
+
+
+def test_all_wrong_lines_are_told_but_not_too_many(desk, capsys, monkeypatch):
+    desk(*({"prompt": "a", "top_k": -i} for i in range(20)))
+    with pytest.raises(UserError) as raised:
+        bulk(desk)
+    told = str(raised.value).splitlines()
+    assert told[0] == "19 of 20 lines are wrong:" and len(told) == 12 and told[-1] == "  … and 9 more"
+    assert told[1].startswith("  prompts.jsonl, line 2: top_k = -1: must be")
+
+
+def test_a_prompts_file_that_cannot_be_read_is_named(desk, tmp_path, capsys, monkeypatch):
+    argv = ["--model", desk.model, *BULK]
+    assert "cannot read prompts.jsonl: No such file" in fails(capsys, monkeypatch, *argv)
+    desk()
+    assert 'prompts.jsonl has no prompts; write a line {"prompt": "…"}' in fails(capsys, monkeypatch, *argv)
+    Path("prompts.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    assert "prompts.jsonl, line 2: is not UTF-8 text (invalid start byte, byte 12)" in fails(capsys, monkeypatch, *argv)
+
+
+def test_an_out_that_is_no_result_of_ours_is_left_alone(desk, capsys, monkeypatch):
+    desk({"prompt": "a"}, {"prompt": "b"})
+    argv = ["--model", desk.model, *BULK]
+    Path("texts.jsonl").write_text("my diary\n")
+    assert "texts.jsonl is there, but texts.jsonl.from.json, which would say" in fails(capsys, monkeypatch, *argv)
+    assert Path("texts.jsonl").read_text() == "my diary\n"
+    Path("texts.jsonl").unlink()
+    bulk(desk)
+    data = Path("texts.jsonl").read_text()
+    Path("texts.jsonl").write_text(data + "more\n")
+    assert "texts.jsonl, line 3: is no text that sample.py wrote" in fails(capsys, monkeypatch, *argv)
+    Path("texts.jsonl").unlink()
+    Path("texts.jsonl.from.json").unlink()
+    Path("texts.jsonl").mkdir()
+    assert "texts.jsonl" in fails(capsys, monkeypatch, *argv)
+    assert "cannot write" in fails(capsys, monkeypatch, *argv[:5], "prompts.jsonl/x", *argv[6:])
+
+
+def test_bulk_needs_both_files_and_one_text_a_line(capsys, monkeypatch):
+    assert "--prompts_file: needs a file for the texts; name one with --out" in fails(
+        capsys, monkeypatch, "--prompts_file", "x")
+    argv = ["--prompts_file", "x", "--out", "y"]
+    assert "--num_samples: a --prompts_file has one text" in fails(capsys, monkeypatch, *argv, "--num_samples", "2")
+
+
+def test_a_prompt_in_bulk_that_leaves_no_position_is_named(desk, folder, capsys, monkeypatch):
+    desk({"prompt": "abc", "max_tokens": 30}, {"prompt": "abcd" * 5})
+    desk.model = str(folder / "learned.strawberry")
+    told = fails(capsys, monkeypatch, "--model", desk.model, *BULK)
+    assert "prompts.jsonl, line 2: the prompt has 20 tokens, and the model's positions end at 16" in told
+    desk({"prompt": "abc", "max_tokens": 30, "temperature": 0}, {"prompt": "d", "max_tokens": 4})
+    found = bulk(desk)
+    assert found[0]["finish_reason"] == "full" and found[0]["tokens"] in (13, 14)
+    assert "note: the text ends where the model's positions do, at 16 tokens" in capsys.readouterr().err
+    found = bulk(desk, "--on_full", "slide", out="slid.jsonl")
+    assert found[0]["tokens"] == 30 and found[0]["finish_reason"] == "length"
+
+
+def test_an_encoder_decoder_answers_in_bulk(answering, desk, capsys):
+    path = answering / "pairs.transformer"
+    desk({"source": "abc"}, {"source": "hgfe dcba", "prompt": "fg"}, {"source": ""}, {"prompt": "a"})
+    argv = ["--length", "12", "--temperature", "1", "--device", "cpu"]
+    sample.main(["--model", str(path), *BULK[:4], *argv, "--seed", "3", "--source", "hhhh"])
+    found = results()
+    asked = [("abc", ""), ("hgfe dcba", "fg"), ("", ""), ("hhhh", "a")]
+    for index, (source, prompt) in enumerate(asked):
+        capsys.readouterr()
+        sample.main(["--model", str(path), *argv, "--seed", str(3 + index), "--source", source, "--prompt", prompt])
+        assert capsys.readouterr().out == prompt + found[index]["text"] + "\n"
+    assert found[1]["source"] == "hgfe dcba" and "prompt" not in found[2]
+
+
 # ---- score ---------------------------------------------------------------------------------------------------------
 
 
@@ -670,19 +1043,23 @@ def test_windows_predict_each_token_once_with_enough_before_it(n, size, stride, 
 
 
 def test_bits_are_per_byte_not_per_token():
-    class Even(Scripted):
+    class Even(torch.nn.Module):
         """Every id is as likely as any other."""
 
-        config = models.CONFIGS["tinystar"](block_size=4)
+        config, causal = models.CONFIGS["tinystar"](block_size=4), True
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, idx, targets, source=None):
             return None, torch.tensor(math.log(258))
 
     text = "é🙂"
-    loss, bits = sample.score(Even([]), bytes_encoder(), text)
+    loss, bits = sample.score(Even(), bytes_encoder(), text)
     assert loss == pytest.approx(math.log(258)) and bits == pytest.approx(math.log2(258))
     encoder = encoders.train([text * 20], 262)
-    loss, bits = sample.score(Even([]), encoder, text)
+    loss, bits = sample.score(Even(), encoder, text)
     assert bits == pytest.approx(math.log2(258) * len(encoder.encode(text)) / 6) and len(encoder.encode(text)) < 6
 
 
