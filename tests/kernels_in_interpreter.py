@@ -1,0 +1,202 @@
+"""The kernels of kernels.py in Triton's interpreter, on the CPU. tests/test_kernels.py runs this file in processes of
+its own, with TRITON_INTERPRET=1, so that no other test's Triton is changed.
+
+References are written out in float64 and share no code with kernels.py.
+"""
+
+import math
+
+import pytest
+import torch
+
+import kernels
+from kernels import decode_attention, int8_linear, quantize_int8
+
+assert kernels.INTERPRETED, "run by tests/test_kernels.py, or with TRITON_INTERPRET=1"
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What a kernel leaves unwritten is NaN."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(got: torch.Tensor, exact: torch.Tensor, bound: float) -> None:
+    """‖got − exact‖ / ‖exact‖, which NaN never passes."""
+    assert got.shape == exact.shape
+    error = ((got.double() - exact).norm() / exact.norm()).item()
+    assert error < bound, f"relative error {error:.1e}"
+
+
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+DTYPES = [torch.float32, torch.bfloat16]
+
+# ---- decode_attention ------------------------------------------------------------------------------------------------
+
+
+def ring_softmax(q, k, v, pos, size, scale):
+    """A loop over rows, heads and the positions that each query sees, found by the definition of a ring."""
+    B, H, d = q.shape
+    group = H // (k.size(-1) // d)
+    q, k, v = q.double(), k.double(), v.double()
+    y = torch.zeros(B, H, d, dtype=torch.float64)
+    for b in range(B):
+        p = int(pos[b])
+        slots = [s % size for s in range(max(0, p - size + 1), p + 1)]
+        for h in range(H if slots else 0):
+            part = slice(h // group * d, (h // group + 1) * d)
+            y[b, h] = (k[b, slots, part] @ q[b, h] * scale).softmax(0) @ v[b, slots, part]
+    return y
+
+
+def ring(B, H, Hkv, d, size, pos, dtype=torch.float32):
+    """q, k, v, pos; NaN in every slot that must not be read, and in the query of an idle row."""
+    pos = torch.tensor(pos)
+    assert len(pos) == B
+    q, k, v = draw(B, H, d, dtype=dtype), *(draw(B, size + 1, Hkv * d, seed=s, dtype=dtype) for s in (1, 2))
+    for b, p in enumerate(pos.tolist()):
+        k[b, min(p + 1, size) :] = v[b, min(p + 1, size) :] = math.nan
+        q[b] *= math.nan if p < 0 else 1
+    return q, k, v, pos
+
+
+RINGS = {  # B, H, Hkv, d, size, pos
+    "MHA": (2, 3, 3, 64, 40, [39, 7]),
+    "GQA": (2, 6, 2, 64, 70, [69, 63]),
+    "MQA": (1, 12, 1, 80, 33, [20]),
+    "wrapped around": (3, 2, 2, 24, 50, [50, 131, 10_000_000_019]),
+    "GQA wrapped around": (2, 4, 2, 24, 300, [300, 5000]),
+    "idle rows": (3, 4, 4, 24, 20, [-1, 3, -1]),
+    "GQA idle rows": (3, 4, 1, 24, 20, [-1, 3, -1]),
+    "first token": (2, 4, 2, 128, 64, [0, 1]),
+    "heads of 128": (1, 2, 2, 128, 200, [177]),
+    "heads of 256": (1, 2, 1, 256, 40, [31]),
+    "one slot": (2, 2, 2, 8, 1, [0, 9]),
+    "more heads than 16 to a group": (1, 20, 1, 16, 90, [88]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("splits", [1, 3, 16])
+@pytest.mark.parametrize("shape", RINGS)
+def test_decode_is_softmax_over_the_ring(shape, splits, dtype):
+    q, k, v, pos = ring(*RINGS[shape], dtype)
+    size, scale = RINGS[shape][4], RINGS[shape][3] ** -0.5
+    got = torch.ops.strawberry.decode_attention(q, k, v, pos, size, scale, splits)
+    assert got.dtype == dtype
+    idle = pos < 0
+    assert (got[idle] == 0).all()
+    check(got[~idle], ring_softmax(q, k, v, pos, size, scale)[~idle], BOUND[dtype])
+
+
+@pytest.mark.parametrize("shape", RINGS)
+def test_decode_plain_is_softmax_over_the_ring(shape):
+    q, k, v, pos = ring(*RINGS[shape], torch.float64)
+    size, idle = RINGS[shape][4], pos < 0
+    got = decode_attention(
+        q.masked_fill(q.isnan(), 0.0), *(x.masked_fill(x.isnan(), 9.0) for x in (k, v)), pos, size, 0.3
+    )
+    assert (got[idle] == 0).all()
+    torch.testing.assert_close(got[~idle], ring_softmax(q, k, v, pos, size, 0.3)[~idle], rtol=1e-12, atol=1e-12)
+
+
+def test_decode_with_scores_of_a_thousand():
+    q, k, v, pos = ring(2, 2, 2, 16, 100, [99, 57])
+    check(decode_attention(q * 400, k, v, pos, 100, 1.0), ring_softmax(q * 400, k, v, pos, 100, 1.0), 1e-4)
+
+
+def test_decode_takes_a_part_of_a_wider_projection():
+    """q as it comes out of a projection that also makes k and v."""
+    q, k, v, pos = ring(2, 4, 4, 16, 30, [29, 3])
+    wide = torch.full((2, 3 * 64), math.nan)
+    wide[:, :64] = q.flatten(1)
+    view = wide[:, :64].unflatten(1, (4, 16))
+    assert not view.is_contiguous()
+    check(decode_attention(view, k, v, pos, 30, 0.25), ring_softmax(q, k, v, pos, 30, 0.25), 2e-6)
+
+
+def test_a_rows_result_does_not_depend_on_its_company():
+    q, k, v, pos = ring(3, 4, 2, 24, 300, [299, 5, 1000])
+    alone = torch.cat([torch.ops.strawberry.decode_attention(*(x[b : b + 1] for x in (q, k, v, pos)), 300, 0.2, 3)
+                       for b in range(3)])  # fmt: skip
+    assert torch.equal(torch.ops.strawberry.decode_attention(q, k, v, pos, 300, 0.2, 3), alone)
+
+
+def test_short_contexts_are_not_split(monkeypatch):
+    """And long ones are, into no more parts than there are programs to run."""
+    monkeypatch.setattr(kernels, "processors", lambda x: 132)
+    q, short, long = torch.zeros(1, 12, 64), torch.zeros(1, 257, 768), torch.zeros(1, 8193, 768)
+    assert kernels.decode_splits(q, short, 256) == 1
+    assert 16 <= kernels.decode_splits(q, long, 8192) <= 128
+    assert kernels.decode_splits(torch.zeros(512, 12, 64), long.expand(512, -1, -1), 8192) == 1
+
+
+# ---- int8 ------------------------------------------------------------------------------------------------------------
+
+
+def test_quantize_rounds_to_nearest_and_keeps_rows_of_zeros():
+    w = draw(50, 64)
+    w[7] = 0
+    w[8] *= 1e-20
+    w8, scale = quantize_int8(w)
+    assert w8.dtype == torch.int8 and scale.dtype == torch.float32 and (w8[7] == 0).all()
+    error = (w8.double() * scale.double().unsqueeze(1) - w.double()).abs()
+    assert (error <= 0.5001 * scale.double().unsqueeze(1)).all()
+    kept = torch.arange(50) != 7
+    assert (w8.abs().amax(dim=1)[kept] == 127).all() and (w8 >= -127).all()
+    assert w8.sign().eq(w.sign()).logical_or(w8 == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 16, 33, 64, 65])
+def test_int8_linear_is_the_product(M, biased, dtype):
+    N, K = 37, 200
+    w8 = torch.randint(-127, 128, (N, K), dtype=torch.int8, generator=torch.Generator().manual_seed(M))
+    x, scale = draw(M, K, dtype=dtype), draw(N, seed=1).exp() / 100
+    bias = draw(N, seed=2, dtype=dtype) if biased else None
+    exact = x.double() @ (w8.double() * scale.double().unsqueeze(1)).T + (bias.double() if biased else 0)
+    got = int8_linear(x, w8, scale, bias)
+    assert got.dtype == dtype
+    check(got, exact, BOUND[dtype])
+
+
+@pytest.mark.parametrize("N, K", [(1, 1), (4, 1024), (5, 2500), (130, 16)])
+@pytest.mark.parametrize("M", [1, 7])
+def test_int8_linear_of_odd_shapes(M, N, K):
+    w8 = torch.randint(-127, 128, (N, K), dtype=torch.int8)
+    x = draw(M, 1, 2 * K)[..., :K]  # rows that do not follow each other
+    got = int8_linear(x, w8, torch.full((N,), 0.01))
+    check(got, x.double() @ w8.double().T * 0.01, 2e-6)
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def test_the_operators_are_registered_as_pytorch_wants_them():
+    q, k, v, pos = ring(2, 4, 2, 16, 30, [29, 35])
+    torch.library.opcheck(torch.ops.strawberry.decode_attention.default, (q, k, v, pos, 30, 0.25, 2))
+    w8, scale = quantize_int8(draw(9, 16))
+    torch.library.opcheck(torch.ops.strawberry.int8_linear.default, (draw(2, 16), w8, scale, None))
+    torch.library.opcheck(torch.ops.strawberry.int8_linear.default, (draw(2, 16), w8, scale, draw(9)))
+
+
+def test_compile_keeps_the_kernels_whole():
+    q, k, v, pos = ring(2, 4, 2, 16, 30, [29, 35])
+    w8, scale = quantize_int8(draw(9, 16))
+
+    def step(q, k, v, pos):
+        return int8_linear(decode_attention(q, k, v, pos, 30, 0.25) * 2, w8, scale)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, pos), step(q, k, v, pos))

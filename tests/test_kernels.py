@@ -1,0 +1,56 @@
+"""The kernels in Triton's interpreter, each group in a process of its own; without Triton; with --cuda, on a GPU."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+
+ROOT = Path(__file__).parents[1]
+GROUPS = ["decode", "not decode"]  # each a share of tests/kernels_in_interpreter.py, as pytest's -k has it
+
+
+def python(*args: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton for this platform")
+@pytest.mark.parametrize("group", GROUPS)
+def test_kernels_in_the_interpreter(group):
+    run = python("-m", "pytest", "-q", "-x", "tests/kernels_in_interpreter.py", "-k", group, TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert "skipped" not in run.stdout
+
+
+def test_other_tests_do_not_see_the_interpreter():
+    assert not kernels.INTERPRETED and not kernels.usable(torch.zeros(1))
+
+
+def test_without_triton_the_plain_paths_serve():
+    run = python(
+        "-c",
+        """
+import sys
+sys.modules["triton"] = None
+import torch, kernels
+x, w = torch.eye(3), torch.tensor([[3, 4, 5]], dtype=torch.int8)
+assert not kernels.usable(x)
+assert kernels.int8_linear(x, w, torch.tensor([2.0])).flatten().tolist() == [6, 8, 10]
+k = torch.ones(1, 5, 3)
+assert kernels.decode_attention(x[None], k, k * 7, torch.tensor([2]), 4, 1.0).flatten().tolist() == [7.0] * 9
+""",
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.cuda
+def test_kernels_on_a_gpu():
+    """Each against float64; what it prints of times is not judged."""
+    run = python("kernels.py")
+    assert run.returncode == 0, run.stdout + run.stderr
