@@ -12,6 +12,10 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
+# the tests of survival with full counts: a quarter of an hour; prints the README's table
+torture: $(VENV)/installed
+	OMP_NUM_THREADS=1 TORTURE=1 $(BIN)/python tests/torture.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 
@@ -24,4 +28,4 @@ $(VENV)/installed: requirements.txt
 clean:
 	rm -rf $(VENV) data/*.bin bin/* img/*.png
 
-.PHONY: train test lint clean
+.PHONY: train test torture lint clean

@@ -241,8 +241,8 @@ class Lock:
     """Keeps a directory for this process until release(), or until the process ends, however it ends.
 
     Raises UserError, naming the process that has the directory, where another one does. The file `lock` says who that
-    is. What keeps it is flock, which the system undoes when a process dies; where there is none (Windows, some network
-    file systems) it is the file itself, and one that a dead process of this machine left is taken over.
+    is. What keeps it is flock on the directory, which the system undoes when a process dies; where there is none
+    (Windows, some network file systems) it is the file, and one that a dead process of this machine left is taken over.
     """
 
     def __init__(self, root):
@@ -250,34 +250,34 @@ class Lock:
         me = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
         me |= {"command": shlex.join(sys.argv), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         try:
-            file = self._take()
+            files = self._take()
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}; name another directory") from error
         with contextlib.suppress(OSError):  # on a full disk it is locked without a name
-            os.write(file, json.dumps(me).encode())
-        self.release = weakref.finalize(self, _release, self.path, file, os.getpid())
+            os.write(files[0], json.dumps(me).encode())
+        self.release = weakref.finalize(self, _release, self.path, files, os.getpid())
 
-    def _take(self) -> int:
-        while fcntl:
-            file = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o644)
+    def _take(self) -> list[int]:
+        """The open files that keep it; the first is `lock`, empty."""
+        if fcntl:
+            folder = os.open(self.path.parent, os.O_RDONLY)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.exists(self.path) and os.path.samestat(os.fstat(file), os.stat(self.path)):
-                    os.ftruncate(file, 0)
-                    return file
-                os.close(file)  # its holder has just removed it: once more
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return [os.open(self.path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644), folder]
             except BlockingIOError:
-                os.close(file)
+                os.close(folder)
                 raise self._refusal(_holder(self.path)) from None
+            except PermissionError:
+                os.close(folder)
+                raise
             except OSError:
-                os.close(file)
-                break  # this file system has no flock
-        return self._take_by_name()
+                os.close(folder)  # there is no flock in this file system
+        return [self._take_by_name()]
 
     def _take_by_name(self) -> int:
         while True:
             with contextlib.suppress(FileExistsError):
-                return os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+                return os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             holder = _holder(self.path)
             if not _is_dead(holder):
                 raise self._refusal(holder)
@@ -299,16 +299,15 @@ class Lock:
         return UserError(f"checkpoints.path = {self.path.parent}: is written to by {who}; {mend}")
 
 
-def _release(path: Path, file: int, pid: int) -> None:
-    """Removes the lock; before closing it where that can be, so that nobody locks a file that is about to go."""
+def _release(path: Path, files: list[int], pid: int) -> None:
+    """Removes `lock`, while flock still keeps the directory."""
     if os.getpid() != pid:  # a fork of the holder ends
         return
-    if os.name != "nt":
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
+    for i, file in enumerate(files):
         os.close(file)
-    if os.name == "nt":
-        path.unlink(missing_ok=True)
+        if not i:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _holder(path: Path) -> dict:

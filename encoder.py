@@ -47,7 +47,8 @@ GPT4_PATTERN = (  # tiktoken's cl100k_base: contractions, words, up to 3 digits,
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 VERSION = 1
-MAX_FILE = 64 << 20  # bytes; the largest published vocabulary, 200,000 tokens, takes 4 MB
+MAX_FILE = 8 << 20  # bytes; the largest published vocabulary, 200,000 tokens, takes 4 MB
+MAX_BRACKETS = 100_000  # in such a file: an empty list of two bytes takes 64 in memory
 MAX_VOCAB = 1 << 22  # ids, so that a damaged file cannot ask for a table that fills the memory
 FETCH_SECONDS = 30
 
@@ -350,6 +351,8 @@ def unpack(raw: bytes) -> dict:
     """Check the bytes of an encoder file and return its plain data. Raises UserError naming what is wrong."""
     if len(raw) > MAX_FILE:
         raise UserError(f"not an encoder: larger than {MAX_FILE >> 20} MiB")
+    if raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
+        raise UserError(f"not an encoder: it has more than {MAX_BRACKETS:,} brackets")
     try:
         data = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:  # a pickle, a truncated file, any binary file

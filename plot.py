@@ -33,7 +33,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
     lines = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for text in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(text)
                 if isinstance(line, dict) and isinstance(line.get("step"), int):
                     lines.append(line)

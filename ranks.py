@@ -22,7 +22,6 @@ import contextlib
 import datetime
 import json
 import os
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -76,8 +75,6 @@ class Ranks:
             raise UserError(f"cannot reach the other processes of torchrun: {reason}; start them all again") from error
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.main = self.rank == 0
-        if not self.main:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open as long as the process lives)
 
     def mean_(self, tensors: list[Tensor], weight: float) -> None:
         total = torch.full((1,), float(weight), device=self.device)  # filled there: the host does not wait

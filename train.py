@@ -165,6 +165,35 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class Sturdy:
+    """A stream whose full disk ends no run: what cannot be written is lost, or comes when there is room again."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with self.sparing():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.sparing():
+            self.stream.flush()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def sparing():
+        try:
+            yield
+        except BrokenPipeError:  # its reader left on purpose
+            raise
+        except OSError:
+            pass
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
@@ -539,7 +568,7 @@ class Trainer:
 
     def check_paths(self) -> None:
         run = self.run
-        if Path(run.model_path).is_dir():
+        if os.path.isdir(run.model_path):
             raise UserError(f"model_path = {run.model_path}: is a directory; name a file")
         check_writable("model_path", run.model_path, Path(run.model_path).parent)
         check_writable("checkpoints.path", run.checkpoints.path, self.root)
@@ -632,9 +661,13 @@ class Trainer:
     def load(self, found: checkpoint.Checkpoint) -> None:
         found.load_weights(self.model)
         state = found.load_state()
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.progress = Progress(**state["progress"])
-        self.saved = self.progress.step
+        try:
+            progress = Progress(**state["progress"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{found.path / checkpoint.STATE} holds no state that this program wrote") from error
+        self.progress = progress
+        self.saved = found.step
         self.val_loss = found.val_loss
 
     def introduce(self) -> None:
@@ -1084,6 +1117,15 @@ def short(path: str) -> str:
 
 
 def main(argv: list[str]) -> int:
+    with contextlib.ExitStack() as streams:
+        alone = os.environ.get("RANK", "0") == "0"  # of several processes, the first one talks
+        out = sys.stdout if alone else streams.enter_context(open(os.devnull, "w"))
+        streams.enter_context(contextlib.redirect_stdout(Sturdy(out)))
+        streams.enter_context(contextlib.redirect_stderr(Sturdy(sys.stderr)))
+        return carry_out(argv)
+
+
+def carry_out(argv: list[str]) -> int:
     checking, argv = "--check" in argv, [word for word in argv if word != "--check"]
     trainer = Trainer(load_run(argv, CONFIGS), Signals())
     try:

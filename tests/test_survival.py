@@ -1,0 +1,1264 @@
+"""A run that is left alone overnight: whatever happens to the machine, it loses one interval at most, and nothing wrong
+is saved as right. `make torture` runs these tests with more of everything.
+
+Index:  resuming · kills · signals · damage · full disks · losses that are not finite · memory · files made to harm ·
+        one process at a time · several processes · properties · long runs · odd surroundings · checking
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torture
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torture import FULL, assert_same, count, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
+
+import checkpoint
+import dataset
+import encoder as encoders
+import plot
+import train
+from checkpoint import Lock, load_model, newest
+from dataset import Header, TokenFile
+from model import CONFIGS
+from optimizer import lr_at
+from options import UserError, check, dotted_names, load_run, run_class, to_dict
+from train import Signals, Trainer
+
+RESUME = "--init_from=resume"
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has neither signals to send nor fork")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def den(tmp_path, monkeypatch):
+    """A directory with a corpus and a config, where nothing is drawn."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot, "curves", lambda *arguments: None)
+    set_up(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def told(record_property):
+    """Tell the table of `make torture` what was done, and how much of it."""
+    return lambda what, how: record_property("torture", (what, how))
+
+
+def run(*argv):
+    return train.main(["--config", "run.json", *argv])
+
+
+def prepared(*argv):
+    """A trainer before its first step, which keeps its directory from no other one."""
+    trainer = Trainer(load_run(["--config", "run.json", *argv], CONFIGS), Signals())
+    trainer.prepare()
+    trainer.close()
+    return trainer
+
+
+def at_call(monkeypatch, owner, name, number, act):
+    """Call `act()` at the start of the call of that number of a function, the first being 1."""
+    function, calls = getattr(owner, name), []
+
+    def then_function(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            act()
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, then_function)
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def files(root) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(Path(root).rglob("*")) if path.is_file()}
+
+
+def weights_hash(path="out/tiny.model") -> str:
+    """SHA-256 of all tensors of a model file: the record beside them tells the time."""
+    tensors = safetensors.torch.load_file(path)
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+
+
+# ---- resuming ------------------------------------------------------------------------------------------------------
+
+
+def random_corpus(block_size: int, windows: int) -> None:
+    """One long line in which no two windows are alike."""
+    rng = random.Random(block_size)
+    text = "".join(rng.choice(torture.ALPHABET[:-1]) for _ in range(int((windows + 1.5) * block_size / 0.8)))
+    torture.write_corpus("data.bin", text)
+
+
+@pytest.mark.parametrize("threads,size", [(1, 16), (2, 64)])
+def test_resumed_at_any_point_it_is_the_same_run(den, monkeypatch, told, threads, size):
+    torch.set_num_threads(threads)
+    random_corpus(size, windows=41)  # 5 1/8 steps of 2 · 4 rows
+    write_run(model_hyperparams={"dropout": 0.2, "block_size": size, "n_embd": size, "n_qkv": size})
+    rows = []
+    compute = Trainer.compute_gradients
+
+    def note(self, micro_batches):
+        rows.extend(row.tobytes() for batch in micro_batches for row in batch.x.numpy())
+        return compute(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "compute_gradients", note)
+    assert run("--checkpoints.path=whole") == 0
+    whole = list(rows)
+    stops = range(1, 10) if FULL else (3, 5, 8)  # the middle of an epoch, its end, the middle of the next one
+    rows.clear()
+    done = 0
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            at_call(patch, Trainer, "update_weights", stop - done, terminate)
+            assert run(*[RESUME] * bool(done)) == 143
+        assert newest("ck").step == done + (stop - done) == stop
+        done = stop
+    assert run(RESUME) == 0
+    assert rows == whole  # every batch, in order
+    assert_same(newest_state("whole")[1], newest_state("ck")[1])
+    assert timeless("whole/metrics.jsonl") == timeless()
+    assert_an_epoch_is_every_window_once(rows, size)
+    told(f"stopped and resumed, {threads} thread{'s' * (threads > 1)}", f"at {len(stops)} of 10 steps")
+
+
+def assert_an_epoch_is_every_window_once(rows: list[bytes], size: int) -> None:
+    """Found in the text, the first 41 rows begin `size` apart, none twice and none left out."""
+    tokens = TokenFile("data.bin").tokens.astype(np.int64)
+    text = tokens.tobytes()
+    for epoch in range(len(rows) // 41):
+        starts = sorted(text.index(row) // 8 for row in rows[41 * epoch : 41 * epoch + 41])
+        assert np.diff(starts).tolist() == [size] * 40
+
+
+# ---- kills ---------------------------------------------------------------------------------------------------------
+
+
+@posix
+def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(den, told):
+    write_run(max_iters=24, checkpoints={"path": "ck", "interval": 2, "keep": 2}, eval_interval=12)
+    assert finish(start("--config", "run.json", "--checkpoints.path=whole")) == 0
+    expected = weights_hash()
+    rng, kills, in_saves, runs = random.Random(6), 0, 0, 0
+    wanted = count(6, 50)
+    while kills < wanted or Path("ck").exists():
+        child = start("--config", "run.json", *[RESUME] * bool(list(Path("ck").glob("step_*"))))
+        if kills < wanted:
+            if kills % 2:
+                saving = f"ck/.tmp_step_*_{child.pid}"
+                with contextlib.suppress(AssertionError):  # it may have been done before
+                    wait_until(lambda saving=saving: list(Path().glob(saving)), child=child)
+            else:
+                child.join(rng.uniform(0.1, 1.5))
+            child.kill()
+        code = finish(child)
+        if code == -9:
+            kills += 1
+            in_saves += bool(list(Path("ck").glob(".tmp_step_*"))) if Path("ck").exists() else 0
+            assert_little_is_lost(2)
+        else:
+            assert code == 0, read()
+            assert weights_hash() == expected
+            assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, 25))
+            shutil.rmtree("ck")
+            runs += 1
+    assert in_saves and runs
+    told("killed (SIGKILL) at random moments", f"{kills} times, {in_saves} of them in the middle of a save")
+
+
+def assert_little_is_lost(interval: int) -> int:
+    """The newest checkpoint is good, and at most an interval older than what was logged."""
+    logged = max((line["step"] for line in timeless()), default=0) if Path("ck/metrics.jsonl").exists() else 0
+    step = newest("ck").step if list(Path("ck").glob("step_*")) else 0
+    assert step >= logged - interval
+    return step
+
+
+# ---- signals -------------------------------------------------------------------------------------------------------
+
+PHASES = {  # what is called there, and how often before the signal comes
+    "reading the data": (train, "load_data", 1),
+    "building the model": (train, "build", 1),
+    "the rehearsal": (Trainer, "accumulate", 1),
+    "claiming the directory": (train, "set_aside", 1),
+    "a step's forward pass": (Trainer, "accumulate", 4),
+    "a step's update": (Trainer, "update_weights", 3),
+    "logging": (Trainer, "log", 3),
+    "an evaluation": (train, "mean_loss", 2),
+    "a sample": (train, "sample_tokens", 1),
+    "the curves": (plot, "curves", 1),
+    "a checkpoint's files": (checkpoint, "_write", 2),
+    "a checkpoint's renaming": (checkpoint, "_publish", 1),
+    "the model file": (train, "save_model", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory):
+    """The last step's tensors of a run of six that nothing disturbs."""
+    before = os.getcwd()
+    set_up(tmp_path_factory.mktemp("six"))
+    run(*SIX)
+    tensors = newest_state()[1]
+    os.chdir(before)
+    return tensors
+
+
+SIX = ["--max_iters=6", "--eval_interval=3", "--checkpoints.interval=2"]
+
+
+@posix
+@pytest.mark.parametrize("phase", PHASES)
+def test_sigterm_at_any_moment_saves_and_ends_with_143(den, monkeypatch, six_steps, told, phase):
+    owner, name, number = PHASES[phase]
+    with monkeypatch.context() as patch:
+        moment = []
+        at_call(patch, owner, name, number, lambda: (moment.append(time.monotonic()), terminate()))
+        assert run(*SIX) == 143
+        assert moment and time.monotonic() - moment[0] < 10
+    begun = Path("ck").exists()
+    assert begun == (phase not in ("reading the data", "building the model", "the rehearsal"))
+    if begun:
+        logged = [line["step"] for line in timeless()]
+        assert newest("ck").step == max(logged, default=0)  # nothing at all is lost
+    assert run(*SIX, *[RESUME] * begun) == 0
+    assert_same(newest_state()[1], six_steps)
+    told(f"SIGTERM during {phase}", "once")
+
+
+@posix
+def test_a_step_that_takes_too_long_is_given_up(den, monkeypatch, six_steps):
+    """Of the third step's two micro-batches only one is computed; the step is done anew on resume."""
+    monkeypatch.setattr(train, "GRACE", -1.0)
+    with monkeypatch.context() as patch:
+        at_call(patch, Signals, "give_up_late", 7, terminate)  # 1 in the rehearsal, 2 in each step
+        calls = []
+        at_call(patch, Trainer, "update_weights", 3, lambda: calls.append(1))
+        assert run(*SIX) == 143
+        assert not calls and newest("ck").step == 2
+    assert run(*SIX, RESUME) == 0
+    assert_same(newest_state()[1], six_steps)
+
+
+@posix
+def test_sigterm_while_compiling_ends_with_143(den, told):
+    times = []
+    for number in range(count(1, 5)):
+        log = f"log{number}.txt"
+        child = start("--config", "run.json", "--compile=true", log=log, TORCHINDUCTOR_CACHE_DIR=str(den / "cache"))
+        wait_until(lambda log=log: "compiling" in read(log), child=child)
+        child.join(0.5 + 2 * number)
+        before = time.monotonic()
+        os.kill(child.pid, signal.SIGTERM)
+        assert finish(child, 20) == 143, read(log)
+        times.append(time.monotonic() - before)
+        assert times[-1] < 10 and "SIGTERM: " in read(log)
+    told("SIGTERM while compiling", f"{len(times)} times, the slowest took {max(times):.1f} s")
+
+
+@posix
+def test_sigterm_while_the_program_is_loaded_ends_at_once(den, told):
+    script = [sys.executable, str(torture.ROOT / "train.py"), "--config", "run.json"]
+    tries = count(1, 10)
+    for number in range(tries):
+        with subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.4 + 0.2 * number)
+            child.terminate()
+            assert child.wait(10) == 143
+    told("SIGTERM while Python loads", f"{tries} times")
+
+
+@posix
+def test_a_second_sigint_leaves_at_once_and_the_last_checkpoint_is_good(den, told):
+    """Both come in the middle of the second save, which is never finished."""
+    assert finish(start("--config", "run.json", body=torture.interrupted_twice_in_a_save)) == 130
+    assert list(Path("ck").glob(".tmp_step_00000008_*")) and newest("ck").step == 4
+    assert "go on" not in read()
+    assert run(RESUME) == 0
+    told("SIGINT twice during a save", "once")
+
+
+# ---- damage --------------------------------------------------------------------------------------------------------
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[random.Random(len(data)).randrange(len(data))] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped bit": flip,
+    "a truncated file": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "an empty file": lambda path: path.write_bytes(b""),
+    "a missing file": lambda path: path.unlink(),
+}
+PARTS = ("model.safetensors", "state.pt", "manifest.json")
+
+
+def test_damage_is_named_and_the_checkpoint_before_is_used(den, six_steps, capsys, told):
+    run(*SIX)
+    shutil.copytree("ck", "sound")
+    for part in PARTS:
+        for name, damage in DAMAGE.items():
+            shutil.rmtree("ck")
+            shutil.copytree("sound", "ck")
+            damage(Path("ck/step_00000006") / part)
+            capsys.readouterr()
+            assert run(*SIX, RESUME) == 0
+            out = capsys.readouterr()
+            assert re.search(rf"warning: the checkpoint ck.step_00000006 is broken \({re.escape(part)}", out.err), name
+            assert "resuming ck/step_00000004" in out.out.replace(os.sep, "/")
+            assert_same(newest_state()[1], six_steps)
+    told("damaged checkpoints", f"{len(DAMAGE)} kinds in each of {len(PARTS)} files")
+
+
+@posix
+def test_all_checkpoints_damaged_is_one_line_and_never_a_new_start(den):
+    run(*SIX)
+    for path in Path("ck").glob("step_*"):
+        flip(path / "state.pt")
+    before = files(den)
+    assert finish(start("--config", "run.json", *SIX, RESUME)) == 2
+    last = read().splitlines()[-1]
+    assert last.startswith("error: every checkpoint in ck is broken (") and last.count("state.pt") == 3
+    Path("log.txt").unlink()
+    assert files(den) == before
+
+
+def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(den, capsys, monkeypatch):
+    write = checkpoint.atomic_write
+
+    def refuse(path, data):
+        if Path(path).name == "latest":
+            raise UserError(f"cannot write {path}: No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(checkpoint, "atomic_write", refuse)
+    assert run(*SIX, "--checkpoints.keep=2") == 0
+    assert capsys.readouterr().err.count("is saved all the same") == 3
+    assert newest("ck").step == 6 and not Path("ck/step_00000002").exists()
+
+
+# ---- full disks ----------------------------------------------------------------------------------------------------
+
+
+def assert_it_went_on_without_the_disk() -> None:
+    """full_disk made steps 5 … 8 without room; every checkpoint then was as it had been."""
+    then = json.loads(Path("then.json").read_text())
+    assert then["newest"] == 4 and then["visible"] == ["step_00000002", "step_00000004"]
+    assert newest("ck").step == 12 and load_model("out/tiny.model")[2]["step"] == 12
+    assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, 13))
+    assert not list(Path("ck").glob(".tmp_*"))
+    assert {path.name for path in Path("img").glob("*.png")} == set(plot.SHEETS)
+
+
+FULL_DISK = ["--config", "run.json", "--max_iters=12", "--checkpoints.interval=2", "--eval_interval=6"]
+
+
+@posix
+def test_files_that_cannot_grow_are_told_and_tried_again(den, told):
+    """RLIMIT_FSIZE: no checkpoint and no picture fits."""
+    assert finish(start(*FULL_DISK, body=torture.full_by_limit)) == 0, read()
+    assert "File too large" in read() and "cannot draw the curves" in read()
+    assert_it_went_on_without_the_disk()
+    told("full disk (RLIMIT_FSIZE)", "4 steps, with 2 checkpoints and a plot due")
+
+
+def can_mount() -> bool:
+    unshare = shutil.which("unshare")
+    return bool(unshare) and not subprocess.run([unshare, "-rm", "true"], capture_output=True).returncode
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not can_mount(), reason="needs a kernel that lets users mount a tmpfs")
+def test_a_full_disk_is_told_and_tried_again(den, told):
+    """A tmpfs of 4 MB with nothing left on it, for the log too."""
+    script = f"import sys; sys.path[:0] = {[str(torture.ROOT), str(torture.ROOT / 'tests')]}; import torture, os\n"
+    script += f"torture.begin(torture.full_by_filling, {FULL_DISK}, os.getcwd(), 'log.txt', 1, {{}})"
+    steps = ["mount -t tmpfs -o size=4m none small && cp *.* small && cd small", '"$0" -c "$1"; code=$?',
+             "cp -r . ../after; exit $code"]  # fmt: skip
+    Path("small").mkdir()
+    command = ["unshare", "-rm", "sh", "-c", "\n".join(steps), sys.executable, script]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    os.chdir("after")
+    assert done.returncode == 0, done.stderr + read()
+    assert_it_went_on_without_the_disk()
+    told("full disk (tmpfs of 4 MB)", "4 steps, with 2 checkpoints, metrics, log and a plot due")
+
+
+# ---- losses that are not finite ------------------------------------------------------------------------------------
+
+BACK = "--on_nan=rollback"
+
+
+def poison(monkeypatch, *positions):
+    """A weight becomes NaN right before the steps at these positions in the data, in whichever order they come."""
+    compute = Trainer.compute_gradients
+
+    def poisoned(self, micro_batches):
+        if self.progress.position in positions:
+            with torch.no_grad():
+                self.model.embed.weight[3, 1] = math.nan
+        return compute(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "compute_gradients", poisoned)
+
+
+def test_a_poisoned_weight_is_rolled_back_past_its_data_at_half_the_rate(den, monkeypatch, capsys, told):
+    poison(monkeypatch, 6)
+    used = []
+    at_first = Trainer.update_weights
+
+    def note(self, loss, grad_norm):
+        lr = at_first(self, loss, grad_norm)
+        used.append((self.progress.step, self.progress.position, lr))
+        return lr
+
+    monkeypatch.setattr(Trainer, "update_weights", note)
+    assert run(BACK) == 0
+    lrs = [lr_at(step, load_run(["--config", "run.json"], CONFIGS)) for step in range(10)]
+    first = [(step, step, lrs[step]) for step in range(6)]  # step 7 meets the poison: back to step 4, on from batch 7
+    assert used == first + [(step, step + 3, pytest.approx(lrs[step] / 2)) for step in range(4, 10)]
+    lines = [line for line in timeless() if "rollback" in line]
+    keys = ("step", "from_step", "rollback", "lr_factor")
+    assert [tuple(line[key] for key in keys) for line in lines] == [(4, 7, 1, 0.5)]
+    record = load_model("out/tiny.model")[2]["rollbacks"]
+    assert [about["from_step"] for about in record] == [7] and "the loss is nan" in record[0]["why"]
+    assert newest("ck").load_state()["progress"]["skipped"] == 3
+    assert "going back to step 4" in capsys.readouterr().err
+    assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, 11))
+    told("a weight made NaN, on_nan rollback", "once; and 4 times, which ends with code 3")
+
+
+def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypatch):
+    poison(monkeypatch, 6)
+    batches = []
+    at_first = Trainer.accumulate
+
+    def note(self, micro_batches):
+        batches.append(torch.cat([batch.x for batch in micro_batches]))
+        return at_first(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "accumulate", note)
+    assert run(BACK) == 0
+    trainer = prepared()
+    every = [torch.from_numpy(trainer.corpus.train.windows(5, 8 * step, 8)[:, :-1]) for step in range(13)]
+    steps = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]  # each batch once, though the steps 5 and 6 were done twice
+    for got, step in zip(batches[1:], steps, strict=False):
+        assert torch.equal(got, every[step])
+
+
+def test_a_run_that_was_rolled_back_resumes_as_if_it_had_not_stopped(den, monkeypatch):
+    poison(monkeypatch, 6)
+    assert run(BACK, "--checkpoints.path=whole") == 0
+    for argv, number in ([], 8), ([RESUME], 2):  # the first is the one right after the rollback
+        with monkeypatch.context() as patch:
+            at_call(patch, Trainer, "update_weights", number, terminate)
+            assert run(BACK, *argv) == 143
+    assert run(BACK, RESUME) == 0
+    assert_same(newest_state("whole")[1], newest_state()[1])
+    assert timeless("whole/metrics.jsonl") == timeless()
+
+
+def test_three_rollbacks_and_no_more(den, monkeypatch, capsys):
+    poison(monkeypatch, 2, 5, 7, 9)
+    assert run(BACK) == 3
+    assert "3 rollbacks did not help" in capsys.readouterr().err
+    factors = [line["lr_factor"] for line in timeless() if "rollback" in line]
+    assert factors == [0.5, 0.25, 0.125] and newest("ck").load_state()["progress"]["rollbacks"][2]["rollback"] == 3
+
+
+def test_a_rollback_takes_the_checkpoint_before_a_broken_one(den, monkeypatch, capsys):
+    poison(monkeypatch, 9)
+    with monkeypatch.context() as patch:
+        at_call(patch, Trainer, "roll_back", 1, lambda: flip(Path("ck/step_00000008/state.pt")))
+        assert run(BACK) == 0
+    told = capsys.readouterr().err
+    assert "step_00000008 is broken" in told and "going back to step 4" in told
+    assert newest("ck").step == 10 and newest("ck").load_state()["progress"]["skipped"] == 6
+
+
+def test_weights_that_went_bad_before_a_save_are_rolled_back(den, monkeypatch):
+    """The gradient was finite and the update was not."""
+
+    def poisoned(self):
+        if self.progress.step == 8 and not self.progress.rollbacks:
+            with torch.no_grad():
+                self.model.embed.weight[3, 1] = math.inf
+        return check(self)
+
+    check = Trainer.check_weights
+    monkeypatch.setattr(Trainer, "check_weights", poisoned)
+    assert run(BACK) == 0
+    assert [line["step"] for line in timeless() if "rollback" in line] == [4]
+
+
+def test_a_learning_rate_of_1e20_is_not_survived_and_nothing_bad_is_saved(den):
+    exploding = ["--learning_rate=1e20", "--warmup_iters=0", "--min_lr=0"]
+    assert run(*exploding, BACK) == 3
+    assert [line["rollback"] for line in timeless() if "rollback" in line] == [1, 2, 3]
+    assert run(*exploding, "--checkpoints.path=stop", "--checkpoints.interval=1") == 3
+    for root in ("ck", "stop"):
+        assert all(t.isfinite().all() for t in newest_state(root)[1].values())
+    assert not Path("out/tiny.model").exists()
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def limited(monkeypatch, rows):
+    """A device that has room for so many rows and no more."""
+    accumulate = Trainer.accumulate
+
+    def full(self, micro_batches):
+        if len(micro_batches[0].x) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return accumulate(self, micro_batches)
+
+    monkeypatch.setattr(Trainer, "accumulate", full)
+
+
+def test_out_of_memory_says_what_took_it_and_what_to_lower(den, monkeypatch):
+    limited(monkeypatch, 3)
+    before = files(den)
+    with pytest.raises(UserError) as caught:
+        run()
+    message = str(caught.value)
+    trainer = Trainer(load_run(["--config", "run.json"], CONFIGS), Signals())
+    trainer.get_ready()
+    need = trainer.footprint()
+    assert f"weights {train.size(need.weights)}, gradients" in message
+    assert f"activations of 4 rows of 16 tokens about {train.size(4 * need.row)}" in message
+    assert "before the first step" in message and "nothing was changed" in message
+    assert "Halve batch_size and double gradient_accumulation_steps (to 2 and 4), which computes the same" in message
+    assert "model_hyperparams.block_size (16)" in message and "\n" not in message
+    assert files(den) == before
+    assert run("--batch_size=2", "--gradient_accumulation_steps=4", "--max_iters=1") == 0  # what it said
+
+
+@pytest.mark.parametrize("rows", [1, 11, 16, 1000])
+def test_auto_finds_the_largest_batch_that_fits(den, monkeypatch, capsys, rows):
+    limited(monkeypatch, rows)
+    trainer = prepared("--batch_size=auto")
+    expected = min(rows, trainer.corpus.train.n_windows)
+    assert trainer.run.batch_size == expected and f"batch_size   {expected}" in capsys.readouterr().out
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert all(not router.load.any() for router in trainer.model.routers().values())
+
+
+def test_auto_with_room_for_nothing_says_so(den, monkeypatch):
+    limited(monkeypatch, 0)
+    with pytest.raises(UserError, match=r"out of memory before the first step.* Lower model_hyperparams.block_size"):
+        run("--batch_size=auto")
+
+
+def test_auto_is_recorded_and_resumed(den, monkeypatch):
+    limited(monkeypatch, 5)
+    run("--batch_size=auto", "--max_iters=2")
+    limited(monkeypatch, 3)  # another machine computes the same, or says that it can't
+    assert newest("ck").meta["run"]["batch_size"] == 5
+    with pytest.raises(UserError, match="out of memory"):
+        run("--batch_size=auto", RESUME)
+
+
+def test_a_cpu_gives_half_of_its_free_memory_and_no_more_tokens_than_help(den, monkeypatch):
+    need = prepared().footprint()
+    room = need.fixed + 7 * need.row + need.row // 2
+    monkeypatch.setattr(train, "device_memory", lambda device: (2 * room, 4 * room))
+    assert prepared("--batch_size=auto").run.batch_size == 7
+    monkeypatch.setattr(train, "CPU_TOKENS", 5 * 16)
+    assert prepared("--batch_size=auto").run.batch_size == 5
+
+
+def test_what_a_row_keeps_for_the_backward_pass_is_counted():
+    """silu(x W) + (x W)² keeps x (n·8 floats) and x W (n·4), once though used twice, and neither W nor the result."""
+    layer = torch.nn.Linear(8, 4, bias=False)
+
+    def forward(n):
+        h = layer(torch.ones(n, 8))
+        return (torch.nn.functional.silu(h) + h.square()).sum()
+
+    kept = [train.kept_for_backward(layer, lambda n=n: forward(n)) for n in (1, 2, 5)]
+    assert np.diff(kept).tolist() == [4 * (8 + 4), 3 * 4 * (8 + 4)]
+
+
+def test_the_largest_is_found_whatever_it_is():
+    for limit in (1, 2, 7, 8, 100):
+        for n in range(limit + 3):
+            asked = []
+            assert train.largest(lambda rows, n=n, asked=asked: asked.append(rows) or rows <= n, limit) == min(n, limit)
+            assert max(asked) <= limit and max(asked) <= max(2 * n, 1) and len(asked) == len(set(asked))
+
+
+@posix
+def test_a_cpu_that_is_out_of_memory_says_so(den):
+    """A real allocation fails, in a process that may have 300 MB more than it has."""
+    write_run(batch_size=1 << 17)
+    before = files(den)
+    assert finish(start("--config", "run.json", body=torture.short_of_memory)) == 2, read()
+    last = read().splitlines()[-1]
+    assert last.startswith("error: cpu is out of memory before the first step") and "Halve batch_size" in last
+    Path("log.txt").unlink()
+    assert files(den) == before
+
+
+@pytest.mark.cuda
+def test_a_gpu_that_is_full_and_the_batch_that_fits_it(den, capsys):
+    """With 1 GB of the GPU, the batch that auto finds trains; twice as much does not, and is told."""
+    share = 1e9 / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        write_run(device="cuda", model_hyperparams={"block_size": 256, "n_embd": 128, "n_qkv": 128, "n_layer": 4})
+        torture.write_corpus("data.bin", torture.TEXT * 400)
+        assert run("--batch_size=auto", "--max_iters=3") == 0
+        rows = newest("ck").meta["run"]["batch_size"]
+        with pytest.raises(UserError, match=r"cuda is out of memory before the first step, of .*weights"):
+            run(f"--batch_size={2 * rows}")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# ---- files made to harm --------------------------------------------------------------------------------------------
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.mkdir, ("it_ran",))
+
+
+def signed(head: bytes) -> bytes:
+    return head[:224] + hashlib.sha256(head[:224]).digest()
+
+
+def header(data: bytes, at: int, number: int) -> bytes:
+    """A token file with another number in its header, and a checksum that fits it."""
+    return signed(data[:at] + struct.pack("<Q", number) + data[at + 8 : 256]) + data[256:]
+
+
+def tensors_claiming(header: bytes, size: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if size is None else size) + header
+
+
+def bomb() -> bytes:
+    """A state.pt of 1 MB that unpacks to 1 GB."""
+    with zipfile.ZipFile("bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("state/data.pkl", bytes(1 << 30))
+        archive.writestr("state/version", b"3\n")
+    return Path("bomb.zip").read_bytes()
+
+
+def in_checkpoint(part: str, content: bytes) -> None:
+    """A checkpoint whose manifest vouches for a file made to harm."""
+    run("--max_iters=1")
+    path = Path("ck/step_00000001")
+    (path / part).write_bytes(content)
+    if part != "manifest.json":
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"][part] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        manifest.pop("sha256")
+        (path / "manifest.json").write_bytes(checkpoint._render(manifest))
+
+
+DEEP = b"[" * 100_000
+MODEL_FILE = "--init_from=evil.model,pretrained"
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+# name → (the file, its content from the sound one's, the command line)
+HARM = {
+    "a pickle for a model": ("evil.model", lambda _: pickle.dumps(Payload()), [MODEL_FILE]),
+    "a torch file for a model": ("evil.model", lambda _: saved(Payload()), [MODEL_FILE]),
+    "a pickle for an encoder": ("evil.bin", lambda _: pickle.dumps(Payload()), ["--encoder_path=evil.bin"]),
+    "a pickle for a dataset": ("data.bin", lambda _: pickle.dumps(Payload()), []),
+    "a pickle for a config": ("run.json", lambda _: pickle.dumps(Payload()), []),
+    "a header of 2^63 bytes": ("evil.model", lambda _: tensors_claiming(b"{}", 1 << 63), [MODEL_FILE]),
+    "a header of the whole file": ("evil.model", lambda _: tensors_claiming(b"{" * 10_000_000), [MODEL_FILE]),
+    "a tensor of 2^60 bytes": (
+        "evil.model",
+        lambda _: tensors_claiming(json.dumps({"a": EMPTY | {"shape": [1 << 60], "data_offsets": [0, 4]}}).encode()),
+        [MODEL_FILE],
+    ),
+    "200,000 empty tensors": (
+        "evil.model",
+        lambda _: tensors_claiming(json.dumps({f"t{i}": EMPTY for i in range(200_000)}).encode()),
+        [MODEL_FILE],
+    ),
+    "JSON of depth 100,000 for a config": ("run.json", lambda _: DEEP, []),
+    "a deep config that is short enough": ("run.json", lambda _: b"[" * 60_000, []),
+    "brackets for a config": ("run.json", lambda _: b'{"a":' * 10_000, []),
+    "JSON of depth 100,000 for an encoder": ("evil.bin", lambda _: DEEP, ["--encoder_path=evil.bin"]),
+    "60 MB of brackets for an encoder": ("evil.bin", lambda _: b"[" + b"[]," * 20_000_000, ["--encoder_path=evil.bin"]),
+    "60 MB of numbers for an encoder": ("evil.bin", lambda _: b"[" + b"999," * 15_000_000, ["--encoder_path=evil.bin"]),
+    "7 MB of names for an encoder": (
+        "evil.bin",
+        lambda _: b"{" + b",".join(b'"%d":0' % i for i in range(700_000)) + b"}",
+        ["--encoder_path=evil.bin"],
+    ),
+    "2^63 tokens": ("data.bin", lambda data: header(data, 56, 1 << 63), []),
+    "2^64 − 1 tokens": ("data.bin", lambda data: header(data, 56, 2**64 - 1), []),
+    "2^63 ids": ("data.bin", lambda data: header(data, 40, 1 << 63), []),
+    "ids beyond the vocabulary": ("data.bin", lambda data: data[:256] + b"\xff" * (len(data) - 256), []),
+    "fewer tokens than a window": ("data.bin", lambda data: header(data, 56, 12)[: 256 + 24], []),
+    "an odd length": ("data.bin", lambda data: data[:-1], []),
+    "a byte too many": ("data.bin", lambda data: data + b"\0", []),
+    "an empty dataset": ("data.bin", lambda data: b"", []),
+    "a sparse file of 8 GB for a dataset": ("data.bin", "sparse", []),
+    "a sparse file of 8 GB for an encoder": ("evil.bin", "sparse", ["--encoder_path=evil.bin"]),
+    "a sparse file of 8 GB for a model": ("evil.model", "sparse", [MODEL_FILE]),
+    "a sparse file of 8 GB for a config": ("run.json", "sparse", []),
+    "a pickle for a state": ("state.pt", lambda _: pickle.dumps(Payload()), [RESUME]),
+    "a torch file with a payload for a state": ("state.pt", lambda _: saved(Payload()), [RESUME]),
+    "1 GB in 1 MB for a state": ("state.pt", lambda _: bomb(), [RESUME]),
+    "numbers for a state": ("state.pt", lambda _: saved({"optimizer": 1, "progress": [2]}), [RESUME]),
+    "a list for a state": ("state.pt", lambda _: saved([1]), [RESUME]),
+    "a pickle for a checkpoint's model": ("model.safetensors", lambda _: pickle.dumps(Payload()), [RESUME]),
+    "a deep manifest": ("manifest.json", lambda _: DEEP, [RESUME]),
+}
+
+
+def saved(value) -> bytes:
+    torch.save(value, "saved.pt")
+    return Path("saved.pt").read_bytes()
+
+
+@posix
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("harm", HARM)
+def test_a_file_made_to_harm_is_refused_quickly_and_runs_nothing(den, told, harm):
+    name, content, argv = HARM[harm]
+    if content == "sparse":
+        with open(name, "wb") as file:
+            file.truncate(8 << 30)
+    elif name in PARTS:
+        in_checkpoint(name, content(None))
+    else:
+        Path(name).write_bytes(content(Path(name).read_bytes() if Path(name).exists() else b""))
+    began = time.monotonic()
+    assert finish(start("--config", "run.json", *argv, body=torture.measured)) == 2, read()
+    assert time.monotonic() - began < 5 + 5 * FULL  # a first child waits for the server's imports
+    lines = read().splitlines()
+    used = json.loads(Path("used.json").read_text())
+    assert used["seconds"] < 5 and used["megabytes"] < 200, used
+    assert lines[-1].startswith("error: ") and "Traceback" not in read()
+    assert not Path("it_ran").exists()
+    told(f"{harm}", f"{used['seconds']:.1f} s, {used['megabytes']:.0f} MB")
+
+
+def test_a_payload_would_have_run(den):
+    pickle.loads(pickle.dumps(Payload()))
+    assert Path("it_ran").exists()
+
+
+def test_metrics_made_to_harm_are_skipped(den):
+    Path("ck").mkdir()
+    Path("ck/metrics.jsonl").write_bytes(DEEP + b'\n{"step": 1, "loss": 2}\n{"step": true}\n[]\n\xff\n')
+    assert plot.read_metrics("ck/metrics.jsonl")[0] == {"step": 1, "loss": 2}
+
+
+# ---- one process at a time -----------------------------------------------------------------------------------------
+
+
+@posix
+def test_a_second_trainer_is_refused_by_the_name_of_the_first(den, told):
+    child = start("--config", "run.json", "--max_iters=100000", "--eval_interval=100000")
+    try:
+        wait_until(lambda: Path("ck/metrics.jsonl").exists() and timeless(), child=child)
+        for argv in ([], [RESUME], ["--check"]):
+            with pytest.raises(UserError) as refused:
+                run(*argv)
+            message = str(refused.value)
+            assert f"process {child.pid} on {socket.gethostname()} since 20" in message
+            assert "(train.py --config run.json --max_iters=100000" in message and "checkpoints.path = ck" in message
+        assert run("--checkpoints.path=other", "--max_iters=1") == 0
+    finally:
+        child.kill()
+    assert finish(child) == -9
+    assert Path("ck/lock").exists()
+    assert run(RESUME, "--max_iters=1") in (0, 2) and not Path("ck/lock").exists()
+    told("a second trainer on one directory", "refused; welcome once the first was killed")
+
+
+def without_flock(monkeypatch):
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_a_lock_is_given_back(tmp_path, monkeypatch, flock):
+    if not flock:
+        without_flock(monkeypatch)
+    lock = Lock(tmp_path)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        Lock(tmp_path)
+    lock.release()
+    assert not list(tmp_path.iterdir())
+    again = Lock(tmp_path)
+    del again  # forgotten, it is given back too
+    assert not list(tmp_path.iterdir())
+
+
+@posix
+@pytest.mark.parametrize("left,dead", [
+    ({}, False), ({"born": "1"}, True), ({"pid": 2**30}, True), ({"host": "elsewhere"}, False),
+    ({"pid": -1}, False), ({"pid": "x"}, False),
+])  # fmt: skip
+def test_without_flock_a_dead_processs_lock_is_taken_over(tmp_path, monkeypatch, left, dead):
+    """By number, by the moment of birth of who has that number now, and never another machine's."""
+    without_flock(monkeypatch)
+    Lock(tmp_path)
+    lock = Lock(tmp_path)
+    holder = json.loads((tmp_path / "lock").read_text())
+    lock.release()
+    (tmp_path / "lock").write_text(json.dumps(holder | left))
+    if dead:
+        assert Lock(tmp_path).path.exists()
+    else:
+        with pytest.raises(UserError, match="is written to by process"):
+            Lock(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff", b'{"pid": 1}', b"[]"])
+def test_without_flock_a_lock_without_a_name_is_respected(tmp_path, monkeypatch, content):
+    without_flock(monkeypatch)
+    (tmp_path / "lock").write_bytes(content)
+    with pytest.raises(UserError, match="another process, which has left no name; .* if it is gone, remove .*lock"):
+        Lock(tmp_path)
+
+
+def test_a_file_system_without_flock_is_locked_by_name(tmp_path, monkeypatch):
+    if checkpoint.fcntl is None:
+        pytest.skip("there is no flock at all")
+
+    def unsupported(file, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", unsupported)
+    lock = Lock(tmp_path)
+    with pytest.raises(UserError, match=f"process {os.getpid()}"):
+        Lock(tmp_path)
+    lock.release()
+
+
+# ---- several processes ---------------------------------------------------------------------------------------------
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def begin_ranks(*argv, world=2, directory=".", **options):
+    """A child for each rank, as torchrun would start them; rank r's log is log<r>.txt."""
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    env |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    return [
+        start("--config", "run.json", *argv, directory=directory, log=f"log{rank}.txt", RANK=str(rank),
+              LOCAL_RANK=str(rank), **env, **options)
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def run_ranks(*argv, world=2, directory="."):
+    """Run to the end on that many processes; one is a run without torchrun."""
+    children = begin_ranks(*argv, world=world, directory=directory)
+    codes = [finish(child) for child in children]
+    assert codes == [0] * world, read(Path(directory) / "log0.txt") + read(Path(directory) / "log1.txt")
+
+
+def losses(path):
+    return [(line["step"], value) for line in timeless(path) for key, value in line.items() if key.endswith("loss")]
+
+
+def assert_close(a, b):
+    assert [step for step, _ in a] == [step for step, _ in b]
+    np.testing.assert_allclose([loss for _, loss in a], [loss for _, loss in b], rtol=1e-4)
+
+
+@posix
+def test_ranks_compute_what_one_process_does_and_take_over_from_each_other(den, told):
+    halves = ["--max_iters=5", "--lr_decay_iters=10"]
+    run_ranks("--checkpoints.path=two")
+    run("--checkpoints.path=one")
+    assert_close(losses("one/metrics.jsonl"), losses("two/metrics.jsonl"))
+    for (name, a), b in zip(newest_state("one")[1].items(), newest_state("two")[1].values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+        if name.endswith("router.bias"):
+            assert torch.equal(a, b) and a.any()  # loads are sums over all ranks
+    assert "step 10: loss" in read("log0.txt") and read("log1.txt") == ""  # only the first talks
+    run_ranks("--checkpoints.path=half", *halves)
+    for world in (2, 1):
+        shutil.copytree("half", f"half{world}")
+        run_ranks(f"--checkpoints.path=half{world}", RESUME, world=world)
+        assert_close(losses("two/metrics.jsonl"), losses(f"half{world}/metrics.jsonl"))
+    assert_same(newest_state("half2")[1], newest_state("two")[1])  # exactly, on equal counts
+    run("--checkpoints.path=other", *halves)
+    run_ranks("--checkpoints.path=other", RESUME)
+    assert_close(losses("one/metrics.jsonl"), losses("other/metrics.jsonl"))
+    told("two ranks over gloo beside one, 2 → 2, 2 → 1, 1 → 2", "10 steps each, resumed after 5")
+
+
+@posix
+def test_ranks_weigh_rows_by_their_targets(den):
+    """Pairs: each row has a number of targets of its own."""
+    model = {"arch": "transformer", "kind": "encoder-decoder", "vocab_size": 41, "block_size": 16, "n_layer": 1,
+             "n_head": 2, "n_embd": 16}  # fmt: skip
+    write_run(max_iters=3, eval_interval=3, batch_size=2, gradient_accumulation_steps=1)
+    config = json.loads(Path("run.json").read_text()) | {"model_hyperparams": model}
+    Path("run.json").write_text(json.dumps(config))
+    encoder = encoders.load("chars:text.txt")
+    with dataset.TokenFileWriter("data.bin", encoder, kind="pairs") as writer:
+        for n in range(40):
+            writer.add(np.array(encoder.encode("ab")))
+            writer.add(np.array(encoder.encode("abcdefghijklmno"[: 1 + n * 7 % 14])))
+    run_ranks("--checkpoints.path=two")
+    run("--checkpoints.path=one")
+    batch = train.make_batch(prepared().objective, prepared().corpus.train, 5, 0, 2, "cpu")
+    assert (batch.y[0] >= 0).sum() != (batch.y[1] >= 0).sum()
+    assert_close(losses("one/metrics.jsonl"), losses("two/metrics.jsonl"))
+
+
+@posix
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_rank_is_killed_the_other_ends_and_both_resume(den, told, victim):
+    many = ["--max_iters=30", "--eval_interval=30"]
+    children = begin_ranks(*many)
+    wait_until(lambda: Path("ck/metrics.jsonl").exists() and len(timeless()) > 9, child=children[0])
+    children[victim].kill()
+    began = time.monotonic()
+    assert finish(children[1 - victim], 30) == 4, read(f"log{1 - victim}.txt")
+    seconds = time.monotonic() - began
+    last = read(f"log{1 - victim}.txt").splitlines()[-2:]
+    assert last[0].startswith("error: another process of this run has ended")
+    assert "torchrun --nproc_per_node=2" in last[1] and last[1].endswith(RESUME)
+    logged = timeless()[-1]["step"]
+    assert newest("ck").step >= (logged - 4 if victim == 0 else logged)  # rank 0 loses nothing
+    run_ranks(*many, RESUME)
+    run_ranks(*many, "--checkpoints.path=whole")
+    assert_same(newest_state("whole")[1], newest_state()[1])
+    told(f"rank {victim} of two killed", f"the other ended after {seconds:.1f} s; both resumed, bit for bit")
+
+
+@posix
+def test_torchrun_ends_when_a_rank_is_killed(den, told):
+    endless = ["--config", "run.json", "--max_iters=100000", "--eval_interval=100000"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", free_port()]
+    command = [*launcher, str(torture.ROOT / "train.py"), *endless]
+    with open("log.txt", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as parent:
+        try:
+            wait_until(lambda: Path("ck/metrics.jsonl").exists() and len(timeless()) > 3 or parent.poll() is not None)
+            assert parent.poll() is None, read()
+            pids = [int(pid) for pid in subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent.pid)],
+                                                       capture_output=True, text=True).stdout.split()]  # fmt: skip
+            first = json.loads(Path("ck/lock").read_text())["pid"]
+            other = next(pid for pid in pids if pid != first)
+            began = time.monotonic()
+            os.kill(other, signal.SIGKILL)
+            assert parent.wait(30) != 0
+        finally:
+            parent.kill()
+    assert "is saved in ck; to go on:" in read()
+    run("--max_iters=1", RESUME)
+    told("rank 1 killed under torchrun", f"all ended after {time.monotonic() - began:.1f} s")
+
+
+@posix
+def test_ranks_that_cannot_divide_the_batch_say_so(den):
+    codes = [finish(child) for child in begin_ranks("--batch_size=3")]
+    assert set(codes) <= {2, 4} and 2 in codes
+    assert "error: batch_size = 3: cannot be divided among 2 processes; set it to 2 or 4" in read("log0.txt")
+    assert not Path("ck").exists()
+
+
+@posix
+def test_ranks_roll_back_together(den):
+    children = begin_ranks(BACK, body=torture.poisoned_on_one_rank)
+    assert [finish(child) for child in children] == [0, 0], read("log0.txt") + read("log1.txt")
+    assert [line["step"] for line in timeless() if "rollback" in line] == [4] and newest("ck").step == 10
+
+
+# ---- properties ----------------------------------------------------------------------------------------------------
+# Any string through the encoder: tests/test_encoder.py. Random values in a stand-in config: tests/test_options.py.
+
+NUMBERS = st.integers(-3, 100) | st.integers() | st.floats() | st.sampled_from([10**400, 2**63, 0, -0.0, 1e-320])
+JUNK = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=6) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+PRESETS = sorted(path.name for path in (torture.ROOT / "config").glob("*.json") if path.name != "schema.json")
+thorough = settings(max_examples=count(60, 5000), deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def plain(run) -> dict:
+    return json.loads(json.dumps(to_dict(run)))
+
+
+def places(data: dict, prefix=()) -> list[tuple]:
+    """The path of every key, sections and their keys."""
+    found = [(*prefix, key) for key in data]
+    return found + [place for key, value in data.items() if isinstance(value, dict)
+                    for place in places(value, (*prefix, key))]  # fmt: skip
+
+
+BASES = {name: plain(load_run(["--config", name], CONFIGS)) for name in PRESETS}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_json(name):
+    cls = run_class(CONFIGS, BASES[name]["model_hyperparams"]["arch"])
+    again, problems = check(cls, BASES[name])
+    assert not problems and plain(again) == BASES[name]
+
+
+@thorough
+@given(st.data())
+def test_any_mutation_of_a_config_is_valid_or_refused_by_name(data):
+    """One or two keys get another value, an extra key appears, or one goes; what is valid survives JSON."""
+    raw = copy.deepcopy(BASES[data.draw(st.sampled_from(PRESETS))])
+    changed = []
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(st.sampled_from(places(raw)))
+        *parents, key = place
+        target = raw
+        for parent in parents:
+            target = target[parent]
+        how = data.draw(st.sampled_from(["change", "change", "change", "add", "remove"]))
+        if how == "remove":
+            del target[key]
+        else:
+            key = key if how == "change" else key + "x"
+            target[key] = data.draw(JUNK)
+        changed.append(key)
+    cls = run_class(CONFIGS, BASES[PRESETS[0]]["model_hyperparams"]["arch"])
+    model = raw.get("model_hyperparams")
+    arch = model.get("arch", "strawberry") if isinstance(model, dict) else None
+    if isinstance(arch, str) and arch in CONFIGS:
+        cls = run_class(CONFIGS, arch)
+    run, problems = check(cls, raw)
+    assert (run is None) == bool(problems)
+    for line in problems:
+        assert any(key in line for key in changed) or "arch" in changed or "kind" in changed, (line, changed)
+        line.encode()
+    if run is not None:
+        assert plain(check(cls, plain(run))[0]) == plain(run)
+
+
+KEYS = sorted(dotted_names(run_class(CONFIGS, "transformer")))
+
+
+@thorough
+@given(st.sampled_from(PRESETS), st.sampled_from(KEYS), st.text(max_size=12))
+def test_any_override_is_a_run_or_a_user_error(name, key, text):
+    try:
+        load_run(["--config", name, f"--{key}={text}"], CONFIGS)
+    except UserError as error:
+        assert str(error)
+
+
+def test_ten_thousand_mutated_headers_are_refused_or_read(den, told):
+    """Half of them with a checksum that fits."""
+    rng = np.random.default_rng(7)
+    sound = Path("data.bin").read_bytes()
+    outcomes = {"read": 0, "refused": 0}
+    number = count(10_000, 100_000)
+    for i in range(number):
+        data = bytearray(sound[:256])
+        for place in rng.integers(0, 256, rng.integers(1, 5)):
+            data[place] = rng.integers(0, 256)
+        if i % 4 == 0:
+            at = int(rng.choice([32, 40, 48, 56, 64]))
+            data[at : at + 8] = int(rng.integers(0, 2**63)).to_bytes(8, "little")
+        head = signed(bytes(data)) if i % 2 else bytes(data)
+        with open("data.bin", "r+b") as file:
+            file.write(head)
+        try:
+            tokens = TokenFile("data.bin").rows(np.array([0, 7]), 17)
+            assert tokens.shape == (2, 17) and tokens.max() < Header.from_bytes(head, "").vocab_size
+            outcomes["read"] += 1
+        except UserError as error:
+            assert "data.bin" in str(error) and "\n" not in str(error)
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > number // 100, outcomes
+    told("mutated token-file headers", f"{number:,}: {outcomes['refused']:,} refused, {outcomes['read']:,} read")
+
+
+# ---- long runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="memory and open files are read from /proc")
+def test_a_long_run_grows_nothing(den, told):
+    steps = count(1200, 20_000)
+    model = {"arch": "tinystar", "vocab_size": 44, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    changes = {"batch_size": 1, "gradient_accumulation_steps": 1, "optimizer_hyperparams": {}, "max_iters": steps,
+               "eval_interval": steps // 12, "checkpoints": {"path": "ck", "interval": steps // 24}}  # fmt: skip
+    write_run(**changes)
+    config = json.loads(Path("run.json").read_text()) | {"model_hyperparams": model}
+    Path("run.json").write_text(json.dumps(config))
+    assert finish(start("--config", "run.json", body=torture.watched), 1200) == 0, read()
+    seen = json.loads(Path("seen.json").read_text())  # twelve times: anonymous memory in MB, open files, CPU seconds
+    memory, descriptors, seconds = (np.array(column) for column in zip(*seen, strict=True))
+    later = slice(4, None)
+    assert np.ptp(descriptors[1:]) == 0, descriptors
+    assert memory[-1] - memory[4] < 6, memory
+    each = np.diff(seconds) / (steps / 12)
+    assert np.median(each[-4:]) < 1.5 * np.median(each[later][:4]), each
+    assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, steps + 1))
+    told(
+        f"{steps:,} steps", f"memory {memory[4]:.0f} MB after a third, {memory[-1]:.0f} MB at the end; "
+        f"{descriptors[-1]:.0f} open files; {1e3 * each[4]:.2f} and {1e3 * each[-1]:.2f} ms of CPU a step",
+    )  # fmt: skip
+
+
+# ---- odd surroundings ----------------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_is_set_back_changes_nothing(den, monkeypatch, six_steps):
+    """Every moment is before the last one, and the newest files are the oldest."""
+    clock = iter(range(2_000_000_000, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    with monkeypatch.context() as patch:
+        at_call(patch, Trainer, "update_weights", 5, terminate)
+        assert run(*SIX) == 143
+    for age, path in enumerate(sorted(Path("ck").rglob("*"), reverse=True)):
+        os.utime(path, (10**9 + age, 10**9 + age))
+    assert run(*SIX, RESUME) == 0
+    assert_same(newest_state()[1], six_steps)
+    lines = [json.loads(line) for line in Path("ck/metrics.jsonl").read_text().splitlines()]
+    assert all(line["seconds"] > 0 and line["tokens_per_s"] > 0 for line in lines if "seconds" in line)
+
+
+@posix
+@pytest.mark.parametrize("key,path", [("model_path", "bin/tiny.model"), ("checkpoints.path", "bin/ck")])
+def test_a_read_only_directory_is_told_before_anything_is_trained(den, key, path):
+    if os.geteuid() == 0 and sys.platform != "linux":
+        pytest.skip("root may write anywhere")
+    Path("bin").mkdir()
+    Path("bin").chmod(0o555)
+    assert finish(start("--config", "run.json", f"--{key}={path}", body=torture.without_rights)) == 2, read()
+    last = read().splitlines()[-1]
+    assert last == f"error: {key} = {path}: bin cannot be written to; name another path, or change the rights"
+    assert not Path("ck").exists()
+    child = start("--config", "run.json", "--max_iters=1", body=torture.without_rights)
+    assert finish(child) == 0, read()
+
+
+@posix
+def test_paths_with_spaces_and_letters_of_any_alphabet(den, capsys):
+    odd = den / "une étude — 研究 (1) 'x'"
+    odd.mkdir()
+    for name in ("text.txt", "data.bin", "run.json"):
+        shutil.copy(name, odd / f"µ {name}")
+    os.chdir(odd)
+    argv = ["--config", "µ run.json", "--dataset.path=µ data.bin", "--encoder_path=chars:µ text.txt",
+            "--checkpoints.path=чек поинты", "--model_path=modèle 模/tiny", "--img_path=bilder ß"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, Trainer, "update_weights", 3, terminate)
+        assert train.main(argv) == 143
+    line = capsys.readouterr().out.rstrip().splitlines()[-1]
+    words = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True).stdout.splitlines()
+    assert words[-1] == RESUME and words[2:-1] == argv  # what it says can be pasted
+    assert train.main(words[2:]) == 0
+    assert load_model("modèle 模/tiny")[2]["step"] == 10
+
+
+@posix
+def test_any_working_directory_will_do_or_is_told(tmp_path):
+    """The presets are found from everywhere; the data are looked for where one stands, and what makes them is told."""
+    command = [sys.executable, str(torture.ROOT / "train.py"), "--config", "tiny.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.count("\n") == 1 and "prepare.py" in done.stderr
+
+
+# ---- checking ------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_all_and_writes_nothing(den, capsys, monkeypatch):
+    before = files(den)
+    monkeypatch.setattr(torch, "compile", lambda *arguments, **options: pytest.fail("that takes minutes"))
+    assert run("--check", "--compile=true") == 0
+    out = capsys.readouterr().out
+    trainer = prepared()
+    need = trainer.footprint()
+    assert f"about {train.size(need.fixed + 4 * need.row)} (weights {train.size(need.weights)}" in out
+    assert trainer.corpus.fingerprint[:12] in out and trainer.encoder.fingerprint[:12] in out and "read whole" in out
+    assert re.search(r"\nfirst batch  loss 3\.\d+; 2 × 0\.\d\d s a step", out) and out.endswith("nothing was written\n")
+    shutil.rmtree("ck")
+    shutil.rmtree("out")
+    assert files(den) == before
+
+
+def test_check_of_a_resumed_run_changes_nothing(den, capsys):
+    run("--max_iters=4")
+    before = files(den)
+    assert run("--check", RESUME) == 0
+    assert files(den) == before and "resuming ck/step_00000004" in capsys.readouterr().out.replace(os.sep, "/")
+
+
+def change_data():
+    run("--max_iters=1")
+    torture.write_corpus("data.bin", torture.TEXT[:-9])
+
+
+def corrupt_data():
+    data = bytearray(Path("data.bin").read_bytes())
+    data[300] ^= 1
+    Path("data.bin").write_bytes(data)
+
+
+@pytest.mark.parametrize("argv,prepare,message", [
+    (["--dataset.path=none.bin"], None, "there is no token file none.bin"),
+    (["--encoder_path=none.bin"], None, "no encoder at 'none.bin'"),
+    (["--model_path=run.json/model"], None, "model_path = run.json/model: run.json cannot be written to"),
+    (["--checkpoints.path=run.json"], None, "checkpoints.path = run.json: run.json cannot be written to"),
+    (["--model_path=" + "x" * 300 + "/m"], None, "File name too long"),
+    (["--learning_rat=1"], None, "learning_rate"),
+    ([RESUME], None, "no checkpoint to resume from"),
+    ([RESUME], change_data, "the dataset has changed"),
+    ([], corrupt_data, "is damaged: the tokens' SHA-256"),
+])  # fmt: skip
+def test_check_finds_what_would_go_wrong(den, argv, prepare, message):
+    if prepare:
+        prepare()
+    before = files(den)
+    with pytest.raises(UserError, match=re.escape(message)):
+        run("--check", *argv)
+    assert files(den) == before
+
+
+def test_check_warns_of_too_little_memory_and_disk(den, monkeypatch, capsys):
+    monkeypatch.setattr(train, "device_memory", lambda device: (1000, 2000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
+    assert run("--check") == 0
+    warnings = capsys.readouterr().err
+    assert "more memory than there is. Halve batch_size" in warnings and "may fill the disk" in warnings

@@ -1,0 +1,355 @@
+"""What the tests of survival share: a tiny run to hurt, children that can be killed, and the counts of `make torture`.
+
+Children are forked from a server that has torch imported already, so that a hundred of them cost no hundred imports.
+`python tests/torture.py` runs tests/test_survival.py with full counts and prints the README's table.
+"""
+
+import ctypes
+import functools
+import io
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+FULL = bool(os.environ.get("TORTURE"))
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
+TEXT = "".join(f"{word} sat on the mat and saw {n} dogs.\n" for n in range(40) for word in ("a cat", "the owl", "we"))
+MODEL = {
+    "vocab_size": 44, "block_size": 16, "n_layer": 1, "r_layer": 1, "n_head": 2, "n_embd": 16, "n_qkv": 16,
+    "retention_chunk": 4, "n_experts": 2, "a_experts": 1,
+}  # fmt: skip
+
+
+def count(few: int, many: int) -> int:
+    """How often: few times in every run of the tests, many under `make torture`."""
+    return many if FULL else few
+
+
+# ---- a run to hurt -------------------------------------------------------------------------------------------------
+
+
+def write_corpus(path, text=TEXT):
+    import encoder as encoders
+    from dataset import TokenFileWriter
+
+    encoder = encoders.load("chars:text.txt")
+    with TokenFileWriter(path, encoder) as writer:
+        for line in text.splitlines(keepends=True):
+            writer.add(np.array(encoder.encode(line)))
+
+
+def write_run(path="run.json", **changes):
+    """A config whose steps take milliseconds, with accumulation, experts and Muon."""
+    model = MODEL | changes.pop("model_hyperparams", {})
+    config = {
+        "dataset": {"path": "data.bin", "data_division": 0.8},
+        "checkpoints": {"path": "ck", "interval": 4, "keep": 9},
+        "model_hyperparams": model, "optimizer_hyperparams": {"use_muon": True},
+        "model_path": "out/tiny.model", "encoder_path": "chars:text.txt", "seed": 5, "device": "cpu", "compile": False,
+        "batch_size": 4, "gradient_accumulation_steps": 2, "max_iters": 10, "eval_interval": 5, "log_interval": 1,
+        "eval_iters": 2, "learning_rate": 3e-3, "warmup_iters": 2, "min_lr": 1e-3, "sample_length": 4,
+    }  # fmt: skip
+    Path(path).write_text(json.dumps(config | changes))
+
+
+def set_up(directory: Path) -> None:
+    """A corpus and a config in the working directory, which is then this one."""
+    os.chdir(directory)
+    Path("text.txt").write_text(ALPHABET)
+    write_corpus("data.bin")
+    write_run()
+
+
+def timeless(path="ck/metrics.jsonl") -> list[dict]:
+    """metrics.jsonl without what no two runs have in common."""
+    lines = map(json.loads, Path(path).read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_s")} for line in lines]
+
+
+# ---- children ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def server():
+    """multiprocessing, with a server that has imported train and its kin."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = path
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "torture", "safetensors.torch"])
+    return context
+
+
+def begin(body, argv, directory, log, threads, env):
+    """A child's own main: `body(argv)` with its output in `log`, and its exit code."""
+    import torch
+
+    os.environ.update(env)
+    os.chdir(directory)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(n, "wb"), line_buffering=True) for n in (1, 2))
+    torch.set_num_threads(threads)
+    for number in (signal.SIGINT, signal.SIGTERM):  # as train.py does where it is the program
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    sys.argv = ["train.py", *argv]
+    try:
+        body(argv)
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def program(argv):
+    """train.py, without curves."""
+    import plot
+
+    plot.curves = lambda *arguments: None
+    program_with_curves(argv)
+
+
+def program_with_curves(argv):
+    import train
+    from options import run_cli
+
+    run_cli(train.main)
+
+
+def interrupted_twice_in_a_save(argv):
+    """Two SIGINT while the second checkpoint's second file is written."""
+    import checkpoint
+
+    write, calls = checkpoint._write, []
+
+    def interrupted(path, writer):
+        calls.append(path)
+        if len(calls) == 3 + 2:  # each has a model, a state and a manifest
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return write(path, writer)
+
+    checkpoint._write = interrupted
+    program(argv)
+
+
+def around_steps(act) -> None:
+    """Call `act(number)` before each optimizer step of that number, the first being 1."""
+    from train import Trainer
+
+    update = Trainer.update_weights
+
+    def then_update(self, loss, grad_norm):
+        act(self.progress.step + 1)
+        return update(self, loss, grad_norm)
+
+    Trainer.update_weights = then_update
+
+
+def note_checkpoints() -> None:
+    """then.json: what there is when the disk has room again."""
+    from checkpoint import newest
+
+    visible = sorted(path.name for path in Path("ck").glob("step_*"))
+    Path("then.json").write_text(json.dumps({"newest": newest("ck").step, "visible": visible}))
+
+
+def full_by_limit(argv):
+    """From step 5 to the end of step 8 no file can grow beyond 12 kB."""
+
+    def act(step):
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))
+        elif step == 9:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            note_checkpoints()
+
+    around_steps(act)
+    program_with_curves(argv)
+
+
+def full_by_filling(argv):
+    """From step 5 to the end of step 8 the disk is full to the last byte."""
+
+    def act(step):
+        if step == 5:
+            with open("ballast", "wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    pass
+        elif step == 9:
+            os.unlink("ballast")
+            note_checkpoints()
+
+    around_steps(act)
+    program_with_curves(argv)
+
+
+def short_of_memory(argv):
+    """This process may have 300 MB more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc/self/statm") else 10**6
+    room = pages * resource.getpagesize() + 300_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
+    program(argv)
+
+
+def measured(argv):
+    """used.json: the seconds and the megabytes that it took to refuse something."""
+    scale = 1e6 if sys.platform == "darwin" else 1e3
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+    start = time.perf_counter()
+    try:
+        program(argv)
+    finally:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale - before
+        Path("used.json").write_text(json.dumps({"seconds": time.perf_counter() - start, "megabytes": used}))
+
+
+def watched(argv):
+    """seen.json: memory in MB, open files and seconds of the CPU, twelve times."""
+    import gc
+
+    import dataset
+    from train import Trainer
+
+    evaluate, seen = Trainer.evaluate, []
+
+    def then_look(self):
+        evaluate(self)
+        gc.collect()
+        memory = dataset.resident()
+        seen.append((memory["anonymous"], len(os.listdir("/proc/self/fd")), time.process_time()))
+        Path("seen.json").write_text(json.dumps(seen))
+
+    Trainer.evaluate = then_look
+    program_with_curves(argv)
+
+
+def poisoned_on_one_rank(argv):
+    """The loss of rank 1 is NaN in the seventh step, once."""
+    from train import Trainer
+
+    accumulate = Trainer.accumulate
+
+    def poisoned(self, micro_batches):
+        loss = accumulate(self, micro_batches)
+        return loss * float("nan") if self.ranks.rank == 1 and self.progress.position == 6 else loss
+
+    Trainer.accumulate = poisoned
+    program(argv)
+
+
+def without_rights(argv):
+    """As a user whom rights hold back, which root on Linux is without its capabilities."""
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None)
+        none = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
+        if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), none):  # _LINUX_CAPABILITY_VERSION_3, this process
+            raise OSError("capset failed")
+    program(argv)
+
+
+def start(*argv, body=program, directory=".", log="log.txt", threads=1, **env):
+    """Start a child with this command line; its output is appended to `log`."""
+    context = server()
+    directory = Path(directory).resolve()
+    child = context.Process(target=begin, args=(body, argv, str(directory), str(directory / log), threads, env))
+    child.start()
+    return child
+
+
+def finish(child, seconds=60) -> int:
+    """Its exit code, as a shell tells it: −9 after SIGKILL."""
+    child.join(seconds)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+        raise AssertionError(f"it did not end within {seconds} s")
+    return child.exitcode
+
+
+def wait_until(condition, seconds=60.0, child=None) -> None:
+    """Look again every few milliseconds, as long as the child lives."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        assert child is None or child.exitcode is None, f"it ended with {child.exitcode}"
+        time.sleep(0.002)
+
+
+def read(log="log.txt") -> str:
+    return Path(log).read_text(errors="replace") if Path(log).exists() else ""
+
+
+# ---- what is left --------------------------------------------------------------------------------------------------
+
+
+def newest_state(root="ck") -> tuple[int, dict]:
+    """(step, every tensor of the newest checkpoint's weights, buffers and optimizer state)."""
+    from checkpoint import newest
+    from model import build
+
+    found = newest(root)
+    model = build(found.meta["run"]["model_hyperparams"])
+    found.load_weights(model)
+    tensors = dict(model.state_dict())
+    for name, values in found.load_state()["optimizer"]["state"].items():
+        tensors |= {f"{name}.{key}": value for key, value in values.items()}
+    return found.step, tensors
+
+
+def assert_same(a: dict, b: dict) -> None:
+    import torch
+
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+class Notes:
+    """pytest's plugin that collects what the tests say they have done: record_property("torture", (what, how much))."""
+
+    def __init__(self):
+        self.rows = []
+
+    def pytest_runtest_logreport(self, report):
+        for name, value in report.user_properties:
+            if report.when == "call" and name == "torture":
+                self.rows.append((*value, report.outcome))
+
+
+def main() -> int:
+    """Run the tests of survival with full counts; print the table that the README has."""
+    import pytest
+
+    notes = Notes()
+    start = time.perf_counter()
+    code = pytest.main(["-q", "-x", str(ROOT / "tests" / "test_survival.py")], plugins=[notes])
+    version = re.search(r"[\d.]+", sys.version)[0]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    print("| what was done to it | how much | outcome |\n| --- | --- | --- |")
+    print("\n".join(f"| {what} | {how} | {outcome} |" for what, how, outcome in notes.rows))
+    minutes = (time.perf_counter() - start) / 60
+    print(f"\nPython {version}, {os.cpu_count()} cores, {minutes:.0f} minutes, commit {commit.strip()}.")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
