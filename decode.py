@@ -27,7 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model import LanguageModel, sample, wide
+import kernels
+from model import Int8, LanguageModel, sample, wide
 from options import UserError
 
 # ---- requests ------------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ class Anew:
 
     def of(self, row: int) -> Tensor:
         newest = self.texts[row][-self.model.config.block_size :]
-        return wide(self.model(torch.tensor([newest], device=next(self.model.parameters()).device))[0][:, -1])
+        return wide(self.model(torch.tensor([newest], device=self.model.here.device))[0][:, -1])
 
     def full(self, row: int) -> bool:
         return False
@@ -275,7 +276,7 @@ class Decoder:
                  compile: bool = False, shrink: bool = True, max_source: int | None = None):
         if not model.generates:
             raise UserError(f"a {model.config.arch} of kind encoder predicts masked tokens; it does not continue text")
-        device = next(model.parameters()).device
+        device = model.here.device
         self.model, self.rows, self.slides = model, rows, on_full == "slide"
         way = Through if model.causal else Anew
         self.logits = way(model, rows, max_length, max_source or model.config.block_size)
@@ -501,3 +502,22 @@ def texts(decoder: Decoder, requests: Iterable[Request]) -> Iterator[tuple[int, 
             yield index[handle], token, ended
             if ended:
                 del index[handle]
+
+
+# ---- 8-bit weights -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def quantize(model: LanguageModel, kind: str = "int8") -> LanguageModel:
+    """Store the matrices that are only ever multiplied with as int8, each row with a scale of its own (arXiv 2208.07339,
+    without its outliers). In place: the model can then make text, not train. Norms, routers, positions and whatever
+    else a model computes with its weights, as retention does, stay as they are."""
+    if kind != "int8":
+        raise UserError(f"--quantize {kind}: is not known; there is int8")
+    for module in model.modules():
+        for name in getattr(module, "products", ()):
+            weight = getattr(module, name)
+            if module.roles[name] != "input":  # of which a token reads one row
+                delattr(module, name)
+                setattr(module, name, Int8(*kernels.quantize_int8(weight)))
+    return model

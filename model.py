@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from options import UserError, check, load_run, nearest, option, run_cli
 
 # ---- helpers -------------------------------------------------------------------------------------------------------
@@ -60,6 +61,24 @@ def std(w: Tensor, n: int, gain: Tensor | float = 1.0) -> Tensor:
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
+
+
+class Int8(NamedTuple):
+    """A matrix (out, in) in 8 bits, with a float32 scale for each row; see `quantize`."""
+
+    w: Tensor  # int8
+    scale: Tensor  # (out,)
+
+    def size(self, axis: int) -> int:
+        return self.w.size(axis)
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return (self.w[index] * self.scale[index].unsqueeze(-1)).to(dtype)
+
+
+def linear(x: Tensor, w: Tensor | Int8, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ (+ b), W (out, in)."""
+    return kernels.int8_linear(x, w.w, w.scale, bias) if isinstance(w, Int8) else F.linear(x, w, bias)
 
 
 def linear_scan(decay: Tensor, x: Tensor) -> Tensor:
@@ -203,6 +222,7 @@ class At:
     opened: bool = False  # whether all tokens lie in chunks that are open already
     start: int | None = None  # tokens that each row had before, where all have as many
     held: int = 2**62  # slots of a ring that may hold something from earlier calls, at most
+    stepping: bool = False  # one token of each row, as `step` takes them
     active: Tensor | None = None  # (B, T) tokens whose depth reaches this pass; None: all
     causal: bool = True  # False in an encoder, where every token sees every other
     padding: Tensor | None = None  # (B, T) padding that nobody sees, in an encoder
@@ -525,10 +545,10 @@ def to_chunks(x: Tensor, slot: int) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.size(1) % slot)).unflatten(1, (-1, slot))
 
 
-def project(x: Tensor, w: Tensor, at: At) -> Tensor:
+def project(x: Tensor, w: Tensor | Int8, at: At) -> Tensor:
     """x (B, T, in) through w (out, in), or through the w (B, J, out, in) of each token's chunk."""
-    if w.dim() == 2:
-        return F.linear(x, w)
+    if isinstance(w, Int8) or w.dim() == 2:
+        return linear(x, w)
     y = to_chunks(x, at.slot) @ w.mT.to(x.dtype)  # (B, J, slot, out)
     return y.flatten(1, 2)[:, : x.size(1)]
 
@@ -612,12 +632,21 @@ class Softmax(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: Ring | None) -> Tensor:
         q, k = self.prepare(q, k, at)
+        if state is not None and at.stepping and type(self.view) is View and kernels.usable(q):
+            return self.one(q, k, v, at, state)
         if state is not None:
             k, v = state.extend(at, k, v)
         mask = at.mask(self.view) if state is None else at.ring_mask(self.view, state)
         q, k, v = (x.unflatten(-1, (-1, self.d)) for x in (q, k, v))
         mix = attend if at.causal else attend_all
         return mix(q, k, v, mask, scale=self.scale, dropout=self.dropout if self.training else 0.0).flatten(2)
+
+    def one(self, q: Tensor, k: Tensor, v: Tensor, at: At, state: Ring) -> Tensor:
+        """One token of each row, by a kernel that reads of the ring what is there."""
+        state.write(at, (k, v))
+        q = q.squeeze(1).unflatten(-1, (-1, self.d))
+        y = kernels.decode_attention(q, state.k, state.v, at.pos.squeeze(1), state.size, self.scale)
+        return y.flatten(1).unsqueeze(1).to(v.dtype)
 
     def new_state(self, batch: int, max_length: int, device, dtype) -> Ring:
         width = self.n_kv_head * self.d
@@ -1086,6 +1115,8 @@ def expert_windows(c) -> list[int]:
 class Linear(nn.Module):
     """y = x Wᵀ (+ b), W (out, in). `role` says how it starts and who optimizes it: see `init_weights`."""
 
+    products = ("weight",)
+
     def __init__(self, n_in: int, n_out: int, *, bias: bool = False, role: str = "matrix"):
         super().__init__()
         self.roles = {"weight": role, "bias": "bias"}
@@ -1093,7 +1124,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def flops(self, T: int) -> float:
         return 2 * self.weight.numel()
@@ -1116,12 +1147,17 @@ class LowRank(nn.Module):
 class Embedding(nn.Module):
     """Rows of a table, (B, T) int64 to (B, T, C)."""
 
+    products = ("weight",)
+
     def __init__(self, n: int, width: int, role: str = "embedding"):
         super().__init__()
         self.roles = {"weight": role}
         self.weight = nn.Parameter(torch.empty(n, width))
+        self.register_buffer("here", torch.empty(0), persistent=False)
 
     def forward(self, idx: Tensor) -> Tensor:
+        if isinstance(self.weight, Int8):
+            return self.weight.rows(idx, self.here.dtype)
         return F.embedding(idx, self.weight)
 
 
@@ -1256,6 +1292,7 @@ class LatentAttention(nn.Module):
         self.wkv_a = Linear(c.n_embd, self.rank + self.rope_dim, bias=c.bias)
         self.kv_norm = RMSNorm(self.rank)
         self.wkv_b = Linear(self.rank, c.n_head * 2 * self.d)  # per head: k, then v
+        self.wkv_b.products = ()  # `absorbed` reads it too
         self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias)
         self.view, self.dropout = view, c.dropout
         factor = rope_frequencies(c.rope_dim, c.rope_scaling, c.block_size)[1]
@@ -1587,6 +1624,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.rope = None
         self.drop = nn.Dropout(config.dropout)
+        self.register_buffer("here", torch.empty(0), persistent=False)  # tells the device and the activations' dtype
 
     # -- one call
 
@@ -1651,7 +1689,7 @@ class LanguageModel(nn.Module):
         lengths are, and nothing that the host must know, so that a GPU can record it once: see decode.py. The caller
         first opens the chunks of rows at a border, and afterwards moves cache.pos and cache.length on. A row that has
         more than `held` tokens would be cut short."""
-        at = At(cache.pos.unsqueeze(1), slot=1, opened=True, held=held, memory=cache.memory)
+        at = At(cache.pos.unsqueeze(1), slot=1, opened=True, held=held, stepping=True, memory=cache.memory)
         return wide(self.head(self.hidden(token.unsqueeze(1), at, cache.layers))[:, -1])
 
     def open_chunks(self, cache: Cache, rows) -> None:
@@ -1702,9 +1740,8 @@ class LanguageModel(nn.Module):
         `read`."""
         if self.max_positions is not None and max_length > self.max_positions:
             raise UserError(f"max_length {max_length} exceeds block_size {self.max_positions}, where positions end")
-        p = next(self.parameters())
-        states = self.new_states(batch_size, max_length, p.device, p.dtype)
-        cache = Cache(states, batch_size, max_length, p.device)
+        device, dtype = self.here.device, self.here.dtype
+        cache = Cache(self.new_states(batch_size, max_length, device, dtype), batch_size, max_length, device)
         self.attach(cache, source, max_source)
         return cache
 
@@ -2018,6 +2055,8 @@ class StrawberryBlock(nn.Module):
         if c.r_layer and c.retention == "on":
             self.out, self.tao = nn.Parameter(torch.empty(C, C)), nn.Parameter(torch.empty(1, 3))
             self.retention = RETENTION[c.retention_scope](c)
+        else:  # the weights are read by products alone
+            self.products = ("w_attn_qkv", "w_attn_swiglu", "w_attn_out")
         self.steps = strawberry_steps(c)
         self.tea = ExpertAttention(c, rotary_qk_norm)
         self.aft = AFTS[c.aft](c, channel_norm) if "aft" in self.steps else None
@@ -2092,7 +2131,7 @@ class Strawberry(LanguageModel):
         return x
 
     def head(self, x: Tensor) -> Tensor:
-        return softcap(F.linear(norm(x), self.embed.weight), self.config.logit_softcap)
+        return softcap(linear(norm(x), self.embed.weight), self.config.logit_softcap)
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
         passes = range(self.config.recursions)
@@ -2209,6 +2248,7 @@ class StrawberryV0Block(nn.Module):
     """AFT mixes v, expert attention mixes the result, SwiGLU writes it back. Run r_layer times, weights shared."""
 
     roles = {"w_qkv": "matrix", "w_swiglu": "matrix", "w_out": "residual"}
+    products = ("w_qkv", "w_swiglu", "w_out")
 
     def __init__(self, c: StrawberryV0Config):
         super().__init__()
@@ -2224,10 +2264,10 @@ class StrawberryV0Block(nn.Module):
         aft, tea, compaction = states or (None, None, None)
         if self.compaction is not None:
             x = self.compaction(x, at, compaction)
-        q, k, v = F.linear(norm(x), self.w_qkv).chunk(3, dim=-1)
+        q, k, v = linear(norm(x), self.w_qkv).chunk(3, dim=-1)
         y = self.tea(q, k, self.aft(q, k, v, x, at, aft), x, at, tea)
-        u, g = F.linear(y, self.w_swiglu).chunk(2, dim=-1)
-        return x + self.drop(F.linear(u * F.silu(g), self.w_out))
+        u, g = linear(y, self.w_swiglu).chunk(2, dim=-1)
+        return x + self.drop(linear(u * F.silu(g), self.w_out))
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> tuple:
         compaction = self.compaction.new_state(batch, device, dtype) if self.compaction is not None else None
@@ -2263,7 +2303,7 @@ class StrawberryV0(LanguageModel):
         return x
 
     def head(self, x: Tensor) -> Tensor:
-        return F.linear(norm(x), self.embed.weight)
+        return linear(norm(x), self.embed.weight)
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
         return repeated_states(self.blocks, self.config.r_layer, batch, max_length, device, dtype)
@@ -2490,7 +2530,7 @@ class TinyStar(LanguageModel):
 
     def head(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        return F.linear(x, self.embed.weight) if self.unembed is None else self.unembed(x)
+        return linear(x, self.embed.weight) if self.unembed is None else self.unembed(x)
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
         return [block.new_states(batch, max_length, device, dtype) for block in self.blocks]
@@ -2645,7 +2685,7 @@ class Transformer(LanguageModel):
         return (self.decoder or self.encoder)(x, at, states)
 
     def head(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.embed.weight) if self.unembed is None else self.unembed(x)
+        return linear(x, self.embed.weight) if self.unembed is None else self.unembed(x)
 
     def stand(self, idx: Tensor) -> At:
         return super().stand(idx) if self.causal else self.stand_apart(idx)
@@ -2682,10 +2722,10 @@ class Transformer(LanguageModel):
         if not self.takes_source or (source is None and max_source is None):
             self.remember(source)
             return
-        B, size, weight = len(cache.length), max_source or source.size(1), self.embed.weight
-        cache.memory = Memory(None, torch.ones(B, size, dtype=torch.bool, device=weight.device))
+        B, size, device = len(cache.length), max_source or source.size(1), self.here.device
+        cache.memory = Memory(None, torch.ones(B, size, dtype=torch.bool, device=device))
         for cross, state in self.crossings(cache):
-            state.allocate(B, size, cross.wk.weight.size(0), weight.device, weight.dtype)
+            state.allocate(B, size, cross.wk.weight.size(0), device, self.here.dtype)
         if source is not None:
             self.read(source, cache)
 

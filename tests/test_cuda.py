@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from decode import Decoder, quantize
 from model import build
+from test_decode import SMALL as TINY
+from test_decode import collect, every_model, made, requests_for
 
 pytestmark = pytest.mark.cuda
 
@@ -42,3 +45,47 @@ def test_the_cache_equals_the_full_pass_on_a_gpu(hyper):
     cache = model.new_cache(2, 50)
     parts = [model(part, cache=cache)[0] for part in idx.split([20, 1, 29], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(idx)[0], rtol=0, atol=1e-3)
+
+
+@every_model
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_recorded_steps_make_the_texts_that_the_cpu_makes(name, dtype):
+    model = made(name).to(dtype)
+    requests = requests_for(model, 9)
+    expected = collect(Decoder(model, 3, 64), requests)
+    model.cuda()
+    for rows in (1, 3, 8):
+        assert collect(Decoder(model, rows, 64), requests) == expected
+
+
+@every_model
+def test_compiled_steps_make_the_texts_that_the_cpu_makes(name):
+    model = made(name).float()
+    requests = requests_for(model, 5)
+    expected = collect(Decoder(model, 4, 64), requests)
+    assert collect(Decoder(model.cuda(), 4, 64, compile=True), requests) == expected
+
+
+def test_a_step_is_one_launch():
+    """Under the profiler: a step replays one graph and launches no kernel of its own."""
+    decoder = Decoder(build(TINY | {"arch": "tinystar"}).cuda().eval(), 2, 200)
+    for request in requests_for(decoder.model, 2):
+        request.max_new_tokens, request.stop = 150, frozenset()
+        decoder.admit(request)
+    for _ in range(10):
+        decoder.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(20):
+            decoder.step()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["cudaGraphLaunch"] == 20
+    assert counts.get("cudaLaunchKernel", 0) == 0 and counts.get("cudaMalloc", 0) == 0
+
+
+@pytest.mark.parametrize("name", ["tinystar", "tinystar, latent", "palm", "strawberry, adaptive"])
+def test_eight_bits_are_near_sixteen(name):
+    model = made(name).float().cuda()
+    idx = torch.randint(31, (2, 50), device="cuda")
+    exact = model(idx, idx)[1].item()
+    assert quantize(model)(idx, idx)[1].item() == pytest.approx(exact, rel=0.05)
+    collect(Decoder(model, 2, 64), requests_for(model, 4))
