@@ -152,7 +152,7 @@ def decode_single(
     weight = tl.sum(total * fade, axis=0)
     mixed_all = tl.sum(mixed * fade[:, None], axis=0)
     if SPLIT:
-        part = parts + ((row * heads + head) * splits + split) * (D + 2)
+        part = parts + ((row * heads + head) * splits + split) * (D + 4)  # sums, highest, weight, and two to align it
         tl.store(part + c, mixed_all, mask=(c < D) & (first < last))
         tl.store(part + D, highest, mask=first < last)
         tl.store(part + D + 1, weight, mask=first < last)
@@ -195,7 +195,7 @@ def decode_group(
         mixed = mixed * fade[:, None] + tl.dot(weight.to(DOT), values, input_precision="ieee")
         top = higher
     if SPLIT:
-        part = parts + ((row * heads + head) * splits + split) * (D + 2)
+        part = parts + ((row * heads + head) * splits + split) * (D + 4)  # sums, highest, weight, and two to align it
         tl.store(part[:, None] + c[None, :], mixed, mask=inside & (first < last))
         tl.store(part + D, top, mask=(g < GROUP) & (first < last))
         tl.store(part + D + 1, total, mask=(g < GROUP) & (first < last))
@@ -214,7 +214,7 @@ def decode_merge(
     seen, share = decode_share(tl.load(pos + row), size, splits, BLOCK)
     s, c = tl.arange(0, SPLITS_PAD), tl.arange(0, PAD)
     made = (s < splits) & (s * share < seen)
-    part = parts + ((row * heads + head) * splits + s) * (D + 2)
+    part = parts + ((row * heads + head) * splits + s) * (D + 4)
     top = tl.load(part + D, mask=made, other=-1e30)
     fade = tl.exp2(top - tl.max(top, axis=0))
     total = tl.sum(fade * tl.load(part + D + 1, mask=made, other=0.0), axis=0)
@@ -228,7 +228,7 @@ def decode_op(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, size: int, scale: fl
     B, H, D = q.shape
     shared = k.size(-1) // D
     out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
-    parts = torch.empty(B, H, splits, D + 2, dtype=torch.float32, device=q.device) if splits > 1 else out
+    parts = torch.empty(B, H, splits, D + 4, dtype=torch.float32, device=q.device) if splits > 1 else out
     shape = {"D": D, "PAD": power_of_2(max(D, 16)), "BLOCK": decode_block(D)}
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     args = (q, k, v, pos, out, parts, size, H, splits, scale * LOG2E, *strides)
@@ -330,7 +330,8 @@ def int8_op(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         block = {"ROWS": rows, "BLOCK_N": 4 if N < 16384 else 8, "BLOCK_K": min(1024 // rows, power_of_2(K))}
         int8_few[(-(-N // block["BLOCK_N"]),)](*args, **block, BIAS=bias is not None, num_warps=4)
     else:
-        block = {"ROWS": power_of_2(max(M, 16)), "BLOCK_N": 16 if N < 16384 else 64, "BLOCK_K": 128}
+        block = {"ROWS": power_of_2(max(M, 16)), "BLOCK_N": 16 if N < 16384 else 64}
+        block["BLOCK_K"] = 128 if x.dtype in HALVES else 32
         types = {"BIAS": bias is not None, "DOT": dot_type(x)}
         int8_many[(-(-N // block["BLOCK_N"]),)](*args, **block, **types, num_warps=4, num_stages=4)
     return y
@@ -339,3 +340,101 @@ def int8_op(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 @int8_op.register_fake
 def _(x, w, scale, bias):
     return x.new_empty(x.size(0), w.size(0))
+
+
+# ---- checks and times on a GPU ---------------------------------------------------------------------------------------
+
+
+def timed(call, sets: list[tuple]) -> float:
+    """Seconds of one call(*set), the median of seven replays of a CUDA graph that takes every set in turn: more sets
+    than the cache holds, so that each reads its inputs from memory."""
+    call(*sets[0])  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for one in sets:
+            call(*one)
+    times = []
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / len(sets))
+    return sorted(times[3:])[3]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written each second by a large copy on the device."""
+    x = torch.randn(2**28, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / timed(lambda a, b: b.copy_(a), [(x, y)] * 3)
+
+
+def error_of(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def line(name: str, error: float, bound: float, seconds: float, floor: float) -> bool:
+    """Prints a row of the table; whether the error is within its bound."""
+    right = error < bound
+    print(
+        f"{name:46} {error:8.1e} {seconds * 1e6:9.1f} {floor * 1e6:9.1f} {floor / seconds:6.0%}",
+        "" if right else "WRONG",
+    )
+    return right
+
+
+def enough(nbytes: float) -> int:
+    """How many sets of inputs are more than the cache holds."""
+    return max(2, min(64, int(3e8 / nbytes) + 1))
+
+
+def measure_decode(bandwidth: float) -> bool:
+    right = True
+    for B, H, Hkv, d, context, size in [
+        (1, 12, 12, 64, 128, 256), (1, 12, 12, 64, 1000, 1024), (1, 12, 12, 64, 1000, 32768),
+        (1, 12, 12, 64, 8192, 32768), (1, 12, 12, 64, 32768, 32768), (64, 12, 12, 64, 1024, 1024),
+        (64, 12, 4, 64, 1024, 1024), (8, 32, 8, 128, 8192, 8192), (1, 12, 6, 64, 8192, 8192), (4, 8, 1, 80, 4096, 4096),
+    ]:  # fmt: skip
+        nbytes = 4 * B * context * Hkv * d
+        pos = torch.full((B,), context - 1, device="cuda")
+        rest = pos, size, d**-0.5
+        sets = [(random(B, H, d), *(random(B, size + 1, Hkv * d) for _ in "kv"), *rest) for _ in range(enough(nbytes))]
+        error = error_of(decode_attention(*sets[0]), decode_plain(*(x.double() for x in sets[0][:3]), *rest))
+        seconds = timed(decode_attention, sets)
+        name = f"decode B {B} heads {H}/{Hkv} of {d}, {context} of {size}"
+        right &= line(name, error, 6e-3, seconds, nbytes / bandwidth)
+    return right
+
+
+def measure_int8(bandwidth: float) -> bool:
+    right = True
+    for M, N, K in [
+        (1, 2304, 768), (1, 768, 3072), (1, 50304, 768), (1, 4096, 4096), (4, 2304, 768), (8, 2304, 768),
+        (64, 2304, 768), (64, 50304, 768),
+    ]:  # fmt: skip
+        sets = [(random(M, K), *quantize_int8(random(N, K))) for _ in range(enough(N * K))]
+        x, w, scale = sets[0]
+        error = error_of(int8_linear(x, w, scale), x.double() @ (w.double() * scale.double().unsqueeze(1)).T)
+        right &= line(f"int8_linear {M} x {K} to {N}", error, 6e-3, timed(int8_linear, sets), N * K / bandwidth)
+    return right
+
+
+def main() -> None:
+    if triton is None or not torch.cuda.is_available():
+        raise SystemExit("python kernels.py times the kernels on a GPU; there is no GPU with Triton here")
+    bandwidth = copy_bandwidth()
+    name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"{name}, {versions}: copies at {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'bfloat16':46} {'error':>8} {'µs':>9} {'floor µs':>9} {'floor':>6}")
+    if not all([measure_decode(bandwidth), measure_int8(bandwidth)]):
+        raise SystemExit("a kernel is wrong: its error is above its bound")
+
+
+if __name__ == "__main__":
+    main()

@@ -43,7 +43,7 @@ x, w = torch.eye(3), torch.tensor([[3, 4, 5]], dtype=torch.int8)
 assert not kernels.usable(x)
 assert kernels.int8_linear(x, w, torch.tensor([2.0])).flatten().tolist() == [6, 8, 10]
 k = torch.ones(1, 5, 3)
-assert kernels.decode_attention(x[None], k, k * 7, torch.tensor([2]), 4, 1.0).flatten().tolist() == [7.0] * 9
+assert kernels.decode_attention(x[None], k, k * 7, torch.tensor([1]), 4, 1.0).flatten().tolist() == [7.0] * 9
 """,
     )
     assert run.returncode == 0, run.stderr
