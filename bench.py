@@ -10,6 +10,12 @@ run, by which the same command goes on after an interruption and redoes nothing.
 `config.json:key=value,key=value` changes keys of one config, `--set key=value` of all. Keys of the model need no
 prefix: `air.json:r_layer=0` is `air.json:model_hyperparams.r_layer=0`.
 
+    python bench.py decode air.json tinystar-v0.2-modernbase.json bin/air.strawberry --batches 1,64 --contexts 128,8k
+
+decode measures how fast text is made: tokens/s at each batch and context, beside the floor that reading weights and
+cache sets at the speed at which this machine copies memory; a table and a picture in img/decode.
+`decode --against nanogpt --nanogpt_path ~/nanoGPT` measures beside a nanoGPT checkout's generate.
+
     python bench.py nanogpt --nanogpt_path ~/nanoGPT [--compile]
 
 times training steps of a nanoGPT checkout's model and of tinystar in its manner, in turns.
@@ -18,15 +24,18 @@ compare's runs are child processes: train.py's own Trainer, told by a JSON file.
 and several share a device (--jobs). Speed is measured apart from them, while nothing else runs.
 
 Index:  numbers and names · configs · equal sizes · runs · children · speed · training them all · the table ·
-        the picture · compare · nanogpt · the command
+        the picture · compare · nanogpt · decode: bytes, timing, table and picture, the command, against nanoGPT ·
+        the command
 """
 
 import argparse
 import ast
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -40,14 +49,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import decode
 import plot
 import train
-from model import CONFIGS, build
+from checkpoint import load_model
+from model import (
+    CONFIGS,
+    Cache,
+    ChunkState,
+    Embedding,
+    Int8,
+    LanguageModel,
+    LearnedPositions,
+    build,
+    states_in,
+)
 from optimizer import build_optimizer
 from options import OptimizerHyperparams, Run, UserError, atomic_write, declared, load_run, nearest, run_cli, to_dict
 from train import Signals, Trainer
@@ -936,16 +958,20 @@ def draw(rows: list[dict], title: str, seeds: int):
     return fig
 
 
-def draw_curve(ax, row: dict, scale: float, number: int) -> None:
+def line_style(number: int) -> dict:
+    """Colour, dashes and marker of the line of that number, unlike all others' up to three times the colours."""
     colour = plot.COLOURS[number % len(plot.COLOURS)]
-    dashes = DASHES[number // len(plot.COLOURS) % len(DASHES)]
+    return {"color": colour, "linestyle": DASHES[number // len(plot.COLOURS) % len(DASHES)], "linewidth": 1.5,
+            "marker": plot.MARKERS[number % len(plot.MARKERS)], "markersize": 5,
+            "markerfacecolor": colour if number < len(plot.COLOURS) else "white"}  # fmt: skip
+
+
+def draw_curve(ax, row: dict, scale: float, number: int) -> None:
     tokens, mean, deviation = zip(*row["curve"], strict=True)
-    xs = [t * scale for t in tokens]
-    marker, fill = plot.MARKERS[number % len(plot.MARKERS)], colour if number < len(plot.COLOURS) else "white"
-    ax.plot(xs, mean, color=colour, linestyle=dashes, linewidth=1.5, marker=marker, markersize=5, markerfacecolor=fill,
-            markevery=[len(xs) - 1], label=f"{row['label']}  {bpb_text(row)}")  # fmt: skip
+    xs, style = [t * scale for t in tokens], line_style(number)
+    ax.plot(xs, mean, **style, markevery=[len(xs) - 1], label=f"{row['label']}  {bpb_text(row)}")
     low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
-    ax.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
+    ax.fill_between(xs, low, high, color=style["color"], alpha=0.18, linewidth=0)
 
 
 def style_panel(ax, xlabel: str) -> None:
@@ -959,16 +985,20 @@ def style_panel(ax, xlabel: str) -> None:
 
 
 def log_scale(ax) -> None:
-    """A log scale with ticks at 1, 2 and 5 of each decade, in short numbers."""
+    """x on a log scale."""
+    ax.set_xscale("log")
+    log_ticks(ax.xaxis, [x for line in ax.lines for x in line.get_xdata() if x > 0])
+
+
+def log_ticks(axis, values: list[float]) -> None:
+    """Ticks at 1, 2 and 5 of each decade, in short numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    values = [x for line in ax.lines for x in line.get_xdata() if x > 0]
-    ax.set_xscale("log")
     decades = math.log10(max(values) / min(values)) if values else 1
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=12))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=12))
     big = bool(values) and max(values) >= 1e10
-    ax.xaxis.set_major_formatter(FuncFormatter(power if big else plot.short_number))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(power if big else plot.short_number))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def power(value: float, position=None) -> str:
@@ -1068,8 +1098,8 @@ def introduce(entries: list[Entry], contest: Contest) -> None:
     print(flush=True)
 
 
-def command_line(python: str, argv: list[str]) -> str:
-    words = [python, train.short(os.path.abspath(__file__)), "compare", *argv]
+def command_line(python: str, command: str, argv: list[str]) -> str:
+    words = [python, train.short(os.path.abspath(__file__)), command, *argv]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
@@ -1125,10 +1155,11 @@ def compare(argv: list[str]) -> int | None:
             speeds = measure_speeds(entries, plan)
             contest.run()
     except KeyboardInterrupt:
+        again = command_line(train.short(sys.executable), "compare", argv)
         print(f"\ninterrupted: {contest.done()} of {contest.total} runs are finished and kept in {plan.runs}; "
-              f"to go on:\n    {command_line(train.short(sys.executable), argv)}", flush=True)
+              f"to go on:\n    {again}", flush=True)
         return 130
-    text = write_all(contest, speeds, command_line("python", argv))
+    text = write_all(contest, speeds, command_line("python", "compare", argv))
     print(f"\n{text}\n\nthe table and the picture are in {plan.out}")
     failed = [f"{entry.label} ({entry.failure})" for entry in entries if entry.failure]
     if failed:
@@ -1151,7 +1182,8 @@ def nanogpt(argv: list[str]) -> None:
         parser.add_argument(f"--{name}", type=int, default=size)
     a = parser.parse_args(argv)
     shape = {name: getattr(a, name) for name in ("block_size", "n_layer", "n_head", "n_embd")} | {"vocab_size": 8192}
-    theirs, their_optimizer = load_nanogpt(Path(a.nanogpt_path) / "model.py", shape)
+    theirs = load_nanogpt(Path(a.nanogpt_path) / "model.py", shape)
+    their_optimizer = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     ours = build({"arch": "tinystar", **shape, **GPT2})
     our_optimizer = build_optimizer(ours, OptimizerHyperparams(eps=1e-8), 1e-3, "cpu")
     batch = torch.randint(8192, (2, a.batch_size, a.block_size))
@@ -1165,15 +1197,14 @@ def nanogpt(argv: list[str]) -> None:
           f"step by step {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def load_nanogpt(path: Path, shape: dict) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def load_nanogpt(path: Path, shape: dict) -> torch.nn.Module:
     """The user's own checkout: its code is run, as `python train.py` in it would."""
     if not path.is_file():
         raise UserError(f"--nanogpt_path: there is no {path}; name a checkout of nanoGPT")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    model = module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=True))
-    return model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    return module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=True))
 
 
 def timed_step(model, optimizer, x: torch.Tensor, y: torch.Tensor) -> float:
@@ -1185,9 +1216,471 @@ def timed_step(model, optimizer, x: torch.Tensor, y: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
+# ---- decode: bytes -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Subject:
+    """A model to make text with: a config's, freshly initialised, or a trained file's."""
+
+    label: str
+    make: Callable[[], LanguageModel]
+
+
+def read_subjects(specs: list[str]) -> list[Subject]:
+    """`config.json:key=value` as in compare, or the path of a model file."""
+    configs = [spec for spec in specs if re.match(r".+\.json5?(:|$)", spec)]
+    entries = dict(zip(configs, read_specs(configs), strict=True))
+    for entry in entries.values():
+        entry.load([])
+        entry.measure()  # refuses what makes no text
+    subjects = [
+        Subject(entries[spec].label, partial(fresh, entries[spec].run.model_hyperparams)) if spec in entries
+        else Subject(Path(spec).stem, partial(trained, spec)) for spec in specs
+    ]  # fmt: skip
+    labels = [subject.label for subject in subjects]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"{twice[0]} is given twice; give each model once, under names that differ")
+    return subjects
+
+
+def fresh(config) -> LanguageModel:
+    """A model as it starts, but with a little in the place of zeros, so that no part of it is idle."""
+    torch.manual_seed(0)
+    model = build(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=0.02)
+    return model.eval()
+
+
+def trained(path: str) -> LanguageModel:
+    model, _, _ = load_model(path)
+    if model.takes_source or not model.generates:
+        raise UserError(f"{path}: kind = {model.config.kind!r} does not continue text; give a model that does")
+    return model
+
+
+def weight_bytes(model: LanguageModel, rows: int) -> int:
+    """Bytes of weights that a step for `rows` texts has to read: every one once, and of tables that are only looked up
+    (input embeddings, learned positions) a line for each text. A table that is also the head is read whole."""
+    total = 0
+    for module in model.modules():
+        table = isinstance(module, Embedding) and module.roles["weight"] == "input"
+        looked_up = table or isinstance(module, LearnedPositions)
+        in_8_bits = [t for value in vars(module).values() if isinstance(value, Int8) for t in value]  # with its scales
+        for t in (*module.parameters(recurse=False), *in_8_bits):
+            total += rows * t.size(-1) * t.element_size() if looked_up else t.nbytes
+    return total
+
+
+def empty_cache(config, dtype: torch.dtype, length: int) -> Cache | None:
+    """A text's cache as shapes without memory; None of a model that has none, and computes all anew."""
+    with torch.device("meta"):
+        model = build(config).to(dtype)
+        return model.new_cache(1, length) if model.causal else None
+
+
+def cache_bytes(config, dtype: torch.dtype, length: int) -> int:
+    """Bytes that are kept for a text of `length` tokens."""
+    cache = empty_cache(config, dtype, length)
+    return cache.nbytes() if cache else 0
+
+
+def cache_bytes_read(config, dtype: torch.dtype, length: int) -> int:
+    """Bytes of them that a step has to read: all but the sums over finished chunks, which only a border asks for."""
+    cache = empty_cache(config, dtype, length)
+    states = states_in(cache.layers if cache else None)
+    return sum(state.nbytes() - (state.finished.nbytes if isinstance(state, ChunkState) else 0) for state in states)
+
+
+def cache_line(config, dtype: torch.dtype, length: int) -> tuple[float, float]:
+    """(constant, per token): the bytes of a text's cache around `length` tokens, or half of where positions end."""
+    with torch.device("meta"):
+        end = build(config).max_positions
+    n = length if end is None else min(length, end // 2)
+    one, two = (cache_bytes(config, dtype, size) for size in (n, 2 * n))
+    return 2 * one - two, (two - one) / n
+
+
+COPIED = (2**28, 2**30)  # bytes, on a CPU and on a GPU: many times what their caches hold
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of copying a tensor that no cache holds: the median of ten."""
+    source = torch.ones(COPIED[device.type == "cuda"] // 4, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(12):
+        began = clock(device)
+        target.copy_(source)
+        times.append(clock(device) - began)
+    return 2 * source.nbytes / statistics.median(times[2:])
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had; without end where the machine does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError, TypeError):
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    return math.inf
+
+
+# ---- decode: timing ------------------------------------------------------------------------------------------------
+
+WARM_STEPS = 8
+STEPS = 256  # timed at most
+FEWEST_STEPS = 16  # at least, or a context is said not to fit
+SECONDS = 8.0  # of timed steps, about
+
+
+class DoesNotFit(Exception):
+    """Why a batch at a context cannot be measured, in words for the table."""
+
+
+@dataclass
+class Bench:
+    """What all measurements of a call have in common."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantize: str | None
+    compile: bool
+    bandwidth: float  # bytes per second
+
+    def ready(self, model: LanguageModel) -> LanguageModel:
+        model = model.to(self.device, self.dtype).eval()
+        return decode.quantize(model, self.quantize) if self.quantize else model
+
+    def cell(self, model: LanguageModel, batch: int, context: int) -> dict:
+        """Tokens/s and all that belongs to it, in plain data; where it does not fit, `why` not."""
+        row = {"batch": batch, "context": context, "why": None}
+        try:
+            row |= self.timed(model, batch, context)
+            bytes_moved = weight_bytes(model, batch) / batch + cache_bytes_read(model.config, self.dtype, context)
+        except (DoesNotFit, UserError) as error:
+            return row | {"why": str(error)}
+        except (RuntimeError, MemoryError) as error:
+            if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+                raise
+            return row | {"why": "not enough memory"}
+        finally:
+            self.clean_up()
+        seconds, floor = 1 / row["tokens_per_s"], bytes_moved / self.bandwidth
+        return row | {"bytes_per_token": bytes_moved, "floor_s": floor, "times_floor": seconds / floor}
+
+    def clean_up(self) -> None:
+        gc.collect()
+        if self.compile:
+            torch.compiler.reset()  # it compiles one function for a few shapes only
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def timed(self, model: LanguageModel, batch: int, context: int) -> dict:
+        """Seconds from a prompt of `context` tokens to its first token, and tokens/s of `batch` such texts after it."""
+        steps = steps_that_fit(model, context)
+        self.check_memory(model, batch, context + steps)
+        decoder = decode.Decoder(model, batch, context + steps, compile=self.compile)
+        prompts = (random_text(model, context, steps, seed) for seed in itertools.count())
+        decoder.release(first_token(decoder, next(prompts)))  # the first one chooses and compiles kernels
+        began = clock(self.device)
+        first_token(decoder, next(prompts))
+        seconds = clock(self.device) - began
+        for _ in range(batch - 1):
+            decoder.admit(next(prompts))
+        for _ in range(WARM_STEPS):
+            decoder.step()
+        n = steps - WARM_STEPS - 4  # the first row is a step or two ahead, and the device one of all
+        done, took = timed_steps(decoder, self.device, n)
+        return {"first_token_s": seconds, "tokens_per_s": batch * done / took, "steps": done}
+
+    def check_memory(self, model: LanguageModel, batch: int, length: int) -> None:
+        need, free = batch * cache_bytes(model.config, self.dtype, length), free_memory(self.device)
+        if need > 0.9 * free:
+            raise DoesNotFit(f"needs {need / 1e9:,.1f} GB of cache, and {free / 1e9:,.1f} GB are free")
+
+
+def steps_that_fit(model: LanguageModel, context: int) -> int:
+    """How many tokens to make after a context: fewer where positions end soon after it."""
+    steps, end = WARM_STEPS + STEPS + 4, model.max_positions
+    if end is None or context + steps <= end:
+        return steps
+    if end - context < WARM_STEPS + FEWEST_STEPS + 4:
+        raise DoesNotFit(f"its positions end at {end:,}")
+    return end - context
+
+
+def random_text(model: LanguageModel, context: int, steps: int, seed: int) -> decode.Request:
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(model.config.vocab_size, (context,), generator=generator).tolist()
+    return decode.Request(prompt, steps, seed=seed)
+
+
+def first_token(decoder: decode.Decoder, request: decode.Request) -> int:
+    """Has the prompt read and waits for the first token after it. Returns the text's handle."""
+    handle = decoder.admit(request)
+    while all(handle != given for given, _, _ in decoder.step()):
+        pass
+    return handle
+
+
+def timed_steps(decoder: decode.Decoder, device: torch.device, n: int) -> tuple[int, float]:
+    """(steps, seconds) of n steps, or of fewer if they take long."""
+    began, done = clock(device), 0
+    while done < n and (done < FEWEST_STEPS or time.perf_counter() - began < SECONDS):
+        decoder.step()
+        done += 1
+    return done, clock(device) - began
+
+
+def measure(subject: Subject, bench: Bench, batches: list[int], contexts: list[int]) -> dict:
+    """All that is found of one model, in plain data."""
+    model = subject.make()
+    config, params = model.config, model.num_params(non_embedding=False)
+    model = bench.ready(model)
+    constant, each = cache_line(config, bench.dtype, max(contexts)) if model.causal else (0, 0)
+    cells = []
+    for context, batch in itertools.product(contexts, batches):
+        cells.append(bench.cell(model, batch, context))
+        tqdm.write(f"{subject.label}: batch {batch}, context {short(context)}: {cell_text(cells[-1])}")
+    return {"label": subject.label, "arch": config.arch, "params": params, "weight_bytes": weight_bytes(model, 1),
+            "cache_constant": constant, "cache_per_token": each, "causal": model.causal, "cells": cells,
+            "model_hyperparams": to_dict(config)}  # fmt: skip
+
+
+def cell_text(cell: dict) -> str:
+    if cell["why"]:
+        return f"— ({cell['why']})"
+    return f"{cell['tokens_per_s']:,.0f} tokens/s, {cell['times_floor']:.1f} times the floor"
+
+
+# ---- decode: table and picture -------------------------------------------------------------------------------------
+
+
+def models_table(rows: list[dict], contexts: list[int]) -> str:
+    """What does not depend on the batch: sizes, and the seconds until a prompt's first token."""
+    header = ["model", "parameters", "weights read, MB", "cache, constant, bytes", "and per token",
+              *(f"first token after {short(context)}, ms" for context in contexts)]  # fmt: skip
+    lines = []
+    for row in rows:
+        first = {cell["context"]: cell["first_token_s"] for cell in reversed(row["cells"]) if not cell["why"]}
+        times = [f"{1e3 * first[context]:,.1f}" if context in first else "—" for context in contexts]
+        cache = [f"{row[name]:,.0f}" if row["causal"] else "none" for name in ("cache_constant", "cache_per_token")]
+        lines.append([row["label"], f"{row['params']:,}", f"{row['weight_bytes'] / 1e6:,.2f}", *cache, *times])
+    return markdown_table(header, lines)
+
+
+def cells_of(rows: list[dict]) -> list[tuple[str, dict]]:
+    return [(row["label"], cell) for row in rows for cell in row["cells"]]
+
+
+def speeds_table(rows: list[dict]) -> str:
+    """tokens/s of each model, and how many times the floor's time a token takes."""
+    columns = sorted({(cell["batch"], cell["context"]) for _, cell in cells_of(rows)})
+    lines = []
+    for row in rows:
+        cells = {(cell["batch"], cell["context"]): cell for cell in row["cells"]}
+        lines.append([row["label"], *(
+            "—" if cell["why"] else f"{cell['tokens_per_s']:,.0f} ({cell['times_floor']:,.1f}×)"
+            for cell in map(cells.__getitem__, columns))])  # fmt: skip
+    return markdown_table(["tokens/s (times the floor)", *(f"{b:,} × {short(c)}" for b, c in columns)], lines)
+
+
+def details_table(rows: list[dict]) -> str:
+    """Every batch at every context, with what the floor is made of."""
+    header = ["model", "batch", "context", "tokens/s", "µs per token", "floor, µs", "times the floor", "MB per token"]
+    lines = []
+    for label, cell in cells_of(rows):
+        numbers = ["—"] * 5
+        if not cell["why"]:
+            numbers = [f"{cell['tokens_per_s']:,.0f}", f"{1e6 / cell['tokens_per_s']:,.1f}",
+                       f"{1e6 * cell['floor_s']:,.2f}", f"{cell['times_floor']:,.1f}",
+                       f"{cell['bytes_per_token'] / 1e6:,.3f}"]  # fmt: skip
+        lines.append([label, f"{cell['batch']:,}", short(cell["context"]), *numbers])
+    return markdown_table(header, lines)
+
+
+def missing_cells(rows: list[dict]) -> list[str]:
+    """Why there is a — in the table, a line for each reason."""
+    groups: dict[tuple, list[str]] = {}
+    for label, cell in cells_of(rows):
+        if cell["why"]:
+            groups.setdefault((label, cell["why"], cell["context"]), []).append(f"{cell['batch']:,}")
+    return [f"— {label}, context {short(context)}, batch {', '.join(batches)}: {why}."
+            for (label, why, context), batches in groups.items()]  # fmt: skip
+
+
+def about_machine(bench: Bench) -> str:
+    words = [machine(bench.device), f"torch {torch.__version__}", str(bench.dtype).removeprefix("torch.")]
+    words[1:1] = [f"{n} thread{'s' * (n > 1)}"] if (n := torch.get_num_threads()) and bench.device.type == "cpu" else []
+    words += [f"{bench.quantize} weights"] if bench.quantize else []
+    return ", ".join([*words, "compiled" if bench.compile else "not compiled"])
+
+
+def decode_notes(bench: Bench, rows: list[dict]) -> list[str]:
+    """How it was measured, a sentence each, and what is missing."""
+    recomputing = [row["label"] for row in rows if not row["causal"]]
+    return [
+        f"{about_machine(bench)}.",
+        f"Floor: bytes per token over {bench.bandwidth / 1e9:,.1f} GB/s, at which this machine copies a large tensor, "
+        "bytes read and written. The bytes are those of the weights, read once for the whole batch, and of the cache "
+        "of a text of that context, read once; of an embedding that is no head, a line. Experts that a token does not "
+        "choose are counted.",
+        f"Columns are batch × context. Speed: all rows' tokens together, up to {STEPS} each, after prompts of that "
+        "context, drawn at temperature 1. First token: a prompt alone is read, and the first token after it is there.",
+        *([f"Sees the future, has no cache and computes the last block_size tokens anew for each: "
+           f"{', '.join(recomputing)}."] if recomputing else []),
+        *missing_cells(rows),
+    ]  # fmt: skip
+
+
+def draw_speeds(rows: list[dict], batches: list[int], title: str):
+    """One sheet, a panel for each batch: tokens/s against context, both on log scales."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = 2 if max(len(row["label"]) for row in rows) > 34 else 3
+    fig = Figure(figsize=(11, 4.3 + 0.2 * math.ceil(len(rows) / columns)), dpi=200, layout="constrained")
+    FigureCanvasAgg(fig)
+    panels = fig.subplots(1, len(batches), squeeze=False)[0]
+    contexts = sorted({cell["context"] for row in rows for cell in row["cells"]})
+    for ax, batch in zip(panels, batches, strict=True):
+        for number, row in enumerate(rows):
+            cells = [cell for cell in row["cells"] if cell["batch"] == batch and not cell["why"]]
+            ax.plot([cell["context"] for cell in cells], [cell["tokens_per_s"] for cell in cells],
+                    **line_style(number), label=row["label"])  # fmt: skip
+        style_panel(ax, "context (tokens)")
+        ax.set_xticks(contexts, map(short, contexts))
+        ax.set_yscale("log")
+        log_ticks(ax.yaxis, [y for line in ax.lines for y in line.get_ydata()])
+        ax.set_title(f"batch {batch:,}", fontsize=11, loc="left")
+    panels[0].set_ylabel("tokens/s, all rows together", fontsize=11)
+    fig.suptitle(title, fontsize=12, x=0.01, ha="left")
+    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=9,
+               frameon=False)  # fmt: skip
+    return fig
+
+
+# ---- decode --------------------------------------------------------------------------------------------------------
+
+
+def decode_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="bench.py decode", allow_abbrev=False, description=(
+        "Measure how fast models make text, beside the floor that reading their weights and caches sets."))  # fmt: skip
+    add = parser.add_argument
+    add("models", nargs="*", help="config files (file.json:key=value,key=value changes keys) and trained model files")
+    add("--batches", default="1,8,64", help="texts at once (default 1,8,64)")
+    add("--contexts", default="128,1k,8k", help="tokens before those that are timed (default 128,1k,8k)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
+    add("--quantize", choices=["int8"], help="matrices in 8 bits")
+    add("--compile", action="store_true", help="torch.compile the step")
+    add("--out", default="img/decode", type=Path, help="directory of decode.md, .json and .png (default img/decode)")
+    add("--json", type=Path, help="another place for decode.json")
+    add("--against", choices=["nanogpt"], help="measure tinystar in GPT-2's manner beside nanoGPT's generate instead")
+    add("--nanogpt_path", type=Path, help="directory that holds nanoGPT's model.py")
+    for name, size in GPT2_SHAPE.items():
+        add(f"--{name}", type=quantity, default=size, help=f"of both, with --against (default {size})")
+    arguments = parser.parse_args(argv)
+    arguments.batches, arguments.contexts = (
+        sorted({quantity(part) for part in text.split(",")}) for text in (arguments.batches, arguments.contexts))
+    if bool(arguments.models) == bool(arguments.against):
+        raise UserError("name configs or model files, or --against nanogpt, one of the two")
+    if arguments.against and arguments.nanogpt_path is None:
+        raise UserError("--against nanogpt: needs --nanogpt_path, a directory that holds nanoGPT's model.py")
+    return arguments
+
+
+def make_bench(arguments: argparse.Namespace) -> Bench:
+    device = train.choose_device(arguments.device)
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, auto if arguments.dtype == "auto" else arguments.dtype)
+    return Bench(device, dtype, arguments.quantize, arguments.compile, copy_bandwidth(device))
+
+
+def decode_command(argv: list[str]) -> None:
+    """Measure how fast models make text; write a table and a picture."""
+    arguments = decode_arguments(argv)
+    if arguments.against:
+        against_nanogpt(arguments)
+        return
+    subjects = read_subjects(arguments.models)
+    bench = make_bench(arguments)
+    print(f"{machine(bench.device)} copies {bench.bandwidth / 1e9:,.1f} GB/s", flush=True)
+    rows = [measure(subject, bench, arguments.batches, arguments.contexts) for subject in subjects]
+    command, notes = command_line("python", "decode", argv), decode_notes(bench, rows)
+    tables = f"{speeds_table(rows)}\n\n{models_table(rows, arguments.contexts)}"
+    told = "\n".join(f"- {note}" for note in notes)
+    parts = [tables, "![tokens/s against context](decode.png)", told, details_table(rows), f"```\n{command}\n```"]
+    atomic_write(arguments.out / "decode.md", ("\n\n".join(parts) + "\n").encode())
+    about = {"device": machine(bench.device), "torch": torch.__version__, "dtype": str(bench.dtype),
+             "quantize": bench.quantize, "compile": bench.compile, "bandwidth": bench.bandwidth, "notes": notes,
+             "command": command, "rows": rows}  # fmt: skip
+    atomic_write(arguments.json or arguments.out / "decode.json", json.dumps(about, indent=1).encode())
+    plot.save(draw_speeds(rows, arguments.batches, about_machine(bench)), arguments.out / "decode.png")
+    print(f"\n{tables}\n\n{told}\n\nthe tables and the picture are in {arguments.out}")
+
+
+# ---- decode: against nanoGPT ---------------------------------------------------------------------------------------
+
+GPT2_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304, "block_size": 1024}  # GPT-2, 124M
+ROUNDS = 3
+
+
+def against_nanogpt(arguments: argparse.Namespace) -> None:
+    """Tokens/s of tinystar in GPT-2's manner and of nanoGPT's generate, in turns."""
+    shape = {name: getattr(arguments, name) for name in GPT2_SHAPE}
+    theirs = load_nanogpt(arguments.nanogpt_path / "model.py", shape)
+    bench = make_bench(arguments)
+    theirs = theirs.to(bench.device, bench.dtype).eval()
+    ours = bench.ready(fresh(CONFIGS["tinystar"](arch="tinystar", **shape, **GPT2)))
+    print(f"{machine(bench.device)}, {bench.dtype}, {sum(p.numel() for p in theirs.parameters()):,} parameters, "
+          f"copies {bench.bandwidth / 1e9:,.1f} GB/s", flush=True)
+    for context, batch in itertools.product(arguments.contexts, arguments.batches):
+        print(f"batch {batch}, context {short(context)}: {beside_nanogpt(bench, ours, theirs, batch, context)}")
+
+
+def beside_nanogpt(bench: Bench, ours: LanguageModel, theirs, batch: int, context: int) -> str:
+    """A line: tokens/s of both in ROUNDS turns, and how many times as fast ours is, after the prompt and with it."""
+    found = []
+    for _ in range(ROUNDS):
+        cell = bench.cell(ours, batch, context)
+        if cell["why"]:
+            return cell_text(cell)
+        found.append((nanogpt_speed(bench, theirs, batch, context), cell["tokens_per_s"], cell["first_token_s"]))
+    their, our, first = (statistics.median(column) for column in zip(*found, strict=True))
+    ratios = [b / a for a, b, _ in found]
+    with_prompt = 64 * batch / (64 * batch / our + first * batch) / their
+    return (f"nanoGPT {their:,.1f} tokens/s, tinystar {our:,.1f}, {statistics.median(ratios):.1f} times as many "
+            f"({min(ratios):.1f} to {max(ratios):.1f}); the first token after {1e3 * first:,.1f} ms, so that 64 tokens "
+            f"come {with_prompt:.1f} times as fast with the reading of the prompt")
+
+
+@torch.no_grad()
+def nanogpt_speed(bench: Bench, model, batch: int, context: int) -> float:
+    """Tokens/s of nanoGPT's own generate, after a text of `context` tokens."""
+    idx = torch.randint(model.config.vocab_size, (batch, context), device=bench.device)
+    began = clock(bench.device)
+    model.generate(idx, 2)  # the first chooses kernels, and tells how many to measure
+    n = min(64, max(4, round(2 * 2 / (clock(bench.device) - began))))
+    began = clock(bench.device)
+    model.generate(idx, n)
+    return batch * n / (clock(bench.device) - began)
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
-COMMANDS: dict[str, Callable[[list[str]], int | None]] = {"compare": compare, "nanogpt": nanogpt}
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "compare": compare, "decode": decode_command, "nanogpt": nanogpt}  # fmt: skip
 CHILDREN: dict[str, Callable[[list[str]], int | None]] = {"_train": train_child, "_speed": speed_child}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import bench
+import checkpoint
 import encoder as encoders
 import options
 import plot
@@ -477,6 +478,220 @@ def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys)
     assert capsys.readouterr().out == "ready\n"
 
 
+# ---- decode --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(workshop, monkeypatch):
+    """The workshop, where little is measured."""
+    for name, value in {"WARM_STEPS": 1, "STEPS": 3, "FEWEST_STEPS": 2, "COPIED": (2**20, 2**20)}.items():
+        monkeypatch.setattr(bench, name, value)
+    write_config("t", {"arch": "tinystar"})
+    write_config("p", {"arch": "palm", "d_rank": 4, "n_qkv": 16})
+    write_config("l", {"arch": "tinystar", "pos_encoding": "Learned"})
+    return workshop
+
+
+def decode(*words):
+    bench.main(["decode", *words, "--device", "cpu", "--out", "out"])
+    return json.loads(Path("out/decode.json").read_text())
+
+
+def subject(spec):
+    (found,) = bench.read_subjects([spec])
+    return found.make()
+
+
+def test_the_weights_that_a_step_reads_are_counted_by_hand(quick):
+    V, C, F = 44, 16, 64
+    # GQA of two heads: q 16·16, k and v one head of 8 channels each, out 16·16; SwiGLU of 64 channels; three norms
+    tinystar = C * C + 2 * C * 8 + C * C + 3 * C * F + 3 * C + V * C  # the table is the head: read whole
+    for rows in (1, 3):
+        assert bench.weight_bytes(subject("t.json"), rows) == 4 * tinystar
+        assert bench.weight_bytes(subject("t.json").bfloat16(), rows) == 2 * tinystar
+        # a place in 16 is looked up for each text
+        assert bench.weight_bytes(subject("l.json"), rows) == 4 * (tinystar + rows * C)
+    untied = subject("t.json:tie_embeddings=false")
+    assert bench.weight_bytes(untied, 5) == 4 * (tinystar + 5 * C)  # a head, and 5 lines of the input's table
+
+
+def test_weights_in_8_bits_are_a_byte_each_and_their_scales_four(quick):
+    V, C, F = 44, 16, 64
+    model = bench.Bench(bench.torch.device("cpu"), bench.torch.float32, "int8", False, 1.0).ready(subject("t.json"))
+    rows = [C, 8, 8, C, 2 * F, C, V]  # of q, k, v, out, both of the feed-forward, table
+    width = [C, C, C, C, C, F, C]
+    matrices = sum(r * w for r, w in zip(rows, width, strict=True))
+    assert bench.weight_bytes(model, 1) == matrices + 4 * sum(rows) + 4 * 3 * C  # norms stay
+
+
+def test_the_cache_is_counted_by_hand(quick):
+    config = entries("t.json")[0].run.model_hyperparams
+    for dtype, size in ((bench.torch.float32, 4), (bench.torch.bfloat16, 2)):
+        each = 2 * 8 * size  # k and v, one head of 8 channels
+        assert bench.cache_bytes(config, dtype, 100) == bench.cache_bytes_read(config, dtype, 100) == 101 * each
+        assert bench.cache_line(config, dtype, 100) == (each, each)  # a slot more, which takes what is dropped
+    limited = entries("l.json")[0].run.model_hyperparams
+    assert bench.cache_line(limited, bench.torch.float32, 100) == (64, 64)
+    write_config("s", {"arch": "strawberry", "n_qkv": 16, "r_layer": 1, "window": 4})
+    config = entries("s.json")[0].run.model_hyperparams
+    C = D = 16
+    aft = 3 * D  # numerator, denominator and maximum
+    attention = 2 * D * (4 + 1)  # k and v of the window and a slot more
+    retention = 3 * D * C + 2 * C * D + C * C + 2 * C * C  # the weights of the open chunk, its sum, those before
+    found = bench.cache_bytes(config, bench.torch.float32, 1000)
+    assert found == 4 * (aft + attention + retention)
+    assert bench.cache_line(config, bench.torch.float32, 1000) == (found, 0)  # the same however long the text
+    assert bench.cache_bytes_read(config, bench.torch.float32, 1000) == found - 4 * C * C
+
+
+def test_decode_measures_every_batch_at_every_context(quick):
+    found = decode("t.json", "p.json", "--batches", "1,2", "--contexts", "8,24")
+    assert [row["label"] for row in found["rows"]] == ["t", "p"] and found["bandwidth"] > 0
+    for row in found["rows"]:
+        assert [(cell["context"], cell["batch"]) for cell in row["cells"]] == [(8, 1), (8, 2), (24, 1), (24, 2)]
+        for cell in row["cells"]:
+            assert cell["why"] is None and cell["tokens_per_s"] > 0 and cell["first_token_s"] > 0
+            floor = cell["bytes_per_token"] / found["bandwidth"]
+            assert cell["times_floor"] == pytest.approx(1 / cell["tokens_per_s"] / floor)
+    V, C, F = 44, 16, 64
+    weights = 4 * (C * C + 2 * C * 8 + C * C + 3 * C * F + 3 * C + V * C)
+    for cell in found["rows"][0]["cells"]:
+        assert cell["bytes_per_token"] == weights / cell["batch"] + 64 * (cell["context"] + 1)
+    text = Path("out/decode.md").read_text()
+    assert "| t | 1 | 8 |" in text and "| p | 2 | 24 |" in text and "decode t.json p.json --batches 1,2" in text
+    lines = text.splitlines()
+    assert lines[0] == "| tokens/s (times the floor) | 1 × 8 | 1 × 24 | 2 × 8 | 2 × 24 |"
+    assert re.fullmatch(r"\| t( \| [\d,]+ \([\d.,]+×\)){4} \|", lines[2])
+
+
+def test_what_a_speed_is(quick, monkeypatch):
+    """With a clock that a pretended decoder moves on: a second for each token of a prompt, 0.25 for a step."""
+    now = [0.0]
+
+    class Pretended:
+        def __init__(self, model, rows, max_length, compile):
+            self.rows, self.lengths, self.under_way, self.steps = rows, {}, [], 0
+            assert max_length == 8 + bench.WARM_STEPS + bench.STEPS + 4
+
+        def admit(self, request):
+            now[0] += len(request.prompt)
+            assert len(self.lengths) < self.rows
+            handle = len(self.under_way)
+            self.under_way.append(handle)
+            self.lengths[handle] = len(request.prompt)
+            return handle
+
+        def release(self, handle):
+            del self.lengths[handle]
+
+        def step(self):
+            now[0] += 0.25
+            return [(handle, 0, None) for handle in self.lengths]
+
+    monkeypatch.setattr(bench, "clock", lambda device: now[0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench.decode, "Decoder", Pretended)
+    measured = bench.Bench(bench.torch.device("cpu"), bench.torch.float32, None, False, 1000.0)
+    cell = measured.cell(subject("t.json"), 3, 8)
+    assert cell["first_token_s"] == 8.25 and cell["tokens_per_s"] == 3 / 0.25 and cell["steps"] == bench.STEPS
+    assert cell["floor_s"] == cell["bytes_per_token"] / 1000 and cell["times_floor"] == 0.25 / 3 / cell["floor_s"]
+
+
+def test_a_copy_counts_what_is_read_and_what_is_written(quick, monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(bench, "clock", lambda device: 0.5 * next(ticks))
+    assert bench.copy_bandwidth(bench.torch.device("cpu")) == 2 * 2**20 / 0.5
+
+
+def test_what_does_not_fit_is_told_in_the_table(quick, monkeypatch):
+    found = decode("l.json", "t.json", "--batches", "1,2", "--contexts", "8,14,40")
+    cells = {(cell["context"], cell["batch"]): cell for cell in found["rows"][0]["cells"]}
+    assert cells[8, 1]["why"] is None and cells[8, 1]["steps"] == 3
+    assert cells[14, 1]["why"] == cells[40, 2]["why"] == "its positions end at 16"
+    assert all(cell["why"] is None for cell in found["rows"][1]["cells"])
+    text = Path("out/decode.md").read_text()
+    assert "— l, context 40, batch 1, 2: its positions end at 16." in text
+    assert re.search(r"\| l \| [\d,]+ \([\d.,]+×\) \| — \| — \| [\d,]+ \([\d.,]+×\) \| — \| — \|", text)
+
+
+@pytest.mark.parametrize("error", [bench.torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
+def test_too_little_memory_is_told_and_the_others_are_measured(quick, monkeypatch, error):
+    real = bench.decode.Decoder
+
+    def short_of_memory(model, rows, *rest, **options):
+        if rows == 2:
+            raise error
+        return real(model, rows, *rest, **options)
+
+    monkeypatch.setattr(bench.decode, "Decoder", short_of_memory)
+    cells = decode("t.json", "--batches", "1,2,3", "--contexts", "8")["rows"][0]["cells"]
+    assert [cell["why"] for cell in cells] == [None, "not enough memory", None]
+
+
+def test_a_cache_beyond_the_memory_is_not_even_tried(quick, monkeypatch):
+    monkeypatch.setattr(bench, "free_memory", lambda device: 64 * 60)
+    cells = decode("t.json", "--batches", "1,4", "--contexts", "8")["rows"][0]["cells"]
+    assert cells[0]["why"] is None and re.match(r"needs .* of cache, and .* are free", cells[1]["why"])
+
+
+def test_an_error_of_another_kind_is_not_hidden(quick, monkeypatch):
+    monkeypatch.setattr(bench.decode, "Decoder", lambda *_, **__: [][0])
+    with pytest.raises(IndexError):
+        decode("t.json", "--batches", "1", "--contexts", "8")
+
+
+def test_trained_files_and_models_without_a_cache_are_measured_too(quick):
+    encoder, model = encoders.load("chars:text.txt"), subject("t.json")
+    checkpoint.save_model("mine.tinystar", model, encoder, {})
+    write_config("b", {"arch": "strawberry", "n_qkv": 16, "retention_scope": "batch"})
+    found = decode("mine.tinystar", "b.json", "--batches", "1", "--contexts", "8", "--dtype", "bfloat16")["rows"]
+    assert [row["label"] for row in found] == ["mine", "b"] and all(row["cells"][0]["tokens_per_s"] for row in found)
+    assert found[0]["weight_bytes"] == bench.weight_bytes(model.bfloat16(), 1)
+    assert found[1]["cache_constant"] == 0 and found[1]["cells"][0]["bytes_per_token"] == found[1]["weight_bytes"]
+    assert "computes the last block_size tokens anew for each: b." in Path("out/decode.md").read_text()
+
+
+def test_nothing_of_a_fresh_model_is_idle(quick):
+    write_config("s", {"arch": "strawberry", "n_qkv": 16})
+    model, same = subject("s.json"), subject("s.json")
+    assert all(p.any() for p in model.parameters())
+    assert all(p.equal(q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
+
+
+def test_the_speeds_are_drawn_a_panel_for_each_batch():
+    def row(label, *cells):
+        return {"label": label, "cells": [
+            {"batch": b, "context": c, "tokens_per_s": speed, "why": None if speed else "no"} for b, c, speed in cells]}
+
+    rows = [row("a", (1, 128, 50.0), (1, 1000, 20.0), (8, 128, 400.0), (8, 1000, None)), row("b", (1, 128, 7.0))]
+    panels = bench.draw_speeds(rows, [1, 8], "title").axes
+    assert [ax.get_title(loc="left") for ax in panels] == ["batch 1", "batch 8"]
+    found = [{line.get_label(): line.get_xydata().tolist() for line in ax.lines} for ax in panels]
+    assert found == [{"a": [[128, 50], [1000, 20]], "b": [[128, 7]]}, {"a": [[128, 400]], "b": []}]
+    assert all(ax.get_xscale() == ax.get_yscale() == "log" for ax in panels)
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["128", "1k"]
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "name configs or model files, or --against nanogpt"),
+    (["t.json", "--against", "nanogpt"], "name configs or model files, or --against nanogpt, one of the two"),
+    (["--against", "nanogpt"], "needs --nanogpt_path"),
+    (["t.json", "--batches", "1,none"], "'none' is no positive number"),
+    (["t.json", "--contexts", "0"], "'0' is no positive number"),
+    (["t.json", "--quantize", "int4"], "int8"),
+    (["t.json", "t.json"], "given twice"),
+    (["t.json:n_layers=2"], "n_layer"),
+    (["nowhere.json"], "no such file"),
+    (["nowhere.strawberry"], "nowhere.strawberry"),
+    (["t.json:arch=transformer"], "kind=decoder"),
+])  # fmt: skip
+def test_mistakes_in_decode_are_told_before_anything_is_made(quick, words, message):
+    with pytest.raises(UserError, match=message):
+        bench.main(["decode", *words, "--device", "cpu", "--out", "out"])
+    assert not Path("out").exists()
+
+
 # ---- nanogpt -------------------------------------------------------------------------------------------------------
 
 STAND_IN = """
@@ -490,12 +705,16 @@ class GPTConfig:
 class GPT(torch.nn.Embedding):
     def __init__(self, c):
         super().__init__(c.vocab_size, c.n_embd)
+        self.config = c
 
     def forward(self, x, y):
         return None, super().forward(x).square().mean()
 
     def configure_optimizers(self, decay, rate, betas, device):
         return torch.optim.SGD(self.parameters(), rate)
+
+    def generate(self, idx, max_new_tokens):
+        return torch.cat((idx, idx[:, :1].expand(-1, max_new_tokens)), dim=1)
 """
 
 
@@ -504,6 +723,33 @@ def test_nanogpt_is_timed_beside_ours(tmp_path, capsys):
     small = ["--steps", "2", "--n_layer", "1", "--n_embd", "16", "--batch_size", "1", "--block_size", "8"]
     bench.main(["nanogpt", "--nanogpt_path", str(tmp_path), *small])
     assert re.search(r"nanoGPT [\d,]+, tinystar [\d,]+; step by step [\d.]+ times as fast", capsys.readouterr().out)
+
+
+def test_nanogpt_s_generate_is_timed_beside_ours(quick, capsys):
+    (quick / "model.py").write_text(STAND_IN)
+    small = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--vocab_size", "40", "--block_size", "32"]
+    bench.main(["decode", "--against", "nanogpt", "--nanogpt_path", str(quick), "--device", "cpu", *small,
+                "--batches", "2", "--contexts", "8,30"])  # fmt: skip
+    told = capsys.readouterr().out
+    number = r"[\d,.]+"
+    assert re.search(f"batch 2, context 8: nanoGPT {number} tokens/s, tinystar {number}, {number} times as many", told)
+    assert "batch 2, context 30: — (its positions end at 32)" in told
+
+
+def test_times_as_many_is_the_median_of_the_turns(monkeypatch):
+    turns = iter([(100.0, 0.5), (300.0, 0.5), (200.0, 0.5)])
+    theirs = iter([10.0, 20.0, 40.0])
+
+    class Turns:
+        def cell(self, model, batch, context):
+            speed, first = next(turns)
+            return {"why": None, "tokens_per_s": speed, "first_token_s": first}
+
+    monkeypatch.setattr(bench, "nanogpt_speed", lambda *_: next(theirs))
+    told = bench.beside_nanogpt(Turns(), None, None, 2, 512)
+    # ratios 10, 15, 5; 64 tokens for two rows take 128 / 200 + 2 · 0.5 = 1.64 s, and nanoGPT's at 20/s 6.4 s
+    assert "nanoGPT 20.0 tokens/s, tinystar 200.0, 10.0 times as many (5.0 to 15.0)" in told
+    assert "64 tokens come 3.9 times as fast with the reading of the prompt" in told
 
 
 def test_a_missing_nanogpt_is_named(tmp_path):
