@@ -271,7 +271,8 @@ class Encoder:
         return b"".join([self._table[i] for i in ids.tolist()])
 
     def token_bytes(self, token: int) -> bytes:
-        return self.decode_bytes([int(token)])
+        token = int(token)
+        return self._table[token] if 0 <= token < self.vocab_size else self.decode_bytes([token])  # which says why not
 
     def stream(self) -> "StreamDecoder":
         return StreamDecoder(self)
