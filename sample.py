@@ -272,6 +272,8 @@ class Until:
 
     def push(self, text: str, last: bool = False) -> str:
         """What can be printed now; with `last`, nothing more comes and so nothing is held back."""
+        if not self.stops:
+            return text
         self.held += text
         places = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
         self.found = bool(places)
@@ -282,8 +284,10 @@ class Until:
 
     def overlap(self, stop: str) -> int:
         """How many characters at the end of the held text begin the stop string."""
-        longest = min(len(stop) - 1, len(self.held))
-        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
+        for n in range(min(len(stop) - 1, len(self.held)), 0, -1):
+            if self.held.endswith(stop[:n]):
+                return n
+        return 0
 
 
 class Text:
@@ -356,7 +360,7 @@ class Work:
 
 
 def make_decoder(model, settings: Settings, work: Work) -> Decoder:
-    on_cuda = next(model.parameters()).is_cuda
+    on_cuda = model.here.is_cuda
     compiled = settings.compile == "true" or (settings.compile == "auto" and on_cuda and work.tokens >= MANY_TOKENS)
     return Decoder(model, rows_at_once(model, settings, work.texts), work.longest, on_full=settings.on_full,
                    compile=compiled, max_source=work.longest_source or None)  # fmt: skip
@@ -364,7 +368,7 @@ def make_decoder(model, settings: Settings, work: Work) -> Decoder:
 
 def rows_at_once(model, settings: Settings, n: int) -> int:
     """How many of n texts are made at once."""
-    return min(n, settings.batch or (64 if next(model.parameters()).is_cuda else 8))
+    return min(n, settings.batch or (64 if model.here.is_cuda else 8))
 
 
 Piece = tuple[Text, str, str | None]  # what can be printed of a text now, and why it ended if it did
@@ -714,7 +718,7 @@ def origin_of(settings: Settings, path: Path, model, seed: int) -> dict:
     """All that the texts depend on."""
     files = {"prompts_file": file_hash(settings.prompts_file), "model": file_hash(path)}
     options = {name: getattr(settings, name) for name in (*OWN, "source", "on_full", "quantize")}
-    dtype = dtype_name(settings, next(model.parameters()).device.type)
+    dtype = dtype_name(settings, model.here.device.type)
     return {**files, "seed": seed, "dtype": dtype, **options}
 
 
@@ -783,7 +787,7 @@ def score(model, encoder, text: str, stride: int = 0, source: list[int] | None =
         raise UserError(f"--stride {stride}: exceeds the model's block_size {size}, so tokens would be left out")
     if not text:
         raise UserError("there is nothing to score: the text is empty")
-    ids = torch.tensor([[encoder.eot, *encode(encoder, text)]], device=next(model.parameters()).device)
+    ids = torch.tensor([[encoder.eot, *encode(encoder, text)]], device=model.here.device)
     n, total = ids.size(1) - 1, 0.0
     given = None if source is None else torch.tensor([source], device=ids.device)
     with tqdm(total=n, desc="scoring", unit=" tokens", leave=False, disable=None) as bar, clear_errors(size):
