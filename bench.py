@@ -1604,6 +1604,8 @@ def make_bench(arguments: argparse.Namespace) -> Bench:
     device = train.choose_device(arguments.device)
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, auto if arguments.dtype == "auto" else arguments.dtype)
+    if arguments.compile and device.type != "cuda":
+        raise UserError(f"--compile: steps are compiled on cuda only, and this is {device.type}; leave it out")
     return Bench(device, dtype, arguments.quantize, arguments.compile, copy_bandwidth(device))
 
 
@@ -1660,9 +1662,11 @@ def beside_nanogpt(bench: Bench, ours: LanguageModel, theirs, batch: int, contex
     their, our, first = (statistics.median(column) for column in zip(*found, strict=True))
     ratios = [b / a for a, b, _ in found]
     with_prompt = 64 * batch / (64 * batch / our + first * batch) / their
-    return (f"nanoGPT {their:,.1f} tokens/s, tinystar {our:,.1f}, {statistics.median(ratios):.1f} times as many "
-            f"({min(ratios):.1f} to {max(ratios):.1f}); the first token after {1e3 * first:,.1f} ms, so that 64 tokens "
-            f"come {with_prompt:.1f} times as fast with the reading of the prompt")
+    share = our * cell["floor_s"]
+    return (f"nanoGPT {their:,.1f} tokens/s, tinystar {our:,.1f} ({share:.0%} of what the floor allows), "
+            f"{statistics.median(ratios):.1f} times as many ({min(ratios):.1f} to {max(ratios):.1f}); the first token "
+            f"after {1e3 * first:,.1f} ms, so that 64 tokens come {with_prompt:.1f} times as fast with the reading of "
+            "the prompt")
 
 
 @torch.no_grad()

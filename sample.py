@@ -206,6 +206,8 @@ def load(path: Path, settings: Settings):
     """(model, encoder, training record) of a model file, ready on the device that the settings name."""
     device = pick_device(settings.device)
     model, encoder, record = load_model(path, device)
+    if settings.compile == "true" and device != "cuda":
+        raise UserError(f"--compile true: steps are compiled on cuda only, and this is {device}; leave it out")
     if not model.generates:
         raise UserError(f"{path}: this {model.config.arch} is an encoder: it guesses masked tokens and makes no text")
     if not all(p.isfinite().all() for p in model.parameters()):
@@ -450,30 +452,31 @@ class Writer:
         requests = [make_request(self.settings, self.encoder, tokens, self.source, seed) for seed in seeds]
         check_fits(self.model, requests[0], self.settings.on_full)
         warn_of_length(self.model, len(tokens))
-        texts = [Text(self.encoder, request, self.settings.stop) for request in requests]
-        began, head = time.perf_counter(), prompt if echo else ""
+        texts, work = [Text(self.encoder, request, self.settings.stop) for request in requests], Work()
+        for request in requests:
+            work.add(request)
+        head = prompt if echo else ""
+        print(head, end="", flush=True)
         try:
-            self.show(texts, head)
+            with clear_errors(work.longest, min(work.texts, 2)):
+                self.show(texts, head, self.room_for(work))
         except BaseException:  # Ctrl-C among them: its rows are in no state to go on
             self.decoder = None
             raise
-        finally:
-            self.tokens += sum(text.made for text in texts)
-            self.seconds += time.perf_counter() - began
 
-    def show(self, texts: list[Text], head: str) -> None:
-        work = Work()
-        for text in texts:
-            work.add(text.request)
-        print(head, end="", flush=True)
-        with clear_errors(work.longest, min(len(texts), 2)):
-            for text, piece, why in in_turn(make(self.room_for(work), texts), texts):
+    def show(self, texts: list[Text], head: str, decoder: Decoder) -> None:
+        began = time.perf_counter()
+        try:
+            for text, piece, why in in_turn(make(decoder, texts), texts):
                 print(piece, end="", flush=True)
                 if why is not None:
                     print(flush=True)
                     tell_of_end(why, self.model)
                     if text is not texts[-1]:
                         print(f"---------------\n{head}", end="", flush=True)
+        finally:
+            self.tokens += sum(text.made for text in texts)
+            self.seconds += time.perf_counter() - began
 
     def room_for(self, work: Work) -> Decoder:
         """The decoder of the last prompt, or one with more room."""

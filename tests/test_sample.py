@@ -382,6 +382,14 @@ def test_a_checkpoint_directory_is_a_model(run, folder, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("name", ["strawberry", "tinystar"])
+def test_weights_in_8_bits_say_nearly_the_same(run, name):
+    """Random weights of 16 channels: another token may be the likeliest here and there, but not at once."""
+    argv = ["--prompt", "ab", "--length", "8", "--temperature", "0"]
+    out, err = run(*argv, "--quantize", "int8", model=name)
+    assert len(out) == 11 and out[:4] == run(*argv, model=name).out[:4] and "float32, int8" in err
+
+
+@pytest.mark.parametrize("name", ["strawberry", "tinystar"])
 def test_bfloat16(run, name):
     out, err = run("--prompt", "ab", "--length", "20", "--temperature", "0", "--dtype", "bfloat16", model=name)
     assert len(out) == 23 and "bfloat16" in err
@@ -440,6 +448,11 @@ def test_wrong_options_are_one_line_and_exit_2(capsys, monkeypatch, argv, messag
 def test_a_missing_device_is_named(folder, capsys, monkeypatch):
     argv = ["--model", str(folder / "tinystar.strawberry"), "--prompt", "a", "--device", "cuda"]
     assert "--device cuda" in fails(capsys, monkeypatch, *argv)
+
+
+def test_compiling_where_nothing_is_compiled_is_refused(folder, capsys, monkeypatch):
+    argv = ["--model", str(folder / "tinystar.strawberry"), "--prompt", "a", "--device", "cpu", "--compile", "true"]
+    assert "--compile true: steps are compiled on cuda only, and this is cpu" in fails(capsys, monkeypatch, *argv)
 
 
 def test_wrong_prompts_are_one_line_and_exit_2(folder, tmp_path, capsys, monkeypatch):
