@@ -586,8 +586,9 @@ def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, str, dict[str, 
 def help_text(cls: type, arch: str, archs: dict[str, type]) -> str:
     """What `train.py --help` prints: every key with its default, what is allowed, and its meaning."""
     lines = [
-        f"usage: {Path(sys.argv[0]).name} [--config FILE] [--key=value …]",
+        f"usage: {Path(sys.argv[0]).name} [--check] [--config FILE] [--key=value …]",
         "",
+        "--check says in seconds whether the run would work, and writes nothing.",
         "FILE is JSON, comments and trailing commas welcome; it is looked for here, then in config/.",
         "Any key can be given on the command line too: --learning_rate=1e-3 --model_hyperparams.n_layer=4",
     ]

@@ -66,8 +66,13 @@ class Ranks:
     """Several processes, over NCCL where each has a GPU of its own, else over gloo."""
 
     def __init__(self, device: torch.device):
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if device.type == "mps":
+            raise UserError('device = "mps": several processes need "cuda" or "cpu"')
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            if local >= (there := torch.cuda.device_count()):
+                raise UserError(f"torchrun has started more processes than GPUs: lower --nproc_per_node to {there}")
+            torch.cuda.set_device(local)
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:

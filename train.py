@@ -556,6 +556,7 @@ class Trainer:
             start_from(run.pretrained, model, self.encoder)
         self.model = model.to(self.device).train()
         self.forward = self.model
+        self.loads = [router.load for router in self.model.routers().values()]
         hyper = run.optimizer_hyperparams
         self.optimizer = build_optimizer(self.model, hyper, run.learning_rate, self.device.type)
         self.lengths = byte_lengths(self.encoder, run.model_hyperparams.vocab_size).to(self.device)
@@ -607,7 +608,7 @@ class Trainer:
             reserve = torch.empty(self.footprint(row=0).optimizer + spare, dtype=torch.uint8, device=self.device)
             with self.untouched():
                 batch = make_batch(self.objective, self.corpus.train, self.run.seed, 0, rows, self.device)
-                self.accumulate([batch] * min(self.run.gradient_accumulation_steps, 2))
+                self.try_out(batch, min(self.run.gradient_accumulation_steps, 2))
             del reserve
             fit = True
         except Exception as error:
@@ -723,9 +724,7 @@ class Trainer:
                 print("compiling …", flush=True)
                 self.forward = torch.compile(self.model, dynamic=False)
                 try:
-                    loss = self.accumulate([batch])
-                    with evaluating(self.model), self.autocast():
-                        self.forward(batch.x, batch.y, source=batch.source)
+                    loss = self.try_out(batch)
                 except Exception as error:
                     if is_out_of_memory(error):
                         raise
@@ -733,8 +732,15 @@ class Trainer:
                     warn(f"torch.compile failed, so that steps take longer ({type(error).__name__}: {reason})")
                     self.forward = self.model
             if self.forward is self.model:
-                loss = self.accumulate([batch])
+                loss = self.try_out(batch)
             return loss.item()
+
+    def try_out(self, batch: Batch, times: int = 1) -> Tensor:
+        """The loss of a batch, after a step's passes and an evaluation's, which needs more memory for its logits."""
+        loss = self.accumulate([batch] * times)
+        with evaluating(self.model), self.autocast():
+            self.forward(batch.x, batch.y, source=batch.source)
+        return loss
 
     def claim_directory(self) -> None:
         """Make checkpoints.path this run's: another run's files there are moved aside, a resumed run's are gone on."""
@@ -799,7 +805,7 @@ class Trainer:
         loss = self.accumulate(micro_batches)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.ranks.mean_([loss, *grads], sum(batch.n_targets for batch in micro_batches))
-        self.ranks.sum_([router.load for router in self.model.routers().values()])
+        self.ranks.sum_(self.loads)
         norm = nn.utils.get_total_norm(grads)
         if self.run.grad_clip:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.run.grad_clip, norm)
@@ -1066,7 +1072,7 @@ class Trainer:
             "memory": f"about {size(total)} ({need.told(rows, run.model_hyperparams.block_size)}); {size(free)} of "
                       f"{size(there)} are free",
             "disk": f"{size(saved)} a checkpoint, {size(wanted)} for those that are kept; {size(disk.free)} are free",
-            "first batch": f"loss {loss:.3f}; {run.gradient_accumulation_steps} × {seconds:.2f} s a step, not compiled",
+            "first batch": f"loss {loss:.3f}, after {seconds:.2f} s, not compiled",
         }
         print("\n".join(f"{key:<12} {text}" for key, text in lines.items()))
         if total > free:

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from torture import count
+
 import encoder as encoders
 from encoder import EOT, PAD, SEGMENT, Encoder, load, segments, train
 from options import UserError
@@ -108,7 +110,7 @@ def with_pattern(pattern):
 
 
 @given(anything)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=count(200, 20_000), deadline=None)
 def test_round_trip_of_any_string(text):
     assert BPE.decode(BPE.encode(text)) == text
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torture import count
 
 import options
 from options import Run, UserError, check, declared, dotted_names, load_run, option, run_class, to_dict
@@ -387,7 +388,7 @@ def configs(cls):
     return st.fixed_dictionaries({}, optional=keys)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=count(150, 5000), deadline=None)
 @given(st.sampled_from(list(ARCHS)).flatmap(lambda arch: st.tuples(st.just(arch), configs(run_class(ARCHS, arch)))))
 def test_round_trip(pair):
     arch, raw = pair

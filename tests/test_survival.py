@@ -8,6 +8,7 @@ Index:  resuming · kills · signals · damage · full disks · losses that are 
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -37,6 +38,7 @@ import checkpoint
 import dataset
 import encoder as encoders
 import plot
+import ranks
 import train
 from checkpoint import Lock, load_model, newest
 from dataset import Header, TokenFile
@@ -121,11 +123,16 @@ def random_corpus(block_size: int, windows: int) -> None:
     torture.write_corpus("data.bin", text)
 
 
-@pytest.mark.parametrize("threads,size", [(1, 16), (2, 64)])
-def test_resumed_at_any_point_it_is_the_same_run(den, monkeypatch, told, threads, size):
+TINYSTAR = {"arch": "tinystar", "vocab_size": 44, "n_layer": 1}
+WIDE = TINYSTAR | {"block_size": 64, "n_embd": 64, "n_head": 2, "dropout": 0.2}  # torch divides this among threads
+
+
+@pytest.mark.parametrize("threads,model", [(1, torture.MODEL | {"dropout": 0.2}), (2, WIDE)], ids=["1", "2"])
+def test_resumed_at_any_point_it_is_the_same_run(den, monkeypatch, told, threads, model):
     torch.set_num_threads(threads)
+    size = model["block_size"]
     random_corpus(size, windows=41)  # 5 1/8 steps of 2 · 4 rows
-    write_run(model_hyperparams={"dropout": 0.2, "block_size": size, "n_embd": size, "n_qkv": size})
+    write_run(model_hyperparams=model)
     rows = []
     compute = Trainer.compute_gradients
 
@@ -150,7 +157,7 @@ def test_resumed_at_any_point_it_is_the_same_run(den, monkeypatch, told, threads
     assert_same(newest_state("whole")[1], newest_state("ck")[1])
     assert timeless("whole/metrics.jsonl") == timeless()
     assert_an_epoch_is_every_window_once(rows, size)
-    told(f"stopped and resumed, {threads} thread{'s' * (threads > 1)}", f"at {len(stops)} of 10 steps")
+    told("stopped and resumed: the same bits", f"{threads} thread{'s' * (threads > 1)}: after {len(stops)} of 10 steps")
 
 
 def assert_an_epoch_is_every_window_once(rows: list[bytes], size: int) -> None:
@@ -171,7 +178,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(den, told):
     assert finish(start("--config", "run.json", "--checkpoints.path=whole")) == 0
     expected = weights_hash()
     rng, kills, in_saves, runs = random.Random(6), 0, 0, 0
-    wanted = count(6, 50)
+    wanted = count(4, 50)
     while kills < wanted or Path("ck").exists():
         child = start("--config", "run.json", *[RESUME] * bool(list(Path("ck").glob("step_*"))))
         if kills < wanted:
@@ -246,7 +253,8 @@ def test_sigterm_at_any_moment_saves_and_ends_with_143(den, monkeypatch, six_ste
         moment = []
         at_call(patch, owner, name, number, lambda: (moment.append(time.monotonic()), terminate()))
         assert run(*SIX) == 143
-        assert moment and time.monotonic() - moment[0] < 10
+        seconds = time.monotonic() - moment[0]
+        assert seconds < 10
     begun = Path("ck").exists()
     assert begun == (phase not in ("reading the data", "building the model", "the rehearsal"))
     if begun:
@@ -254,7 +262,7 @@ def test_sigterm_at_any_moment_saves_and_ends_with_143(den, monkeypatch, six_ste
         assert newest("ck").step == max(logged, default=0)  # nothing at all is lost
     assert run(*SIX, *[RESUME] * begun) == 0
     assert_same(newest_state()[1], six_steps)
-    told(f"SIGTERM during {phase}", "once")
+    told("SIGTERM in every phase from start-up to the model file; nothing lost", {"s": seconds})
 
 
 @posix
@@ -418,6 +426,18 @@ def test_a_full_disk_is_told_and_tried_again(den, told):
     told("full disk (tmpfs of 4 MB)", "4 steps, with 2 checkpoints, metrics, log and a plot due")
 
 
+def test_a_log_on_a_full_disk_ends_no_run_and_a_reader_that_leaves_does():
+    class Full(io.StringIO):
+        def write(self, text):
+            raise error
+
+    stream, error = train.Sturdy(Full()), OSError(28, "No space left on device")
+    assert stream.write("text") == 4 and stream.isatty() is False
+    error = BrokenPipeError()
+    with pytest.raises(BrokenPipeError):
+        stream.write("text")
+
+
 # ---- losses that are not finite ------------------------------------------------------------------------------------
 
 BACK = "--on_nan=rollback"
@@ -459,7 +479,7 @@ def test_a_poisoned_weight_is_rolled_back_past_its_data_at_half_the_rate(den, mo
     assert newest("ck").load_state()["progress"]["skipped"] == 3
     assert "going back to step 4" in capsys.readouterr().err
     assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, 11))
-    told("a weight made NaN, on_nan rollback", "once; and 4 times, which ends with code 3")
+    told("a weight made NaN, with on_nan: rollback", "once, gone on from; four times, ended with code 3")
 
 
 def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypatch):
@@ -636,18 +656,16 @@ def test_a_cpu_that_is_out_of_memory_says_so(den):
 
 @pytest.mark.cuda
 def test_a_gpu_that_is_full_and_the_batch_that_fits_it(den, capsys):
-    """With 1 GB of the GPU, the batch that auto finds trains; twice as much does not, and is told."""
-    share = 1e9 / torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(share)
-    try:
-        write_run(device="cuda", model_hyperparams={"block_size": 256, "n_embd": 128, "n_qkv": 128, "n_layer": 4})
-        torture.write_corpus("data.bin", torture.TEXT * 400)
-        assert run("--batch_size=auto", "--max_iters=3") == 0
-        rows = newest("ck").meta["run"]["batch_size"]
-        with pytest.raises(UserError, match=r"cuda is out of memory before the first step, of .*weights"):
-            run(f"--batch_size={2 * rows}")
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    """With 8 GB left of the GPU, the batch that auto finds trains; four times as much does not, and is told."""
+    wide = {"block_size": 256, "n_embd": 128, "n_qkv": 128, "n_layer": 4, "retention_chunk": 128}
+    write_run(device="cuda", model_hyperparams=torture.MODEL | wide)
+    torture.write_corpus("data.bin", torture.TEXT * 400)
+    ballast = torch.empty(torch.cuda.mem_get_info()[0] - (8 << 30), dtype=torch.uint8, device="cuda")
+    assert run("--batch_size=auto", "--max_iters=3") == 0
+    rows = newest("ck").meta["run"]["batch_size"]
+    with pytest.raises(UserError, match=r"cuda is out of memory before the first step, of .*weights"):
+        run(f"--batch_size={4 * rows}")
+    del ballast
 
 
 # ---- files made to harm --------------------------------------------------------------------------------------------
@@ -672,9 +690,9 @@ def tensors_claiming(header: bytes, size: int | None = None) -> bytes:
 
 
 def bomb() -> bytes:
-    """A state.pt of 1 MB that unpacks to 1 GB."""
+    """A state.pt of 300 kB that unpacks to 300 MB."""
     with zipfile.ZipFile("bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("state/data.pkl", bytes(1 << 30))
+        archive.writestr("state/data.pkl", bytes(300 << 20))
         archive.writestr("state/version", b"3\n")
     return Path("bomb.zip").read_bytes()
 
@@ -738,7 +756,7 @@ HARM = {
     "a sparse file of 8 GB for a config": ("run.json", "sparse", []),
     "a pickle for a state": ("state.pt", lambda _: pickle.dumps(Payload()), [RESUME]),
     "a torch file with a payload for a state": ("state.pt", lambda _: saved(Payload()), [RESUME]),
-    "1 GB in 1 MB for a state": ("state.pt", lambda _: bomb(), [RESUME]),
+    "300 MB in 300 kB for a state": ("state.pt", lambda _: bomb(), [RESUME]),
     "numbers for a state": ("state.pt", lambda _: saved({"optimizer": 1, "progress": [2]}), [RESUME]),
     "a list for a state": ("state.pt", lambda _: saved([1]), [RESUME]),
     "a pickle for a checkpoint's model": ("model.safetensors", lambda _: pickle.dumps(Payload()), [RESUME]),
@@ -771,7 +789,7 @@ def test_a_file_made_to_harm_is_refused_quickly_and_runs_nothing(den, told, harm
     assert used["seconds"] < 5 and used["megabytes"] < 200, used
     assert lines[-1].startswith("error: ") and "Traceback" not in read()
     assert not Path("it_ran").exists()
-    told(f"{harm}", f"{used['seconds']:.1f} s, {used['megabytes']:.0f} MB")
+    told("files made to harm, refused", {"s": used["seconds"], "MB": used["megabytes"]})
 
 
 def test_a_payload_would_have_run(den):
@@ -932,9 +950,7 @@ def test_ranks_weigh_rows_by_their_targets(den):
     """Pairs: each row has a number of targets of its own."""
     model = {"arch": "transformer", "kind": "encoder-decoder", "vocab_size": 41, "block_size": 16, "n_layer": 1,
              "n_head": 2, "n_embd": 16}  # fmt: skip
-    write_run(max_iters=3, eval_interval=3, batch_size=2, gradient_accumulation_steps=1)
-    config = json.loads(Path("run.json").read_text()) | {"model_hyperparams": model}
-    Path("run.json").write_text(json.dumps(config))
+    write_run(model_hyperparams=model, max_iters=3, eval_interval=3, batch_size=2, gradient_accumulation_steps=1)
     encoder = encoders.load("chars:text.txt")
     with dataset.TokenFileWriter("data.bin", encoder, kind="pairs") as writer:
         for n in range(40):
@@ -965,7 +981,7 @@ def test_when_a_rank_is_killed_the_other_ends_and_both_resume(den, told, victim)
     run_ranks(*many, RESUME)
     run_ranks(*many, "--checkpoints.path=whole")
     assert_same(newest_state("whole")[1], newest_state()[1])
-    told(f"rank {victim} of two killed", f"the other ended after {seconds:.1f} s; both resumed, bit for bit")
+    told("a rank of two killed; both resumed to the same bits", f"rank {victim}: the other ended after {seconds:.1f} s")
 
 
 @posix
@@ -1006,6 +1022,23 @@ def test_ranks_roll_back_together(den):
     assert [line["step"] for line in timeless() if "rollback" in line] == [4] and newest("ck").step == 10
 
 
+def test_tensors_travel_in_buckets_of_one_dtype(monkeypatch):
+    monkeypatch.setattr(ranks, "BUCKET", 10)
+    sizes = [4, 6, 1, 12, 3, 3]
+    tensors = [torch.zeros(n) for n in sizes] + [torch.zeros(2, dtype=torch.float64)]
+    assert [[t.numel() for t in bucket] for bucket in ranks.buckets(tensors)] == [[4, 6], [1], [12], [3, 3], [2]]
+
+
+def test_devices_that_cannot_be_shared_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match='device = "mps": several processes need'):
+        ranks.join(torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="lower --nproc_per_node to 1"):
+        ranks.join(torch.device("cuda"))
+
+
 # ---- properties ----------------------------------------------------------------------------------------------------
 # Any string through the encoder: tests/test_encoder.py. Random values in a stand-in config: tests/test_options.py.
 
@@ -1016,7 +1049,7 @@ JUNK = st.recursive(
     max_leaves=4,
 )
 PRESETS = sorted(path.name for path in (torture.ROOT / "config").glob("*.json") if path.name != "schema.json")
-thorough = settings(max_examples=count(60, 5000), deadline=None, suppress_health_check=list(HealthCheck))
+thorough = settings(max_examples=count(60, 10_000), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def plain(run) -> dict:
@@ -1117,25 +1150,21 @@ def test_ten_thousand_mutated_headers_are_refused_or_read(den, told):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="memory and open files are read from /proc")
 def test_a_long_run_grows_nothing(den, told):
-    steps = count(1200, 20_000)
-    model = {"arch": "tinystar", "vocab_size": 44, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}
-    changes = {"batch_size": 1, "gradient_accumulation_steps": 1, "optimizer_hyperparams": {}, "max_iters": steps,
-               "eval_interval": steps // 12, "checkpoints": {"path": "ck", "interval": steps // 24}}  # fmt: skip
-    write_run(**changes)
-    config = json.loads(Path("run.json").read_text()) | {"model_hyperparams": model}
-    Path("run.json").write_text(json.dumps(config))
+    steps = count(600, 20_000)
+    model = TINYSTAR | {"block_size": 8, "n_head": 1, "n_embd": 8}
+    rarely = {"eval_interval": steps // 8, "checkpoints": {"path": "ck", "interval": steps // 24}}
+    write_run(model_hyperparams=model, batch_size=1, optimizer_hyperparams={}, max_iters=steps, **rarely)
     assert finish(start("--config", "run.json", body=torture.watched), 1200) == 0, read()
-    seen = json.loads(Path("seen.json").read_text())  # twelve times: anonymous memory in MB, open files, CPU seconds
+    seen = json.loads(Path("seen.json").read_text())  # eight times: anonymous memory in MB, open files, CPU seconds
     memory, descriptors, seconds = (np.array(column) for column in zip(*seen, strict=True))
-    later = slice(4, None)
     assert np.ptp(descriptors[1:]) == 0, descriptors
-    assert memory[-1] - memory[4] < 6, memory
-    each = np.diff(seconds) / (steps / 12)
-    assert np.median(each[-4:]) < 1.5 * np.median(each[later][:4]), each
+    assert memory[-1] - memory[3] < 6, memory
+    each = np.diff(seconds) / (steps / 8)
+    assert np.median(each[-3:]) < 1.5 * np.median(each[1:4]), each
     assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, steps + 1))
     told(
-        f"{steps:,} steps", f"memory {memory[4]:.0f} MB after a third, {memory[-1]:.0f} MB at the end; "
-        f"{descriptors[-1]:.0f} open files; {1e3 * each[4]:.2f} and {1e3 * each[-1]:.2f} ms of CPU a step",
+        f"{steps:,} steps", f"memory {memory[3]:.0f} MB after half, {memory[-1]:.0f} MB at the end; "
+        f"{descriptors[-1]:.0f} open files throughout; {1e3 * each[3]:.2f} and {1e3 * each[-1]:.2f} ms of CPU a step",
     )  # fmt: skip
 
 
@@ -1212,7 +1241,8 @@ def test_check_says_all_and_writes_nothing(den, capsys, monkeypatch):
     need = trainer.footprint()
     assert f"about {train.size(need.fixed + 4 * need.row)} (weights {train.size(need.weights)}" in out
     assert trainer.corpus.fingerprint[:12] in out and trainer.encoder.fingerprint[:12] in out and "read whole" in out
-    assert re.search(r"\nfirst batch  loss 3\.\d+; 2 × 0\.\d\d s a step", out) and out.endswith("nothing was written\n")
+    assert re.search(r"\nfirst batch  loss 3\.\d+, after \d+\.\d\d s", out)
+    assert out.endswith("nothing was written\n")
     shutil.rmtree("ck")
     shutil.rmtree("out")
     assert files(den) == before

@@ -4,6 +4,7 @@ Children are forked from a server that has torch imported already, so that a hun
 `python tests/torture.py` runs tests/test_survival.py with full counts and prints the README's table.
 """
 
+import contextlib
 import ctypes
 import functools
 import io
@@ -11,7 +12,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +20,9 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+
+with contextlib.suppress(ImportError):  # on Windows there is none, and the tests that need it are skipped
+    import resource
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = bool(os.environ.get("TORTURE"))
@@ -51,11 +54,10 @@ def write_corpus(path, text=TEXT):
 
 def write_run(path="run.json", **changes):
     """A config whose steps take milliseconds, with accumulation, experts and Muon."""
-    model = MODEL | changes.pop("model_hyperparams", {})
     config = {
         "dataset": {"path": "data.bin", "data_division": 0.8},
         "checkpoints": {"path": "ck", "interval": 4, "keep": 9},
-        "model_hyperparams": model, "optimizer_hyperparams": {"use_muon": True},
+        "model_hyperparams": MODEL, "optimizer_hyperparams": {"use_muon": True},
         "model_path": "out/tiny.model", "encoder_path": "chars:text.txt", "seed": 5, "device": "cpu", "compile": False,
         "batch_size": 4, "gradient_accumulation_steps": 2, "max_iters": 10, "eval_interval": 5, "log_interval": 1,
         "eval_iters": 2, "learning_rate": 3e-3, "warmup_iters": 2, "min_lr": 1e-3, "sample_length": 4,
@@ -220,7 +222,7 @@ def measured(argv):
 
 
 def watched(argv):
-    """seen.json: memory in MB, open files and seconds of the CPU, twelve times."""
+    """seen.json: memory in MB, open files and seconds of the CPU, at each evaluation."""
     import gc
 
     import dataset
@@ -323,16 +325,39 @@ def assert_same(a: dict, b: dict) -> None:
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
+PROPERTIES = {  # test → its row; hypothesis' tests cannot record what they did
+    "tests/test_encoder.py::test_round_trip_of_any_string": ("random strings through the encoder", "20,000"),
+    "tests/test_options.py::test_round_trip": ("random valid configs: JSON → dataclass → JSON", "5,000"),
+    "tests/test_survival.py::test_any_mutation_of_a_config_is_valid_or_refused_by_name": ("mutated configs", "10,000"),
+    "tests/test_survival.py::test_any_override_is_a_run_or_a_user_error": ("random --key=value", "10,000"),
+}
+
+
 class Notes:
-    """pytest's plugin that collects what the tests say they have done: record_property("torture", (what, how much))."""
+    """pytest's plugin that collects what the tests say they have done: record_property("torture", (what, how much)).
+
+    `how much` is text, or a dict of numbers by unit: tests that do the same thing make one row, with the largest.
+    """
 
     def __init__(self):
-        self.rows = []
+        self.done: dict[str, list] = {}
+        self.failed: list[str] = []
 
     def pytest_runtest_logreport(self, report):
-        for name, value in report.user_properties:
-            if report.when == "call" and name == "torture":
-                self.rows.append((*value, report.outcome))
+        if report.outcome == "failed":
+            self.failed.append(report.nodeid)
+        rows = [value for name, value in report.user_properties if name == "torture"]
+        rows += [PROPERTIES[report.nodeid]] if report.nodeid in PROPERTIES else []
+        for what, how in rows if report.when == "call" and report.outcome == "passed" else ():
+            self.done.setdefault(what, []).append(how)
+
+    def rows(self):
+        for what, hows in self.done.items():
+            if isinstance(hows[0], dict):
+                most = (f"{max(how[unit] for how in hows):.2g} {unit}" for unit in hows[0])
+                yield what, f"{len(hows)}, each in at most {' and '.join(most)}"
+            else:
+                yield what, "; ".join(hows)
 
 
 def main() -> int:
@@ -341,11 +366,14 @@ def main() -> int:
 
     notes = Notes()
     start = time.perf_counter()
-    code = pytest.main(["-q", "-x", str(ROOT / "tests" / "test_survival.py")], plugins=[notes])
+    os.chdir(ROOT)
+    others = [name for name in PROPERTIES if "test_survival" not in name]
+    code = pytest.main(["-q", "tests/test_survival.py", *others], plugins=[notes])
     version = re.search(r"[\d.]+", sys.version)[0]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    print("| what was done to it | how much | outcome |\n| --- | --- | --- |")
-    print("\n".join(f"| {what} | {how} | {outcome} |" for what, how, outcome in notes.rows))
+    print("\n| what was done to it | how much |\n| --- | --- |")
+    print("\n".join(f"| {what} | {how} |" for what, how in notes.rows()))
+    print("\n".join(["", f"{len(notes.failed)} failed", *notes.failed]))
     minutes = (time.perf_counter() - start) / 60
     print(f"\nPython {version}, {os.cpu_count()} cores, {minutes:.0f} minutes, commit {commit.strip()}.")
     return int(code)
