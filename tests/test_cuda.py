@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from test_decode import SMALL as TINY
+from test_decode import collect, every_model, made, requests_for
 
 from decode import Decoder, quantize
 from model import build
-from test_decode import SMALL as TINY
-from test_decode import collect, every_model, made, requests_for
 
 pytestmark = pytest.mark.cuda
 
