@@ -47,7 +47,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -1393,15 +1393,27 @@ class Bench:
         prompts = (random_text(model, context, steps, seed) for seed in itertools.count())
         decoder.release(first_token(decoder, next(prompts)))  # the first one chooses and compiles kernels
         began = clock(self.device)
-        first_token(decoder, next(prompts))
+        decoder.release(first_token(decoder, next(prompts)))
         seconds = clock(self.device) - began
-        for _ in range(batch - 1):
-            decoder.admit(next(prompts))
+        n = steps - WARM_STEPS - 2  # the device may be a step ahead
+        if self.device.type == "cuda":  # steps are recorded as texts grow: none while the time is taken
+            n, _ = self.steps(decoder, itertools.islice(prompts, batch), n)
+        done, took = self.steps(decoder, itertools.islice(prompts, batch), n)
+        return {"first_token_s": seconds, "tokens_per_s": batch * done / took, "steps": done}
+
+    def steps(self, decoder: decode.Decoder, prompts: Iterable[decode.Request], n: int) -> tuple[int, float]:
+        """(steps, seconds) of n steps after these prompts, or of fewer if they take long."""
+        handles = [decoder.admit(prompt) for prompt in prompts]
         for _ in range(WARM_STEPS):
             decoder.step()
-        n = steps - WARM_STEPS - 4  # the first row is a step or two ahead, and the device one of all
-        done, took = timed_steps(decoder, self.device, n)
-        return {"first_token_s": seconds, "tokens_per_s": batch * done / took, "steps": done}
+        began, done = clock(self.device), 0
+        while done < n and (done < FEWEST_STEPS or time.perf_counter() - began < SECONDS):
+            decoder.step()
+            done += 1
+        took = clock(self.device) - began
+        for handle in handles:
+            decoder.release(handle)
+        return done, took
 
     def check_memory(self, model: LanguageModel, batch: int, length: int) -> None:
         need, free = batch * cache_bytes(model.config, self.dtype, length), free_memory(self.device)
@@ -1411,10 +1423,10 @@ class Bench:
 
 def steps_that_fit(model: LanguageModel, context: int) -> int:
     """How many tokens to make after a context: fewer where positions end soon after it."""
-    steps, end = WARM_STEPS + STEPS + 4, model.max_positions
+    steps, end = WARM_STEPS + STEPS + 2, model.max_positions
     if end is None or context + steps <= end:
         return steps
-    if end - context < WARM_STEPS + FEWEST_STEPS + 4:
+    if end - context < WARM_STEPS + FEWEST_STEPS + 2:
         raise DoesNotFit(f"its positions end at {end:,}")
     return end - context
 
@@ -1431,15 +1443,6 @@ def first_token(decoder: decode.Decoder, request: decode.Request) -> int:
     while all(handle != given for given, _, _ in decoder.step()):
         pass
     return handle
-
-
-def timed_steps(decoder: decode.Decoder, device: torch.device, n: int) -> tuple[int, float]:
-    """(steps, seconds) of n steps, or of fewer if they take long."""
-    began, done = clock(device), 0
-    while done < n and (done < FEWEST_STEPS or time.perf_counter() - began < SECONDS):
-        decoder.step()
-        done += 1
-    return done, clock(device) - began
 
 
 def measure(subject: Subject, bench: Bench, batches: list[int], contexts: list[int]) -> dict:

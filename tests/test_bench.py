@@ -571,7 +571,7 @@ def test_what_a_speed_is(quick, monkeypatch):
     class Pretended:
         def __init__(self, model, rows, max_length, compile):
             self.rows, self.lengths, self.under_way, self.steps = rows, {}, [], 0
-            assert max_length == 8 + bench.WARM_STEPS + bench.STEPS + 4
+            assert max_length == 8 + bench.WARM_STEPS + bench.STEPS + 2
 
         def admit(self, request):
             now[0] += len(request.prompt)
@@ -639,6 +639,15 @@ def test_an_error_of_another_kind_is_not_hidden(quick, monkeypatch):
     monkeypatch.setattr(bench.decode, "Decoder", lambda *_, **__: [][0])
     with pytest.raises(IndexError):
         decode("t.json", "--batches", "1", "--contexts", "8")
+
+
+@pytest.mark.cuda
+def test_decode_measures_on_a_gpu(quick):
+    bench.main(["decode", "t.json", "p.json", "--batches", "1,3", "--contexts", "8,250", "--out", "out"])
+    found = json.loads(Path("out/decode.json").read_text())
+    cells = [cell for row in found["rows"] for cell in row["cells"]]
+    assert found["dtype"] == "torch.bfloat16" and found["bandwidth"] > 1e11
+    assert len(cells) == 8 and all(cell["tokens_per_s"] > 100 for cell in cells)
 
 
 def test_trained_files_and_models_without_a_cache_are_measured_too(quick):

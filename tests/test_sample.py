@@ -875,6 +875,18 @@ def test_killed_and_started_again_until_done(desk):
     assert results() == whole
 
 
+@pytest.mark.cuda
+def test_bulk_on_a_gpu_goes_on_where_it_was(desk):
+    desk(*({"prompt": "abc"[i % 3], "max_tokens": 20 + i, "temperature": 0} for i in range(24)))
+    argv = ["--device", "cuda", "--batch", "4"]
+    whole = bulk(desk, *argv)
+    assert sorted(whole) == list(range(24)) and all(whole[i]["tokens"] == 20 + i for i in whole)
+    lines = Path("texts.jsonl").read_bytes().splitlines(keepends=True)
+    Path("texts.jsonl").write_bytes(b"".join(lines[:9]) + lines[9][:7])
+    assert sorted(bulk(desk, *argv)) == list(range(24))
+    assert Path("texts.jsonl").read_bytes().startswith(b"".join(lines[:9]))
+
+
 def test_a_drawn_seed_is_kept_for_the_rest(desk):
     desk(*({"prompt": "a", "max_tokens": 9} for _ in range(4)))
     argv = ["--model", desk.model, "--prompts_file", "prompts.jsonl", "--out", "texts.jsonl", "--temperature", "2"]
