@@ -449,6 +449,8 @@ def _manifest(path: Path) -> dict:
             raise _Broken(f"{MANIFEST} does not match its own SHA-256")
         if manifest["format"] != FORMAT:
             raise _Broken(f"{MANIFEST} has format {manifest['format']}, and this program reads {FORMAT}")
+        if not isinstance(manifest["meta"], dict) or not isinstance(manifest["val_loss"], (float, int, type(None))):
+            raise _Broken(f"{MANIFEST} is damaged")
         if path.name.removeprefix(REPLACED) != f"step_{manifest['step']:08d}":
             raise _Broken(f"{MANIFEST} is that of step {manifest['step']}")
         for name, about in manifest["files"].items():

@@ -604,13 +604,9 @@ class Trainer:
     def fits(self, rows: int) -> bool:
         """Whether every rank can take a step of so many rows, with room for the optimizer's state and 5 % to spare."""
         spare = device_memory(self.device)[1] // 20 if self.device.type == "cuda" else 0
+        fit = True
         try:
-            reserve = torch.empty(self.footprint(row=0).optimizer + spare, dtype=torch.uint8, device=self.device)
-            with self.untouched():
-                batch = make_batch(self.objective, self.corpus.train, self.run.seed, 0, rows, self.device)
-                self.try_out(batch, min(self.run.gradient_accumulation_steps, 2))
-            del reserve
-            fit = True
+            self.dry_run(rows, self.footprint(row=0).optimizer + spare)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -618,6 +614,14 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return self.ranks.total(fit)[0] == self.ranks.world
+
+    def dry_run(self, rows: int, reserve: int) -> None:
+        """A step's and an evaluation's passes over so many rows, with so many bytes taken besides."""
+        besides = torch.empty(reserve, dtype=torch.uint8, device=self.device)
+        with self.untouched():
+            batch = make_batch(self.objective, self.corpus.train, self.run.seed, 0, rows, self.device)
+            self.try_out(batch, min(self.run.gradient_accumulation_steps, 2))
+        del besides
 
     def footprint(self, row: int | None = None) -> Footprint:
         """What training takes. `row`: what one row does, where that is known or does not matter."""
@@ -641,6 +645,10 @@ class Trainer:
         if self.ranks.agree(found.path.name) != found.path.name:
             raise UserError(f"checkpoints.path = {self.root}: the processes of this run find different ones there; "
                             "give them one that all of them see")
+        run = found.meta.get("run")
+        if not isinstance(run, dict) or not all(type(run.get(key)) is int for key in ("seed", "batch_size")):
+            raise UserError(f"{found.path / checkpoint.MANIFEST} is not one that train.py wrote; "
+                            "start with --init_from=scratch")
         now = {"encoder": ("encoder_path", self.encoder.fingerprint), "dataset": ("dataset", self.corpus.fingerprint)}
         for what, (key, fingerprint) in now.items():
             if (then := found.meta.get(what)) != fingerprint:
@@ -651,7 +659,8 @@ class Trainer:
         return found
 
     def restore(self, found: checkpoint.Checkpoint) -> None:
-        changed = differences(found.meta["run"], to_dict(self.run) | {"init_from": found.meta["run"]["init_from"]})
+        then = found.meta["run"]
+        changed = differences(then, to_dict(self.run) | {"init_from": then.get("init_from")})
         try:
             self.load(found)
         except UserError as error:
@@ -665,7 +674,9 @@ class Trainer:
         try:
             progress = Progress(**state["progress"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"{found.path / checkpoint.STATE} holds no state that this program wrote") from error
         self.progress = progress
         self.saved = found.step

@@ -333,6 +333,8 @@ def signed(path, **changes):
         ({"format": 2}, "format 2"),
         ({"step": 7}, "of step 7"),
         ({"step": "1"}, "damaged"),
+        ({"meta": []}, "damaged"),
+        ({"val_loss": "low"}, "damaged"),
     ],
 )
 def test_a_made_up_manifest_is_refused(tmp_path, changes, message):

@@ -697,16 +697,23 @@ def bomb() -> bytes:
     return Path("bomb.zip").read_bytes()
 
 
-def in_checkpoint(part: str, content: bytes) -> None:
+def resigned(manifest: bytes, **changes) -> bytes:
+    body = json.loads(manifest) | changes
+    body.pop("sha256")
+    return checkpoint._render(body)
+
+
+def in_checkpoint(part: str, change) -> None:
     """A checkpoint whose manifest vouches for a file made to harm."""
     run("--max_iters=1")
     path = Path("ck/step_00000001")
+    content = change((path / part).read_bytes())
     (path / part).write_bytes(content)
     if part != "manifest.json":
-        manifest = json.loads((path / "manifest.json").read_text())
-        manifest["files"][part] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        manifest.pop("sha256")
-        (path / "manifest.json").write_bytes(checkpoint._render(manifest))
+        manifest = (path / "manifest.json").read_bytes()
+        about = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        files = json.loads(manifest)["files"] | {part: about}
+        (path / "manifest.json").write_bytes(resigned(manifest, files=files))
 
 
 DEEP = b"[" * 100_000
@@ -761,7 +768,24 @@ HARM = {
     "a list for a state": ("state.pt", lambda _: saved([1]), [RESUME]),
     "a pickle for a checkpoint's model": ("model.safetensors", lambda _: pickle.dumps(Payload()), [RESUME]),
     "a deep manifest": ("manifest.json", lambda _: DEEP, [RESUME]),
+    "a manifest of another program": ("manifest.json", lambda data: resigned(data, meta={}), [RESUME, "--seed=auto"]),
+    "a manifest without numbers": (
+        "manifest.json",
+        lambda data: resigned(data, meta=json.loads(data)["meta"] | {"run": {"seed": "x", "batch_size": {}}}),
+        [RESUME, "--seed=auto", "--batch_size=auto"],
+    ),
+    "complex numbers for a state": ("state.pt", lambda data: complex_state(data), [RESUME]),
 }
+
+
+def complex_state(data: bytes) -> bytes:
+    """A sound state but for one tensor."""
+    Path("state.pt").write_bytes(data)
+    state = torch.load("state.pt")
+    for values in state["optimizer"]["state"].values():
+        for name, tensor in values.items():
+            values[name] = torch.zeros_like(tensor, dtype=torch.complex64).to_sparse() if tensor.ndim else "x"
+    return saved(state)
 
 
 def saved(value) -> bytes:
@@ -778,7 +802,7 @@ def test_a_file_made_to_harm_is_refused_quickly_and_runs_nothing(den, told, harm
         with open(name, "wb") as file:
             file.truncate(8 << 30)
     elif name in PARTS:
-        in_checkpoint(name, content(None))
+        in_checkpoint(name, content)
     else:
         Path(name).write_bytes(content(Path(name).read_bytes() if Path(name).exists() else b""))
     began = time.monotonic()
