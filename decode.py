@@ -76,6 +76,7 @@ class Draws:
         self.temperature, self.top_p, self.min_p = (torch.zeros(rows, device=device) for _ in range(3))
         self.top_k = torch.zeros(rows, dtype=torch.int64, device=device)
         self.floats = (self.temperature, self.top_p, self.min_p)
+        self.sample_all = sample  # for all rows at once; may be compiled
 
     def set(self, row: int, r: Request) -> None:
         for mine, value in zip(self.floats, (max(r.temperature, 1e-6) if r.temperature else 0, r.top_p or 1.0,
@@ -108,7 +109,8 @@ class Draws:
             best, token = logits.max(dim=-1)
             return torch.where(best.isnan(), -1, token)
         u = self.numbers[rows].gather(1, (self.count[rows] % self.ahead).unsqueeze(1)).squeeze(1)
-        return sample(logits, u, self.temperature[rows], self.top_k[rows] if width else None,
+        choose = self.sample_all if len(u) == len(self.count) else sample
+        return choose(logits, u, self.temperature[rows], self.top_k[rows] if width else None,
                       self.top_p[rows] if by_p else None, self.min_p[rows] if by_min else None,
                       None if width == self.vocab_size else width)  # fmt: skip
 
@@ -237,14 +239,22 @@ def copied(tokens: Tensor, owners: list[tuple[int, int]]) -> Copy:
     return Copy(host, owners, done)
 
 
-class Graphs:
-    """Steps recorded as CUDA graphs, one for each shape and kind, when first asked for."""
+def compiled(function, rows: int):
+    """Fewer, larger launches. With one row, products become sums that are computed along with what surrounds them."""
+    return torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": rows == 1})
 
-    def __init__(self, run):
-        self.run, self.recorded, self.pool = run, {}, torch.cuda.graph_pool_handle()
+
+class Graphs:
+    """Steps recorded as CUDA graphs, one for each shape and kind, when first asked for. `rehearse` does, without any
+    effect, what a kind does on its first call only."""
+
+    def __init__(self, run, rehearse):
+        self.run, self.rehearse = run, rehearse
+        self.recorded, self.pool = {}, torch.cuda.graph_pool_handle()
 
     def __call__(self, *kind) -> None:
         if kind not in self.recorded:
+            self.rehearse(*kind)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 self.run(*kind)
@@ -295,7 +305,8 @@ class Decoder:
         are nobody's yet, so it does no harm."""
         self.bucket, self.ahead = self.smallest, 1
         if compile:  # for one shape only: every further one would take as long again
-            self.logits.step = torch.compile(self.model.step, dynamic=False)
+            self.logits.step = compiled(self.model.step, self.rows)
+            self.draws.sample_all = compiled(sample, self.rows)
             self.bucket, self.shrink = self.logits.room, False
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -303,7 +314,7 @@ class Decoder:
             for _ in range(3):
                 self.run(*self.kind(self.rows, 0, []))
         torch.cuda.current_stream().wait_stream(stream)
-        self.launch = Graphs(self.run)
+        self.launch = Graphs(self.run, self.rehearse)
 
     # -- what a caller sees
 
@@ -478,6 +489,10 @@ class Decoder:
         self.logits.advance(live)
         self.draws.count[:n] += live
 
+    def rehearse(self, n: int, held: int, filters: tuple) -> None:
+        vocab_size = self.model.config.vocab_size
+        self.draws.draw(torch.zeros(n, vocab_size, device=self.token.device), slice(0, n), filters)
+
     def settle(self, rows: slice, token: Tensor) -> None:
         self.drawn[rows] = token
         self.token[rows] = token.clamp(min=0)
@@ -509,9 +524,9 @@ def texts(decoder: Decoder, requests: Iterable[Request]) -> Iterator[tuple[int, 
 
 @torch.no_grad()
 def quantize(model: LanguageModel, kind: str = "int8") -> LanguageModel:
-    """Store the matrices that are only ever multiplied with as int8, each row with a scale of its own (arXiv 2208.07339,
-    without its outliers). In place: the model can then make text, not train. Norms, routers, positions and whatever
-    else a model computes with its weights, as retention does, stay as they are."""
+    """Store the matrices that are only ever multiplied with as int8, each row with a scale of its own (as arXiv
+    2208.07339, without its outliers). In place: the model can then make text, not train. Norms, routers, positions and
+    whatever else a model computes with its weights, as retention does, stay as they are."""
     if kind != "int8":
         raise UserError(f"--quantize {kind}: is not known; there is int8")
     for module in model.modules():

@@ -5,6 +5,7 @@ it, which is the reference, and what runs where Triton or a GPU is missing.
     decode_attention  one new token for each row against a ring of keys and values
     quantize_int8     a matrix as int8 with a scale for each output channel
     int8_linear       a linear map by such a matrix
+    aft_simple        attention-free mixing without positions, differentiable
 
 The kernels are registered with torch.library, so torch.compile keeps them whole and a CUDA graph may record them:
 nothing on the host depends on what is in a tensor. With TRITON_INTERPRET=1 in the environment they run on the CPU,
@@ -22,11 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOG2E = math.log2(math.e)
+
 try:
     import triton
     import triton.language as tl
 
     jit = triton.jit
+    NATIVE, PER_LOG2 = tl.constexpr(not INTERPRETED), tl.constexpr(LOG2E)
 except ImportError:  # macOS, Windows: the plain paths alone
     triton, tl = None, SimpleNamespace(constexpr=None)
 
@@ -34,8 +39,6 @@ except ImportError:  # macOS, Windows: the plain paths alone
         return function
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-LOG2E = math.log2(math.e)
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -63,23 +66,56 @@ def dot_type(*tensors: Tensor):
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(tensors[0].dtype, tl.float32)
 
 
+@jit
+def exp(x):
+    """exp(x) in three instructions where Triton's takes six, which guard results that are under 1e-38, here zero."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * PER_LOG2], dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
+    return tl.exp(x)
+
+
+@jit
+def inverse(x):
+    """1 / x, zero where that is under 1e-38."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
+    return 1.0 / x
+
+
 # ---- decoding: attention of one token for each row -------------------------------------------------------------------
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, size: int, scale: float) -> Tensor:
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    size: int,
+    scale: float,
+    new_k: Tensor | None = None,
+    new_v: Tensor | None = None,
+) -> Tensor:
     """softmax(q kᵀ · scale) v for one new token in each row, its keys in a ring.
 
     q (B, H, d); k, v (B, size + 1, Hkv·d), slot s holding the newest position p ≤ pos with p % size == s; the slot
     after them is never read. pos (B,) int64, on the device: the query's position, whose own k and v are in the ring. It
     sees the slots 0 … min(pos + 1, size) − 1; with −1 a row is idle, its result zero. H is a multiple of Hkv
-    (arXiv 2305.13245). Returns (B, H, d) in q's dtype; sums are float32.
+    (arXiv 2305.13245). Where new_k, new_v (B, Hkv·d) are given, they are written into the ring on the way. Returns (B, H, d) in q's dtype; sums are float32.
 
     Bytes moved: k and v of the tokens that are there, once, and 4·S·d·H·B twice for S splits of a long context
     (flash-decoding, arXiv 2311.01282). Floor: those of k and v over the copy bandwidth.
     """
     if not usable(q, k, v):
+        if new_k is not None:
+            rows = torch.arange(len(pos), device=pos.device)[pos >= 0]
+            k[rows, pos[rows] % size], v[rows, pos[rows] % size] = new_k[rows].to(k.dtype), new_v[rows].to(v.dtype)
         return decode_plain(q, k, v, pos, size, scale)
-    return torch.ops.strawberry.decode_attention(q, k, v, pos, size, scale, decode_splits(q, k, size))
+    splits = decode_splits(q, k, size)
+    if new_k is None:
+        return torch.ops.strawberry.decode_attention(q, k, v, pos, size, scale, splits)
+    return torch.ops.strawberry.decode_attention_writing(q, k, v, new_k, new_v, pos, size, scale, splits)
 
 
 def decode_plain(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, size: int, scale: float) -> Tensor:
@@ -119,8 +155,8 @@ def decode_share(pos, size, splits, BLOCK: tl.constexpr):
 
 @jit
 def decode_single(
-    q, k, v, pos, out, parts, size, heads, splits, scale, q_row, q_head, k_row, k_slot, v_row, v_slot,
-    D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    q, k, v, new_k, new_v, pos, out, parts, size, heads, splits, scale, q_row, q_head, k_row, k_slot, v_row, v_slot,
+    new_k_row, new_v_row, NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A head that shares its keys with none. Each of BLOCK lanes keeps a softmax of its own over every BLOCK-th slot,
     and they are merged at the end: nothing in the loop crosses lanes but the dot product."""
@@ -132,6 +168,13 @@ def decode_single(
     query = tl.load(q + row * q_row + head * q_head + c, mask=c < D, other=0.0).to(tl.float32) * scale
     k += row * k_row + head * D
     v += row * v_row + head * D
+    newest = tl.load(pos + row) % size
+    if NEW:
+        fresh_k = tl.load(new_k + row * new_k_row + head * D + c, mask=c < D, other=0.0)
+        fresh_v = tl.load(new_v + row * new_v_row + head * D + c, mask=c < D, other=0.0)
+        mine = (c < D) & (first <= newest) & (newest < last)
+        tl.store(k + newest * k_slot + c, fresh_k, mask=mine)
+        tl.store(v + newest * v_slot + c, fresh_v, mask=mine)
     top = tl.full((BLOCK,), -1e30, tl.float32)  # finite, so that lanes without a slot make no NaN
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK, PAD), tl.float32)
@@ -141,6 +184,9 @@ def decode_single(
         mask = here[:, None] & (c < D)[None, :]
         keys = tl.load(k + slot[:, None] * k_slot + c[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(v + slot[:, None] * v_slot + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NEW:  # what has just been stored need not have arrived
+            keys = tl.where((slot == newest)[:, None], fresh_k[None, :].to(tl.float32), keys)
+            values = tl.where((slot == newest)[:, None], fresh_v[None, :].to(tl.float32), values)
         score = tl.where(here, tl.sum(keys * query[None, :], axis=1), float("-inf"))
         higher = tl.maximum(top, score)
         fade, weight = tl.exp2(top - higher), tl.exp2(score - higher)
@@ -163,8 +209,8 @@ def decode_single(
 
 @jit
 def decode_group(
-    q, k, v, pos, out, parts, size, heads, splits, scale, q_row, q_head, k_row, k_slot, v_row, v_slot,
-    D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    q, k, v, new_k, new_v, pos, out, parts, size, heads, splits, scale, q_row, q_head, k_row, k_slot, v_row, v_slot,
+    new_k_row, new_v_row, NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """GROUP heads that share their keys, which are read once: the matrix units multiply them (arXiv 2205.14135)."""
@@ -178,6 +224,13 @@ def decode_group(
     query = tl.load(q + row * q_row + head[:, None] * q_head + c[None, :], mask=inside, other=0.0).to(DOT)
     k += row * k_row + shared * D
     v += row * v_row + shared * D
+    newest = tl.load(pos + row) % size
+    if NEW:
+        fresh_k = tl.load(new_k + row * new_k_row + shared * D + c, mask=c < D, other=0.0)
+        fresh_v = tl.load(new_v + row * new_v_row + shared * D + c, mask=c < D, other=0.0)
+        mine = (c < D) & (first <= newest) & (newest < last)
+        tl.store(k + newest * k_slot + c, fresh_k, mask=mine)
+        tl.store(v + newest * v_slot + c, fresh_v, mask=mine)
     top = tl.full((GROUP_PAD,), -1e30, tl.float32)
     total = tl.zeros((GROUP_PAD,), tl.float32)
     mixed = tl.zeros((GROUP_PAD, PAD), tl.float32)
@@ -187,6 +240,9 @@ def decode_group(
         mask = here[:, None] & (c < D)[None, :]
         keys = tl.load(k + slot[:, None] * k_slot + c[None, :], mask=mask, other=0.0).to(DOT)
         values = tl.load(v + slot[:, None] * v_slot + c[None, :], mask=mask, other=0.0).to(DOT)
+        if NEW:
+            keys = tl.where((slot == newest)[:, None], fresh_k[None, :].to(DOT), keys)
+            values = tl.where((slot == newest)[:, None], fresh_v[None, :].to(DOT), values)
         score = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
         score = tl.where(here[None, :], score, float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=1))
@@ -225,26 +281,47 @@ def decode_merge(
 
 @torch.library.custom_op("strawberry::decode_attention", mutates_args=())
 def decode_op(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, size: int, scale: float, splits: int) -> Tensor:
+    return decode_launch(q, k, v, None, None, pos, size, scale, splits)
+
+
+@decode_op.register_fake
+def _(q, k, v, pos, size, scale, splits):
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("strawberry::decode_attention_writing", mutates_args=("k", "v"))
+def decode_writing_op(
+    q: Tensor, k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor, pos: Tensor, size: int, scale: float, splits: int
+) -> Tensor:
+    return decode_launch(q, k, v, new_k, new_v, pos, size, scale, splits)
+
+
+@decode_writing_op.register_fake
+def _(q, k, v, new_k, new_v, pos, size, scale, splits):
+    return q.new_empty(q.shape)
+
+
+def decode_launch(q, k, v, new_k, new_v, pos, size: int, scale: float, splits: int) -> Tensor:
     B, H, D = q.shape
     shared = k.size(-1) // D
     out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
     parts = torch.empty(B, H, splits, D + 4, dtype=torch.float32, device=q.device) if splits > 1 else out
     shape = {"D": D, "PAD": power_of_2(max(D, 16)), "BLOCK": decode_block(D)}
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-    args = (q, k, v, pos, out, parts, size, H, splits, scale * LOG2E, *strides)
+    fresh = new_k is not None
+    new_k, new_v = (new_k, new_v) if fresh else (k, v)
+    shape |= {"NEW": fresh}
+    strides += (new_k.stride(0), new_v.stride(0))
+    args = (q, k, v, new_k, new_v, pos, out, parts, size, H, splits, scale * LOG2E, *strides)
     if shared == H:
         decode_single[(H, splits, B)](*args, **shape, SPLIT=splits > 1, num_warps=4)
     else:
         group = {"GROUP": H // shared, "GROUP_PAD": power_of_2(max(H // shared, 16)), "DOT": dot_type(k, v)}
         decode_group[(shared, splits, B)](*args, **shape, SPLIT=splits > 1, **group, num_warps=4)
     if splits > 1:
+        del shape["NEW"]
         decode_merge[(H, B)](parts, pos, out, size, H, splits, **shape, SPLITS_PAD=power_of_2(splits), num_warps=4)
     return out
-
-
-@decode_op.register_fake
-def _(q, k, v, pos, size, scale, splits):
-    return q.new_empty(q.shape)
 
 
 # ---- linear maps by int8 weights -------------------------------------------------------------------------------------
@@ -342,6 +419,272 @@ def _(x, w, scale, bias):
     return x.new_empty(x.size(0), w.size(0))
 
 
+# ---- AFT simple ------------------------------------------------------------------------------------------------------
+
+AFT_ROWS = 16  # tokens that a program holds in registers at a time
+AFT_CHANNELS = 32  # channels of a program, one warp
+
+
+def aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """y_t = σ(q_t) ⊙ Σ_{s ≤ t} exp(k_s) v_s / Σ_{s ≤ t} exp(k_s), channel by channel (arXiv 2105.14103).
+
+    q, k, v (B, T, D), channels side by side, otherwise strided as they come out of a projection. Returns (B, T, D) in
+    v's dtype; sums are float32 against the running maximum, so that keys of ±80, or of any size, and T of 65,536 lose
+    nothing. Differentiable in q, k and v. Only where `usable(q, k, v)`.
+
+    One warp walks down 32 channels of a row, reading the next 16 tokens while it sums the last ones. It leaves its sums
+    every 16 tokens, from which the way back, which walks from the end, makes anew what the forward pass knew. Where B·D
+    is too small to fill the GPU, time is cut into segments too, and a first kernel sums each segment.
+
+    Bytes moved in bfloat16, for each of B·T·D: forward 8 (q, k, v read, y written) and 0.75 for the sums, backward 14
+    (q, k, v and the gradient read, three gradients written) and 0.75. Those 8 and 14 are the floor. With segments
+    forward reads k and v twice, 4 more, backward everything twice, 8 more.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    save = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return torch.ops.strawberry.aft_simple(q, k, v, save, aft_segments(v))[0]
+
+
+def aft_segments(v: Tensor) -> int:
+    """Into how many parts time is cut: one, which moves the fewest bytes, where channels alone make enough programs."""
+    (B, T, D), wanted = v.shape, processors(v)
+    programs = B * -(-D // AFT_CHANNELS)
+    return 1 if 4 * programs >= 5 * wanted else max(1, min(-(-T // 256), -(-4 * wanted // programs)))
+
+
+@jit
+def aft_load(x, t, step: tl.constexpr, T, here, fill: tl.constexpr, ROWS: tl.constexpr):
+    """Tokens t … t + ROWS − 1, as a tuple. With a constant step they need one address."""
+    rows = ()
+    x += t * step
+    left = (T - t).to(tl.int32)
+    for i in tl.static_range(ROWS):
+        rows = rows + (tl.load(x + i * step, mask=here & (i < left), other=fill),)
+    return rows
+
+
+@jit
+def aft_token(top, above, below, k, v):
+    """One more token in the sums, which are divided by exp(top). Also by what they were multiplied, and its weight."""
+    newer = k > top
+    gap = exp(-tl.abs(top - k))
+    fade, weight = tl.where(newer, gap, 1.0), tl.where(newer, 1.0, gap)
+    return tl.maximum(top, k), above * fade + weight * v, below * fade + weight, fade, weight
+
+
+@jit
+def aft_carry(total, low, fade, more):
+    """total · fade + more, and what rounding took from it (Kahan): a long text adds thousands of times."""
+    old, new = total * fade, more + low * fade
+    total = old + new
+    return total, new - (total - old)
+
+
+@jit
+def aft_forward(
+    q, k, v, y, states, totals, T, tiles, q_row, k_row, v_row,
+    D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SAVE: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """A segment of 32 channels of a row: its y if WRITE, else its sums, for the segments after it."""
+    c, segment, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    here, segments = c < D, tl.num_programs(1)
+    q, k, v, y = q + row * q_row + c, k + row * k_row + c, v + row * v_row + c, y + row * T * D + c
+    top = tl.full((BLOCK,), -1e30, tl.float32)  # finite: −∞ − −∞ would be NaN
+    above, below = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    above_low, below_low = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    totals += row * segments * 3 * D + c
+    if WRITE:
+        for earlier in range(0, segment):
+            its_top = tl.load(totals + earlier * 3 * D, mask=here, other=0.0)
+            higher = tl.maximum(top, its_top)
+            fade, its_fade = exp(top - higher), exp(its_top - higher)
+            above = above * fade + its_fade * tl.load(totals + (earlier * 3 + 1) * D, mask=here, other=0.0)
+            below = below * fade + its_fade * tl.load(totals + (earlier * 3 + 2) * D, mask=here, other=0.0)
+            top = higher
+    t = segment.to(tl.int64) * tiles * ROWS
+    states += (row * tl.cdiv(T, ROWS) + segment * tiles) * 3 * D + c
+    ks = aft_load(k, t, k_step, T, here, float("-inf"), ROWS)
+    vs = aft_load(v, t, v_step, T, here, 0.0, ROWS)
+    if WRITE:
+        qs = aft_load(q, t, q_step, T, here, 0.0, ROWS)
+    for _ in range(0, tl.minimum(tiles, tl.cdiv(T - t, ROWS).to(tl.int32))):
+        left = (T - t).to(tl.int32)
+        next_ks = aft_load(k, t + ROWS, k_step, T, here, float("-inf"), ROWS)
+        next_vs = aft_load(v, t + ROWS, v_step, T, here, 0.0, ROWS)
+        if WRITE:
+            next_qs = aft_load(q, t + ROWS, q_step, T, here, 0.0, ROWS)
+        if SAVE:
+            tl.store(states, top, mask=here)
+            tl.store(states + D, above + above_low, mask=here)
+            tl.store(states + 2 * D, below + below_low, mask=here)
+            states += 3 * D
+        now, over, under = top, tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        kept = tl.full((BLOCK,), 1.0, tl.float32)
+        for i in tl.static_range(ROWS):
+            now, over, under, fade, weight = aft_token(now, over, under, ks[i].to(tl.float32), vs[i].to(tl.float32))
+            if WRITE:
+                kept *= fade
+                open_by = 1.0 + exp(-qs[i].to(tl.float32))  # σ(q) = 1 / (1 + e^−q)
+                gated = (above * kept + over) * inverse((below * kept + under) * open_by)
+                tl.store(y + t * D + i * D, gated.to(y.dtype.element_ty), mask=here & (i < left))
+        kept = exp(top - now)
+        above, above_low = aft_carry(above, above_low, kept, over)
+        below, below_low = aft_carry(below, below_low, kept, under)
+        top, t = now, t + ROWS
+        ks, vs = next_ks, next_vs
+        if WRITE:
+            qs = next_qs
+    if not WRITE:
+        tl.store(totals + segment * 3 * D, top, mask=here)
+        tl.store(totals + (segment * 3 + 1) * D, above, mask=here)
+        tl.store(totals + (segment * 3 + 2) * D, below, mask=here)
+
+
+@jit
+def aft_backward(
+    q, k, v, grad, dq, dk, dv, states, totals, T, tiles, q_row, k_row, v_row, grad_row,
+    D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """A segment from its end: its gradients if WRITE, else its sums, for the segments before it.
+
+    With o_t the mean, Z_t = Σ_{s ≤ t} exp(k_s) and r_t = σ(q_t) ∂L/∂y_t / Z_t, the gradients are sums over the future:
+    ∂L/∂v_s = exp(k_s) Σ_{t ≥ s} r_t and ∂L/∂k_s = exp(k_s) (v_s Σ_{t ≥ s} r_t − Σ_{t ≥ s} r_t o_t).
+    Z_t is divided by exp(top_t), top_t the running maximum, so the sums over t ≥ s are multiplied by exp(top_s).
+    """
+    c, segment, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    here, segments, all_tiles = c < D, tl.num_programs(1), tl.cdiv(T, ROWS)
+    q, k, v, grad = q + row * q_row + c, k + row * k_row + c, v + row * v_row + c, grad + row * grad_row + c
+    dq, dk, dv = dq + row * T * D + c, dk + row * T * D + c, dv + row * T * D + c
+    states, totals = states + row * all_tiles * 3 * D + c, totals + row * segments * 2 * D + c
+    after, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # Σ r and Σ r o, later tiles'
+    after_low, weighted_low = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    first, last = segment * tiles, tl.minimum(segment * tiles + tiles, all_tiles)
+    if WRITE:
+        for back in range(1, segments - segment):
+            later = segments - back
+            start = tl.load(states + later.to(tl.int64) * tiles * 3 * D, mask=here, other=0.0)
+            end = tl.load(states + tl.minimum(later * tiles + tiles, all_tiles - 1).to(tl.int64) * 3 * D, mask=here,
+                          other=0.0)  # fmt: skip
+            fade = exp(start - end)  # of the last segment, after which there is nothing, any number
+            after = after * fade + tl.load(totals + later * 2 * D, mask=here, other=0.0)
+            weighted = weighted * fade + tl.load(totals + (later * 2 + 1) * D, mask=here, other=0.0)
+    t = (last.to(tl.int64) - 1) * ROWS
+    ks = aft_load(k, t, k_step, T, here, float("-inf"), ROWS)
+    vs = aft_load(v, t, v_step, T, here, 0.0, ROWS)
+    qs = aft_load(q, t, q_step, T, here, 0.0, ROWS)
+    gs = aft_load(grad, t, grad_step, T, here, 0.0, ROWS)
+    for done in range(0, last - first):
+        tile = last - 1 - done
+        left = (T - t).to(tl.int32)
+        limit = tl.where(tile > first, T, -ROWS)  # nothing is read before the segment
+        next_ks = aft_load(k, t - ROWS, k_step, limit, here, float("-inf"), ROWS)
+        next_vs = aft_load(v, t - ROWS, v_step, limit, here, 0.0, ROWS)
+        next_qs = aft_load(q, t - ROWS, q_step, limit, here, 0.0, ROWS)
+        next_gs = aft_load(grad, t - ROWS, grad_step, limit, here, 0.0, ROWS)
+        state = states + tile.to(tl.int64) * 3 * D
+        top = tl.load(state, mask=here, other=0.0)
+        above = tl.load(state + D, mask=here, other=0.0)
+        below = tl.load(state + 2 * D, mask=here, other=1.0)
+        now, over, under = top, tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        kept = tl.full((BLOCK,), 1.0, tl.float32)
+        rs, ros, fades, weights = (), (), (), ()
+        for i in tl.static_range(ROWS):
+            now, over, under, fade, weight = aft_token(now, over, under, ks[i].to(tl.float32), vs[i].to(tl.float32))
+            kept *= fade
+            per_z = inverse(below * kept + under)
+            o = (above * kept + over) * per_z
+            gate = inverse(1.0 + exp(-qs[i].to(tl.float32)))
+            gated = gs[i].to(tl.float32) * gate
+            if WRITE:
+                slope = gated * o * (1.0 - gate)
+                tl.store(dq + t * D + i * D, slope.to(dq.dtype.element_ty), mask=here & (i < left))
+            r = gated * per_z
+            rs, ros, fades, weights = rs + (r,), ros + (r * o,), fades + (fade,), weights + (weight,)
+        over, under = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # this tile's Σ r and Σ r o
+        fade, kept = tl.full((BLOCK,), 1.0, tl.float32), tl.full((BLOCK,), 1.0, tl.float32)
+        for i in tl.static_range(ROWS - 1, -1, -1):
+            over, under, kept = over * fade + rs[i], under * fade + ros[i], kept * fade
+            fade = fades[i]
+            if WRITE:
+                dv_now = weights[i] * (over + after * kept)
+                dk_now = dv_now * vs[i].to(tl.float32) - weights[i] * (under + weighted * kept)
+                tl.store(dv + t * D + i * D, dv_now.to(dv.dtype.element_ty), mask=here & (i < left))
+                tl.store(dk + t * D + i * D, dk_now.to(dk.dtype.element_ty), mask=here & (i < left))
+        kept = exp(top - now)
+        after, after_low = aft_carry(after, after_low, kept, over * fade)
+        weighted, weighted_low = aft_carry(weighted, weighted_low, kept, under * fade)
+        ks, vs, qs, gs = next_ks, next_vs, next_qs, next_gs
+        t -= ROWS
+    if not WRITE:
+        tl.store(totals + segment * 2 * D, after, mask=here)
+        tl.store(totals + (segment * 2 + 1) * D, weighted, mask=here)
+
+
+def aft_grid(v: Tensor, segments: int) -> tuple[tuple[int, int, int], int]:
+    """Programs, and the tiles of 16 tokens in each segment, none of which is empty."""
+    B, T, D = v.shape
+    tiles = -(-T // (segments * AFT_ROWS))
+    return (-(-D // AFT_CHANNELS), -(-T // (tiles * AFT_ROWS)), B), tiles
+
+
+@torch.library.custom_op("strawberry::aft_simple", mutates_args=())
+def aft_op(q: Tensor, k: Tensor, v: Tensor, save: bool, segments: int) -> tuple[Tensor, Tensor]:
+    B, T, D = v.shape
+    grid, tiles = aft_grid(v, segments)
+    y = torch.empty(B, T, D, dtype=v.dtype, device=v.device)
+    states = torch.empty(B, -(-T // AFT_ROWS) if save else 0, 3, D, dtype=torch.float32, device=v.device)
+    totals = torch.empty(B, grid[1], 3, D, dtype=torch.float32, device=v.device)
+    strides = [x.stride(axis) for axis in (0, 1) for x in (q, k, v)]
+    args = (q, k, v, y, states, totals, T, tiles, *strides[:3], D, *strides[3:], AFT_ROWS, AFT_CHANNELS)
+    if grid[1] > 1:
+        aft_forward[grid](*args, SAVE=False, WRITE=False, num_warps=1)
+    aft_forward[grid](*args, SAVE=save, WRITE=True, num_warps=1)
+    return y, states
+
+
+@aft_op.register_fake
+def _(q, k, v, save, segments):
+    B, T, D = v.shape
+    return v.new_empty(B, T, D), v.new_empty(B, -(-T // AFT_ROWS) if save else 0, 3, D, dtype=torch.float32)
+
+
+@torch.library.custom_op("strawberry::aft_simple_backward", mutates_args=())
+def aft_backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, states: Tensor, segments: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, D = v.shape
+    grid, tiles = aft_grid(v, segments)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    dq, dk, dv = (torch.empty(B, T, D, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    totals = torch.empty(B, grid[1], 2, D, dtype=torch.float32, device=v.device)
+    strides = [x.stride(axis) for axis in (0, 1) for x in (q, k, v, grad)]
+    args = (q, k, v, grad, dq, dk, dv, states, totals, T, tiles, *strides[:4], D, *strides[4:], AFT_ROWS, AFT_CHANNELS)
+    if grid[1] > 1:
+        aft_backward[grid](*args, WRITE=False, num_warps=1)
+    aft_backward[grid](*args, WRITE=True, num_warps=1)
+    return dq, dk, dv
+
+
+@aft_backward_op.register_fake
+def _(grad, q, k, v, states, segments):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def aft_setup(ctx, inputs, output) -> None:
+    *qkv, save, ctx.segments = inputs
+    ctx.save_for_backward(*qkv, output[1])
+
+
+def aft_gradients(ctx, grad: Tensor, _) -> tuple:
+    *qkv, states = ctx.saved_tensors
+    return *torch.ops.strawberry.aft_simple_backward(grad, *qkv, states, ctx.segments), None, None
+
+
+aft_op.register_autograd(aft_gradients, setup_context=aft_setup)
+
+
 # ---- checks and times on a GPU ---------------------------------------------------------------------------------------
 
 
@@ -425,6 +768,37 @@ def measure_int8(bandwidth: float) -> bool:
     return right
 
 
+def aft_exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """AFT simple in float64, which carries e^±80."""
+    q, k, v = q.double(), k.double(), v.double()
+    return torch.sigmoid(q) * (k.exp() * v).cumsum(1) / k.exp().cumsum(1)
+
+
+def measure_aft(bandwidth: float) -> bool:
+    """Forward with what the way back needs, then backward; each error the largest of result and gradients."""
+    right = True
+    for B, T, D, spread in [(32, 1024, 768, 1), (8, 4096, 768, 1), (1, 65536, 768, 80), (4, 256, 256, 1)]:
+        sets = [[random(B, T, D) for _ in range(4)] for _ in range(enough(8 * B * T * D))]
+        for one in sets:
+            one[1] = one[1].sign() * spread if spread > 1 else one[1]  # keys of ±80
+        segments = aft_segments(sets[0][2])
+        forward = [(*one[:3], True, segments) for one in sets]
+        states = [torch.ops.strawberry.aft_simple(*args)[1] for args in forward]
+        backward = [(one[3], *one[:3], its, segments) for one, its in zip(sets, states)]
+        exact = [x[:1, :, :64].double().requires_grad_() for x in sets[0][:3]]
+        y = aft_exact(*exact)
+        y.backward(sets[0][3][:1, :, :64].double())
+        error = error_of(torch.ops.strawberry.aft_simple(*forward[0])[0][:1, :, :64], y.detach())
+        floor = 8 * B * T * D / bandwidth
+        seconds = timed(torch.ops.strawberry.aft_simple, forward)
+        right &= line(f"aft_simple {B} x {T} x {D}, {segments} segments", error, 6e-3, seconds, floor)
+        got = torch.ops.strawberry.aft_simple_backward(*backward[0])
+        error = max(error_of(g[:1, :, :64], x.grad) for g, x in zip(got, exact))
+        seconds = timed(torch.ops.strawberry.aft_simple_backward, backward)
+        right &= line("  backward", error, 1e-2, seconds, floor * 14 / 8)
+    return right
+
+
 def main() -> None:
     if triton is None or not torch.cuda.is_available():
         raise SystemExit("python kernels.py times the kernels on a GPU; there is no GPU with Triton here")
@@ -432,7 +806,8 @@ def main() -> None:
     name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}: copies at {bandwidth / 1e12:.2f} TB/s")
     print(f"{'bfloat16':46} {'error':>8} {'µs':>9} {'floor µs':>9} {'floor':>6}")
-    if not all([measure_decode(bandwidth), measure_int8(bandwidth)]):
+    right = [measure(bandwidth) for measure in (measure_decode, measure_int8, measure_aft)]
+    if not all(right):
         raise SystemExit("a kernel is wrong: its error is above its bound")
 
 

@@ -343,6 +343,10 @@ class Ring(State):
             slot = torch.where((index < count) & (index >= count - self.size), slot, self.size)
         for name, tensor in zip(self.names, new, strict=True):
             mine = getattr(self, name)
+            if slot.size(1) == 1:
+                mine.index_put_((torch.arange(B, device=slot.device), slot.expand(B, 1).squeeze(1)),
+                                tensor.squeeze(1).to(mine.dtype))  # fmt: skip
+                continue
             mine.scatter_(1, slot.expand(B, T).unsqueeze(-1).expand_as(tensor), tensor.to(mine.dtype))
 
 
@@ -480,7 +484,7 @@ class BigBirdView(View):
         blocks = -(-max(q_pos.size(1), k_pos.size(1)) // self.block)
         if blocks > self.table.size(1):  # a text longer than block_size
             self.table = self.draw(blocks)
-        table = self.table.to(q_pos.device)
+        self.table = table = self.table.to(q_pos.device)
         q, k = ((p.clamp(min=0) // self.block).clamp(max=table.size(1) - 1) for p in (q_pos, k_pos))
         lot = table[:, q.unsqueeze(-1), k.unsqueeze(-2)].transpose(0, 1)  # (B, H, T, S)
         return self.base.sees(q_pos, k_pos, causal) | (lot & (k_pos >= 0)[:, None, None, :])
@@ -643,9 +647,9 @@ class Softmax(nn.Module):
 
     def one(self, q: Tensor, k: Tensor, v: Tensor, at: At, state: Ring) -> Tensor:
         """One token of each row, by a kernel that reads of the ring what is there."""
-        state.write(at, (k, v))
-        q = q.squeeze(1).unflatten(-1, (-1, self.d))
-        y = kernels.decode_attention(q, state.k, state.v, at.pos.squeeze(1), state.size, self.scale)
+        (q, k, v), pos = (x.squeeze(1) for x in (q, k, v)), at.pos.squeeze(1)
+        q = q.unflatten(-1, (-1, self.d))
+        y = kernels.decode_attention(q, state.k, state.v, pos, state.size, self.scale, new_k=k, new_v=v)
         return y.flatten(1).unsqueeze(1).to(v.dtype)
 
     def new_state(self, batch: int, max_length: int, device, dtype) -> Ring:

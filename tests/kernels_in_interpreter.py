@@ -8,9 +8,11 @@ import math
 
 import pytest
 import torch
+from test_decode import by_generate, collect, made, requests_for
 
 import kernels
-from kernels import decode_attention, int8_linear, quantize_int8
+from decode import Decoder
+from kernels import aft_simple, decode_attention, int8_linear, quantize_int8
 
 assert kernels.INTERPRETED, "run by tests/test_kernels.py, or with TRITON_INTERPRET=1"
 
@@ -99,6 +101,32 @@ def test_decode_is_softmax_over_the_ring(shape, splits, dtype):
     check(got[~idle], ring_softmax(q, k, v, pos, size, scale)[~idle], BOUND[dtype])
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shape", RINGS)
+def test_decode_writes_the_new_token_into_the_ring(shape, splits):
+    """The same result, and the same ring, as where k and v stood there before; an idle row's ring stays as it was."""
+    B, H, Hkv, d, size, _ = RINGS[shape]
+    q, k, v, pos = ring(*RINGS[shape])
+    new_k, new_v = torch.stack((draw(B, Hkv * d, seed=8), draw(B, Hkv * d, seed=9)), dim=1).unbind(1)  # strided
+    written_k, written_v = k.clone(), v.clone()
+    for b, p in enumerate(pos.tolist()):
+        if p >= 0:
+            written_k[b, p % size], written_v[b, p % size] = new_k[b], new_v[b]
+    got = torch.ops.strawberry.decode_attention_writing(q, k, v, new_k, new_v, pos, size, 0.3, splits)
+    busy = pos >= 0
+    check(got[busy], ring_softmax(q, written_k, written_v, pos, size, 0.3)[busy], BOUND[torch.float32])
+    assert (got[~busy] == 0).all()
+    torch.testing.assert_close((k, v), (written_k, written_v), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["tinystar", "tinystar, window", "strawberry, experts, two passes", "encoder-decoder"])
+def test_decoder_through_kernels_makes_the_texts_that_generate_makes(name):
+    model = made(name).float()
+    requests = requests_for(model, 4)
+    for request, (tokens, _) in zip(requests, collect(Decoder(model, 2, 64), requests), strict=True):
+        assert tokens == by_generate(model, request)
+
+
 @pytest.mark.parametrize("shape", RINGS)
 def test_decode_plain_is_softmax_over_the_ring(shape):
     q, k, v, pos = ring(*RINGS[shape], torch.float64)
@@ -180,6 +208,114 @@ def test_int8_linear_of_odd_shapes(M, N, K):
     check(got, x.double() @ w8.double().T * 0.01, 2e-6)
 
 
+# ---- AFT simple ------------------------------------------------------------------------------------------------------
+
+
+def aft_by_pairs(q, k, v):
+    """Every pair of tokens, its weight against the largest key up to t; float64, and differentiable."""
+    T = k.size(1)
+    score = k.unsqueeze(1).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1)[None, :, :, None], -math.inf)
+    return torch.sigmoid(q) * (score.softmax(dim=2) * v.unsqueeze(1)).sum(dim=2)  # (B, t, s, D) summed over s
+
+
+def keys_like(kind: str, T: int, D: int) -> torch.Tensor:
+    t = torch.arange(T)[:, None]
+    return {
+        "normal": draw(T, D),
+        "either": 80 * draw(T, D).sign(),
+        "anything": 160 * draw(T, D).sigmoid() - 80,
+        "first one high": torch.where(t == 0, 80.0, 69.0).expand(T, D),
+        "high, then low": torch.where(t < 8, 80.0, -80.0).expand(T, D),
+        "low, then high": torch.where(t < T - 8, -80.0, 80.0).expand(T, D),
+        "rising": torch.linspace(-80, 80, T)[:, None].expand(T, D),
+        "thousands apart": 3000 * draw(T, D),
+    }[kind]
+
+
+KEYS = [
+    "normal",
+    "either",
+    "anything",
+    "first one high",
+    "high, then low",
+    "low, then high",
+    "rising",
+    "thousands apart",
+]
+
+
+def check_aft(q, k, v, segments: int, bound: float) -> None:
+    """Result and gradients against pairs in float64 on the same numbers. A gradient of k is a difference: its error is
+    judged by the sum of what is subtracted, which nothing cancels in."""
+    weight = draw(*v.shape, seed=9, dtype=v.dtype)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = aft_by_pairs(*exact)
+    (expected * weight.double()).sum().backward()
+    ours = [x.detach().requires_grad_() for x in (q, k, v)]
+    got = torch.ops.strawberry.aft_simple(*ours, True, segments)[0]
+    assert got.dtype == v.dtype
+    (got * weight).sum().backward()
+    check(got, expected.detach(), bound)
+    floor = (exact[2].grad * exact[2].detach()).norm().item()
+    for name, mine, its in zip("qkv", ours, exact, strict=True):
+        assert mine.grad.dtype == mine.dtype
+        size = its.grad.norm().item() + (floor if name == "k" else 0.0)
+        error = (mine.grad.double() - its.grad).norm().item()
+        assert error <= bound * size, f"gradient of {name}: {error:.1e} of {size:.1e}"
+
+
+@pytest.mark.parametrize(
+    "keys, segments",
+    [*((keys, 1) for keys in KEYS), ("normal", 2), ("either", 4), ("high, then low", 2), ("rising", 3)],
+)
+def test_aft_and_its_gradients(keys, segments):
+    B, T, D = 2, 55, 20
+    k = torch.stack((keys_like(keys, T, D), keys_like(keys, T, D).flip(1) - 5))
+    check_aft(draw(B, T, D), k, draw(B, T, D, seed=2), segments, 2e-6)
+
+
+@pytest.mark.parametrize("T, segments", [(1, 1), (2, 2), (16, 1), (17, 2), (65, 5)])
+def test_aft_of_any_length(T, segments):
+    check_aft(*(draw(1, T, 3, seed=s) for s in range(3)), segments, 2e-6)
+
+
+def test_aft_over_512_tokens():
+    """As long as the interpreter bears; `python kernels.py` goes to 65,536 on a GPU."""
+    check_aft(*(draw(1, 512, 4, seed=s) for s in range(3)), 1, 2e-6)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_aft_in_bfloat16(segments):
+    check_aft(*(draw(1, 37, 40, seed=s, dtype=torch.bfloat16) for s in range(3)), segments, 8e-3)
+
+
+def test_aft_takes_thirds_of_a_projection():
+    """q and k normed, in float32, and v as it is, a third of a wider tensor."""
+    wide = draw(2, 20, 24, dtype=torch.bfloat16)
+    q, k, v = wide.chunk(3, dim=-1)
+    check_aft(q.float(), k.float() * 2, v, 1, 8e-3)
+
+
+def test_aft_looks_back_only():
+    q, k, v = (draw(1, 40, 8, seed=s) for s in range(3))
+    y = aft_simple(q, k, v)
+    k[:, 21:], v[:, 21:] = math.nan, math.nan
+    assert torch.equal(aft_simple(q, k, v)[:, :21], y[:, :21])
+
+
+def test_aft_rows_do_not_depend_on_each_other():
+    q, k, v = (draw(3, 20, 8, seed=s) for s in range(3))
+    y = aft_simple(q, k, v)
+    assert torch.equal(torch.cat([aft_simple(*(x[b : b + 1] for x in (q, k, v))) for b in range(3)]), y)
+
+
+def test_aft_cuts_time_only_where_channels_are_few(monkeypatch):
+    monkeypatch.setattr(kernels, "processors", lambda x: 132)
+    assert kernels.aft_segments(torch.empty(32, 1024, 768, device="meta")) == 1
+    assert kernels.aft_segments(torch.empty(1, 256, 64, device="meta")) == 1
+    assert 8 <= kernels.aft_segments(torch.empty(1, 65536, 768, device="meta")) <= 64
+
+
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +325,8 @@ def test_the_operators_are_registered_as_pytorch_wants_them():
     w8, scale = quantize_int8(draw(9, 16))
     torch.library.opcheck(torch.ops.strawberry.int8_linear.default, (draw(2, 16), w8, scale, None))
     torch.library.opcheck(torch.ops.strawberry.int8_linear.default, (draw(2, 16), w8, scale, draw(9)))
+    qkv = [draw(1, 3, 2, seed=s).requires_grad_() for s in range(3)]
+    torch.library.opcheck(torch.ops.strawberry.aft_simple.default, (*qkv, True, 1))
 
 
 def test_compile_keeps_the_kernels_whole():
@@ -200,3 +338,14 @@ def test_compile_keeps_the_kernels_whole():
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, pos), step(q, k, v, pos))
+
+
+def test_compile_differentiates_aft():
+    qkv = [draw(1, 20, 3, seed=s).requires_grad_() for s in range(3)]
+
+    def loss(q, k, v):
+        return (aft_simple(q * 2, k, v) ** 2).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got, expected = (torch.autograd.grad(f(*qkv), qkv) for f in (compiled, loss))
+    torch.testing.assert_close(got, expected)

@@ -12,7 +12,11 @@ import torch
 import kernels
 
 ROOT = Path(__file__).parents[1]
-GROUPS = ["decode", "not decode"]  # each a share of tests/kernels_in_interpreter.py, as pytest's -k has it
+GROUPS = [
+    "decode",
+    "aft",
+    "not decode and not aft",
+]  # each a share of tests/kernels_in_interpreter.py, as pytest's -k has it
 
 
 def python(*args: str, **variables: str) -> subprocess.CompletedProcess:
