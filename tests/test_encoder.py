@@ -422,6 +422,14 @@ def test_a_huge_file_is_refused_unread(tmp_path, monkeypatch):
         load(str(tmp_path / "huge"))
 
 
+@pytest.mark.parametrize("bracket", [b"[],", b'{},'])
+def test_many_small_things_in_a_small_file_are_refused_unparsed(bracket, monkeypatch):
+    """Each takes 64 bytes of memory and more."""
+    monkeypatch.setattr(encoders.json, "loads", lambda text: pytest.fail("parsed"))
+    with pytest.raises(UserError, match="not an encoder: it has more than 100,000 brackets"):
+        Encoder.from_bytes(b"[" + bracket * 100_000 + b"0]")
+
+
 @pytest.mark.parametrize("spec", ["missing.bin", ".", "a\0b", ""])
 def test_an_unreadable_path_is_a_user_error(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
