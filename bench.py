@@ -1071,6 +1071,8 @@ def learning_rates(text: str) -> list[float]:
 def make_plan(arguments, entries: list[Entry]) -> Plan:
     """Checks that the data fit; raises UserError before anything is trained."""
     run = entries[0].run
+    if run.batch_size == "auto":
+        raise UserError('batch_size = "auto": what is compared has equal batches; give a number, --set batch_size=32')
     device = train.choose_device(arguments.device)
     encoder, corpus = train.load_data(run)
     per_step = run.batch_size * run.gradient_accumulation_steps * run.model_hyperparams.block_size

@@ -427,6 +427,7 @@ def test_the_picture_has_tokens_flops_and_seconds():
     (["a.json", "b.json:batch_size=8"], "must be the same for all; use --set batch_size="),
     (["a.json", "--set", "r_layer=1"], "a: .*r_layer"),
     (["a.json", "--set", "vocab_size=20"], "vocab_size"),
+    (["a.json", "--set", "batch_size=auto"], "give a number"),
     (["a.json", "--set", "dataset.path=none.bin"], "none.bin"),
     (["a.json:arch=transformer"], "kind=decoder"),
 ])  # fmt: skip
