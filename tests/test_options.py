@@ -388,7 +388,7 @@ def configs(cls):
     return st.fixed_dictionaries({}, optional=keys)
 
 
-@settings(max_examples=count(150, 5000), deadline=None)
+@settings(max_examples=count(150, 2_000), deadline=None)
 @given(st.sampled_from(list(ARCHS)).flatmap(lambda arch: st.tuples(st.just(arch), configs(run_class(ARCHS, arch)))))
 def test_round_trip(pair):
     arch, raw = pair

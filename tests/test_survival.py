@@ -179,9 +179,9 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(den, told):
     expected = weights_hash()
     rng, kills, in_saves, runs = random.Random(6), 0, 0, 0
     wanted = count(4, 50)
-    while kills < wanted or Path("ck").exists():
+    while kills < wanted or not in_saves or Path("ck").exists():
         child = start("--config", "run.json", *[RESUME] * bool(list(Path("ck").glob("step_*"))))
-        if kills < wanted:
+        if kills < wanted or not in_saves:
             if kills % 2:
                 saving = f"ck/.tmp_step_*_{child.pid}"
                 with contextlib.suppress(AssertionError):  # it may have been done before
@@ -200,7 +200,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(den, told):
             assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, 25))
             shutil.rmtree("ck")
             runs += 1
-    assert in_saves and runs
+    assert runs
     told("killed (SIGKILL) at random moments", f"{kills} times, {in_saves} of them in the middle of a save")
 
 
@@ -805,9 +805,7 @@ def test_a_file_made_to_harm_is_refused_quickly_and_runs_nothing(den, told, harm
         in_checkpoint(name, content)
     else:
         Path(name).write_bytes(content(Path(name).read_bytes() if Path(name).exists() else b""))
-    began = time.monotonic()
     assert finish(start("--config", "run.json", *argv, body=torture.measured)) == 2, read()
-    assert time.monotonic() - began < 5 + 5 * FULL  # a first child waits for the server's imports
     lines = read().splitlines()
     used = json.loads(Path("used.json").read_text())
     assert used["seconds"] < 5 and used["megabytes"] < 200, used
@@ -834,7 +832,7 @@ def test_metrics_made_to_harm_are_skipped(den):
 def test_a_second_trainer_is_refused_by_the_name_of_the_first(den, told):
     child = start("--config", "run.json", "--max_iters=100000", "--eval_interval=100000")
     try:
-        wait_until(lambda: Path("ck/metrics.jsonl").exists() and timeless(), child=child)
+        wait_until(lambda: list(Path("ck").glob("step_*")), child=child)
         for argv in ([], [RESUME], ["--check"]):
             with pytest.raises(UserError) as refused:
                 run(*argv)
@@ -846,7 +844,7 @@ def test_a_second_trainer_is_refused_by_the_name_of_the_first(den, told):
         child.kill()
     assert finish(child) == -9
     assert Path("ck/lock").exists()
-    assert run(RESUME, "--max_iters=1") in (0, 2) and not Path("ck/lock").exists()
+    assert run(RESUME, "--max_iters=1") == 0 and not Path("ck/lock").exists()
     told("a second trainer on one directory", "refused; welcome once the first was killed")
 
 
@@ -1012,23 +1010,25 @@ def test_when_a_rank_is_killed_the_other_ends_and_both_resume(den, told, victim)
 def test_torchrun_ends_when_a_rank_is_killed(den, told):
     endless = ["--config", "run.json", "--max_iters=100000", "--eval_interval=100000"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", free_port()]
-    command = [*launcher, str(torture.ROOT / "train.py"), *endless]
+    script = [sys.executable, str(torture.ROOT / "train.py"), *endless]
+    Path("worker.sh").write_text('echo $$ > pid$RANK; exec "$@"')
+    command = [*launcher, "--no-python", "sh", "worker.sh", *script]
     with open("log.txt", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as parent:
         try:
             wait_until(lambda: Path("ck/metrics.jsonl").exists() and len(timeless()) > 3 or parent.poll() is not None)
             assert parent.poll() is None, read()
-            pids = [int(pid) for pid in subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent.pid)],
-                                                       capture_output=True, text=True).stdout.split()]  # fmt: skip
-            first = json.loads(Path("ck/lock").read_text())["pid"]
-            other = next(pid for pid in pids if pid != first)
+            assert json.loads(Path("ck/lock").read_text())["pid"] == int(Path("pid0").read_text())
             began = time.monotonic()
-            os.kill(other, signal.SIGKILL)
+            os.kill(int(Path("pid1").read_text()), signal.SIGKILL)
             assert parent.wait(30) != 0
         finally:
             parent.kill()
+            for pid in map(Path.read_text, Path().glob("pid*")):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
     assert "is saved in ck; to go on:" in read()
-    run("--max_iters=1", RESUME)
     told("rank 1 killed under torchrun", f"all ended after {time.monotonic() - began:.1f} s")
+    assert run("--max_iters=1", RESUME) == 0
 
 
 @posix
@@ -1073,7 +1073,7 @@ JUNK = st.recursive(
     max_leaves=4,
 )
 PRESETS = sorted(path.name for path in (torture.ROOT / "config").glob("*.json") if path.name != "schema.json")
-thorough = settings(max_examples=count(60, 10_000), deadline=None, suppress_health_check=list(HealthCheck))
+thorough = settings(max_examples=count(60, 2_000), deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def plain(run) -> dict:
@@ -1184,7 +1184,7 @@ def test_a_long_run_grows_nothing(den, told):
     assert np.ptp(descriptors[1:]) == 0, descriptors
     assert memory[-1] - memory[3] < 6, memory
     each = np.diff(seconds) / (steps / 8)
-    assert np.median(each[-3:]) < 1.5 * np.median(each[1:4]), each
+    assert np.median(each[-3:]) < 2 * np.median(each[1:4]), each
     assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, steps + 1))
     told(
         f"{steps:,} steps", f"memory {memory[3]:.0f} MB after half, {memory[-1]:.0f} MB at the end; "
