@@ -665,6 +665,26 @@ def test_a_stopped_text_uses_up_its_seed(folder, run, monkeypatch, capsys):
     assert talk(folder, monkeypatch, capsys, "ab", "ab", EOFError()).out == "\n" + expected + "\n"
 
 
+def test_a_conversation_keeps_its_decoder_until_it_needs_more_room_or_is_stopped(folder, monkeypatch, capsys):
+    real, made, stops = sample.Decoder, [], iter([False, False, False, True, False])
+
+    def counted(model, rows, longest, **options):
+        made.append(longest)
+        return real(model, rows, longest, **options)
+
+    def stopped_once(decoder, texts):
+        if next(stops):
+            raise KeyboardInterrupt
+        return make(decoder, texts)
+
+    make = sample.make
+    monkeypatch.setattr(sample, "Decoder", counted)
+    monkeypatch.setattr(sample, "make", stopped_once)
+    long = "abcdefgh" * 40
+    talk(folder, monkeypatch, capsys, "ab", "abcd", long, "ab", "ab", EOFError())
+    assert made == [256, 512, 256]  # for two prompts; for the long one and the one after it, which is stopped; anew
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_session_at_a_pseudo_terminal(folder):
     """Ctrl-C stops a text and gives the prompt back, the up arrow brings the last prompt, Ctrl-D leaves."""
@@ -854,25 +874,37 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(desk, monkeypatch, 
     assert bulk(desk) == whole
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+# A process that the system ends, unasked and wherever it is, some milliseconds after its first line.
+DOOMED = """
+import signal, sys
+import sample
+delay, *argv = sys.argv[1:]
+real = sample.Results.add
+def add(self, line):
+    real(self, line)
+    if not signal.getitimer(signal.ITIMER_REAL)[0]:
+        signal.setitimer(signal.ITIMER_REAL, float(delay))
+sample.Results.add = add
+sample.main(argv)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such timer")
 def test_killed_and_started_again_until_done(desk):
-    """A process, killed while it works at places that nobody chose, ends up with what one that was left alone makes."""
-    n = 24
-    desk(*({"prompt": "abc"[i % 3], "max_tokens": 20 + i, "id": f"n{i}"} for i in range(n)))
-    whole = bulk(desk)
-    Path("texts.jsonl").unlink()
-    argv = [sys.executable, str(PROGRAM), "--model", desk.model, *BULK, "--batch", "2", "--device", "cpu"]
-    for wanted in (3, 9, 16):
-        process = subprocess.Popen(argv, stderr=subprocess.PIPE)
-        end = time.monotonic() + 60
-        while Path("texts.jsonl").stat().st_size == 0 if Path("texts.jsonl").exists() else True:
-            assert time.monotonic() < end and process.poll() is None, process.stderr.read()
-        while Path("texts.jsonl").read_bytes().count(b"\n") < wanted and process.poll() is None:
-            assert time.monotonic() < end
-        process.kill()
-        process.communicate()
-    subprocess.run(argv, check=True, stderr=subprocess.DEVNULL)
-    assert results() == whole
+    """Killed while it works at places that nobody chose, it ends up with what one that was left alone makes."""
+    desk(*({"prompt": "abc"[i % 3], "max_tokens": 40 + i, "id": f"n{i}"} for i in range(40)))
+    whole = bulk(desk, out="whole.jsonl")
+    argv = ["--model", desk.model, *BULK, "--batch", "2", "--device", "cpu"]
+    killed = 0
+    for delay in (0.02, 0.05, 0.1):
+        process = subprocess.run([sys.executable, "-c", DOOMED, str(delay), *argv], stderr=subprocess.PIPE,
+                                 env={**os.environ, "PYTHONPATH": str(PROGRAM.parent)})  # fmt: skip
+        assert process.returncode in (0, -signal.SIGALRM), process.stderr.decode()
+        killed += process.returncode != 0
+        kept = Path("texts.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
+        assert all(json.loads(line) == whole[json.loads(line)["index"]] for line in kept)
+    assert killed and len(kept) > 0
+    assert bulk(desk, "--batch", "2", "--device", "cpu") == whole
 
 
 @pytest.mark.cuda
