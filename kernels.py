@@ -102,7 +102,8 @@ def decode_attention(
     q (B, H, d); k, v (B, size + 1, Hkv·d), slot s holding the newest position p ≤ pos with p % size == s; the slot
     after them is never read. pos (B,) int64, on the device: the query's position, whose own k and v are in the ring. It
     sees the slots 0 … min(pos + 1, size) − 1; with −1 a row is idle, its result zero. H is a multiple of Hkv
-    (arXiv 2305.13245). Where new_k, new_v (B, Hkv·d) are given, they are written into the ring on the way. Returns (B, H, d) in q's dtype; sums are float32.
+    (arXiv 2305.13245). Where new_k, new_v (B, Hkv·d) are given, they are written into the ring on the way. Returns
+    (B, H, d) in q's dtype; sums are float32.
 
     Bytes moved: k and v of the tokens that are there, once, and 4·S·d·H·B twice for S splits of a long context
     (flash-decoding, arXiv 2311.01282). Floor: those of k and v over the copy bandwidth.
@@ -156,7 +157,8 @@ def decode_share(pos, size, splits, BLOCK: tl.constexpr):
 @jit
 def decode_single(
     q, k, v, new_k, new_v, pos, out, parts, size, heads, splits, scale, q_row, q_head, k_row, k_slot, v_row, v_slot,
-    new_k_row, new_v_row, NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    new_k_row, new_v_row,
+    NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A head that shares its keys with none. Each of BLOCK lanes keeps a softmax of its own over every BLOCK-th slot,
     and they are merged at the end: nothing in the loop crosses lanes but the dot product."""
@@ -170,8 +172,8 @@ def decode_single(
     v += row * v_row + head * D
     newest = tl.load(pos + row) % size
     if NEW:
-        fresh_k = tl.load(new_k + row * new_k_row + head * D + c, mask=c < D, other=0.0)
-        fresh_v = tl.load(new_v + row * new_v_row + head * D + c, mask=c < D, other=0.0)
+        fresh_k = tl.load(new_k + row * new_k_row + head * D + c, mask=c < D, other=0.0).to(k.dtype.element_ty)
+        fresh_v = tl.load(new_v + row * new_v_row + head * D + c, mask=c < D, other=0.0).to(v.dtype.element_ty)
         mine = (c < D) & (first <= newest) & (newest < last)
         tl.store(k + newest * k_slot + c, fresh_k, mask=mine)
         tl.store(v + newest * v_slot + c, fresh_v, mask=mine)
@@ -210,7 +212,8 @@ def decode_single(
 @jit
 def decode_group(
     q, k, v, new_k, new_v, pos, out, parts, size, heads, splits, scale, q_row, q_head, k_row, k_slot, v_row, v_slot,
-    new_k_row, new_v_row, NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    new_k_row, new_v_row,
+    NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """GROUP heads that share their keys, which are read once: the matrix units multiply them (arXiv 2205.14135)."""
@@ -226,8 +229,8 @@ def decode_group(
     v += row * v_row + shared * D
     newest = tl.load(pos + row) % size
     if NEW:
-        fresh_k = tl.load(new_k + row * new_k_row + shared * D + c, mask=c < D, other=0.0)
-        fresh_v = tl.load(new_v + row * new_v_row + shared * D + c, mask=c < D, other=0.0)
+        fresh_k = tl.load(new_k + row * new_k_row + shared * D + c, mask=c < D, other=0.0).to(k.dtype.element_ty)
+        fresh_v = tl.load(new_v + row * new_v_row + shared * D + c, mask=c < D, other=0.0).to(v.dtype.element_ty)
         mine = (c < D) & (first <= newest) & (newest < last)
         tl.store(k + newest * k_slot + c, fresh_k, mask=mine)
         tl.store(v + newest * v_slot + c, fresh_v, mask=mine)

@@ -268,20 +268,21 @@ def check_aft(q, k, v, segments: int, bound: float) -> None:
     "keys, segments",
     [*((keys, 1) for keys in KEYS), ("normal", 2), ("either", 4), ("high, then low", 2), ("rising", 3)],
 )
-def test_aft_and_its_gradients(keys, segments):
-    B, T, D = 2, 55, 20
+def test_aft_and_its_gradients(keys, segments, monkeypatch):
+    monkeypatch.setattr(kernels, "AFT_ROWS", 4)  # more tiles of fewer tokens: the interpreter is slow
+    B, T, D = 2, 21, 20
     k = torch.stack((keys_like(keys, T, D), keys_like(keys, T, D).flip(1) - 5))
     check_aft(draw(B, T, D), k, draw(B, T, D, seed=2), segments, 2e-6)
 
 
-@pytest.mark.parametrize("T, segments", [(1, 1), (2, 2), (16, 1), (17, 2), (65, 5)])
+@pytest.mark.parametrize("T, segments", [(1, 1), (2, 2), (16, 1), (17, 2)])
 def test_aft_of_any_length(T, segments):
     check_aft(*(draw(1, T, 3, seed=s) for s in range(3)), segments, 2e-6)
 
 
-def test_aft_over_512_tokens():
-    """As long as the interpreter bears; `python kernels.py` goes to 65,536 on a GPU."""
-    check_aft(*(draw(1, 512, 4, seed=s) for s in range(3)), 1, 2e-6)
+def test_aft_over_256_tokens():
+    """As many as the interpreter has time for; `python kernels.py` goes to 65,536 on a GPU."""
+    check_aft(*(draw(1, 256, 4, seed=s) for s in range(3)), 1, 2e-6)
 
 
 @pytest.mark.parametrize("segments", [1, 2])
