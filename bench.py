@@ -1623,8 +1623,16 @@ def decode_command(argv: list[str]) -> None:
     subjects = read_subjects(arguments.models)
     bench = make_bench(arguments)
     print(f"{machine(bench.device)} copies {bench.bandwidth / 1e9:,.1f} GB/s", flush=True)
-    rows = [measure(subject, bench, arguments.batches, arguments.contexts) for subject in subjects]
-    command, notes = command_line("python", "decode", argv), decode_notes(bench, rows)
+    rows, command = [], command_line("python", "decode", argv)
+    for subject in subjects:
+        rows.append(measure(subject, bench, arguments.batches, arguments.contexts))
+        told = write_speeds(rows, bench, arguments, command)  # so far
+    print(f"\n{told}\n\nthe tables and the picture are in {arguments.out}")
+
+
+def write_speeds(rows: list[dict], bench: Bench, arguments: argparse.Namespace, command: str) -> str:
+    """decode.md, decode.json and decode.png; returns the tables and what is to be known of them."""
+    notes = decode_notes(bench, rows)
     tables = f"{speeds_table(rows)}\n\n{models_table(rows, arguments.contexts)}"
     told = "\n".join(f"- {note}" for note in notes)
     parts = [tables, "![tokens/s against context](decode.png)", told, details_table(rows), f"```\n{command}\n```"]
@@ -1634,7 +1642,7 @@ def decode_command(argv: list[str]) -> None:
              "command": command, "rows": rows}  # fmt: skip
     atomic_write(arguments.json or arguments.out / "decode.json", json.dumps(about, indent=1).encode())
     plot.save(draw_speeds(rows, arguments.batches, about_machine(bench)), arguments.out / "decode.png")
-    print(f"\n{tables}\n\n{told}\n\nthe tables and the picture are in {arguments.out}")
+    return f"{tables}\n\n{told}"
 
 
 # ---- decode: against nanoGPT ---------------------------------------------------------------------------------------

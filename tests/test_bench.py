@@ -636,6 +636,21 @@ def test_a_cache_beyond_the_memory_is_not_even_tried(quick, monkeypatch):
     assert cells[0]["why"] is None and re.match(r"needs .* of cache, and .* are free", cells[1]["why"])
 
 
+def test_what_was_measured_is_kept_when_a_later_model_fails(quick, monkeypatch):
+    real = bench.measure
+
+    def fails_at_p(subject, *rest):
+        if subject.label == "p":
+            raise ZeroDivisionError
+        return real(subject, *rest)
+
+    monkeypatch.setattr(bench, "measure", fails_at_p)
+    with pytest.raises(ZeroDivisionError):
+        decode("t.json", "p.json", "--batches", "1", "--contexts", "8", "--json", "elsewhere.json")
+    assert [row["label"] for row in json.loads(Path("elsewhere.json").read_text())["rows"]] == ["t"]
+    assert "| t |" in Path("out/decode.md").read_text() and not Path("out/decode.json").exists()
+
+
 def test_an_error_of_another_kind_is_not_hidden(quick, monkeypatch):
     monkeypatch.setattr(bench.decode, "Decoder", lambda *_, **__: [][0])
     with pytest.raises(IndexError):
