@@ -48,6 +48,7 @@ from options import UserError, check, dotted_names, load_run, run_class, to_dict
 from train import Signals, Trainer
 
 RESUME = "--init_from=resume"
+ENDLESS = ["--config", "run.json", "--max_iters=100000", "--eval_interval=100000"]
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has neither signals to send nor fork")
 
 
@@ -284,7 +285,8 @@ def test_sigterm_while_compiling_ends_with_143(den, told):
     times = []
     for number in range(count(1, 5)):
         log = f"log{number}.txt"
-        child = start("--config", "run.json", "--compile=true", log=log, TORCHINDUCTOR_CACHE_DIR=str(den / "cache"))
+        cold = {"TORCHINDUCTOR_CACHE_DIR": str(den / f"cache{number}")}
+        child = start(*ENDLESS, "--compile=true", f"--checkpoints.path=ck{number}", log=log, **cold)
         wait_until(lambda log=log: "compiling" in read(log), child=child)
         child.join(0.5 + 2 * number)
         before = time.monotonic()
@@ -830,7 +832,7 @@ def test_metrics_made_to_harm_are_skipped(den):
 
 @posix
 def test_a_second_trainer_is_refused_by_the_name_of_the_first(den, told):
-    child = start("--config", "run.json", "--max_iters=100000", "--eval_interval=100000")
+    child = start(*ENDLESS)
     try:
         wait_until(lambda: list(Path("ck").glob("step_*")), child=child)
         for argv in ([], [RESUME], ["--check"]):
@@ -1008,9 +1010,8 @@ def test_when_a_rank_is_killed_the_other_ends_and_both_resume(den, told, victim)
 
 @posix
 def test_torchrun_ends_when_a_rank_is_killed(den, told):
-    endless = ["--config", "run.json", "--max_iters=100000", "--eval_interval=100000"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", free_port()]
-    script = [sys.executable, str(torture.ROOT / "train.py"), *endless]
+    script = [sys.executable, str(torture.ROOT / "train.py"), *ENDLESS]
     Path("worker.sh").write_text('echo $$ > pid$RANK; exec "$@"')
     command = [*launcher, "--no-python", "sh", "worker.sh", *script]
     with open("log.txt", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as parent:
