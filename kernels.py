@@ -6,6 +6,8 @@ it, which is the reference, and what runs where Triton or a GPU is missing.
     quantize_int8     a matrix as int8 with a scale for each output channel
     int8_linear       a linear map by such a matrix
     aft_simple        attention-free mixing without positions, differentiable
+    aft_conv          the same with positions by distance
+    aft_local         the same with positions a_t · b_s within a window
 
 The kernels are registered with torch.library, so torch.compile keeps them whole and a CUDA graph may record them:
 nothing on the host depends on what is in a tensor. With TRITON_INTERPRET=1 in the environment they run on the CPU,
@@ -686,6 +688,338 @@ def aft_gradients(ctx, grad: Tensor, _) -> tuple:
 
 
 aft_op.register_autograd(aft_gradients, setup_context=aft_setup)
+
+
+# ---- AFT with positions ----------------------------------------------------------------------------------------------
+
+AFT_BLOCK = 64  # tokens in a block
+
+
+def aft_conv(q: Tensor, k: Tensor, v: Tensor, taps: Tensor) -> Tensor:
+    """AFT with p_{t,s} = taps[g, t − s] for the g-th of G groups of channels, 0 from a distance of `window` on; taps
+    (G, window). The rest as `aft_positional` has it."""
+    return aft_positional(q, k, v, taps, taps.size(1), True)
+
+
+def aft_local(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, window: int) -> Tensor:
+    """AFT with p_{t,s} = a_t · b_s, 0 from a distance of `window` on (T: everywhere); a, b (≥ T, m). The rest as
+    `aft_positional` has it."""
+    T = v.size(1)
+    with torch.autocast(v.device.type, enabled=False):
+        p = a[:T].float() @ b[:T].float().T
+    return aft_positional(q, k, v, p.unsqueeze(0), window, False)
+
+
+def aft_positional(q: Tensor, k: Tensor, v: Tensor, p: Tensor, window: int, by_distance: bool) -> Tensor:
+    """y_t = σ(q_t) ⊙ Σ_{s ≤ t} exp(k_s + p_{t,s}) v_s / Σ_{s ≤ t} exp(k_s + p_{t,s}) (arXiv 2105.14103).
+
+    q, k, v (B, T, D), channels side by side; p (G, window) by distance or (G, T, T) for G groups of channels, 0 from a
+    distance of `window` on. Returns (B, T, D) in v's dtype; differentiable in q, k, v and p. Only where
+    `usable(q, k, v, p)`.
+
+    Tokens are cut into blocks of 64. What lies before the window comes as a running sum; blocks within it as matrix
+    products exp(p) @ (exp(k) v, exp(k)), about the largest key of each block. In a token's own block, of which it sees
+    a part, they are about the middle of the keys: those that lie up to 160 apart, ±80, are exact.
+
+    Bytes moved for each of B·T·D in bfloat16: forward 8 and 8 for the running sums and logs, backward 14 and 24 for
+    sums over the future and for p, besides what matrix products read again from the cache. Operations: 4 (window + 64)
+    forward, 8 (window + 64) backward, on the matrix units, bfloat16 where v is. The floor is the larger of both.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return torch.ops.strawberry.aft_positional(q, k, v, p.float().contiguous(), min(window, v.size(1)), by_distance)[0]
+
+
+@jit
+def aft_weights(p, t, s, T, window, p_t, p_s):
+    """exp(p_{t,s}) for tokens t (N,) and s (N,), zero where t < s, about the largest of each t; and those largest."""
+    seen = s[None, :] <= t[:, None]
+    near = seen & (t[:, None] - s[None, :] < window) & (t < T)[:, None]
+    score = tl.load(p + t.to(tl.int64)[:, None] * p_t + s[None, :] * p_s, mask=near, other=0.0)
+    score = tl.where(seen, score, float("-inf"))
+    highest = tl.max(score, axis=1)
+    return exp(score - highest[:, None]), highest
+
+
+@jit
+def aft_keys(k, v, s, T, here, step: tl.constexpr, v_step: tl.constexpr):
+    """k, −∞ after the last token, and v of tokens s; the middle of the keys, (channels,), or what is near the top."""
+    mask = (s < T)[:, None] & here[None, :]
+    key = tl.load(k + s.to(tl.int64)[:, None] * step, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(v + s.to(tl.int64)[:, None] * v_step, mask=mask, other=0.0).to(tl.float32)
+    lowest = tl.min(tl.where((s < T)[:, None], key, float("inf")), axis=0)
+    key = tl.where((s < T)[:, None], key, float("-inf"))
+    highest = tl.max(key, axis=0)
+    return key, value, highest, tl.maximum((highest + lowest) * 0.5, highest - 80.0)
+
+
+@jit
+def aft_positional_forward(
+    q, k, v, p, y, logs, states, T, window, near, q_row, k_row, v_row, p_group, p_t, p_s,
+    D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """A block of tokens, of channels of one group: y, and log Σ exp(k_s + p_{t,s})."""
+    block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    parts: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    inside = (part % parts) * BLOCK + tl.arange(0, BLOCK)
+    here, c = inside < WIDTH, (part // parts) * WIDTH + inside
+    q, k, v = q + row * q_row + c[None, :], k + row * k_row + c[None, :], v + row * v_row + c[None, :]
+    p += (part // parts) * p_group
+    i = tl.arange(0, N)
+    t = block * N + i
+    first = tl.maximum(block - near, 0)
+    states += (row * tl.cdiv(T, ROWS) + first * (N // ROWS)) * 3 * D + c
+    zero = tl.zeros((N, BLOCK), tl.float32)
+    top = zero + tl.load(states, mask=here, other=0.0)[None, :]
+    above = zero + tl.load(states + D, mask=here, other=0.0)[None, :]
+    below = zero + tl.load(states + 2 * D, mask=here, other=0.0)[None, :]
+    for other in range(first, block + 1):
+        key, value, highest, middle = aft_keys(k, v, other * N + i, T, here, k_step, v_step)
+        about = tl.where(other == block, middle, highest)
+        e = exp(key - about[None, :])
+        weight, most = aft_weights(p, t, other * N + i, T, window, p_t, p_s)
+        over = tl.dot(weight.to(DOT), (e * value).to(DOT), input_precision="tf32x3")
+        under = tl.dot(weight.to(DOT), e.to(DOT), input_precision="tf32x3")
+        its_top = about[None, :] + most[:, None]
+        gap, newer = exp(-tl.abs(top - its_top)), its_top > top
+        fade, its_fade = tl.where(newer, gap, 1.0), tl.where(newer, 1.0, gap)
+        above, below = above * fade + over * its_fade, below * fade + under * its_fade
+        top = tl.maximum(top, its_top)
+    mask = (t < T)[:, None] & here[None, :]
+    below = tl.where(below > 0, below, 1.0)
+    query = tl.load(q + t.to(tl.int64)[:, None] * q_step, mask=mask, other=0.0).to(tl.float32)
+    out = (row * T + t.to(tl.int64))[:, None] * D + c[None, :]
+    tl.store(y + out, (above / (below * (1.0 + exp(-query)))).to(y.dtype.element_ty), mask=mask)
+    tl.store(logs + out, top + tl.log(below), mask=mask)
+
+
+@jit
+def aft_after(
+    q, grad, y, logs, states, dq, after, T, q_row, grad_row,
+    D: tl.constexpr, q_step: tl.constexpr, grad_step: tl.constexpr,
+    BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """From the end, block by block: Σ σ(q_t) ∂L/∂y_t / Z_t and the same times o_t over t in this block and later ones,
+    multiplied by exp(the largest key before this block); and q's gradient."""
+    c, row, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.arange(0, N)
+    here, blocks = c < D, tl.cdiv(T, N)
+    q, grad = q + row * q_row + c[None, :], grad + row * grad_row + c[None, :]
+    states += row * tl.cdiv(T, ROWS) * 3 * D + c
+    after += row * blocks * 2 * D + c
+    total, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    last_top = tl.zeros((BLOCK,), tl.float32)
+    for done in range(0, blocks):
+        block = blocks - 1 - done
+        t = (block * N + i).to(tl.int64)
+        mask = (t < T)[:, None] & here[None, :]
+        out = (row * T + t)[:, None] * D + c[None, :]
+        query = tl.load(q + t[:, None] * q_step, mask=mask, other=0.0).to(tl.float32)
+        slope = tl.load(grad + t[:, None] * grad_step, mask=mask, other=0.0).to(tl.float32)
+        result = tl.load(y + out, mask=mask, other=0.0).to(tl.float32)
+        log = tl.load(logs + out, mask=mask, other=float("inf"))
+        gate = 1.0 / (1.0 + exp(-query))
+        tl.store(dq + out, (slope * result * (1.0 - gate)).to(dq.dtype.element_ty), mask=mask)
+        top = tl.load(states + block.to(tl.int64) * (N // ROWS) * 3 * D, mask=here, other=0.0)
+        per_z = exp(top[None, :] - log)
+        fade = exp(top - last_top)
+        total = tl.sum(slope * gate * per_z, axis=0) + tl.where(done > 0, total * fade, 0.0)
+        weighted = tl.sum(slope * result * per_z, axis=0) + tl.where(done > 0, weighted * fade, 0.0)
+        last_top = top
+        tl.store(after + block.to(tl.int64) * 2 * D, total, mask=here)
+        tl.store(after + (block.to(tl.int64) * 2 + 1) * D, weighted, mask=here)
+
+
+@jit
+def aft_shares(
+    q, grad, y, logs, t, T, about, most, here, out, q_step: tl.constexpr, grad_step: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """σ(q_t) ∂L/∂y_t / Z_t, and that times o_t, multiplied by exp(about) of each channel and exp(most) of each t."""
+    t = t.to(tl.int64)
+    mask = (t < T)[:, None] & here[None, :]
+    query = tl.load(q + t[:, None] * q_step, mask=mask, other=0.0).to(tl.float32)
+    slope = tl.load(grad + t[:, None] * grad_step, mask=mask, other=0.0).to(tl.float32)
+    result = tl.load(y + out + t[:, None] * D, mask=mask, other=0.0).to(tl.float32)
+    log = tl.load(logs + out + t[:, None] * D, mask=mask, other=float("inf"))
+    per_z = slope * exp(about[None, :] + most[:, None] - log)
+    return per_z / (1.0 + exp(-query)), per_z * result
+
+
+@jit
+def aft_positional_backward(
+    q, k, v, p, grad, y, logs, states, after, dk, dv, T, window, near,
+    q_row, k_row, v_row, grad_row, p_group, p_t, p_s,
+    D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of k and v in a block of tokens, of channels of one group, from all later tokens."""
+    block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    parts: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    inside = (part % parts) * BLOCK + tl.arange(0, BLOCK)
+    here, c = inside < WIDTH, (part // parts) * WIDTH + inside
+    q, k, v = q + row * q_row + c[None, :], k + row * k_row + c[None, :], v + row * v_row + c[None, :]
+    grad += row * grad_row + c[None, :]
+    p += (part // parts) * p_group
+    i, blocks = tl.arange(0, N), tl.cdiv(T, N)
+    s = block * N + i
+    key, value, _, about = aft_keys(k, v, s, T, here, k_step, v_step)
+    over, under = tl.zeros((N, BLOCK), tl.float32), tl.zeros((N, BLOCK), tl.float32)
+    for other in range(block, tl.minimum(block + near + 1, blocks)):
+        t = other * N + i
+        weight, most = aft_weights(p, t, s, T, window, p_t, p_s)
+        share, weighted = aft_shares(q, grad, y, logs, t, T, about, most, here, row * T * D + c[None, :], q_step,
+                                     grad_step, D)  # fmt: skip
+        weight = tl.trans(weight.to(DOT))
+        over += tl.dot(weight, share.to(DOT), input_precision="tf32x3")
+        under += tl.dot(weight, weighted.to(DOT), input_precision="tf32x3")
+    e = exp(key - about[None, :])
+    over, under = over * e, under * e
+    far = tl.minimum(block + near + 1, blocks)
+    there = here & (far < blocks)
+    top = tl.load(states + (row * tl.cdiv(T, ROWS) + far * (N // ROWS)) * 3 * D + c, mask=there, other=0.0)
+    e = exp(key - top[None, :])
+    after += (row * blocks + far) * 2 * D + c
+    over += tl.where(far < blocks, e * tl.load(after, mask=there, other=0.0)[None, :], 0.0)
+    under += tl.where(far < blocks, e * tl.load(after + D, mask=there, other=0.0)[None, :], 0.0)
+    mask = (s < T)[:, None] & here[None, :]
+    out = (row * T + s.to(tl.int64))[:, None] * D + c[None, :]
+    tl.store(dv + out, over.to(dv.dtype.element_ty), mask=mask)
+    tl.store(dk + out, (value * over - under).to(dk.dtype.element_ty), mask=mask)
+
+
+@jit
+def aft_positions_backward(
+    q, k, v, p, grad, y, logs, dp, B, T, window, rows, q_row, k_row, v_row, grad_row, p_group, p_t, p_s,
+    D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    """The gradient of exp(p)'s tile for one pair of blocks, or, if EVERY, for all pairs of blocks that far apart: the
+    sum over some of the rows and the channels of one group."""
+    at, distance = tl.program_id(0), tl.program_id(1)
+    groups: tl.constexpr = D // WIDTH
+    group, share_of = tl.program_id(2) % groups, tl.program_id(2) // groups
+    i, blocks = tl.arange(0, N), tl.cdiv(T, N)
+    p += group * p_group
+    total = tl.zeros((N, N), tl.float32)
+    first, last = at, at + 1
+    if EVERY:
+        first, last = distance, blocks
+    for block in range(tl.maximum(first, distance), last):
+        t, s = block * N + i, (block - distance) * N + i
+        weight, most = aft_weights(p, t, s, T, window, p_t, p_s)
+        pair = tl.zeros((N, N), tl.float32)
+        for step in range(0, tl.minimum(rows, B - share_of * rows)):
+            row = (share_of * rows).to(tl.int64) + step
+            for start in range(0, WIDTH, BLOCK):
+                inside = start + tl.arange(0, BLOCK)
+                here, c = inside < WIDTH, group * WIDTH + inside[None, :]
+                key, value, _, about = aft_keys(k + row * k_row + c, v + row * v_row + c, s, T, here, k_step, v_step)
+                e = exp(key - about[None, :])
+                share, weighted = aft_shares(q + row * q_row + c, grad + row * grad_row + c, y, logs, t, T, about, most,
+                                             here, row * T * D + c, q_step, grad_step, D)  # fmt: skip
+                pair += tl.dot(share.to(DOT), tl.trans((e * value).to(DOT)), input_precision="tf32x3")
+                pair -= tl.dot(weighted.to(DOT), tl.trans(e.to(DOT)), input_precision="tf32x3")
+        total += tl.where(weight > 0, pair * weight, 0.0)  # what t does not see may be anything
+    out = ((tl.program_id(2) * tl.num_programs(0) + at) * tl.num_programs(1) + distance).to(tl.int64) * N * N
+    tl.store(dp + out + i[:, None] * N + i[None, :], total)
+
+
+def aft_shape(p: Tensor, v: Tensor, window: int, by_distance: bool) -> tuple[dict, tuple, int]:
+    """Constants of a launch, p's strides by group, t and s, and how many blocks back the window reaches."""
+    width = v.size(-1) // p.size(0)
+    shape = {"WIDTH": width, "BLOCK": max(16, min(64, power_of_2(width))), "N": AFT_BLOCK, "DOT": dot_type(v)}
+    strides = (p.stride(0), 1, -1) if by_distance else p.stride()
+    return shape, strides, -(-(window - 1) // AFT_BLOCK)
+
+
+@torch.library.custom_op("strawberry::aft_positional", mutates_args=())
+def aft_positional_op(
+    q: Tensor, k: Tensor, v: Tensor, p: Tensor, window: int, by_distance: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, D = v.shape
+    shape, p_strides, near = aft_shape(p, v, window, by_distance)
+    rows = min(AFT_ROWS, AFT_BLOCK)
+    y = torch.empty(B, T, D, dtype=v.dtype, device=v.device)
+    logs = torch.empty(B, T, D, dtype=torch.float32, device=v.device)
+    states = torch.empty(B, -(-T // rows), 3, D, dtype=torch.float32, device=v.device)
+    totals = torch.empty(B, 1, 3, D, dtype=torch.float32, device=v.device)
+    rest, steps = [x.stride(0) for x in (q, k, v)], [x.stride(1) for x in (q, k, v)]
+    sums = (q, k, v, y, states, totals, T, -(-T // rows), *rest, D, *steps, rows, AFT_CHANNELS)
+    aft_forward[(-(-D // AFT_CHANNELS), 1, B)](*sums, SAVE=True, WRITE=False, num_warps=1)
+    grid = (-(-T // AFT_BLOCK), p.size(0) * -(-shape["WIDTH"] // shape["BLOCK"]), B)
+    args = (q, k, v, p, y, logs, states, T, window, near, *rest, *p_strides, D, *steps)
+    aft_positional_forward[grid](*args, **shape, ROWS=rows, num_warps=4)
+    return y, logs, states
+
+
+@aft_positional_op.register_fake
+def _(q, k, v, p, window, by_distance):
+    B, T, D = v.shape
+    states = v.new_empty(B, -(-T // min(AFT_ROWS, AFT_BLOCK)), 3, D, dtype=torch.float32)
+    return v.new_empty(B, T, D), v.new_empty(B, T, D, dtype=torch.float32), states
+
+
+@torch.library.custom_op("strawberry::aft_positional_backward", mutates_args=())
+def aft_positional_backward_op(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, y: Tensor, logs: Tensor, states: Tensor,
+    window: int, by_distance: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    B, T, D = v.shape
+    shape, p_strides, near = aft_shape(p, v, window, by_distance)
+    rows, blocks = min(AFT_ROWS, AFT_BLOCK), -(-T // AFT_BLOCK)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    dq, dk, dv = (torch.empty(B, T, D, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    after = torch.empty(B, blocks, 2, D, dtype=torch.float32, device=v.device)
+    rest, steps = [x.stride(0) for x in (q, k, v, grad)], [x.stride(1) for x in (q, k, v, grad)]
+    sums = (q, grad, y, logs, states, dq, after, T, rest[0], rest[3], D, steps[0], steps[3])
+    aft_after[(-(-D // 32), B)](*sums, BLOCK=32, N=AFT_BLOCK, ROWS=rows, num_warps=4)
+    grid = (blocks, p.size(0) * -(-shape["WIDTH"] // shape["BLOCK"]), B)
+    args = (q, k, v, p, grad, y, logs, states, after, dk, dv, T, window, near, *rest, *p_strides, D, *steps)
+    aft_positional_backward[grid](*args, **shape, ROWS=rows, num_warps=4)
+    near = min(near, blocks - 1)
+    pairs = p.size(0) * (near + 1) * (1 if by_distance else blocks)
+    shares = max(1, min(B, -(-4 * processors(v) // pairs)))
+    share = -(-B // shares)
+    grid = (1 if by_distance else blocks, near + 1, p.size(0) * -(-B // share))
+    tiles = torch.empty(
+        -(-B // share), p.size(0), *grid[:2], AFT_BLOCK, AFT_BLOCK, dtype=torch.float32, device=v.device
+    )
+    args = (q, k, v, p, grad, y, logs, tiles, B, T, window, share, *rest, *p_strides, D, *steps)
+    aft_positions_backward[grid](*args, **shape, EVERY=by_distance, num_warps=4)
+    return dq, dk, dv, aft_fold(tiles.sum(0), p, window, by_distance)
+
+
+def aft_fold(tiles: Tensor, p: Tensor, window: int, by_distance: bool) -> Tensor:
+    """The gradient of p from tiles (G, blocks or 1, blocks apart, t, s)."""
+    G, blocks, apart, N, _ = tiles.shape
+    i = torch.arange(N, device=p.device)
+    away = N * torch.arange(apart, device=p.device)[:, None, None] + i[:, None] - i  # t − s, (apart, N, N)
+    near = (away >= 0) & (away < window)
+    made = torch.zeros_like(p)
+    if by_distance:
+        return made.index_add_(1, away.clamp(0, window - 1).flatten(), (tiles.sum(1) * near).flatten(1))
+    t = (N * torch.arange(blocks, device=p.device)[:, None, None, None] + i[:, None]).expand(-1, apart, N, N)
+    s, T = t - away, p.size(1)
+    there = near & (s >= 0) & (t < T) & (s < T)
+    flat = torch.where(there, t * T + s, 0).flatten()
+    return made.view(G, -1).index_add_(1, flat, torch.where(there, tiles, 0.0).flatten(1)).view_as(p)
+
+
+@aft_positional_backward_op.register_fake
+def _(grad, q, k, v, p, y, logs, states, window, by_distance):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, p))
+
+
+def aft_positional_setup(ctx, inputs, output) -> None:
+    *tensors, ctx.window, ctx.by_distance = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def aft_positional_gradients(ctx, grad: Tensor, *_) -> tuple:
+    rest = ctx.window, ctx.by_distance
+    return *torch.ops.strawberry.aft_positional_backward(grad, *ctx.saved_tensors, *rest), None, None
+
+
+aft_positional_op.register_autograd(aft_positional_gradients, setup_context=aft_positional_setup)
 
 
 # ---- checks and times on a GPU ---------------------------------------------------------------------------------------
