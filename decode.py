@@ -19,6 +19,7 @@ Index:  requests · drawing · how logits come about: through a cache, or anew �
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -93,18 +94,20 @@ class Draws:
             mine[target] = mine[source]
 
     def filters(self, requests: Iterable[Request]) -> tuple:
-        """What has to be computed at all: (draws, width or None, top_p, min_p). A recorded step knows it in advance."""
+        """What has to be computed at all: (draws, greedy too, width or None, top_p, min_p). A recorded step is made for
+        it."""
+        greedy = any(not r.temperature for r in requests)
         requests = [r for r in requests if r.temperature]
         limits = [r.top_k or self.vocab_size for r in requests]
         by_p = any(r.top_p is not None and r.top_p < 1 for r in requests)
         width = 1 << (max(limits, default=1) - 1).bit_length()
         if min(limits, default=self.vocab_size) >= self.vocab_size and not by_p:
             width = None  # nobody sorts
-        return bool(requests), width and min(width, self.vocab_size), by_p, any(r.min_p for r in requests)
+        return bool(requests), greedy, width and min(width, self.vocab_size), by_p, any(r.min_p for r in requests)
 
     def draw(self, logits: Tensor, rows: slice, filters: tuple) -> Tensor:
         """A token for each of the rows (n,), −1 where logits (n, V) are NaN."""
-        draws, width, by_p, by_min = filters
+        draws, greedy, width, by_p, by_min = filters
         if not draws:
             best, token = logits.max(dim=-1)
             return torch.where(best.isnan(), -1, token)
@@ -112,7 +115,7 @@ class Draws:
         choose = self.sample_all if len(u) == len(self.count) else sample
         return choose(logits, u, self.temperature[rows], self.top_k[rows] if width else None,
                       self.top_p[rows] if by_p else None, self.min_p[rows] if by_min else None,
-                      None if width == self.vocab_size else width)  # fmt: skip
+                      None if width == self.vocab_size else width, greedy)  # fmt: skip
 
 
 # ---- how logits come about -----------------------------------------------------------------------------------------
@@ -164,6 +167,13 @@ class Through:
     def end(self, row: int) -> None:
         self.cache.pos[row], self.cache.length[row] = -1, 0
 
+    def stands_after(self, row: int, tokens: list[int]) -> bool:
+        """Whether a row that has read these tokens is still somebody's."""
+        return self.cache.length[row] == len(tokens)
+
+    def copy(self, source: int, target: int) -> None:
+        self.cache.move(source, target)
+
     def move(self, source: int, target: int) -> None:
         self.cache.move(source, target)
         self.end(source)
@@ -205,6 +215,12 @@ class Anew:
 
     def end(self, row: int) -> None:
         self.texts.pop(row, None)
+
+    def stands_after(self, row: int, tokens: list[int]) -> bool:
+        return self.texts.get(row) == tokens
+
+    def copy(self, source: int, target: int) -> None:
+        self.texts[target] = list(self.texts[source])
 
     def move(self, source: int, target: int) -> None:
         self.texts[target] = self.texts.pop(source)
@@ -255,11 +271,19 @@ class Graphs:
     def __call__(self, *kind) -> None:
         if kind not in self.recorded:
             self.rehearse(*kind)
-            graph = torch.cuda.CUDAGraph()
+            self.recorded[kind] = self.record(kind)
+        self.recorded[kind].replay()
+
+    def record(self, kind: tuple) -> torch.cuda.CUDAGraph:
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()  # another graph that is collected meanwhile would spoil this one
+        try:
             with torch.cuda.graph(graph, pool=self.pool):
                 self.run(*kind)
-            self.recorded[kind] = graph
-        self.recorded[kind].replay()
+        finally:
+            if collects:
+                gc.enable()
+        return graph
 
 
 # ---- the decoder ---------------------------------------------------------------------------------------------------
@@ -296,6 +320,7 @@ class Decoder:
         self.live = torch.zeros(rows, dtype=torch.int64, device=device)  # 1 where a row has a text under way
         self.at: list[Row | None] = [None] * rows
         self.handles, self.under_way = itertools.count(1), deque()
+        self.forget()
         self.shrink, self.launch, self.ahead, self.bucket = shrink, self.run, 0, None
         if model.causal and device.type == "cuda":
             self.record(compile)
@@ -306,7 +331,7 @@ class Decoder:
         self.bucket, self.ahead = self.smallest, 1
         if compile:  # for one shape only: every further one would take as long again
             self.logits.step = compiled(self.model.step, self.rows)
-            self.draws.sample_all = compiled(sample, self.rows)
+            self.draws.sample_all = compiled(sample, self.rows) if self.rows == 1 else sample
             self.bucket, self.shrink = self.logits.room, False
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -383,7 +408,7 @@ class Decoder:
         tokens = row.tokens
         if len(tokens) > self.logits.room:
             tokens = tokens[-max(1, self.logits.room // 2) :]
-        logits = self.logits.begin(place, tokens, row.request.source)
+        logits = self.read(place, tokens, row.request.source)
         self.refill(place, row)
         where = slice(place, place + 1)
         token = self.draws.draw(logits, where, self.draws.filters([row.request]))
@@ -393,6 +418,20 @@ class Decoder:
         row.asked += 1
         self.pause(place)
         self.under_way.append(copied(token, [(0, row.handle)]))
+
+    def read(self, place: int, tokens: list[int], source: list[int] | None) -> Tensor:
+        """Logits (1, V) after these tokens, copied where the last row to begin has just read the same."""
+        twin, *what, logits = self.newest
+        if what == [tokens, source] and self.logits.stands_after(twin, tokens):
+            self.logits.copy(twin, place)
+        else:
+            logits = self.logits.begin(place, tokens, source)
+        self.newest = (place, list(tokens), source, logits)
+        return logits
+
+    def forget(self) -> None:
+        """Nobody stands after its prompt any more."""
+        self.newest = (0, None, None, None)  # the last row to begin: place, tokens, source, logits
 
     def end(self, place: int) -> None:
         self.at[place] = None
@@ -465,6 +504,7 @@ class Decoder:
         for place, row in zip(places, rows, strict=True):
             if row.asked % self.draws.ahead == 0:
                 self.refill(place, row)
+        self.forget()
         held = self.logits.ready(places)
         n = 1 << max(places).bit_length() if self.shrink else self.rows
         self.launch(*self.kind(min(n, self.rows), held, [row.request for row in rows]))

@@ -78,6 +78,8 @@ class Int8(NamedTuple):
 
 def linear(x: Tensor, w: Tensor | Int8, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b), W (out, in)."""
+    if bias is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return linear(x, w) + bias  # the compiler joins the sum to what follows, and a product of one row, too
     return kernels.int8_linear(x, w.w, w.scale, bias) if isinstance(w, Int8) else F.linear(x, w, bias)
 
 
@@ -1852,19 +1854,21 @@ def uniform_numbers(n: int, generator, device) -> Tensor:
     return torch.rand(n, generator=generator, device=device if generator is None else generator.device).to(device)
 
 
-def sample(logits: Tensor, u: Tensor, temperature, top_k=None, top_p=None, min_p=None, width: int | None = None):
+def sample(logits: Tensor, u: Tensor, temperature, top_k=None, top_p=None, min_p=None, width: int | None = None,
+           greedy: bool = True) -> Tensor:  # fmt: skip
     """Draw a token (B,) from logits (B, V): the one at which the running sum of probabilities passes u (B,) in [0, 1).
 
     Left out are, one after the other, all but the top_k likeliest, all but the likeliest that make up top_p together,
     and those less than min_p times as likely as the likeliest; ties stay together. Each is a number or (B,), None is
-    off; temperature 0 takes the likeliest token. `width`: how many tokens top_k leaves at most. A row whose logits are
-    NaN gets token −1. What a row draws does not depend on the other rows, nor on what is asked for them.
+    off; temperature 0 takes the likeliest token, unless `greedy` says that no row has it. `width`: how many tokens
+    top_k leaves at most. A row whose logits are NaN gets token −1. What a row draws does not depend on the other rows,
+    nor on what is asked for them.
     """
     numbers = (temperature, top_k, top_p, min_p)
     temperature, top_k, top_p, min_p = (
         f if f is None else torch.as_tensor(f, device=logits.device).view(-1, 1) for f in numbers)
-    best, likeliest = logits.max(dim=-1)
-    p = (logits / (temperature + (temperature == 0))).softmax(dim=-1)
+    heat = temperature + (temperature == 0)
+    p = ((logits - logits.amax(dim=-1, keepdim=True)) / heat).exp()  # as a share of the likeliest one's
     if top_k is not None or top_p is not None:
         ordered = p.topk(width).values if width else p.sort(descending=True).values
         if top_k is not None:
@@ -1872,15 +1876,29 @@ def sample(logits: Tensor, u: Tensor, temperature, top_k=None, top_p=None, min_p
         if top_p is not None:  # what stands before a token already makes up top_p
             beyond = ordered.cumsum(dim=-1) - ordered >= top_p * ordered.sum(dim=-1, keepdim=True)
             ordered = ordered.masked_fill(beyond & (top_p < 1), 0.0)
-        least = ordered.masked_fill(ordered == 0, torch.inf).amin(dim=-1, keepdim=True)
-        p = p.masked_fill(p < least, 0.0)
+        p = p.masked_fill(p < ordered.masked_fill(ordered == 0, torch.inf).amin(dim=-1, keepdim=True), 0.0)
     if min_p is not None:
-        p = p.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), 0.0)
-    total = p.cumsum(dim=-1)
-    passed = total <= u.clamp(max=1 - 2**-20).unsqueeze(1) * total[:, -1:]
-    token = passed.sum(dim=-1).clamp(max=p.size(1) - 1)
-    token = torch.where(temperature.squeeze(1) == 0, likeliest, token)
-    return torch.where(best.isnan(), -1, token)
+        p = p.masked_fill(p < min_p, 0.0)
+    token = pick(p, u)
+    return torch.where(temperature.squeeze(1) == 0, logits.argmax(dim=-1), token) if greedy else token
+
+
+def pick(p: Tensor, u: Tensor) -> Tensor:
+    """The place (B,) at which the running sum of p (B, V), at least zero, passes its share u (B,), −1 where p is NaN.
+
+    First among some 128 groups of neighbours, then within one of them: short sums, made side by side.
+    """
+    size = -(-p.size(1) // 128)
+    groups = F.pad(p, (0, -p.size(1) % size)).unflatten(1, (-1, size))  # (B, G, size)
+    total = groups.sum(dim=-1).cumsum(dim=-1)
+    u = u.clamp(max=1 - 2**-20).unsqueeze(1)  # so that rounding never passes the last
+    goal = u * total[:, -1:]
+    group = (total <= goal).sum(dim=-1, keepdim=True).clamp(max=total.size(1) - 1)
+    inner = groups.gather(1, group.unsqueeze(2).expand(-1, -1, size)).squeeze(1).cumsum(dim=-1)
+    goal = (goal - F.pad(total, (1, -1)).gather(1, group)).clamp(min=0)
+    goal = torch.minimum(goal, inner[:, -1:] * (1 - 2**-20))
+    place = group * size + (inner <= goal).sum(dim=-1, keepdim=True)
+    return torch.where(total[:, -1].isnan(), -1, place.clamp(max=p.size(1) - 1).squeeze(1))
 
 
 # ---- strawberry ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """decode.py: many texts at once, each as if it were alone; and what a text is, against model.generate."""
 
+import math
+
 import pytest
 import torch
 
 from decode import Decoder, Request, texts
-from model import build, states_in
+from model import build, sample, states_in
 from options import UserError
 
 SMALL = {"vocab_size": 31, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -199,3 +201,55 @@ def test_the_cache_is_allocated_once():
     before = addresses()
     collect(decoder, requests_for(model, 9))
     assert addresses() == before
+
+
+# ---- draws ---------------------------------------------------------------------------------------------------------
+
+
+def probabilities(logits: list[float], temperature=1.0, top_k=None, top_p=1.0, min_p=0.0) -> list[float]:
+    """By the definitions, token by token."""
+    p = [math.exp(logit / temperature) for logit in logits]
+    total = sum(p)
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    kept = order[:top_k]
+    share, nucleus = sum(p[i] for i in kept), []
+    for i in kept:
+        if sum(p[j] for j in nucleus) >= top_p * share:
+            break
+        nucleus.append(i)
+    p = [p[i] / total if i in nucleus and p[i] >= min_p * p[order[0]] else 0.0 for i in range(len(p))]
+    return [x / sum(p) for x in p]
+
+
+@pytest.mark.parametrize("asked", [
+    {}, {"temperature": 0.5}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.8, "min_p": 0.15},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("size", [5, 300, 129])
+def test_draws_follow_the_filtered_probabilities(asked, size):
+    """Over u in even steps, each token comes as often as it is likely; over all of [0, 1), never one left out."""
+    logits = 2 * torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    n = 20_000
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    asked = {"temperature": 1.0} | asked
+    expected = torch.tensor(probabilities(logits.tolist(), **asked), dtype=torch.float64)
+    for rows in (asked, {name: torch.full((n,), value) for name, value in asked.items()}):
+        tokens = sample(logits.expand(n, -1), u, **rows)
+        counts = torch.bincount(tokens, minlength=size).double() / n
+        torch.testing.assert_close(counts, expected, rtol=0, atol=2 / n)
+        assert (expected[sample(logits.expand(3, -1).float(), torch.tensor([0.0, 0.5, 1.0]), **asked)] > 0).all()
+
+
+@every_model
+def test_a_prompt_that_several_texts_share_is_read_once(name, monkeypatch):
+    model = made(name)
+    first, other, *_ = requests_for(model, 3)
+    requests = [Request(other.prompt, 9 + i, seed=i, source=other.source) for i in range(3)]
+    decoder, read = Decoder(model, 5, 64), []
+    begin = decoder.logits.begin
+    monkeypatch.setattr(decoder.logits, "begin", lambda *args: read.append(args) or begin(*args))
+    results = collect(decoder, [first, *requests, Request(other.prompt + [1], 5, source=other.source)])
+    assert len(read) == 3
+    assert collect(decoder, requests) == results[1:4]  # what was read before a step is not used after it
+    assert len(read) == 4
+    for request, (tokens, _) in zip([first, *requests], results, strict=False):
+        assert tokens == by_generate(model, request)
