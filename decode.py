@@ -393,6 +393,8 @@ class Decoder:
         room, vocab_size = self.logits.room, self.model.config.vocab_size
         if not r.prompt or r.max_new_tokens < 1:
             raise UserError("a text needs a prompt of at least one token, and at least one token to be made")
+        if self.model.takes_source and not r.source:
+            raise UserError("an encoder-decoder needs a source of at least one token")
         if outside := [token for token in r.prompt if not 0 <= token < vocab_size]:
             raise UserError(f"token {outside[0]} is none of the {vocab_size} of the model's vocabulary")
         if self.model.max_positions is not None and self.model.causal:
@@ -489,7 +491,7 @@ class Decoder:
         holes = [i for i in range(n) if self.at[i] is None]
         for source, target in zip([i for i in places if i >= n], holes, strict=False):
             self.move(source, target)
-        return [i for i in range(n) if self.at[i] is not None]
+        return list(filter(self.steps, range(n)))
 
     def move(self, source: int, target: int) -> None:
         self.logits.move(source, target)

@@ -79,6 +79,19 @@ def test_texts_are_those_that_generate_makes(name, rows):
 
 
 @every_model
+@pytest.mark.parametrize("rows", [2, 8])
+def test_a_device_that_works_ahead_makes_the_same_texts(name, rows):
+    """As a GPU does: the next step is under way before the tokens of the last are read."""
+    model = made(name)
+    requests = requests_for(model, 11)
+    decoder = Decoder(model, rows, 64)
+    decoder.ahead = 1 if model.causal else 0
+    for request, (tokens, why) in zip(requests, collect(decoder, requests), strict=True):
+        assert tokens == by_generate(model, request)
+        assert why == ("stop" if tokens[-1] in request.stop else "length")
+
+
+@every_model
 def test_alone_and_in_company_are_the_same_in_float32(name):
     model = made(name).float()
     requests = requests_for(model, 7)
@@ -137,6 +150,11 @@ def test_requests_that_cannot_be_are_refused_and_leave_the_row_free(request_, me
     with pytest.raises(UserError, match=message):
         decoder.admit(request_)
     assert decoder.free == 1
+
+
+def test_an_encoder_decoder_without_a_source_is_refused():
+    with pytest.raises(UserError, match="needs a source"):
+        Decoder(made("encoder-decoder"), 1, 64).admit(Request([1], 5))
 
 
 def test_a_source_too_long_is_refused_and_leaves_the_row_free():
