@@ -143,7 +143,7 @@ def decode_splits(q: Tensor, k: Tensor, size: int) -> int:
     """Into how many parts the context is cut: enough programs for every multiprocessor, at most 8192 numbers to merge
     for a head, and one (no second kernel) where a context is short."""
     d = q.size(-1)
-    if size <= 4 * decode_block(d):
+    if size <= 8 * decode_block(d):
         return 1
     wanted = 8 * processors(q) // (q.size(0) * (k.size(-1) // d))
     return max(1, min(wanted, -(-size // decode_block(d)), 8192 // power_of_2(d)))
@@ -693,58 +693,67 @@ aft_op.register_autograd(aft_gradients, setup_context=aft_setup)
 # ---- AFT with positions ----------------------------------------------------------------------------------------------
 
 AFT_BLOCK = 64  # tokens in a block
+AFT_LAUNCH = {"num_warps": 8, "num_stages": 1}  # by registers: with fewer warps they spill
 
 
 def aft_conv(q: Tensor, k: Tensor, v: Tensor, taps: Tensor) -> Tensor:
     """AFT with p_{t,s} = taps[g, t − s] for the g-th of G groups of channels, 0 from a distance of `window` on; taps
-    (G, window). The rest as `aft_positional` has it."""
-    return aft_positional(q, k, v, taps, taps.size(1), True)
+    (G, window). The rest as in `aft_positional`."""
+    with torch.autocast(v.device.type, enabled=False):
+        apart, window = aft_apart(v, taps.size(1)), taps.size(1)
+        p = torch.where(apart < window, taps.float()[:, apart.clamp(0, window - 1)], 0.0)  # (G, R, N, N)
+        return aft_positional(q, k, v, p.movedim(0, 1).unsqueeze(0), apart)
 
 
 def aft_local(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, window: int) -> Tensor:
-    """AFT with p_{t,s} = a_t · b_s, 0 from a distance of `window` on (T: everywhere); a, b (≥ T, m). The rest as
-    `aft_positional` has it."""
-    T = v.size(1)
+    """AFT with p_{t,s} = a_t · b_s, 0 from a distance of `window` on (window T: full); a, b (at least T, m). The rest
+    as in `aft_positional`."""
     with torch.autocast(v.device.type, enabled=False):
-        p = a[:T].float() @ b[:T].float().T
-    return aft_positional(q, k, v, p.unsqueeze(0), window, False)
+        T, N, apart = v.size(1), AFT_BLOCK, aft_apart(v, window)
+        a, b = (F.pad(x[:T].float(), (0, 0, 0, -T % N)).unflatten(0, (-1, N)) for x in (a, b))  # (J, N, m)
+        blocks = torch.arange(len(a), device=v.device)
+        earlier = (blocks[:, None] - torch.arange(len(apart), device=v.device)).clamp(min=0)  # (J, R)
+        p = torch.where(apart < window, a.unsqueeze(1) @ b[earlier].mT, 0.0)  # (J, R, N, N)
+        return aft_positional(q, k, v, p.unsqueeze(2), apart)
 
 
-def aft_positional(q: Tensor, k: Tensor, v: Tensor, p: Tensor, window: int, by_distance: bool) -> Tensor:
+def aft_apart(v: Tensor, window: int) -> Tensor:
+    """t − s for the tokens t and s of two blocks that are 0 … R − 1 blocks apart, (R, N, N); R − 1 blocks reach as far
+    as the window does."""
+    N, T = AFT_BLOCK, v.size(1)
+    R = 1 + min(-(-(window - 1) // N), -(-T // N) - 1)
+    i = torch.arange(N, device=v.device)
+    return N * torch.arange(R, device=v.device)[:, None, None] + i[:, None] - i
+
+
+def aft_positional(q: Tensor, k: Tensor, v: Tensor, p: Tensor, apart: Tensor) -> Tensor:
     """y_t = σ(q_t) ⊙ Σ_{s ≤ t} exp(k_s + p_{t,s}) v_s / Σ_{s ≤ t} exp(k_s + p_{t,s}) (arXiv 2105.14103).
 
-    q, k, v (B, T, D), channels side by side; p (G, window) by distance or (G, T, T) for G groups of channels, 0 from a
-    distance of `window` on. Returns (B, T, D) in v's dtype; differentiable in q, k, v and p. Only where
-    `usable(q, k, v, p)`.
+    q, k, v (B, T, D), channels side by side; p (J, R, G, N, N): of the tokens t in each of J blocks, s in the block
+    0 … R − 1 before it, for G groups of channels, 0 farther off; J is 1 where p depends on the distance alone. Returns
+    (B, T, D) in v's dtype; differentiable in q, k, v and p. Only where `usable(q, k, v, p)`.
 
-    Tokens are cut into blocks of 64. What lies before the window comes as a running sum; blocks within it as matrix
-    products exp(p) @ (exp(k) v, exp(k)), about the largest key of each block. In a token's own block, of which it sees
-    a part, they are about the middle of the keys: those that lie up to 160 apart, ±80, are exact.
+    What lies before the R blocks comes as a running sum; the blocks as matrix products exp(p) @ (exp(k) v, exp(k)), the
+    keys about the largest so far. In a token's own block, of which it sees a part, they are about the middle of that
+    block's keys: as far as 160 apart, ±80, they lose nothing. Nor do positions that lie under 80 apart.
 
-    Bytes moved for each of B·T·D in bfloat16: forward 8 and 8 for the running sums and logs, backward 14 and 24 for
-    sums over the future and for p, besides what matrix products read again from the cache. Operations: 4 (window + 64)
-    forward, 8 (window + 64) backward, on the matrix units, bfloat16 where v is. The floor is the larger of both.
+    Bytes moved for each of B·T·D in bfloat16: forward 8, 4.75 for the running sums, 4 for the logarithms; backward 14,
+    8 for sums over the future and 14 for p; what is read again by neighbouring blocks comes from the cache. Operations:
+    4 (window + 64) forward, 8 (window + 64) backward, on the matrix units, in bfloat16 where v is. The floor is the
+    larger of 8 or 14 bytes and these operations.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return torch.ops.strawberry.aft_positional(q, k, v, p.float().contiguous(), min(window, v.size(1)), by_distance)[0]
+    most = p.detach().amax(dim=(1, 4)).clamp(min=0)  # (J, G, N), of each t; 0 is what lies before
+    weight = torch.where((apart >= 0).unsqueeze(1), (p - most[:, None, :, :, None]).exp(), 0.0)
+    return torch.ops.strawberry.aft_positional(q, k, v, weight, most)[0]
 
 
 @jit
-def aft_weights(p, t, s, T, window, p_t, p_s):
-    """exp(p_{t,s}) for tokens t (N,) and s (N,), zero where t < s, about the largest of each t; and those largest."""
-    seen = s[None, :] <= t[:, None]
-    near = seen & (t[:, None] - s[None, :] < window) & (t < T)[:, None]
-    score = tl.load(p + t.to(tl.int64)[:, None] * p_t + s[None, :] * p_s, mask=near, other=0.0)
-    score = tl.where(seen, score, float("-inf"))
-    highest = tl.max(score, axis=1)
-    return exp(score - highest[:, None]), highest
-
-
-@jit
-def aft_keys(k, v, s, T, here, step: tl.constexpr, v_step: tl.constexpr):
-    """k, −∞ after the last token, and v of tokens s; the middle of the keys, (channels,), or what is near the top."""
+def aft_keys(k, v, s, T, here, k_step: tl.constexpr, v_step: tl.constexpr):
+    """k, −∞ after the last token, and v of tokens s; the largest of k, (channels,), and the middle or what is 80 under
+    the largest."""
     mask = (s < T)[:, None] & here[None, :]
-    key = tl.load(k + s.to(tl.int64)[:, None] * step, mask=mask, other=0.0).to(tl.float32)
+    key = tl.load(k + s.to(tl.int64)[:, None] * k_step, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(v + s.to(tl.int64)[:, None] * v_step, mask=mask, other=0.0).to(tl.float32)
     lowest = tl.min(tl.where((s < T)[:, None], key, float("inf")), axis=0)
     key = tl.where((s < T)[:, None], key, float("-inf"))
@@ -754,43 +763,39 @@ def aft_keys(k, v, s, T, here, step: tl.constexpr, v_step: tl.constexpr):
 
 @jit
 def aft_positional_forward(
-    q, k, v, p, y, logs, states, T, window, near, q_row, k_row, v_row, p_group, p_t, p_s,
+    q, k, v, weight, most, y, logs, states, T, J, R, q_row, k_row, v_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens, of channels of one group: y, and log Σ exp(k_s + p_{t,s})."""
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-    inside = (part % parts) * BLOCK + tl.arange(0, BLOCK)
-    here, c = inside < WIDTH, (part // parts) * WIDTH + inside
+    groups: tl.constexpr = D // WIDTH
+    group, inside = part // parts, (part % parts) * BLOCK + tl.arange(0, BLOCK)
+    here, c = inside < WIDTH, group * WIDTH + inside
     q, k, v = q + row * q_row + c[None, :], k + row * k_row + c[None, :], v + row * v_row + c[None, :]
-    p += (part // parts) * p_group
-    i = tl.arange(0, N)
-    t = block * N + i
-    first = tl.maximum(block - near, 0)
+    i, mine, first = tl.arange(0, N), block % J, tl.maximum(block + 1 - R, 0)
+    weight += (mine * R * groups + group).to(tl.int64) * N * N + i[:, None] * N + i[None, :]
+    its_most = tl.load(most + (mine * groups + group) * N + i)
     states += (row * tl.cdiv(T, ROWS) + first * (N // ROWS)) * 3 * D + c
-    zero = tl.zeros((N, BLOCK), tl.float32)
-    top = zero + tl.load(states, mask=here, other=0.0)[None, :]
-    above = zero + tl.load(states + D, mask=here, other=0.0)[None, :]
-    below = zero + tl.load(states + 2 * D, mask=here, other=0.0)[None, :]
+    top, before = tl.load(states, mask=here, other=0.0), exp(-its_most)[:, None]
+    above = before * tl.load(states + D, mask=here, other=0.0)[None, :]
+    below = before * tl.load(states + 2 * D, mask=here, other=0.0)[None, :]
     for other in range(first, block + 1):
         key, value, highest, middle = aft_keys(k, v, other * N + i, T, here, k_step, v_step)
-        about = tl.where(other == block, middle, highest)
-        e = exp(key - about[None, :])
-        weight, most = aft_weights(p, t, other * N + i, T, window, p_t, p_s)
-        over = tl.dot(weight.to(DOT), (e * value).to(DOT), input_precision="tf32x3")
-        under = tl.dot(weight.to(DOT), e.to(DOT), input_precision="tf32x3")
-        its_top = about[None, :] + most[:, None]
-        gap, newer = exp(-tl.abs(top - its_top)), its_top > top
-        fade, its_fade = tl.where(newer, gap, 1.0), tl.where(newer, 1.0, gap)
-        above, below = above * fade + over * its_fade, below * fade + under * its_fade
-        top = tl.maximum(top, its_top)
+        higher = tl.maximum(top, tl.where(other == block, middle, highest))
+        fade, e = exp(top - higher)[None, :], exp(key - higher[None, :])
+        w = tl.load(weight + (block - other) * groups * N * N)
+        above = tl.dot(w, (e * value).to(DOT), above * fade, input_precision="tf32x3")
+        below = tl.dot(w, e.to(DOT), below * fade, input_precision="tf32x3")
+        top = higher
+    t = (block * N + i).to(tl.int64)
     mask = (t < T)[:, None] & here[None, :]
     below = tl.where(below > 0, below, 1.0)
-    query = tl.load(q + t.to(tl.int64)[:, None] * q_step, mask=mask, other=0.0).to(tl.float32)
-    out = (row * T + t.to(tl.int64))[:, None] * D + c[None, :]
+    query = tl.load(q + t[:, None] * q_step, mask=mask, other=0.0).to(tl.float32)
+    out = (row * T + t)[:, None] * D + c[None, :]
     tl.store(y + out, (above / (below * (1.0 + exp(-query)))).to(y.dtype.element_ty), mask=mask)
-    tl.store(logs + out, top + tl.log(below), mask=mask)
+    tl.store(logs + out, top[None, :] + its_most[:, None] + tl.log(below), mask=mask)
 
 
 @jit
@@ -799,15 +804,15 @@ def aft_after(
     D: tl.constexpr, q_step: tl.constexpr, grad_step: tl.constexpr,
     BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """From the end, block by block: Σ σ(q_t) ∂L/∂y_t / Z_t and the same times o_t over t in this block and later ones,
-    multiplied by exp(the largest key before this block); and q's gradient."""
+    """From the end, block by block: Σ r_t and Σ r_t o_t over t in this block and later ones, with r_t = σ(q_t) ∂L/∂y_t /
+    Z_t, multiplied by exp(the largest key before this block); and q's gradient."""
     c, row, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.arange(0, N)
     here, blocks = c < D, tl.cdiv(T, N)
     q, grad = q + row * q_row + c[None, :], grad + row * grad_row + c[None, :]
     states += row * tl.cdiv(T, ROWS) * 3 * D + c
     after += row * blocks * 2 * D + c
     total, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    last_top = tl.zeros((BLOCK,), tl.float32)
+    last_top = tl.full((BLOCK,), 1e30, tl.float32)  # nothing comes after the last block
     for done in range(0, blocks):
         block = blocks - 1 - done
         t = (block * N + i).to(tl.int64)
@@ -817,13 +822,12 @@ def aft_after(
         slope = tl.load(grad + t[:, None] * grad_step, mask=mask, other=0.0).to(tl.float32)
         result = tl.load(y + out, mask=mask, other=0.0).to(tl.float32)
         log = tl.load(logs + out, mask=mask, other=float("inf"))
-        gate = 1.0 / (1.0 + exp(-query))
+        gate = inverse(1.0 + exp(-query))
         tl.store(dq + out, (slope * result * (1.0 - gate)).to(dq.dtype.element_ty), mask=mask)
         top = tl.load(states + block.to(tl.int64) * (N // ROWS) * 3 * D, mask=here, other=0.0)
-        per_z = exp(top[None, :] - log)
-        fade = exp(top - last_top)
-        total = tl.sum(slope * gate * per_z, axis=0) + tl.where(done > 0, total * fade, 0.0)
-        weighted = tl.sum(slope * result * per_z, axis=0) + tl.where(done > 0, weighted * fade, 0.0)
+        per_z, fade = slope * exp(top[None, :] - log), exp(top - last_top)
+        total = tl.sum(gate * per_z, axis=0) + total * fade
+        weighted = tl.sum(result * per_z, axis=0) + weighted * fade  # σ(q) o is y
         last_top = top
         tl.store(after + block.to(tl.int64) * 2 * D, total, mask=here)
         tl.store(after + (block.to(tl.int64) * 2 + 1) * D, weighted, mask=here)
@@ -833,7 +837,7 @@ def aft_after(
 def aft_shares(
     q, grad, y, logs, t, T, about, most, here, out, q_step: tl.constexpr, grad_step: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """σ(q_t) ∂L/∂y_t / Z_t, and that times o_t, multiplied by exp(about) of each channel and exp(most) of each t."""
+    """r_t and r_t o_t, multiplied by exp(about) of each channel and exp(most) of each t."""
     t = t.to(tl.int64)
     mask = (t < T)[:, None] & here[None, :]
     query = tl.load(q + t[:, None] * q_step, mask=mask, other=0.0).to(tl.float32)
@@ -841,45 +845,41 @@ def aft_shares(
     result = tl.load(y + out + t[:, None] * D, mask=mask, other=0.0).to(tl.float32)
     log = tl.load(logs + out + t[:, None] * D, mask=mask, other=float("inf"))
     per_z = slope * exp(about[None, :] + most[:, None] - log)
-    return per_z / (1.0 + exp(-query)), per_z * result
+    return per_z * inverse(1.0 + exp(-query)), per_z * result
 
 
 @jit
 def aft_positional_backward(
-    q, k, v, p, grad, y, logs, states, after, dk, dv, T, window, near,
-    q_row, k_row, v_row, grad_row, p_group, p_t, p_s,
+    q, k, v, weight, most, grad, y, logs, states, after, dk, dv, T, J, R, q_row, k_row, v_row, grad_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of k and v in a block of tokens, of channels of one group, from all later tokens."""
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-    inside = (part % parts) * BLOCK + tl.arange(0, BLOCK)
-    here, c = inside < WIDTH, (part // parts) * WIDTH + inside
+    groups: tl.constexpr = D // WIDTH
+    group, inside = part // parts, (part % parts) * BLOCK + tl.arange(0, BLOCK)
+    here, c = inside < WIDTH, group * WIDTH + inside
     q, k, v = q + row * q_row + c[None, :], k + row * k_row + c[None, :], v + row * v_row + c[None, :]
     grad += row * grad_row + c[None, :]
-    p += (part // parts) * p_group
     i, blocks = tl.arange(0, N), tl.cdiv(T, N)
-    s = block * N + i
+    s, far = block * N + i, tl.minimum(block + R, blocks)
     key, value, _, about = aft_keys(k, v, s, T, here, k_step, v_step)
     over, under = tl.zeros((N, BLOCK), tl.float32), tl.zeros((N, BLOCK), tl.float32)
-    for other in range(block, tl.minimum(block + near + 1, blocks)):
-        t = other * N + i
-        weight, most = aft_weights(p, t, s, T, window, p_t, p_s)
-        share, weighted = aft_shares(q, grad, y, logs, t, T, about, most, here, row * T * D + c[None, :], q_step,
-                                     grad_step, D)  # fmt: skip
-        weight = tl.trans(weight.to(DOT))
-        over += tl.dot(weight, share.to(DOT), input_precision="tf32x3")
-        under += tl.dot(weight, weighted.to(DOT), input_precision="tf32x3")
-    e = exp(key - about[None, :])
-    over, under = over * e, under * e
-    far = tl.minimum(block + near + 1, blocks)
-    there = here & (far < blocks)
-    top = tl.load(states + (row * tl.cdiv(T, ROWS) + far * (N // ROWS)) * 3 * D + c, mask=there, other=0.0)
-    e = exp(key - top[None, :])
+    for other in range(block, far):
+        its_most = tl.load(most + (other % J * groups + group) * N + i)
+        tile = (other % J * R + other - block) * groups + group
+        w = tl.load(weight + tile * N * N + i[None, :] * N + i[:, None])  # (s, t)
+        share, weighted = aft_shares(q, grad, y, logs, other * N + i, T, about, its_most, here,
+                                     row * T * D + c[None, :], q_step, grad_step, D)  # fmt: skip
+        over = tl.dot(w, share.to(DOT), over, input_precision="tf32x3")
+        under = tl.dot(w, weighted.to(DOT), under, input_precision="tf32x3")
+    e, there = exp(key - about[None, :]), here & (far < blocks)
+    top = tl.load(states + (row * tl.cdiv(T, ROWS) + far * (N // ROWS)) * 3 * D + c, mask=there, other=float("inf"))
     after += (row * blocks + far) * 2 * D + c
-    over += tl.where(far < blocks, e * tl.load(after, mask=there, other=0.0)[None, :], 0.0)
-    under += tl.where(far < blocks, e * tl.load(after + D, mask=there, other=0.0)[None, :], 0.0)
+    e_far = exp(key - top[None, :])  # none where there is nothing far
+    over = over * e + e_far * tl.load(after, mask=there, other=0.0)[None, :]
+    under = under * e + e_far * tl.load(after + D, mask=there, other=0.0)[None, :]
     mask = (s < T)[:, None] & here[None, :]
     out = (row * T + s.to(tl.int64))[:, None] * D + c[None, :]
     tl.store(dv + out, over.to(dv.dtype.element_ty), mask=mask)
@@ -887,26 +887,23 @@ def aft_positional_backward(
 
 
 @jit
-def aft_positions_backward(
-    q, k, v, p, grad, y, logs, dp, B, T, window, rows, q_row, k_row, v_row, grad_row, p_group, p_t, p_s,
+def aft_weights_backward(
+    q, k, v, most, grad, y, logs, dw, B, T, J, R, rows, q_row, k_row, v_row, grad_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, EVERY: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of exp(p)'s tile for one pair of blocks, or, if EVERY, for all pairs of blocks that far apart: the
-    sum over some of the rows and the channels of one group."""
-    at, distance = tl.program_id(0), tl.program_id(1)
+    """The gradient of one tile of weights: the sum over some of the rows, over the channels of its group and over the
+    pairs of blocks that it is for."""
+    mine, apart = tl.program_id(0), tl.program_id(1)
     groups: tl.constexpr = D // WIDTH
     group, share_of = tl.program_id(2) % groups, tl.program_id(2) // groups
     i, blocks = tl.arange(0, N), tl.cdiv(T, N)
-    p += group * p_group
+    its_most = tl.load(most + (mine * groups + group) * N + i)
     total = tl.zeros((N, N), tl.float32)
-    first, last = at, at + 1
-    if EVERY:
-        first, last = distance, blocks
-    for block in range(tl.maximum(first, distance), last):
-        t, s = block * N + i, (block - distance) * N + i
-        weight, most = aft_weights(p, t, s, T, window, p_t, p_s)
-        pair = tl.zeros((N, N), tl.float32)
+    skipped = tl.cdiv(tl.maximum(apart - mine, 0), J)  # pairs that begin before the first block
+    for pair in range(skipped, tl.cdiv(blocks - mine, J)):
+        t = (mine + pair * J) * N + i
+        s = t - apart * N
         for step in range(0, tl.minimum(rows, B - share_of * rows)):
             row = (share_of * rows).to(tl.int64) + step
             for start in range(0, WIDTH, BLOCK):
@@ -914,109 +911,83 @@ def aft_positions_backward(
                 here, c = inside < WIDTH, group * WIDTH + inside[None, :]
                 key, value, _, about = aft_keys(k + row * k_row + c, v + row * v_row + c, s, T, here, k_step, v_step)
                 e = exp(key - about[None, :])
-                share, weighted = aft_shares(q + row * q_row + c, grad + row * grad_row + c, y, logs, t, T, about, most,
-                                             here, row * T * D + c, q_step, grad_step, D)  # fmt: skip
-                pair += tl.dot(share.to(DOT), tl.trans((e * value).to(DOT)), input_precision="tf32x3")
-                pair -= tl.dot(weighted.to(DOT), tl.trans(e.to(DOT)), input_precision="tf32x3")
-        total += tl.where(weight > 0, pair * weight, 0.0)  # what t does not see may be anything
-    out = ((tl.program_id(2) * tl.num_programs(0) + at) * tl.num_programs(1) + distance).to(tl.int64) * N * N
-    tl.store(dp + out + i[:, None] * N + i[None, :], total)
+                share, weighted = aft_shares(q + row * q_row + c, grad + row * grad_row + c, y, logs, t, T, about,
+                                             its_most, here, row * T * D + c, q_step, grad_step, D)  # fmt: skip
+                total = tl.dot(share.to(DOT), tl.trans((e * value).to(DOT)), total, input_precision="tf32x3")
+                total = tl.dot((-weighted).to(DOT), tl.trans(e.to(DOT)), total, input_precision="tf32x3")
+    seen = apart * N + i[:, None] - i[None, :] >= 0  # the rest may be anything
+    tile = ((share_of * J + mine) * R + apart) * groups + group
+    tl.store(dw + tile.to(tl.int64) * N * N + i[:, None] * N + i[None, :], tl.where(seen, total, 0.0))
 
 
-def aft_shape(p: Tensor, v: Tensor, window: int, by_distance: bool) -> tuple[dict, tuple, int]:
-    """Constants of a launch, p's strides by group, t and s, and how many blocks back the window reaches."""
-    width = v.size(-1) // p.size(0)
+def aft_shape(v: Tensor, weight: Tensor) -> tuple[dict, tuple[int, int]]:
+    """Constants of a launch; programs over blocks of tokens and channels."""
+    groups = weight.size(2)
+    width = v.size(-1) // groups
     shape = {"WIDTH": width, "BLOCK": max(16, min(64, power_of_2(width))), "N": AFT_BLOCK, "DOT": dot_type(v)}
-    strides = (p.stride(0), 1, -1) if by_distance else p.stride()
-    return shape, strides, -(-(window - 1) // AFT_BLOCK)
+    return shape, (-(-v.size(1) // AFT_BLOCK), groups * -(-width // shape["BLOCK"]))
+
+
+def aft_factor(weight: Tensor, v: Tensor) -> Tensor:
+    """The weights as the matrix units take them."""
+    return (weight if INTERPRETED else weight.to(v.dtype)).contiguous()
 
 
 @torch.library.custom_op("strawberry::aft_positional", mutates_args=())
-def aft_positional_op(
-    q: Tensor, k: Tensor, v: Tensor, p: Tensor, window: int, by_distance: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def aft_positional_op(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, most: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     B, T, D = v.shape
-    shape, p_strides, near = aft_shape(p, v, window, by_distance)
-    rows = min(AFT_ROWS, AFT_BLOCK)
     y = torch.empty(B, T, D, dtype=v.dtype, device=v.device)
     logs = torch.empty(B, T, D, dtype=torch.float32, device=v.device)
-    states = torch.empty(B, -(-T // rows), 3, D, dtype=torch.float32, device=v.device)
+    states = torch.empty(B, -(-T // AFT_ROWS), 3, D, dtype=torch.float32, device=v.device)
     totals = torch.empty(B, 1, 3, D, dtype=torch.float32, device=v.device)
-    rest, steps = [x.stride(0) for x in (q, k, v)], [x.stride(1) for x in (q, k, v)]
-    sums = (q, k, v, y, states, totals, T, -(-T // rows), *rest, D, *steps, rows, AFT_CHANNELS)
+    rows, steps = ([x.stride(axis) for x in (q, k, v)] for axis in (0, 1))
+    sums = (q, k, v, y, states, totals, T, -(-T // AFT_ROWS), *rows, D, *steps, AFT_ROWS, AFT_CHANNELS)
     aft_forward[(-(-D // AFT_CHANNELS), 1, B)](*sums, SAVE=True, WRITE=False, num_warps=1)
-    grid = (-(-T // AFT_BLOCK), p.size(0) * -(-shape["WIDTH"] // shape["BLOCK"]), B)
-    args = (q, k, v, p, y, logs, states, T, window, near, *rest, *p_strides, D, *steps)
-    aft_positional_forward[grid](*args, **shape, ROWS=rows, num_warps=4)
+    shape, grid = aft_shape(v, weight)
+    args = (q, k, v, aft_factor(weight, v), most.contiguous(), y, logs, states, T, *weight.shape[:2], *rows, D, *steps)
+    aft_positional_forward[(*grid, B)](*args, **shape, ROWS=AFT_ROWS, **AFT_LAUNCH)
     return y, logs, states
 
 
 @aft_positional_op.register_fake
-def _(q, k, v, p, window, by_distance):
+def _(q, k, v, weight, most):
     B, T, D = v.shape
-    states = v.new_empty(B, -(-T // min(AFT_ROWS, AFT_BLOCK)), 3, D, dtype=torch.float32)
+    states = v.new_empty(B, -(-T // AFT_ROWS), 3, D, dtype=torch.float32)
     return v.new_empty(B, T, D), v.new_empty(B, T, D, dtype=torch.float32), states
 
 
 @torch.library.custom_op("strawberry::aft_positional_backward", mutates_args=())
 def aft_positional_backward_op(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, y: Tensor, logs: Tensor, states: Tensor,
-    window: int, by_distance: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    B, T, D = v.shape
-    shape, p_strides, near = aft_shape(p, v, window, by_distance)
-    rows, blocks = min(AFT_ROWS, AFT_BLOCK), -(-T // AFT_BLOCK)
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, most: Tensor, y: Tensor, logs: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, T, D), (J, R, G, N, _), most = v.shape, weight.shape, most.contiguous()
+    shape, grid = aft_shape(v, weight)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     dq, dk, dv = (torch.empty(B, T, D, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    after = torch.empty(B, blocks, 2, D, dtype=torch.float32, device=v.device)
-    rest, steps = [x.stride(0) for x in (q, k, v, grad)], [x.stride(1) for x in (q, k, v, grad)]
-    sums = (q, grad, y, logs, states, dq, after, T, rest[0], rest[3], D, steps[0], steps[3])
-    aft_after[(-(-D // 32), B)](*sums, BLOCK=32, N=AFT_BLOCK, ROWS=rows, num_warps=4)
-    grid = (blocks, p.size(0) * -(-shape["WIDTH"] // shape["BLOCK"]), B)
-    args = (q, k, v, p, grad, y, logs, states, after, dk, dv, T, window, near, *rest, *p_strides, D, *steps)
-    aft_positional_backward[grid](*args, **shape, ROWS=rows, num_warps=4)
-    near = min(near, blocks - 1)
-    pairs = p.size(0) * (near + 1) * (1 if by_distance else blocks)
-    shares = max(1, min(B, -(-4 * processors(v) // pairs)))
-    share = -(-B // shares)
-    grid = (1 if by_distance else blocks, near + 1, p.size(0) * -(-B // share))
-    tiles = torch.empty(
-        -(-B // share), p.size(0), *grid[:2], AFT_BLOCK, AFT_BLOCK, dtype=torch.float32, device=v.device
-    )
-    args = (q, k, v, p, grad, y, logs, tiles, B, T, window, share, *rest, *p_strides, D, *steps)
-    aft_positions_backward[grid](*args, **shape, EVERY=by_distance, num_warps=4)
-    return dq, dk, dv, aft_fold(tiles.sum(0), p, window, by_distance)
-
-
-def aft_fold(tiles: Tensor, p: Tensor, window: int, by_distance: bool) -> Tensor:
-    """The gradient of p from tiles (G, blocks or 1, blocks apart, t, s)."""
-    G, blocks, apart, N, _ = tiles.shape
-    i = torch.arange(N, device=p.device)
-    away = N * torch.arange(apart, device=p.device)[:, None, None] + i[:, None] - i  # t − s, (apart, N, N)
-    near = (away >= 0) & (away < window)
-    made = torch.zeros_like(p)
-    if by_distance:
-        return made.index_add_(1, away.clamp(0, window - 1).flatten(), (tiles.sum(1) * near).flatten(1))
-    t = (N * torch.arange(blocks, device=p.device)[:, None, None, None] + i[:, None]).expand(-1, apart, N, N)
-    s, T = t - away, p.size(1)
-    there = near & (s >= 0) & (t < T) & (s < T)
-    flat = torch.where(there, t * T + s, 0).flatten()
-    return made.view(G, -1).index_add_(1, flat, torch.where(there, tiles, 0.0).flatten(1)).view_as(p)
+    after = torch.empty(B, grid[0], 2, D, dtype=torch.float32, device=v.device)
+    rows, steps = ([x.stride(axis) for x in (q, k, v, grad)] for axis in (0, 1))
+    sums = (q, grad, y, logs, states, dq, after, T, rows[0], rows[3], D, steps[0], steps[3])
+    aft_after[(-(-D // 32), B)](*sums, BLOCK=32, N=N, ROWS=AFT_ROWS, num_warps=4)
+    args = (q, k, v, aft_factor(weight, v), most, grad, y, logs, states, after, dk, dv, T, J, R, *rows, D, *steps)
+    aft_positional_backward[(*grid, B)](*args, **shape, ROWS=AFT_ROWS, **AFT_LAUNCH)
+    share = -(-B // max(1, min(B, -(-4 * processors(v) // (J * R * G)))))  # rows of B to a program
+    dw = torch.empty(-(-B // share), J, R, G, N, N, dtype=torch.float32, device=v.device)
+    args = (q, k, v, most, grad, y, logs, dw, B, T, J, R, share, *rows, D, *steps)
+    aft_weights_backward[(J, R, G * len(dw))](*args, **shape, **AFT_LAUNCH)
+    return dq, dk, dv, dw.sum(0)
 
 
 @aft_positional_backward_op.register_fake
-def _(grad, q, k, v, p, y, logs, states, window, by_distance):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, p))
+def _(grad, q, k, v, weight, most, y, logs, states):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, weight))
 
 
 def aft_positional_setup(ctx, inputs, output) -> None:
-    *tensors, ctx.window, ctx.by_distance = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs, *output)
 
 
 def aft_positional_gradients(ctx, grad: Tensor, *_) -> tuple:
-    rest = ctx.window, ctx.by_distance
-    return *torch.ops.strawberry.aft_positional_backward(grad, *ctx.saved_tensors, *rest), None, None
+    return *torch.ops.strawberry.aft_positional_backward(grad, *ctx.saved_tensors), None
 
 
 aft_positional_op.register_autograd(aft_positional_gradients, setup_context=aft_positional_setup)
@@ -1136,6 +1107,53 @@ def measure_aft(bandwidth: float) -> bool:
     return right
 
 
+def measure_positions(bandwidth: float) -> bool:
+    """Forward and backward of a module's call, result and gradients of one group of channels against float64."""
+    right = True
+    product = (random(8192, 8192), random(8192, 8192))
+    arithmetic = 2 * 8192**3 / timed(torch.matmul, [product] * 3)
+    for kind, window in [("conv", 256), ("conv", 1024), ("local", 256)]:
+        B, T, D, G = 32, 1024, 768, 12
+        qkv = [random(B, T, D).requires_grad_() for _ in range(3)]
+        p = [torch.randn(*shape, device="cuda").mul(0.1).requires_grad_()
+             for shape in ([(G, window)] if kind == "conv" else [(T, 128)] * 2)]  # fmt: skip
+        slope = random(B, T, D)
+
+        def forward(*args, kind=kind, window=window):
+            return aft_conv(*args) if kind == "conv" else aft_local(*args, window)
+
+        def both(*args, forward=forward, slope=slope):
+            return torch.autograd.grad(forward(*args), args, slope)
+
+        small = [x.detach()[:2, :, :64].requires_grad_() for x in qkv] + [
+            x.detach()[:1] if kind == "conv" else x for x in p
+        ]
+        small = [x.detach().requires_grad_() for x in small]
+        exact = [x.detach().double().requires_grad_() for x in small]
+        y = aft_positional_exact(*exact, window)
+        expected = [y, *torch.autograd.grad(y, exact, slope[:2, :, :64].double())]
+        got = forward(*small)
+        got = [got, *torch.autograd.grad(got, small, slope[:2, :, :64])]
+        error = max(error_of(g, e) for g, e in zip(got, expected))
+        operations = 4 * B * T * D * (min(window, T // 2) + AFT_BLOCK)
+        floor = max(8 * B * T * D / bandwidth, operations / arithmetic)
+        seconds = timed(forward, [(*qkv, *p)] * 2)
+        right &= line(f"aft_{kind} {B} x {T} x {D}, window {window}", error, 2e-2, seconds, floor)
+        floor = max(22 * B * T * D / bandwidth, 3 * operations / arithmetic)
+        right &= line("  forward and backward", error, 2e-2, timed(both, [(*qkv, *p)] * 2), floor)
+    return right
+
+
+def aft_positional_exact(q: Tensor, k: Tensor, v: Tensor, *p_window) -> Tensor:
+    """AFT by all pairs, for one group of channels, in what types the tensors have."""
+    *p, window = p_window
+    i = torch.arange(v.size(1), device=v.device)
+    away = i[:, None] - i
+    p = p[0][0, away.clamp(0, window - 1)] if len(p) == 1 else p[0] @ p[1].T
+    weight = torch.where(away < window, p, 0.0).exp() * (away >= 0)
+    return torch.sigmoid(q) * (weight @ (k.exp() * v)) / (weight @ k.exp())
+
+
 def main() -> None:
     if triton is None or not torch.cuda.is_available():
         raise SystemExit("python kernels.py times the kernels on a GPU; there is no GPU with Triton here")
@@ -1143,7 +1161,7 @@ def main() -> None:
     name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}: copies at {bandwidth / 1e12:.2f} TB/s")
     print(f"{'bfloat16':46} {'error':>8} {'µs':>9} {'floor µs':>9} {'floor':>6}")
-    right = [measure(bandwidth) for measure in (measure_decode, measure_int8, measure_aft)]
+    right = [measure(bandwidth) for measure in (measure_decode, measure_int8, measure_aft, measure_positions)]
     if not all(right):
         raise SystemExit("a kernel is wrong: its error is above its bound")
 

@@ -12,7 +12,7 @@ from test_decode import by_generate, collect, made, requests_for
 
 import kernels
 from decode import Decoder
-from kernels import aft_simple, decode_attention, int8_linear, quantize_int8
+from kernels import aft_conv, aft_local, aft_simple, decode_attention, int8_linear, quantize_int8
 
 assert kernels.INTERPRETED, "run by tests/test_kernels.py, or with TRITON_INTERPRET=1"
 
@@ -317,10 +317,83 @@ def test_aft_cuts_time_only_where_channels_are_few(monkeypatch):
     assert 8 <= kernels.aft_segments(torch.empty(1, 65536, 768, device="meta")) <= 64
 
 
+# ---- AFT with positions ----------------------------------------------------------------------------------------------
+
+
+def positional_by_pairs(q, k, v, p):
+    """Every pair of tokens, p (G, T, T) for groups of channels; in the types given, and differentiable."""
+    T, D = k.shape[1:]
+    score = k.unsqueeze(1) + p.movedim(0, -1).repeat_interleave(D // len(p), dim=-1)
+    score = score.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1)[None, :, :, None], -math.inf)
+    return torch.sigmoid(q) * (score.softmax(dim=2) * v.unsqueeze(1)).sum(dim=2)
+
+
+def pairs_of(kind: str, p, T: int, window: int) -> torch.Tensor:
+    """p (G, T, T), entry by entry: 0 from a distance of `window` on."""
+    if kind == "conv":
+        return torch.stack([torch.stack([taps[abs(t - s)] if abs(t - s) < window else taps[0] * 0
+                                         for t in range(T) for s in range(T)]).view(T, T) for taps in p[0]])  # fmt: skip
+    a, b = p
+    return torch.stack([a[t] @ b[s] if abs(t - s) < window else a[0, 0] * 0
+                        for t in range(T) for s in range(T)]).view(1, T, T)  # fmt: skip
+
+
+def check_positional(kind, q, k, v, p, window: int, bound: float) -> None:
+    """Result and gradients, also of the positions, against pairs in float64."""
+    weight = draw(*v.shape, seed=9, dtype=v.dtype)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, *p)]
+    expected = positional_by_pairs(*exact[:3], pairs_of(kind, exact[3:], v.size(1), window))
+    (expected * weight.double()).sum().backward()
+    ours = [x.detach().requires_grad_() for x in (q, k, v, *p)]
+    got = aft_conv(*ours) if kind == "conv" else aft_local(*ours, window)
+    assert got.dtype == v.dtype
+    (got * weight).sum().backward()
+    check(got, expected.detach(), bound)
+    floor = (exact[2].grad * exact[2].detach()).norm().item()  # what a gradient of k or p is a difference of
+    for name, mine, its in zip("qkvab", ours, exact, strict=False):
+        size = its.grad.norm().item() + (floor if name in "kab" else 0.0)
+        error = (mine.grad.double() - its.grad).norm().item()
+        assert mine.grad.dtype == mine.dtype and error <= bound * size, f"{name}: {error:.1e} of {size:.1e}"
+
+
+def positions(kind: str, T: int, groups: int, window: int) -> list[torch.Tensor]:
+    return [draw(groups, window, seed=5)] if kind == "conv" else [draw(T + 2, 6, seed=5), draw(T + 2, 6, seed=6)]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(kernels, "AFT_BLOCK", 16)
+
+
+@pytest.mark.parametrize("kind", ["conv", "local"])
+@pytest.mark.parametrize("B, T, D, groups, window", [
+    (2, 50, 6, 2, 20), (1, 70, 5, 1, 17), (1, 64, 4, 2, 1), (1, 40, 4, 4, 40), (1, 33, 34, 2, 18), (2, 1, 2, 1, 3),
+])  # fmt: skip
+def test_positional_aft_and_its_gradients(kind, B, T, D, groups, window, small_blocks):
+    q, k, v = (draw(B, T, D, seed=s) for s in range(3))
+    check_positional(kind, q, k, v, positions(kind, T, groups, window), window, 5e-6)
+
+
+@pytest.mark.parametrize("kind", ["conv", "local"])
+@pytest.mark.parametrize("keys", [keys for keys in KEYS if keys != "thousands apart"])
+def test_positional_aft_with_keys_of_80_in_the_interpreter(kind, keys, small_blocks):
+    T, window = 40, 19
+    q, v, k = draw(1, T, 4), draw(1, T, 4, seed=2), keys_like(keys, T, 4)[None].contiguous()
+    p = [x * 0.2 for x in positions(kind, T, 2, window)]
+    check_positional(kind, q, k, v, p, window, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["conv", "local"])
+def test_positional_aft_in_whole_blocks_and_bfloat16(kind):
+    T, window = 100, 40
+    q, k, v = (draw(1, T, 8, seed=s, dtype=torch.bfloat16) for s in range(3))
+    check_positional(kind, q, k, v, positions(kind, T, 2, window), window, 1e-2)
+
+
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-def test_the_operators_are_registered_as_pytorch_wants_them():
+def test_the_operators_are_registered_as_pytorch_wants_them(small_blocks):
     q, k, v, pos = ring(2, 4, 2, 16, 30, [29, 35])
     torch.library.opcheck(torch.ops.strawberry.decode_attention.default, (q, k, v, pos, 30, 0.25, 2))
     w8, scale = quantize_int8(draw(9, 16))
@@ -328,6 +401,8 @@ def test_the_operators_are_registered_as_pytorch_wants_them():
     torch.library.opcheck(torch.ops.strawberry.int8_linear.default, (draw(2, 16), w8, scale, draw(9)))
     qkv = [draw(1, 3, 2, seed=s).requires_grad_() for s in range(3)]
     torch.library.opcheck(torch.ops.strawberry.aft_simple.default, (*qkv, True, 1))
+    weight, most = torch.rand(1, 1, 1, 16, 16).requires_grad_(), torch.zeros(1, 1, 16)
+    torch.library.opcheck(torch.ops.strawberry.aft_positional.default, (*qkv, weight, most))
 
 
 def test_compile_keeps_the_kernels_whole():
@@ -341,11 +416,12 @@ def test_compile_keeps_the_kernels_whole():
     torch.testing.assert_close(compiled(q, k, v, pos), step(q, k, v, pos))
 
 
-def test_compile_differentiates_aft():
+def test_compile_differentiates_aft(small_blocks):
     qkv = [draw(1, 20, 3, seed=s).requires_grad_() for s in range(3)]
 
     def loss(q, k, v):
-        return (aft_simple(q * 2, k, v) ** 2).sum()
+        y = aft_conv(q, aft_simple(q * 2, k, v), v, torch.ones(1, 7)) + aft_local(q, k, v, v[0], k[0], 5)
+        return (y**2).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got, expected = (torch.autograd.grad(f(*qkv), qkv) for f in (compiled, loss))
