@@ -749,21 +749,28 @@ def aft_positional(q: Tensor, k: Tensor, v: Tensor, p: Tensor, apart: Tensor) ->
 
 
 @jit
-def aft_keys(k, v, s, T, here, k_step: tl.constexpr, v_step: tl.constexpr):
-    """k, −∞ after the last token, and v of tokens s; the largest of k, (channels,), and the middle or what is 80 under
-    the largest."""
-    mask = (s < T)[:, None] & here[None, :]
-    key = tl.load(k + s.to(tl.int64)[:, None] * k_step, mask=mask, other=0.0).to(tl.float32)
-    value = tl.load(v + s.to(tl.int64)[:, None] * v_step, mask=mask, other=0.0).to(tl.float32)
-    lowest = tl.min(tl.where((s < T)[:, None], key, float("inf")), axis=0)
-    key = tl.where((s < T)[:, None], key, float("-inf"))
-    highest = tl.max(key, axis=0)
-    return key, value, highest, tl.maximum((highest + lowest) * 0.5, highest - 80.0)
+def aft_keys(
+    k, v, states, totals, block, T, here,
+    D: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """k, −∞ after the last token, and v of a block; (1, channels) each, the largest key up to its end, and the middle
+    between that and the largest up to its first token, which all of the block see."""
+    s = (block * N + tl.arange(0, N)).to(tl.int64)[:, None]
+    mask, here = (s < T) & here[None, :], here[None, :]
+    key = tl.where(s < T, tl.load(k + s * k_step, mask=mask, other=0.0).to(tl.float32), float("-inf"))
+    value = tl.load(v + s * v_step, mask=mask, other=0.0).to(tl.float32)
+    states += block * (N // ROWS) * 3 * D
+    more = (block + 1) * N < T
+    start = tl.load(states, mask=here, other=0.0)
+    end = tl.load(states + (N // ROWS) * 3 * D, mask=here & more, other=0.0)
+    end = tl.where(more, end, tl.load(totals, mask=here & (block * N + N >= T), other=0.0))
+    start = tl.maximum(start, tl.load(k + block * N * k_step, mask=here, other=0.0).to(tl.float32))
+    return key, value, end, (start + end) * 0.5
 
 
 @jit
 def aft_positional_forward(
-    q, k, v, weight, most, y, logs, states, T, J, R, q_row, k_row, v_row,
+    q, k, v, weight, most, y, logs, states, totals, T, J, R, q_row, k_row, v_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -777,14 +784,15 @@ def aft_positional_forward(
     i, mine, first = tl.arange(0, N), block % J, tl.maximum(block + 1 - R, 0)
     weight += (mine * R * groups + group).to(tl.int64) * N * N + i[:, None] * N + i[None, :]
     its_most = tl.load(most + (mine * groups + group) * N + i)
-    states += (row * tl.cdiv(T, ROWS) + first * (N // ROWS)) * 3 * D + c
-    top, before = tl.load(states, mask=here, other=0.0), exp(-its_most)[:, None]
-    above = before * tl.load(states + D, mask=here, other=0.0)[None, :]
-    below = before * tl.load(states + 2 * D, mask=here, other=0.0)[None, :]
+    states, totals = states + row * tl.cdiv(T, ROWS) * 3 * D + c[None, :], totals + row * 3 * D + c[None, :]
+    far, before = states + first * (N // ROWS) * 3 * D, exp(-its_most)[:, None]
+    top = tl.load(far, mask=here[None, :], other=0.0)
+    above = before * tl.load(far + D, mask=here[None, :], other=0.0)
+    below = before * tl.load(far + 2 * D, mask=here[None, :], other=0.0)
     for other in range(first, block + 1):
-        key, value, highest, middle = aft_keys(k, v, other * N + i, T, here, k_step, v_step)
-        higher = tl.maximum(top, tl.where(other == block, middle, highest))
-        fade, e = exp(top - higher)[None, :], exp(key - higher[None, :])
+        key, value, end, middle = aft_keys(k, v, states, totals, other, T, here, D, k_step, v_step, N, ROWS)
+        higher = tl.where(other == block, middle, end)
+        fade, e = exp(top - higher), exp(key - higher)
         w = tl.load(weight + (block - other) * groups * N * N)
         above = tl.dot(w, (e * value).to(DOT), above * fade, input_precision="tf32x3")
         below = tl.dot(w, e.to(DOT), below * fade, input_precision="tf32x3")
@@ -795,7 +803,7 @@ def aft_positional_forward(
     query = tl.load(q + t[:, None] * q_step, mask=mask, other=0.0).to(tl.float32)
     out = (row * T + t)[:, None] * D + c[None, :]
     tl.store(y + out, (above / (below * (1.0 + exp(-query)))).to(y.dtype.element_ty), mask=mask)
-    tl.store(logs + out, top[None, :] + its_most[:, None] + tl.log(below), mask=mask)
+    tl.store(logs + out, top + its_most[:, None] + tl.log(below), mask=mask)
 
 
 @jit
@@ -804,8 +812,8 @@ def aft_after(
     D: tl.constexpr, q_step: tl.constexpr, grad_step: tl.constexpr,
     BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """From the end, block by block: Σ r_t and Σ r_t o_t over t in this block and later ones, with r_t = σ(q_t) ∂L/∂y_t /
-    Z_t, multiplied by exp(the largest key before this block); and q's gradient."""
+    """From the end, block by block: Σ r_t and Σ r_t o_t over t in this block and later ones, times exp(the largest key
+    before this block), with r_t = σ(q_t) ∂L/∂y_t / Z_t; and q's gradient."""
     c, row, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.arange(0, N)
     here, blocks = c < D, tl.cdiv(T, N)
     q, grad = q + row * q_row + c[None, :], grad + row * grad_row + c[None, :]
@@ -844,13 +852,13 @@ def aft_shares(
     slope = tl.load(grad + t[:, None] * grad_step, mask=mask, other=0.0).to(tl.float32)
     result = tl.load(y + out + t[:, None] * D, mask=mask, other=0.0).to(tl.float32)
     log = tl.load(logs + out + t[:, None] * D, mask=mask, other=float("inf"))
-    per_z = slope * exp(about[None, :] + most[:, None] - log)
+    per_z = slope * exp(about + most[:, None] - log)
     return per_z * inverse(1.0 + exp(-query)), per_z * result
 
 
 @jit
 def aft_positional_backward(
-    q, k, v, weight, most, grad, y, logs, states, after, dk, dv, T, J, R, q_row, k_row, v_row, grad_row,
+    q, k, v, weight, most, grad, y, logs, states, totals, after, dk, dv, T, J, R, q_row, k_row, v_row, grad_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -864,7 +872,8 @@ def aft_positional_backward(
     grad += row * grad_row + c[None, :]
     i, blocks = tl.arange(0, N), tl.cdiv(T, N)
     s, far = block * N + i, tl.minimum(block + R, blocks)
-    key, value, _, about = aft_keys(k, v, s, T, here, k_step, v_step)
+    states, totals = states + row * tl.cdiv(T, ROWS) * 3 * D + c[None, :], totals + row * 3 * D + c[None, :]
+    key, value, _, about = aft_keys(k, v, states, totals, block, T, here, D, k_step, v_step, N, ROWS)
     over, under = tl.zeros((N, BLOCK), tl.float32), tl.zeros((N, BLOCK), tl.float32)
     for other in range(block, far):
         its_most = tl.load(most + (other % J * groups + group) * N + i)
@@ -874,12 +883,12 @@ def aft_positional_backward(
                                      row * T * D + c[None, :], q_step, grad_step, D)  # fmt: skip
         over = tl.dot(w, share.to(DOT), over, input_precision="tf32x3")
         under = tl.dot(w, weighted.to(DOT), under, input_precision="tf32x3")
-    e, there = exp(key - about[None, :]), here & (far < blocks)
-    top = tl.load(states + (row * tl.cdiv(T, ROWS) + far * (N // ROWS)) * 3 * D + c, mask=there, other=float("inf"))
-    after += (row * blocks + far) * 2 * D + c
-    e_far = exp(key - top[None, :])  # none where there is nothing far
-    over = over * e + e_far * tl.load(after, mask=there, other=0.0)[None, :]
-    under = under * e + e_far * tl.load(after + D, mask=there, other=0.0)[None, :]
+    e, there = exp(key - about), (here & (far < blocks))[None, :]
+    top = tl.load(states + far * (N // ROWS) * 3 * D, mask=there, other=float("inf"))
+    after += (row * blocks + far) * 2 * D + c[None, :]
+    e_far = exp(key - top)  # none where there is nothing far
+    over = over * e + e_far * tl.load(after, mask=there, other=0.0)
+    under = under * e + e_far * tl.load(after + D, mask=there, other=0.0)
     mask = (s < T)[:, None] & here[None, :]
     out = (row * T + s.to(tl.int64))[:, None] * D + c[None, :]
     tl.store(dv + out, over.to(dv.dtype.element_ty), mask=mask)
@@ -888,9 +897,9 @@ def aft_positional_backward(
 
 @jit
 def aft_weights_backward(
-    q, k, v, most, grad, y, logs, dw, B, T, J, R, rows, q_row, k_row, v_row, grad_row,
+    q, k, v, most, grad, y, logs, states, totals, dw, B, T, J, R, rows, q_row, k_row, v_row, grad_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of weights: the sum over some of the rows, over the channels of its group and over the
     pairs of blocks that it is for."""
@@ -902,17 +911,18 @@ def aft_weights_backward(
     total = tl.zeros((N, N), tl.float32)
     skipped = tl.cdiv(tl.maximum(apart - mine, 0), J)  # pairs that begin before the first block
     for pair in range(skipped, tl.cdiv(blocks - mine, J)):
-        t = (mine + pair * J) * N + i
-        s = t - apart * N
+        block = mine + pair * J
         for step in range(0, tl.minimum(rows, B - share_of * rows)):
             row = (share_of * rows).to(tl.int64) + step
             for start in range(0, WIDTH, BLOCK):
                 inside = start + tl.arange(0, BLOCK)
                 here, c = inside < WIDTH, group * WIDTH + inside[None, :]
-                key, value, _, about = aft_keys(k + row * k_row + c, v + row * v_row + c, s, T, here, k_step, v_step)
-                e = exp(key - about[None, :])
-                share, weighted = aft_shares(q + row * q_row + c, grad + row * grad_row + c, y, logs, t, T, about,
-                                             its_most, here, row * T * D + c, q_step, grad_step, D)  # fmt: skip
+                its_states, its_totals = states + row * tl.cdiv(T, ROWS) * 3 * D + c, totals + row * 3 * D + c
+                key, value, _, about = aft_keys(k + row * k_row + c, v + row * v_row + c, its_states, its_totals,
+                                                block - apart, T, here, D, k_step, v_step, N, ROWS)  # fmt: skip
+                e = exp(key - about)
+                share, weighted = aft_shares(q + row * q_row + c, grad + row * grad_row + c, y, logs, block * N + i, T,
+                                             about, its_most, here, row * T * D + c, q_step, grad_step, D)  # fmt: skip
                 total = tl.dot(share.to(DOT), tl.trans((e * value).to(DOT)), total, input_precision="tf32x3")
                 total = tl.dot((-weighted).to(DOT), tl.trans(e.to(DOT)), total, input_precision="tf32x3")
     seen = apart * N + i[:, None] - i[None, :] >= 0  # the rest may be anything
@@ -934,31 +944,43 @@ def aft_factor(weight: Tensor, v: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("strawberry::aft_positional", mutates_args=())
-def aft_positional_op(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, most: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def aft_positional_op(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor, most: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, D = v.shape
     y = torch.empty(B, T, D, dtype=v.dtype, device=v.device)
     logs = torch.empty(B, T, D, dtype=torch.float32, device=v.device)
     states = torch.empty(B, -(-T // AFT_ROWS), 3, D, dtype=torch.float32, device=v.device)
-    totals = torch.empty(B, 1, 3, D, dtype=torch.float32, device=v.device)
+    totals = torch.empty(B, 3, D, dtype=torch.float32, device=v.device)
     rows, steps = ([x.stride(axis) for x in (q, k, v)] for axis in (0, 1))
     sums = (q, k, v, y, states, totals, T, -(-T // AFT_ROWS), *rows, D, *steps, AFT_ROWS, AFT_CHANNELS)
     aft_forward[(-(-D // AFT_CHANNELS), 1, B)](*sums, SAVE=True, WRITE=False, num_warps=1)
     shape, grid = aft_shape(v, weight)
-    args = (q, k, v, aft_factor(weight, v), most.contiguous(), y, logs, states, T, *weight.shape[:2], *rows, D, *steps)
+    tiles = aft_factor(weight, v), most.contiguous()
+    args = (q, k, v, *tiles, y, logs, states, totals, T, *weight.shape[:2], *rows, D, *steps)
     aft_positional_forward[(*grid, B)](*args, **shape, ROWS=AFT_ROWS, **AFT_LAUNCH)
-    return y, logs, states
+    return y, logs, states, totals
 
 
 @aft_positional_op.register_fake
 def _(q, k, v, weight, most):
     B, T, D = v.shape
-    states = v.new_empty(B, -(-T // AFT_ROWS), 3, D, dtype=torch.float32)
-    return v.new_empty(B, T, D), v.new_empty(B, T, D, dtype=torch.float32), states
+    sums = [v.new_empty(*shape, dtype=torch.float32) for shape in ((B, T, D), (B, -(-T // AFT_ROWS), 3, D), (B, 3, D))]
+    return v.new_empty(B, T, D), *sums
 
 
 @torch.library.custom_op("strawberry::aft_positional_backward", mutates_args=())
 def aft_positional_backward_op(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, most: Tensor, y: Tensor, logs: Tensor, states: Tensor
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    most: Tensor,
+    y: Tensor,
+    logs: Tensor,
+    states: Tensor,
+    totals: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, T, D), (J, R, G, N, _), most = v.shape, weight.shape, most.contiguous()
     shape, grid = aft_shape(v, weight)
@@ -968,17 +990,18 @@ def aft_positional_backward_op(
     rows, steps = ([x.stride(axis) for x in (q, k, v, grad)] for axis in (0, 1))
     sums = (q, grad, y, logs, states, dq, after, T, rows[0], rows[3], D, steps[0], steps[3])
     aft_after[(-(-D // 32), B)](*sums, BLOCK=32, N=N, ROWS=AFT_ROWS, num_warps=4)
-    args = (q, k, v, aft_factor(weight, v), most, grad, y, logs, states, after, dk, dv, T, J, R, *rows, D, *steps)
+    known = grad, y, logs, states, totals
+    args = (q, k, v, aft_factor(weight, v), most, *known, after, dk, dv, T, J, R, *rows, D, *steps)
     aft_positional_backward[(*grid, B)](*args, **shape, ROWS=AFT_ROWS, **AFT_LAUNCH)
     share = -(-B // max(1, min(B, -(-4 * processors(v) // (J * R * G)))))  # rows of B to a program
     dw = torch.empty(-(-B // share), J, R, G, N, N, dtype=torch.float32, device=v.device)
-    args = (q, k, v, most, grad, y, logs, dw, B, T, J, R, share, *rows, D, *steps)
-    aft_weights_backward[(J, R, G * len(dw))](*args, **shape, **AFT_LAUNCH)
+    args = (q, k, v, most, *known, dw, B, T, J, R, share, *rows, D, *steps)
+    aft_weights_backward[(J, R, G * len(dw))](*args, **shape, ROWS=AFT_ROWS, **AFT_LAUNCH)
     return dq, dk, dv, dw.sum(0)
 
 
 @aft_positional_backward_op.register_fake
-def _(grad, q, k, v, weight, most, y, logs, states):
+def _(grad, q, k, v, weight, most, y, logs, states, totals):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, weight))
 
 

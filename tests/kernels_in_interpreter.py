@@ -331,8 +331,10 @@ def positional_by_pairs(q, k, v, p):
 def pairs_of(kind: str, p, T: int, window: int) -> torch.Tensor:
     """p (G, T, T), entry by entry: 0 from a distance of `window` on."""
     if kind == "conv":
-        return torch.stack([torch.stack([taps[abs(t - s)] if abs(t - s) < window else taps[0] * 0
-                                         for t in range(T) for s in range(T)]).view(T, T) for taps in p[0]])  # fmt: skip
+        return torch.stack([pairs_of("taps", [taps], T, window)[0] for taps in p[0]])
+    if kind == "taps":
+        return torch.stack([p[0][abs(t - s)] if abs(t - s) < window else p[0][0] * 0
+                            for t in range(T) for s in range(T)]).view(1, T, T)  # fmt: skip
     a, b = p
     return torch.stack([a[t] @ b[s] if abs(t - s) < window else a[0, 0] * 0
                         for t in range(T) for s in range(T)]).view(1, T, T)  # fmt: skip
