@@ -47,7 +47,7 @@ GPT4_PATTERN = (  # tiktoken's cl100k_base: contractions, words, up to 3 digits,
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 VERSION = 1
-MAX_FILE = 8 << 20  # bytes; the largest published vocabulary, 200,000 tokens, takes 4 MB
+MAX_FILE = 6 << 20  # bytes; the largest published vocabulary, 200,000 tokens, takes 4 MB
 MAX_BRACKETS = 100_000  # in such a file: an empty list of two bytes takes 64 in memory
 MAX_VOCAB = 1 << 22  # ids, so that a damaged file cannot ask for a table that fills the memory
 FETCH_SECONDS = 30

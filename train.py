@@ -66,6 +66,7 @@ EVAL_SEED = 0  # of the windows that evaluations read: the same whatever the run
 STRICT_POSITIONS = 512
 COMPILE_ON_CPU_FROM = 5000  # steps; see worth_compiling
 MAX_ROLLBACKS = 3
+INSIST = 1.0  # seconds after which a signal that nobody heard is raised again
 GRACE = 3.0  # seconds after a signal in which a step may still be finished
 CPU_TOKENS = 4096  # in a batch, at most, that batch_size "auto" makes on a CPU: more makes no token cheaper there
 VERIFIED = 2 << 30  # bytes of token file that --check reads whole: seconds
@@ -85,7 +86,8 @@ class Signals:
     """Lets SIGINT and SIGTERM arrive where nothing is half done, by raising Interrupted there.
 
     The first one is raised at once, wherever the program is, unless it is inside `with signals.held():`; then it is
-    raised at the end of that block. A second one ends the process.
+    raised at the end of that block. A second one ends the process. An exception that comes in the middle of a callback
+    gets lost (torch.compile has many), so that it is raised again each INSIST seconds until somebody hears it.
     """
 
     def __init__(self):
@@ -99,9 +101,13 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self.handle)
+            if hasattr(signal, "SIGALRM"):  # on Windows there is none
+                self.before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.insist)
         return self
 
     def __exit__(self, *_) -> None:
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -109,8 +115,14 @@ class Signals:
         if self.received is not None:
             os._exit(128 + number)
         self.received, self.at = number, time.monotonic()
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, INSIST, INSIST)
         if not self.depth:
             raise Interrupted(number)
+
+    def insist(self, number: int, frame) -> None:
+        if not self.depth and not self.heard:
+            raise Interrupted(self.received)
 
     def give_up_late(self) -> None:
         """To be called in a held() block at places where its work can be given up: raises once GRACE is over."""

@@ -6,6 +6,7 @@ Children are forked from a server that has torch imported already, so that a hun
 
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import io
 import json
@@ -103,6 +104,7 @@ def begin(body, argv, directory, log, threads, env):
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(n, "wb"), line_buffering=True) for n in (1, 2))
     torch.set_num_threads(threads)
+    faulthandler.register(signal.SIGUSR1)
     for number in (signal.SIGINT, signal.SIGTERM):  # as train.py does where it is the program
         signal.signal(number, lambda number, frame: os._exit(128 + number))
     sys.argv = ["train.py", *argv]
@@ -278,6 +280,8 @@ def finish(child, seconds=60) -> int:
     """Its exit code, as a shell tells it: −9 after SIGKILL."""
     child.join(seconds)
     if child.exitcode is None:
+        os.kill(child.pid, signal.SIGUSR1)  # its log then says where it stands
+        child.join(1)
         child.kill()
         child.join()
         raise AssertionError(f"it did not end within {seconds} s")
@@ -354,7 +358,7 @@ class Notes:
     def rows(self):
         for what, hows in self.done.items():
             if isinstance(hows[0], dict):
-                most = (f"{max(how[unit] for how in hows):.2g} {unit}" for unit in hows[0])
+                most = (f"{max(how[unit] for how in hows):.3g} {unit}" for unit in hows[0])
                 yield what, f"{len(hows)}, each in at most {' and '.join(most)}"
             else:
                 yield what, "; ".join(hows)
