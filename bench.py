@@ -1516,12 +1516,15 @@ def details_table(rows: list[dict]) -> str:
 
 def missing_cells(rows: list[dict]) -> list[str]:
     """Why there is a — in the table, a line for each reason."""
-    groups: dict[tuple, list[str]] = {}
+    batches: dict[tuple, list[str]] = {}
     for label, cell in cells_of(rows):
         if cell["why"]:
-            groups.setdefault((label, cell["why"], cell["context"]), []).append(f"{cell['batch']:,}")
-    return [f"— {label}, context {short(context)}, batch {', '.join(batches)}: {why}."
-            for (label, why, context), batches in groups.items()]  # fmt: skip
+            batches.setdefault((label, cell["why"], cell["context"]), []).append(f"{cell['batch']:,}")
+    contexts: dict[tuple, list[str]] = {}
+    for (label, why, context), found in batches.items():
+        contexts.setdefault((label, why, ", ".join(found)), []).append(short(context))
+    return [f"— {label}, context {', '.join(found)}, batch {those}: {why}."
+            for (label, why, those), found in contexts.items()]  # fmt: skip
 
 
 def about_machine(bench: Bench) -> str:

@@ -611,7 +611,7 @@ def test_what_does_not_fit_is_told_in_the_table(quick, monkeypatch):
     assert cells[14, 1]["why"] == cells[40, 2]["why"] == "its positions end at 16"
     assert all(cell["why"] is None for cell in found["rows"][1]["cells"])
     text = Path("out/decode.md").read_text()
-    assert "— l, context 40, batch 1, 2: its positions end at 16." in text
+    assert "— l, context 14, 40, batch 1, 2: its positions end at 16." in text
     assert re.search(r"\| l \| [\d,]+ \([\d.,]+×\) \| — \| — \| [\d,]+ \([\d.,]+×\) \| — \| — \|", text)
 
 
