@@ -884,6 +884,8 @@ class Trainer:
         with self.signals.held():
             self.optimizer.zero_grad()
             self.load(self.find_checkpoint())
+            for load in self.loads:  # no checkpoint has what routers have counted since the last update
+                load.zero_()
             step = self.progress.step
             about = {"rollback": number, "from_step": reached.step + 1, "lr_factor": 0.5**number, "why": str(error)}
             self.progress.skipped = reached.position + 1 - step

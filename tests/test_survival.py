@@ -525,10 +525,11 @@ def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypat
 def test_a_run_that_was_rolled_back_resumes_as_if_it_had_not_stopped(den, monkeypatch):
     poison(monkeypatch, 6)
     assert run(BACK, "--checkpoints.path=whole") == 0
-    for argv, number in ([], 8), ([RESUME], 2):  # the first is the one right after the rollback
+    stops = [("take_steps", 2), ("update_weights", 1), ("update_weights", 2)]  # the first is right after the rollback
+    for i, (name, number) in enumerate(stops):
         with monkeypatch.context() as patch:
-            at_call(patch, Trainer, "update_weights", number, terminate)
-            assert run(BACK, *argv) == 143
+            at_call(patch, Trainer, name, number, terminate)
+            assert run(BACK, *[RESUME] * bool(i)) == 143
     assert run(BACK, RESUME) == 0
     assert_same(newest_state("whole")[1], newest_state()[1])
     assert timeless("whole/metrics.jsonl") == timeless()

@@ -371,15 +371,15 @@ def main() -> int:
     notes = Notes()
     start = time.perf_counter()
     os.chdir(ROOT)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     others = [name for name in PROPERTIES if "test_survival" not in name]
     code = pytest.main(["-q", "tests/test_survival.py", *others], plugins=[notes])
     version = re.search(r"[\d.]+", sys.version)[0]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     print("\n| what was done to it | how much |\n| --- | --- |")
     print("\n".join(f"| {what} | {how} |" for what, how in notes.rows()))
     print("\n".join(["", f"{len(notes.failed)} failed", *notes.failed]))
     minutes = (time.perf_counter() - start) / 60
-    print(f"\nPython {version}, {os.cpu_count()} cores, {minutes:.0f} minutes, commit {commit.strip()}.")
+    print(f"\nPython {version}, {os.cpu_count()} cores, {minutes:.0f} minutes, commit {commit}.")
     return int(code)
 
 
