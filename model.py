@@ -531,16 +531,22 @@ def channel_norm(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
 
 def rotary(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
     """Rotary positions per head."""
-    d = 2 * at.rope[0].size(-1)
-    q, k = (rotate(x.unflatten(-1, (-1, d)), at.rope).flatten(2) for x in (q, k))
-    return q, k
+    q, k = turned(q, k, at)
+    return q.flatten(2), k.flatten(2)
 
 
 def rotary_qk_norm(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
     """Rotary positions, then `norm`, per head."""
-    d = 2 * at.rope[0].size(-1)
-    q, k = (norm(rotate(x.unflatten(-1, (-1, d)), at.rope)).flatten(2) for x in (q, k))
-    return q, k
+    q, k = turned(q, k, at)
+    return norm(q).flatten(2), norm(k).flatten(2)
+
+
+def turned(q: Tensor, k: Tensor, at: At) -> Sequence[Tensor]:
+    """q and k turned, (B, T, H, d); in a step both at once, whose launches cost more than the copy."""
+    q, k = (x.unflatten(-1, (-1, 2 * at.rope[0].size(-1))) for x in (q, k))
+    if at.stepping and q.shape == k.shape:
+        return rotate(torch.stack((q, k)), at.rope).unbind()
+    return rotate(q, at.rope), rotate(k, at.rope)
 
 
 # ---- sums over chunks ----------------------------------------------------------------------------------------------
@@ -691,6 +697,8 @@ def merge(a: Sums, b: Sums) -> Sums:
 def running(each: Sums) -> Sums:
     """The sums over all s ≤ t, for every t (axis 1), against the running maximum: no overflow, and no early token is
     lost to a later one's maximum."""
+    if each.top.size(1) == 1:
+        return each
     top = each.top.cummax(dim=1).values
     decay = F.pad((top[:, :-1] - top[:, 1:]).exp(), (0, 0, 1, 0))
     e = (each.top - top).exp()
