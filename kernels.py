@@ -701,7 +701,8 @@ def aft_conv(q: Tensor, k: Tensor, v: Tensor, taps: Tensor) -> Tensor:
     (G, window). The rest as in `aft_positional`."""
     with torch.autocast(v.device.type, enabled=False):
         apart, window = aft_apart(v, taps.size(1)), taps.size(1)
-        p = torch.where(apart < window, taps.float()[:, apart.clamp(0, window - 1)], 0.0)  # (G, R, N, N)
+        p = taps.float().index_select(1, apart.clamp(0, window - 1).flatten()).unflatten(1, apart.shape)  # (G, R, N, N)
+        p = torch.where(apart < window, p, 0.0)
         return aft_positional(q, k, v, p.movedim(0, 1).unsqueeze(0), apart)
 
 
@@ -713,7 +714,8 @@ def aft_local(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, window: int
         a, b = (F.pad(x[:T].float(), (0, 0, 0, -T % N)).unflatten(0, (-1, N)) for x in (a, b))  # (J, N, m)
         blocks = torch.arange(len(a), device=v.device)
         earlier = (blocks[:, None] - torch.arange(len(apart), device=v.device)).clamp(min=0)  # (J, R)
-        p = torch.where(apart < window, a.unsqueeze(1) @ b[earlier].mT, 0.0)  # (J, R, N, N)
+        b = b.index_select(0, earlier.flatten()).unflatten(0, earlier.shape)  # (J, R, N, m)
+        p = torch.where(apart < window, a.unsqueeze(1) @ b.mT, 0.0)  # (J, R, N, N)
         return aft_positional(q, k, v, p.unsqueeze(2), apart)
 
 
