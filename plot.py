@@ -15,7 +15,7 @@ import io
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from options import UserError, atomic_write, run_cli
@@ -25,19 +25,38 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX"
 AXES = {"step": "step", "tokens": "tokens", "seconds": "time in training steps (s)"}
 
+POINTS = 2000  # of a curve: more than a picture of this width can show
+
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
     """The lines of a metrics.jsonl; what a kill left half written is skipped."""
-    lines = []
+    return list(each_line(path))
+
+
+def each_line(path: str | os.PathLike) -> Iterator[dict]:
     with open(path, encoding="utf-8", errors="replace") as file:
         for text in file:
             with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(text)
                 if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    lines.append(line)
-    return lines
+                    yield line
+
+
+def read_points(path: str | os.PathLike) -> list[dict]:
+    """read_metrics for a picture, in memory that does not grow with the run: all evaluations, and of the logged steps
+    every one, or every second, fourth, … so that they are POINTS at most."""
+    kept, every, n = [], 1, 0  # (number among the logged steps, line); the first and evaluations have 0, and stay
+    for line in each_line(path):
+        number = n if "loss" in line else 0
+        n += "loss" in line
+        if number % every == 0:
+            kept.append((number, line))
+        if n > POINTS * every:
+            every *= 2
+            kept = [(number, line) for number, line in kept if number % every == 0]
+    return [line for _, line in kept]
 
 
 def series(lines: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
@@ -184,7 +203,7 @@ def curves(metrics: str | os.PathLike | Iterable[str | os.PathLike], out: str | 
     """
     paths = [Path(metrics)] if isinstance(metrics, (str, os.PathLike)) else [Path(path) for path in metrics]
     try:
-        runs = dict(zip(run_names(paths), map(read_metrics, paths), strict=True))
+        runs = dict(zip(run_names(paths), map(read_points, paths), strict=True))
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; train.py writes metrics.jsonl") from error
     for name, sheet in SHEETS.items():

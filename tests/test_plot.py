@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import plot
@@ -94,3 +95,19 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize("value,text", [(0, "0"), (950, "950"), (2000, "2k"), (12_500_000, "12.5M"), (3e9, "3B")])
 def test_numbers_are_short(value, text):
     assert plot.short_number(value) == text
+
+
+def test_a_long_run_is_drawn_from_few_points_and_all_evaluations(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "POINTS", 10)
+    lines = [{"step": n, "loss": 1.0} for n in range(1, 101)]
+    lines[50:50] = [{"step": 50, "val_loss": 1.0}]
+    lines.append({"step": 100, "val_loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    for end in (3, 10, 11, 52, 102):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines[:end]))
+        got = plot.read_points(path)
+        logged = [line["step"] for line in got if "loss" in line]
+        assert len(logged) <= 11 and len(set(np.diff(logged))) <= 1 and logged[0] == 1
+        assert len(logged) == min(end, 10) or len(logged) >= 5
+        assert [line for line in got if "loss" not in line] == [line for line in lines[:end] if "loss" not in line]
+    assert len(plot.read_metrics(path)) == 102
