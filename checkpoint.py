@@ -515,7 +515,7 @@ def set_rng_state(state: dict) -> None:
 # ---- model files -----------------------------------------------------------------------------------------------------
 
 MODEL_FORMAT, MODEL_VERSION = "text-model", "1"
-MAX_HEADER = 32 << 20  # bytes; an encoder of 200,000 tokens takes about 5 MB of it
+MAX_HEADER = 8 << 20  # bytes; an encoder of 200,000 tokens takes about 5 MB, and tensors in it at most 140 MB of memory
 
 
 def save_model(path, model: nn.Module, encoder, record: dict) -> None:
