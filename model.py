@@ -1553,7 +1553,7 @@ class ModelConfig:
     arch: str = option("strawberry", "the family of architectures")
     vocab_size: int = option(8192, "entries of the vocabulary, at least as many as the encoder has", low=1)
     block_size: int = option(256, "tokens in a training window", low=1)
-    n_layer: int = option(2, "blocks", low=1)
+    n_layer: int = option(2, "blocks", low=1, high=4096)
     n_head: int = option(4, "heads", low=1)
     n_embd: int = option(64, "channels of the residual stream", low=1)
     dropout: float = option(0.0, "on embeddings, attention probabilities and residual branches", low=0, below=1)
@@ -1916,7 +1916,7 @@ def pick(p: Tensor, u: Tensor) -> Tensor:
 class StrawberryConfig(ModelConfig):
     arch: str = option("strawberry", "the family of architectures", choices=("strawberry",))
     n_qkv: int = option(256, "D, channels of q, of k and of v", low=1)
-    r_layer: int = option(2, "retention steps of each block before its last step; 0: none", low=0)
+    r_layer: int = option(2, "retention steps of each block before its last step; 0: none", low=0, high=1024)
     aft_ratio: int = option(3, "attention-free steps for each step of expert attention", low=0)
     aft: str = option("simple", "positions of attention-free mixing", choices=tuple(AFTS))
     window: int | None = option(None, "tokens that attention sees; default block_size / 4", low=1)
@@ -1925,7 +1925,7 @@ class StrawberryConfig(ModelConfig):
     windows: list[int] | None = option(None, "each expert's; default window, window / 2, … not under 16", low=1)
     n_ffn_experts: int = option(1, "groups of SwiGLU channels that a router chooses from", low=1)
     a_ffn_experts: int | None = option(None, "groups active for a token; default half", low=1)
-    recursions: int = option(1, "times that the whole stack is run", low=1)
+    recursions: int = option(1, "times that the whole stack is run", low=1, high=1024)
     adaptive: bool = option(False, "each token chooses its number of recursions")
     retention: str = option("on", "'none': the same steps with weights that stay as they are", choices=("on", "none"))
     retention_scope: str = option(
@@ -2185,7 +2185,7 @@ class Strawberry(LanguageModel):
 class StrawberryV0Config(ModelConfig):
     arch: str = option("strawberry-v0", "the family of architectures", choices=("strawberry-v0",))
     n_qkv: int = option(256, "D, channels of q, of k and of v", low=1)
-    r_layer: int = option(2, "times that each block is run", low=1)
+    r_layer: int = option(2, "times that each block is run", low=1, high=1024)
     aft: str = option("full", "positions of attention-free mixing", choices=tuple(AFTS))
     window: int | None = option(None, "tokens that attention sees; default block_size / 4", low=1)
     n_experts: int = option(1, "groups of heads that a router chooses from, token by token", low=1)
@@ -2360,7 +2360,7 @@ def repeated_states(blocks: nn.ModuleList, repeats: int, *args) -> list:
 class PalmConfig(ModelConfig):
     arch: str = option("palm", "the family of architectures", choices=("palm",))
     n_qkv: int = option(256, "D, channels of q, of k and of v", low=1)
-    r_layer: int = option(1, "times that each block is run", low=1)
+    r_layer: int = option(1, "times that each block is run", low=1, high=1024)
     d_rank: int | None = option(64, "numbers that every linear map goes through; null: full rank", low=1)
     attention_type: str = option("aft", "mixer", choices=("aft", "lam", "kv", "mha"))
     aft: str = option("simple", "positions of attention-free mixing", choices=tuple(AFTS))
@@ -2576,7 +2576,7 @@ class TinyStar(LanguageModel):
 class TransformerConfig(ModelConfig):
     arch: str = option("transformer", "the family of architectures", choices=("transformer",))
     kind: str = option("encoder-decoder", "which stacks", choices=("encoder-decoder", "decoder", "encoder"))
-    n_encoder_layer: int | None = option(None, "blocks of the encoder; default n_layer", low=1)
+    n_encoder_layer: int | None = option(None, "blocks of the encoder; default n_layer", low=1, high=4096)
     n_qkv: int | None = option(None, "channels of q; default n_embd", low=1)
     n_kv_head: int | None = option(None, "heads of k and v in GQA; default n_head / 2", low=1)
     n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 4C, for swiglu 8C/3", low=1)
@@ -2604,7 +2604,7 @@ class TransformerConfig(ModelConfig):
     n_random: int = option(3, "bigbird: blocks drawn for each block of queries", low=0)
     sparse_block: int = option(64, "bigbird: tokens in a block", low=1)
     sparse_seed: int = option(0, "bigbird: seed of the draw", low=0)
-    recursions: int = option(1, "times that each stack is run", low=1)
+    recursions: int = option(1, "times that each stack is run", low=1, high=1024)
     adaptive: bool = option(False, "each token chooses its number of recursions")
 
     def __post_init__(self):
