@@ -1232,7 +1232,8 @@ class SwiGLU(nn.Module):
     def __init__(self, c):
         super().__init__()
         n_ffn = c.n_ffn or -(-8 * c.n_embd // 3 // 64) * 64  # 8C/3, rounded up to 64
-        self.w1, self.w2 = Linear(c.n_embd, 2 * n_ffn, bias=c.bias), Linear(n_ffn, c.n_embd, bias=c.bias)
+        self.w1 = Linear(c.n_embd, 2 * n_ffn, bias=c.bias)
+        self.w2 = Linear(n_ffn, c.n_embd, bias=c.bias, role=c.writes)
 
     def forward(self, x: Tensor, at: At) -> Tensor:
         u, g = self.w1(x).chunk(2, dim=-1)
@@ -1249,7 +1250,8 @@ class FeedForward(nn.Module):
         super().__init__()
         n_ffn = c.n_ffn or 4 * c.n_embd
         self.activation = activation
-        self.w1, self.w2 = Linear(c.n_embd, n_ffn, bias=c.bias), Linear(n_ffn, c.n_embd, bias=c.bias)
+        self.w1 = Linear(c.n_embd, n_ffn, bias=c.bias)
+        self.w2 = Linear(n_ffn, c.n_embd, bias=c.bias, role=c.writes)
 
     def forward(self, x: Tensor, at: At) -> Tensor:
         return self.w2(self.activation(self.w1(x)))
@@ -1305,7 +1307,7 @@ class SelfAttention(nn.Module):
         kv_width = (n_kv_head or c.n_head) * (c.n_qkv // c.n_head)
         self.wq = Linear(c.n_embd, c.n_qkv, bias=c.bias) if has_q else None
         self.wk, self.wv = Linear(c.n_embd, kv_width, bias=c.bias), Linear(c.n_embd, kv_width, bias=c.bias)
-        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias)
+        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias, role=c.writes)
         self.mixer = mixer
 
     def forward(self, x: Tensor, at: At, state) -> Tensor:
@@ -1331,7 +1333,7 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(self.rank)
         self.wkv_b = Linear(self.rank, c.n_head * 2 * self.d)  # per head: k, then v
         self.wkv_b.products = ()  # `absorbed` reads it too
-        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias)
+        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias, role=c.writes)
         self.view, self.dropout = view, c.dropout
         factor = rope_frequencies(c.rope_dim, c.rope_scaling, c.block_size)[1]
         self.scale = (self.d + self.rope_dim) ** -0.5 * factor**2
@@ -1643,6 +1645,7 @@ class ModelConfig:
 
     # what some families offer and the parts ask of all
     bias = False
+    writes = "matrix"  # the role of matrices that write into the residual stream
     sparse = "none"
     windows = None
     n_experts = 1
@@ -2591,6 +2594,8 @@ class TinyStarConfig(ModelConfig):
     pos_encoding: str = option(
         "RoPE", "how tokens know where they stand", choices=("Learned", "RoPE", "Sinusoidal", "None"))
     tie_embeddings: bool = option(True, "one table for input and output")
+
+    writes = "residual"  # an embedding of deviation 0.02 would be lost under what matrices of unit gain write
 
     def __post_init__(self):
         default_attention(self)

@@ -504,7 +504,7 @@ def loader_threads():
 
 def test_an_error_on_the_thread_reaches_the_consumer(split):
     class Broken:
-        locate = split.locate
+        locate, block_size = split.locate, split.block_size
 
         def windows(self, seed, first, count):
             if first >= 6:
