@@ -525,8 +525,9 @@ def as_is(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
 
 
 def channel_norm(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
-    """`norm` over all D channels, for AFT."""
-    return norm(q), norm(k)
+    """`norm` over all D channels, for AFT, in the types that q and k come in: autocast on a GPU would widen them, and
+    AFT, which is limited by the bytes it reads, would read twice as many."""
+    return norm(q).to(q.dtype), norm(k).to(k.dtype)
 
 
 def rotary(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
@@ -731,6 +732,14 @@ class AFTSimpleFunction(torch.autograd.Function):
         return e * (v * after - weighted), e * after
 
 
+def aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """σ(q_t) ⊙ o_t, (B, T, D) in v's dtype: by the kernel where there is one for these tensors, else in plain
+    PyTorch."""
+    if kernels.usable(q, k, v):
+        return kernels.aft_simple(q, k, v)
+    return (torch.sigmoid(wide(q)) * AFTSimpleFunction.apply(wide(k), wide(v))).to(v.dtype)
+
+
 class AFTSimple(nn.Module):
     """Attention-free mixing (arXiv 2105.14103) without positions: y_t = σ(q_t) ⊙ Σ exp(k_s) v_s / Σ exp(k_s)."""
 
@@ -740,12 +749,9 @@ class AFTSimple(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: State | None) -> Tensor:
         q, k = self.prepare(q, k, at)
-        if not at.causal:
-            o = self.of_all(wide(k), wide(v), at)
-        elif state is None:
-            o = AFTSimpleFunction.apply(wide(k), wide(v))
-        else:
-            o = self.go_on(wide(k), wide(v), at, state)
+        if at.causal and state is None:
+            return aft_simple(q, k, v)
+        o = self.go_on(wide(k), wide(v), at, state) if at.causal else self.of_all(wide(k), wide(v), at)
         return (torch.sigmoid(wide(q)) * o).to(v.dtype)
 
     def of_all(self, k: Tensor, v: Tensor, at: At) -> Tensor:
@@ -802,7 +808,8 @@ class AFTPositional(nn.Module):
     channels. Where `window` is set, p is 0 from t − s = window on, but the sum still runs over every s.
 
     The tokens are cut into blocks: pairs within a block are computed exactly, block pairs within the window as matrix
-    products against each block's largest key, and what lies before the window as running sums.
+    products against each block's largest key, and what lies before the window as running sums. On a GPU a kind's
+    `fused(q, k, v)` does the same in one kernel.
     """
 
     block = 32
@@ -814,6 +821,8 @@ class AFTPositional(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: list | None) -> Tensor:
         q, k = self.prepare(q, k, at)
+        if at.causal and state is None and kernels.usable(q, k, v, *self.parameters()):
+            return self.fused(q, k, v)
         with full_precision(x):
             if not at.causal:
                 o = self.of_all(wide(k), wide(v), at)
@@ -962,6 +971,9 @@ class AFTFull(AFTPositional):
         p = (a @ b.mT).unsqueeze(0)
         return p if self.window is None else torch.where((t - s).abs() < self.window, p, 0.0)
 
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.aft_local(q, k, v, self.a, self.b, self.window or k.size(1))
+
     def flops(self, T: int) -> float:
         return 4 * T * self.width + 2 * T * self.a.size(1)
 
@@ -979,6 +991,9 @@ class AFTConv(AFTPositional):
     def positions(self, t: Tensor, s: Tensor) -> Tensor:
         distance = (t - s).abs()
         return torch.where(distance < self.window, wide(self.kernel)[:, distance.clamp(max=self.window - 1)], 0.0)
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.aft_conv(q, k, v, self.kernel)
 
 
 def aft_local(c, prepare: Callable) -> AFTFull:
