@@ -484,6 +484,22 @@ def aft_link(fade, after, weighted, its_fade, its_after, its_weighted):
 
 
 @jit
+def aft_merge_two(a, b, c, d, e, f, its_a, its_b, its_c, its_d, its_e, its_f):
+    """For a scan of sums, and of the same without the last in each range: what is before it."""
+    d, e, f = aft_merge(a, b, c, its_d, its_e, its_f)
+    a, b, c = aft_merge(a, b, c, its_a, its_b, its_c)
+    return a, b, c, d, e, f
+
+
+@jit
+def aft_link_two(a, b, c, d, e, f, its_a, its_b, its_c, its_d, its_e, its_f):
+    """`aft_merge_two` for sums over the future."""
+    d, e, f = aft_link(a, b, c, its_d, its_e, its_f)
+    a, b, c = aft_link(a, b, c, its_a, its_b, its_c)
+    return a, b, c, d, e, f
+
+
+@jit
 def aft_publish(x, value, mask):
     """For programs that wait: never NaN, which is what they take for missing."""
     tl.store(x, tl.where(value == value, value, float("inf")), mask=mask)
@@ -533,13 +549,14 @@ def aft_forward(
     for i in tl.static_range(ROWS):
         weight = exp(ks[i].to(tl.float32) - peak)
         over, under = over + weight * vs[i].to(tl.float32), under + weight
-    peak, over, under = tl.associative_scan((peak, over, under), 0, aft_merge)
+    none, zero = tl.full((PARTS, BLOCK), -1e30, tl.float32), tl.zeros((PARTS, BLOCK), tl.float32)
+    peak, over, under, peak_before, over_before, under_before = tl.associative_scan(
+        (peak, over, under, none, zero, zero), 0, aft_merge_two)
     totals += row * tiles * 3 * D + c
     prefixes += row * tl.cdiv(tiles, GROUP) * 3 * D + c
-    mine = totals + tile * 3 * D
-    aft_publish(mine + part * 0, peak, last & here)
-    aft_publish(mine + part * 0 + D, over, last & here)
-    aft_publish(mine + part * 0 + 2 * D, under, last & here)
+    aft_publish(totals + (tile + part * 0) * 3 * D, peak, last & here)
+    aft_publish(totals + (tile + part * 0) * 3 * D + D, over, last & here)
+    aft_publish(totals + (tile + part * 0) * 3 * D + 2 * D, under, last & here)
 
     top = tl.full((1, BLOCK), -1e30, tl.float32)
     above, below = tl.zeros((1, BLOCK), tl.float32), tl.zeros((1, BLOCK), tl.float32)
@@ -561,16 +578,11 @@ def aft_forward(
         top, above, below = aft_merge(its_top, its_above, its_below, top, above, below)
     if tile % GROUP == GROUP - 1:
         its_top, its_above, its_below = aft_merge(top, above, below, peak, over, under)
-        mine = prefixes + group * 3 * D + part * 0
-        aft_publish(mine, its_top, last & here)
-        aft_publish(mine + D, its_above, last & here)
-        aft_publish(mine + 2 * D, its_below, last & here)
+        aft_publish(prefixes + (group + part * 0) * 3 * D, its_top, last & here)
+        aft_publish(prefixes + (group + part * 0) * 3 * D + D, its_above, last & here)
+        aft_publish(prefixes + (group + part * 0) * 3 * D + 2 * D, its_below, last & here)
 
-    before = tl.broadcast_to(tl.maximum(part - 1, 0), (PARTS, BLOCK))
-    peak = tl.where(part > 0, tl.gather(peak, before, 0), -1e30)
-    over = tl.where(part > 0, tl.gather(over, before, 0), 0.0)
-    under = tl.where(part > 0, tl.gather(under, before, 0), 0.0)
-    top, above, below = aft_merge(top, above, below, peak, over, under)
+    top, above, below = aft_merge(top, above, below, peak_before, over_before, under_before)
     if SAVE:
         states += (row * (tl.cdiv(T, ROWS) + 1) + tile * PARTS + part) * 3 * D + c
         tl.store(states, top, mask=here & (left > 0))
@@ -631,11 +643,13 @@ def aft_backward(
     over, under = tl.zeros((PARTS, BLOCK), tl.float32), tl.zeros((PARTS, BLOCK), tl.float32)
     for i in tl.static_range(ROWS - 1, -1, -1):
         over, under = (over + rs[i]) * fades[i], (under + ros[i]) * fades[i]
-    fade, over, under = tl.associative_scan((exp(top - now), over, under), 0, aft_link, reverse=True)
+    one, zero = tl.full((PARTS, BLOCK), 1.0, tl.float32), tl.zeros((PARTS, BLOCK), tl.float32)
+    fade, over, under, fade_behind, over_behind, under_behind = tl.associative_scan(
+        (exp(top - now), over, under, one, zero, zero), 0, aft_link_two, reverse=True)
     totals += row * tiles * 2 * D + c
     prefixes += row * tl.cdiv(tiles, GROUP) * 2 * D + c
-    aft_publish(totals + back * 2 * D + part * 0, over, first & here)
-    aft_publish(totals + back * 2 * D + part * 0 + D, under, first & here)
+    aft_publish(totals + (back + part * 0) * 2 * D, over, first & here)
+    aft_publish(totals + (back + part * 0) * 2 * D + D, under, first & here)
 
     after, weighted = tl.zeros((1, BLOCK), tl.float32), tl.zeros((1, BLOCK), tl.float32)  # Σ r and Σ r o, later tiles'
     end = tl.load(states + (tile + 1) * PARTS * 3 * D, mask=here & (back > 0), other=0.0)
@@ -655,13 +669,10 @@ def aft_backward(
         after += between * tl.load(its, mask=here, other=0.0, volatile=True)
         weighted += between * tl.load(its + D, mask=here, other=0.0, volatile=True)
     if back % GROUP == GROUP - 1:
-        aft_publish(prefixes + group * 2 * D + part * 0, over + fade * after, first & here)
-        aft_publish(prefixes + group * 2 * D + part * 0 + D, under + fade * weighted, first & here)
+        aft_publish(prefixes + (group + part * 0) * 2 * D, over + fade * after, first & here)
+        aft_publish(prefixes + (group + part * 0) * 2 * D + D, under + fade * weighted, first & here)
 
-    behind, final = tl.broadcast_to(tl.minimum(part + 1, PARTS - 1), (PARTS, BLOCK)), part == PARTS - 1
-    fade = tl.where(final, 1.0, tl.gather(fade, behind, 0))
-    after = tl.where(final, 0.0, tl.gather(over, behind, 0)) + fade * after
-    weighted = tl.where(final, 0.0, tl.gather(under, behind, 0)) + fade * weighted
+    after, weighted = over_behind + fade_behind * after, under_behind + fade_behind * weighted
     for i in tl.static_range(ROWS - 1, -1, -1):
         after, weighted = after + rs[i], weighted + ros[i]
         dv_now = weights[i] * after
