@@ -25,7 +25,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -1663,6 +1663,15 @@ def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None) -
     return torch.where(real, nats, 0.0).sum(), torch.where(real, slope, 0.0).to(logits.dtype)
 
 
+@torch.compiler.disable(recursive=False)
+def one_by_one(blocks: Iterator[nn.Module], x: Tensor, at: At) -> Tensor:
+    """x (B, T, C) through blocks of one kind. torch.compile takes each call for itself, so that what it compiled for
+    the first serves them all, where a stack as one graph would take as many times as long."""
+    for block in blocks:
+        x = block(x, replace(at, masks={}), None)  # what a block added to `at` would make the next one's call another
+    return x
+
+
 # ---- the language model --------------------------------------------------------------------------------------------
 
 
@@ -2379,6 +2388,8 @@ class Strawberry(LanguageModel):
         return repeat(self.once, x, at, states, self.config.recursions, self.depth)
 
     def once(self, x: Tensor, at: At, states: list | None) -> Tensor:
+        if states is None and len(self.blocks) > 1 and torch.compiler.is_compiling():
+            return one_by_one(self.blocks, x, at)
         for i, block in enumerate(self.blocks):
             x = block(x, at, None if states is None else states[i])
         return x
