@@ -1314,7 +1314,10 @@ def _(grad, raw, scale, oa, out, z, kept, viewed):
 
 
 def between_each(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
-    """`between` for (B, J, M, N), whose rows and chunks need not lie evenly: not copied, but taken in several calls."""
+    """`between` for (B, J, M, N), whose rows and chunks need not lie evenly: where to copy them costs more than to
+    launch several products, they are not copied."""
+    if a.numel() < 2**22:
+        return between(a, b, viewed)
     a, b = (a, b.mT) if viewed else (a.mT, b)
     y = torch.empty(*a.shape[:2], a.size(-2), b.size(-1), dtype=a.dtype, device=a.device)
     along = 0 if len(a) < a.size(1) else 1

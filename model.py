@@ -673,8 +673,23 @@ def project(x: Tensor, w: Tensor | Int8 | Scaled, at: At) -> Tensor:
     elif w.raw.dim() == 2:
         return linear(x * w.scale, w.raw)
     else:
-        y = (to_chunks(x, at.slot) * w.scale).to(w.raw.dtype) @ w.raw.mT
+        y = ChunkProduct.apply((to_chunks(x, at.slot) * w.scale).to(w.raw.dtype), w.raw)
     return y.flatten(1, 2)[:, : x.size(1)]
+
+
+class ChunkProduct(torch.autograd.Function):
+    """x wᵀ, x (B, J, slot, in) and w (B, J, out, in). PyTorch's own gradient of w would come transposed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.mT
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        with full_precision(x):
+            return grad @ w, grad.mT @ x
 
 
 class ChunkState(State):
