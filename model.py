@@ -579,7 +579,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], at:
     if key not in at.masks:
         at.masks[key] = blocks_near(T, windows, q.device)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # cast first: the other way round it would be a copy
     mask = BlockMask((T, T), *at.masks[key][1:], (128, 128), near(at.masks[key][0]))
     return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
