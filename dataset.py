@@ -775,12 +775,12 @@ class Loader:
 
     with Loader(corpus.train, seed, batch_size=4, accumulation=2, device="cpu") as loader:
         for micro_batches in loader:                  # one step: a list of `accumulation` batches
-            for x, y, source, n_targets in micro_batches: ...      # x (batch_size // world, T) int64 on the device
+            for x, y, source, n_targets in micro_batches: ...      # x (rows, T) int64 on the device
 
-    Step s takes samples s·batch_size·accumulation … and so on; micro-batch m is the m-th batch_size of them, and rank r
-    of `world` gets the r-th equal part of each micro-batch. Position and order depend on nothing else, so that
-    start_step alone resumes. An error on the thread is raised by next(). close() ends the thread; so do garbage
-    collection and the end of the program.
+    Step s takes samples s·batch_size·accumulation … and so on; micro-batch m is the m-th batch_size of them. Of several
+    ranks each gets an equal part of each micro-batch, or of the micro-batches where rows do not come out even: see
+    `ranks.divide`. Position and order depend on nothing else, so that start_step alone resumes. An error on the thread
+    is raised by next(). close() ends the thread; so do garbage collection and the end of the program.
     """
 
     AHEAD = 2  # steps that wait, ready, for the consumer
@@ -789,17 +789,15 @@ class Loader:
                  start_step: int = 0, rank: int = 0, world: int = 1, objective=None):
         import torch
 
-        if batch_size % world:
-            raise UserError(f"batch_size {batch_size} cannot be divided among {world} processes: make it a multiple")
+        from ranks import divide
+
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not under world {world}")
         split.locate(seed, np.zeros(1, np.int64))  # a split without windows is refused here, not on the thread
         self.device = torch.device(device)
-        share = batch_size // world
-        firsts = (
-            [(step * accumulation + micro) * batch_size + rank * share for micro in range(accumulation)]
-            for step in itertools.count(start_step)
-        )
+        share, offsets = divide(batch_size, accumulation, rank, world)
+        size = batch_size * accumulation
+        firsts = ([step * size + offset for offset in offsets] for step in itertools.count(start_step))
         cuda = None
         if self.device.type == "cuda":
             cuda = torch.cuda.current_device() if self.device.index is None else self.device.index
