@@ -576,8 +576,8 @@ def model_bytes(model: nn.Module, encoder, record: dict) -> bytes:
 def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file, tensor by tensor: no second copy of them is ever in memory, as in safetensors' own `save`.
 
-    8 bytes with the header's length, the header as JSON (for each tensor its dtype, its shape, where its bytes begin and
-    end), and the bytes: the larger dtypes first, then by name. https://github.com/huggingface/safetensors#format
+    8 bytes with the header's length, the header as JSON (for each tensor its dtype, its shape, where its bytes begin
+    and end), and the bytes: the larger dtypes first, then by name. https://github.com/huggingface/safetensors#format
     """
     order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header, end = {"__metadata__": metadata}, 0

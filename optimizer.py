@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
             group["step"] += 1
 
     def _ahead(self, params: list[Tensor], momentum: float) -> Tensor:
-        """What is to be orthogonalised of parameters of one shape, (n, rows, cols): this rank's rows of sharded ones."""
+        """What is to be orthogonalised of parameters of one shape, (n, rows, cols): of sharded ones, its own rows."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
