@@ -16,6 +16,12 @@ decode measures how fast text is made: tokens/s at each batch and context, besid
 cache sets at the speed at which this machine copies memory; a table and a picture in img/decode.
 `decode --against nanogpt --nanogpt_path ~/nanoGPT` measures beside a nanoGPT checkout's generate.
 
+    python bench.py train --config air.json strawberry-large.json:batch_size=16 --profile --json speed.json
+
+train measures how fast configs train, in train.py's own loop: tokens/s, a step's parts, arithmetic beside what a large
+matrix product reaches, memory, and with --profile what the GPU does. `train --against nanogpt --nanogpt_path ~/nanoGPT`
+runs a nanoGPT checkout's own train.py and this one on the same text.
+
     python bench.py nanogpt --nanogpt_path ~/nanoGPT [--compile]
 
 times training steps of a nanoGPT checkout's model and of tinystar in its manner, in turns.
@@ -25,11 +31,12 @@ and several share a device (--jobs). Speed is measured apart from them, while no
 
 Index:  numbers and names · configs · equal sizes · runs · children · speed · training them all · the table ·
         the picture · compare · nanogpt · decode: bytes, timing, table and picture, the command, against nanoGPT ·
-        the command
+        train: one config's speed, the command, against nanoGPT · the command
 """
 
 import argparse
 import ast
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -39,19 +46,23 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -59,6 +70,7 @@ import decode
 import plot
 import train
 from checkpoint import load_model
+from dataset import Corpus
 from model import (
     CONFIGS,
     Cache,
@@ -1697,11 +1709,336 @@ def nanogpt_speed(bench: Bench, model, batch: int, context: int) -> float:
     return batch * n / (clock(bench.device) - began)
 
 
+# ---- train: one config's speed ---------------------------------------------------------------------------------------
+
+PARTS = ("data", "forward", "backward", "optimizer")
+TIMED = 20  # steps whose parts are timed
+PRODUCT = (1024, 8192)  # rows and columns of the matrices whose product sets the ceiling, on a CPU and on a GPU
+
+
+def matrix_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large square product of random numbers: the median of ten."""
+    n = PRODUCT[device.type == "cuda"]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(13):
+        began = clock(device)
+        torch.mm(a, b)
+        times.append(clock(device) - began)
+    return 2 * n**3 / statistics.median(times[3:])
+
+
+class Marks:
+    """Moments in the device's own time, a row of them for each step."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.rows = device.type == "cuda", []
+
+    def row(self) -> None:
+        self.rows.append([])
+        self()
+
+    def __call__(self) -> None:
+        if self.cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self.rows[-1].append(mark)
+
+    def between(self) -> list[float]:
+        """The median over the rows of the milliseconds between each mark and the next."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        spans = [[a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in itertools.pairwise(row)]
+                 for row in self.rows]  # fmt: skip
+        return [statistics.median(column) for column in zip(*spans, strict=True)]
+
+
+class StepTimer(Timer):
+    """What a step of training takes, as a whole in train.py's own loop, and part by part."""
+
+    def parts(self, steps: int = TIMED) -> dict[str, float]:
+        """Milliseconds of each part, taken one after another and not recorded: together they may be more than a step.
+        `data` is what the loop waits for the loader."""
+        self.stop_recording()
+        marks, waits = Marks(self.device), []
+        with self.batches() as loader:
+            for _ in range(3 + steps):
+                began = time.perf_counter()
+                micro_batches = next(loader)
+                waits.append(1e3 * (time.perf_counter() - began))
+                self.marked_step(micro_batches[0], marks)
+        marks.rows, waits = marks.rows[3:], waits[3:]
+        forward, backward, update = marks.between()
+        n = self.run.gradient_accumulation_steps
+        return dict(zip(PARTS, (statistics.median(waits), n * forward, n * backward, update), strict=True))
+
+    def marked_step(self, batch, marks: Marks) -> None:
+        marks.row()
+        with self.autocast():
+            loss = self.forward(batch.x, batch.y, source=batch.source)[1]
+        marks()
+        loss.backward()
+        marks()
+        self.clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.after_step()
+        marks()
+
+    def kernels(self, steps: int = 3) -> list[dict]:
+        """What a GPU does in a step, the longest first: name, launches and milliseconds."""
+        if self.device.type != "cuda":
+            return []
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.advance(steps, steps)
+            torch.cuda.synchronize()
+        rows = [{"name": event.key, "launches": event.count / steps, "ms": event.self_device_time_total / 1e3 / steps}
+                for event in profile.key_averages() if event.self_device_time_total]  # fmt: skip
+        return sorted(rows, key=lambda row: -row["ms"])
+
+    def whole(self, profile: bool) -> dict:
+        """All that `bench.py train` tells of a config."""
+        found = self.measure()
+        found |= {"step_ms": 1e3 * self.tokens_per_step / found["tokens_per_s"], "recorded": bool(self.recorded),
+                  "tokens_per_step": self.tokens_per_step, "kernels": self.kernels() if profile else []}  # fmt: skip
+        found["parts_ms"] = self.parts()
+        flops = self.model.flops_per_token(self.run.model_hyperparams.block_size)
+        found |= {"params": self.model.num_params(non_embedding=False), "flops_per_token": flops}
+        ceiling = matrix_ceiling(self.device, self.dtype)
+        found |= {"flops_per_s": flops * found["tokens_per_s"], "ceiling": ceiling}
+        return found | {"share": found["flops_per_s"] / ceiling, "machine": machine(self.device)}
+
+
+def step_child(argv: list[str]) -> None:
+    """A child's main: measure one config, told by a JSON file, and print what came out."""
+    file, profile = argv
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        timer = StepTimer(load_run(["--config", file], CONFIGS), Signals())
+        began = time.perf_counter()
+        timer.prepare()
+        ready = time.perf_counter() - began
+        print(json.dumps(timer.whole(profile == "1") | {"ready_s": ready}), file=answers, flush=True)
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+def train_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="bench.py train", allow_abbrev=False, description=(
+        "Measure how fast configs train, in train.py's own loop: whole steps and their parts, arithmetic, memory."))
+    add = parser.add_argument
+    add("--config", nargs="+", default=[], help="config files; file.json:key=value,key=value changes keys of one")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of all")
+    add("--profile", action="store_true", help="also list the GPU's kernels, the longest first")
+    add("--json", type=Path, help="write what was measured there, too")
+    add("--against", choices=["nanogpt"], help="train tinystar in GPT-2's shape beside nanoGPT's own train.py instead")
+    add("--nanogpt_path", type=Path, help="a checkout of nanoGPT")
+    add("--steps", type=quantity, default=500, help="of each, with --against (default 500)")
+    add("--batch_size", type=quantity, default=32, help="of both, with --against (default 32)")
+    for name, size in GPT2_SHAPE.items():
+        add(f"--{name}", type=quantity, default=size, help=f"of both, with --against (default {size})")
+    arguments = parser.parse_args(argv)
+    if bool(arguments.config) == bool(arguments.against):
+        raise UserError("name configs after --config, or --against nanogpt, one of the two")
+    if arguments.against and arguments.nanogpt_path is None:
+        raise UserError("--against nanogpt: needs --nanogpt_path, a checkout of nanoGPT")
+    return arguments
+
+
+def train_command(argv: list[str]) -> int | None:
+    """Measure how fast configs train: whole steps and their parts, arithmetic, memory."""
+    arguments = train_arguments(argv)
+    if arguments.against:
+        found = train_beside_nanogpt(arguments)
+    else:
+        common = [changed_key(text) for text in arguments.set]
+        found = [measured_step(spec, common, arguments.profile) for spec in arguments.config]
+    if arguments.json:
+        atomic_write(arguments.json, json.dumps(found, indent=1).encode())
+        print(f"\nwritten to {arguments.json}")
+    return None
+
+
+def changed_key(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"{text!r}: write key=value")
+    return full_name(key.strip()), value.strip()
+
+
+def measured_step(spec: str, common: list[tuple[str, str]], profile: bool) -> dict:
+    """One config's row, measured in a process of its own, and printed."""
+    file, _, changes = spec.partition(".json:")
+    words = [*common, *(changed_key(text) for text in split_list(changes))] if changes else common
+    file = f"{file}.json" if changes else file
+    run = load_run(["--config", file, *(f"--{key}={value}" for key, value in words)], CONFIGS)
+    with tempfile.TemporaryDirectory() as folder:
+        row = in_child("_step", write_quiet_config(Path(folder), run), str(int(profile)))
+    row = {"config": spec, **row}
+    print(step_text(row), flush=True)
+    return row
+
+
+def write_quiet_config(folder: Path, run: Run, **changes) -> str:
+    """A JSON file of this run, of which nothing is kept."""
+    config = to_dict(run) | {"init_from": "scratch"} | {
+        "checkpoints": {"path": str(folder / "ck"), "create_checkpoints": False},
+        "model_path": str(folder / "model"), "img_path": str(folder)}  # fmt: skip
+    atomic_write(folder / "config.json", json.dumps(config | changes).encode())
+    return str(folder / "config.json")
+
+
+def in_child(role: str, *arguments: str) -> dict:
+    """What a child process prints last, a JSON object."""
+    child = subprocess.run(child_command(role, *arguments), capture_output=True, text=True)
+    if child.returncode:
+        lines = child.stderr.strip().splitlines()
+        told = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+        raise UserError(told.removeprefix("error: ") or f"{role} ended with code {child.returncode}")
+    return json.loads(child.stdout.strip().splitlines()[-1])
+
+
+def step_text(row: dict) -> str:
+    parts = ", ".join(f"{name} {ms:,.2f}" for name, ms in row["parts_ms"].items())
+    how = ", ".join(name for name in ("compiled", "recorded") if row[name]) or "neither compiled nor recorded"
+    memory = f"{row['memory'] / 2**30:,.2f} GiB at most" if row["memory"] else "memory not measured"
+    lines = [
+        f"{row['config']} on {row['machine']}, {row['params']:,} parameters, {row['tokens_per_step']:,} tokens a step",
+        f"    {row['tokens_per_s']:,.0f} tokens/s: {row['step_ms']:,.3f} ms a step, {how}; {row['ready_s']:,.0f} s to "
+        "get ready",
+        f"    one after another, not recorded: {parts} ms",
+        f"    {row['flops_per_s'] / 1e12:,.2f} TFLOP/s, {row['share']:.1%} of the {row['ceiling'] / 1e12:,.1f} of a "
+        f"large product; {memory}",
+    ]
+    shown = row["kernels"][:25]
+    lines += [f"    {k['ms']:8.3f} ms {k['launches']:7.1f} × {k['name'][:100]}" for k in shown]
+    return "\n".join(lines)
+
+
+# ---- train: against nanoGPT ------------------------------------------------------------------------------------------
+
+# GPT-2's manner with what nanoGPT leaves out by default, biases, left out: as many parameters as its own
+GPT2_LEAN = GPT2 | {"norm_type": "RMSNorm"}
+SAME = {"learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 100}  # of both
+EVERY = 10  # steps between the lines that are timed
+
+
+def train_beside_nanogpt(arguments: argparse.Namespace) -> dict:
+    """Both train.py on the same text, one after the other: tokens/s, memory, losses."""
+    directory = arguments.nanogpt_path.resolve()
+    if not (directory / "train.py").is_file():
+        raise UserError(f"--nanogpt_path: there is no {directory / 'train.py'}; name a checkout of nanoGPT")
+    shape = {name: getattr(arguments, name) for name in GPT2_SHAPE}
+    keys = {**SAME, "lr_decay_iters": arguments.steps, "batch_size": arguments.batch_size}
+    keys |= {**shape, **GPT2_LEAN, "arch": "tinystar"}
+    words = [f"--{full_name(key)}={value}" for key, value in (*keys.items(), *map(changed_key, arguments.set))]
+    words += ["--cooldown_frac=1", "--optimizer_hyperparams.eps=1e-8"]
+    run = load_run(["--config", "tinystar-v0.1-baseline.json", *words], CONFIGS)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = nanogpt_run(directory, Path(folder), run, arguments.steps)
+        ours = in_child("_race", write_quiet_config(Path(folder), run, max_iters=arguments.steps, log_interval=EVERY))
+    found = {"nanogpt": theirs, "strawberry": ours, "tokens_per_step": run.batch_size * shape["block_size"]}
+    print(race_text(found))
+    return found
+
+
+def race_child(argv: list[str]) -> None:
+    """A child's main: train a config without evaluations; print speed, losses and memory."""
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        timer = Timer(load_run(["--config", *argv], CONFIGS), Signals())
+        timer.prepare()
+        timer.train()
+        lines = plot.read_metrics(timer.metrics.path)
+    memory = torch.cuda.max_memory_allocated() if timer.device.type == "cuda" else None
+    times = [[line["step"], line["seconds"]] for line in lines if line["step"] > 1]
+    losses = [[line["step"], line["loss"]] for line in lines if line["step"] > 1]
+    told = {"params": timer.model.num_params(non_embedding=False), "memory": memory, "losses": losses}
+    print(json.dumps(told | {"step_s": pace(times)}), file=answers, flush=True)
+
+
+def pace(times: list[list[float]]) -> float:
+    """Seconds of a step: the median over the later half of the times (step, seconds) between lines."""
+    spans = [(b - a) / (n - m) for (m, a), (n, b) in itertools.pairwise(times)]
+    return statistics.median(spans[len(spans) // 2 :])
+
+
+def nanogpt_run(directory: Path, folder: Path, run: Run, steps: int) -> dict:
+    """nanoGPT's own train.py, in a folder of links to its files, on the same tokens in its format."""
+    for name in ("train.py", "model.py", "configurator.py"):
+        os.symlink(directory / name, folder / name)
+    (folder / "data" / "same").mkdir(parents=True)
+    corpus = Corpus(run.dataset, None, run.model_hyperparams.block_size)
+    for name, split in (("train", corpus.train), ("val", corpus.val)):
+        tokens = np.concatenate([split.windows(0, i, 1)[0, 1:] for i in range(split.n_windows)])
+        tokens.astype(np.uint16).tofile(folder / "data" / "same" / f"{name}.bin")
+    hyper, device = run.model_hyperparams, train.choose_device(run.device).type
+    keys = {name: getattr(hyper, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    keys |= {name: getattr(run, name) for name in (*SAME, "lr_decay_iters", "batch_size")}
+    (folder / "data" / "same" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": hyper.vocab_size}))
+    keys |= {"dataset": "same", "gradient_accumulation_steps": 1, "max_iters": steps, "log_interval": EVERY,
+             "eval_interval": 10**9, "eval_iters": 1, "always_save_checkpoint": False, "device": device,
+             "compile": train.worth_compiling(run, torch.device(device))}  # fmt: skip
+    if device == "cpu":
+        keys["dtype"] = "float32"
+    words = [f"--{key}={value}" for key, value in keys.items()]
+    command = child_command("_nanogpt", str(folder), *words)
+    times, losses, memory, params = [], [], None, None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1) as child:
+        tail = collections.deque(maxlen=20)
+        for line in child.stdout:
+            tail.append(line)
+            if found := re.match(r"iter (\d+): loss ([\d.]+)", line):
+                times.append([int(found[1]), time.perf_counter()])
+                losses.append([int(found[1]), float(found[2])])
+            elif line.startswith("{"):
+                memory, params = json.loads(line).values()
+    if child.returncode:
+        raise UserError(f"nanoGPT's train.py failed: {''.join(tail).strip()}")
+    return {"params": params, "memory": memory, "losses": losses, "step_s": pace(times[1:])}
+
+
+def nanogpt_child(argv: list[str]) -> None:
+    """A child's main: run the train.py of a folder as its own command would, then tell the memory that it took."""
+    folder, *words = argv
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    for name in ("model", "train"):  # theirs, not this repository's
+        sys.modules.pop(name, None)
+    sys.argv = ["train.py", *words]
+    scope = runpy.run_path("train.py", run_name="__main__")
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    params = sum(p.numel() for p in scope["raw_model"].parameters())
+    print("\n" + json.dumps({"memory": memory, "params": params}), flush=True)
+
+
+def race_text(found: dict) -> str:
+    tokens, lines = found["tokens_per_step"], []
+    for name in ("nanogpt", "strawberry"):
+        row = found[name]
+        memory = f", {row['memory'] / 2**30:,.2f} GiB" if row["memory"] else ""
+        lines.append(f"{name:<11} {tokens / row['step_s']:>10,.0f} tokens/s, {1e3 * row['step_s']:,.2f} ms a step"
+                     f"{memory}, {row['params']:,} parameters")  # fmt: skip
+    ratio = found["nanogpt"]["step_s"] / found["strawberry"]["step_s"]
+    lines.append(f"{ratio:.3f} times as fast; mean training losses of 50 steps up to each step:")
+    last = found["strawberry"]["losses"][-1][0]
+    for step in range(last // 5, last + 1, max(last // 5, 1)):
+        means = [statistics.fmean([loss for n, loss in found[name]["losses"] if step - 50 < n <= step] or [math.nan])
+                 for name in ("nanogpt", "strawberry")]  # fmt: skip
+        lines.append(f"    step {step:>5}: {means[0]:.3f} and {means[1]:.3f}")
+    return "\n".join(lines)
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    "compare": compare, "decode": decode_command, "nanogpt": nanogpt}  # fmt: skip
-CHILDREN: dict[str, Callable[[list[str]], int | None]] = {"_train": train_child, "_speed": speed_child}
+    "compare": compare, "train": train_command, "decode": decode_command, "nanogpt": nanogpt}  # fmt: skip
+CHILDREN: dict[str, Callable[[list[str]], int | None]] = {
+    "_train": train_child, "_speed": speed_child, "_step": step_child, "_race": race_child, "_nanogpt": nanogpt_child,
+}  # fmt: skip
 
 
 def main(argv: list[str]) -> int | None:

@@ -5,8 +5,8 @@ Notation:  B rows · T tokens · S keys · V vocab_size · C n_embd · D n_qkv �
 
 Index:  helpers · rotary positions · where tokens stand, and what layers carry · who sees whom · sums over chunks ·
         mixers: softmax, AFT, LAM, expert attention · projections and feed-forward · attention layers · positions ·
-        the language model · strawberry · strawberry-v0 · palm · tinystar · transformer · registry, initialisation ·
-        the stack as text (python model.py --config x.json)
+        repeating a stack · the head's loss · the language model · strawberry · strawberry-v0 · palm · tinystar ·
+        transformer · registry, initialisation · the stack as text (python model.py --config x.json)
 
 How it fits together: mixers mix q, k, v over time, projections make them, blocks wire, models stack. A mixer is a
 module with
@@ -61,6 +61,12 @@ def std(w: Tensor, n: int, gain: Tensor | float = 1.0) -> Tensor:
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def activation(x: Tensor) -> Tensor:
+    """Under autocast, x in autocast's type: what flows from block to block then takes half the bytes, too."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Int8(NamedTuple):
@@ -1076,8 +1082,8 @@ class Router(nn.Module):
         return (self.n * p * kept).to(x.dtype)
 
     @torch.no_grad()
-    def balance(self) -> None:
-        self.bias += 0.01 * torch.sign(self.load.mean() - self.load)
+    def balance(self, taken: Tensor | float = 1.0) -> None:
+        self.bias += 0.01 * taken * torch.sign(self.load.mean() - self.load)
         self.load.zero_()
 
     def flops(self, T: int) -> float:
@@ -1140,8 +1146,21 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The last product, not done yet: its x and W."""
+        return x, self.weight
+
     def flops(self, T: int) -> float:
         return 2 * self.weight.numel()
+
+
+def together(x: Tensor, *layers: Linear) -> Sequence[Tensor]:
+    """Several linear maps of one x. In training they are one product, so that x's gradient is one product, too."""
+    if not torch.is_grad_enabled():
+        return [layer(x) for layer in layers]
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    y = linear(x, torch.cat([layer.weight for layer in layers]), bias)
+    return y.split([layer.weight.size(0) for layer in layers], dim=-1)
 
 
 class LowRank(nn.Module):
@@ -1153,6 +1172,9 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
+
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.up.last(self.down(x))
 
     def flops(self, T: int) -> float:
         return self.down.flops(T) + self.up.flops(T)
@@ -1185,7 +1207,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+        if x.dtype != self.weight.dtype:  # the scale keeps its digits; a compiler makes one pass of it all the same
+            return (norm(wide(x)) * self.weight).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
 
 
 class LayerNorm(nn.Module):
@@ -1198,7 +1222,8 @@ class LayerNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), eps=1e-5)
+        y = wide(x) if x.dtype != self.weight.dtype else x
+        return F.layer_norm(y, self.weight.shape, self.weight, self.bias, eps=1e-5).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
@@ -1284,9 +1309,8 @@ class SelfAttention(nn.Module):
         self.mixer = mixer
 
     def forward(self, x: Tensor, at: At, state) -> Tensor:
-        k, v = self.wk(x), self.wv(x)
-        q = k if self.wq is None else self.wq(x)
-        return self.wo(self.mixer(q, k, v, x, at, state))
+        *q, k, v = together(x, *(w for w in (self.wq, self.wk, self.wv) if w is not None))
+        return self.wo(self.mixer(q[0] if q else k, k, v, x, at, state))
 
     def new_state(self, batch: int, max_length: int, device, dtype):
         return self.mixer.new_state(batch, max_length, device, dtype)
@@ -1543,6 +1567,67 @@ def repeat(run: Callable, x: Tensor, at: At, states: list | None, n: int, depth:
     return start + share * (x - start)
 
 
+# ---- the head's loss -----------------------------------------------------------------------------------------------
+
+LOGITS_BYTES = 1 << 30  # of logits that exist at once
+
+
+def fuses_head(x: Tensor) -> bool:
+    """Whether training takes loss and gradients of the head at once. On a CPU torch's own cross entropy is quicker."""
+    return x.is_cuda
+
+
+class HeadLoss(torch.autograd.Function):
+    """The sum of the cross entropies, in nats, of logits softcap(x Wᵀ) with targets: x (N, C), W (V, C), targets (N,)
+    int64, negative ones ignored.
+
+    The logits are never stored. They are made for a part of the tokens, and both gradients from them at once, so that
+    the backward pass has nothing left to do (as in Liger, arXiv 2410.10989): with z = softcap(l),
+    ∂/∂l = (softmax(z) − onehot(target)) · (1 − (z / cap)²). The sums over the vocabulary are float32 or wider.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+        V = w.size(0)
+        with full_precision(x):
+            # a product whose rows do not begin at multiples of 16 bytes is slow
+            table = F.pad(w.to(x.dtype), (0, 0, 0, -V % 64 if V % 8 else 0))
+            rows = -(-x.size(0) // -(-x.size(0) * table.size(0) * x.element_size() // LOGITS_BYTES))
+            total, dx, dw = 0.0, [], 0.0
+            for some, wanted in zip(x.split(rows), targets.split(rows), strict=True):
+                nats, slope = HeadLoss.of(some @ table.mT, wanted, V, cap)
+                total = total + nats
+                dx.append(slope @ table)
+                dw = dw + wide((slope.mT @ some)[:V])
+        ctx.save_for_backward(torch.cat(dx), dw)
+        ctx.dtype = w.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        dx, dw = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), (dw * grad).to(ctx.dtype), None, None
+
+
+def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Σ cross entropy over the targets ≥ 0, and its gradient by the logits (N, ≥ V), of which the first V count."""
+    wanted, real = targets.clamp(min=0).unsqueeze(-1), (targets >= 0).unsqueeze(-1)
+    place = torch.arange(logits.size(1), device=logits.device)
+    z = softcap(wide(logits), cap)
+    if logits.size(1) > V:
+        z = torch.where(place < V, z, -math.inf)
+    top = z.amax(dim=-1, keepdim=True)
+    log_sum = top + (z - top).exp().sum(dim=-1, keepdim=True).log()
+    nats = log_sum - softcap(wide(logits.gather(1, wanted)), cap)
+    slope = (z - log_sum).exp() - (place == wanted).to(z.dtype)
+    if cap is not None:
+        slope = slope * (1 - (softcap(wide(logits), cap) / cap).square())
+    return torch.where(real, nats, 0.0).sum(), torch.where(real, slope, 0.0).to(logits.dtype)
+
+
+HeadLoss.of = staticmethod(loss_and_slope)
+
+
 # ---- the language model --------------------------------------------------------------------------------------------
 
 
@@ -1621,8 +1706,8 @@ def expert_problems(c) -> Iterator[tuple[str, str]]:
 class LanguageModel(nn.Module):
     """What all families share: the call, the loss, the cache, generation.
 
-    A family gives `embed_tokens(idx, at)`, `trunk(x, at, states)`, `head(x)`, `new_states(…)` and `flops(T)`, and sets
-    the attributes below where it differs.
+    A family gives `embed_tokens(idx, at)`, `trunk(x, at, states)`, `last(x)`, `new_states(…)` and `flops(T)`, and sets
+    the attributes below where it differs. `last` is what is left before logits: its result (x, W) stands for x Wᵀ.
     """
 
     Config = ModelConfig
@@ -1631,6 +1716,7 @@ class LanguageModel(nn.Module):
     takes_source = False  # whether it needs source=, as encoder-decoders do
     chunk: int | None = None  # tokens that share weights, where weights change along the row
     max_positions: int | None = None  # where learned positions end
+    cap: float | None = None  # of `softcap`, for the logits
     part = 2048  # tokens that a cache takes at once: masks stay small however long the prompt is
 
     def __init__(self, config):
@@ -1644,7 +1730,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, lengths=None,
                 source: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, T, V) and, given targets, the mean loss in nats.
+        """Logits (B, T, V) and, given targets, the mean loss in nats. In training the logits of a loss may be None.
 
         idx (B, T) int64; targets (B, T), −1 ignored, all −1 gives loss 0. With a cache the call continues where it
         stands; lengths (B,) says how many of each row's tokens are real, when rows are ragged. Encoder-decoders take
@@ -1652,12 +1738,20 @@ class LanguageModel(nn.Module):
         """
         self.check_length(idx)
         x = self.whole(idx, source) if cache is None else self.go_on(idx, cache, lengths)
-        logits = self.head(x)
         if targets is None:
-            return logits, None
+            return self.head(x), None
         flat = targets.flatten()
-        loss = F.cross_entropy(wide(logits).flatten(0, 1), flat, ignore_index=-1, reduction="sum")
+        if self.training and torch.is_grad_enabled() and fuses_head(x):
+            x, w = self.last(x)
+            logits, loss = None, HeadLoss.apply(activation(x).flatten(0, 1), w, flat, self.cap)
+        else:
+            logits = self.head(x)
+            loss = F.cross_entropy(wide(logits).flatten(0, 1), flat, ignore_index=-1, reduction="sum")
         return logits, loss / (flat >= 0).sum().clamp(min=1)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (B, T, V)."""
+        return softcap(linear(*self.last(x)), self.cap)
 
     def check_length(self, idx: Tensor) -> None:
         if self.max_positions is not None and idx.size(1) > self.max_positions:
@@ -1681,7 +1775,7 @@ class LanguageModel(nn.Module):
 
     def hidden(self, idx: Tensor, at: At, states) -> Tensor:
         at.rope = None if self.rope is None else self.rope(at.pos)
-        return self.trunk(self.drop(self.embed_tokens(idx, at)), at, states)
+        return self.trunk(activation(self.drop(self.embed_tokens(idx, at))), at, states)
 
     @torch.no_grad()
     def go_on(self, idx: Tensor, cache: Cache, lengths) -> Tensor:
@@ -1849,10 +1943,10 @@ class LanguageModel(nn.Module):
     def routers(self) -> dict[str, Router]:
         return {name: m for name, m in self.named_modules() if isinstance(m, Router)}
 
-    def after_step(self) -> None:
-        """To be called after each optimizer step in training: balances the routers."""
+    def after_step(self, taken: Tensor | float = 1.0) -> None:
+        """To be called after each optimizer step in training: balances the routers, unless `taken` is 0."""
         for router in self.routers().values():
-            router.balance()
+            router.balance(taken)
 
 
 def uniform_numbers(n: int, generator, device) -> Tensor:
@@ -2146,7 +2240,7 @@ class Strawberry(LanguageModel):
         self.depth = Router(c.n_embd, c.recursions, 1) if c.adaptive else None
         self.rope = Rope(rope_frequencies(c.n_qkv // c.n_head, c.rope_scaling, c.block_size)[0])
         retention = self.blocks[0].retention
-        self.causal, self.chunk = retention.causal, retention.chunk
+        self.causal, self.chunk, self.cap = retention.causal, retention.chunk, c.logit_softcap
         self.max_positions = c.block_size if c.aft in ENDS and self.blocks[0].aft is not None else None
 
     def embed_tokens(self, idx: Tensor, at: At) -> Tensor:
@@ -2160,8 +2254,8 @@ class Strawberry(LanguageModel):
             x = block(x, at, None if states is None else states[i])
         return x
 
-    def head(self, x: Tensor) -> Tensor:
-        return softcap(linear(norm(x), self.embed.weight), self.config.logit_softcap)
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return norm(x), self.embed.weight
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
         passes = range(self.config.recursions)
@@ -2213,8 +2307,9 @@ def compact(x: Tensor, wo: Tensor, wa: Tensor, wt: Tensor) -> Tensor:
     """Compaction Compute: Y = π·tanh((Oᵀ A) / √C) @ WT, (C, C) whatever the number of tokens in x (…, C), from
     O = norm(x) WO and A = norm(x) WA."""
     h = norm(x).flatten(0, -2)
+    o, a = h @ wo, h @ wa
     with full_precision(x):
-        total = wide(h @ wo).mT @ wide(h @ wa)
+        total = wide(o).mT @ wide(a)
     return compacted(total, wt)
 
 
@@ -2332,8 +2427,8 @@ class StrawberryV0(LanguageModel):
             x = repeat(block, x, at, None if states is None else states[i], self.config.r_layer, None)
         return x
 
-    def head(self, x: Tensor) -> Tensor:
-        return linear(norm(x), self.embed.weight)
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return norm(x), self.embed.weight
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
         return repeated_states(self.blocks, self.config.r_layer, batch, max_length, device, dtype)
@@ -2466,8 +2561,8 @@ class Palm(LanguageModel):
             x = repeat(block, x, at, None if states is None else states[i], self.config.r_layer, None)
         return x
 
-    def head(self, x: Tensor) -> Tensor:
-        return self.unembed(norm(x))
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.unembed.last(norm(x))
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
         return repeated_states(self.blocks, self.config.r_layer, batch, max_length, device, dtype)
@@ -2558,9 +2653,8 @@ class TinyStar(LanguageModel):
             x = block(x, at, None if states is None else states[i])
         return x
 
-    def head(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return linear(x, self.embed.weight) if self.unembed is None else self.unembed(x)
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm(x), (self.unembed or self.embed).weight
 
     def new_states(self, batch: int, max_length: int, device, dtype) -> list:
         return [block.new_states(batch, max_length, device, dtype) for block in self.blocks]
@@ -2714,8 +2808,8 @@ class Transformer(LanguageModel):
     def trunk(self, x: Tensor, at: At, states: list | None) -> Tensor:
         return (self.decoder or self.encoder)(x, at, states)
 
-    def head(self, x: Tensor) -> Tensor:
-        return linear(x, self.embed.weight) if self.unembed is None else self.unembed(x)
+    def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, (self.unembed or self.embed).weight
 
     def stand(self, idx: Tensor) -> At:
         return super().stand(idx) if self.causal else self.stand_apart(idx)
@@ -2737,7 +2831,7 @@ class Transformer(LanguageModel):
         self.check_length(source)
         at = self.stand_apart(source)
         at.rope = self.rope(at.pos)
-        x = self.encoder(self.drop(self.embedded(source, at, self.encoder)), at, None)
+        x = self.encoder(activation(self.drop(self.embedded(source, at, self.encoder))), at, None)
         return Memory(x, at.padding)
 
     def new_states(self, *args) -> list:

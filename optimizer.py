@@ -89,6 +89,8 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "warmup": warmup, "step": 0}
         super().__init__(params, defaults)
         self.ns_dtype, self.ranks = ns_dtype, ranks or Alone()
+        self.found_inf: Tensor | None = None  # 1.0: a step changes nothing; the name is that of torch's optimizers
+        self.lerp: Tensor | None = None  # 1 − μ, where it must lie on the device
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -103,7 +105,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     stacks[i, p.shape, p.dtype, p.device].append(p)
         groups = [self.param_groups[i] for i, *_ in stacks]
-        ahead = [self._ahead(params, momentum_at(group)) for group, params in zip(groups, stacks.values(), strict=True)]
+        ahead = (self._ahead(params, momentum_at(group)) for group, params in zip(groups, stacks.values(), strict=True))
         updates = self.ranks.spread(ahead, [shape for _, shape, *_ in stacks], newton_schulz)
         for group, params, update in zip(groups, stacks.values(), updates, strict=True):
             self._update(params, update, group["lr"], group["weight_decay"], momentum_at(group))
@@ -116,18 +118,32 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [local(p.grad) for p in params]
-        buffers = torch._foreach_lerp([local(self.state[p]["momentum_buffer"]) for p in params], grads, 1 - momentum)
-        ahead = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+        if self.found_inf is None:
+            ahead = torch.stack(torch._foreach_lerp(grads, torch._foreach_lerp(buffers, grads, 1 - momentum), momentum))
+        else:
+            ahead = self._move_and_look_ahead(grads, buffers)
         return ahead.to(self.ns_dtype or (torch.bfloat16 if ahead.is_cuda else torch.float32))
 
     def _update(self, params: list[Tensor], update: Tensor, lr, weight_decay: float, momentum: float) -> None:
         """Moves momentum and parameters of one shape. `lr` may be a float or a tensor of one element."""
-        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
-        torch._foreach_lerp_(buffers, [local(p.grad) for p in params], 1 - momentum)
+        if self.found_inf is None:
+            buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+            torch._foreach_lerp_(buffers, [local(p.grad) for p in params], 1 - momentum)
+        else:
+            lr = lr * (1 - self.found_inf)
         update = update.to(params[0].dtype) * (-lr * 0.2 * math.sqrt(max(params[0].shape)))  # 2502.16982, equation 4
         params = [local(p) for p in params]
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_add_(params, list(update.unbind()))
+
+    def _move_and_look_ahead(self, grads: list[Tensor], buffers: list[Tensor]) -> Tensor:
+        """Momentum and the look ahead, where the device alone knows whether the gradients are any good."""
+        grad, old = torch.stack(grads), torch.stack(buffers)  # (n, rows, cols)
+        grad = torch.where(self.found_inf.bool(), old, grad)
+        new = torch.lerp(old, grad, self.lerp)
+        torch._foreach_copy_(buffers, list(new.unbind()))
+        return torch.lerp(new, grad, self.lerp)  # μ m + (1 − μ) g
 
 
 def momentum_at(group: dict) -> float:
@@ -226,7 +242,40 @@ class Optimizer:
         """Sets every group's learning rate to `factor` times its own base: lr_at(step, run) / run.learning_rate."""
         for part in self.parts.values():
             for group in part.param_groups:
-                group["lr"] = group["base_lr"] * factor  # a float; graph capture wants tensors filled in place here
+                lr = group["base_lr"] * factor
+                if isinstance(group["lr"], Tensor):  # a recorded step reads it there
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
+
+    def to_device(self, found_inf: Tensor) -> None:
+        """From here on a step is the device's alone, as a CUDA graph needs it: rates and momentum are read there, and
+        where found_inf () is 1.0, a step changes nothing. `set_lr` and `count` bring the numbers."""
+        for kind, part in self.parts.items():
+            part.found_inf = found_inf
+            for group in part.param_groups:
+                group["lr"] = torch.tensor(float(group["lr"]), device=found_inf.device)
+                if kind == "adamw":
+                    group["capturable"] = True
+        if muon := self.parts.get("muon"):
+            muon.lerp = torch.ones((), device=found_inf.device)
+
+    def to_host(self) -> None:
+        """Undoes `to_device`."""
+        for kind, part in self.parts.items():
+            part.found_inf = None
+            for group in part.param_groups:
+                group["lr"] = float(group["lr"])
+                if kind == "adamw":
+                    group["capturable"] = False
+
+    def count(self, steps: int) -> None:
+        """Tell Muon, which counts on the host, how many steps were taken where it did not see them (or were not, after
+        all: −n), and the device the next one's momentum."""
+        if muon := self.parts.get("muon"):
+            for group in muon.param_groups:
+                group["step"] += steps
+                muon.lerp.fill_(1 - momentum_at(group))
 
     def step(self) -> None:
         """Updates every parameter that has a gradient."""

@@ -422,8 +422,13 @@ class Run:
         "auto", "activations; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
     )
     compile: bool | str = option(
-        "auto", "torch.compile; auto: on cuda, and on cpu from max_iters 5000 on where a C++ compiler is there, since "
-        "compiling takes minutes there; where it fails, training goes on without", choices=["auto"]
+        "auto", "torch.compile; blocks: each block by itself; auto: on cuda, and on cpu from max_iters 5000 on where a "
+        "C++ compiler is there, since compiling takes minutes there; where it fails, training goes on without",
+        choices=["auto", "blocks"],
+    )
+    record: bool | str = option(
+        "auto", "a step as one CUDA graph, launched at once; auto: on one GPU; where it cannot be, training goes on "
+        "without", choices=["auto"]
     )
     img_path: str = option("img", "directory of the curves")
     sample_length: int = option(200, "tokens of the sample at each evaluation; 0: no sample", low=0, high=2**20)

@@ -13,7 +13,8 @@ All three have the same methods: train.py does not ask how many there are. Rank 
     rank, world, main               this one's number, how many there are, whether it is number 0
     sharded                         whether no rank alone has the whole model
     place(model, device, dtype)     the model on its device, each rank with what it keeps
-    forward(model, compiled, idle)  what takes a batch to its loss, gradients being averaged on the way back
+    forward(model, compiled, idle)  what takes a batch to its loss, gradients being averaged on the way back; compiled
+                                    as a whole (True), block by block ("blocks") or not
     together(last)                  a context for one micro-batch's two passes: what is reduced, when it is the last
     targets(n)                      the targets of all ranks, n being this one's; a tensor where there are several
     seed                            the gradient of a loss, such that the average over ranks is the sum of losses
@@ -31,7 +32,7 @@ All three have the same methods: train.py does not ask how many there are. Rank 
 What a rank hears nothing from is gone: a dead process closes its connections, which the others see at once, and after
 TIMEOUT at the latest. They raise Lost.
 
-Index:  parts of a batch · sharded tensors · one process · several · replicated · sharded · recomputation · Muon's work
+Index:  parts of a batch · sharded tensors · one process · several · replicated · sharded · blocks · Muon's work
 """
 
 import contextlib
@@ -42,7 +43,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -149,21 +150,22 @@ class Alone:
     def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return model.to(device)
 
-    def forward(self, model: nn.Module, compiled: bool, idle: Callable[[], bool]) -> Callable:
-        return torch.compile(model, dynamic=False) if compiled else model
+    def forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
+        compile_blocks(model, compiled == "blocks")
+        return torch.compile(model, dynamic=False) if compiled is True else model
 
     def together(self, last: bool):
         return contextlib.nullcontext()
 
-    def targets(self, n: int) -> int | Tensor:
-        return max(n, 1)
+    def targets(self, n: int | Tensor) -> int | Tensor:
+        return n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1)
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         grads = [p.grad for p in parameters if p.grad is not None]
         return scale_down(grads, nn.utils.get_total_norm(grads), limit)
 
-    def spread(self, stacks: list[Tensor], shapes: list[torch.Size], work: Callable) -> list[Tensor]:
-        return [work(stack) for stack in stacks]
+    def spread(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
+        return map(work, stacks)
 
     def gather(self, tree):
         return tree
@@ -316,8 +318,9 @@ class Replicated(Ranks):
     def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return model.to(device)
 
-    def forward(self, model: nn.Module, compiled: bool, idle: Callable[[], bool]) -> Callable:
-        """`idle`: whether a step leaves parameters without a gradient, for which DDP would otherwise wait."""
+    def forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
+        """`idle`: whether a step leaves parameters without a gradient, for which DDP would otherwise wait. A model that
+        is compiled as a whole gives all gradients at once, at the end: nothing is left to go on while they travel."""
         if self.ddp is None:
             DDP = nn.parallel.DistributedDataParallel
             with self.listening():
@@ -325,7 +328,9 @@ class Replicated(Ranks):
                 newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
                 about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # they are equal: see sum_
                 self.ddp = DDP(model, **about)
-        return torch.compile(self.ddp, dynamic=False) if compiled else self.ddp
+        compile_blocks(model, compiled == "blocks")
+        torch._dynamo.config.optimize_ddp = False  # it cannot divide graphs with functions that bring their gradients
+        return torch.compile(self.ddp, dynamic=False) if compiled is True else self.ddp
 
     def together(self, last: bool):
         return contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()
@@ -337,9 +342,9 @@ class Replicated(Ranks):
     gather = Alone.gather
     heard = Alone.heard
 
-    def spread(self, stacks: list[Tensor], shapes: list[torch.Size], work: Callable) -> list[Tensor]:
+    def spread(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
         """Each rank's share is contiguous in each stack; one gather brings all of them to all."""
-        if not stacks:
+        if not (stacks := list(stacks)):
             return []
         shares = self.shares_of([(len(stack), *stack.shape[1:]) for stack in stacks])
         sizes = [[len(mine[rank]) * stack[0].numel() for stack, mine in zip(stacks, shares, strict=True)]
@@ -390,7 +395,6 @@ class Sharded(Ranks):
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        self.recomputed: list[Recomputed] = []
         # plain numbers that need not wait for the GPU
         self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
 
@@ -402,16 +406,15 @@ class Sharded(Ranks):
         mesh = init_device_mesh(device.type, (self.world,))
         wide = MixedPrecisionPolicy(cast_forward_inputs=False)
         for block in blocks_of(model):
-            self.recomputed.append(Recomputed(block))
+            Recomputed(block)
             half = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
             narrow = dtype != torch.float32 and reads_by_products_alone(block)
             fully_shard(block, mesh=mesh, mp_policy=half if narrow else wide)
         return fully_shard(model, mesh=mesh, mp_policy=wide)
 
-    def forward(self, model: nn.Module, compiled: bool, idle: Callable[[], bool]) -> Callable:
-        """Blocks are compiled one by one, between what puts them together and what takes them apart."""
-        for block in self.recomputed:
-            block.compile(compiled)
+    def forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
+        """Blocks are always compiled one by one, between what puts them together and what takes them apart."""
+        compile_blocks(model, bool(compiled))
         return model
 
     def together(self, last: bool):
@@ -428,10 +431,10 @@ class Sharded(Ranks):
             dist.all_reduce(square)
         return scale_down(grads, square.sqrt(), limit)
 
-    def spread(self, stacks: list[Tensor], shapes: list[torch.Size], work: Callable) -> list[Tensor]:
+    def spread(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
         """Stacks (n, this rank's rows, columns) of matrices whose whole shapes are given. Each matrix is put together
         on the rank that works on it, and what comes of it goes back to where its rows are."""
-        if not stacks:
+        if not (stacks := list(stacks)):
             return []
         shares = self.shares_of([(len(stack), *shape) for stack, shape in zip(stacks, shapes, strict=True)])
         sent = [[stack[as_slice(mine[rank])] for stack, mine in zip(stacks, shares, strict=True)]
@@ -502,10 +505,29 @@ class Sharded(Ranks):
 PARALLEL = {"ddp": Replicated, "fsdp": Sharded}
 
 
+# ---- blocks --------------------------------------------------------------------------------------------------------
+
+
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of the outermost lists: what a model has many of."""
     for child in model.children():
         yield from child if isinstance(child, nn.ModuleList) else blocks_of(child)
+
+
+def compile_blocks(model: nn.Module, wanted: bool) -> None:
+    """Compile each block by itself, and the head's loss, or undo it. Equal blocks are compiled once."""
+    from model import HeadLoss, loss_and_slope
+
+    HeadLoss.of = staticmethod(torch.compile(loss_and_slope, dynamic=False) if wanted else loss_and_slope)
+    for block in blocks_of(model):
+        plain = type(block).forward.__get__(block)
+        run = torch.compile(plain, dynamic=False) if wanted else plain
+        if isinstance(block.forward, Recomputed):
+            block.forward.run = run
+        elif wanted:
+            block.forward = run
+        else:
+            vars(block).pop("forward", None)
 
 
 def reads_by_products_alone(block: nn.Module) -> bool:
@@ -519,9 +541,6 @@ def reads_by_products_alone(block: nn.Module) -> bool:
     return True
 
 
-# ---- recomputation -------------------------------------------------------------------------------------------------
-
-
 class Recomputed:
     """Takes the place of a block's forward: what it keeps for the way back is its input, and it computes the rest anew.
 
@@ -530,12 +549,9 @@ class Recomputed:
     """
 
     def __init__(self, block: nn.Module):
-        self.block, self.plain, self.run = block, block.forward, block.forward
+        self.block, self.run = block, block.forward
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p for m in block.modules())
         block.forward = self
-
-    def compile(self, wanted: bool) -> None:
-        self.run = torch.compile(self.plain, dynamic=False) if wanted else self.plain
 
     def __call__(self, *args):
         if not torch.is_grad_enabled():

@@ -19,7 +19,7 @@ Exit codes:  0 all steps done · 2 a mistake to mend, nothing changed · 3 the l
 weights were not touched · 4 another process of this run was lost · 130 SIGINT, 143 SIGTERM: the step was finished and
 saved. A second signal leaves at once.
 
-Index:  signals · metrics.jsonl · evaluation · getting ready · memory · the trainer · the command
+Index:  signals · metrics.jsonl · evaluation · getting ready · memory · recorded steps · the trainer · the command
 """
 
 import os
@@ -30,6 +30,7 @@ if __name__ == "__main__":  # importing torch takes seconds, in which there is n
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: os._exit(128 + number))
 
+import collections
 import contextlib
 import gc
 import itertools
@@ -41,9 +42,10 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +70,7 @@ COMPILE_ON_CPU_FROM = 5000  # steps; see worth_compiling
 MAX_ROLLBACKS = 3
 INSIST = 1.0  # seconds after which a signal that nobody heard is raised again
 GRACE = 3.0  # seconds after a signal in which a step may still be finished
+LAG = 4  # recorded steps that a GPU may be behind the host
 CPU_TOKENS = 4096  # in a batch, at most, that batch_size "auto" makes on a CPU: more makes no token cheaper there
 VERIFIED = 2 << 30  # bytes of token file that --check reads whole: seconds
 
@@ -390,8 +393,8 @@ def start_from(path: str, model: nn.Module, encoder) -> None:
         raise UserError(f"init_from: {path} is of another shape ({'; '.join(changed)}): set them as it has") from error
 
 
-def worth_compiling(run, device: torch.device) -> bool:
-    """Whether `compile: "auto"` compiles.
+def worth_compiling(run, device: torch.device) -> bool | str:
+    """Whether to compile, True for the whole model, "blocks" for its blocks; this is what `compile: "auto"` comes to.
 
     On CUDA it does: every step gains. On a CPU it does for runs of COMPILE_ON_CPU_FROM steps or more: with a model like
     config/tiny.json's on two slow cores, compiling took 160 s and made a step of 0.61 s one of 0.42 s, so that it was
@@ -406,6 +409,11 @@ def worth_compiling(run, device: torch.device) -> bool:
         warn("no C++ compiler is installed, so that the model is not compiled and steps take longer")
         return False
     return True
+
+
+def can_record(device: torch.device, world: int) -> bool:
+    """Whether a step can be one CUDA graph: processes that wait for each other are left to themselves."""
+    return device.type == "cuda" and world == 1
 
 
 def existing(folder: Path) -> Path:
@@ -522,11 +530,118 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
     return good
 
 
-# ---- the trainer ---------------------------------------------------------------------------------------------------
+# ---- recorded steps ------------------------------------------------------------------------------------------------
 
 
 class NonFinite(Exception):
     """The loss, the gradient or a weight is NaN or infinite."""
+
+
+class Taken(NamedTuple):
+    """A step that is on its way."""
+
+    step: int
+    lr: float
+    answer: Tensor  # (3,) in pinned memory: loss, norm of the gradient, and 1.0 while all has been finite
+    there: torch.cuda.Event | None  # when the answer is
+
+
+class Recorded:
+    """Optimizer steps without a word from the host: passes, clipping and update as one CUDA graph, launched at once.
+
+    A small model's step is some hundred launches of a few microseconds each, which a host cannot keep up with, and a
+    large one's ends with the host waiting to hear whether the loss was finite. Here the device judges that itself: a
+    step whose loss or gradient is not finite changes nothing, and nor does any step after it, so that the host may
+    hear of it some steps late and still find all as it was before.
+
+    `step` is what is recorded; on a device other than CUDA it is simply called.
+    """
+
+    WARM_UP = 2  # steps before the recording, which allocate and choose kernels
+
+    def __init__(self, trainer: "Trainer"):
+        self.trainer, self.optimizer, device = trainer, trainer.optimizer, trainer.device
+        self.good = torch.zeros((), device=device)  # 1.0 as long as everything has been finite
+        self.bad = torch.ones((), device=device)
+        self.answer = torch.zeros(3, device=device)
+        self.graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
+        self.taken: collections.deque[Taken] = collections.deque()
+
+    def record(self, micro_batches: list[Batch]) -> None:
+        """Record a step over batches of these shapes. Nothing is trained by it, since `good` is still zero."""
+        self.inputs = [dataset.tensors(batch, torch.clone) for batch in micro_batches]
+        self.optimizer.to_device(self.bad)
+        if self.graph is not None:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(self.WARM_UP):
+                    self.step()
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(self.graph):
+                self.step()
+            self.optimizer.count(-self.WARM_UP - 1)
+        self.optimizer.count(0)
+        self.good.fill_(1.0)
+
+    def step(self) -> None:
+        trainer = self.trainer
+        self.optimizer.zero_grad()
+        loss = trainer.accumulate([batch._replace(n_targets=(batch.y >= 0).sum()) for batch in self.inputs])
+        norm = trainer.clip()
+        self.good *= torch.isfinite(loss) & torch.isfinite(norm)
+        self.bad.copy_(1 - self.good)
+        self.optimizer.step()
+        trainer.model.after_step(self.good)
+        self.answer.copy_(torch.stack((loss, norm, self.good)))
+
+    def take(self, micro_batches: list[Batch], step: int, lr: float) -> None:
+        """Launch the step numbered `step` over these batches."""
+        for mine, new in zip(self.inputs, micro_batches, strict=True):
+            for a, b in zip(mine[:3], new[:3], strict=True):
+                if a is not None:
+                    a.copy_(b, non_blocking=True)
+        self.optimizer.set_lr(lr / self.trainer.run.learning_rate)
+        if self.graph is None:
+            self.step()
+            self.optimizer.count(0)
+            self.taken.append(Taken(step, lr, self.answer.clone(), None))
+            return
+        self.graph.replay()
+        self.optimizer.count(1)
+        answer, there = torch.empty(3, pin_memory=True), torch.cuda.Event()
+        answer.copy_(self.answer, non_blocking=True)
+        there.record()
+        self.taken.append(Taken(step, lr, answer, there))
+
+    def heard(self, lag: int) -> Iterator[tuple[Taken, float, float]]:
+        """(what was taken, loss, norm) of each step that is done, in order; waits until at most `lag` are on the way.
+        Raises NonFinite at the first that changed nothing."""
+        while self.taken and (len(self.taken) > lag or self.taken[0].there is None or self.taken[0].there.query()):
+            taken = self.taken.popleft()
+            if taken.there is not None:
+                taken.there.synchronize()
+            loss, norm, good = taken.answer.tolist()
+            if not good:
+                self.optimizer.count(-len(self.taken) - 1)
+                self.taken.clear()
+                self.trainer.stand_before(taken.step)
+                raise NonFinite(not_finite(taken.step, loss, norm))
+            yield taken, loss, norm
+
+    def close(self) -> None:
+        """From here on, steps are taken by the host again."""
+        self.optimizer.to_host()
+        self.optimizer.zero_grad()
+        self.graph = None
+
+
+def not_finite(step: int, loss: float, norm: float) -> str:
+    found = f"the loss is {loss:g} and the norm of the gradient {norm:g}"
+    return f"step {step:,}: {found}, so the weights were not updated"
+
+
+# ---- the trainer ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -559,6 +674,7 @@ class Trainer:
         self.val_loss: float | None = None
         self.save_failed = False
         self.claimed = False  # whether checkpoints.path is this run's
+        self.recorded: Recorded | None = None
 
     # -- getting ready
 
@@ -566,6 +682,7 @@ class Trainer:
         """Everything before the first step. Nothing on disk is touched before all of it is known to work."""
         self.get_ready()
         self.rehearse(worth_compiling(self.run, self.device))
+        self.record_steps()
         with self.signals.held():
             self.claim_directory()
 
@@ -709,6 +826,7 @@ class Trainer:
         print("\n    ".join([f"resuming {found.path}" + (", with changed keys:" if changed else ""), *changed]))
 
     def load(self, found: checkpoint.Checkpoint) -> None:
+        self.stop_recording()  # the optimizer's state will lie elsewhere
         found.load_weights(self.model)
         state = found.load_state()
         try:
@@ -766,14 +884,14 @@ class Trainer:
                 for name, buffer in self.model.named_buffers():
                     buffer.copy_(buffers[name])
 
-    def rehearse(self, compile: bool) -> float:
+    def rehearse(self, compile: bool | str) -> float:
         """One forward and backward whose results are thrown away: compiles, and finds what won't work, before any file
         is touched and outside the time that is measured. Returns the loss."""
         batch = make_batch(self.objective, self.corpus.train, self.run.seed, 0, self.rows, self.device)
         with self.untouched(), self.ranks.listening():
             if compile:
                 print("compiling …", flush=True)
-                self.forward = self.ranks.forward(self.model, True, self.leaves_idle)
+                self.forward = self.ranks.forward(self.model, compile, self.leaves_idle)
                 try:
                     loss = self.try_out(batch)
                 except Exception as error:
@@ -798,6 +916,30 @@ class Trainer:
         with evaluating(self.model), self.autocast():
             self.forward(batch.x, batch.y, source=batch.source)
         return loss
+
+    def record_steps(self) -> None:
+        """Have steps recorded from now on, where `record` asks for it and this machine can."""
+        run = self.run
+        if run.record is False or self.recorded or not can_record(self.device, self.ranks.world):
+            return
+        batch = make_batch(self.objective, self.corpus.train, run.seed, 0, run.batch_size, self.device)
+        recorded = Recorded(self)
+        try:
+            recorded.record([batch] * run.gradient_accumulation_steps)
+        except Exception as error:
+            recorded.close()
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            warn(f"steps cannot be recorded, so that they take longer ({type(error).__name__}: {reason})")
+            run.record = False
+        else:
+            self.recorded = recorded
+
+    def stop_recording(self) -> None:
+        if self.recorded:
+            self.recorded.close()
+            self.recorded = None
 
     def claim_directory(self) -> None:
         """Make checkpoints.path this run's: another run's files there are moved aside, a resumed run's are gone on."""
@@ -843,15 +985,20 @@ class Trainer:
         run = self.run
         if self.progress.step and self.due(run.eval_interval) and self.evaluated != self.progress.step:
             self.evaluate()  # a signal came first
+        self.record_steps()  # anew, after a rollback
         with self.progress_bar() as bar, self.batches() as loader:
             while self.progress.step < run.max_iters:
                 with self.signals.held():
                     start = time.perf_counter()
                     micro_batches = next(loader)
-                    loss, grad_norm = self.compute_gradients(micro_batches)
-                    lr = self.update_weights(loss, grad_norm)
-                    self.count(time.perf_counter() - start)
-                    self.log(bar, loss, grad_norm, lr)
+                    self.draw_dropout()
+                    if self.recorded:
+                        self.take_recorded(micro_batches, start, bar)
+                    else:
+                        loss, grad_norm = self.compute_gradients(micro_batches)
+                        lr = self.update_weights(loss, grad_norm)
+                        self.count(time.perf_counter() - start)
+                        self.log(bar, self.progress.step, loss, grad_norm, lr)
                 if number := self.ranks.heard(self.signals.received or 0):
                     self.signals.tell(number)
                 if self.due(run.eval_interval):
@@ -859,17 +1006,45 @@ class Trainer:
                 if self.due(run.checkpoints.interval) or (self.save_failed and self.due(run.log_interval)):
                     self.save()
 
-    def compute_gradients(self, micro_batches: list[Batch]) -> tuple[float, float]:
-        """(loss, norm of the gradient before clipping), of all ranks together. Dropout is drawn from (seed, position),
-        on each rank its own."""
+    def draw_dropout(self) -> None:
+        """Dropout is drawn from (seed, position), on each rank its own."""
         key = self.progress.position + (self.ranks.rank << 40)
         torch.manual_seed(int(dataset.keys(self.run.seed, np.array([key]))[0]))
+
+    def take_recorded(self, micro_batches: list[Batch], start: float, bar: tqdm) -> None:
+        """A step that is launched, and not waited for unless something is due that needs it done."""
+        run, step = self.run, self.progress.step + 1
+        self.recorded.take(micro_batches, step, self.lr())
+        self.count(0.0)
+        waits = step == 1 or any(map(self.due, (run.log_interval, run.eval_interval, run.checkpoints.interval)))
+        heard = list(self.recorded.heard(0 if waits else LAG))
+        self.progress.seconds += time.perf_counter() - start
+        for taken, loss, grad_norm in heard:
+            self.log(bar, taken.step, loss, grad_norm, taken.lr)
+
+    def settle(self) -> None:
+        """Wait for the steps that are on their way."""
+        if self.recorded:
+            for _ in self.recorded.heard(0):
+                pass
+
+    def stand_before(self, step: int) -> None:
+        """This step changed nothing, and nor did those after it."""
+        p = self.progress
+        p.tokens -= (p.step - step + 1) * self.tokens_per_step
+        p.step = step - 1
+
+    def compute_gradients(self, micro_batches: list[Batch]) -> tuple[float, float]:
+        """(loss, norm of the gradient before clipping), of all ranks together."""
         loss = self.accumulate(micro_batches)
         self.ranks.sum_([loss, *self.loads])
-        norm = self.ranks.clip(list(self.model.parameters()), self.run.grad_clip)
+        norm = self.clip()
         # Here, once in a step, the host waits for the device: no update by a gradient that is not finite.
-        # On an H100 a step with and without it took the same time within noise, at 12 ms and more.
         return tuple(torch.stack((loss, norm)).tolist())
+
+    def clip(self) -> Tensor:
+        """Clip the gradients; their norm before it."""
+        return self.ranks.clip(list(self.model.parameters()), self.run.grad_clip)
 
     def accumulate(self, micro_batches: list[Batch]) -> Tensor:
         """The gradients of the mean loss over all targets of all micro-batches, as one large batch would give them:
@@ -890,16 +1065,18 @@ class Trainer:
 
     def update_weights(self, loss: float, grad_norm: float) -> float:
         """One optimizer step; returns its learning rate. Raises NonFinite, before anything changes, where it must."""
-        step = self.progress.step
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            found = f"the loss is {loss:g} and the norm of the gradient {grad_norm:g}"
-            raise NonFinite(f"step {step + 1:,}: {found}, so the weights were not updated")
-        lr = lr_at(step, self.run) * 0.5 ** len(self.progress.rollbacks)
+            raise NonFinite(not_finite(self.progress.step + 1, loss, grad_norm))
+        lr = self.lr()
         self.optimizer.set_lr(lr / self.run.learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.after_step()
         return lr
+
+    def lr(self) -> float:
+        """The next step's learning rate."""
+        return lr_at(self.progress.step, self.run) * 0.5 ** len(self.progress.rollbacks)
 
     def roll_back(self, error: NonFinite) -> None:
         """Back to the last good checkpoint, past all data up to here, at half the learning rate.
@@ -960,14 +1137,15 @@ class Trainer:
         shown = {"bar_format": style, "mininterval": every, "maxinterval": 60, "dynamic_ncols": True}
         return tqdm(total=total, initial=done, disable=not self.ranks.main, **shown)
 
-    def log(self, bar: tqdm, loss: float, grad_norm: float, lr: float) -> None:
-        """The bar at every step, a line of metrics.jsonl at each log_interval and at the first step."""
+    def log(self, bar: tqdm, step: int, loss: float, grad_norm: float, lr: float) -> None:
+        """The bar at every step, a line of metrics.jsonl at each log_interval and at the first step. Recorded steps
+        are told some steps late, but no line is due before all are done."""
         p = self.progress
         tokens, seconds = p.tokens - self.logged[0], p.seconds - self.logged[1]  # since the last line
         speed = tokens / max(seconds, 1e-9)
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
-        if self.due(self.run.log_interval) or p.step == 1:
+        if p.step == step and (self.due(self.run.log_interval) or step == 1):
             rates = {"lr": lr, "grad_norm": grad_norm, "tokens_per_s": speed, "seconds": p.seconds}
             if self.ranks.main:
                 self.metrics.add(step=p.step, tokens=p.tokens, loss=loss, **rates)
@@ -1025,6 +1203,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this step, if there is none yet. What goes wrong is told, and tried again at the next log."""
+        self.settle()
         step = self.progress.step
         if not self.run.checkpoints.create_checkpoints or self.saved == step:
             return
@@ -1083,10 +1262,11 @@ class Trainer:
         """Save on the way out; whether there is something to resume. A run without a step has nothing to lose."""
         self.signals.heard = True
         if self.claimed and self.ranks.can_save:
-            try:
-                self.save()
-            except (NonFinite, Lost) as error:
-                warn(str(error))
+            for work in (self.settle, self.save):  # what was saved before a step that was not finite is as it was
+                try:
+                    work()
+                except (NonFinite, Lost) as error:
+                    warn(str(error))
         return self.claimed and self.saved >= 0
 
     def standing(self) -> str:

@@ -1,0 +1,176 @@
+"""Steps that the host does not wait for. What is recorded on a GPU is called on the CPU, by the same code: it must do
+what steps taken one by one do, and where something is not finite, nothing."""
+
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import assert_same, metrics, prepared, run, weights_and_state, workshop, write_config  # noqa: F401
+
+import train
+from checkpoint import newest
+from train import Recorded, Trainer
+
+EXPERTS = {"n_experts": 2, "n_ffn_experts": 2}
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Steps are `Recorded`."""
+    monkeypatch.setattr(train, "can_record", lambda device, world: world == 1)
+
+
+def close(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("muon", ["true", "false"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_recorded_steps_train_as_others_do(workshop, monkeypatch, muon, accumulation):  # noqa: F811
+    write_config(model_hyperparams=EXPERTS | {"dropout": 0.1})
+    keys = [f"--optimizer_hyperparams.use_muon={muon}", f"--gradient_accumulation_steps={accumulation}"]
+    assert run(*keys, "--checkpoints.path=plain") == 0
+    monkeypatch.setattr(train, "can_record", lambda device, world: True)
+    assert run(*keys) == 0
+    plain, recorded = weights_and_state("plain"), weights_and_state("ck")
+    assert plain[0] == recorded[0] == 10
+    close(plain[1], recorded[1])
+    close(plain[2], recorded[2])
+    assert newest("plain").load_state()["optimizer"]["muon_step"] == newest("ck").load_state()["optimizer"]["muon_step"]
+    for a, b in zip(metrics("plain/metrics.jsonl"), metrics(), strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in a if key not in ("seconds", "tokens_per_s"))
+
+
+def test_a_recorded_run_that_stopped_goes_on_as_if_it_had_not(workshop, recording):  # noqa: F811
+    assert run("--checkpoints.path=whole") == 0
+    assert run("--max_iters=6", "--lr_decay_iters=10") == 0
+    assert run("--init_from=resume") == 0
+    for whole, resumed in zip(weights_and_state("whole")[1:], weights_and_state("ck")[1:], strict=True):
+        assert_same(whole, resumed)
+
+
+class Slow:
+    """An event of a device that is behind: an answer is there only when somebody waits for it."""
+
+    waited = False
+
+    def query(self):
+        return self.waited
+
+    def synchronize(self):
+        self.waited = True
+
+
+def late(monkeypatch):
+    """Answers come as late as a GPU's may."""
+    take = Recorded.take
+
+    def taken(self, *arguments):
+        take(self, *arguments)
+        self.taken[-1] = self.taken[-1]._replace(there=Slow())
+
+    monkeypatch.setattr(Recorded, "take", taken)
+
+
+def spoil(monkeypatch, *positions, value=math.nan):
+    """The loss of the steps at these positions is `value`; what the host sees of them comes late."""
+    take, accumulate = Recorded.take, Trainer.accumulate
+    spoiled = []
+
+    def taken(self, *arguments):
+        spoiled[:] = [self.trainer.progress.position in positions]
+        take(self, *arguments)
+        spoiled.clear()
+
+    def accumulated(self, micro_batches):
+        loss = accumulate(self, micro_batches)
+        if any(spoiled):
+            for p in self.model.parameters():
+                p.grad.fill_(value)
+        return loss
+
+    monkeypatch.setattr(Recorded, "take", taken)
+    monkeypatch.setattr(Trainer, "accumulate", accumulated)
+    late(monkeypatch)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("muon", ["true", "false"])
+def test_what_is_not_finite_changes_nothing_nor_do_later_steps(workshop, recording, monkeypatch, muon, value):  # noqa: F811
+    write_config(model_hyperparams=EXPERTS)
+    keys = [f"--optimizer_hyperparams.use_muon={muon}", "--checkpoints.interval=100", "--log_interval=100",
+            "--eval_interval=100", "--max_iters=16", "--lr_decay_iters=16"]
+    trainer = prepared(*keys)
+    with monkeypatch.context() as patch, pytest.raises(train.NonFinite, match="step 7: the loss is .* not updated"):
+        spoil(patch, 6, value=value)
+        trainer.train()
+    assert trainer.progress.step == 6 and trainer.progress.tokens == 6 * trainer.tokens_per_step
+    run(*keys, "--max_iters=6", "--checkpoints.interval=6", "--sample_length=0")
+    _, weights, state = weights_and_state()
+    assert_same(trainer.model.state_dict(), weights)
+    mine = trainer.optimizer.state_dict()
+    assert_same({f"{n}.{k}": v for n, values in mine["state"].items() for k, v in values.items()}, state)
+    assert mine["muon_step"] == newest("ck").load_state()["optimizer"]["muon_step"]
+
+
+def test_a_rollback_goes_on_recorded(workshop, recording, monkeypatch, capsys):  # noqa: F811
+    spoil(monkeypatch, 6)
+    records = []
+    record = Recorded.record
+    monkeypatch.setattr(Recorded, "record", lambda self, batches: records.append(1) or record(self, batches))
+    assert run("--on_nan=rollback", "--log_interval=5") == 0
+    assert "going back to step 4" in capsys.readouterr().err and len(records) == 2
+    lines = metrics()
+    assert [line["from_step"] for line in lines if "rollback" in line] == [7]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 5, 10]
+    assert newest("ck").load_state()["progress"]["skipped"] == 3 and Path("out/tiny.model").exists()
+
+
+def test_the_host_is_some_steps_ahead_and_no_more(workshop, recording, monkeypatch):  # noqa: F811
+    late(monkeypatch)
+    waiting, heard = [], Recorded.heard
+
+    def listened(self, lag):
+        found = list(heard(self, lag))
+        waiting.append(len(self.taken))
+        return iter(found)
+
+    monkeypatch.setattr(Recorded, "heard", listened)
+    keys = ("--log_interval=100", "--eval_interval=100", "--checkpoints.interval=100")
+    assert run("--max_iters=10", *keys) == 0
+    assert waiting[:10] == [0, 1, 2, 3, 4, 4, 4, 4, 4, 0]
+
+
+def test_a_signal_waits_for_the_steps_on_their_way(workshop, recording, monkeypatch):  # noqa: F811
+    late(monkeypatch)
+    take = Recorded.take
+    calls = []
+
+    def taken(self, *arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGTERM)
+        take(self, *arguments)
+
+    monkeypatch.setattr(Recorded, "take", taken)
+    keys = ("--log_interval=100", "--eval_interval=100", "--checkpoints.interval=100")
+    assert run(*keys) == 143
+    assert newest("ck").step == 7
+    assert run("--init_from=resume", *keys) == 0
+    assert run("--checkpoints.path=whole", *keys) == 0
+    assert_same(weights_and_state("whole")[1], weights_and_state("ck")[1])
+
+
+def test_what_cannot_be_recorded_trains_all_the_same(workshop, recording, monkeypatch, capsys):  # noqa: F811
+    def broken(self, batches):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Recorded, "record", broken)
+    assert run() == 0
+    assert "steps cannot be recorded" in capsys.readouterr().err
+    assert run("--record=false") == 0 and "recorded" not in capsys.readouterr().err
