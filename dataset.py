@@ -780,10 +780,13 @@ class Loader:
     Step s takes samples s·batch_size·accumulation … and so on; micro-batch m is the m-th batch_size of them. Of several
     ranks each gets an equal part of each micro-batch, or of the micro-batches where rows do not come out even: see
     `ranks.divide`. Position and order depend on nothing else, so that start_step alone resumes. An error on the thread
-    is raised by next(). close() ends the thread; so do garbage collection and the end of the program.
+    is raised by next(). close() ends the thread; so do garbage collection and the end of the program. The batches of
+    small steps are made many at once, since what one costs is mostly not its size: a GPU may take a step each
+    millisecond.
     """
 
     AHEAD = 2  # steps that wait, ready, for the consumer
+    AT_ONCE = 1 << 16  # tokens that are made at once, at most, where a step has fewer
 
     def __init__(self, split: Split, seed: int, batch_size: int, accumulation: int = 1, device="cpu",
                  start_step: int = 0, rank: int = 0, world: int = 1, objective=None):
@@ -795,16 +798,21 @@ class Loader:
             raise ValueError(f"rank {rank} is not under world {world}")
         split.locate(seed, np.zeros(1, np.int64))  # a split without windows is refused here, not on the thread
         self.device = torch.device(device)
-        share, offsets = divide(batch_size, accumulation, rank, world)
-        size = batch_size * accumulation
+        rows, offsets = divide(batch_size, accumulation, rank, world)
+        share, size = rows, accumulation * batch_size
         firsts = ([step * size + offset for offset in offsets] for step in itertools.count(start_step))
+        if world == 1:  # what a step reads is one stretch of samples, and so is what several do
+            group = max(1, self.AT_ONCE // (size * split.block_size))
+            firsts = ([step * size] for step in itertools.count(start_step, group))
+            share = group * size
         cuda = None
         if self.device.type == "cuda":
             cuda = torch.cuda.current_device() if self.device.index is None else self.device.index
         self._queue: queue.Queue = queue.Queue(self.AHEAD)
         stop = threading.Event()
         make = partial((objective or NextToken()).batch, split, seed)
-        arguments = (make, share, firsts, cuda, self._queue, stop)  # never self: the thread would keep it alive
+        sizes = (share, rows, len(offsets))
+        arguments = (make, sizes, firsts, cuda, self._queue, stop)  # never self: the thread would keep it alive
         thread = threading.Thread(target=_produce, args=arguments, name="loader", daemon=True)
         self._finalizer = weakref.finalize(self, _finish, self._queue, stop, thread)
         thread.start()
@@ -841,18 +849,31 @@ def tensors(batch: Batch, change: Callable) -> Batch:
     return Batch(*(None if part is None else change(part) for part in batch[:3]), batch.n_targets)
 
 
-def _produce(make, count, firsts, cuda, ready, stop) -> None:
+def parted(batch: Batch, rows: int) -> list[Batch]:
+    """The batch in batches of so many rows."""
+    if len(batch.x) == rows:
+        return [batch]
+    columns = [[part[i : i + rows] if part is not None else None for i in range(0, len(batch.x), rows)]
+               for part in batch[:3]]  # fmt: skip
+    return [Batch(x, y, source, int((y >= 0).sum())) for x, y, source in zip(*columns, strict=True)]
+
+
+def _produce(make, sizes, firsts, cuda, ready, stop) -> None:
     """The loader's thread: one list of batches per step into `ready`, until `stop`; an error is the last thing put."""
     import torch
+
+    count, rows, accumulation = sizes
 
     try:
         if cuda is not None:
             torch.cuda.set_device(cuda)  # per thread; else pinning would open a context on the first GPU too
         for step in firsts:
-            batches = [tensors(make(first, count), torch.from_numpy) for first in step]
-            ready.put([tensors(b, torch.Tensor.pin_memory) for b in batches] if cuda is not None else batches)
-            if stop.is_set():
-                return
+            batches = [part for first in step for part in parted(tensors(make(first, count), torch.from_numpy), rows)]
+            for i in range(0, len(batches), accumulation):
+                some = batches[i : i + accumulation]
+                ready.put([tensors(b, torch.Tensor.pin_memory) for b in some] if cuda is not None else some)
+                if stop.is_set():
+                    return
     except BaseException as error:  # whatever it is, the consumer must hear of it rather than wait for ever
         ready.put(error)
 

@@ -426,8 +426,9 @@ def _(x, w, scale, bias):
 
 # ---- AFT simple ------------------------------------------------------------------------------------------------------
 
-AFT_ROWS = 16  # tokens that a program holds in registers at a time
-AFT_CHANNELS = 32  # channels of a program, one warp
+AFT_ROWS = 16  # tokens that a thread holds in registers
+AFT_PARTS = 8  # threads that follow each other in time: a program takes AFT_PARTS · AFT_ROWS tokens
+AFT_GROUP = 16  # programs that are summed at once
 
 
 def aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -437,32 +438,23 @@ def aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     v's dtype; sums are float32 against the running maximum, so that keys of ±80, or of any size, and T of 65,536 lose
     nothing. Differentiable in q, k and v. Only where `usable(q, k, v)`.
 
-    One warp walks down 32 channels of a row, reading the next 16 tokens while it sums the last ones. It leaves its sums
-    every 16 tokens, from which the way back, which walks from the end, makes anew what the forward pass knew. Where B·D
-    is too small to fill the GPU, time is cut into segments too, and a first kernel sums each segment.
+    One pass, a scan by chained programs (arXiv 1602.05764 has the idea): each reads 128 tokens of 32 channels of a row
+    into registers, sums them, publishes the sums, waits for those of the programs before it, and writes its results.
+    The sums before each 16 tokens are kept for the way back, the same from the end. What is added to what does not
+    depend on which program comes first: results are the same bits each time.
 
     Bytes moved in bfloat16, for each of B·T·D: forward 8 (q, k, v read, y written) and 0.75 for the sums, backward 14
-    (q, k, v and the gradient read, three gradients written) and 0.75. Those 8 and 14 are the floor. With segments
-    forward reads k and v twice, 4 more, backward everything twice, 8 more.
+    (q, k, v and the gradient read, three gradients written) and 0.75. Those 8 and 14 are the floor.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     save = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return torch.ops.strawberry.aft_simple(q, k, v, save, aft_segments(v))[0]
-
-
-def aft_segments(v: Tensor) -> int:
-    """Into how many parts time is cut: one, which moves the fewest bytes, where channels alone make enough programs."""
-    (B, T, D), wanted = v.shape, processors(v)
-    programs = B * -(-D // AFT_CHANNELS)
-    return 1 if 4 * programs >= 5 * wanted else max(1, min(-(-T // 256), -(-4 * wanted // programs)))
+    return torch.ops.strawberry.aft_simple(q, k, v, save)[0]
 
 
 @jit
-def aft_load(x, t, step: tl.constexpr, T, here, fill: tl.constexpr, ROWS: tl.constexpr):
-    """Tokens t … t + ROWS − 1, as a tuple. With a constant step they need one address."""
+def aft_load(x, step: tl.constexpr, left, here, fill: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS tokens from x on, of which `left` are there, as a tuple. With a constant step they need one address."""
     rows = ()
-    x += t * step
-    left = (T - t).to(tl.int32)
     for i in tl.static_range(ROWS):
         rows = rows + (tl.load(x + i * step, mask=here & (i < left), other=fill),)
     return rows
@@ -478,213 +470,276 @@ def aft_token(top, above, below, k, v):
 
 
 @jit
-def aft_carry(total, low, fade, more):
-    """total · fade + more, and what rounding took from it (Kahan): a long text adds thousands of times."""
-    old, new = total * fade, more + low * fade
-    total = old + new
-    return total, new - (total - old)
+def aft_merge(top, above, below, its_top, its_above, its_below):
+    """The sums over two sets of tokens, each divided by exp(its top), as those over both."""
+    higher = tl.maximum(top, its_top)
+    fade, its_fade = tl.exp2((top - higher) * PER_LOG2), tl.exp2((its_top - higher) * PER_LOG2)
+    return higher, above * fade + its_above * its_fade, below * fade + its_below * its_fade
+
+
+@jit
+def aft_link(fade, after, weighted, its_fade, its_after, its_weighted):
+    """Sums over the future, for earlier tokens: multiplied by what lies between, and those tokens' own added."""
+    return fade * its_fade, its_after + its_fade * after, its_weighted + its_fade * weighted
+
+
+@jit
+def aft_merge_two(a, b, c, d, e, f, its_a, its_b, its_c, its_d, its_e, its_f):
+    """For a scan of sums, and of the same without the last in each range: what is before it."""
+    d, e, f = aft_merge(a, b, c, its_d, its_e, its_f)
+    a, b, c = aft_merge(a, b, c, its_a, its_b, its_c)
+    return a, b, c, d, e, f
+
+
+@jit
+def aft_link_two(a, b, c, d, e, f, its_a, its_b, its_c, its_d, its_e, its_f):
+    """`aft_merge_two` for sums over the future."""
+    d, e, f = aft_link(a, b, c, its_d, its_e, its_f)
+    a, b, c = aft_link(a, b, c, its_a, its_b, its_c)
+    return a, b, c, d, e, f
+
+
+@jit
+def aft_publish(x, value, mask):
+    """For programs that wait: never NaN, which is what they take for missing."""
+    tl.store(x, tl.where(value == value, value, float("inf")), mask=mask)
+
+
+@jit
+def aft_missing(x, y, mask):
+    """How many numbers at x and y, which other programs write, are still NaN."""
+    a, b = tl.load(x, mask=mask, other=0.0, volatile=True), tl.load(y, mask=mask, other=0.0, volatile=True)
+    return tl.sum(tl.sum((a != a).to(tl.int32) + (b != b).to(tl.int32), axis=1), axis=0)
+
+
+@jit
+def aft_wait(x, count: tl.constexpr, D: tl.constexpr, mask):
+    """Until other programs, which all started earlier, have written `count` numbers, D apart, at each of x."""
+    missing = aft_missing(x, x + (count - 1) * D, mask)
+    if count == 3:
+        missing += aft_missing(x + D, x + D, mask)
+    while missing > 0:
+        missing = aft_missing(x, x + (count - 1) * D, mask)
+        if count == 3:
+            missing += aft_missing(x + D, x + D, mask)
 
 
 @jit
 def aft_forward(
-    q, k, v, y, states, totals, T, tiles, q_row, k_row, v_row,
+    q, k, v, y, states, totals, prefixes, T, q_row, k_row, v_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SAVE: tl.constexpr, WRITE: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    SAVE: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """A segment of 32 channels of a row: its y if WRITE, else its sums, for the segments after it."""
-    c, segment, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    here, segments = c < D, tl.num_programs(1)
-    q, k, v, y = q + row * q_row + c, k + row * k_row + c, v + row * v_row + c, y + row * T * D + c
-    top = tl.full((BLOCK,), -1e30, tl.float32)  # finite: −∞ − −∞ would be NaN
-    above, below = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    above_low, below_low = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    totals += row * segments * 3 * D + c
+    """A tile of PARTS · ROWS tokens of some channels of a row: y if WRITE, and if SAVE the sums before each ROWS tokens
+    and after the last. Programs of later tiles are started later, so that none waits for one that has no place."""
+    row, tile, tiles = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
+    part, c = tl.arange(0, PARTS)[:, None], (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    here, last, group = c < D, part == PARTS - 1, tile // GROUP
+    t = tile.to(tl.int64) * (PARTS * ROWS) + part * ROWS
+    left = (T - t).to(tl.int32)
+    ks = aft_load(k + row * k_row + t * k_step + c, k_step, left, here, float("-inf"), ROWS)
+    vs = aft_load(v + row * v_row + t * v_step + c, v_step, left, here, 0.0, ROWS)
     if WRITE:
-        for earlier in range(0, segment):
-            its_top = tl.load(totals + earlier * 3 * D, mask=here, other=0.0)
-            higher = tl.maximum(top, its_top)
-            fade, its_fade = exp(top - higher), exp(its_top - higher)
-            above = above * fade + its_fade * tl.load(totals + (earlier * 3 + 1) * D, mask=here, other=0.0)
-            below = below * fade + its_fade * tl.load(totals + (earlier * 3 + 2) * D, mask=here, other=0.0)
-            top = higher
-    t = segment.to(tl.int64) * tiles * ROWS
-    states += (row * tl.cdiv(T, ROWS) + segment * tiles) * 3 * D + c
-    ks = aft_load(k, t, k_step, T, here, float("-inf"), ROWS)
-    vs = aft_load(v, t, v_step, T, here, 0.0, ROWS)
-    if WRITE:
-        qs = aft_load(q, t, q_step, T, here, 0.0, ROWS)
-    for _ in range(0, tl.minimum(tiles, tl.cdiv(T - t, ROWS).to(tl.int32))):
-        left = (T - t).to(tl.int32)
-        next_ks = aft_load(k, t + ROWS, k_step, T, here, float("-inf"), ROWS)
-        next_vs = aft_load(v, t + ROWS, v_step, T, here, 0.0, ROWS)
+        qs = aft_load(q + row * q_row + t * q_step + c, q_step, left, here, 0.0, ROWS)
+    peak = tl.full((PARTS, BLOCK), -1e30, tl.float32)  # finite: −∞ − −∞ would be NaN
+    for i in tl.static_range(ROWS):
+        peak = tl.maximum(peak, ks[i].to(tl.float32))
+    over, under = tl.zeros((PARTS, BLOCK), tl.float32), tl.zeros((PARTS, BLOCK), tl.float32)
+    for i in tl.static_range(ROWS):
+        weight = exp(ks[i].to(tl.float32) - peak)
+        over, under = over + weight * vs[i].to(tl.float32), under + weight
+    none, zero = tl.full((PARTS, BLOCK), -1e30, tl.float32), tl.zeros((PARTS, BLOCK), tl.float32)
+    peak, over, under, peak_before, over_before, under_before = tl.associative_scan(
+        (peak, over, under, none, zero, zero), 0, aft_merge_two)
+    totals += row * tiles * 3 * D + c
+    prefixes += row * tl.cdiv(tiles, GROUP) * 3 * D + c
+    aft_publish(totals + (tile + part * 0) * 3 * D, peak, last & here)
+    aft_publish(totals + (tile + part * 0) * 3 * D + D, over, last & here)
+    aft_publish(totals + (tile + part * 0) * 3 * D + 2 * D, under, last & here)
+
+    top = tl.full((1, BLOCK), -1e30, tl.float32)
+    above, below = tl.zeros((1, BLOCK), tl.float32), tl.zeros((1, BLOCK), tl.float32)
+    if tile % GROUP > 0:
+        other = group * GROUP + tl.arange(0, GROUP)[:, None]
+        its, known = totals + other * 3 * D, (other < tile) & here
+        aft_wait(its, 3, D, known)
+        tops = tl.load(its, mask=known, other=-1e30, volatile=True)
+        top = tl.max(tops, axis=0)[None, :]
+        fade = exp(tops - top)
+        above = tl.sum(fade * tl.load(its + D, mask=known, other=0.0, volatile=True), axis=0)[None, :]
+        below = tl.sum(fade * tl.load(its + 2 * D, mask=known, other=0.0, volatile=True), axis=0)[None, :]
+    if group > 0:
+        its = prefixes + (group - 1) * 3 * D
+        aft_wait(its, 3, D, here)
+        its_top = tl.load(its, mask=here, other=0.0, volatile=True)
+        its_above = tl.load(its + D, mask=here, other=0.0, volatile=True)
+        its_below = tl.load(its + 2 * D, mask=here, other=0.0, volatile=True)
+        top, above, below = aft_merge(its_top, its_above, its_below, top, above, below)
+    if tile % GROUP == GROUP - 1:
+        its_top, its_above, its_below = aft_merge(top, above, below, peak, over, under)
+        aft_publish(prefixes + (group + part * 0) * 3 * D, its_top, last & here)
+        aft_publish(prefixes + (group + part * 0) * 3 * D + D, its_above, last & here)
+        aft_publish(prefixes + (group + part * 0) * 3 * D + 2 * D, its_below, last & here)
+
+    top, above, below = aft_merge(top, above, below, peak_before, over_before, under_before)
+    if SAVE:
+        states += (row * (tl.cdiv(T, ROWS) + 1) + tile * PARTS + part) * 3 * D + c
+        tl.store(states, top, mask=here & (left > 0))
+        tl.store(states + D, above, mask=here & (left > 0))
+        tl.store(states + 2 * D, below, mask=here & (left > 0))
+    y += (row * T + t) * D + c
+    for i in tl.static_range(ROWS):
+        top, above, below, _, _ = aft_token(top, above, below, ks[i].to(tl.float32), vs[i].to(tl.float32))
         if WRITE:
-            next_qs = aft_load(q, t + ROWS, q_step, T, here, 0.0, ROWS)
-        if SAVE:
-            tl.store(states, top, mask=here)
-            tl.store(states + D, above + above_low, mask=here)
-            tl.store(states + 2 * D, below + below_low, mask=here)
-            states += 3 * D
-        now, over, under = top, tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        kept = tl.full((BLOCK,), 1.0, tl.float32)
-        for i in tl.static_range(ROWS):
-            now, over, under, fade, weight = aft_token(now, over, under, ks[i].to(tl.float32), vs[i].to(tl.float32))
-            if WRITE:
-                kept *= fade
-                open_by = 1.0 + exp(-qs[i].to(tl.float32))  # σ(q) = 1 / (1 + e^−q)
-                gated = (above * kept + over) * inverse((below * kept + under) * open_by)
-                tl.store(y + t * D + i * D, gated.to(y.dtype.element_ty), mask=here & (i < left))
-        kept = exp(top - now)
-        above, above_low = aft_carry(above, above_low, kept, over)
-        below, below_low = aft_carry(below, below_low, kept, under)
-        top, t = now, t + ROWS
-        ks, vs = next_ks, next_vs
-        if WRITE:
-            qs = next_qs
-    if not WRITE:
-        tl.store(totals + segment * 3 * D, top, mask=here)
-        tl.store(totals + (segment * 3 + 1) * D, above, mask=here)
-        tl.store(totals + (segment * 3 + 2) * D, below, mask=here)
+            gated = above * inverse(below * (1.0 + exp(-qs[i].to(tl.float32))))  # σ(q) = 1 / (1 + e^−q)
+            tl.store(y + i * D, gated.to(y.dtype.element_ty), mask=here & (i < left))
+    if SAVE:
+        ends = (left > 0) & (left <= ROWS)
+        tl.store(states + 3 * D, top, mask=here & ends)
+        tl.store(states + 4 * D, above, mask=here & ends)
+        tl.store(states + 5 * D, below, mask=here & ends)
 
 
 @jit
 def aft_backward(
-    q, k, v, grad, dq, dk, dv, states, totals, T, tiles, q_row, k_row, v_row, grad_row,
+    q, k, v, grad, dq, dk, dv, states, totals, prefixes, T, q_row, k_row, v_row, grad_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WRITE: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A segment from its end: its gradients if WRITE, else its sums, for the segments before it.
+    """The gradients of a tile, from the last to the first.
 
     With o_t the mean, Z_t = Σ_{s ≤ t} exp(k_s) and r_t = σ(q_t) ∂L/∂y_t / Z_t, the gradients are sums over the future:
     ∂L/∂v_s = exp(k_s) Σ_{t ≥ s} r_t and ∂L/∂k_s = exp(k_s) (v_s Σ_{t ≥ s} r_t − Σ_{t ≥ s} r_t o_t).
-    Z_t is divided by exp(top_t), top_t the running maximum, so the sums over t ≥ s are multiplied by exp(top_s).
+    Z_t is divided by exp(top_t), top_t the running maximum, so the sums over t ≥ s are multiplied by exp(top_s), and
+    those of a tile, as it publishes them, by exp(top before the tile).
     """
-    c, segment, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    here, segments, all_tiles = c < D, tl.num_programs(1), tl.cdiv(T, ROWS)
-    q, k, v, grad = q + row * q_row + c, k + row * k_row + c, v + row * v_row + c, grad + row * grad_row + c
-    dq, dk, dv = dq + row * T * D + c, dk + row * T * D + c, dv + row * T * D + c
-    states, totals = states + row * all_tiles * 3 * D + c, totals + row * segments * 2 * D + c
-    after, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # Σ r and Σ r o, later tiles'
-    after_low, weighted_low = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    first, last = segment * tiles, tl.minimum(segment * tiles + tiles, all_tiles)
-    if WRITE:
-        for back in range(1, segments - segment):
-            later = segments - back
-            start = tl.load(states + later.to(tl.int64) * tiles * 3 * D, mask=here, other=0.0)
-            end = tl.load(states + tl.minimum(later * tiles + tiles, all_tiles - 1).to(tl.int64) * 3 * D, mask=here,
-                          other=0.0)  # fmt: skip
-            fade = exp(start - end)  # of the last segment, after which there is nothing, any number
-            after = after * fade + tl.load(totals + later * 2 * D, mask=here, other=0.0)
-            weighted = weighted * fade + tl.load(totals + (later * 2 + 1) * D, mask=here, other=0.0)
-    t = (last.to(tl.int64) - 1) * ROWS
-    ks = aft_load(k, t, k_step, T, here, float("-inf"), ROWS)
-    vs = aft_load(v, t, v_step, T, here, 0.0, ROWS)
-    qs = aft_load(q, t, q_step, T, here, 0.0, ROWS)
-    gs = aft_load(grad, t, grad_step, T, here, 0.0, ROWS)
-    for done in range(0, last - first):
-        tile = last - 1 - done
-        left = (T - t).to(tl.int32)
-        limit = tl.where(tile > first, T, -ROWS)  # nothing is read before the segment
-        next_ks = aft_load(k, t - ROWS, k_step, limit, here, float("-inf"), ROWS)
-        next_vs = aft_load(v, t - ROWS, v_step, limit, here, 0.0, ROWS)
-        next_qs = aft_load(q, t - ROWS, q_step, limit, here, 0.0, ROWS)
-        next_gs = aft_load(grad, t - ROWS, grad_step, limit, here, 0.0, ROWS)
-        state = states + tile.to(tl.int64) * 3 * D
-        top = tl.load(state, mask=here, other=0.0)
-        above = tl.load(state + D, mask=here, other=0.0)
-        below = tl.load(state + 2 * D, mask=here, other=1.0)
-        now, over, under = top, tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        kept = tl.full((BLOCK,), 1.0, tl.float32)
-        rs, ros, fades, weights = (), (), (), ()
-        for i in tl.static_range(ROWS):
-            now, over, under, fade, weight = aft_token(now, over, under, ks[i].to(tl.float32), vs[i].to(tl.float32))
-            kept *= fade
-            per_z = inverse(below * kept + under)
-            o = (above * kept + over) * per_z
-            gate = inverse(1.0 + exp(-qs[i].to(tl.float32)))
-            gated = gs[i].to(tl.float32) * gate
-            if WRITE:
-                slope = gated * o * (1.0 - gate)
-                tl.store(dq + t * D + i * D, slope.to(dq.dtype.element_ty), mask=here & (i < left))
-            r = gated * per_z
-            rs, ros, fades, weights = rs + (r,), ros + (r * o,), fades + (fade,), weights + (weight,)
-        over, under = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # this tile's Σ r and Σ r o
-        fade, kept = tl.full((BLOCK,), 1.0, tl.float32), tl.full((BLOCK,), 1.0, tl.float32)
-        for i in tl.static_range(ROWS - 1, -1, -1):
-            over, under, kept = over * fade + rs[i], under * fade + ros[i], kept * fade
-            fade = fades[i]
-            if WRITE:
-                dv_now = weights[i] * (over + after * kept)
-                dk_now = dv_now * vs[i].to(tl.float32) - weights[i] * (under + weighted * kept)
-                tl.store(dv + t * D + i * D, dv_now.to(dv.dtype.element_ty), mask=here & (i < left))
-                tl.store(dk + t * D + i * D, dk_now.to(dk.dtype.element_ty), mask=here & (i < left))
-        kept = exp(top - now)
-        after, after_low = aft_carry(after, after_low, kept, over * fade)
-        weighted, weighted_low = aft_carry(weighted, weighted_low, kept, under * fade)
-        ks, vs, qs, gs = next_ks, next_vs, next_qs, next_gs
-        t -= ROWS
-    if not WRITE:
-        tl.store(totals + segment * 2 * D, after, mask=here)
-        tl.store(totals + (segment * 2 + 1) * D, weighted, mask=here)
+    row, back, tiles = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
+    part, c = tl.arange(0, PARTS)[:, None], (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    tile, group = tiles - 1 - back, back // GROUP
+    here, first = c < D, part == 0
+    t = tile.to(tl.int64) * (PARTS * ROWS) + part * ROWS
+    left = (T - t).to(tl.int32)
+    ks = aft_load(k + row * k_row + t * k_step + c, k_step, left, here, float("-inf"), ROWS)
+    vs = aft_load(v + row * v_row + t * v_step + c, v_step, left, here, 0.0, ROWS)
+    qs = aft_load(q + row * q_row + t * q_step + c, q_step, left, here, 0.0, ROWS)
+    gs = aft_load(grad + row * grad_row + t * grad_step + c, grad_step, left, here, 0.0, ROWS)
+    states += row * (tl.cdiv(T, ROWS) + 1) * 3 * D + c
+    state = states + (tile * PARTS + part) * 3 * D
+    top = tl.load(state, mask=here & (left > 0), other=0.0)
+    above = tl.load(state + D, mask=here & (left > 0), other=0.0)
+    below = tl.load(state + 2 * D, mask=here & (left > 0), other=1.0)
+    now, out = top, (row * T + t) * D + c
+    rs, ros, fades, weights = (), (), (), ()
+    for i in tl.static_range(ROWS):
+        now, above, below, fade, weight = aft_token(now, above, below, ks[i].to(tl.float32), vs[i].to(tl.float32))
+        per_z = inverse(below)
+        o = above * per_z
+        gate = inverse(1.0 + exp(-qs[i].to(tl.float32)))
+        gated = gs[i].to(tl.float32) * gate
+        tl.store(dq + out + i * D, (gated * o * (1.0 - gate)).to(dq.dtype.element_ty), mask=here & (i < left))
+        r = gated * per_z
+        rs, ros, fades, weights = rs + (r,), ros + (r * o,), fades + (fade,), weights + (weight,)
+    over, under = tl.zeros((PARTS, BLOCK), tl.float32), tl.zeros((PARTS, BLOCK), tl.float32)
+    for i in tl.static_range(ROWS - 1, -1, -1):
+        over, under = (over + rs[i]) * fades[i], (under + ros[i]) * fades[i]
+    one, zero = tl.full((PARTS, BLOCK), 1.0, tl.float32), tl.zeros((PARTS, BLOCK), tl.float32)
+    fade, over, under, fade_behind, over_behind, under_behind = tl.associative_scan(
+        (exp(top - now), over, under, one, zero, zero), 0, aft_link_two, reverse=True)
+    totals += row * tiles * 2 * D + c
+    prefixes += row * tl.cdiv(tiles, GROUP) * 2 * D + c
+    aft_publish(totals + (back + part * 0) * 2 * D, over, first & here)
+    aft_publish(totals + (back + part * 0) * 2 * D + D, under, first & here)
+
+    after, weighted = tl.zeros((1, BLOCK), tl.float32), tl.zeros((1, BLOCK), tl.float32)  # Σ r and Σ r o, later tiles'
+    end = tl.load(states + (tile + 1) * PARTS * 3 * D, mask=here & (back > 0), other=0.0)
+    if back % GROUP > 0:
+        other = group * GROUP + tl.arange(0, GROUP)[:, None]
+        its, known = totals + other * 2 * D, (other < back) & here
+        its_top = tl.load(states + (tiles - 1 - other) * PARTS * 3 * D, mask=known, other=float("inf"))
+        aft_wait(its, 2, D, known)
+        between = exp(end - its_top)
+        after = tl.sum(between * tl.load(its, mask=known, other=0.0, volatile=True), axis=0)[None, :]
+        weighted = tl.sum(between * tl.load(its + D, mask=known, other=0.0, volatile=True), axis=0)[None, :]
+    if group > 0:
+        its = prefixes + (group - 1) * 2 * D
+        its_top = tl.load(states + (tiles - group * GROUP) * PARTS * 3 * D, mask=here, other=0.0)
+        aft_wait(its, 2, D, here)
+        between = exp(end - its_top)
+        after += between * tl.load(its, mask=here, other=0.0, volatile=True)
+        weighted += between * tl.load(its + D, mask=here, other=0.0, volatile=True)
+    if back % GROUP == GROUP - 1:
+        aft_publish(prefixes + (group + part * 0) * 2 * D, over + fade * after, first & here)
+        aft_publish(prefixes + (group + part * 0) * 2 * D + D, under + fade * weighted, first & here)
+
+    after, weighted = over_behind + fade_behind * after, under_behind + fade_behind * weighted
+    for i in tl.static_range(ROWS - 1, -1, -1):
+        after, weighted = after + rs[i], weighted + ros[i]
+        dv_now = weights[i] * after
+        dk_now = dv_now * vs[i].to(tl.float32) - weights[i] * weighted
+        tl.store(dv + out + i * D, dv_now.to(dv.dtype.element_ty), mask=here & (i < left))
+        tl.store(dk + out + i * D, dk_now.to(dk.dtype.element_ty), mask=here & (i < left))
+        after, weighted = after * fades[i], weighted * fades[i]
 
 
-def aft_grid(v: Tensor, segments: int) -> tuple[tuple[int, int, int], int]:
-    """Programs, and the tiles of 16 tokens in each segment, none of which is empty."""
+def aft_launch(v: Tensor, numbers: int) -> tuple[tuple[int, int, int], list[Tensor], dict]:
+    """Programs over channels, rows and tiles; what these publish, for each tile and each group of tiles; constants."""
     B, T, D = v.shape
-    tiles = -(-T // (segments * AFT_ROWS))
-    return (-(-D // AFT_CHANNELS), -(-T // (tiles * AFT_ROWS)), B), tiles
+    block, tiles = min(32, power_of_2(D)), -(-T // (AFT_PARTS * AFT_ROWS))
+    published = [torch.full((B, n, numbers, D), math.nan, dtype=torch.float32, device=v.device)
+                 for n in (tiles, -(-tiles // AFT_GROUP))]  # fmt: skip
+    shape = {"ROWS": AFT_ROWS, "PARTS": AFT_PARTS, "GROUP": AFT_GROUP, "BLOCK": block, "num_warps": AFT_PARTS}
+    return (-(-D // block), B, tiles), published, shape
+
+
+def aft_sums(q: Tensor, k: Tensor, v: Tensor, y: Tensor, save: bool, write: bool) -> Tensor:
+    """The sums before each AFT_ROWS tokens and at the end, (B, ⌈T / AFT_ROWS⌉ + 1, 3, D): the largest key, and Σ exp(k) v
+    and Σ exp(k) divided by its exponential; none unless `save`. On the way, y is written."""
+    B, T, D = v.shape
+    grid, published, shape = aft_launch(v, 3)
+    states = torch.empty(B, -(-T // AFT_ROWS) + 1 if save else 0, 3, D, dtype=torch.float32, device=v.device)
+    strides = [x.stride(axis) for axis in (0, 1) for x in (q, k, v)]
+    args = (q, k, v, y, states, *published, T, *strides[:3], D, *strides[3:])
+    aft_forward[grid](*args, **shape, SAVE=save, WRITE=write)
+    return states
 
 
 @torch.library.custom_op("strawberry::aft_simple", mutates_args=())
-def aft_op(q: Tensor, k: Tensor, v: Tensor, save: bool, segments: int) -> tuple[Tensor, Tensor]:
-    B, T, D = v.shape
-    grid, tiles = aft_grid(v, segments)
-    y = torch.empty(B, T, D, dtype=v.dtype, device=v.device)
-    states = torch.empty(B, -(-T // AFT_ROWS) if save else 0, 3, D, dtype=torch.float32, device=v.device)
-    totals = torch.empty(B, grid[1], 3, D, dtype=torch.float32, device=v.device)
-    strides = [x.stride(axis) for axis in (0, 1) for x in (q, k, v)]
-    args = (q, k, v, y, states, totals, T, tiles, *strides[:3], D, *strides[3:], AFT_ROWS, AFT_CHANNELS)
-    if grid[1] > 1:
-        aft_forward[grid](*args, SAVE=False, WRITE=False, num_warps=1)
-    aft_forward[grid](*args, SAVE=save, WRITE=True, num_warps=1)
-    return y, states
+def aft_op(q: Tensor, k: Tensor, v: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    return y, aft_sums(q, k, v, y, save, True)
 
 
 @aft_op.register_fake
-def _(q, k, v, save, segments):
+def _(q, k, v, save):
     B, T, D = v.shape
-    return v.new_empty(B, T, D), v.new_empty(B, -(-T // AFT_ROWS) if save else 0, 3, D, dtype=torch.float32)
+    return v.new_empty(B, T, D), v.new_empty(B, -(-T // AFT_ROWS) + 1 if save else 0, 3, D, dtype=torch.float32)
 
 
 @torch.library.custom_op("strawberry::aft_simple_backward", mutates_args=())
 def aft_backward_op(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, states: Tensor, segments: int
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, D = v.shape
-    grid, tiles = aft_grid(v, segments)
+    (B, T, D), (grid, published, shape) = v.shape, aft_launch(v, 2)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     dq, dk, dv = (torch.empty(B, T, D, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    totals = torch.empty(B, grid[1], 2, D, dtype=torch.float32, device=v.device)
     strides = [x.stride(axis) for axis in (0, 1) for x in (q, k, v, grad)]
-    args = (q, k, v, grad, dq, dk, dv, states, totals, T, tiles, *strides[:4], D, *strides[4:], AFT_ROWS, AFT_CHANNELS)
-    if grid[1] > 1:
-        aft_backward[grid](*args, WRITE=False, num_warps=1)
-    aft_backward[grid](*args, WRITE=True, num_warps=1)
+    args = (q, k, v, grad, dq, dk, dv, states, *published, T, *strides[:4], D, *strides[4:])
+    aft_backward[grid](*args, **shape)
     return dq, dk, dv
 
 
 @aft_backward_op.register_fake
-def _(grad, q, k, v, states, segments):
+def _(grad, q, k, v, states):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def aft_setup(ctx, inputs, output) -> None:
-    *qkv, save, ctx.segments = inputs
-    ctx.save_for_backward(*qkv, output[1])
+    ctx.save_for_backward(*inputs[:3], output[1])
 
 
 def aft_gradients(ctx, grad: Tensor, _) -> tuple:
-    *qkv, states = ctx.saved_tensors
-    return *torch.ops.strawberry.aft_simple_backward(grad, *qkv, states, ctx.segments), None, None
+    return *torch.ops.strawberry.aft_simple_backward(grad, *ctx.saved_tensors), None
 
 
 aft_op.register_autograd(aft_gradients, setup_context=aft_setup)
@@ -752,7 +807,7 @@ def aft_positional(q: Tensor, k: Tensor, v: Tensor, p: Tensor, apart: Tensor) ->
 
 @jit
 def aft_keys(
-    k, v, states, totals, block, T, here,
+    k, v, states, block, T, here,
     D: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """k, −∞ after the last token, and v of a block; (1, channels) each, the largest key up to its end, and the middle
@@ -761,18 +816,15 @@ def aft_keys(
     mask, here = (s < T) & here[None, :], here[None, :]
     key = tl.where(s < T, tl.load(k + s * k_step, mask=mask, other=0.0).to(tl.float32), float("-inf"))
     value = tl.load(v + s * v_step, mask=mask, other=0.0).to(tl.float32)
-    states += block * (N // ROWS) * 3 * D
-    more = (block + 1) * N < T
-    start = tl.load(states, mask=here, other=0.0)
-    end = tl.load(states + (N // ROWS) * 3 * D, mask=here & more, other=0.0)
-    end = tl.where(more, end, tl.load(totals, mask=here & (block * N + N >= T), other=0.0))
+    start = tl.load(states + block * (N // ROWS) * 3 * D, mask=here, other=0.0)
+    end = tl.load(states + tl.minimum((block + 1) * (N // ROWS), tl.cdiv(T, ROWS)) * 3 * D, mask=here, other=0.0)
     start = tl.maximum(start, tl.load(k + block * N * k_step, mask=here, other=0.0).to(tl.float32))
     return key, value, end, (start + end) * 0.5
 
 
 @jit
 def aft_positional_forward(
-    q, k, v, weight, most, y, logs, states, totals, T, J, R, q_row, k_row, v_row,
+    q, k, v, weight, most, y, logs, states, T, J, R, q_row, k_row, v_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -786,13 +838,13 @@ def aft_positional_forward(
     i, mine, first = tl.arange(0, N), block % J, tl.maximum(block + 1 - R, 0)
     weight += (mine * R * groups + group).to(tl.int64) * N * N + i[:, None] * N + i[None, :]
     its_most = tl.load(most + (mine * groups + group) * N + i)
-    states, totals = states + row * tl.cdiv(T, ROWS) * 3 * D + c[None, :], totals + row * 3 * D + c[None, :]
+    states = states + row * (tl.cdiv(T, ROWS) + 1) * 3 * D + c[None, :]
     far, before = states + first * (N // ROWS) * 3 * D, exp(-its_most)[:, None]
     top = tl.load(far, mask=here[None, :], other=0.0)
     above = before * tl.load(far + D, mask=here[None, :], other=0.0)
     below = before * tl.load(far + 2 * D, mask=here[None, :], other=0.0)
     for other in range(first, block + 1):
-        key, value, end, middle = aft_keys(k, v, states, totals, other, T, here, D, k_step, v_step, N, ROWS)
+        key, value, end, middle = aft_keys(k, v, states, other, T, here, D, k_step, v_step, N, ROWS)
         higher = tl.where(other == block, middle, end)
         fade, e = exp(top - higher), exp(key - higher)
         w = tl.load(weight + (block - other) * groups * N * N)
@@ -819,7 +871,7 @@ def aft_after(
     c, row, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.arange(0, N)
     here, blocks = c < D, tl.cdiv(T, N)
     q, grad = q + row * q_row + c[None, :], grad + row * grad_row + c[None, :]
-    states += row * tl.cdiv(T, ROWS) * 3 * D + c
+    states += row * (tl.cdiv(T, ROWS) + 1) * 3 * D + c
     after += row * blocks * 2 * D + c
     total, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     last_top = tl.full((BLOCK,), 1e30, tl.float32)  # nothing comes after the last block
@@ -860,7 +912,7 @@ def aft_shares(
 
 @jit
 def aft_positional_backward(
-    q, k, v, weight, most, grad, y, logs, states, totals, after, dk, dv, T, J, R, q_row, k_row, v_row, grad_row,
+    q, k, v, weight, most, grad, y, logs, states, after, dk, dv, T, J, R, q_row, k_row, v_row, grad_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -874,8 +926,8 @@ def aft_positional_backward(
     grad += row * grad_row + c[None, :]
     i, blocks = tl.arange(0, N), tl.cdiv(T, N)
     s, far = block * N + i, tl.minimum(block + R, blocks)
-    states, totals = states + row * tl.cdiv(T, ROWS) * 3 * D + c[None, :], totals + row * 3 * D + c[None, :]
-    key, value, _, about = aft_keys(k, v, states, totals, block, T, here, D, k_step, v_step, N, ROWS)
+    states = states + row * (tl.cdiv(T, ROWS) + 1) * 3 * D + c[None, :]
+    key, value, _, about = aft_keys(k, v, states, block, T, here, D, k_step, v_step, N, ROWS)
     over, under = tl.zeros((N, BLOCK), tl.float32), tl.zeros((N, BLOCK), tl.float32)
     for other in range(block, far):
         its_most = tl.load(most + (other % J * groups + group) * N + i)
@@ -899,7 +951,7 @@ def aft_positional_backward(
 
 @jit
 def aft_weights_backward(
-    q, k, v, most, grad, y, logs, states, totals, dw, B, T, J, R, rows, q_row, k_row, v_row, grad_row,
+    q, k, v, most, grad, y, logs, states, dw, B, T, J, R, rows, q_row, k_row, v_row, grad_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -919,8 +971,8 @@ def aft_weights_backward(
             for start in range(0, WIDTH, BLOCK):
                 inside = start + tl.arange(0, BLOCK)
                 here, c = inside < WIDTH, group * WIDTH + inside[None, :]
-                its_states, its_totals = states + row * tl.cdiv(T, ROWS) * 3 * D + c, totals + row * 3 * D + c
-                key, value, _, about = aft_keys(k + row * k_row + c, v + row * v_row + c, its_states, its_totals,
+                its_states = states + row * (tl.cdiv(T, ROWS) + 1) * 3 * D + c
+                key, value, _, about = aft_keys(k + row * k_row + c, v + row * v_row + c, its_states,
                                                 block - apart, T, here, D, k_step, v_step, N, ROWS)  # fmt: skip
                 e = exp(key - about)
                 share, weighted = aft_shares(q + row * q_row + c, grad + row * grad_row + c, y, logs, block * N + i, T,
@@ -948,26 +1000,23 @@ def aft_factor(weight: Tensor, v: Tensor) -> Tensor:
 @torch.library.custom_op("strawberry::aft_positional", mutates_args=())
 def aft_positional_op(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor, most: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, D = v.shape
     y = torch.empty(B, T, D, dtype=v.dtype, device=v.device)
     logs = torch.empty(B, T, D, dtype=torch.float32, device=v.device)
-    states = torch.empty(B, -(-T // AFT_ROWS), 3, D, dtype=torch.float32, device=v.device)
-    totals = torch.empty(B, 3, D, dtype=torch.float32, device=v.device)
+    states = aft_sums(q, k, v, y, True, False)
     rows, steps = ([x.stride(axis) for x in (q, k, v)] for axis in (0, 1))
-    sums = (q, k, v, y, states, totals, T, -(-T // AFT_ROWS), *rows, D, *steps, AFT_ROWS, AFT_CHANNELS)
-    aft_forward[(-(-D // AFT_CHANNELS), 1, B)](*sums, SAVE=True, WRITE=False, num_warps=1)
     shape, grid = aft_shape(v, weight)
     tiles = aft_factor(weight, v), most.contiguous()
-    args = (q, k, v, *tiles, y, logs, states, totals, T, *weight.shape[:2], *rows, D, *steps)
+    args = (q, k, v, *tiles, y, logs, states, T, *weight.shape[:2], *rows, D, *steps)
     aft_positional_forward[(*grid, B)](*args, **shape, ROWS=AFT_ROWS, **AFT_LAUNCH)
-    return y, logs, states, totals
+    return y, logs, states
 
 
 @aft_positional_op.register_fake
 def _(q, k, v, weight, most):
     B, T, D = v.shape
-    sums = [v.new_empty(*shape, dtype=torch.float32) for shape in ((B, T, D), (B, -(-T // AFT_ROWS), 3, D), (B, 3, D))]
+    sums = [v.new_empty(*shape, dtype=torch.float32) for shape in ((B, T, D), (B, -(-T // AFT_ROWS) + 1, 3, D))]
     return v.new_empty(B, T, D), *sums
 
 
@@ -982,7 +1031,6 @@ def aft_positional_backward_op(
     y: Tensor,
     logs: Tensor,
     states: Tensor,
-    totals: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, T, D), (J, R, G, N, _), most = v.shape, weight.shape, most.contiguous()
     shape, grid = aft_shape(v, weight)
@@ -992,7 +1040,7 @@ def aft_positional_backward_op(
     rows, steps = ([x.stride(axis) for x in (q, k, v, grad)] for axis in (0, 1))
     sums = (q, grad, y, logs, states, dq, after, T, rows[0], rows[3], D, steps[0], steps[3])
     aft_after[(-(-D // 32), B)](*sums, BLOCK=32, N=N, ROWS=AFT_ROWS, num_warps=4)
-    known = grad, y, logs, states, totals
+    known = grad, y, logs, states
     args = (q, k, v, aft_factor(weight, v), most, *known, after, dk, dv, T, J, R, *rows, D, *steps)
     aft_positional_backward[(*grid, B)](*args, **shape, ROWS=AFT_ROWS, **AFT_LAUNCH)
     share = -(-B // max(1, min(B, -(-4 * processors(v) // (J * R * G)))))  # rows of B to a program
@@ -1003,7 +1051,7 @@ def aft_positional_backward_op(
 
 
 @aft_positional_backward_op.register_fake
-def _(grad, q, k, v, weight, most, y, logs, states, totals):
+def _(grad, q, k, v, weight, most, y, logs, states):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, weight))
 
 
@@ -1114,17 +1162,16 @@ def measure_aft(bandwidth: float) -> bool:
         sets = [[random(B, T, D) for _ in range(4)] for _ in range(enough(8 * B * T * D))]
         for one in sets:
             one[1] = one[1].sign() * spread if spread > 1 else one[1]  # keys of ±80
-        segments = aft_segments(sets[0][2])
-        forward = [(*one[:3], True, segments) for one in sets]
+        forward = [(*one[:3], True) for one in sets]
         states = [torch.ops.strawberry.aft_simple(*args)[1] for args in forward]
-        backward = [(one[3], *one[:3], its, segments) for one, its in zip(sets, states)]
+        backward = [(one[3], *one[:3], its) for one, its in zip(sets, states)]
         exact = [x[:1, :, :64].double().requires_grad_() for x in sets[0][:3]]
         y = aft_exact(*exact)
         y.backward(sets[0][3][:1, :, :64].double())
         error = error_of(torch.ops.strawberry.aft_simple(*forward[0])[0][:1, :, :64], y.detach())
         floor = 8 * B * T * D / bandwidth
         seconds = timed(torch.ops.strawberry.aft_simple, forward)
-        right &= line(f"aft_simple {B} x {T} x {D}, {segments} segments", error, 6e-3, seconds, floor)
+        right &= line(f"aft_simple {B} x {T} x {D}", error, 6e-3, seconds, floor)
         got = torch.ops.strawberry.aft_simple_backward(*backward[0])
         error = max(error_of(g[:1, :, :64], x.grad) for g, x in zip(got, exact))
         seconds = timed(torch.ops.strawberry.aft_simple_backward, backward)

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import kernels
 from options import UserError, check, load_run, nearest, option, run_cli
@@ -523,6 +524,98 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, d
     return y.masked_fill(blind.transpose(1, 2), 0.0)
 
 
+def attend_whole(q: Tensor, k: Tensor, v: Tensor, view: View, at: At, *, scale: float, dropout: float) -> Tensor:
+    """`attend` over a whole text by a view. The work of a window is by the window, not by T, where one of two ways
+    serves: blocks that the compiler makes a kernel of, or bands."""
+    T = q.size(1)
+    if not at.causal:
+        return attend_all(q, k, v, at.mask(view), scale=scale, dropout=dropout)
+    if type(view) is View and not view.covers(T):
+        if flexes(q, dropout):
+            return attend_blocks(q, k, v, (view.size,), at, scale=scale)
+        if T >= 4 * max(view.size, BAND):
+            return attend_bands(q, k, v, view.size, scale=scale, dropout=dropout)
+    return attend(q, k, v, at.mask(view), scale=scale, dropout=dropout)
+
+
+BAND = 64  # queries in a band, at least
+
+
+def attend_bands(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float, dropout: float = 0.0) -> Tensor:
+    """Queries in bands of n ≥ window tokens, each of which attends to its own band of keys and the one before.
+
+    q (B, T, H, d), k and v (B, T, Hkv, ·) to (B, T, H, ·). Work and memory are T · 2n.
+    """
+    T, n = q.size(1), max(window, BAND)
+    first = attend(*(x[:, :n] for x in (q, k, v)), near_mask(n, 0, window, q.device), scale=scale, dropout=dropout)
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -T % n)).unflatten(1, (-1, n)) for x in (q, k, v))  # (B, J, n, heads, ·)
+    J = q.size(1)
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1) for x in (k, v))  # (B · (J − 1), 2n, heads, ·)
+    rest = attend(q[:, 1:].flatten(0, 1), k, v, near_mask(n, n, window, q.device), scale=scale, dropout=dropout)
+    return torch.cat((first, rest.unflatten(0, (-1, J - 1)).flatten(1, 2)), dim=1)[:, :T]
+
+
+def near_mask(n: int, before: int, window: int, device) -> Tensor:
+    """(1, 1, n, before + n): which of `before` earlier tokens and n own ones each of n tokens sees."""
+    t, s = torch.arange(before, before + n, device=device), torch.arange(before + n, device=device)
+    return View(window).sees(t[None], s[None])
+
+
+def flexes(q: Tensor, dropout: float) -> bool:
+    """Whether attention may go by blocks. Only under torch.compile, which makes one kernel of it: called as it is,
+    FlexAttention takes T² work."""
+    return (torch.compiler.is_compiling() and q.is_cuda and q.dtype != torch.float64 and dropout == 0
+            and q.size(1) >= 256 and q.size(-1) >= 16)  # fmt: skip
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], at: At, *, scale: float) -> Tensor:
+    """FlexAttention (arXiv 2412.05496) where each head sees the newest `windows[h]` tokens; one number is for all.
+
+    q (B, T, H, d), k and v (B, T, Hkv, ·) to (B, T, H, ·). Blocks of 128 keys that no query of a block sees are not
+    read; which they are is made once for all layers.
+    """
+    T, grouped = q.size(1), k.size(2) != q.size(2)
+    key = ("blocks", windows)
+    if key not in at.masks:
+        at.masks[key] = blocks_near(T, windows, q.device)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+    mask = BlockMask((T, T), *at.masks[key][1:], (128, 128), near(at.masks[key][0]))
+    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
+def near(window: Tensor) -> Callable:
+    """FlexAttention's mask for windows (H,), or (1,) for all heads."""
+    if len(window) == 1:
+        return lambda b, h, t, s: (s <= t) & (t - s < window[0])
+    return lambda b, h, t, s: (s <= t) & (t - s < window[h])
+
+
+def blocks_near(T: int, windows: tuple[int, ...], device, n: int = 128) -> tuple[Tensor, ...]:
+    """Windows (H,) and BlockMask's tables: for each block of n queries how many blocks of keys it sees in part, which,
+    how many whole, which; and the same for each block of keys. (1, H, J) and (1, H, J, J), by arithmetic alone."""
+    J = -(-T // n)
+    runs = itertools.groupby(windows)
+    window = torch.cat([torch.full((len(list(run)),), w, dtype=torch.int32, device=device) for w, run in runs])
+    w, i = window[:, None], torch.arange(J, dtype=torch.int32, device=device)
+    ragged = 1 if T % n else 0  # the last block of queries has tokens that are not there: it sees no block whole
+    first, whole = (i * n - w + 1).clamp(min=0) // n, ((i * n + 2 * n - 1 - w).clamp(min=0) // n).minimum(i)
+    whole = torch.where(i < J - ragged, whole, i)  # first … whole − 1 and i in part, whole … i − 1 whole
+    last, end = ((i * n + n + w - 2) // n).clamp(max=J - 1), (i + w // n - 1).clamp(max=J - 1 - ragged).maximum(i)
+    tables = (
+        *table(whole - first + 1, torch.where(i < (whole - first)[..., None], first[..., None] + i, i[:, None])),
+        *table(i - whole, whole[..., None] + i),
+        *table(last - end + 1, torch.where(i > 0, end[..., None] + i, i[:, None])),  # its own, end + 1 … last
+        *table(end - i, (i[:, None] + 1 + i).expand(len(window), J, J)),
+    )
+    return window, *tables
+
+
+def table(count: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """(H, J) and (H, J, J) as BlockMask has them; what lies behind `count` is not read, but must be a block."""
+    return count[None].contiguous(), index.clamp(max=index.size(-1) - 1)[None].contiguous()
+
+
 # How a family readies q and k (B, T, ·) for its mixers: (q, k, at) -> (q, k)
 
 
@@ -531,8 +624,9 @@ def as_is(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
 
 
 def channel_norm(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
-    """`norm` over all D channels, for AFT."""
-    return norm(q), norm(k)
+    """`norm` over all D channels, for AFT, in the types that q and k come in: autocast on a GPU would widen them, and
+    AFT, which is limited by the bytes it reads, would read twice as many."""
+    return norm(q).to(q.dtype), norm(k).to(k.dtype)
 
 
 def rotary(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
@@ -563,11 +657,23 @@ def to_chunks(x: Tensor, slot: int) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.size(1) % slot)).unflatten(1, (-1, slot))
 
 
-def project(x: Tensor, w: Tensor | Int8, at: At) -> Tensor:
+class Scaled(NamedTuple):
+    """scale · raw: a matrix whose rescaling is left to what is multiplied by it, so that no pass is made for it."""
+
+    raw: Tensor  # (out, in), or one for each chunk of each row, (B, J, out, in)
+    scale: Tensor  # (), or (B, J, 1, 1); float32 or wider
+
+
+def project(x: Tensor, w: Tensor | Int8 | Scaled, at: At) -> Tensor:
     """x (B, T, in) through w (out, in), or through the w (B, J, out, in) of each token's chunk."""
-    if isinstance(w, Int8) or w.dim() == 2:
+    if isinstance(w, Int8) or (isinstance(w, Tensor) and w.dim() == 2):
         return linear(x, w)
-    y = to_chunks(x, at.slot) @ w.mT.to(x.dtype)  # (B, J, slot, out)
+    if isinstance(w, Tensor):
+        y = to_chunks(x, at.slot) @ w.mT.to(x.dtype)  # (B, J, slot, out)
+    elif w.raw.dim() == 2:
+        return linear(x * w.scale, w.raw)
+    else:
+        y = (to_chunks(x, at.slot) * w.scale).to(w.raw.dtype) @ w.raw.mT
     return y.flatten(1, 2)[:, : x.size(1)]
 
 
@@ -625,8 +731,34 @@ def by_chunks(u: Tensor, v: Tensor, at: At, state: ChunkState | None, make: Call
 
 def chunk_sums(u: Tensor, v: Tensor, slot: int) -> Tensor:
     """Σ uᵀ v over each chunk, (B, J, C, C), float32 or wider."""
-    with full_precision(u):
-        return to_chunks(wide(u), slot).mT @ to_chunks(wide(v), slot)
+    return ChunkSums.apply(u, v.to(u.dtype), slot)
+
+
+class ChunkSums(torch.autograd.Function):
+    """`chunk_sums`. Half types are multiplied as they are and summed in float32: on a GPU ten times as fast."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, v: Tensor, slot: int) -> Tensor:
+        ctx.save_for_backward(u, v)
+        ctx.slot = slot
+        return wide_product(to_chunks(u, slot).mT, to_chunks(v, slot))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        u, v = ctx.saved_tensors
+        grad = grad.to(u.dtype)
+        with full_precision(u):
+            du, dv = to_chunks(v, ctx.slot) @ grad.mT, to_chunks(u, ctx.slot) @ grad
+        return du.flatten(1, 2)[:, : u.size(1)], dv.flatten(1, 2)[:, : u.size(1)], None
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, (B, J, ·, ·) each, in float32 or wider."""
+    with full_precision(a):
+        if a.is_cuda and a.dtype in kernels.HALVES:
+            y = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
+            return y.unflatten(0, a.shape[:2])
+        return wide(a) @ wide(b)
 
 
 def shifted(sums: Tensor) -> Tensor:
@@ -654,10 +786,11 @@ class Softmax(nn.Module):
             return self.one(q, k, v, at, state)
         if state is not None:
             k, v = state.extend(at, k, v)
-        mask = at.mask(self.view) if state is None else at.ring_mask(self.view, state)
         q, k, v = (x.unflatten(-1, (-1, self.d)) for x in (q, k, v))
-        mix = attend if at.causal else attend_all
-        return mix(q, k, v, mask, scale=self.scale, dropout=self.dropout if self.training else 0.0).flatten(2)
+        options = {"scale": self.scale, "dropout": self.dropout if self.training else 0.0}
+        if state is None or at.start == 0:
+            return attend_whole(q, k, v, self.view, at, **options).flatten(2)
+        return attend(q, k, v, at.ring_mask(self.view, state), **options).flatten(2)
 
     def one(self, q: Tensor, k: Tensor, v: Tensor, at: At, state: Ring) -> Tensor:
         """One token of each row, by a kernel that reads of the ring what is there."""
@@ -737,6 +870,14 @@ class AFTSimpleFunction(torch.autograd.Function):
         return e * (v * after - weighted), e * after
 
 
+def aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """σ(q_t) ⊙ o_t, (B, T, D) in v's dtype: by the kernel where there is one for these tensors, else in plain
+    PyTorch."""
+    if kernels.usable(q, k, v):
+        return kernels.aft_simple(q, k, v)
+    return (torch.sigmoid(wide(q)) * AFTSimpleFunction.apply(wide(k), wide(v))).to(v.dtype)
+
+
 class AFTSimple(nn.Module):
     """Attention-free mixing (arXiv 2105.14103) without positions: y_t = σ(q_t) ⊙ Σ exp(k_s) v_s / Σ exp(k_s)."""
 
@@ -746,12 +887,9 @@ class AFTSimple(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: State | None) -> Tensor:
         q, k = self.prepare(q, k, at)
-        if not at.causal:
-            o = self.of_all(wide(k), wide(v), at)
-        elif state is None:
-            o = AFTSimpleFunction.apply(wide(k), wide(v))
-        else:
-            o = self.go_on(wide(k), wide(v), at, state)
+        if at.causal and state is None:
+            return aft_simple(q, k, v)
+        o = self.go_on(wide(k), wide(v), at, state) if at.causal else self.of_all(wide(k), wide(v), at)
         return (torch.sigmoid(wide(q)) * o).to(v.dtype)
 
     def of_all(self, k: Tensor, v: Tensor, at: At) -> Tensor:
@@ -808,7 +946,8 @@ class AFTPositional(nn.Module):
     channels. Where `window` is set, p is 0 from t − s = window on, but the sum still runs over every s.
 
     The tokens are cut into blocks: pairs within a block are computed exactly, block pairs within the window as matrix
-    products against each block's largest key, and what lies before the window as running sums.
+    products against each block's largest key, and what lies before the window as running sums. On a GPU a kind's
+    `fused(q, k, v)` does the same in one kernel.
     """
 
     block = 32
@@ -820,6 +959,8 @@ class AFTPositional(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: list | None) -> Tensor:
         q, k = self.prepare(q, k, at)
+        if at.causal and state is None and kernels.usable(q, k, v, *self.parameters()):
+            return self.fused(q, k, v)
         with full_precision(x):
             if not at.causal:
                 o = self.of_all(wide(k), wide(v), at)
@@ -968,6 +1109,9 @@ class AFTFull(AFTPositional):
         p = (a @ b.mT).unsqueeze(0)
         return p if self.window is None else torch.where((t - s).abs() < self.window, p, 0.0)
 
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.aft_local(q, k, v, self.a, self.b, self.window or k.size(1))
+
     def flops(self, T: int) -> float:
         return 4 * T * self.width + 2 * T * self.a.size(1)
 
@@ -985,6 +1129,9 @@ class AFTConv(AFTPositional):
     def positions(self, t: Tensor, s: Tensor) -> Tensor:
         distance = (t - s).abs()
         return torch.where(distance < self.window, wide(self.kernel)[:, distance.clamp(max=self.window - 1)], 0.0)
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.aft_conv(q, k, v, self.kernel)
 
 
 def aft_local(c, prepare: Callable) -> AFTFull:
@@ -1105,13 +1252,26 @@ class ExpertAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: list | None) -> Tensor:
         q, k = self.prepare(q, k, at)
+        y = self.by_groups(q, k, v, x, at, state) if state is not None else self.whole(q, k, v, x, at)
+        if self.router is None:
+            return y
+        weight = self.router(x, at).unsqueeze(-1)  # (B, T, n_experts, 1)
+        return (y.unflatten(2, (len(self.groups), -1)) * weight).flatten(2)
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At) -> Tensor:
+        """A whole text: all heads in one kernel, each with its own window, where there is one."""
+        one, T = self.groups[0], q.size(1)
+        q4, k4, v4 = (t.unflatten(-1, (-1, one.d)) for t in (q, k, v))
+        sizes = [group.view.size for group in self.groups]
+        if at.causal and min(sizes) < T and flexes(q4, one.dropout if self.training else 0.0):
+            windows = tuple(size for size in sizes for _ in range(one.n_head))
+            return attend_blocks(q4, k4, v4, windows, at, scale=one.scale).flatten(2)
+        return self.by_groups(q, k, v, x, at, None)
+
+    def by_groups(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: list | None) -> Tensor:
         shares = (t.chunk(len(self.groups), dim=-1) for t in (q, k, v))
         states = state or [None] * len(self.groups)
-        parts = [g(*qkv, x, at, s) for g, *qkv, s in zip(self.groups, *shares, states, strict=True)]
-        if self.router is None:
-            return parts[0]
-        weight = self.router(x, at).unsqueeze(-1)  # (B, T, n_experts, 1)
-        return (torch.stack(parts, dim=2) * weight).flatten(2)
+        return torch.cat([g(*qkv, x, at, s) for g, *qkv, s in zip(self.groups, *shares, states, strict=True)], dim=-1)
 
     def new_state(self, batch: int, max_length: int, device, dtype) -> list:
         return [group.new_state(batch, max_length, device, dtype) for group in self.groups]
@@ -1232,7 +1392,8 @@ class SwiGLU(nn.Module):
     def __init__(self, c):
         super().__init__()
         n_ffn = c.n_ffn or -(-8 * c.n_embd // 3 // 64) * 64  # 8C/3, rounded up to 64
-        self.w1, self.w2 = Linear(c.n_embd, 2 * n_ffn, bias=c.bias), Linear(n_ffn, c.n_embd, bias=c.bias)
+        self.w1 = Linear(c.n_embd, 2 * n_ffn, bias=c.bias)
+        self.w2 = Linear(n_ffn, c.n_embd, bias=c.bias, role=c.writes)
 
     def forward(self, x: Tensor, at: At) -> Tensor:
         u, g = self.w1(x).chunk(2, dim=-1)
@@ -1249,7 +1410,8 @@ class FeedForward(nn.Module):
         super().__init__()
         n_ffn = c.n_ffn or 4 * c.n_embd
         self.activation = activation
-        self.w1, self.w2 = Linear(c.n_embd, n_ffn, bias=c.bias), Linear(n_ffn, c.n_embd, bias=c.bias)
+        self.w1 = Linear(c.n_embd, n_ffn, bias=c.bias)
+        self.w2 = Linear(n_ffn, c.n_embd, bias=c.bias, role=c.writes)
 
     def forward(self, x: Tensor, at: At) -> Tensor:
         return self.w2(self.activation(self.w1(x)))
@@ -1305,7 +1467,7 @@ class SelfAttention(nn.Module):
         kv_width = (n_kv_head or c.n_head) * (c.n_qkv // c.n_head)
         self.wq = Linear(c.n_embd, c.n_qkv, bias=c.bias) if has_q else None
         self.wk, self.wv = Linear(c.n_embd, kv_width, bias=c.bias), Linear(c.n_embd, kv_width, bias=c.bias)
-        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias)
+        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias, role=c.writes)
         self.mixer = mixer
 
     def forward(self, x: Tensor, at: At, state) -> Tensor:
@@ -1331,7 +1493,7 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(self.rank)
         self.wkv_b = Linear(self.rank, c.n_head * 2 * self.d)  # per head: k, then v
         self.wkv_b.products = ()  # `absorbed` reads it too
-        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias)
+        self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias, role=c.writes)
         self.view, self.dropout = view, c.dropout
         factor = rope_frequencies(c.rope_dim, c.rope_scaling, c.block_size)[1]
         self.scale = (self.d + self.rope_dim) ** -0.5 * factor**2
@@ -1353,8 +1515,8 @@ class LatentAttention(nn.Module):
         k, v = self.wkv_b(latent).unflatten(-1, (self.n_head, -1)).chunk(2, dim=-1)
         k = torch.cat((k, k_rope.expand(-1, -1, self.n_head, -1).to(k.dtype)), dim=-1)
         q = torch.cat((q, q_rope), dim=-1)
-        mix = attend if at.causal else attend_all
-        return mix(q, k, v, at.mask(self.view), scale=self.scale, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        return attend_whole(q, k, v, self.view, at, scale=self.scale, dropout=dropout)
 
     def absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         """The same with the up-projections moved to q and to the result: one latent head serves all heads of q."""
@@ -1646,6 +1808,7 @@ class ModelConfig:
 
     # what some families offer and the parts ask of all
     bias = False
+    writes = "matrix"  # the role of matrices that write into the residual stream
     sparse = "none"
     windows = None
     n_experts = 1
@@ -2048,11 +2211,11 @@ class StrawberryConfig(ModelConfig):
 
 class Weights(NamedTuple):
     """The three matrices of a block that retention changes: each shared, (rows, columns), or one for each chunk of each
-    row, (B, J, rows, columns)."""
+    row, (B, J, rows, columns); where a whole text is read, as Scaled."""
 
-    qkv: Tensor  # (3D, C)
-    swiglu: Tensor  # (2C, D)
-    out: Tensor  # (C, C)
+    qkv: Tensor | Scaled  # (3D, C)
+    swiglu: Tensor | Scaled  # (2C, D)
+    out: Tensor | Scaled  # (C, C)
 
 
 def rescale(w: Weights, tao: Tensor) -> Weights:
@@ -2072,6 +2235,92 @@ def reweigh(w: Weights, oa: Tensor, out: Tensor, tao: Tensor) -> Weights:
     view = w.swiglu.unflatten(-2, (C, 2)).flatten(-2).mT  # (…, 2C, D) → (…, C, 2D) → (…, 2D, C)
     swiglu = w.swiglu + f(view).mT.unflatten(-1, (2, D)).flatten(-3, -2)  # and back
     return rescale(Weights(w.qkv + f(w.qkv), swiglu, w.out + f(w.out)), tao)
+
+
+def grown(w: Weights, oa: Tensor | None, kept: int, block: StrawberryBlock) -> Weights:
+    """`reweigh` for whole texts: the same function, in as few passes over the weights as there can be.
+
+    oa (B, J − kept, C, C) is that of all chunks but the first `kept`, which have none and keep their matrices; None:
+    no chunk has any, the weights are rescaled alone.
+    """
+    (C, C), D = block.out.shape, w.swiglu.raw.size(-1)
+    made = []
+    for m, n, gain, viewed in zip(w, (C, D, C), block.tao[0].abs(), (False, True, False), strict=True):
+        raw, scale = m
+        if oa is None:
+            deviation = wide(raw).std(dim=(-2, -1))
+        else:
+            shape = raw.shape[-2:]
+            raw = raw.unflatten(-2, (C, 2)).flatten(-2) if viewed else raw  # (…, 2C, D) → (…, C, 2D)
+            scale = scale.expand(oa.size(0), oa.size(1) + kept, 1, 1)
+            raw, deviation = Grow.apply(raw.to(oa.dtype), scale, oa, block.out.to(oa.dtype), kept, viewed)
+            raw = raw.view(*raw.shape[:2], *shape)
+        made.append(Scaled(raw, scale * gain * n**-0.5 / (scale * deviation + 1e-8)))
+    return Weights(*made)
+
+
+class Grow(torch.autograd.Function):
+    """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), in each chunk but the first `kept`; and the deviation of
+    each matrix.
+
+    This is the update rule but for its rescaling: w = scale · raw gives w + silu(w oa) outᵀ = scale · (raw + h outᵀ),
+    and the factor is left to the products, see Scaled. A matrix that the rule reads as its view is kept as the view's
+    transpose, so that nothing is transposed: z = oaᵀ raw, raw + out h.
+
+    For a matrix of n numbers, 4 n C operations a chunk forward, 8 n C backward. In half types 2 n bytes of `raw` and
+    2 n of `z` are kept for the way back, and passes over them are what costs besides the products: z to h; raw and
+    h outᵀ to the sum and its deviation; backward, the gradient of the deviation; dh and z to dz and h; the sum of what
+    comes from dz and from the later uses.
+    """
+
+    @staticmethod
+    def forward(ctx, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, kept: int, viewed: bool) -> tuple:
+        each = raw if raw.dim() == 4 else raw.expand(oa.size(0), oa.size(1) + kept, -1, -1)
+        with full_precision(raw):
+            z = times(each[:, kept:], oa, viewed)
+            h = wide(z) * torch.sigmoid(scale[:, kept:] * wide(z))
+            new = each + F.pad(times(h.to(z.dtype), out.mT, viewed), (0, 0, 0, 0, kept, 0))
+        variance, mean = torch.var_mean(wide(new), dim=(-2, -1), keepdim=True)
+        ctx.save_for_backward(raw, scale, oa, out, z, new, mean, variance)
+        ctx.kept, ctx.viewed = kept, viewed
+        return new, variance.sqrt()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_deviation: Tensor) -> tuple:
+        raw, scale, oa, out, z, new, mean, variance = ctx.saved_tensors
+        kept, viewed = ctx.kept, ctx.viewed
+        pad = (0, 0, 0, 0, kept, 0)
+        each = raw if raw.dim() == 4 else raw.expand(new.shape)
+        slope = torch.where(variance > 0, grad_deviation * variance.rsqrt(), 0.0) / (new[0, 0].numel() - 1)
+        grad = (wide(grad) + slope * (wide(new) - mean)).to(new.dtype)
+        later, s = grad[:, kept:], scale[:, kept:]
+        with full_precision(raw):
+            dh, wide_z = wide(times(later, out, viewed)), wide(z)
+            gate = torch.sigmoid(s * wide_z)
+            turn = wide_z * gate * (1 - gate)
+            h, dz = (wide_z * gate).to(z.dtype), (dh * (gate + s * turn)).to(z.dtype)
+            d_scale = F.pad((dh * turn * wide_z).sum(dim=(-2, -1), keepdim=True), pad)
+            d_raw = grad + F.pad(times(dz, oa.mT, viewed), pad)
+            d_oa, d_out = between(each[:, kept:], dz, viewed), between(later, h, viewed)
+        if raw.dim() == 2:
+            d_raw = wide(d_raw).sum(dim=(0, 1)).to(raw.dtype)
+        return d_raw, d_scale, d_oa, wide(d_out).sum(dim=(0, 1)).to(out.dtype), None, None
+
+
+def times(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
+    """a b; of a's that are kept transposed, aᵀ b, transposed."""
+    return b.mT @ a if viewed else a @ b
+
+
+def between(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
+    """aᵀ b, of those that are kept transposed too."""
+    return a @ b.mT if viewed else a.mT @ b
+
+
+def as_scaled(w: Weights, u: Tensor) -> Weights:
+    """w, at first matrices that nothing has rescaled, as Scaled."""
+    one = wide(u).new_ones(())
+    return Weights(*(m if isinstance(m, Scaled) else Scaled(m, one) for m in w))
 
 
 class NoRetention:
@@ -2094,14 +2343,17 @@ class BatchRetention(NoRetention):
     """The rule read literally: oa from all tokens of all rows. It sees the future and the other rows."""
 
     causal = False
+    shares = 8  # of the tokens, summed one beside the other
 
     def __init__(self, c):
         self.scale = c.retention_scale
 
     def update(self, w: Weights, u: Tensor, g: Tensor, block: StrawberryBlock, at: At, state: None) -> Weights:
-        with full_precision(u):
-            total = (wide(u).mT @ wide(g)).mean(dim=0)
-        return reweigh(w, self.scale * norm(total), block.out, block.tao)
+        rows, u, g = len(u), u.flatten(0, 1).unsqueeze(0), g.flatten(0, 1).unsqueeze(0)  # (1, B·T, C)
+        sums = chunk_sums(u.to(g.dtype), g, -(-u.size(1) // self.shares))
+        oa = self.scale * norm(sums.sum(dim=1, keepdim=True) / rows)  # (1, 1, C, C)
+        made = grown(as_scaled(w, u), oa.to(g.dtype), 0, block)
+        return Weights(*(Scaled(raw[0, 0], scale.view(())) for raw, scale in made))
 
     def flops(self, w: Weights, T: int) -> float:
         C = w.out.size(-1)
@@ -2127,22 +2379,27 @@ class CausalRetention:
 
     def whole(self, w: Weights, u: Tensor, g: Tensor, block: StrawberryBlock, at: At) -> Weights:
         """The same for a whole text, without the products that chunk 0, whose oa is zero, does not need."""
-        J = -(-u.size(1) // at.slot)
-        first = rescale(Weights(*(m if m.dim() == 2 else m[:, :1] for m in w)), block.tao)
+        J, summed = -(-u.size(1) // at.slot), self.summed(u.size(1), at.slot)
         if J == 1:
-            return first
-        earlier = (J - 1) * at.slot
-        before = chunk_sums(u[:, :earlier], g[:, :earlier], at.slot).cumsum(dim=1)
-        later = Weights(*(m if m.dim() == 2 else m[:, 1:] for m in w))
-        rest = self.make(later, before, block)
-        return Weights(*(torch.cat((f.expand(len(r), 1, -1, -1), r), dim=1) for f, r in zip(first, rest, strict=True)))
+            return grown(as_scaled(w, u), None, 1, block)
+        u, g = (x[:, : summed * at.slot] for x in (u, g))
+        before = chunk_sums(u.to(g.dtype), g, at.slot).cumsum(dim=1)[:, : J - 1]
+        oa = self.scale * norm(before)
+        return grown(as_scaled(w, u), oa.to(g.dtype), 1, block)
 
     def new_state(self, batch: int, device, dtype, w: Weights) -> ChunkState:
         return ChunkState(batch, device, dtype, w.out.size(-1), [tuple(m.shape) for m in w])
 
     def flops(self, w: Weights, T: int) -> float:
-        C, later = w.out.size(-1), -(-T // self.chunk) - 1  # chunk 0 needs no products, the last one's sum is not used
-        return later * (2 * C * C * self.chunk + reweigh_flops(w)) / T
+        C, later = w.out.size(-1), -(-T // self.chunk) - 1  # chunk 0 needs no products
+        return (self.summed(T, self.chunk) * 2 * C * C * self.chunk + later * reweigh_flops(w)) / T
+
+    @staticmethod
+    def summed(T: int, slot: int) -> int:
+        """Chunks of T tokens that are summed. The last one's sum has no use, but to leave it out of several whole ones
+        would take a copy of them."""
+        J = -(-T // slot)
+        return J if J > 2 and T % slot == 0 else J - 1
 
 
 def reweigh_flops(w: Weights) -> float:
@@ -2594,6 +2851,8 @@ class TinyStarConfig(ModelConfig):
     pos_encoding: str = option(
         "RoPE", "how tokens know where they stand", choices=("Learned", "RoPE", "Sinusoidal", "None"))
     tie_embeddings: bool = option(True, "one table for input and output")
+
+    writes = "residual"  # an embedding of deviation 0.02 would be lost under what matrices of unit gain write
 
     def __post_init__(self):
         default_attention(self)

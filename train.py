@@ -991,7 +991,6 @@ class Trainer:
                 with self.signals.held():
                     start = time.perf_counter()
                     micro_batches = next(loader)
-                    self.draw_dropout()
                     if self.recorded:
                         self.take_recorded(micro_batches, start, bar)
                     else:
@@ -1008,12 +1007,15 @@ class Trainer:
 
     def draw_dropout(self) -> None:
         """Dropout is drawn from (seed, position), on each rank its own."""
+        if not self.run.model_hyperparams.dropout:  # nothing is drawn, and a quick step would be slower for it
+            return
         key = self.progress.position + (self.ranks.rank << 40)
         torch.manual_seed(int(dataset.keys(self.run.seed, np.array([key]))[0]))
 
     def take_recorded(self, micro_batches: list[Batch], start: float, bar: tqdm) -> None:
         """A step that is launched, and not waited for unless something is due that needs it done."""
         run, step = self.run, self.progress.step + 1
+        self.draw_dropout()
         self.recorded.take(micro_batches, step, self.lr())
         self.count(0.0)
         waits = step == 1 or any(map(self.due, (run.log_interval, run.eval_interval, run.checkpoints.interval)))
@@ -1036,6 +1038,7 @@ class Trainer:
 
     def compute_gradients(self, micro_batches: list[Batch]) -> tuple[float, float]:
         """(loss, norm of the gradient before clipping), of all ranks together."""
+        self.draw_dropout()
         loss = self.accumulate(micro_batches)
         self.ranks.sum_([loss, *self.loads])
         norm = self.clip()

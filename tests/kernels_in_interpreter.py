@@ -244,7 +244,7 @@ KEYS = [
 ]
 
 
-def check_aft(q, k, v, segments: int, bound: float) -> None:
+def check_aft(q, k, v, bound: float) -> None:
     """Result and gradients against pairs in float64 on the same numbers. A gradient of k is a difference: its error is
     judged by the sum of what is subtracted, which nothing cancels in."""
     weight = draw(*v.shape, seed=9, dtype=v.dtype)
@@ -252,7 +252,7 @@ def check_aft(q, k, v, segments: int, bound: float) -> None:
     expected = aft_by_pairs(*exact)
     (expected * weight.double()).sum().backward()
     ours = [x.detach().requires_grad_() for x in (q, k, v)]
-    got = torch.ops.strawberry.aft_simple(*ours, True, segments)[0]
+    got = torch.ops.strawberry.aft_simple(*ours, True)[0]
     assert got.dtype == v.dtype
     (got * weight).sum().backward()
     check(got, expected.detach(), bound)
@@ -264,37 +264,44 @@ def check_aft(q, k, v, segments: int, bound: float) -> None:
         assert error <= bound * size, f"gradient of {name}: {error:.1e} of {size:.1e}"
 
 
-@pytest.mark.parametrize(
-    "keys, segments",
-    [*((keys, 1) for keys in KEYS), ("normal", 2), ("either", 4), ("high, then low", 2), ("rising", 3)],
-)
-def test_aft_and_its_gradients(keys, segments, monkeypatch):
-    monkeypatch.setattr(kernels, "AFT_ROWS", 4)  # more tiles of fewer tokens: the interpreter is slow
-    B, T, D = 2, 21, 20
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """More programs, of fewer tokens, in more groups: the interpreter is slow."""
+    for name, value in {"AFT_ROWS": 4, "AFT_PARTS": 2, "AFT_GROUP": 2}.items():
+        monkeypatch.setattr(kernels, name, value)
+
+
+@pytest.mark.parametrize("keys", KEYS)
+def test_aft_and_its_gradients(keys, small_tiles):
+    """Three tiles, two groups."""
+    B, T, D = 2, 21, 5
     k = torch.stack((keys_like(keys, T, D), keys_like(keys, T, D).flip(1) - 5))
-    check_aft(draw(B, T, D), k, draw(B, T, D, seed=2), segments, 2e-6)
+    check_aft(draw(B, T, D), k, draw(B, T, D, seed=2), 2e-6)
 
 
-@pytest.mark.parametrize("T, segments", [(1, 1), (2, 2), (16, 1), (17, 2)])
-def test_aft_of_any_length(T, segments):
-    check_aft(*(draw(1, T, 3, seed=s) for s in range(3)), segments, 2e-6)
+@pytest.mark.parametrize("T", [1, 4, 8, 9, 16, 17, 40])
+def test_aft_of_any_length(T, small_tiles):
+    check_aft(*(draw(1, T, 3, seed=s) for s in range(3)), 2e-6)
 
 
-def test_aft_over_256_tokens():
+def test_aft_of_many_channels_in_three_groups_of_two_tiles(small_tiles):
+    check_aft(*(draw(1, 43, 33, seed=s) for s in range(3)), 2e-6)
+
+
+def test_aft_over_512_tokens():
     """As many as the interpreter has time for; `python kernels.py` goes to 65,536 on a GPU."""
-    check_aft(*(draw(1, 256, 4, seed=s) for s in range(3)), 1, 2e-6)
+    check_aft(*(draw(1, 512, 2, seed=s) for s in range(3)), 2e-6)
 
 
-@pytest.mark.parametrize("segments", [1, 2])
-def test_aft_in_bfloat16(segments):
-    check_aft(*(draw(1, 37, 40, seed=s, dtype=torch.bfloat16) for s in range(3)), segments, 8e-3)
+def test_aft_in_bfloat16(small_tiles):
+    check_aft(*(draw(1, 37, 6, seed=s, dtype=torch.bfloat16) for s in range(3)), 8e-3)
 
 
-def test_aft_takes_thirds_of_a_projection():
+def test_aft_takes_thirds_of_a_projection(small_tiles):
     """q and k normed, in float32, and v as it is, a third of a wider tensor."""
     wide = draw(2, 20, 24, dtype=torch.bfloat16)
     q, k, v = wide.chunk(3, dim=-1)
-    check_aft(q.float(), k.float() * 2, v, 1, 8e-3)
+    check_aft(q.float(), k.float() * 2, v, 8e-3)
 
 
 def test_aft_looks_back_only():
@@ -308,13 +315,6 @@ def test_aft_rows_do_not_depend_on_each_other():
     q, k, v = (draw(3, 20, 8, seed=s) for s in range(3))
     y = aft_simple(q, k, v)
     assert torch.equal(torch.cat([aft_simple(*(x[b : b + 1] for x in (q, k, v))) for b in range(3)]), y)
-
-
-def test_aft_cuts_time_only_where_channels_are_few(monkeypatch):
-    monkeypatch.setattr(kernels, "processors", lambda x: 132)
-    assert kernels.aft_segments(torch.empty(32, 1024, 768, device="meta")) == 1
-    assert kernels.aft_segments(torch.empty(1, 256, 64, device="meta")) == 1
-    assert 8 <= kernels.aft_segments(torch.empty(1, 65536, 768, device="meta")) <= 64
 
 
 # ---- AFT with positions ----------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_the_operators_are_registered_as_pytorch_wants_them(small_blocks):
     torch.library.opcheck(torch.ops.strawberry.int8_linear.default, (draw(2, 16), w8, scale, None))
     torch.library.opcheck(torch.ops.strawberry.int8_linear.default, (draw(2, 16), w8, scale, draw(9)))
     qkv = [draw(1, 3, 2, seed=s).requires_grad_() for s in range(3)]
-    torch.library.opcheck(torch.ops.strawberry.aft_simple.default, (*qkv, True, 1))
+    torch.library.opcheck(torch.ops.strawberry.aft_simple.default, (*qkv, True))
     weight, most = torch.rand(1, 1, 1, 16, 16).requires_grad_(), torch.zeros(1, 1, 16)
     torch.library.opcheck(torch.ops.strawberry.aft_positional.default, (*qkv, weight, most))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import hashlib
+import itertools
 import math
 import struct
 import subprocess
@@ -20,7 +21,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import dataset
-from dataset import HEADER_SIZE, Corpus, Header, Loader, Split, TokenFile, TokenFileWriter, keys, permute
+from dataset import HEADER_SIZE, OBJECTIVES, Corpus, Header, Loader, Split, TokenFile, TokenFileWriter, keys, permute
 from options import UserError
 
 ROOT = Path(dataset.__file__).parent
@@ -502,9 +503,25 @@ def loader_threads():
     return [thread for thread in threading.enumerate() if thread.name == "loader"]
 
 
-def test_an_error_on_the_thread_reaches_the_consumer(split):
+@pytest.mark.parametrize("objective", ["next", "spans", "masked"])
+def test_batches_do_not_depend_on_how_many_are_made_at_once(split, monkeypatch, objective):
+    encoder = SimpleNamespace(eot=0, vocab_size=100, specials={"<|eot|>": 0})
+    asked = (split, 3, 2, 3, "cpu", 5)  # 2 rows, 3 micro-batches, from step 5 on
+    steps = []
+    for tokens in (1, 100, 1 << 16):
+        monkeypatch.setattr(Loader, "AT_ONCE", tokens)
+        steps.append(take(Loader(*asked, objective=OBJECTIVES[objective](encoder, 8)), 7))
+    for other in steps[1:]:
+        for a, b in zip(itertools.chain(*steps[0]), itertools.chain(*other), strict=True):
+            assert a.n_targets == b.n_targets
+            assert all(x is y is None or torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+
+
+def test_an_error_on_the_thread_reaches_the_consumer(split, monkeypatch):
+    monkeypatch.setattr(Loader, "AT_ONCE", 1)
+
     class Broken:
-        locate = split.locate
+        locate, block_size = split.locate, split.block_size
 
         def windows(self, seed, first, count):
             if first >= 6:

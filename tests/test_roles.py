@@ -6,7 +6,8 @@ from test_model import CASES
 from model import build
 
 # what these endings say; everything else is a hidden matrix
-RESIDUAL = {"strawberry": (".out",), "strawberry-v0": (".w_out", "compaction.wt")}
+RESIDUAL = {"strawberry": (".out",), "strawberry-v0": (".w_out", "compaction.wt"),
+            "tinystar": (".wo.weight", ".w2.weight")}  # fmt: skip
 SPECIAL = {"tao": ".tao", "router": ("router.weight", "depth.weight"), "position": (".aft.a", ".aft.b", "aft.kernel",
            "mixer.a", "mixer.b", "mixer.kernel", "positions.weight")}  # fmt: skip
 
