@@ -2156,11 +2156,12 @@ def scale_text(rows: list[dict]) -> str:
     name = f"{row['processes']} {row['parallel']}".strip()
     if "why" in row:
         return f"{name:<8} {row['why']}"
-    share = row["tokens_per_s"] / row["processes"] / first["tokens_per_s"] if first.get("processes") == 1 else math.nan
+    alone = row["processes"] * first.get("tokens_per_s", math.nan) if first["processes"] == 1 else math.nan
+    share = "" if math.isnan(alone) else f"{row['tokens_per_s'] / alone:.1%} of {row['processes']} × one, "
     memory = f", {row['memory'] / 2**30:,.2f} GiB at most" if row["memory"] else ""
     link = f", {row['link_bytes_per_s'] / 1e9:,.1f} GB/s between them" if row["link_bytes_per_s"] else ""
     how = {True: "compiled", False: "not compiled"}.get(row["compile"], "blocks compiled")
-    line = (f"{name:<8} {row['tokens_per_s']:>11,.0f} tokens/s, {share:.1%} of {row['processes']} × one, "
+    line = (f"{name:<8} {row['tokens_per_s']:>11,.0f} tokens/s, {share}"
             f"{row['step_ms']:,.2f} ms a step of {row['tokens_per_step']:,} tokens, loss {row['loss']:.6f}{memory}"
             f"{link}; {how}{', recorded' if row['recorded'] else ''}, ready after {row['ready_s']:,.0f} s")
     return "\n".join([line, *(f"         {warning}" for warning in row["warnings"])])
