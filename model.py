@@ -25,7 +25,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -673,8 +673,23 @@ def project(x: Tensor, w: Tensor | Int8 | Scaled, at: At) -> Tensor:
     elif w.raw.dim() == 2:
         return linear(x * w.scale, w.raw)
     else:
-        y = (to_chunks(x, at.slot) * w.scale).to(w.raw.dtype) @ w.raw.mT
+        y = ChunkProduct.apply((to_chunks(x, at.slot) * w.scale).to(w.raw.dtype), w.raw)
     return y.flatten(1, 2)[:, : x.size(1)]
+
+
+class ChunkProduct(torch.autograd.Function):
+    """x wᵀ, x (B, J, slot, in) and w (B, J, out, in). PyTorch's own gradient of w would come transposed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w.mT
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        with full_precision(x):
+            return grad @ w, grad.mT @ x
 
 
 class ChunkState(State):
@@ -1790,6 +1805,15 @@ def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None) -
 HeadLoss.of = staticmethod(loss_and_slope)
 
 
+@torch.compiler.disable(recursive=False)
+def one_by_one(blocks: Iterator[nn.Module], x: Tensor, at: At) -> Tensor:
+    """x (B, T, C) through blocks of one kind. torch.compile takes each call for itself, so that what it compiled for
+    the first serves them all, where a stack as one graph would take as many times as long."""
+    for block in blocks:
+        x = block(x, replace(at, masks={}), None)  # what a block added to `at` would make the next one's call another
+    return x
+
+
 # ---- the language model --------------------------------------------------------------------------------------------
 
 
@@ -2267,20 +2291,15 @@ class Grow(torch.autograd.Function):
     and the factor is left to the products, see Scaled. A matrix that the rule reads as its view is kept as the view's
     transpose, so that nothing is transposed: z = oaᵀ raw, raw + out h.
 
-    For a matrix of n numbers, 4 n C operations a chunk forward, 8 n C backward. In half types 2 n bytes of `raw` and
-    2 n of `z` are kept for the way back, and passes over them are what costs besides the products: z to h; raw and
-    h outᵀ to the sum and its deviation; backward, the gradient of the deviation; dh and z to dz and h; the sum of what
-    comes from dz and from the later uses.
+    In half types 2 bytes of `raw` and 2 of `z` are kept for the way back for each of a matrix's numbers. What moves and
+    what is computed stands in kernels.grow and grow_backward; besides, the gradient of the deviation and what comes
+    from the other uses are added in one pass.
     """
 
     @staticmethod
     def forward(ctx, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, kept: int, viewed: bool) -> tuple:
-        each = raw if raw.dim() == 4 else raw.expand(oa.size(0), oa.size(1) + kept, -1, -1)
         with full_precision(raw):
-            z = times(each[:, kept:], oa, viewed)
-            h = wide(z) * torch.sigmoid(scale[:, kept:] * wide(z))
-            new = each + F.pad(times(h.to(z.dtype), out.mT, viewed), (0, 0, 0, 0, kept, 0))
-        variance, mean = torch.var_mean(wide(new), dim=(-2, -1), keepdim=True)
+            new, z, mean, variance = kernels.grow(raw, scale, oa, out, kept, viewed)
         ctx.save_for_backward(raw, scale, oa, out, z, new, mean, variance)
         ctx.kept, ctx.viewed = kept, viewed
         return new, variance.sqrt()
@@ -2288,33 +2307,13 @@ class Grow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, grad_deviation: Tensor) -> tuple:
         raw, scale, oa, out, z, new, mean, variance = ctx.saved_tensors
-        kept, viewed = ctx.kept, ctx.viewed
-        pad = (0, 0, 0, 0, kept, 0)
-        each = raw if raw.dim() == 4 else raw.expand(new.shape)
         slope = torch.where(variance > 0, grad_deviation * variance.rsqrt(), 0.0) / (new[0, 0].numel() - 1)
         grad = (wide(grad) + slope * (wide(new) - mean)).to(new.dtype)
-        later, s = grad[:, kept:], scale[:, kept:]
         with full_precision(raw):
-            dh, wide_z = wide(times(later, out, viewed)), wide(z)
-            gate = torch.sigmoid(s * wide_z)
-            turn = wide_z * gate * (1 - gate)
-            h, dz = (wide_z * gate).to(z.dtype), (dh * (gate + s * turn)).to(z.dtype)
-            d_scale = F.pad((dh * turn * wide_z).sum(dim=(-2, -1), keepdim=True), pad)
-            d_raw = grad + F.pad(times(dz, oa.mT, viewed), pad)
-            d_oa, d_out = between(each[:, kept:], dz, viewed), between(later, h, viewed)
+            grads = kernels.grow_backward(grad, raw, scale, oa, out, z, ctx.kept, ctx.viewed)
         if raw.dim() == 2:
-            d_raw = wide(d_raw).sum(dim=(0, 1)).to(raw.dtype)
-        return d_raw, d_scale, d_oa, wide(d_out).sum(dim=(0, 1)).to(out.dtype), None, None
-
-
-def times(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
-    """a b; of a's that are kept transposed, aᵀ b, transposed."""
-    return b.mT @ a if viewed else a @ b
-
-
-def between(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
-    """aᵀ b, of those that are kept transposed too."""
-    return a @ b.mT if viewed else a.mT @ b
+            grads = (wide(grads[0]).sum(dim=(0, 1)).to(raw.dtype), *grads[1:])
+        return *grads, None, None
 
 
 def as_scaled(w: Weights, u: Tensor) -> Weights:
@@ -2507,6 +2506,8 @@ class Strawberry(LanguageModel):
         return repeat(self.once, x, at, states, self.config.recursions, self.depth)
 
     def once(self, x: Tensor, at: At, states: list | None) -> Tensor:
+        if states is None and len(self.blocks) > 1 and torch.compiler.is_compiling():
+            return one_by_one(self.blocks, x, at)
         for i, block in enumerate(self.blocks):
             x = block(x, at, None if states is None else states[i])
         return x

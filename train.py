@@ -761,7 +761,9 @@ class Trainer:
         spare = device_memory(self.device)[1] // 20 if self.device.type == "cuda" else 0
         fit = True
         try:
-            self.dry_run(rows, self.footprint(row=0).optimizer + spare)
+            need = self.footprint(row=0)
+            buckets = need.gradients if self.ranks.world > 1 else 0  # what gradients travel in
+            self.dry_run(rows, need.optimizer + buckets + spare)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -980,6 +982,12 @@ class Trainer:
                     self.take_steps()
                 except NonFinite as error:
                     self.roll_back(error)
+            self.stop_together()
+
+    def stop_together(self) -> None:
+        """Where ranks can only save together, a signal that one of them got is one for all, after the same step."""
+        if number := self.ranks.heard(self.signals.received or 0):
+            self.signals.tell(number)
 
     def take_steps(self) -> None:
         run = self.run
@@ -998,8 +1006,7 @@ class Trainer:
                         lr = self.update_weights(loss, grad_norm)
                         self.count(time.perf_counter() - start)
                         self.log(bar, self.progress.step, loss, grad_norm, lr)
-                if number := self.ranks.heard(self.signals.received or 0):
-                    self.signals.tell(number)
+                self.stop_together()
                 if self.due(run.eval_interval):
                     self.evaluate()
                 if self.due(run.checkpoints.interval) or (self.save_failed and self.due(run.log_interval)):

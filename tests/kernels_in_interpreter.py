@@ -13,6 +13,7 @@ from test_decode import by_generate, collect, made, requests_for
 import kernels
 from decode import Decoder
 from kernels import aft_conv, aft_local, aft_simple, decode_attention, int8_linear, quantize_int8
+from model import Grow, build
 
 assert kernels.INTERPRETED, "run by tests/test_kernels.py, or with TRITON_INTERPRET=1"
 
@@ -428,3 +429,89 @@ def test_compile_differentiates_aft(small_blocks):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got, expected = (torch.autograd.grad(f(*qkv), qkv) for f in (compiled, loss))
     torch.testing.assert_close(got, expected)
+
+
+# ---- retention's weights ---------------------------------------------------------------------------------------------
+
+
+def grown(raw, scale, oa, out, kept, viewed):
+    """A loop over rows and chunks: (the sums, z, the deviations)."""
+    B, n = oa.shape[:2]
+    new, zs = [], []
+    for b in range(B):
+        for j in range(n + kept):
+            w = raw if raw.dim() == 2 else raw[b, j]
+            if j < kept:
+                new.append(w)
+                continue
+            seen = w.T if viewed else w
+            z = seen @ oa[b, j - kept]
+            more = torch.nn.functional.silu(scale[b, j] * z) / scale[b, j] @ out.T
+            new.append((seen + more).T if viewed else seen + more)
+            zs.append(z.T if viewed else z)
+    sums = torch.stack(new).unflatten(0, (B, -1))
+    return sums, torch.stack(zs).unflatten(0, (B, -1)), sums.std(dim=(-2, -1), keepdim=True)
+
+
+GROWING = {  # B, J, kept, rows as the rule reads them, C, viewed, one matrix for all
+    "first step": (2, 3, 1, 40, 24, False, True),
+    "first step, viewed": (2, 3, 1, 40, 24, True, True),
+    "later": (3, 2, 1, 24, 24, False, False),
+    "later, viewed": (2, 3, 1, 40, 24, True, False),
+    "one oa for all": (1, 1, 0, 40, 24, False, True),
+    "several tiles": (1, 2, 1, 260, 136, False, False),
+    "several tiles, viewed": (1, 2, 1, 260, 136, True, False),
+    "whole tiles": (1, 2, 1, 256, 128, False, False),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", GROWING)
+def test_grow(case, dtype):
+    """Through model.Grow: sums, deviations and all gradients."""
+    B, J, kept, rows, C, viewed, shared = GROWING[case]
+    shape = (C, rows) if viewed else (rows, C)
+    raw = draw(*shape if shared else (B, J, *shape), dtype=dtype)
+    scale, oa = draw(B, J, 1, 1, seed=1).abs() + 0.3, draw(B, J - kept, C, C, seed=2, dtype=dtype) * C**-0.5
+    out, grad = draw(C, C, seed=3, dtype=dtype) * C**-0.5, draw(B, J, *shape, seed=4, dtype=dtype)
+    ours = [x.clone().requires_grad_() for x in (raw, scale, oa, out)]
+    each = scale.expand(B, J, rows, C)  # a scale for each number, since in the sum of their gradients much cancels
+    exact = [x.double().requires_grad_() for x in (raw, each, oa, out)]
+    assert kernels.growable(*ours)
+    got, want = Grow.apply(*ours, kept, viewed), grown(*exact, kept, viewed)[::2]
+    for new, deviation in got, want:
+        slope = 40 * draw(B, J, 1, 1, seed=5).double()
+        ((new.double() * grad.double()).sum() + (deviation.double() * slope).sum()).backward()
+    bound = 4 * BOUND[dtype]
+    (raw, scale, oa, out), (exact_raw, each, exact_oa, exact_out) = ([x.grad for x in xs] for xs in (ours, exact))
+    pairs = (raw, exact_raw), (oa, exact_oa), (out, exact_out), *zip(got, want, strict=True)
+    for a, b in pairs:
+        check(a.detach(), b.detach(), bound)
+    assert (scale - each.sum(dim=(-2, -1), keepdim=True)).norm() < bound * each.norm()
+
+
+def test_a_model_with_retention_grows_by_kernels():
+    """A training step's loss and gradients are those of the plain path in float64."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_embd": 16, "n_qkv": 24, "vocab_size": 32, "block_size": 64, "retention_chunk": 16}
+    model = build({**sizes, "r_layer": 2, "n_head": 2, "aft": "full"}).double()
+    torch.nn.init.normal_(model.blocks[0].out, std=0.2)
+    idx = torch.randint(32, (2, 60))
+    exact = model(idx, idx)[1]
+    wanted = torch.autograd.grad(exact, list(model.parameters()))
+    loss = model.float()(idx, idx)[1]
+    check(loss.detach()[None], exact.detach()[None], 1e-5)
+    for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), wanted, strict=True):
+        check(a, b, 1e-4)
+
+
+def test_grow_is_compiled_whole():
+    raw, scale, oa, out = draw(2, 2, 24, 24), torch.ones(2, 2, 1, 1), draw(2, 1, 24, 24, seed=1), draw(24, 24, seed=2)
+
+    def total(*x):
+        return sum(y.square().sum() for y in Grow.apply(*x, 1, False))
+
+    ways = total, torch.compile(total, fullgraph=True, backend="aot_eager")
+    a, b = (torch.autograd.grad(way(*(xs := [x.requires_grad_() for x in (raw, scale, oa, out)])), xs) for way in ways)
+    for eager, compiled in zip(a, b, strict=True):
+        torch.testing.assert_close(eager, compiled)

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 GROUPS = [
     "decode",
     "aft",
-    "not decode and not aft",
+    "grow",
+    "not decode and not aft and not grow",
 ]  # each a share of tests/kernels_in_interpreter.py, as pytest's -k has it
 
 

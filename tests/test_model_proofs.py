@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from naive_strawberry import aft, aft_conv_position, aft_full_position, aft_local_position, aft_simple_long, sigmoid
 from test_model import CASES, T, every_case, shaken, source_for, tokens
 from torch import nn
@@ -672,6 +673,25 @@ COMPILED = [
 def test_it_compiles_as_one_graph(case):
     """torch.compile(fullgraph=True): no break in tracing, the same loss and gradients."""
     check_compiled(case, "eager")
+
+
+@pytest.mark.parametrize("scope", ["causal", "batch"])
+def test_one_compilation_serves_all_blocks(scope):
+    """As many graphs for five blocks as for two; the same loss and gradients."""
+    compiled = {}
+    for n_layer in (2, 5):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = build({**CASES["strawberry()"], "retention_scope": scope, "n_layer": n_layer})
+        loss, grads = step_of(model, model)
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled_loss, compiled_grads = step_of(torch.compile(model, backend=counter, dynamic=False), model)
+        torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
+        for mine, its in zip(compiled_grads, grads, strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
+        compiled[n_layer] = counter.frame_count
+    torch._dynamo.reset()
+    assert compiled[2] == compiled[5] < 6
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
