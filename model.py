@@ -1772,7 +1772,7 @@ class HeadLoss(torch.autograd.Function):
             rows = -(-x.size(0) // -(-x.size(0) * table.size(0) * x.element_size() // LOGITS_BYTES))
             total, dx, dw = 0.0, [], 0.0
             for some, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-                nats, slope = loss_and_slope(some @ table.mT, wanted, V, cap)
+                nats, slope = HeadLoss.of(some @ table.mT, wanted, V, cap)
                 total = total + nats
                 dx.append(slope @ table)
                 dw = dw + wide((slope.mT @ some)[:V])
@@ -1800,6 +1800,9 @@ def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None) -
     if cap is not None:
         slope = slope * (1 - (softcap(wide(logits), cap) / cap).square())
     return torch.where(real, nats, 0.0).sum(), torch.where(real, slope, 0.0).to(logits.dtype)
+
+
+HeadLoss.of = staticmethod(loss_and_slope)
 
 
 @torch.compiler.disable(recursive=False)
