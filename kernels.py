@@ -445,8 +445,8 @@ def aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     One warp walks down 32 channels of a row, reading the next 16 tokens while it sums the last ones. It leaves its sums
     every 16 tokens, from which the way back, which walks from the end, makes anew what the forward pass knew.
 
-    Where B·D is too small to fill the GPU, time is cut into segments of 128 tokens, a program each, chained (the idea is
-    in "Single-pass parallel prefix scan with decoupled look-back", NVIDIA 2016): a program sums its segment, publishes
+    Where B·D is too small to fill the GPU, time is cut into segments of 128 tokens, a program each, which are chained
+    ("Single-pass parallel prefix scan with decoupled look-back", NVIDIA 2016): a program sums its segment, publishes
     the sums, waits for those of the segments before it, and walks down its segment again, whose tokens the cache still
     has. What is added to what does not depend on who comes first: results are the same bits each time.
 
@@ -499,15 +499,15 @@ def aft_wait(x, there, COUNT: tl.constexpr, D: tl.constexpr):
     that is `there`. Then these numbers can be read."""
     missing = 1
     while missing > 0:
-        first, last = tl.load(x, mask=there, other=0.0, volatile=True), tl.load(
-            x + (COUNT - 1) * D, mask=there, other=0.0, volatile=True)  # fmt: skip
+        first = tl.load(x, mask=there, other=0.0, volatile=True)
         middle = tl.load(x + D, mask=there, other=0.0, volatile=True)
+        last = tl.load(x + (COUNT - 1) * D, mask=there, other=0.0, volatile=True)
         some = (first != first) | (middle != middle) | (last != last)
         missing = tl.sum(tl.sum(some.to(tl.int32), axis=0), axis=0)
 
 
 @jit
-def aft_sums_before(totals, prefixes, segment, here, D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def aft_sums_before(totals, prefixes, segment, here, D: tl.constexpr, GROUP: tl.constexpr):
     """The largest key, Σ exp(k) v and Σ exp(k) of all segments before one: those of its group one by one, and what the
     last segment of the group before has made of all that went before."""
     group, other = segment // GROUP, tl.arange(0, GROUP)[:, None]
@@ -575,9 +575,8 @@ def aft_forward(
         qs = aft_load(q, t, q_step, T, here, 0.0, ROWS)
     if CHAIN:
         its_top, its_above, its_below = top, above, below
-        top, above, below = aft_sums_before(
-            totals + tl.zeros((GROUP, BLOCK), tl.int32), prefixes + tl.zeros((GROUP, BLOCK), tl.int32), segment, here, D,
-            GROUP, BLOCK)  # fmt: skip
+        zeros = tl.zeros((GROUP, BLOCK), tl.int32)
+        top, above, below = aft_sums_before(totals + zeros, prefixes + zeros, segment, here, D, GROUP)
         if segment % GROUP == GROUP - 1:
             end = tl.maximum(top, its_top)
             fade, its_fade = exp(top - end), exp(its_top - end)
@@ -623,21 +622,22 @@ def aft_forward(
 
 @jit
 def aft_sums_after(
-    totals, prefixes, states, back, segments, tiles, end, here,
-    D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    totals, prefixes, states, back, segments, tiles, end, here, D: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """Σ r_t and Σ r_t o_t of all segments after one, times exp(end), as `aft_sums_before`; the `back`-th is counted from
-    the last. Each segment's are times the exponential of the largest key before it, which `states` has."""
+    """Σ r_t and Σ r_t o_t of all segments after one, the `back`-th from the last, times exp(end), as `aft_sums_before`.
+    Each segment's are times the exponential of the largest key before it, which `states` has."""
     group, other = back // GROUP, tl.arange(0, GROUP)[:, None]
     first = group * GROUP
     its, there = totals + (first + other) * 2 * D, (first + other < back) & here[None, :]
-    its_top = tl.load(states + (segments - 1 - first - other).to(tl.int64) * tiles * 3 * D, mask=there, other=float("inf"))
+    tops = states + (segments - 1 - first - other).to(tl.int64) * tiles * 3 * D
+    its_top = tl.load(tops, mask=there, other=float("inf"))
     aft_wait(its, there, 2, D)
     fade = exp(end[None, :] - its_top)
     after = tl.sum(fade * tl.load(its, mask=there, other=0.0, volatile=True), axis=0)
     weighted = tl.sum(fade * tl.load(its + D, mask=there, other=0.0, volatile=True), axis=0)
     its, there = prefixes + (group - 1 + other * 0) * 2 * D, (other == 0) & (group > 0) & here[None, :]
-    its_top = tl.load(states + (segments - first + other * 0).to(tl.int64) * tiles * 3 * D, mask=there, other=float("inf"))
+    tops = states + (segments - first + other * 0).to(tl.int64) * tiles * 3 * D
+    its_top = tl.load(tops, mask=there, other=float("inf"))
     aft_wait(its, there, 2, D)
     fade = exp(end[None, :] - its_top)
     after += tl.sum(fade * tl.load(its, mask=there, other=0.0, volatile=True), axis=0)
@@ -677,8 +677,9 @@ def aft_backward(
         if CHAIN and write == 1:
             end = tl.load(states + last.to(tl.int64) * 3 * D, mask=here, other=0.0)
             zeros = tl.zeros((GROUP, BLOCK), tl.int32)
-            after, weighted = aft_sums_after(totals + zeros, prefixes + zeros, states + zeros, back, segments, tiles, end,
-                                             here, D, GROUP, BLOCK)  # fmt: skip
+            after, weighted = aft_sums_after(
+                totals + zeros, prefixes + zeros, states + zeros, back, segments, tiles, end, here, D, GROUP
+            )
             if back % GROUP == GROUP - 1:
                 fade = exp(tl.load(states + first.to(tl.int64) * 3 * D, mask=here, other=0.0) - end)
                 aft_publish(prefixes + (back // GROUP) * 2 * D, own_after + fade * after, here)
@@ -736,7 +737,8 @@ def aft_backward(
 def aft_chained(v: Tensor) -> bool:
     """Whether time is cut into segments: where channels and rows alone make too few programs."""
     B, T, D = v.shape
-    return T > AFT_SEGMENT and B * -(-D // AFT_CHANNELS) < AFT_FILL * processors(v)
+    programs = B * -(-D // AFT_CHANNELS)
+    return programs < AFT_FILL * processors(v) and -(-T // AFT_SEGMENT) > 1
 
 
 def aft_rows(v: Tensor) -> int:
@@ -764,7 +766,7 @@ def aft_states(v: Tensor) -> tuple[int, int, int, int]:
 def aft_sums(q: Tensor, k: Tensor, v: Tensor, y: Tensor, save: bool, write: bool) -> Tensor:
     """The sums before each `aft_rows` tokens and after the last, (B, ⌈T / rows⌉ + 1, 3, D): the largest key, and
     Σ exp(k) v and Σ exp(k) divided by its exponential; empty unless `save`. On the way, y is written if `write`."""
-    (B, T, D), (grid, published, tiles, shape) = v.shape, aft_launch(v, 3)
+    (_, T, D), (grid, published, tiles, shape) = v.shape, aft_launch(v, 3)
     states = torch.empty(aft_states(v) if save else (0,), dtype=torch.float32, device=v.device)
     strides = [x.stride(axis) for axis in (0, 1) for x in (q, k, v)]
     args = (q, k, v, y, states, *published, T, tiles, *strides[:3], D, *strides[3:])

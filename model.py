@@ -533,7 +533,7 @@ def attend_whole(q: Tensor, k: Tensor, v: Tensor, view: View, at: At, *, scale: 
     if type(view) is View and not view.covers(T):
         if flexes(q, dropout):
             return attend_blocks(q, k, v, (view.size,), at, scale=scale)
-        if T >= 4 * max(view.size, BAND):
+        if 4 * max(view.size, BAND) <= T:
             return attend_bands(q, k, v, view.size, scale=scale, dropout=dropout)
     return attend(q, k, v, at.mask(view), scale=scale, dropout=dropout)
 
