@@ -817,7 +817,11 @@ aft_op.register_autograd(aft_gradients, setup_context=aft_setup)
 # ---- AFT with positions ----------------------------------------------------------------------------------------------
 
 AFT_BLOCK = 64  # tokens in a block
-AFT_LAUNCH = {"num_warps": 8, "num_stages": 1}  # by registers: with fewer warps they spill
+AFT_LAUNCH = {  # channels of a program, warps and stages: by registers, of which none spill
+    "forward": {"BLOCK": 64, "num_warps": 8, "num_stages": 1},
+    "backward": {"BLOCK": 64, "num_warps": 8, "num_stages": 1},
+    "weights": {"BLOCK": 64, "num_warps": 8, "num_stages": 3},
+}
 
 
 def aft_conv(q: Tensor, k: Tensor, v: Tensor, taps: Tensor) -> Tensor:
@@ -1053,11 +1057,12 @@ def aft_weights_backward(
     tl.store(dw + tile.to(tl.int64) * N * N + i[:, None] * N + i[None, :], tl.where(seen, total, 0.0))
 
 
-def aft_shape(v: Tensor, weight: Tensor) -> tuple[dict, tuple[int, int]]:
+def aft_shape(v: Tensor, weight: Tensor, kernel: str) -> tuple[dict, tuple[int, int]]:
     """Constants of a launch; programs over blocks of tokens and channels."""
     groups = weight.size(2)
     width = v.size(-1) // groups
-    shape = {"WIDTH": width, "BLOCK": max(16, min(64, power_of_2(width))), "N": AFT_BLOCK, "DOT": dot_type(v)}
+    shape = AFT_LAUNCH[kernel] | {"WIDTH": width, "N": AFT_BLOCK, "ROWS": aft_rows(v), "DOT": dot_type(v)}
+    shape["BLOCK"] = max(16, min(shape["BLOCK"], power_of_2(width)))
     return shape, (-(-v.size(1) // AFT_BLOCK), groups * -(-width // shape["BLOCK"]))
 
 
@@ -1075,10 +1080,10 @@ def aft_positional_op(
     logs = torch.empty(B, T, D, dtype=torch.float32, device=v.device)
     states = aft_sums(q, k, v, y, True, False)
     rows, steps = ([x.stride(axis) for x in (q, k, v)] for axis in (0, 1))
-    shape, grid = aft_shape(v, weight)
+    shape, grid = aft_shape(v, weight, "forward")
     tiles = aft_factor(weight, v), most.contiguous()
     args = (q, k, v, *tiles, y, logs, states, T, *weight.shape[:2], *rows, D, *steps)
-    aft_positional_forward[(*grid, B)](*args, **shape, ROWS=aft_rows(v), **AFT_LAUNCH)
+    aft_positional_forward[(*grid, B)](*args, **shape)
     return y, logs, states
 
 
@@ -1101,7 +1106,7 @@ def aft_positional_backward_op(
     states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, T, D), (J, R, G, N, _), most = v.shape, weight.shape, most.contiguous()
-    shape, grid = aft_shape(v, weight)
+    shape, grid = aft_shape(v, weight, "backward")
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     dq, dk, dv = (torch.empty(B, T, D, dtype=x.dtype, device=x.device) for x in (q, k, v))
     after = torch.empty(B, grid[0], 2, D, dtype=torch.float32, device=v.device)
@@ -1110,11 +1115,11 @@ def aft_positional_backward_op(
     aft_after[(-(-D // 32), B)](*sums, BLOCK=32, N=N, ROWS=aft_rows(v), num_warps=4)
     known = grad, y, logs, states
     args = (q, k, v, aft_factor(weight, v), most, *known, after, dk, dv, T, J, R, *rows, D, *steps)
-    aft_positional_backward[(*grid, B)](*args, **shape, ROWS=aft_rows(v), **AFT_LAUNCH)
+    aft_positional_backward[(*grid, B)](*args, **shape)
     share = -(-B // max(1, min(B, -(-4 * processors(v) // (J * R * G)))))  # rows of B to a program
     dw = torch.empty(-(-B // share), J, R, G, N, N, dtype=torch.float32, device=v.device)
     args = (q, k, v, most, *known, dw, B, T, J, R, share, *rows, D, *steps)
-    aft_weights_backward[(J, R, G * len(dw))](*args, **shape, ROWS=aft_rows(v), **AFT_LAUNCH)
+    aft_weights_backward[(J, R, G * len(dw))](*args, **aft_shape(v, weight, "weights")[0])
     return dq, dk, dv, dw.sum(0)
 
 
