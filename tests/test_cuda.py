@@ -1,12 +1,15 @@
 """What only a GPU can show: bfloat16 training, compiled. `pytest --cuda`."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_decode import SMALL as TINY
 from test_decode import collect, every_model, made, requests_for
 
 from decode import Decoder, quantize
-from model import build
+from model import AFTS, At, View, aft_simple, as_is, attend, attend_blocks, build
 
 pytestmark = pytest.mark.cuda
 
@@ -89,3 +92,71 @@ def test_eight_bits_are_near_sixteen(name):
     exact = model(idx, idx)[1].item()
     assert quantize(model)(idx, idx)[1].item() == pytest.approx(exact, rel=0.05)
     collect(Decoder(model, 2, 64), requests_for(model, 4))
+
+
+# ---- AFT and windows by kernels --------------------------------------------------------------------------------------
+
+
+def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def mixed_twice(mix, shape: tuple[int, ...], keys: float, dtype: torch.dtype) -> list[tuple]:
+    """Result and gradients by the kernel, each beside those of the plain path in float64."""
+    torch.manual_seed(0)
+    q, k, v, slope = (torch.randn(shape, device="cuda").to(dtype) for _ in range(4))
+    k = k.sign() * keys if keys > 1 else k
+    at, results = At(torch.arange(shape[1], device="cuda")[None]), []
+    for mixer, kind in [(mix, dtype), (copy.deepcopy(mix).double(), torch.float64)]:
+        inputs = [x.to(kind).requires_grad_() for x in (q, k, v)]
+        y = mixer(*inputs, inputs[0], at, None)
+        results.append([y, *torch.autograd.grad(y, [*inputs, *mixer.parameters()], slope.to(kind))])
+    return list(zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+@pytest.mark.parametrize("keys, shape", [
+    (80, (1, 65536, 40)), (1, (1, 65536, 40)), (1, (3, 1027, 100)), (1, (40, 300, 768)),
+])  # fmt: skip
+def test_aft_simple_by_its_kernel(shape, keys, dtype, bound):
+    mix = AFTS["simple"](SimpleNamespace(n_qkv=shape[-1], n_head=2), as_is)
+    for got, exact in mixed_twice(mix, shape, keys, dtype):
+        assert got.dtype == dtype and relative(got, exact) < bound
+
+
+@pytest.mark.parametrize("kind", ["conv", "local", "full"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_aft_with_positions_by_its_kernel(kind, dtype, bound):
+    mix = AFTS[kind](SimpleNamespace(n_qkv=48, n_head=2, window=300, block_size=1100), as_is).cuda()
+    for p in mix.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    for got, exact in mixed_twice(mix, (2, 1030, 48), 1, dtype):
+        assert relative(got, exact) < bound
+
+
+def test_aft_gives_the_same_bits_each_time():
+    """Also where programs wait for each other: which of them is first must not matter."""
+    q, k, v = (torch.randn(2, 20000, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    runs = []
+    for _ in range(5):
+        y = aft_simple(q, k, v)
+        runs.append([y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))])
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("windows, kv_heads", [((100, 100, 400, 13), 4), ((200,), 2), ((130,), 1)])
+@pytest.mark.parametrize("T", [1024, 1000])
+def test_blocks_are_windows_on_a_gpu(T, windows, kv_heads):
+    """FlexAttention, compiled, and its gradients beside a mask in float64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, T, n, 32, device="cuda", requires_grad=True) for n in (4, kv_heads, kv_heads))
+    at, slope = At(torch.arange(T, device="cuda")[None]), torch.randn(2, T, 4, 32, device="cuda")
+    mask = torch.cat([View(w).sees(at.pos, at.pos) for w in windows * (4 // len(windows))], dim=1)
+    torch._dynamo.reset()
+    by_blocks = torch.compile(lambda *qkv: attend_blocks(*qkv, windows, At(at.pos), scale=0.2), fullgraph=True)
+    y = by_blocks(q, k, v)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = attend(*exact, mask, scale=0.2)
+    assert relative(y, expected) < 2e-3  # TF32 or not
+    for got, its in zip(torch.autograd.grad(y, (q, k, v), slope), torch.autograd.grad(expected, exact, slope.double())):
+        assert relative(got, its) < 2e-3
