@@ -22,6 +22,10 @@ train measures how fast configs train, in train.py's own loop: tokens/s, a step'
 matrix product reaches, memory, and with --profile what the GPU does. `train --against nanogpt --nanogpt_path ~/nanoGPT`
 runs a nanoGPT checkout's own train.py and this one on the same text.
 
+    python bench.py growth --jobs 6
+
+growth measures and draws how tokens/s and memory of training change with the window and with the width.
+
     python bench.py nanogpt --nanogpt_path ~/nanoGPT [--compile]
 
 times training steps of a nanoGPT checkout's model and of tinystar in its manner, in turns.
@@ -31,7 +35,7 @@ and several share a device (--jobs). Speed is measured apart from them, while no
 
 Index:  numbers and names · configs · equal sizes · runs · children · speed · training them all · the table ·
         the picture · compare · nanogpt · decode: bytes, timing, table and picture, the command, against nanoGPT ·
-        train: one config's speed, the command, against nanoGPT · the command
+        train: one config's speed, the command, against nanoGPT · growth · the command
 """
 
 import argparse
@@ -1820,7 +1824,9 @@ def step_child(argv: list[str]) -> None:
         began = time.perf_counter()
         timer.prepare()
         ready = time.perf_counter() - began
-        print(json.dumps(timer.whole(profile == "1") | {"ready_s": ready}), file=answers, flush=True)
+        print("ready", file=answers, flush=True)
+        if sys.stdin.readline():
+            print(json.dumps(timer.whole(profile == "1") | {"ready_s": ready}), file=answers, flush=True)
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
@@ -1869,14 +1875,23 @@ def changed_key(text: str) -> tuple[str, str]:
     return full_name(key.strip()), value.strip()
 
 
+def loaded(spec: str, common: list[tuple[str, str]], last: bool = False) -> Run:
+    """The run of `file.json:key=value,key=value`; `common` keys are under its own, or over them where they come last.
+    Sizes that its file states and another key makes impossible go back to their defaults."""
+    file, _, changes = spec.partition(".json:")
+    own = [changed_key(text) for text in split_list(changes)] if changes else []
+    words = [*own, *common] if last else [*common, *own]
+    file = f"{file}.json" if changes else file
+    return load_run(["--config", file, *(f"--{key}={value}" for key, value in words)], CONFIGS)
+
+
 def measured_step(spec: str, common: list[tuple[str, str]], profile: bool) -> dict:
     """One config's row, measured in a process of its own, and printed."""
-    file, _, changes = spec.partition(".json:")
-    words = [*common, *(changed_key(text) for text in split_list(changes))] if changes else common
-    file = f"{file}.json" if changes else file
-    run = load_run(["--config", file, *(f"--{key}={value}" for key, value in words)], CONFIGS)
+    run = loaded(spec, common)
     with tempfile.TemporaryDirectory() as folder:
-        row = in_child("_step", write_quiet_config(Path(folder), run), str(int(profile)))
+        (row,) = in_turns("_step", [[write_quiet_config(Path(folder), run), str(int(profile))]])
+    if "why" in row:
+        raise UserError(f"{spec}: {row['why']}")
     row = {"config": spec, **row}
     print(step_text(row), flush=True)
     return row
@@ -1887,18 +1902,44 @@ def write_quiet_config(folder: Path, run: Run, **changes) -> str:
     config = to_dict(run) | {"init_from": "scratch"} | {
         "checkpoints": {"path": str(folder / "ck"), "create_checkpoints": False},
         "model_path": str(folder / "model"), "img_path": str(folder)}  # fmt: skip
+    folder.mkdir(exist_ok=True)
     atomic_write(folder / "config.json", json.dumps(config | changes).encode())
     return str(folder / "config.json")
 
 
-def in_child(role: str, *arguments: str) -> dict:
-    """What a child process prints last, a JSON object."""
-    child = subprocess.run(child_command(role, *arguments), capture_output=True, text=True)
-    if child.returncode:
-        lines = child.stderr.strip().splitlines()
-        told = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
-        raise UserError(told.removeprefix("error: ") or f"{role} ended with code {child.returncode}")
-    return json.loads(child.stdout.strip().splitlines()[-1])
+def in_turns(role: str, arguments: list[list[str]]) -> list[dict]:
+    """What child processes print, a JSON object each. All get ready at once, then one after another is told to go on;
+    of one that fails, {"why": …}."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    env = dict(os.environ)
+    if len(arguments) > 1:
+        threads = str(max(1, (os.cpu_count() or 1) // len(arguments)))
+        env = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, **env}
+    children = [subprocess.Popen(child_command(role, *words), env=env, **pipes) for words in arguments]
+    rows = []
+    try:
+        told = [until_ready(child) for child in children]
+        for child, lines in zip(children, told, strict=True):
+            lines += child.communicate("go\n" if child.poll() is None else None)[0].splitlines()
+            rows.append(last_object(lines, child.returncode))
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    return rows
+
+
+def until_ready(child: subprocess.Popen) -> list[str]:
+    """What a child prints before it is ready, or all if it ends."""
+    return list(itertools.takewhile(lambda line: line != "ready\n", child.stdout))
+
+
+def last_object(lines: list[str], code: int) -> dict:
+    lines = [line.strip() for line in lines if line.strip()]
+    if code == 0 and lines:
+        return json.loads(lines[-1])
+    why = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
+    return {"why": why.removeprefix("error: ")}
 
 
 def step_text(row: dict) -> str:
@@ -1939,7 +1980,10 @@ def train_beside_nanogpt(arguments: argparse.Namespace) -> dict:
     run = load_run(["--config", "tinystar-v0.1-baseline.json", *words], CONFIGS)
     with tempfile.TemporaryDirectory() as folder:
         theirs = nanogpt_run(directory, Path(folder), run, arguments.steps)
-        ours = in_child("_race", write_quiet_config(Path(folder), run, max_iters=arguments.steps, log_interval=EVERY))
+        (ours,) = in_turns("_race", [[write_quiet_config(Path(folder), run, max_iters=arguments.steps,
+                                                         log_interval=EVERY)]])  # fmt: skip
+    if "why" in ours:
+        raise UserError(f"train.py failed: {ours['why']}")
     found = {"nanogpt": theirs, "strawberry": ours, "tokens_per_step": run.batch_size * shape["block_size"]}
     print(race_text(found))
     return found
@@ -1951,6 +1995,8 @@ def race_child(argv: list[str]) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         timer = Timer(load_run(["--config", *argv], CONFIGS), Signals())
         timer.prepare()
+        print("ready", file=answers, flush=True)
+        sys.stdin.readline()
         timer.train()
         lines = plot.read_metrics(timer.metrics.path)
     memory = torch.cuda.max_memory_allocated() if timer.device.type == "cuda" else None
@@ -2032,10 +2078,131 @@ def race_text(found: dict) -> str:
     return "\n".join(lines)
 
 
+# ---- growth ----------------------------------------------------------------------------------------------------------
+
+GROWING = (  # what is compared unless configs are named: one shape, three ways to mix
+    "strawberry-large.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,r_layer=1,window=256",
+    "palm-aft.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,d_rank=null,use_muon=false",
+    "palm-aft.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,d_rank=null,use_muon=false,attention_type=mha",
+)
+HEAD = 64  # channels of a head, whatever the width
+AXES = {"T": "tokens in a window", "C": "channels (n_embd)"}
+
+
+def growth_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="bench.py growth", allow_abbrev=False, description=(
+        "Measure how tokens/s and memory of training change with the window T and with the width C; draw them."))
+    add = parser.add_argument
+    add("configs", nargs="*", default=GROWING, help="config files, with changed keys; default: strawberry, "
+        "attention-free mixing alone, full attention")
+    add("--contexts", default="256,1k,4k,16k,32k", help="windows T (default 256,1k,4k,16k,32k)")
+    add("--widths", default="64,256,512,1k,2k", help="widths C, at windows of 1,024 tokens (default 64,256,512,1k,2k)")
+    add("--tokens", type=quantity, default=32768, help="in a step, at least one window (default 32768)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of all")
+    add("--jobs", type=quantity, default=1, help="get so many ready at once; they are measured in turns (default 1)")
+    add("--out", default="img/growth", type=Path, help="directory of growth.md, .json and .png (default img/growth)")
+    arguments = parser.parse_args(argv)
+    arguments.contexts, arguments.widths = (
+        sorted({quantity(part) for part in text.split(",") if part}) for text in (arguments.contexts, arguments.widths))
+    return arguments
+
+
+def growth_points(arguments: argparse.Namespace) -> list[dict]:
+    """What is measured: a config's label, the axis, its value, and the run."""
+    common, points = [changed_key(text) for text in arguments.set], []
+    for spec in arguments.configs:
+        values = [("T", T) for T in arguments.contexts] + [("C", C) for C in arguments.widths]
+        for axis, value in values:
+            T = value if axis == "T" else min(1024, arguments.tokens)
+            keys = [("block_size", T), ("batch_size", max(1, arguments.tokens // T))]
+            if axis == "C":
+                keys += [("n_embd", value), ("n_qkv", value), ("n_head", max(1, value // HEAD))]
+            run = loaded(spec, [*common, *((full_name(key), str(v)) for key, v in keys)], last=True)
+            points.append({"config": growth_label(spec), "axis": axis, "value": value, "run": run})
+    return points
+
+
+def growth_label(spec: str) -> str:
+    """What tells it from the others: the arch, and how it mixes where that was said.
+
+    >>> growth_label("palm-aft.json:n_layer=4,attention_type=mha")
+    'palm-aft attention_type=mha'
+    """
+    file, _, changes = spec.partition(".json:")
+    sizes = ("n_layer=", "n_embd=", "n_qkv=", "n_head=", "d_rank=", "use_muon=", "window=")
+    told = [change for change in split_list(changes) if change and not change.startswith(sizes)]
+    return " ".join([Path(file).stem, *told])
+
+
+def growth_command(argv: list[str]) -> None:
+    """Measure how training's speed and memory change with window and width; draw them."""
+    arguments = growth_arguments(argv)
+    points = growth_points(arguments)
+    for first in range(0, len(points), arguments.jobs):
+        group = points[first : first + arguments.jobs]
+        with tempfile.TemporaryDirectory() as folder:
+            files = [write_quiet_config(Path(folder) / str(i), point["run"]) for i, point in enumerate(group)]
+            for point, row in zip(group, in_turns("_step", [[file, "0"] for file in files]), strict=True):
+                point |= row
+                print(growth_line(point), flush=True)
+    rows = [{key: value for key, value in point.items() if key != "run"} for point in points]
+    write_growth(rows, arguments.out, command_line("python", "growth", argv))
+
+
+def growth_line(point: dict) -> str:
+    if "why" in point:
+        return f"{point['config']}, {point['axis']} {point['value']:,}: {point['why']}"
+    memory = f", {point['memory'] / 2**30:,.2f} GiB" if point["memory"] else ""
+    return f"{point['config']}, {point['axis']} {point['value']:,}: {point['tokens_per_s']:,.0f} tokens/s{memory}"
+
+
+def write_growth(rows: list[dict], out: Path, command: str) -> None:
+    """growth.json, growth.md and growth.png."""
+    where = next((row["machine"] for row in rows if "machine" in row), "nothing measured")
+    table = [[row["config"], row["axis"], f"{row['value']:,}",
+              *((row["why"], "") if "why" in row else
+                (f"{row['tokens_per_s']:,.0f}", f"{row['memory'] / 2**30:,.2f}" if row["memory"] else "–"))]
+             for row in rows]  # fmt: skip
+    text = markdown_table(["config", "axis", "value", "tokens/s", "memory, GiB"], table)
+    atomic_write(out / "growth.md", f"{text}\n\n![growth](growth.png)\n\n{where}\n\n```\n{command}\n```\n".encode())
+    atomic_write(out / "growth.json", json.dumps({"command": command, "rows": rows}, indent=1).encode())
+    plot.save(draw_growth(rows, f"Training, {where}, torch {torch.__version__}"), out / "growth.png")
+    print(f"\n{text}\n\nthe table and the picture are in {out}")
+
+
+def draw_growth(rows: list[dict], title: str):
+    """Tokens/s above, memory below; against the window on the left, against the width on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(10, 7), dpi=200, layout="constrained")
+    FigureCanvasAgg(fig)
+    panels = fig.subplots(2, 2, sharex="col")
+    labels = list(dict.fromkeys(row["config"] for row in rows))
+    for column, (axis, name) in enumerate(AXES.items()):
+        for panel, key, scale in ((panels[0][column], "tokens_per_s", 1.0), (panels[1][column], "memory", 2.0**-30)):
+            for number, label in enumerate(labels):
+                found = [(row["value"], row[key] * scale) for row in rows
+                         if row["config"] == label and row["axis"] == axis and row.get(key)]  # fmt: skip
+                if found:
+                    panel.plot(*zip(*found, strict=True), **line_style(number), label=label)
+            style_panel(panel, name if key == "memory" else "")
+            if panel.lines:
+                panel.set_yscale("log")
+                log_ticks(panel.yaxis, [y for line in panel.lines for y in line.get_ydata()])
+    panels[0][0].set_ylabel("tokens/s", fontsize=11)
+    panels[1][0].set_ylabel("memory (GiB)", fontsize=11)
+    fig.suptitle(title, fontsize=12, x=0.01, ha="left")
+    fig.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), fontsize=9,
+               frameon=False)  # fmt: skip
+    return fig
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    "compare": compare, "train": train_command, "decode": decode_command, "nanogpt": nanogpt}  # fmt: skip
+    "compare": compare, "train": train_command, "growth": growth_command, "decode": decode_command, "nanogpt": nanogpt,
+}  # fmt: skip
 CHILDREN: dict[str, Callable[[list[str]], int | None]] = {
     "_train": train_child, "_speed": speed_child, "_step": step_child, "_race": race_child, "_nanogpt": nanogpt_child,
 }  # fmt: skip

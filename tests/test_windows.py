@@ -1,0 +1,177 @@
+"""Attention within windows in its three ways, by a mask, by bands and by FlexAttention's blocks: one function, exactly
+causal, its work by the window. The reference is a loop over tokens in float64."""
+
+import warnings
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as model_file
+from model import At, View, attend_bands, attend_blocks, attend_whole, blocks_near, build
+
+B, D = 2, 16
+
+
+def draw(T: int, heads: int, kv_heads: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, T, n, D, dtype=torch.float64, generator=generator) for n in (heads, kv_heads, kv_heads)]
+
+
+def by_token(q, k, v, windows: list[int], scale: float) -> torch.Tensor:
+    """Head by head and token by token, over the newest windows[h] tokens."""
+    share = q.size(2) // k.size(2)
+    y = torch.empty_like(q)
+    for h, window in enumerate(windows):
+        for t in range(q.size(1)):
+            s = slice(max(0, t - window + 1), t + 1)
+            weight = (k[:, s, h // share] @ q[:, t, h].unsqueeze(-1) * scale).softmax(dim=1)  # (B, S, 1)
+            y[:, t, h] = (weight * v[:, s, h // share]).sum(dim=1)
+    return y
+
+
+def here(T: int) -> At:
+    return At(torch.arange(T).unsqueeze(0))
+
+
+# ---- bands -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("T, window", [(300, 7), (256, 64), (320, 80), (257, 1), (383, 65)])
+def test_bands_are_the_window(T, window, kv_heads):
+    q, k, v = draw(T, 4, kv_heads)
+    expected = by_token(q, k, v, [window] * 4, 0.3)
+    torch.testing.assert_close(attend_bands(q, k, v, window, scale=0.3), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [30, 70])
+def test_gradients_through_bands_are_those_through_a_mask(window):
+    qkv = [x.requires_grad_() for x in draw(290, 2, 1)]
+    at, slope = here(290), draw(290, 2, 2, seed=1)[0]
+    by_mask = model_file.attend(*qkv, View(window).sees(at.pos, at.pos), scale=0.3)
+    expected = torch.autograd.grad(by_mask, qkv, slope)
+    got = torch.autograd.grad(attend_bands(*qkv, window, scale=0.3), qkv, slope)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_long_texts_go_by_bands(monkeypatch):
+    """And short ones, wide windows and encoders by a mask."""
+    taken = []
+    monkeypatch.setattr(model_file, "attend_bands", lambda *args, **options: taken.append(args[3]))
+    for T, window in [(300, 75), (300, 76), (255, 3), (256, 3), (300, 300)]:
+        attend_whole(*draw(T, 2, 2), View(window), here(T), scale=1.0, dropout=0.0)
+    at = At(here(300).pos, causal=False)
+    attend_whole(*draw(300, 2, 2), View(75), at, scale=1.0, dropout=0.0)
+    assert taken == [75, 3]
+
+
+def test_work_goes_by_the_window():
+    """Products as torch counts them: twice the window for each token, however long the text is."""
+    for T in (512, 1024, 4096):
+        q, k, v = (x.float() for x in draw(T, 2, 2))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            attend_whole(q, k, v, View(128), here(T), scale=1.0, dropout=0.0)
+        products = counter.get_total_flops() / (4 * B * 2 * D)  # of a query and a key
+        assert products == (T - 128) * 256 + 128 * 128
+
+
+OPTIONS = {
+    "experts": {"n_experts": 2, "windows": [70, 9], "r_layer": 0},
+    "SWA": {"arch": "tinystar", "attention_type": "GQA-SWA", "n_kv_head": 2, "window": 40},
+    "latent": {"arch": "tinystar", "attention_type": "MHLA-SWA", "window": 40},
+}
+T = 300
+
+
+def long_model(name: str, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 29, "block_size": T, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_qkv": 64}
+    model = build({**shape, **OPTIONS[name]}).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_whole_models_keep_the_promises_in_bands(name, monkeypatch):
+    """Exactly causal in float32; the same by a mask, and through the cache, a prompt first."""
+    model = long_model(name)
+    idx = torch.randint(29, (2, T), generator=torch.Generator().manual_seed(1))
+    y = model(idx)[0]
+    for t in (63, 64, 128, 200, 298):
+        other = idx.clone()
+        other[:, t + 1 :] = (other[:, t + 1 :] + 1) % 29
+        assert torch.equal(model(other)[0][:, : t + 1], y[:, : t + 1])
+    model.double()
+    y = model(idx)[0]
+    cache = model.new_cache(2, T)
+    parts = [model(part, cache=cache)[0] for part in idx.split([280, 1, 19], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), y, rtol=0, atol=1e-9)
+    monkeypatch.setattr(model_file, "BAND", 10**9)
+    assert (model(idx)[0] - y).abs().max() < 1e-11
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def dense(count: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(H, J, J) from BlockMask's tables; no block twice."""
+    result = torch.zeros(index.shape[1:], dtype=torch.int64)
+    for h, rows in enumerate(count[0].tolist()):
+        for i, n in enumerate(rows):
+            result[h, i].index_add_(0, index[0, h, i, :n].long(), torch.ones(n, dtype=torch.int64))
+    return result
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 100, 128, 130])
+def test_the_tables_of_blocks_say_what_the_window_sees(length):
+    """Each block of 16 queries and 16 keys: seen in part, whole or not at all, found by looking at every pair."""
+    n, windows = 16, (1, 2, 15, 16, 17, 18, 31, 32, 33, 33, 48, 64, 100, 200)
+    window, *tables = blocks_near(length, windows, "cpu", n)
+    assert tuple(window.tolist()) == windows
+    J = -(-length // n)
+    t = torch.arange(J * n)
+    seen = torch.stack([(t[:, None] >= t) & (t[:, None] - t < w) & (t[:, None] < length) for w in windows])
+    pairs = seen.view(-1, J, n, J, n).transpose(2, 3).flatten(3)
+    whole, part = pairs.all(-1), pairs.any(-1) & ~pairs.all(-1)
+    expected = (part, whole, part.mT, whole.mT)
+    for got, right in zip((dense(*tables[i : i + 2]) for i in (0, 2, 4, 6)), expected, strict=True):
+        assert torch.equal(got, right.long())
+
+
+@pytest.mark.parametrize("windows, kv_heads", [((7, 7, 64, 150), 4), ((1, 129, 128, 300), 4), ((40,), 2), ((200,), 1)])
+@torch.no_grad()
+def test_blocks_are_the_windows_of_each_head(windows, kv_heads):
+    q, k, v = draw(290, 4, kv_heads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # called without torch.compile it is slow, and says so
+        got = attend_blocks(q, k, v, windows, here(290), scale=0.3)
+    expected = by_token(q, k, v, list(windows) * (4 // len(windows)), 0.3)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_blocks_are_for_compiled_code_on_a_gpu():
+    q = draw(300, 2, 2)[0].float()
+    assert not model_file.flexes(q, 0.0)
+    assert not torch.compile(lambda q: model_file.flexes(q, 0.0), backend="eager", fullgraph=True)(q)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_the_compiler_takes_blocks_whole(name, monkeypatch):
+    """No break in tracing, the same logits. On the CPU, where FlexAttention has no gradient."""
+    model = long_model(name)
+    idx = torch.randint(29, (2, T), generator=torch.Generator().manual_seed(1))
+    expected = model(idx)[0]
+    taken = []
+    blocks = model_file.attend_blocks
+    monkeypatch.setattr(model_file, "flexes", lambda q, dropout: True)
+    monkeypatch.setattr(model_file, "attend_blocks", lambda *args, **rest: taken.append(1) or blocks(*args, **rest))
+    torch._dynamo.reset()
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(idx)[0]
+    torch._dynamo.reset()
+    assert taken
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
