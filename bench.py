@@ -30,12 +30,16 @@ growth measures and draws how tokens/s and memory of training change with the wi
 
 times training steps of a nanoGPT checkout's model and of tinystar in its manner, in turns.
 
+    python bench.py scale --config air.json --processes 1,2,4 --parallel ddp,fsdp
+
+scale measures how training speeds up with processes, one for each GPU: tokens/s, memory, the link between them.
+
 compare's runs are child processes: train.py's own Trainer, told by a JSON file. So one that fails takes no other along,
 and several share a device (--jobs). Speed is measured apart from them, while nothing else runs.
 
 Index:  numbers and names · configs · equal sizes · runs · children · speed · training them all · the table ·
         the picture · compare · nanogpt · decode: bytes, timing, table and picture, the command, against nanoGPT ·
-        train: one config's speed, the command, against nanoGPT · growth · the command
+        train: one config's speed, the command, against nanoGPT · growth · scale · the command
 """
 
 import argparse
@@ -2196,15 +2200,145 @@ def draw_growth(rows: list[dict], title: str):
     fig.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), fontsize=9,
                frameon=False)  # fmt: skip
     return fig
+# ---- scale ---------------------------------------------------------------------------------------------------------
+
+LINK_BYTES = 256 << 20  # of the tensor whose sum over all processes is timed
+
+
+def scale_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="bench.py scale", allow_abbrev=False, description=(
+        "Measure train.py's own loop on one process and on several of this machine, which torchrun starts."))
+    add = parser.add_argument
+    add("--config", required=True, help="a config file; file.json:key=value,key=value changes keys of it")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key")
+    add("--processes", default="1,2", help="how many, with commas (default 1,2)")
+    add("--parallel", default="ddp", help="ddp, fsdp or both, with a comma (default ddp)")
+    add("--steps", type=quantity, default=30, help="measured after 10 others (default 30)")
+    add("--same_batch", action="store_true", help="divide the config's batch, instead of as many rows for each process")
+    add("--json", type=Path, help="write what was measured there, too")
+    arguments = parser.parse_args(argv)
+    arguments.processes = [quantity(part) for part in arguments.processes.split(",")]
+    arguments.parallel = arguments.parallel.split(",")
+    return arguments
+
+
+def scale_command(argv: list[str]) -> None:
+    """Measure how training speeds up with processes, one for each GPU."""
+    arguments = scale_arguments(argv)
+    file, _, changes = arguments.config.partition(".json:")
+    words = [changed_key(text) for text in (*arguments.set, *(split_list(changes) if changes else ()))]
+    words = [f"--{key}={value}" for key, value in words]
+    rows: list[dict] = []
+    for n, parallel in itertools.product(arguments.processes, arguments.parallel):
+        if n == 1 and any(row["processes"] == 1 for row in rows):
+            continue  # one process divides nothing
+        config = f"{file}.json" if changes else file
+        run = load_run(["--config", config, *words, f"--parallel={parallel}"], CONFIGS)
+        if not arguments.same_batch and run.batch_size != "auto":
+            run.batch_size *= n
+        rows.append({"parallel": parallel if n > 1 else "", **scaled(run, n, arguments.steps)})
+        print(scale_text(rows), flush=True)
+        if arguments.json:
+            atomic_write(arguments.json, json.dumps({"config": arguments.config, "rows": rows}, indent=1).encode())
+
+
+def scaled(run: Run, processes: int, steps: int) -> dict:
+    """One row: what so many processes make of a run, or why they do not."""
+    command = [sys.executable, os.path.abspath(__file__)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *launcher, os.path.abspath(__file__)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_quiet_config(Path(folder), run, log_interval=10**6)
+        child = subprocess.run([*command, "_scale", file, str(steps)], capture_output=True, text=True)
+    answers = [line for line in child.stdout.splitlines() if line.startswith("{")]
+    if child.returncode or not answers:
+        lines = [line for line in child.stderr.splitlines() if line.strip()]
+        told = [line for line in lines if "rror: " in line and "ChildFailed" not in line]
+        return {"processes": processes, "why": (told or lines or ["no output"])[0][:300]}
+    warnings = sorted({line for line in child.stderr.splitlines() if line.startswith("warning: ")})
+    return json.loads(answers[-1]) | {"warnings": warnings}
+
+
+def scale_child(argv: list[str]) -> None:
+    """One of the processes: measure, and where it is the first of them, say what came out."""
+    file, steps = argv
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")):
+        timer = ScaleTimer(load_run(["--config", file], CONFIGS), Signals())
+        began = time.perf_counter()
+        timer.prepare()
+        found = timer.scale(int(steps)) | {"ready_s": time.perf_counter() - began}
+        if timer.ranks.main:
+            print(json.dumps(found), file=answers, flush=True)
+        timer.close()
+
+
+class ScaleTimer(Timer):
+    """What several processes make of a run together."""
+
+    def log(self, bar, step: int, loss: float, *about) -> None:
+        super().log(bar, step, loss, *about)
+        self.loss = loss
+
+    def scale(self, steps: int) -> dict:
+        cuda = self.device.type == "cuda"
+        self.advance(10, 10**6)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        before = self.progress.seconds
+        self.advance(steps, 10**6)
+        seconds = self.progress.seconds - before
+        memory = torch.cuda.max_memory_allocated() if cuda else None
+        compiled = train.worth_compiling(self.run, self.device)
+        return {
+            "processes": self.ranks.world, "machine": machine(self.device), "torch": torch.__version__,
+            "params": self.model.num_params(non_embedding=False), "tokens_per_step": self.tokens_per_step,
+            "tokens_per_s": steps * self.tokens_per_step / seconds, "step_ms": 1e3 * seconds / steps,
+            "loss": self.loss, "memory": memory, "compile": compiled, "recorded": bool(self.recorded),
+            "link_bytes_per_s": self.link(),
+        }  # fmt: skip
+
+    def link(self) -> float | None:
+        """Bytes per second on each process's way out, in a sum over all processes that goes around a ring: of n
+        processes each sends 2 (n − 1) / n of the bytes."""
+        if self.ranks.world == 1:
+            return None
+        numbers = (LINK_BYTES if self.device.type == "cuda" else LINK_BYTES >> 5) // 4
+        tensor, times = torch.zeros(numbers, device=self.device), []
+        for _ in range(8):
+            began = clock(self.device)
+            torch.distributed.all_reduce(tensor)
+            times.append(clock(self.device) - began)
+        n = self.ranks.world
+        return 2 * (n - 1) / n * 4 * numbers / statistics.median(times[3:])
+
+
+def scale_text(rows: list[dict]) -> str:
+    """The last row; its efficiency is against as many single processes, where there is one."""
+    row, first = rows[-1], rows[0]
+    name = f"{row['processes']} {row['parallel']}".strip()
+    if "why" in row:
+        return f"{name:<8} {row['why']}"
+    alone = row["processes"] * first.get("tokens_per_s", math.nan) if first["processes"] == 1 else math.nan
+    share = "" if math.isnan(alone) else f"{row['tokens_per_s'] / alone:.1%} of {row['processes']} × one, "
+    memory = f", {row['memory'] / 2**30:,.2f} GiB at most" if row["memory"] else ""
+    link = f", {row['link_bytes_per_s'] / 1e9:,.1f} GB/s between them" if row["link_bytes_per_s"] else ""
+    how = {True: "compiled", False: "not compiled"}.get(row["compile"], "blocks compiled")
+    line = (f"{name:<8} {row['tokens_per_s']:>11,.0f} tokens/s, {share}"
+            f"{row['step_ms']:,.2f} ms a step of {row['tokens_per_step']:,} tokens, loss {row['loss']:.6f}{memory}"
+            f"{link}; {how}{', recorded' if row['recorded'] else ''}, ready after {row['ready_s']:,.0f} s")
+    return "\n".join([line, *(f"         {warning}" for warning in row["warnings"])])
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    "compare": compare, "train": train_command, "growth": growth_command, "decode": decode_command, "nanogpt": nanogpt,
-}  # fmt: skip
+    "compare": compare, "train": train_command, "growth": growth_command, "scale": scale_command,
+    "decode": decode_command, "nanogpt": nanogpt}  # fmt: skip
 CHILDREN: dict[str, Callable[[list[str]], int | None]] = {
     "_train": train_child, "_speed": speed_child, "_step": step_child, "_race": race_child, "_nanogpt": nanogpt_child,
+    "_scale": scale_child,
 }  # fmt: skip
 
 

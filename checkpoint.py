@@ -18,6 +18,7 @@ A checkpoint directory:
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -36,13 +37,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from options import UserError, atomic_write, to_dict
+from ranks import put
 
 try:
     import fcntl
@@ -102,9 +103,18 @@ def write_state(state: dict) -> Writer:
     return lambda file: torch.save(state, file)
 
 
-def write_model(model: nn.Module, encoder, record: dict) -> Writer:
-    """The writer of MODEL, a file that load_model reads too."""
-    return lambda file: file.write(model_bytes(model, encoder, record))
+def write_model(model: nn.Module, encoder, record: dict, tensors: dict[str, Tensor] | None = None) -> Writer:
+    """The writer of MODEL, a file that load_model reads too. `tensors`: the model's, where it has them in parts."""
+    tensors = own_tensors(model) if tensors is None else tensors
+    metadata = {
+        "format": MODEL_FORMAT,
+        "version": MODEL_VERSION,
+        "model_hyperparams": json.dumps(to_dict(model.config)),
+        "encoder": encoder.to_bytes().decode(),
+        "encoder_fingerprint": encoder.fingerprint,
+        "record": json.dumps(record),
+    }
+    return lambda file: write_tensors(file, tensors, metadata)
 
 
 class _Hashing:
@@ -515,15 +525,19 @@ def set_rng_state(state: dict) -> None:
 # ---- model files -----------------------------------------------------------------------------------------------------
 
 MODEL_FORMAT, MODEL_VERSION = "text-model", "1"
+DTYPES = {  # as safetensors spells them
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 MAX_HEADER = 8 << 20  # bytes; an encoder of 200,000 tokens takes about 5 MB, and tensors in it at most 140 MB of memory
 
 
-def save_model(path, model: nn.Module, encoder, record: dict) -> None:
+def save_model(path, model: nn.Module, encoder, record: dict, tensors: dict[str, Tensor] | None = None) -> None:
     """Writes weights, buffers, hyperparameters, encoder and training record to one safetensors file, atomically.
 
     `record`: plain data about the training. Raises UserError, naming the path, where it cannot be written.
     """
-    atomic_write(path, model_bytes(model, encoder, record))
+    atomic_write(path, write_model(model, encoder, record, tensors))
 
 
 def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
@@ -540,7 +554,7 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
         try:
             encoder = Encoder.from_bytes(meta["encoder"].encode())
             _check_depth(hyperparams, file)
-            with _Unfilled():
+            with Unfilled():
                 model = build(hyperparams)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
@@ -554,19 +568,31 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
 
 def model_bytes(model: nn.Module, encoder, record: dict) -> bytes:
     """The content of a model file."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in _own_tensors(model).items()}
-    metadata = {
-        "format": MODEL_FORMAT,
-        "version": MODEL_VERSION,
-        "model_hyperparams": json.dumps(to_dict(model.config)),
-        "encoder": encoder.to_bytes().decode(),
-        "encoder_fingerprint": encoder.fingerprint,
-        "record": json.dumps(record),
-    }
-    return safetensors.torch.save(tensors, metadata)
+    file = io.BytesIO()
+    write_model(model, encoder, record)(file)
+    return file.getvalue()
 
 
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, tensor by tensor: no second copy of them is ever in memory, as in safetensors' own `save`.
+
+    8 bytes with the header's length, the header as JSON (for each tensor its dtype, its shape, where its bytes begin
+    and end), and the bytes: the larger dtypes first, then by name. https://github.com/huggingface/safetensors#format
+    """
+    order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, end = {"__metadata__": metadata}, 0
+    for name, t in order:
+        start, end = end, end + t.nbytes
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, t in order:
+        if t.numel():
+            file.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Name → parameter or buffer as the state dict has them, a tied one under its first name only."""
     first = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -618,7 +644,7 @@ def _plain(meta: dict[str, str], key: str, path) -> dict:
     return value
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Leaves parameters as they were allocated, for saved values to come.
 
     It saves the time of drawing them and the caller's dice; and memory that is not yet written to takes no room, so
@@ -654,7 +680,7 @@ def _check_encoder(encoder, model: nn.Module, stated: str, path) -> None:
 
 def _check_tensors(model: nn.Module, file, path) -> dict[str, Tensor]:
     """The model's tensors, once each has its like in the file by name and shape, and the file has no others."""
-    own, there = _own_tensors(model), set(file.keys())
+    own, there = own_tensors(model), set(file.keys())
     for name, tensor in own.items():
         if name not in there:
             raise UserError(f"{path} does not fit its model: the tensor {name} is missing")
@@ -671,7 +697,7 @@ def _copy_into(model: nn.Module, file, path) -> None:
     for name, tensor, saved in _read(_check_tensors(model, file, path), file, path):
         if torch.promote_types(saved.dtype, tensor.dtype) != tensor.dtype:
             raise UserError(f"{path} does not fit its model: {name} is {saved.dtype}, and the model has {tensor.dtype}")
-        tensor.copy_(saved)
+        put(tensor, saved)
 
 
 def _read(own: dict[str, Tensor], file, path) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -775,13 +775,14 @@ class Loader:
 
     with Loader(corpus.train, seed, batch_size=4, accumulation=2, device="cpu") as loader:
         for micro_batches in loader:                  # one step: a list of `accumulation` batches
-            for x, y, source, n_targets in micro_batches: ...      # x (batch_size // world, T) int64 on the device
+            for x, y, source, n_targets in micro_batches: ...      # x (rows, T) int64 on the device
 
-    Step s takes samples s·batch_size·accumulation … and so on; micro-batch m is the m-th batch_size of them, and rank r
-    of `world` gets the r-th equal part of each micro-batch. Position and order depend on nothing else, so that
-    start_step alone resumes. An error on the thread is raised by next(). close() ends the thread; so do garbage
-    collection and the end of the program. The batches of small steps are made many at once, since what one costs is
-    mostly not its size: a GPU may take a step each millisecond.
+    Step s takes samples s·batch_size·accumulation … and so on; micro-batch m is the m-th batch_size of them. Of several
+    ranks each gets an equal part of each micro-batch, or of the micro-batches where rows do not come out even: see
+    `ranks.divide`. Position and order depend on nothing else, so that start_step alone resumes. An error on the thread
+    is raised by next(). close() ends the thread; so do garbage collection and the end of the program. The batches of
+    small steps are made many at once, since what one costs is mostly not its size: a GPU may take a step each
+    millisecond.
     """
 
     AHEAD = 2  # steps that wait, ready, for the consumer
@@ -791,29 +792,26 @@ class Loader:
                  start_step: int = 0, rank: int = 0, world: int = 1, objective=None):
         import torch
 
-        if batch_size % world:
-            raise UserError(f"batch_size {batch_size} cannot be divided among {world} processes: make it a multiple")
+        from ranks import divide
+
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not under world {world}")
         split.locate(seed, np.zeros(1, np.int64))  # a split without windows is refused here, not on the thread
         self.device = torch.device(device)
-        share = batch_size // world
-        firsts = (
-            [(step * accumulation + micro) * batch_size + rank * share for micro in range(accumulation)]
-            for step in itertools.count(start_step)
-        )
+        rows, offsets = divide(batch_size, accumulation, rank, world)
+        share, size = rows, accumulation * batch_size
+        firsts = ([step * size + offset for offset in offsets] for step in itertools.count(start_step))
         if world == 1:  # what a step reads is one stretch of samples, and so is what several do
-            rows = accumulation * batch_size
-            group = max(1, self.AT_ONCE // (rows * split.block_size))
-            firsts = ([step * rows] for step in itertools.count(start_step, group))
-            share = group * rows
+            group = max(1, self.AT_ONCE // (size * split.block_size))
+            firsts = ([step * size] for step in itertools.count(start_step, group))
+            share = group * size
         cuda = None
         if self.device.type == "cuda":
             cuda = torch.cuda.current_device() if self.device.index is None else self.device.index
         self._queue: queue.Queue = queue.Queue(self.AHEAD)
         stop = threading.Event()
         make = partial((objective or NextToken()).batch, split, seed)
-        sizes = (share, batch_size // world, accumulation)
+        sizes = (share, rows, len(offsets))
         arguments = (make, sizes, firsts, cuda, self._queue, stop)  # never self: the thread would keep it alive
         thread = threading.Thread(target=_produce, args=arguments, name="loader", daemon=True)
         self._finalizer = weakref.finalize(self, _finish, self._queue, stop, thread)

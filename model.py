@@ -579,7 +579,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], at:
     if key not in at.masks:
         at.masks[key] = blocks_near(T, windows, q.device)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # cast first: the other way round it would be a copy
     mask = BlockMask((T, T), *at.masks[key][1:], (128, 128), near(at.masks[key][0]))
     return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
@@ -1844,7 +1844,7 @@ class HeadLoss(torch.autograd.Function):
             rows = -(-x.size(0) // -(-x.size(0) * table.size(0) * x.element_size() // LOGITS_BYTES))
             total, dx, dw = 0.0, [], 0.0
             for some, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-                nats, slope = loss_and_slope(some @ table.mT, wanted, V, cap)
+                nats, slope = HeadLoss.of(some @ table.mT, wanted, V, cap)
                 total = total + nats
                 dx.append(slope @ table)
                 dw = dw + wide((slope.mT @ some)[:V])
@@ -1872,6 +1872,9 @@ def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None) -
     if cap is not None:
         slope = slope * (1 - (softcap(wide(logits), cap) / cap).square())
     return torch.where(real, nats, 0.0).sum(), torch.where(real, slope, 0.0).to(logits.dtype)
+
+
+HeadLoss.of = staticmethod(loss_and_slope)
 
 
 @torch.compiler.disable(recursive=False)

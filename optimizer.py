@@ -5,8 +5,9 @@
     Muon             the optimizer for hidden matrices
     build_optimizer  both of them behind one object, grouped by the roles that the model names
 
-What is here is for one process. Muon's state is one tensor per parameter, and `newton_schulz` takes any part of a
-stack, so that the work can be split over processes without another file format.
+Several processes have one of these each. AdamW works on what a process has of each parameter; Muon needs whole
+matrices, so that it hands `newton_schulz`, which takes any part of a stack, to `spread` of ranks.py. The state's format
+is the same for any number of them.
 """
 
 import math
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from options import UserError
+from ranks import Alone, local, sharded_as
 
 # Which role is decayed, and which Muon may take. Every role that a model may name is here.
 DECAYED = {"matrix", "residual", "embedding", "input"}
@@ -78,13 +80,15 @@ class Muon(torch.optim.Optimizer):
     The factor gives the update the RMS that AdamW's usually has (Moonlight, arXiv 2502.16982, section 2.2), so that a
     learning rate and a decay that suit AdamW suit here too. μ grows from 0.85 to `momentum` over the first `warmup`
     steps. Parameters of equal shape go through Newton–Schulz as one stack: on CUDA in bfloat16, elsewhere in float32,
-    or in `ns_dtype`. At the end of the warmup it is torch.optim.Muon with adjust_lr_fn="match_rms_adamw".
+    or in `ns_dtype`. At the end of the warmup it is torch.optim.Muon with adjust_lr_fn="match_rms_adamw". Of several
+    processes each orthogonalises its share (`ranks.spread`); before that is done nothing has changed, so that a process
+    that is lost meanwhile leaves the others with whole steps.
     """
 
-    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, warmup=300, ns_dtype=None):
+    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, warmup=300, ns_dtype=None, ranks=None):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "warmup": warmup, "step": 0}
         super().__init__(params, defaults)
-        self.ns_dtype = ns_dtype
+        self.ns_dtype, self.ranks = ns_dtype, ranks or Alone()
         self.found_inf: Tensor | None = None  # 1.0: a step changes nothing; the name is that of torch's optimizers
         self.lerp: Tensor | None = None  # 1 − μ, where it must lie on the device
         for group in self.param_groups:
@@ -95,34 +99,45 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """One update of every parameter that has a gradient; the others stay, without decay, as with torch's AdamW."""
-        for group in self.param_groups:
-            stacks = defaultdict(list)
+        stacks = defaultdict(list)
+        for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is not None:
-                    stacks[p.shape, p.dtype, p.device].append(p)
-            for params in stacks.values():
-                self._update(params, group["lr"], group["weight_decay"], momentum_at(group))
+                    stacks[i, p.shape, p.dtype, p.device].append(p)
+        groups = [self.param_groups[i] for i, *_ in stacks]
+        ahead = (self._ahead(params, momentum_at(group)) for group, params in zip(groups, stacks.values(), strict=True))
+        updates = self.ranks.spread(ahead, [shape for _, shape, *_ in stacks], newton_schulz)
+        for group, params, update in zip(groups, stacks.values(), updates, strict=True):
+            self._update(params, update, group["lr"], group["weight_decay"], momentum_at(group))
+        for group in self.param_groups:
             group["step"] += 1
 
-    def _update(self, params: list[Tensor], lr, weight_decay: float, momentum: float) -> None:
-        """Updates parameters of one shape. `lr` may be a float or a tensor of one element."""
+    def _ahead(self, params: list[Tensor], momentum: float) -> Tensor:
+        """What is to be orthogonalised of parameters of one shape, (n, rows, cols): of sharded ones, its own rows."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        grads = [p.grad for p in params]
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        grads = [local(p.grad) for p in params]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
         if self.found_inf is None:
-            torch._foreach_lerp_(buffers, grads, 1 - momentum)
-            ahead = torch.stack(torch._foreach_lerp(grads, buffers, momentum))  # (n, rows, cols)
+            ahead = torch.stack(torch._foreach_lerp(grads, torch._foreach_lerp(buffers, grads, 1 - momentum), momentum))
         else:
-            ahead, lr = self._ahead(grads, buffers), lr * (1 - self.found_inf)
-        dtype = self.ns_dtype or (torch.bfloat16 if ahead.is_cuda else torch.float32)
-        updates = newton_schulz(ahead.to(dtype)).to(ahead.dtype)
-        updates *= -lr * 0.2 * math.sqrt(max(ahead.shape[1:]))  # arXiv 2502.16982, equation 4
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, list(updates.unbind()))
+            ahead = self._move_and_look_ahead(grads, buffers)
+        return ahead.to(self.ns_dtype or (torch.bfloat16 if ahead.is_cuda else torch.float32))
 
-    def _ahead(self, grads: list[Tensor], buffers: list[Tensor]) -> Tensor:
+    def _update(self, params: list[Tensor], update: Tensor, lr, weight_decay: float, momentum: float) -> None:
+        """Moves momentum and parameters of one shape. `lr` may be a float or a tensor of one element."""
+        if self.found_inf is None:
+            buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+            torch._foreach_lerp_(buffers, [local(p.grad) for p in params], 1 - momentum)
+        else:
+            lr = lr * (1 - self.found_inf)
+        update = update.to(params[0].dtype) * (-lr * 0.2 * math.sqrt(max(params[0].shape)))  # 2502.16982, equation 4
+        params = [local(p) for p in params]
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, list(update.unbind()))
+
+    def _move_and_look_ahead(self, grads: list[Tensor], buffers: list[Tensor]) -> Tensor:
         """Momentum and the look ahead, where the device alone knows whether the gradients are any good."""
         grad, old = torch.stack(grads), torch.stack(buffers)  # (n, rows, cols)
         grad = torch.where(self.found_inf.bool(), old, grad)
@@ -142,12 +157,12 @@ def momentum_at(group: dict) -> float:
 # ---- both behind one object ------------------------------------------------------------------------------------------
 
 
-def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: str) -> "Optimizer":
+def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: str, ranks=None) -> "Optimizer":
     """The optimizer that the "optimizer_hyperparams" ask for, over the roles that `model.roles()` names.
 
     Matrices and embeddings are decayed, nothing else is. With `use_muon`, Muon takes the parameters of the roles matrix
     and residual that have two dimensions, with the learning rate `muon_lr` (`learning_rate` where that is null), and
-    AdamW takes the rest.
+    AdamW takes the rest. `ranks`: the processes among which Muon's work is spread.
     """
     named = parameters_by_role(model)
     rate = {"adamw": learning_rate, "muon": learning_rate if hyper.muon_lr is None else hyper.muon_lr}
@@ -164,12 +179,12 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
         ]
 
     parts = {}
+    if muon := groups_of("muon"):  # first: it is the one that may lose another process
+        parts["muon"] = Muon(muon, momentum=hyper.momentum, ranks=ranks)
     if adamw := groups_of("adamw"):
         fused = device_type in ("cuda", "cpu", "mps")  # where torch has the fused kernel
         betas = (hyper.beta1, hyper.beta2)
         parts["adamw"] = torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=hyper.eps, fused=fused)
-    if muon := groups_of("muon"):
-        parts["muon"] = Muon(muon, momentum=hyper.momentum)
     return Optimizer(parts, named)
 
 
@@ -292,6 +307,7 @@ class Optimizer:
         for part in self.parts.values():
             order = [p for group in part.param_groups for p in group["params"]]  # torch numbers them in this order
             state = {i: saved["state"][name_of[id(p)]] for i, p in enumerate(order)}
+            state = {i: {key: sharded_as(t, order[i]) for key, t in s.items()} for i, s in state.items()}
             groups = part.state_dict()["param_groups"]
             part.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
         if "muon" in self.parts:

@@ -51,8 +51,9 @@ def run_cli(main: Callable[[list[str]], int | None]) -> None:
     sys.exit(code)
 
 
-def atomic_write(path: str | os.PathLike, data: bytes) -> None:
-    """Replace the file at `path` with `data`, wholly or not at all, through power cuts too. Makes missing folders.
+def atomic_write(path: str | os.PathLike, data: bytes | Callable) -> None:
+    """Replace the file at `path` with `data`, or with what `data(file)` writes, wholly or not at all, through power
+    cuts too. Makes missing folders.
 
     Raises UserError, naming the path, where it cannot be written.
     """
@@ -63,7 +64,7 @@ def atomic_write(path: str | os.PathLike, data: bytes) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            data(file) if callable(data) else file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -393,6 +394,11 @@ class Run:
         4, "rows of block_size tokens in a batch; auto: as many as the GPU has memory for, on a CPU up to 4096 tokens",
         low=1, high=2**20, choices=["auto"],
     )
+    parallel: str = option(
+        "ddp", "what several processes under torchrun divide, apart from batches; ddp: nothing, each has the whole "
+        "model; fsdp: weights, gradients and optimizer state, for models that do not fit, at the price of computing "
+        "activations twice", choices=["ddp", "fsdp"],
+    )
     max_iters: int = option(50000, "optimizer steps in all", low=1)
     eval_interval: int = option(2000, "steps between evaluations, each with a sample of text", low=1)
     log_interval: int = option(200, "steps between logged lines", low=1)
@@ -416,8 +422,9 @@ class Run:
         "auto", "activations; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
     )
     compile: bool | str = option(
-        "auto", "torch.compile; auto: on cuda, and on cpu from max_iters 5000 on where a C++ compiler is there, since "
-        "compiling takes minutes there; where it fails, training goes on without", choices=["auto"]
+        "auto", "torch.compile; blocks: each block by itself; auto: on cuda, and on cpu from max_iters 5000 on where a "
+        "C++ compiler is there, since compiling takes minutes there; where it fails, training goes on without",
+        choices=["auto", "blocks"],
     )
     record: bool | str = option(
         "auto", "a step as one CUDA graph, launched at once; auto: on one GPU; where it cannot be, training goes on "

@@ -2,31 +2,53 @@
 
     torchrun --nproc_per_node=2 train.py --config tiny.json
 
-Data parallel at its plainest. Each rank has the whole model and takes its part of the rows of each batch; gradients are
-averaged over all ranks before each update, so that the ranks' weights stay equal and `batch_size` means what it means
-for one process. Rank 0 alone prints, draws and saves. `Alone` and `Ranks` have the same methods: train.py does not ask
-how many there are.
+    Alone        one process
+    Replicated   parallel: "ddp": each rank has the whole model. torch's DistributedDataParallel averages gradients,
+                 bucket by bucket, while the backward pass still goes on
+    Sharded      parallel: "fsdp": each rank keeps its part of weights, gradients and optimizer state. torch's
+                 fully_shard puts a block together while it computes, and activations are computed twice
 
-    rank, world, main                 this one's number, how many there are, whether it is number 0
-    mean_(tensors, weight)            in place: the mean over ranks, each weighted by its weight
-    sum_(tensors)                     in place: the sum over ranks
-    total(*numbers) -> list           the sum of each number over ranks
-    agree(value) -> value             rank 0's value, plain data, for all; nobody returns before all have asked
+All three have the same methods: train.py does not ask how many there are. Rank 0 alone prints, draws and saves.
+
+    rank, world, main               this one's number, how many there are, whether it is number 0
+    sharded                         whether no rank alone has the whole model
+    place(model, device, dtype)     the model on its device, each rank with what it keeps
+    forward(model, compiled, idle)  what takes a batch to its loss, gradients being averaged on the way back; compiled
+                                    as a whole (True), block by block ("blocks") or not
+    together(last)                  a context for one micro-batch's two passes: what is reduced, when it is the last
+    targets(n)                      the targets of all ranks, n being this one's; a tensor where there are several
+    seed                            the gradient of a loss, such that the average over ranks is the sum of losses
+    clip(parameters, limit)         the norm of all gradients, which are scaled down to `limit` (0: not)
+    spread(stacks, shapes, work)    work(stack) of stacks of matrices, each rank doing its share
+    gather(tree)                    on rank 0, whole tensors in the place of sharded ones
+    whole(model)                    a context with the whole model on rank 0, None elsewhere
+    sum_(tensors)                   in place: the sum over ranks
+    total(*numbers) -> list         the sum of each number over ranks
+    agree(value) -> value           rank 0's value, plain data, for all; nobody returns before all have asked
+    heard(number) -> number         the largest signal that any rank got, where they must stop at the same step
+    listening()                     a context that makes Lost of what the back ends raise when a process is gone
     close()
 
 What a rank hears nothing from is gone: a dead process closes its connections, which the others see at once, and after
 TIMEOUT at the latest. They raise Lost.
+
+Index:  parts of a batch · sharded tensors · one process · several · replicated · sharded · blocks · Muon's work
 """
 
 import contextlib
+import copy
+import dataclasses
 import datetime
+import inspect
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from options import UserError
 
@@ -38,16 +60,119 @@ class Lost(Exception):
     """Another process of this run has ended, or is out of reach."""
 
 
-def join(device: torch.device) -> "Alone | Ranks":
+def join(device: torch.device, parallel: str = "ddp") -> "Alone | Ranks":
     """The ranks that torchrun has started, this one among them; Alone without torchrun."""
-    return Ranks(device) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Alone()
+    return PARALLEL[parallel](device) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Alone()
+
+
+# ---- parts of a batch ----------------------------------------------------------------------------------------------
+
+
+def parts(batch_size: int, world: int) -> tuple[int, int]:
+    """(into how many parts the rows of a batch are divided, among how many groups of ranks the batches are).
+
+    Rows come first: what divides both batch_size and world. Whatever of world is left takes batches in turn.
+
+    >>> parts(8, 2), parts(3, 2), parts(4, 8)
+    ((2, 1), (1, 2), (4, 2))
+    """
+    rows = math.gcd(batch_size, world)
+    return rows, world // rows
+
+
+def divide(batch_size: int, accumulation: int, rank: int = 0, world: int = 1) -> tuple[int, list[int]]:
+    """(rows, firsts): a rank's part of a step, whose samples are numbered from 0: `rows` samples from each of `firsts`.
+
+    Raises UserError where the step cannot be divided.
+
+    >>> divide(4, 2, rank=1, world=2), divide(3, 2, rank=1, world=2), divide(4, 4, rank=5, world=8)
+    ((2, [2, 6]), (3, [3]), (1, [5, 13]))
+    """
+    row_parts, groups = parts(batch_size, world)
+    if accumulation % groups:
+        better = -(-accumulation // groups) * groups
+        near = max(batch_size // world, 1) * world
+        told = f"with gradient_accumulation_steps {accumulation} it cannot be divided among {world} processes"
+        raise UserError(f"batch_size = {batch_size}: {told}; set it to {near} or {near + world}, or "
+                        f"gradient_accumulation_steps to {better}")
+    rows = batch_size // row_parts
+    micro_batches = range(rank // row_parts, accumulation, groups)
+    return rows, [micro * batch_size + rank % row_parts * rows for micro in micro_batches]
+
+
+# ---- sharded tensors -----------------------------------------------------------------------------------------------
+# FSDP's are DTensors, of whose rows each rank has what torch.chunk would give it: the last may have fewer, or none.
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, in the same memory; all of it where it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def chunk_rows(rows: int, rank: int, world: int) -> int:
+    """How many of a sharded tensor's rows a rank has."""
+    most = -(-rows // world)
+    return min(max(rows - rank * most, 0), most)
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of `whole`, as `like`, of equal shape, is sharded."""
+    if not hasattr(like, "to_local"):
+        return whole
+    rank, world = like.device_mesh.get_local_rank(), like.device_mesh.size()
+    first = min(rank * -(-len(whole) // world), len(whole))
+    return whole[first : first + chunk_rows(len(whole), rank, world)]
+
+
+@torch.no_grad()
+def put(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    local(target).copy_(part_of(whole, target))
+
+
+def sharded_as(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as `like` is; itself where that is not, or where it is a single number."""
+    if whole.ndim == 0 or not hasattr(like, "to_local"):
+        return whole
+    from torch.distributed.tensor import DTensor
+
+    mine = part_of(whole, like).to(like.device, copy=True)
+    return DTensor.from_local(mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+# ---- one process ---------------------------------------------------------------------------------------------------
 
 
 class Alone:
-    rank, world, main = 0, 1, True
+    rank, world, main, sharded, can_save = 0, 1, True, False, True
+    seed = None
 
-    def mean_(self, tensors: list[Tensor], weight: float) -> None:
-        pass
+    def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return model.to(device)
+
+    def forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
+        compile_blocks(model, compiled == "blocks")
+        return torch.compile(model, dynamic=False) if compiled is True else model
+
+    def together(self, last: bool):
+        return contextlib.nullcontext()
+
+    def targets(self, n: int | Tensor) -> int | Tensor:
+        return n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1)
+
+    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        return scale_down(grads, nn.utils.get_total_norm(grads), limit)
+
+    def spread(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
+        return map(work, stacks)
+
+    def gather(self, tree):
+        return tree
+
+    @contextlib.contextmanager
+    def whole(self, model: nn.Module):
+        yield model
 
     def sum_(self, tensors: list[Tensor]) -> None:
         pass
@@ -58,48 +183,65 @@ class Alone:
     def agree(self, value):
         return value
 
+    def heard(self, number: int) -> int:
+        return 0
+
+    def listening(self):
+        return contextlib.nullcontext()
+
     def close(self) -> None:
         pass
 
 
+@torch.no_grad()
+def scale_down(grads: list[Tensor], norm: Tensor, limit: float) -> Tensor:
+    """The norm, after the gradients were brought to `limit` where it is larger: torch's clip_grads_with_norm_."""
+    if limit and grads:
+        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+# ---- several -------------------------------------------------------------------------------------------------------
+
+
 class Ranks:
-    """Several processes, over NCCL where each has a GPU of its own, else over gloo."""
+    """What replicated and sharded have in common. Over NCCL where each process has a GPU of its own, else over gloo."""
+
+    sharded, can_save = False, True
 
     def __init__(self, device: torch.device):
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if device.type == "mps":
             raise UserError('device = "mps": several processes need "cuda" or "cpu"')
+        about = {}
         if device.type == "cuda":
-            if local >= (there := torch.cuda.device_count()):
+            if local_rank >= (there := torch.cuda.device_count()):
                 raise UserError(f"torchrun has started more processes than GPUs: lower --nproc_per_node to {there}")
-            torch.cuda.set_device(local)
+            torch.cuda.set_device(local_rank)
+            about["device_id"] = torch.device("cuda", local_rank)
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **about)
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"cannot reach the other processes of torchrun: {reason}; start them all again") from error
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.main = self.rank == 0
+        self.seed = torch.tensor(float(self.world), device=device)  # gradients are averaged, and are to be a sum
+        self.shares: dict = {}
 
-    def mean_(self, tensors: list[Tensor], weight: float) -> None:
-        total = torch.full((1,), float(weight), device=self.device)  # filled there: the host does not wait
-        with listening():
+    def targets(self, n: int) -> int | Tensor:
+        total = torch.full((), float(n), device=self.device)  # filled there: the host does not wait
+        with self.listening(certain=True):
             dist.all_reduce(total)
-        self._reduce(tensors, weight / total.clamp(min=1))
-
-    def sum_(self, tensors: list[Tensor]) -> None:
-        self._reduce(tensors, None)
+        return total.clamp(min=1)
 
     @torch.no_grad()
-    def _reduce(self, tensors: list[Tensor], factor: Tensor | None) -> None:
+    def sum_(self, tensors: list[Tensor]) -> None:
         for bucket in buckets(tensors):
             flat = torch.cat([t.flatten() for t in bucket])
-            if factor is not None:
-                flat *= factor
-            with listening():
+            with self.listening(certain=True):
                 dist.all_reduce(flat)
-            parts = flat.split([t.numel() for t in bucket])
-            for t, part in zip(bucket, parts, strict=True):
+            for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 t.copy_(part.view_as(t))
 
     def total(self, *numbers: float) -> list[float]:
@@ -113,9 +255,30 @@ class Ranks:
         data = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
         if self.main:
             data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        with listening():
+        with self.listening(certain=True):
             dist.broadcast(data, 0)
         return json.loads(bytes(data.tolist()))
+
+    @contextlib.contextmanager
+    def listening(self, certain: bool = False):
+        """`certain`: whatever is raised in it comes from the connection."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not (certain or is_of_connection(error)):
+                raise
+            self.can_save = not self.sharded
+            reason = str(error).strip().partition("\n")[0]
+            raise Lost(f"another process of this run has ended or is out of reach ({reason})") from error
+
+    def shares_of(self, shapes: list[tuple[int, int, int]]) -> list[list[range]]:
+        """`share_out`, remembered: a step asks for the same each time."""
+        key = tuple(shapes)
+        if key not in self.shares:
+            self.shares[key] = share_out(shapes, self.world)
+        return self.shares[key]
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):
@@ -136,13 +299,294 @@ def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-@contextlib.contextmanager
-def listening():
-    """Makes Lost of what the back ends raise when another process does not answer."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise Lost(f"another process of this run has ended or is out of reach ({reason})") from error
+def is_of_connection(error: RuntimeError) -> bool:
+    """Whether an error that came out of a pass of the model is the back end's, about another process."""
+    told = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "NCCL error",
+             "gloo/transport", "Timed out waiting", "timed out", "remote process exited", "Socket closed")  # fmt: skip
+    return isinstance(error, dist.DistError) or any(sign in told for sign in signs)
+
+
+# ---- replicated ----------------------------------------------------------------------------------------------------
+
+
+class Replicated(Ranks):
+    """The whole model on each rank. Weights stay equal, bit for bit, since all get the same gradients and updates."""
+
+    ddp = None  # before forward() each rank is on its own, to find out how large a batch it has memory for
+
+    def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return model.to(device)
+
+    def forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
+        """`idle`: whether a step leaves parameters without a gradient, for which DDP would otherwise wait. A model that
+        is compiled as a whole gives all gradients at once, at the end: nothing is left to go on while they travel."""
+        if self.ddp is None:
+            DDP = nn.parallel.DistributedDataParallel
+            with self.listening():
+                about = {"gradient_as_bucket_view": True, "find_unused_parameters": idle()}
+                newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
+                about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # they are equal: see sum_
+                self.ddp = DDP(model, **about)
+        compile_blocks(model, compiled == "blocks")
+        torch._dynamo.config.optimize_ddp = False  # it cannot divide graphs with functions that bring their gradients
+        return torch.compile(self.ddp, dynamic=False) if compiled is True else self.ddp
+
+    def together(self, last: bool):
+        return contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()
+
+    def targets(self, n: int) -> int | Tensor:
+        return max(n, 1) if self.ddp is None else super().targets(n)
+
+    clip = Alone.clip
+    gather = Alone.gather
+    heard = Alone.heard
+
+    def spread(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
+        """Each rank's share is contiguous in each stack; one gather brings all of them to all."""
+        if not (stacks := list(stacks)):
+            return []
+        shares = self.shares_of([(len(stack), *stack.shape[1:]) for stack in stacks])
+        sizes = [[len(mine[rank]) * stack[0].numel() for stack, mine in zip(stacks, shares, strict=True)]
+                 for rank in range(self.world)]  # fmt: skip
+        flat = stacks[0].new_zeros(max(map(sum, sizes)))  # as long for all: what a gather takes
+        done = (work(stack[as_slice(mine[self.rank])]) for stack, mine in zip(stacks, shares, strict=True) if
+                mine[self.rank])  # fmt: skip
+        at = 0
+        for update in done:
+            flat[at : at + update.numel()] = update.flatten()
+            at += update.numel()
+        gathered = flat.new_empty(self.world, len(flat))
+        with self.listening(certain=True):
+            all_gather(gathered.view(-1), flat)
+        updates = [torch.empty_like(stack) for stack in stacks]
+        for rank in range(self.world):
+            pieces = gathered[rank, : sum(sizes[rank])].split(sizes[rank])
+            for update, piece, mine in zip(updates, pieces, shares, strict=True):
+                place = update[as_slice(mine[rank])]
+                place.copy_(piece.view_as(place))
+        return updates
+
+    @contextlib.contextmanager
+    def whole(self, model: nn.Module):
+        yield model if self.main else None
+
+
+def all_gather(into: Tensor, tensor: Tensor) -> None:
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(into, tensor)  # its newer name, where there is one
+
+
+def as_slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop)
+
+
+# ---- sharded -------------------------------------------------------------------------------------------------------
+
+
+class Sharded(Ranks):
+    """Each rank keeps its rows of every parameter, and of its gradient and optimizer state.
+
+    A block's weights are put together when it computes, forwards and again backwards, and given up afterwards; the
+    rest (embeddings, head, last norms) is one unit of its own, there from the forward pass to the end of the backward
+    one. Gradients are averaged and divided in each micro-batch, so that no rank ever holds all of them.
+    """
+
+    sharded = True
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        # plain numbers that need not wait for the GPU
+        self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
+
+    def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The model, built whole in the host's memory, is sharded block by block on its way to the device."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(device.type, (self.world,))
+        wide = MixedPrecisionPolicy(cast_forward_inputs=False)
+        for block in blocks_of(model):
+            Recomputed(block)
+            half = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+            narrow = dtype != torch.float32 and reads_by_products_alone(block)
+            fully_shard(block, mesh=mesh, mp_policy=half if narrow else wide)
+        return fully_shard(model, mesh=mesh, mp_policy=wide)
+
+    def forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
+        """Blocks are always compiled one by one, between what puts them together and what takes them apart."""
+        compile_blocks(model, bool(compiled))
+        return model
+
+    def together(self, last: bool):
+        return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
+        grads = [local(p.grad) for p in parameters if p.grad is not None]
+        grads = [grad for grad in grads if grad.numel()]
+        square = torch.zeros((), device=self.device)
+        if grads:
+            square = torch.stack(torch._foreach_norm(grads)).square().sum()
+        with self.listening(certain=True):
+            dist.all_reduce(square)
+        return scale_down(grads, square.sqrt(), limit)
+
+    def spread(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
+        """Stacks (n, this rank's rows, columns) of matrices whose whole shapes are given. Each matrix is put together
+        on the rank that works on it, and what comes of it goes back to where its rows are."""
+        if not (stacks := list(stacks)):
+            return []
+        shares = self.shares_of([(len(stack), *shape) for stack, shape in zip(stacks, shapes, strict=True)])
+        sent = [[stack[as_slice(mine[rank])] for stack, mine in zip(stacks, shares, strict=True)]
+                for rank in range(self.world)]  # fmt: skip
+        own = [[(len(mine[self.rank]), chunk_rows(rows, rank, self.world), columns)
+                for mine, (rows, columns) in zip(shares, shapes, strict=True)]
+               for rank in range(self.world)]  # fmt: skip
+        pieces = self.exchange(sent, own)
+        back = [[] for _ in range(self.world)]
+        for parts_of_stack in zip(*pieces, strict=True):  # from each rank (n, its rows, columns)
+            whole = torch.cat(parts_of_stack, dim=1)
+            done = work(whole) if len(whole) else whole
+            for rank, piece in enumerate(done.split([piece.size(1) for piece in parts_of_stack], dim=1)):
+                back[rank].append(piece)
+        returned = self.exchange(back, [[tuple(piece.shape) for piece in to_rank] for to_rank in sent])
+        return [torch.cat(parts_of_stack) for parts_of_stack in zip(*returned, strict=True)]
+
+    def exchange(self, sent: list[list[Tensor]], shapes: list[list[tuple]]) -> list[list[Tensor]]:
+        """What each rank has sent to this one, in tensors of the shapes given, for `sent`, tensors for each rank."""
+        flat = torch.cat([piece.flatten() for to_rank in sent for piece in to_rank])
+        sizes = [[math.prod(shape) for shape in from_rank] for from_rank in shapes]
+        got = flat.new_empty(sum(map(sum, sizes)))
+        gives = [sum(piece.numel() for piece in to_rank) for to_rank in sent]
+        with self.listening(certain=True):
+            dist.all_to_all_single(got, flat, list(map(sum, sizes)), gives)
+        parcels = got.split(list(map(sum, sizes)))
+        return [
+            [piece.view(shape) for piece, shape in zip(parcel.split(size), shape_list, strict=True)]
+            for parcel, size, shape_list in zip(parcels, sizes, shapes, strict=True)
+        ]
+
+    def gather(self, tree, device: str | torch.device = "cpu"):
+        """Tensor by tensor: no rank but the first ever has more than one of them whole, and that one on the host."""
+        if isinstance(tree, dict):
+            return {key: self.gather(value, device) for key, value in tree.items()}
+        if not hasattr(tree, "full_tensor"):
+            return tree
+        with self.listening(certain=True), torch.no_grad():
+            whole = tree.full_tensor()
+        return whole.to(device) if self.main else None
+
+    @contextlib.contextmanager
+    def whole(self, model: nn.Module):
+        """A copy on rank 0's device, in float32, for what takes one process: text, and losses token by token."""
+        from checkpoint import Unfilled
+        from model import build
+
+        tensors = self.gather({name: p.detach() for name, p in model.named_parameters()}, self.device)
+        if not self.main:
+            yield None
+            return
+        with Unfilled():
+            plain = build(model.config)
+        for name, p in plain.named_parameters():
+            p.data = tensors.pop(name)
+        plain.to(self.device)
+        for name, buffer in model.named_buffers():
+            plain.get_buffer(name).copy_(buffer)
+        yield plain.eval()
+
+    def heard(self, number: int) -> int:
+        largest = torch.tensor([number])
+        with self.listening(certain=True):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
+
+
+PARALLEL = {"ddp": Replicated, "fsdp": Sharded}
+
+
+# ---- blocks --------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of the outermost lists: what a model has many of."""
+    for child in model.children():
+        yield from child if isinstance(child, nn.ModuleList) else blocks_of(child)
+
+
+def compile_blocks(model: nn.Module, wanted: bool) -> None:
+    """Compile each block by itself, and the head's loss, or undo it. Equal blocks are compiled once."""
+    from model import HeadLoss, loss_and_slope
+
+    HeadLoss.of = staticmethod(torch.compile(loss_and_slope, dynamic=False) if wanted else loss_and_slope)
+    for block in blocks_of(model):
+        plain = type(block).forward.__get__(block)
+        run = torch.compile(plain, dynamic=False) if wanted else plain
+        if isinstance(block.forward, Recomputed):
+            block.forward.run = run
+        elif wanted:
+            block.forward = run
+        else:
+            vars(block).pop("forward", None)
+
+
+def reads_by_products_alone(block: nn.Module) -> bool:
+    """Whether a block's matrices are read by matrix products alone, which round them to half precision anyway: then
+    they may travel in it. A router's are small, and the norms' scales and the biases are rounded with them."""
+    for module in block.modules():
+        roles, products = getattr(module, "roles", {}), getattr(module, "products", ())
+        for name, p in module.named_parameters(recurse=False):
+            if p.ndim > 1 and name not in products and roles.get(name) != "router":
+                return False
+    return True
+
+
+class Recomputed:
+    """Takes the place of a block's forward: what it keeps for the way back is its input, and it computes the rest anew.
+
+    Where tokens stand (At) is copied, since a model changes it from pass to pass, and what routers count is counted
+    once.
+    """
+
+    def __init__(self, block: nn.Module):
+        self.block, self.run = block, block.forward
+        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p for m in block.modules())
+        block.forward = self
+
+    def __call__(self, *args):
+        if not torch.is_grad_enabled():
+            return self.run(*args)
+        args = [copy.copy(arg) if dataclasses.is_dataclass(arg) else arg for arg in args]
+        contexts = {"context_fn": lambda: (contextlib.nullcontext(), self.uncounted())}
+        return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=self.has_dropout, **contexts)
+
+    @contextlib.contextmanager
+    def uncounted(self):
+        loads = [buffer for name, buffer in self.block.named_buffers() if name.rpartition(".")[2] == "load"]
+        before = [load.clone() for load in loads]
+        try:
+            yield
+        finally:
+            for load, value in zip(loads, before, strict=True):
+                load.copy_(value)
+
+
+# ---- Muon's work ---------------------------------------------------------------------------------------------------
+
+
+def share_out(shapes: list[tuple[int, int, int]], world: int) -> list[list[range]]:
+    """For each stack (n, rows, columns), which of its matrices each rank takes: neighbours, and such that all ranks
+    have about as much to do. The costly ones are given out first, each to the rank that has least.
+
+    >>> share_out([(3, 4, 4), (1, 8, 8)], world=2)
+    [[range(0, 0), range(0, 3)], [range(0, 1), range(1, 1)]]
+    """
+    cost = [rows * columns * min(rows, columns) for _, rows, columns in shapes]
+    load = [0] * world
+    counts = [[0] * world for _ in shapes]
+    for i in sorted(range(len(shapes)), key=lambda i: -cost[i]):
+        for _ in range(shapes[i][0]):
+            rank = load.index(min(load))
+            load[rank] += cost[i]
+            counts[i][rank] += 1
+    return [[range(sum(count[:rank]), sum(count[: rank + 1])) for rank in range(world)] for count in counts]

@@ -3,7 +3,7 @@
     python train.py --config tiny.json                        # from scratch
     python train.py --config tiny.json --init_from=resume     # go on from the newest good checkpoint
     python train.py --config tiny.json --check                # would it work? says so in seconds, and writes nothing
-    torchrun --nproc_per_node=2 train.py --config tiny.json   # each batch divided among two processes
+    torchrun --nproc_per_node=2 train.py --config tiny.json   # each batch divided among two processes: see ranks.py
     python train.py --help                                    # every key
 
 Each step is a pure function of the weights, the optimizer's state, the seed and the step's number: batches and dropout
@@ -56,12 +56,12 @@ import checkpoint
 import dataset
 import encoder as encoders
 import plot
-from checkpoint import Lock, newest, save_checkpoint, save_model, set_aside, write_model, write_state
+from checkpoint import Lock, newest, own_tensors, save_checkpoint, save_model, set_aside, write_model, write_state
 from dataset import Batch, Corpus, Loader, NextToken, Split
 from model import CONFIGS, build
 from optimizer import build_optimizer, lr_at
 from options import UserError, atomic_write, load_run, run_cli, to_dict
-from ranks import Alone, Lost, Ranks, join
+from ranks import Alone, Lost, Ranks, divide, join, local, parts
 
 METRICS = "metrics.jsonl"
 EVAL_SEED = 0  # of the windows that evaluations read: the same whatever the run's seed is
@@ -98,6 +98,7 @@ class Signals:
         self.at = 0.0  # when, by time.monotonic()
         self.heard = False  # Interrupted was caught: from here on, nothing is raised again
         self.depth = 0  # of held() blocks
+        self.told = False  # another process of this run was signalled, and what it told counts for this one
 
     def __enter__(self) -> "Signals":
         self.before = {}
@@ -115,6 +116,9 @@ class Signals:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame) -> None:
+        if self.told:  # its own comes later, and is no second one
+            self.told = False
+            return
         if self.received is not None:
             os._exit(128 + number)
         self.received, self.at = number, time.monotonic()
@@ -131,6 +135,12 @@ class Signals:
         """To be called in a held() block at places where its work can be given up: raises once GRACE is over."""
         if self.received is not None and not self.heard and time.monotonic() - self.at > GRACE:
             raise Interrupted(self.received)
+
+    def tell(self, number: int) -> None:
+        """What a signal that another process got leads to in this one: raises Interrupted, held or not."""
+        self.told = self.received is None
+        self.received = self.received or number
+        raise Interrupted(self.received)
 
     @contextlib.contextmanager
     def held(self):
@@ -252,13 +262,17 @@ def mean_loss(
     """
     objective, ranks = objective or NextToken(), ranks or Alone()
     nats, n_bytes, count = [], [], 0
-    share = rows // ranks.world
-    for i in range(min(batches, max(1, split.n_windows // rows))):
-        batch = make_batch(objective, split, EVAL_SEED, i * rows + ranks.rank * share, share, lengths.device)
-        nats.append(forward(batch.x, batch.y, source=batch.source)[1].detach().float() * batch.n_targets)
-        n_bytes.append((lengths[batch.y.clamp(min=0)] * (batch.y >= 0)).sum())
-        count += batch.n_targets
-    total, n_bytes = (sum(torch.stack(values).tolist()) for values in (nats, n_bytes))
+    row_parts, groups = parts(rows, ranks.world)
+    n = min(batches, max(1, split.n_windows // rows))
+    share, (first, *_) = divide(rows, groups, ranks.rank, ranks.world)
+    for i in range(0, n, groups):  # as many passes on each rank, since sharded ones take them together
+        batch = make_batch(objective, split, EVAL_SEED, i * rows + first, share, lengths.device)
+        loss = forward(batch.x, batch.y, source=batch.source)[1].detach().float()
+        if i * rows + first < n * rows:
+            nats.append(loss * batch.n_targets)
+            n_bytes.append((lengths[batch.y.clamp(min=0)] * (batch.y >= 0)).sum())
+            count += batch.n_targets
+    total, n_bytes = (sum(torch.stack(values).tolist()) if values else 0 for values in (nats, n_bytes))
     total, n_bytes, count = ranks.total(total, n_bytes, count)
     return total / max(count, 1), total / math.log(2) / n_bytes if n_bytes and objective.in_bytes else math.nan
 
@@ -379,8 +393,8 @@ def start_from(path: str, model: nn.Module, encoder) -> None:
         raise UserError(f"init_from: {path} is of another shape ({'; '.join(changed)}): set them as it has") from error
 
 
-def worth_compiling(run, device: torch.device) -> bool:
-    """Whether `compile: "auto"` compiles.
+def worth_compiling(run, device: torch.device) -> bool | str:
+    """Whether to compile, True for the whole model, "blocks" for its blocks; this is what `compile: "auto"` comes to.
 
     On CUDA it does: every step gains. On a CPU it does for runs of COMPILE_ON_CPU_FROM steps or more: with a model like
     config/tiny.json's on two slow cores, compiling took 160 s and made a step of 0.61 s one of 0.42 s, so that it was
@@ -678,7 +692,7 @@ class Trainer:
         self.check_paths()
         self.device = choose_device(run.device)
         self.dtype = choose_dtype(run.dtype, self.device)
-        self.ranks = join(self.device)
+        self.ranks = join(self.device, run.parallel)
         if self.ranks.main and self.root.is_dir():
             self.lock = Lock(self.root)
         self.encoder, self.corpus = load_data(run)
@@ -690,11 +704,11 @@ class Trainer:
         model = build(run.model_hyperparams)
         if run.pretrained:
             start_from(run.pretrained, model, self.encoder)
-        self.model = model.to(self.device).train()
+        self.model = self.ranks.place(model, self.device, self.dtype).train()
         self.forward = self.model
         self.loads = [router.load for router in self.model.routers().values()]
         hyper = run.optimizer_hyperparams
-        self.optimizer = build_optimizer(self.model, hyper, run.learning_rate, self.device.type)
+        self.optimizer = build_optimizer(self.model, hyper, run.learning_rate, self.device.type, self.ranks)
         self.lengths = byte_lengths(self.encoder, run.model_hyperparams.vocab_size).to(self.device)
         if run.batch_size == "auto" and found:
             run.batch_size = found.meta["run"]["batch_size"]
@@ -714,12 +728,17 @@ class Trainer:
         """Check that the batch can be divided among the ranks; where it is "auto", find the largest that fits."""
         run, world = self.run, self.ranks.world
         if run.batch_size == "auto":
+            if self.ranks.sharded:  # one that ran out of memory would leave the others waiting for it
+                raise UserError(f'batch_size = "auto": cannot be found with parallel "fsdp" on {world} processes; '
+                                f"give a number, such as {world}")
             run.batch_size = self.find_batch_size() * world
             print(f'batch_size   {run.batch_size:,}, the largest that fits; write it into the JSON to keep it')
-        if run.batch_size % world:
-            near = max(run.batch_size // world, 1) * world
-            told = f"cannot be divided among {world} processes; set it to {near} or {near + world}"
-            raise UserError(f"batch_size = {run.batch_size}: {told}")
+        divide(run.batch_size, run.gradient_accumulation_steps, self.ranks.rank, world)
+
+    @property
+    def rows(self) -> int:
+        """Of a micro-batch, on this rank."""
+        return self.run.batch_size // parts(self.run.batch_size, self.ranks.world)[0]
 
     def find_batch_size(self) -> int:
         """The most rows that a rank has memory for, and at most one epoch.
@@ -742,7 +761,9 @@ class Trainer:
         spare = device_memory(self.device)[1] // 20 if self.device.type == "cuda" else 0
         fit = True
         try:
-            self.dry_run(rows, self.footprint(row=0).optimizer + spare)
+            need = self.footprint(row=0)
+            buckets = need.gradients if self.ranks.world > 1 else 0  # what gradients travel in
+            self.dry_run(rows, need.optimizer + buckets + spare)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -761,9 +782,10 @@ class Trainer:
 
     def footprint(self, row: int | None = None) -> Footprint:
         """What training takes. `row`: what one row does, where that is known or does not matter."""
-        weights = sum(p.nbytes for p in itertools.chain(self.model.parameters(), self.model.buffers()))
+        weights = sum(local(p).nbytes for p in itertools.chain(self.model.parameters(), self.model.buffers()))
         optimizer = sum(STATE_BYTES[group["optimizer"]] * group["parameters"] for group in self.optimizer.groups)
-        gradients = sum(p.nbytes for p in self.model.parameters())
+        optimizer //= self.ranks.world if self.ranks.sharded else 1
+        gradients = sum(local(p).nbytes for p in self.model.parameters())
         if row is None:
             with self.untouched():  # the second row's alone: casts of weights and tables are made once
                 one, two = (kept_for_backward(self.model, lambda n=n: self.one_forward(n)) for n in (1, 2))
@@ -837,7 +859,8 @@ class Trainer:
             "objective": run.objective + self.cut_short(),
             "step": f"{accumulation} × {run.batch_size} rows of {T} = {self.tokens_per_step:,} tokens of "
                     f"{model.flops_per_token(T) / 1e6:,.2f} MFLOP each",
-            "machine": f"{self.device.type}{name}, {str(self.dtype).removeprefix('torch.')}",
+            "machine": f"{self.device.type}{name}, {str(self.dtype).removeprefix('torch.')}" + (
+                f"; {self.ranks.world} processes, {run.parallel}" if self.ranks.world > 1 else ""),
             "seed": str(run.seed),
             "checkpoints": f"{self.root}, every {run.checkpoints.interval:,} steps"
                            if run.checkpoints.create_checkpoints else "none",
@@ -863,15 +886,14 @@ class Trainer:
                 for name, buffer in self.model.named_buffers():
                     buffer.copy_(buffers[name])
 
-    def rehearse(self, compile: bool) -> float:
+    def rehearse(self, compile: bool | str) -> float:
         """One forward and backward whose results are thrown away: compiles, and finds what won't work, before any file
         is touched and outside the time that is measured. Returns the loss."""
-        rows = self.run.batch_size // self.ranks.world
-        batch = make_batch(self.objective, self.corpus.train, self.run.seed, 0, rows, self.device)
-        with self.untouched():
+        batch = make_batch(self.objective, self.corpus.train, self.run.seed, 0, self.rows, self.device)
+        with self.untouched(), self.ranks.listening():
             if compile:
                 print("compiling …", flush=True)
-                self.forward = torch.compile(self.model, dynamic=False)
+                self.forward = self.ranks.forward(self.model, compile, self.leaves_idle)
                 try:
                     loss = self.try_out(batch)
                 except Exception as error:
@@ -879,10 +901,16 @@ class Trainer:
                         raise
                     reason = str(error).strip().partition("\n")[0]
                     warn(f"torch.compile failed, so that steps take longer ({type(error).__name__}: {reason})")
-                    self.forward = self.model
-            if self.forward is self.model:
+                    compile = False
+            if not compile:
+                self.forward = self.ranks.forward(self.model, False, self.leaves_idle)
                 loss = self.try_out(batch)
             return loss.item()
+
+    def leaves_idle(self) -> bool:
+        """Whether a step leaves parameters without a gradient, as retention's where no chunk has an earlier one."""
+        self.one_forward(1).backward()
+        return any(p.grad is None for p in self.model.parameters())
 
     def try_out(self, batch: Batch, times: int = 1) -> Tensor:
         """The loss of a batch, after a step's passes and an evaluation's, which needs more memory for its logits."""
@@ -944,13 +972,22 @@ class Trainer:
     # -- the steps
 
     def train(self) -> None:
-        if self.run.on_nan == "rollback" and self.saved < 0:
-            self.save()  # what there is to go back to before the first interval is over
-        while self.progress.step < self.run.max_iters:
-            try:
-                self.take_steps()
-            except NonFinite as error:
-                self.roll_back(error)
+        # sharded ranks can only save together: a signal waits there until all have heard of it
+        held = self.signals.held() if self.ranks.sharded else contextlib.nullcontext()
+        with self.ranks.listening(), held:
+            if self.run.on_nan == "rollback" and self.saved < 0:
+                self.save()  # what there is to go back to before the first interval is over
+            while self.progress.step < self.run.max_iters:
+                try:
+                    self.take_steps()
+                except NonFinite as error:
+                    self.roll_back(error)
+            self.stop_together()
+
+    def stop_together(self) -> None:
+        """Where ranks can only save together, a signal that one of them got is one for all, after the same step."""
+        if number := self.ranks.heard(self.signals.received or 0):
+            self.signals.tell(number)
 
     def take_steps(self) -> None:
         run = self.run
@@ -969,6 +1006,7 @@ class Trainer:
                         lr = self.update_weights(loss, grad_norm)
                         self.count(time.perf_counter() - start)
                         self.log(bar, self.progress.step, loss, grad_norm, lr)
+                self.stop_together()
                 if self.due(run.eval_interval):
                     self.evaluate()
                 if self.due(run.checkpoints.interval) or (self.save_failed and self.due(run.log_interval)):
@@ -1009,32 +1047,29 @@ class Trainer:
         """(loss, norm of the gradient before clipping), of all ranks together."""
         self.draw_dropout()
         loss = self.accumulate(micro_batches)
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.ranks.mean_([loss, *grads], sum(batch.n_targets for batch in micro_batches))
-        self.ranks.sum_(self.loads)
+        self.ranks.sum_([loss, *self.loads])
         norm = self.clip()
         # Here, once in a step, the host waits for the device: no update by a gradient that is not finite.
         return tuple(torch.stack((loss, norm)).tolist())
 
     def clip(self) -> Tensor:
         """Clip the gradients; their norm before it."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if self.run.grad_clip:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.run.grad_clip, norm)
-        return norm
+        return self.ranks.clip(list(self.model.parameters()), self.run.grad_clip)
 
     def accumulate(self, micro_batches: list[Batch]) -> Tensor:
         """The gradients of the mean loss over all targets of all micro-batches, as one large batch would give them:
-        each micro-batch's mean is weighted by its share of the targets that are not ignored."""
-        total = sum(batch.n_targets for batch in micro_batches)  # tensors in a recorded step
-        total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
+        each micro-batch's mean is weighted by its share of the targets that are not ignored. Of several ranks, the
+        gradients are all ranks' together, and the loss is this rank's part of it."""
+        total = self.ranks.targets(sum(batch.n_targets for batch in micro_batches))
         loss = torch.zeros((), device=self.device)
-        for batch in micro_batches:
-            self.signals.give_up_late()  # nothing has changed yet
-            with self.autocast():
-                _, mean = self.forward(batch.x, batch.y, source=batch.source)
-            share = mean * (batch.n_targets / total)
-            share.backward()
+        for i, batch in enumerate(micro_batches, 1):
+            if not self.ranks.sharded:
+                self.signals.give_up_late()  # nothing has changed yet
+            with self.ranks.together(last=i == len(micro_batches)):
+                with self.autocast():
+                    _, mean = self.forward(batch.x, batch.y, source=batch.source)
+                share = mean * (batch.n_targets / total)
+                share.backward(self.ranks.seed)
             loss += share.detach()
         return loss
 
@@ -1135,10 +1170,7 @@ class Trainer:
                 for name, split in (("train", self.corpus.train), ("val", self.corpus.val)):
                     asked = (split, run.eval_iters, run.batch_size, self.lengths, self.objective, self.ranks)
                     results[f"{name}_loss"], results[f"{name}_bpb"] = mean_loss(self.forward, *asked)
-                if self.ranks.main and self.model.generates and not self.model.causal:
-                    found = strict_loss(self.model, self.corpus.val, rows=run.batch_size, device=self.device)
-                    results["strict_loss"], results["plain_at_strict"] = found
-            text = self.sample() if self.ranks.main and run.sample_length and self.model.generates else ""
+            text = self.examine(results) if self.model.generates else ""
         with self.signals.held():
             self.evaluated, self.val_loss = self.progress.step, results["val_loss"]
             if self.ranks.main:
@@ -1147,16 +1179,29 @@ class Trainer:
         if self.ranks.main:
             self.draw()
 
-    def sample(self) -> str:
+    def examine(self, results: dict) -> str:
+        """What rank 0 does by itself: the strict loss, into `results`, and a sample of text, which it returns."""
+        if self.model.causal and not self.run.sample_length:
+            return ""
+        with self.ranks.whole(self.model) as model:
+            if model is None:
+                return ""
+            if not model.causal:
+                with self.autocast():
+                    found = strict_loss(model, self.corpus.val, rows=self.run.batch_size, device=self.device)
+                results["strict_loss"], results["plain_at_strict"] = found
+            return self.sample(model) if self.run.sample_length else ""
+
+    def sample(self, model: nn.Module) -> str:
         run = self.run
         asked = (run.sample_length, run.seed, self.device)
-        if not self.model.takes_source:
-            return sample_text(self.model, self.encoder, run.sample_prompt, *asked)
+        if not model.takes_source:
+            return sample_text(model, self.encoder, run.sample_prompt, *asked)
         source = [*dataset.read_spelled(self.encoder, run.sample_prompt), self.encoder.eot]
         if not run.sample_prompt:
             first = self.objective.batch(self.corpus.val, EVAL_SEED, 0, 1).source[0].tolist()
             source = [token for token in first if token != self.encoder.pad]
-        return sample_answer(self.model, self.encoder, source, *asked)
+        return sample_answer(model, self.encoder, source, *asked)
 
     def draw(self) -> None:
         try:
@@ -1173,27 +1218,36 @@ class Trainer:
         if not self.run.checkpoints.create_checkpoints or self.saved == step:
             return
         self.check_weights()
-        if not self.ranks.main:
-            self.saved = step
-            return
+        tensors, optimizer = self.ranks.gather(own_tensors(self.model)), self.ranks.gather(self.optimizer.state_dict())
+        if self.ranks.main:
+            self.write(step, tensors, optimizer)
+        else:
+            self.saved, self.save_failed = step, False
+        if self.ranks.sharded:  # where it failed, they try again together
+            self.saved, self.save_failed = self.ranks.agree([self.saved, self.save_failed])
+
+    def write(self, step: int, tensors: dict[str, Tensor], optimizer: dict) -> None:
+        """A checkpoint of whole tensors."""
         fingerprints = {"dataset": self.corpus.fingerprint, "encoder": self.encoder.fingerprint}
-        state = {"optimizer": self.optimizer.state_dict(), "progress": vars(self.progress)}
-        parts = {checkpoint.MODEL: write_model(self.model, self.encoder, self.record()),
+        state = {"optimizer": optimizer, "progress": vars(self.progress)}
+        files = {checkpoint.MODEL: write_model(self.model, self.encoder, self.record(), tensors),
                  checkpoint.STATE: write_state(state)}
         val_loss = self.val_loss if self.evaluated == step else None
         keep = self.run.checkpoints.keep
         with self.signals.held():
             try:
-                save_checkpoint(self.root, step, parts, val_loss, keep, {**fingerprints, "run": to_dict(self.run)})
+                save_checkpoint(self.root, step, files, val_loss, keep, {**fingerprints, "run": to_dict(self.run)})
                 self.saved, self.save_failed = step, False
             except UserError as error:
                 self.save_failed = True
                 warn(f"{error}; trying again later")
 
     def check_weights(self) -> None:
-        finite = {name: torch.isfinite(p).all() for name, p in self.model.named_parameters()}
-        if not torch.stack(list(finite.values())).all():
-            bad = ", ".join(name for name, good in finite.items() if not good)
+        found = torch.stack([(~torch.isfinite(local(p))).any() for p in self.model.parameters()]).float()
+        if self.ranks.sharded:
+            self.ranks.sum_([found])
+        if found.any():
+            bad = ", ".join(name for (name, _), n in zip(self.model.named_parameters(), found, strict=True) if n)
             raise NonFinite(f"step {self.progress.step:,}: these weights are not finite, and are not saved: {bad}")
 
     def record(self) -> dict:
@@ -1206,21 +1260,22 @@ class Trainer:
     def finish(self) -> None:
         """After the last step: the model file."""
         self.check_weights()
+        tensors = self.ranks.gather(own_tensors(self.model))
         if not self.ranks.main:
             return
         with self.signals.held():
-            save_model(self.run.model_path, self.model, self.encoder, self.record())
+            save_model(self.run.model_path, self.model, self.encoder, self.record(), tensors)
         p = self.progress
         print(f"{p.step:,} steps, {p.tokens:,} tokens in {p.seconds:,.0f} s; the model is in {self.run.model_path}")
 
     def save_where_it_stands(self) -> bool:
         """Save on the way out; whether there is something to resume. A run without a step has nothing to lose."""
         self.signals.heard = True
-        if self.claimed:
+        if self.claimed and self.ranks.can_save:
             for work in (self.settle, self.save):  # what was saved before a step that was not finite is as it was
                 try:
                     work()
-                except NonFinite as error:
+                except (NonFinite, Lost) as error:
                     warn(str(error))
         return self.claimed and self.saved >= 0
 
@@ -1247,8 +1302,8 @@ class Trainer:
                 torch.cuda.empty_cache()
             free, total = device_memory(self.device)
             rows, T = self.run.batch_size, self.run.model_hyperparams.block_size
-            rows = 1 if rows == "auto" else rows // self.ranks.world
-            need = self.footprint()
+            rows = 1 if rows == "auto" else self.rows
+            need = self.footprint(row=1 if self.ranks.sharded else None)  # no passes where the others take no part
             told += f", of {size(total)}: {need.told(rows, T)}"
         return f"{told}; {self.standing()}. {self.lower()}"
 
@@ -1279,7 +1334,7 @@ class Trainer:
         read = sum(os.path.getsize(file.path) for file in self.corpus.files)
         for file in self.corpus.files if read <= VERIFIED else ():
             file.verify()
-        need, rows = self.footprint(), run.batch_size // self.ranks.world
+        need, rows = self.footprint(), self.rows
         total, (free, there) = need.fixed + rows * need.row, device_memory(self.device)
         saved, disk = need.weights + need.optimizer, shutil.disk_usage(existing(self.root))
         wanted = (run.checkpoints.keep + 2) * saved if run.checkpoints.create_checkpoints else 0
@@ -1326,8 +1381,12 @@ def command(argv: list[str], resume: bool) -> str:
             elif not word.startswith("--init_from="):
                 kept.append(word)
         argv = [*kept, "--init_from=resume"]
-    world = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    start = [short(sys.executable)] if world == "1" else ["torchrun", f"--nproc_per_node={world}"]
+    world, machines = os.environ.get("LOCAL_WORLD_SIZE", "1"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    start = [short(sys.executable)]
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        start = ["torchrun", f"--nproc_per_node={world}"]
+    if machines != "1":  # the same on each of them
+        start += [f"--nnodes={machines}", "--rdzv_backend=c10d", "--rdzv_endpoint=FIRST_MACHINE:29400"]
     words = [*start, short(os.path.abspath(__file__)), *argv]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 

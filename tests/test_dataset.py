@@ -495,7 +495,7 @@ def test_any_number_of_processes_sees_the_same_samples(split, world):
 
 
 def test_batch_size_must_divide_among_processes(split):
-    with pytest.raises(UserError, match="batch_size 6 cannot be divided among 4 processes"):
+    with pytest.raises(UserError, match="batch_size = 6: .* cannot be divided among 4 processes"):
         Loader(split, 0, 6, world=4)
 
 

@@ -1055,9 +1055,9 @@ def test_torchrun_ends_when_a_rank_is_killed(den, told):
 
 @posix
 def test_ranks_that_cannot_divide_the_batch_say_so(den):
-    codes = [finish(child) for child in begin_ranks("--batch_size=3")]
+    codes = [finish(child) for child in begin_ranks("--batch_size=3", "--gradient_accumulation_steps=1")]
     assert set(codes) <= {2, 4} and 2 in codes
-    assert "error: batch_size = 3: cannot be divided among 2 processes; set it to 2 or 4" in read("log0.txt")
+    assert "error: batch_size = 3: with gradient_accumulation_steps 1 it cannot be divided among 2" in read("log0.txt")
     assert not Path("ck").exists()
 
 

@@ -1,0 +1,512 @@
+"""Several processes compute what one does: batches divided by DDP, models divided by FSDP, Muon's work divided by both.
+
+Two processes are started once and take everything in turn; the tests compare what they leave with what one process,
+this one, computes meanwhile. tests/test_survival.py kills and signals such runs.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torture
+from torture import assert_same, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
+
+import checkpoint
+import ranks
+import train
+from checkpoint import newest, own_tensors
+from dataset import Batch
+from model import CONFIGS, build
+from optimizer import build_optimizer, newton_schulz
+from options import OptimizerHyperparams, UserError, load_run
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are forked")
+PRESETS = sorted(path.stem for path in (torture.ROOT / "config").glob("*.json") if path.name != "schema.json")
+SMALL = {"vocab_size": 67, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_qkv": 16, "d_rank": 8}
+SMALL |= {"dropout": 0.0}
+MODES = {"ddp": ranks.Replicated, "fsdp": ranks.Sharded}
+CPU = torch.device("cpu")
+RESUME = "--init_from=resume"
+HALF = ["--max_iters=5", "--lr_decay_iters=10"]
+
+
+# ---- one step of any model, by any number of processes -------------------------------------------------------------
+
+
+def models() -> dict[str, tuple[object, int]]:
+    """name → (hyperparameters, tokens in a row): every preset in small, and what no preset has."""
+    found = {}
+    for name in PRESETS:
+        config = vars(load_run(["--config", f"{name}.json"], CONFIGS).model_hyperparams)
+        small = {key: value for key, value in SMALL.items() if key in config}
+        raw = json.loads(json.dumps(config, default=vars))
+        for key in ("window", "windows", "retention_chunk", "kv_rank", "rope_dim", "n_ffn", "n_kv_head", "pad_id"):
+            raw.pop(key, None)
+        found[name] = ({**raw, **small}, 32)
+    depth = {"arch": "transformer", "kind": "decoder", "recursions": 3, "adaptive": True, "norm_position": "pre"}
+    found["tokens choose their depth"] = ({**SMALL, **depth, "n_ffn_experts": 2}, 32)
+    found["tokens choose their depth"][0].pop("d_rank")
+    found["parameters without a gradient"] = ({**found["strawberry-large"][0], "retention_chunk": 16}, 16)
+    found["dropout"] = ({**found["transformer-pairs"][0], "dropout": 0.3}, 32)
+    return found
+
+
+def perturbed(hyper: dict) -> torch.nn.Module:
+    """A model none of whose matrices is zero, as some are at the start, so that every gradient counts."""
+    torch.manual_seed(3)
+    model = build(hyper)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn(p.shape)
+    return model
+
+
+def batches(model, T: int, rank: int, world: int) -> list[Batch]:
+    """This rank's part of two micro-batches of 4 rows, each row with a number of targets of its own."""
+    generator = torch.Generator().manual_seed(4)
+    x, y, source = (torch.randint(60, (8, T), generator=generator) for _ in range(3))
+    for row in range(8):
+        y[row, : 3 * row] = -1
+    rows, firsts = ranks.divide(4, 2, rank, world)
+    parts = [slice(first, first + rows) for first in firsts]
+    return [Batch(x[p], y[p], source[p] if model.takes_source else None, int((y[p] >= 0).sum())) for p in parts]
+
+
+def steps(group, hyper: dict, T: int, n: int = 1) -> dict:
+    """What n steps with both optimizers come to: train.py's own passes, clipping and update."""
+    model = group.place(perturbed(hyper), CPU, torch.float32).train()
+    about = OptimizerHyperparams(use_muon=True, eps=1e-2)  # so that AdamW's first step is no mere sign of a gradient
+    optimizer = build_optimizer(model, about, 1e-2, "cpu", group)
+    given = batches(model, T, group.rank, group.world)
+
+    def idle() -> bool:
+        model(given[0].x, given[0].y, source=given[0].source)[1].backward()
+        return any(p.grad is None for p in model.parameters())
+
+    loads = [router.load for router in model.routers().values()]
+    forward = group.forward(model, False, idle)
+    optimizer.zero_grad()
+    for load in loads:
+        load.zero_()
+    trainer = SimpleNamespace(ranks=group, device=CPU, forward=forward, autocast=contextlib.nullcontext,
+                              signals=SimpleNamespace(give_up_late=lambda: None))  # fmt: skip
+    found = {"losses": [], "norms": []}
+    torch.manual_seed(group.rank)
+    for _ in range(n):
+        loss = train.Trainer.accumulate(trainer, given)
+        group.sum_([loss, *loads])
+        found.setdefault("loads", [load.clone() for load in loads])
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.setdefault("grads", {name: g.clone() for name, g in group.gather(grads).items() if g is not None})
+        found["norms"].append(group.clip(list(model.parameters()), 0.1).item())
+        found["losses"].append(loss.item())
+        optimizer.step()
+        model.after_step()
+        optimizer.zero_grad()
+    found |= {"weights": group.gather(own_tensors(model)), "state": group.gather(optimizer.state_dict())}
+    return found
+
+
+def orthogonalised(group, shapes) -> list[torch.Tensor]:
+    """Stacks of such shapes (n, rows, columns) through `spread`, each rank giving what it has of them."""
+    generator = torch.Generator().manual_seed(5)
+    stacks = [torch.randn(shape, generator=generator) for shape in shapes]
+    if group.sharded:
+        firsts = [[sum(ranks.chunk_rows(rows, r, group.world) for r in range(rank)) for rank in range(group.world + 1)]
+                  for _, rows, _ in shapes]  # fmt: skip
+        stacks = [s[:, f[group.rank] : f[group.rank + 1]] for s, f in zip(stacks, firsts, strict=True)]
+    return list(group.spread(stacks, [torch.Size(shape[1:]) for shape in shapes], newton_schulz))
+
+
+STACKS = [(3, 5, 7), (1, 1, 6), (4, 8, 8), (2, 9, 2)]
+
+# ---- whole runs ----------------------------------------------------------------------------------------------------
+
+
+class Seen(train.Trainer):
+    """A trainer that notes the text that it makes."""
+
+    def examine(self, results):
+        text = super().examine(results)
+        if self.ranks.main:
+            with open("texts", "a") as file:
+                file.write(json.dumps([self.run.checkpoints.path, self.progress.step, text]) + "\n")
+        return text
+
+    def draw(self):
+        pass
+
+
+class Signalled(Seen):
+    """One rank gets SIGTERM in the third step, another none."""
+
+    def log(self, bar, step, *about):
+        super().log(bar, step, *about)
+        if self.ranks.rank == 1 and step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def run(*argv, trainer=Seen) -> int:
+    train.Trainer = trainer
+    return train.main(["--config", "run.json", *argv])
+
+
+def copied(source: str, target: str) -> str:
+    """A copy of a checkpoint directory, made by the first of the processes."""
+    if dist.get_rank() == 0:
+        shutil.copytree(source, target)
+    dist.barrier()
+    return f"--checkpoints.path={target}"
+
+
+def failing_once():
+    """save_checkpoint that fails in the first call, on the one rank that makes it."""
+    save, calls = train.save_checkpoint, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise UserError("cannot save: the disk is full")
+        return save(*arguments)
+
+    return failing
+
+
+def two(argv) -> None:
+    """All that one of the two processes does."""
+    device = CPU
+    first = ranks.Replicated(device)
+    dist.init_process_group = lambda *arguments, **about: None  # there is one already, for all that follows
+    ranks.Ranks.close = lambda self: None
+    found = {}
+    for mode, kind in MODES.items():
+        found[mode, "spread"] = orthogonalised(kind(device), STACKS)
+        for name, (hyper, T) in models().items():
+            n = 2 if name == "parameters without a gradient" else 1
+            found[mode, name] = steps(kind(device), hyper, T, n)
+        codes = [run(f"--checkpoints.path={mode}", f"--parallel={mode}")]
+        codes.append(run(f"--checkpoints.path={mode}_half", f"--parallel={mode}", *HALF))
+        other = next(iter(MODES.keys() - {mode}))
+        for parallel, target in ((mode, f"{mode}_{mode}"), (other, f"{mode}_{other}")):
+            codes.append(run(copied(f"{mode}_half", target), f"--parallel={parallel}", RESUME))
+        codes.append(run(copied("one_half", f"one_{mode}"), f"--parallel={mode}", RESUME))
+        codes.append(run(f"--checkpoints.path=turns_{mode}", f"--parallel={mode}", "--batch_size=3", "--max_iters=2"))
+        found[mode, "codes"] = codes
+    found["half"] = run("--checkpoints.path=narrow", "--parallel=fsdp", "--dtype=bfloat16", *HALF)
+    found["stopped"] = run("--checkpoints.path=stopped", "--parallel=fsdp", "--max_iters=500", trainer=Signalled)
+    save, train.save_checkpoint = train.save_checkpoint, failing_once()
+    found["full disk"] = run("--checkpoints.path=full", "--parallel=fsdp", *HALF)
+    train.save_checkpoint = save
+    found["no sync"] = reduced(first)
+    torch.save(found, f"found{first.rank}.pt")
+    dist.barrier()
+
+
+def reduced(group) -> list[int]:
+    """How many buckets were reduced after each of three micro-batches, the last one being told to be that."""
+    model = perturbed(models()["tinystar-v0.3-mha"][0])
+    ddp, calls, found = group.forward(model, False, lambda: False), [], []
+
+    def hook(state, bucket):
+        calls.append(bucket.index())
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
+
+    ddp.register_comm_hook(None, hook)
+    given = batches(model, 32, group.rank, group.world)[0]
+    for last in (False, False, True):
+        with group.together(last):
+            ddp(given.x, given.y)[1].backward()
+        found.append(len(calls))
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """(name → what one process computes, what each of the two has found), in the directory where all runs are."""
+    before, threads, trainer = os.getcwd(), torch.get_num_threads(), train.Trainer
+    there = tmp_path_factory.mktemp("two")
+    torch.set_num_threads(1)
+    set_up(there)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        run("--checkpoints.path=one_half", *HALF)
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        children = [start(directory=there, log=f"log{rank}.txt", body=two, RANK=str(rank), LOCAL_RANK=str(rank), **env)
+                    for rank in range(2)]  # fmt: skip
+        run("--checkpoints.path=one")
+        run("--checkpoints.path=turns_one", "--batch_size=3", "--max_iters=2")
+        run("--checkpoints.path=narrow_one", "--dtype=bfloat16", *HALF)
+        alone = {name: steps(ranks.Alone(), hyper, T, 2 if name == "parameters without a gradient" else 1)
+                 for name, (hyper, T) in models().items()}  # fmt: skip
+        codes = [finish(child, 300) for child in children]
+    assert codes == [0, 0], "".join(read(f"log{rank}.txt")[-4000:] for rank in range(2))
+    yield alone, [torch.load(f"found{rank}.pt", weights_only=False) for rank in range(2)]
+    train.Trainer = trainer
+    torch.set_num_threads(threads)
+    os.chdir(before)
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def assert_close(one, many, what: str, rtol: float = 1e-4, atol: float = 2e-6) -> None:
+    """Trees of tensors and numbers, the same keys everywhere."""
+    if isinstance(one, dict):
+        assert one.keys() == many.keys(), what
+        for key in one:
+            assert_close(one[key], many[key], f"{what}: {key}", rtol, atol)
+    elif isinstance(one, torch.Tensor):
+        torch.testing.assert_close(many, one, rtol=rtol, atol=atol, msg=lambda text: f"{what}: {text}")
+    elif isinstance(one, list):
+        assert len(one) == len(many), what
+        for a, b in zip(one, many, strict=True):
+            assert_close(a, b, what, rtol, atol)
+    elif isinstance(one, float):
+        np.testing.assert_allclose(many, one, rtol=rtol, atol=atol, err_msg=what)
+    else:
+        assert one == many, what
+
+
+# ---- what they compute ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", models())
+def test_two_processes_take_the_step_that_one_does(found, mode, name):
+    alone, both = found
+    one, many = alone[name], both[0][mode, name]
+    if name == "dropout":  # each rank draws its own: the same in both modes, the second time in FSDP as the first
+        one = both[0]["ddp", name]
+    assert all(g.abs().max() > 0 for g in one["grads"].values())
+    assert_close(one["losses"], many["losses"], "losses")
+    assert_close(one["norms"], many["norms"], "norms")
+    assert_close(one["loads"], many["loads"], "loads", rtol=0)  # FSDP computes activations twice and counts once
+    assert_close(one["grads"], many["grads"], "grads")
+    assert_close(one["state"], many["state"], "state")
+    assert_close(one["weights"], many["weights"], "weights", atol=1e-5)
+    assert any(kind == "muon" for kind in one["state"]["kinds"].values())
+
+
+@pytest.mark.parametrize("name", models())
+def test_replicas_stay_equal_to_the_bit(found, name):
+    _, both = found
+    assert_close(*(each["ddp", name] for each in both), name, rtol=0, atol=0)
+
+
+def test_fsdp_and_ddp_agree_on_what_has_no_gradient(found):
+    alone, both = found
+    name = "parameters without a gradient"
+    named = dict(build(models()[name][0]).named_parameters())
+    idle = named.keys() - alone[name]["grads"].keys()
+    assert {part.rpartition(".")[2] for part in idle} == {"out"}
+    for mode in MODES:
+        assert named.keys() - both[0][mode, name]["grads"].keys() == idle
+        assert all(not both[0][mode, name]["state"]["state"][part] for part in idle)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_muons_work_is_spread_and_comes_back(found, mode):
+    expected, (first, second) = orthogonalised(ranks.Alone(), STACKS), (both[mode, "spread"] for both in found[1])
+    for whole, a, b in zip(expected, first, second, strict=True):
+        if mode == "ddp":
+            assert torch.equal(a, b)
+        else:
+            a = torch.cat((a, b), dim=1)
+        torch.testing.assert_close(a, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_travel_once_a_step(found):
+    before, between, after = found[1][0]["no sync"]
+    assert before == between == 0 < after
+
+
+# ---- whole runs ----------------------------------------------------------------------------------------------------
+
+
+def losses(path: str) -> list:
+    return [(line["step"], key, value) for line in timeless(f"{path}/metrics.jsonl") for key, value in line.items()
+            if key.endswith(("loss", "grad_norm", "bpb"))]  # fmt: skip
+
+
+def assert_same_curve(a: str, b: str, rtol: float = 1e-4) -> None:
+    a, b = losses(a), losses(b)
+    assert [place for *place, _ in a] == [place for *place, _ in b]
+    np.testing.assert_allclose([value for *_, value in a], [value for *_, value in b], rtol=rtol)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_is_the_run_of_one_process(found, mode):
+    assert found[1][0][mode, "codes"] == [0] * 6
+    assert_same_curve("one", mode)
+    (_, one), (_, many) = newest_state("one"), newest_state(mode)
+    assert one.keys() == many.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], many[name], rtol=1e-3, atol=1e-4, msg=name)
+        if name.endswith("router.bias"):
+            assert torch.equal(one[name], many[name]) and one[name].any()  # each token is counted once
+    texts = [json.loads(line) for line in read("texts").splitlines()]
+    assert [text for path, _, text in texts if path == mode] == [text for path, _, text in texts if path == "one"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(found, mode):
+    assert_same(newest_state(f"{mode}_{mode}")[1], newest_state(mode)[1])
+
+
+@pytest.mark.parametrize("way", ["ddp_fsdp", "fsdp_ddp", "one_ddp", "one_fsdp"])
+def test_a_run_goes_on_by_another_way(found, way):
+    assert_same_curve("one", way)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_of_two_goes_on_alone(found, mode):
+    shutil.copytree(f"{mode}_half", f"{mode}_one")
+    run(f"--checkpoints.path={mode}_one", RESUME)
+    assert_same_curve("one", f"{mode}_one")
+
+
+def test_checkpoints_are_alike(found):
+    states = {path: newest(path).load_state()["optimizer"] for path in ("one", *MODES)}
+    headers = {path: newest(path).path / checkpoint.MODEL for path in states}
+    for mode in MODES:
+        assert_close(states["one"], states[mode], mode, rtol=1e-3, atol=1e-4)
+        with open(headers["one"], "rb") as one, open(headers[mode], "rb") as many:
+            for file in (one, many):
+                file.seek(0)
+            tensors = [json.loads(file.read(int.from_bytes(file.read(8), "little"))) for file in (one, many)]
+        for header in tensors:
+            del header["__metadata__"]
+        assert tensors[0] == tensors[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_rows_cannot_be_divided_by_batches_are(found, mode):
+    assert_same_curve("turns_one", f"turns_{mode}")
+
+
+def test_half_precision_is_that_of_one_process(found):
+    assert found[1][0]["half"] == 0
+    assert_same_curve("narrow_one", "narrow", rtol=2e-2)
+
+
+def test_a_signal_that_one_of_them_gets_stops_all_at_one_step(found):
+    assert [both["stopped"] for both in found[1]] == [143, 143]
+    assert newest("stopped").step == timeless("stopped/metrics.jsonl")[-1]["step"] == 3
+
+
+def test_a_checkpoint_that_failed_is_tried_again_by_all(found):
+    assert found[1][0]["full disk"] == 0
+    assert "cannot save" in read("log0.txt") and newest("full").step == 5
+
+
+# ---- without other processes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("batch, accumulation", [(8, 1), (3, 8), (4, 6), (12, 2)])
+def test_a_step_is_divided_without_rest(batch, accumulation, world):
+    parts = [ranks.divide(batch, accumulation, rank, world) for rank in range(world)] if (
+        accumulation % ranks.parts(batch, world)[1] == 0) else []  # fmt: skip
+    samples = [first + row for rows, firsts in parts for first in firsts for row in range(rows)]
+    assert not parts or sorted(samples) == list(range(batch * accumulation))
+    for rows, firsts in parts:
+        assert all(first // batch == (first + rows - 1) // batch for first in firsts)  # each of one micro-batch
+        assert len(firsts) == len(parts[0][1]) and rows == parts[0][0]
+
+
+def test_a_step_that_cannot_be_divided_says_what_would_do():
+    with pytest.raises(UserError, match="set it to 4 or 8, or gradient_accumulation_steps to 4"):
+        ranks.divide(6, 3, 0, 4)
+    assert ranks.divide(6, 4, 1, 4) == (3, [3, 15])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
+def test_muons_work_is_shared_evenly(world):
+    shapes = [(12, 2304, 768), (12, 768, 768), (24, 768, 3072), (1, 8, 8)]
+    shares = ranks.share_out(shapes, world)
+    for (n, *_), mine in zip(shapes, shares, strict=True):
+        assert [i for part in mine for i in part] == list(range(n))
+    cost = [rows * columns * min(rows, columns) for _, rows, columns in shapes]
+    loads = [sum(c * len(mine[rank]) for c, mine in zip(cost, shares, strict=True)) for rank in range(world)]
+    assert max(loads) - min(loads) <= max(cost)
+
+
+def test_blocks_travel_in_half_precision_only_where_products_alone_read_them():
+    narrow = {name: all(map(ranks.reads_by_products_alone, ranks.blocks_of(build(hyper))))
+              for name, (hyper, _) in models().items()}  # fmt: skip
+    assert narrow["tinystar-v0.2-modernbase"] and narrow["transformer-decoder"] and narrow["strawberry-v0"] is False
+    assert not narrow["strawberry-large"]  # retention rewrites its weights
+
+
+def test_alone_an_unknown_way_is_refused_and_a_known_one_ignored(tmp_path, monkeypatch):
+    assert isinstance(ranks.join(CPU, "fsdp"), ranks.Alone)
+    with pytest.raises(UserError, match='parallel = "fsdp2": must be "ddp" or "fsdp"'):
+        load_run(["--parallel=fsdp2"], CONFIGS)
+
+
+def test_errors_of_the_connection_are_told_from_others():
+    assert ranks.is_of_connection(RuntimeError("[pair.cc:1] Connection closed by peer [127.0.0.1]:3"))
+    assert ranks.is_of_connection(dist.DistNetworkError("failed to recv, got 0 bytes"))
+    assert not ranks.is_of_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+# ---- two machines --------------------------------------------------------------------------------------------------
+
+
+def begin_machine(number: int, port: str) -> subprocess.Popen:
+    """A torchrun agent, as one would be started on each machine."""
+    about = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
+             "--rdzv_id=run", "--local_addr=127.0.0.1"]  # fmt: skip
+    script = [str(torture.ROOT / "train.py"), "--config", "run.json", "--max_iters=100000", "--eval_interval=100000"]
+    Path("worker.sh").write_text('echo $$ > pid$MACHINE; echo $MACHINE > machine_of_rank$RANK; exec "$@"')
+    command = [sys.executable, "-m", "torch.distributed.run", *about, "--no-python", "sh", "worker.sh"]
+    with open(f"machine{number}.txt", "w") as log:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MACHINE": str(number)}
+        return subprocess.Popen([*command, sys.executable, *script], stdout=log, stderr=log, env=env)
+
+
+def end_machine(number: int, agent: subprocess.Popen) -> None:
+    """All of its processes at once, as when the power goes."""
+    agent.kill()
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        os.kill(int(read(f"pid{number}")), signal.SIGKILL)
+    agent.wait()
+
+
+def test_a_machine_that_dies_ends_the_run_and_the_next_launch_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    set_up(tmp_path)
+    write_run(sample_length=0)
+    port = free_port()
+    machines = [begin_machine(number, port) for number in range(2)]
+    try:
+        log = Path("ck/metrics.jsonl")
+        wait_until(lambda: (log.exists() and len(timeless()) > 9) or any(m.poll() is not None for m in machines))
+        assert [m.poll() for m in machines] == [None, None], read("machine0.txt") + read("machine1.txt")
+        keeps = int(read("machine_of_rank0"))
+        end_machine(1 - keeps, machines[1 - keeps])
+        assert machines[keeps].wait(60) != 0
+        told = read(f"machine{keeps}.txt")
+    finally:
+        for number, machine in enumerate(machines):
+            end_machine(number, machine)
+    assert "error: another process of this run has ended" in told
+    assert "--nnodes=2 --rdzv_backend=c10d" in told and "exitcode  : 4" in told
+    step = newest("ck").step
+    assert step >= timeless()[-1]["step"]  # rank 0 has saved the step that it had done
+    assert train.main(["--config", "run.json", RESUME, f"--max_iters={step + 2}"]) == 0
+    assert newest("ck").step == step + 2
