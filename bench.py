@@ -2152,7 +2152,7 @@ def growth_command(argv: list[str]) -> None:
         group = points[first : first + arguments.jobs]
         with tempfile.TemporaryDirectory() as folder:
             files = [write_quiet_config(Path(folder) / str(i), point["run"]) for i, point in enumerate(group)]
-            for point, row in zip(group, in_turns("_step", [[file, "0"] for file in files]), strict=True):
+            for point, row in zip(group, in_turns("_speed", [[file] for file in files]), strict=True):
                 point |= row
                 print(growth_line(point), flush=True)
     rows = [{key: value for key, value in point.items() if key != "run"} for point in points]
@@ -2168,7 +2168,7 @@ def growth_line(point: dict) -> str:
 
 def write_growth(rows: list[dict], out: Path, command: str) -> None:
     """growth.json, growth.md and growth.png."""
-    where = next((row["machine"] for row in rows if "machine" in row), "nothing measured")
+    where = machine(train.choose_device("auto"))
     table = [[row["config"], row["axis"], f"{row['value']:,}",
               *((row["why"], "") if "why" in row else
                 (f"{row['tokens_per_s']:,.0f}", f"{row['memory'] / 2**30:,.2f}" if row["memory"] else "–"))]
