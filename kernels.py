@@ -8,6 +8,7 @@ it, which is the reference, and what runs where Triton or a GPU is missing.
     aft_simple        attention-free mixing without positions, differentiable
     aft_conv          the same with positions by distance
     aft_local         the same with positions a_t · b_s within a window
+    head_slopes       cross entropy and its gradient by the logits
     grow              retention's update of a matrix for each chunk of each row; grow_backward
 
 The kernels are registered with torch.library, so torch.compile keeps them whole and a CUDA graph may record them:
@@ -423,6 +424,60 @@ def int8_op(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 @int8_op.register_fake
 def _(x, w, scale, bias):
     return x.new_empty(x.size(0), w.size(0))
+
+
+# ---- the head's loss -------------------------------------------------------------------------------------------------
+
+HEAD_WIDEST = 1 << 17  # logits of a token that a program can hold
+
+
+def head_fits(logits: Tensor) -> bool:
+    """Whether `head_slopes` can take these logits."""
+    return usable(logits) and logits.size(1) <= HEAD_WIDEST
+
+
+def head_slopes(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Cross entropies (N,) float32 and their gradients by the logits (N, ≥ V), of which the first V count; targets (N,)
+    int64, what is negative costs nothing. See `loss_and_slope` in model.py, which is the reference.
+
+    A program holds all logits of a token: they are read once and their gradients written once, which is the floor.
+    """
+    return torch.ops.strawberry.head_slopes(logits, targets, V, cap)
+
+
+@jit
+def head_kernel(logits, targets, slopes, nats, V, WIDTH, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    wanted = tl.load(targets + row)
+    z = tl.load(logits + row * WIDTH + c, mask=c < V, other=0.0).to(tl.float32)
+    if CAPPED:
+        z = cap * (2.0 / (1.0 + tl.exp(-2.0 * z / cap)) - 1.0)  # cap · tanh(z / cap)
+    top = tl.max(tl.where(c < V, z, float("-inf")), axis=0)
+    e = tl.where(c < V, exp(z - top), 0.0)
+    total = tl.sum(e, axis=0)
+    slope = e / total - (c == wanted).to(tl.float32)
+    if CAPPED:
+        slope *= 1.0 - (z / cap) * (z / cap)
+    slope = tl.where(wanted >= 0, slope, 0.0)
+    tl.store(slopes + row * WIDTH + c, slope.to(slopes.dtype.element_ty), mask=c < WIDTH)
+    found = top + tl.log(total) - tl.sum(tl.where(c == wanted, z, 0.0), axis=0)
+    tl.store(nats + row, tl.where(wanted >= 0, found, 0.0))
+
+
+@torch.library.custom_op("strawberry::head_slopes", mutates_args=())
+def head_op(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
+    logits = logits.contiguous()
+    N, width = logits.shape
+    slopes, nats = torch.empty_like(logits), torch.empty(N, dtype=torch.float32, device=logits.device)
+    block = power_of_2(width)
+    shape = {"CAPPED": cap is not None, "BLOCK": block, "num_warps": min(max(block // 2048, 4), 32)}
+    head_kernel[(N,)](logits, targets, slopes, nats, V, width, cap or 1.0, **shape)
+    return nats, slopes
+
+
+@head_op.register_fake
+def _(logits, targets, V, cap):
+    return logits.new_empty(logits.size(0), dtype=torch.float32), torch.empty_like(logits)
 
 
 # ---- AFT simple ------------------------------------------------------------------------------------------------------
@@ -1145,23 +1200,23 @@ GROW_TILE = {"ROWS": 128, "COLS": 128, "STEP": 64}
 GROW_LAUNCH = {"num_warps": 8, "num_stages": 3}
 
 
-def grow(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, kept: int, viewed: bool) -> tuple[Tensor, ...]:
-    """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), in each chunk but the first `kept`.
+def grow(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> tuple[Tensor, ...]:
+    """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), for each of n chunks of each row.
 
-    raw (B, J, M, N), or (M, N) for all; scale (B, J, 1, 1), float32; oa (B, J − kept, C, C); out (C, C). N = C; where
-    `viewed`, matrices are kept transposed, M = C: z = oaᵀ raw and raw + out h. Returns the sum (B, J, M, N) and z of
-    the later chunks in raw's dtype; mean and variance of each matrix, (B, J, 1, 1), float32 or wider.
+    raw (B, n, M, N), or (M, N) for all; scale (B, n, 1, 1), float32; oa (B, n, C, C); out (C, C). N = C; matrices that
+    are `viewed` are kept transposed, M = C: z = oaᵀ raw and raw + out h. Returns the sum and z, (B, n, M, N) in raw's
+    dtype; mean and variance of each matrix of the sum, (B, n, 1, 1), float32 or wider.
 
     Operations: 4·M·N·C a chunk. Bytes moved for each number in half types: 6 to make z and h of raw, 6 to make the sum
     of h and raw, with the moments on the way; plain PyTorch moves 12 more.
     """
     if not growable(raw, oa):
-        return grow_plain(raw, scale, oa, out, kept, viewed)
-    new, z, moments = torch.ops.strawberry.grow(raw, scale, oa, out, kept, viewed)
-    n = new[0, 0].numel()
+        return grow_plain(raw, scale, oa, out, viewed)
+    new, z, moments = torch.ops.strawberry.grow(raw, scale, oa, out, viewed)
+    count = new[0, 0].numel()
     total, squares = (x[..., None, None] for x in moments.sum(dim=2).unbind(-1))
-    mean = total / n
-    return new, z, mean, (squares - total * mean).clamp(min=0) / (n - 1)
+    mean = total / count
+    return new, z, mean, (squares - total * mean).clamp(min=0) / (count - 1)
 
 
 def growable(*tensors: Tensor) -> bool:
@@ -1169,36 +1224,34 @@ def growable(*tensors: Tensor) -> bool:
     return usable(*tensors) and (INTERPRETED or all(t.dtype in HALVES for t in tensors))
 
 
-def grow_plain(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, kept: int, viewed: bool) -> tuple[Tensor, ...]:
+def grow_plain(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> tuple[Tensor, ...]:
     """`grow` in plain PyTorch."""
-    raw = raw if raw.dim() == 4 else raw.expand(oa.size(0), oa.size(1) + kept, -1, -1)
-    z = times(raw[:, kept:], oa, viewed)
-    h = (at_least_float(z) * torch.sigmoid(scale[:, kept:] * z)).to(z.dtype)
-    new = raw + F.pad(times(h, out.mT, viewed), (0, 0, 0, 0, kept, 0))
+    z = times(raw, oa, viewed)
+    h = (at_least_float(z) * torch.sigmoid(scale * z)).to(z.dtype)
+    new = raw + times(h, out.mT, viewed)
     variance, mean = torch.var_mean(at_least_float(new), dim=(-2, -1), keepdim=True)
     return new, z, mean, variance
 
 
 def grow_backward(
-    grad: Tensor, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, kept: int, viewed: bool
+    grad: Tensor, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, viewed: bool
 ) -> tuple[Tensor, ...]:
-    """Gradients of raw (B, J, M, N), scale, oa and out from that of `grow`'s sum.
+    """Gradients of raw, for each chunk, (B, n, M, N), of scale, oa and out from that of `grow`'s sum.
 
     Operations: 8·M·N·C a chunk. Bytes moved for each number in half types: 8 to make dz and h of grad and z, 6 for
     raw's gradient of dz and grad, 4 each for those of oa and out; plain PyTorch moves 10 more.
     """
     if growable(grad, raw, oa):
-        return torch.ops.strawberry.grow_backward(grad, raw, scale, oa, out, z, kept, viewed)
-    raw = raw if raw.dim() == 4 else raw.expand(grad.shape)
-    later, s, pad = grad[:, kept:], scale[:, kept:], (0, 0, 0, 0, kept, 0)
-    dh, wide_z = at_least_float(times(later, out, viewed)), at_least_float(z)
-    gate = torch.sigmoid(s * wide_z)
-    turn = wide_z * gate * (1 - gate)
-    h, dz = (wide_z * gate).to(z.dtype), (dh * (gate + s * turn)).to(z.dtype)
-    d_scale = F.pad((dh * turn * wide_z).sum(dim=(-2, -1), keepdim=True), pad)
-    d_raw = grad + F.pad(times(dz, oa.mT, viewed), pad)
-    d_out = at_least_float(between(later, h, viewed)).sum(dim=(0, 1))
-    return d_raw, d_scale, between(raw[:, kept:], dz, viewed), d_out.to(out.dtype)
+        d_raw, d_scale, dz, h = torch.ops.strawberry.grow_backward(grad, scale, oa, out, z, viewed)
+    else:
+        dh, wide_z = at_least_float(times(grad, out, viewed)), at_least_float(z)
+        gate = torch.sigmoid(scale * wide_z)
+        turn = wide_z * gate * (1 - gate)
+        h, dz = (wide_z * gate).to(z.dtype), (dh * (gate + scale * turn)).to(z.dtype)
+        d_scale = (dh * turn * wide_z).sum(dim=(-2, -1), keepdim=True)
+        d_raw = grad + times(dz, oa.mT, viewed)
+    d_out = at_least_float(between(grad, h, viewed)).sum(dim=(0, 1)).to(out.dtype)
+    return d_raw, d_scale, between(raw, dz, viewed), d_out
 
 
 def at_least_float(x: Tensor) -> Tensor:
@@ -1207,22 +1260,25 @@ def at_least_float(x: Tensor) -> Tensor:
 
 def times(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
     """a b; of those that are kept transposed, aᵀ b, transposed."""
-    return b.mT @ a if viewed else a @ b
+    if viewed:  # not left to broadcasting, which would transpose and copy the larger one
+        return b.mT.expand(*(a.shape[:-2] if a.dim() == 4 else b.shape[:-2]), -1, -1) @ a
+    return a @ b
 
 
 def between(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
     """aᵀ b, of those that are kept transposed too."""
+    a = a.expand(*b.shape[:-2], -1, -1)
     return a @ b.mT if viewed else a.mT @ b
 
 
 @jit
 def grow_product(
-    a, square, tile, M, N, C, s_row, s_col, length,
+    a, square, tile, M, N, C, s_row, s_col,
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """A tile of `times(a, square)` in float32, a (M, N) and square (C, C) with these strides; where it lies, and which
-    of it is there. length: C, or 0 for no product."""
+    of it is there."""
     across = tl.cdiv(N, COLS)
     i = tile // across * ROWS + tl.arange(0, ROWS)[:, None]
     c = tile % across * COLS + tl.arange(0, COLS)[None, :]
@@ -1234,7 +1290,7 @@ def grow_product(
         left, left_step = a + i * C + along, STEP
         right, right_step = square + down * s_row + c * s_col, STEP * s_row
     total = tl.zeros((ROWS, COLS), tl.float32)
-    for k in range(0, length, STEP):
+    for k in range(0, C, STEP):
         if EVEN:
             x, y = tl.load(left), tl.load(right)
         else:
@@ -1248,36 +1304,33 @@ def grow_product(
 
 @jit
 def grow_gate(
-    raw, oa, scale, z, h, M, N, C, J, KEPT, raw_b, raw_j,
+    raw, oa, scale, z, h, M, N, C, apart,
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """z and h, a tile in a program, for each later chunk of each row."""
+    """z and h, a tile of a matrix in a program."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, j = each // (J - KEPT), each % (J - KEPT) + KEPT
     product, at, here = grow_product(
-        raw + b * raw_b + j * raw_j, oa + each * C * C, tile, M, N, C, C, 1, C, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
+        raw + each * apart, oa + each * C * C, tile, M, N, C, C, 1, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
+    at += each * M * N
     product = product.to(z.dtype.element_ty)
-    tl.store(z + each * M * N + at, product, mask=here)
+    tl.store(z + at, product, mask=here)
     product = product.to(tl.float32)
-    gate = inverse(1.0 + exp(-product * tl.load(scale + b * J + j)))
-    tl.store(h + each * M * N + at, (product * gate).to(h.dtype.element_ty), mask=here)
+    gate = inverse(1.0 + exp(-product * tl.load(scale + each)))
+    tl.store(h + at, (product * gate).to(h.dtype.element_ty), mask=here)
 
 
 @jit
 def grow_add(
-    raw, out, h, new, moments, M, N, C, J, KEPT, raw_b, raw_j,
+    raw, out, h, new, moments, M, N, C, apart,
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """raw + h outᵀ, a tile in a program, for each chunk of each row; and the sums of its numbers and their squares."""
+    """raw + h outᵀ, a tile of a matrix in a program, and the sums of its numbers and of their squares."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, j = each // J, each % J
-    length = tl.where(j < KEPT, 0, C)
     product, at, here = grow_product(
-        h + (each - (b + 1) * KEPT) * M * N, out, tile, M, N, C, 1, C, length,
-        VIEWED, EVEN, DOT, ROWS, COLS, STEP)  # fmt: skip
-    x = (product + tl.load(raw + b * raw_b + j * raw_j + at, mask=here, other=0.0)).to(new.dtype.element_ty)
+        h + each * M * N, out, tile, M, N, C, 1, C, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
+    x = (product + tl.load(raw + each * apart + at, mask=here, other=0.0)).to(new.dtype.element_ty)
     tl.store(new + each * M * N + at, x, mask=here)
     x = tl.where(here, x.to(tl.float32), 0.0)
     mine = moments + (each * tl.num_programs(0) + tile) * 2
@@ -1287,16 +1340,15 @@ def grow_add(
 
 @jit
 def grow_turn(
-    grad, out, scale, z, h, dz, turned, M, N, C, J, KEPT,
+    grad, out, scale, z, h, dz, turned, M, N, C,
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """From dh = grad out: h once more, dz, and a share of the gradient of scale."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, j = each // (J - KEPT), each % (J - KEPT) + KEPT
     dh, at, here = grow_product(
-        grad + (b * J + j) * M * N, out, tile, M, N, C, C, 1, C, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
-    s, at = tl.load(scale + b * J + j), each * M * N + at
+        grad + each * M * N, out, tile, M, N, C, C, 1, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
+    s, at = tl.load(scale + each), each * M * N + at
     x = tl.load(z + at, mask=here, other=0.0).to(tl.float32)
     gate = inverse(1.0 + exp(-x * s))
     turn = x * gate * (1.0 - gate)
@@ -1307,17 +1359,14 @@ def grow_turn(
 
 @jit
 def grow_back(
-    grad, oa, dz, d_raw, M, N, C, J, KEPT,
+    grad, oa, dz, d_raw, M, N, C,
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """grad + dz oaᵀ, a tile in a program, for each chunk of each row."""
+    """grad + dz oaᵀ, a tile of a matrix in a program."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, j = each // J, each % J
-    mine = each - (b + 1) * KEPT  # among the later ones
     product, at, here = grow_product(
-        dz + mine * M * N, oa + mine * C * C, tile, M, N, C, 1, C, tl.where(j < KEPT, 0, C),
-        VIEWED, EVEN, DOT, ROWS, COLS, STEP)  # fmt: skip
+        dz + each * M * N, oa + each * C * C, tile, M, N, C, 1, C, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
     at += each * M * N
     x = product + tl.load(grad + at, mask=here, other=0.0)
     tl.store(d_raw + at, x.to(d_raw.dtype.element_ty), mask=here)
@@ -1331,71 +1380,44 @@ def grow_shape(raw: Tensor, C: int, viewed: bool) -> tuple[int, dict]:
     return -(-M // rows) * -(-N // cols), {"VIEWED": viewed, "EVEN": even, "DOT": dot_type(raw)} | GROW_TILE
 
 
-def grow_strides(raw: Tensor) -> tuple[Tensor, int, int]:
-    """raw, rows one after another in each matrix, and how far its matrices are apart."""
-    if raw.stride(-1) != 1 or raw.stride(-2) != raw.size(-1):
-        raw = raw.contiguous()
-    return (raw, 0, 0) if raw.dim() == 2 else (raw, *raw.stride()[:2])
-
-
 @torch.library.custom_op("strawberry::grow", mutates_args=())
-def grow_op(
-    raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, kept: int, viewed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def grow_op(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> tuple[Tensor, Tensor, Tensor]:
     (B, n, C, _), (M, N) = oa.shape, raw.shape[-2:]
-    raw, *apart = grow_strides(raw)
-    oa, out, scale = oa.contiguous(), out.contiguous(), scale.contiguous()
+    raw, oa, out, scale = (x.contiguous() for x in (raw, oa, out, scale))
     tiles, shape = grow_shape(raw, C, viewed)
-    new = torch.empty(B, n + kept, M, N, dtype=raw.dtype, device=raw.device)
-    z, h = (torch.empty(B, n, M, N, dtype=raw.dtype, device=raw.device) for _ in range(2))
-    moments = torch.empty(B, n + kept, tiles, 2, dtype=torch.float32, device=raw.device)
-    sizes = (M, N, C, n + kept, kept, *apart)
+    new, z, h = (torch.empty(B, n, M, N, dtype=raw.dtype, device=raw.device) for _ in range(3))
+    moments = torch.empty(B, n, tiles, 2, dtype=torch.float32, device=raw.device)
+    sizes = (M, N, C, 0 if raw.dim() == 2 else M * N)
     grow_gate[(tiles, B * n)](raw, oa, scale, z, h, *sizes, **shape, **GROW_LAUNCH)
-    grow_add[(tiles, B * (n + kept))](raw, out, h, new, moments, *sizes, **shape, **GROW_LAUNCH)
+    grow_add[(tiles, B * n)](raw, out, h, new, moments, *sizes, **shape, **GROW_LAUNCH)
     return new, z, moments
 
 
 @grow_op.register_fake
-def _(raw, scale, oa, out, kept, viewed):
+def _(raw, scale, oa, out, viewed):
     (B, n, C, _), (M, N) = oa.shape, raw.shape[-2:]
-    moments = raw.new_empty(B, n + kept, grow_shape(raw, C, viewed)[0], 2, dtype=torch.float32)
-    return raw.new_empty(B, n + kept, M, N), raw.new_empty(B, n, M, N), moments
+    moments = raw.new_empty(B, n, grow_shape(raw, C, viewed)[0], 2, dtype=torch.float32)
+    return raw.new_empty(B, n, M, N), raw.new_empty(B, n, M, N), moments
 
 
 @torch.library.custom_op("strawberry::grow_backward", mutates_args=())
 def grow_backward_op(
-    grad: Tensor, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, kept: int, viewed: bool
+    grad: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, viewed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (B, J, M, N), n, C = grad.shape, oa.size(1), oa.size(-1)
+    (B, n, M, N), C = grad.shape, oa.size(-1)
     grad, oa, out, z, scale = (x.contiguous() for x in (grad, oa, out, z, scale))
     tiles, shape = grow_shape(grad, C, viewed)
-    h, dz, d_raw = torch.empty_like(z), torch.empty_like(z), torch.empty_like(grad)
+    h, dz, d_raw = (torch.empty(B, n, M, N, dtype=z.dtype, device=z.device) for _ in range(3))
     turned = torch.empty(B, n, tiles, dtype=torch.float32, device=z.device)
-    sizes = (M, N, C, J, kept)
-    grow_turn[(tiles, B * n)](grad, out, scale, z, h, dz, turned, *sizes, **shape, **GROW_LAUNCH)
-    grow_back[(tiles, B * J)](grad, oa, dz, d_raw, *sizes, **shape, **GROW_LAUNCH)
-    raw = raw if raw.dim() == 4 else raw.expand(grad.shape)
-    d_oa, d_out = (between_each(x[:, kept:], y, viewed) for x, y in ((raw, dz), (grad, h)))
-    d_scale = F.pad(turned.sum(-1), (kept, 0))[..., None, None]
-    return d_raw, d_scale, d_oa, d_out.sum(dim=(0, 1), dtype=torch.float32).to(out.dtype)
+    grow_turn[(tiles, B * n)](grad, out, scale, z, h, dz, turned, M, N, C, **shape, **GROW_LAUNCH)
+    grow_back[(tiles, B * n)](grad, oa, dz, d_raw, M, N, C, **shape, **GROW_LAUNCH)
+    return d_raw, turned.sum(-1)[..., None, None], dz, h
 
 
 @grow_backward_op.register_fake
-def _(grad, raw, scale, oa, out, z, kept, viewed):
-    return torch.empty_like(grad), scale.new_empty(scale.shape), torch.empty_like(oa), torch.empty_like(out)
-
-
-def between_each(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
-    """`between` for (B, J, M, N), whose rows and chunks need not lie evenly: where to copy them costs more than to
-    launch several products, they are not copied."""
-    if a.numel() < 2**22:
-        return between(a, b, viewed)
-    a, b = (a, b.mT) if viewed else (a.mT, b)
-    y = torch.empty(*a.shape[:2], a.size(-2), b.size(-1), dtype=a.dtype, device=a.device)
-    along = 0 if len(a) < a.size(1) else 1
-    for parts in zip(*(x.unbind(along) for x in (a, b, y)), strict=True):
-        torch.bmm(*parts[:2], out=parts[2])
-    return y
+def _(grad, scale, oa, out, z, viewed):
+    like = [z.new_empty(z.shape) for _ in range(3)]
+    return like[0], scale.new_empty(scale.shape), *like[1:]
 
 
 # ---- checks and times on a GPU ---------------------------------------------------------------------------------------
