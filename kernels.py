@@ -8,6 +8,7 @@ it, which is the reference, and what runs where Triton or a GPU is missing.
     aft_simple        attention-free mixing without positions, differentiable
     aft_conv          the same with positions by distance
     aft_local         the same with positions a_t · b_s within a window
+    head_slopes       cross entropy and its gradient by the logits
     grow              retention's update of a matrix for each chunk of each row; grow_backward
 
 The kernels are registered with torch.library, so torch.compile keeps them whole and a CUDA graph may record them:
@@ -423,6 +424,60 @@ def int8_op(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 @int8_op.register_fake
 def _(x, w, scale, bias):
     return x.new_empty(x.size(0), w.size(0))
+
+
+# ---- the head's loss -------------------------------------------------------------------------------------------------
+
+HEAD_WIDEST = 1 << 17  # logits of a token that a program can hold
+
+
+def head_fits(logits: Tensor) -> bool:
+    """Whether `head_slopes` can take these logits."""
+    return usable(logits) and logits.size(1) <= HEAD_WIDEST
+
+
+def head_slopes(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Cross entropies (N,) float32 and their gradients by the logits (N, ≥ V), of which the first V count; targets (N,)
+    int64, what is negative costs nothing. See `loss_and_slope` in model.py, which is the reference.
+
+    A program holds all logits of a token: they are read once and their gradients written once, which is the floor.
+    """
+    return torch.ops.strawberry.head_slopes(logits, targets, V, cap)
+
+
+@jit
+def head_kernel(logits, targets, slopes, nats, V, WIDTH, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    wanted = tl.load(targets + row)
+    z = tl.load(logits + row * WIDTH + c, mask=c < V, other=0.0).to(tl.float32)
+    if CAPPED:
+        z = cap * (2.0 / (1.0 + tl.exp(-2.0 * z / cap)) - 1.0)  # cap · tanh(z / cap)
+    top = tl.max(tl.where(c < V, z, float("-inf")), axis=0)
+    e = tl.where(c < V, exp(z - top), 0.0)
+    total = tl.sum(e, axis=0)
+    slope = e / total - (c == wanted).to(tl.float32)
+    if CAPPED:
+        slope *= 1.0 - (z / cap) * (z / cap)
+    slope = tl.where(wanted >= 0, slope, 0.0)
+    tl.store(slopes + row * WIDTH + c, slope.to(slopes.dtype.element_ty), mask=c < WIDTH)
+    found = top + tl.log(total) - tl.sum(tl.where(c == wanted, z, 0.0), axis=0)
+    tl.store(nats + row, tl.where(wanted >= 0, found, 0.0))
+
+
+@torch.library.custom_op("strawberry::head_slopes", mutates_args=())
+def head_op(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
+    logits = logits.contiguous()
+    N, width = logits.shape
+    slopes, nats = torch.empty_like(logits), torch.empty(N, dtype=torch.float32, device=logits.device)
+    block = power_of_2(width)
+    shape = {"CAPPED": cap is not None, "BLOCK": block, "num_warps": min(max(block // 2048, 4), 32)}
+    head_kernel[(N,)](logits, targets, slopes, nats, V, width, cap or 1.0, **shape)
+    return nats, slopes
+
+
+@head_op.register_fake
+def _(logits, targets, V, cap):
+    return logits.new_empty(logits.size(0), dtype=torch.float32), torch.empty_like(logits)
 
 
 # ---- AFT simple ------------------------------------------------------------------------------------------------------

@@ -1860,6 +1860,9 @@ class HeadLoss(torch.autograd.Function):
 
 def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
     """Σ cross entropy over the targets ≥ 0, and its gradient by the logits (N, ≥ V), of which the first V count."""
+    if kernels.head_fits(logits):
+        nats, slope = kernels.head_slopes(logits, targets, V, cap)
+        return nats.sum(), slope
     wanted, real = targets.clamp(min=0).unsqueeze(-1), (targets >= 0).unsqueeze(-1)
     place = torch.arange(logits.size(1), device=logits.device)
     z = softcap(wide(logits), cap)

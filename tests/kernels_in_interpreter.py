@@ -12,7 +12,7 @@ from test_decode import by_generate, collect, made, requests_for
 
 import kernels
 from decode import Decoder
-from kernels import aft_conv, aft_local, aft_simple, decode_attention, int8_linear, quantize_int8
+from kernels import aft_conv, aft_local, aft_simple, decode_attention, head_slopes, int8_linear, quantize_int8
 from model import Grow, build
 
 assert kernels.INTERPRETED, "run by tests/test_kernels.py, or with TRITON_INTERPRET=1"
@@ -524,3 +524,24 @@ def test_grow_is_compiled_whole():
     a, b = (torch.autograd.grad(way(*(xs := [x.requires_grad_() for x in (raw, scale, oa, out)])), xs) for way in ways)
     for eager, compiled in zip(a, b, strict=True):
         torch.testing.assert_close(eager, compiled)
+
+
+# ---- the head's loss ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize(("V", "width"), [(50, 64), (64, 64), (1000, 1024)])
+def test_head_slopes_are_the_gradient_of_the_cross_entropy(V, width, cap, dtype):
+    logits = (4 * draw(9, width)).to(dtype)
+    logits[2, 7], logits[3, 7] = 80.0, -80.0
+    targets = torch.randint(V, (9,), generator=torch.Generator().manual_seed(1))
+    targets[5] = -1
+    exact = logits[:, :V].double().requires_grad_()
+    z = exact if cap is None else cap * torch.tanh(exact / cap)
+    wanted = torch.nn.functional.cross_entropy(z, targets, ignore_index=-1, reduction="none")
+    wanted.sum().backward()
+    nats, slopes = head_slopes(logits, targets, V, cap)
+    check(nats, wanted.detach(), 2e-6)
+    check(slopes[:, :V], exact.grad, BOUND[dtype])
+    assert not slopes[5].any() and not slopes[:, V:].any() and slopes.dtype == dtype
