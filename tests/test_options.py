@@ -241,7 +241,7 @@ REFUSED = {
     "--batch_size=true": "batch_size = true: must be integer >= 1 and <= 1048576 or \"auto\"",
     "--max_iters=1e30": "max_iters = 1e+30: must be integer >= 1, finite and < 2**63",
     "--decay_lr=1": "decay_lr = 1: must be true or false",
-    "--compile=maybe": 'compile = "maybe": must be true or false or "auto"',
+    "--compile=maybe": 'compile = "maybe": must be true or false or "auto" or "blocks"',
     "--device=cuda:0": 'device = "cuda:0": must be "auto" or "cpu" or "cuda" or "mps" (did you mean \'cuda\'?)',
     "--seed=-1": 'seed = -1: must be integer >= 0 or "auto"',
     "--model_path=": 'model_path = "": must be text',
