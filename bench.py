@@ -1843,6 +1843,7 @@ def train_arguments(argv: list[str]) -> argparse.Namespace:
     add("--config", nargs="+", default=[], help="config files; file.json:key=value,key=value changes keys of one")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of all")
     add("--profile", action="store_true", help="also list the GPU's kernels, the longest first")
+    add("--jobs", type=quantity, default=1, help="get so many ready at once; they are measured in turns (default 1)")
     add("--json", type=Path, help="write what was measured there, too")
     add("--against", choices=["nanogpt"], help="train tinystar in GPT-2's shape beside nanoGPT's own train.py instead")
     add("--nanogpt_path", type=Path, help="a checkout of nanoGPT")
@@ -1864,8 +1865,7 @@ def train_command(argv: list[str]) -> int | None:
     if arguments.against:
         found = train_beside_nanogpt(arguments)
     else:
-        common = [changed_key(text) for text in arguments.set]
-        found = [measured_step(spec, common, arguments.profile) for spec in arguments.config]
+        found = measured_steps(arguments)
     if arguments.json:
         atomic_write(arguments.json, json.dumps(found, indent=1).encode())
         print(f"\nwritten to {arguments.json}")
@@ -1889,16 +1889,20 @@ def loaded(spec: str, common: list[tuple[str, str]], last: bool = False) -> Run:
     return load_run(["--config", file, *(f"--{key}={value}" for key, value in words)], CONFIGS)
 
 
-def measured_step(spec: str, common: list[tuple[str, str]], profile: bool) -> dict:
-    """One config's row, measured in a process of its own, and printed."""
-    run = loaded(spec, common)
-    with tempfile.TemporaryDirectory() as folder:
-        (row,) = in_turns("_step", [[write_quiet_config(Path(folder), run), str(int(profile))]])
-    if "why" in row:
-        raise UserError(f"{spec}: {row['why']}")
-    row = {"config": spec, **row}
-    print(step_text(row), flush=True)
-    return row
+def measured_steps(arguments: argparse.Namespace) -> list[dict]:
+    """A row for each config, measured in a process of its own and printed."""
+    common = [changed_key(text) for text in arguments.set]
+    runs, rows = [loaded(spec, common) for spec in arguments.config], []
+    for first in range(0, len(runs), arguments.jobs):
+        specs = arguments.config[first : first + arguments.jobs]
+        with tempfile.TemporaryDirectory() as folder:
+            files = [write_quiet_config(Path(folder) / str(i), run)
+                     for i, run in enumerate(runs[first : first + arguments.jobs])]  # fmt: skip
+            found = in_turns("_step", [[file, str(int(arguments.profile))] for file in files])
+        for spec, row in zip(specs, found, strict=True):
+            rows.append({"config": spec, **row})
+            print(step_text(rows[-1]), flush=True)
+    return rows
 
 
 def write_quiet_config(folder: Path, run: Run, **changes) -> str:
@@ -1947,6 +1951,8 @@ def last_object(lines: list[str], code: int) -> dict:
 
 
 def step_text(row: dict) -> str:
+    if "why" in row:
+        return f"{row['config']}: {row['why']}"
     parts = ", ".join(f"{name} {ms:,.2f}" for name, ms in row["parts_ms"].items())
     how = ", ".join(name for name in ("compiled", "recorded") if row[name]) or "neither compiled nor recorded"
     memory = f"{row['memory'] / 2**30:,.2f} GiB at most" if row["memory"] else "memory not measured"
@@ -2146,7 +2152,7 @@ def growth_command(argv: list[str]) -> None:
         group = points[first : first + arguments.jobs]
         with tempfile.TemporaryDirectory() as folder:
             files = [write_quiet_config(Path(folder) / str(i), point["run"]) for i, point in enumerate(group)]
-            for point, row in zip(group, in_turns("_step", [[file, "0"] for file in files]), strict=True):
+            for point, row in zip(group, in_turns("_speed", [[file] for file in files]), strict=True):
                 point |= row
                 print(growth_line(point), flush=True)
     rows = [{key: value for key, value in point.items() if key != "run"} for point in points]
@@ -2162,7 +2168,7 @@ def growth_line(point: dict) -> str:
 
 def write_growth(rows: list[dict], out: Path, command: str) -> None:
     """growth.json, growth.md and growth.png."""
-    where = next((row["machine"] for row in rows if "machine" in row), "nothing measured")
+    where = machine(train.choose_device("auto"))
     table = [[row["config"], row["axis"], f"{row['value']:,}",
               *((row["why"], "") if "why" in row else
                 (f"{row['tokens_per_s']:,.0f}", f"{row['memory'] / 2**30:,.2f}" if row["memory"] else "–"))]

@@ -8,6 +8,7 @@ it, which is the reference, and what runs where Triton or a GPU is missing.
     aft_simple        attention-free mixing without positions, differentiable
     aft_conv          the same with positions by distance
     aft_local         the same with positions a_t · b_s within a window
+    head_slopes       cross entropy and its gradient by the logits
     grow              retention's update of a matrix for each chunk of each row; grow_backward
 
 The kernels are registered with torch.library, so torch.compile keeps them whole and a CUDA graph may record them:
@@ -425,11 +426,68 @@ def _(x, w, scale, bias):
     return x.new_empty(x.size(0), w.size(0))
 
 
+# ---- the head's loss -------------------------------------------------------------------------------------------------
+
+HEAD_WIDEST = 1 << 17  # logits of a token that a program can hold
+
+
+def head_fits(logits: Tensor) -> bool:
+    """Whether `head_slopes` can take these logits."""
+    return usable(logits) and logits.size(1) <= HEAD_WIDEST
+
+
+def head_slopes(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Cross entropies (N,) float32 and their gradients by the logits (N, ≥ V), of which the first V count; targets (N,)
+    int64, what is negative costs nothing. See `loss_and_slope` in model.py, which is the reference.
+
+    A program holds all logits of a token: they are read once and their gradients written once, which is the floor.
+    """
+    return torch.ops.strawberry.head_slopes(logits, targets, V, cap)
+
+
+@jit
+def head_kernel(logits, targets, slopes, nats, V, WIDTH, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    wanted = tl.load(targets + row)
+    z = tl.load(logits + row * WIDTH + c, mask=c < V, other=0.0).to(tl.float32)
+    if CAPPED:
+        z = cap * (2.0 / (1.0 + tl.exp(-2.0 * z / cap)) - 1.0)  # cap · tanh(z / cap)
+    top = tl.max(tl.where(c < V, z, float("-inf")), axis=0)
+    e = tl.where(c < V, exp(z - top), 0.0)
+    total = tl.sum(e, axis=0)
+    slope = e / total - (c == wanted).to(tl.float32)
+    if CAPPED:
+        slope *= 1.0 - (z / cap) * (z / cap)
+    slope = tl.where(wanted >= 0, slope, 0.0)
+    tl.store(slopes + row * WIDTH + c, slope.to(slopes.dtype.element_ty), mask=c < WIDTH)
+    found = top + tl.log(total) - tl.sum(tl.where(c == wanted, z, 0.0), axis=0)
+    tl.store(nats + row, tl.where(wanted >= 0, found, 0.0))
+
+
+@torch.library.custom_op("strawberry::head_slopes", mutates_args=())
+def head_op(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
+    logits = logits.contiguous()
+    N, width = logits.shape
+    slopes, nats = torch.empty_like(logits), torch.empty(N, dtype=torch.float32, device=logits.device)
+    block = power_of_2(width)
+    shape = {"CAPPED": cap is not None, "BLOCK": block, "num_warps": min(max(block // 2048, 4), 32)}
+    head_kernel[(N,)](logits, targets, slopes, nats, V, width, cap or 1.0, **shape)
+    return nats, slopes
+
+
+@head_op.register_fake
+def _(logits, targets, V, cap):
+    return logits.new_empty(logits.size(0), dtype=torch.float32), torch.empty_like(logits)
+
+
 # ---- AFT simple ------------------------------------------------------------------------------------------------------
 
-AFT_ROWS = 16  # tokens that a thread holds in registers
-AFT_PARTS = 8  # threads that follow each other in time: a program takes AFT_PARTS · AFT_ROWS tokens
-AFT_GROUP = 16  # programs that are summed at once
+AFT_ROWS = 16  # tokens that a program holds in registers at a time
+AFT_CHAINED_ROWS = 8  # that a chained one holds, more of which then fit
+AFT_CHANNELS = 32  # channels of a program, one warp
+AFT_SEGMENT = 128  # tokens of a chained program
+AFT_GROUP = 16  # segments whose sums are read at once
+AFT_FILL = 4  # programs for each multiprocessor, from which on they need not be chained
 
 
 def aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -439,13 +497,17 @@ def aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     v's dtype; sums are float32 against the running maximum, so that keys of ±80, or of any size, and T of 65,536 lose
     nothing. Differentiable in q, k and v. Only where `usable(q, k, v)`.
 
-    One pass, a scan by chained programs (arXiv 1602.05764 has the idea): each reads 128 tokens of 32 channels of a row
-    into registers, sums them, publishes the sums, waits for those of the programs before it, and writes its results.
-    The sums before each 16 tokens are kept for the way back, the same from the end. What is added to what does not
-    depend on which program comes first: results are the same bits each time.
+    One warp walks down 32 channels of a row, reading the next 16 tokens while it sums the last ones. It leaves its sums
+    every 16 tokens, from which the way back, which walks from the end, makes anew what the forward pass knew.
+
+    Where B·D is too small to fill the GPU, time is cut into segments of 128 tokens, a program each, chained (the idea is
+    in "Single-pass parallel prefix scan with decoupled look-back", NVIDIA 2016): a program sums its segment, publishes
+    the sums, waits for those of the segments before it, and walks down its segment again, whose tokens the cache still
+    has. What is added to what does not depend on who comes first: results are the same bits each time.
 
     Bytes moved in bfloat16, for each of B·T·D: forward 8 (q, k, v read, y written) and 0.75 for the sums, backward 14
-    (q, k, v and the gradient read, three gradients written) and 0.75. Those 8 and 14 are the floor.
+    (q, k, v and the gradient read, three gradients written) and 0.75. Those 8 and 14 are the floor. Segments have 1.5
+    for the sums, every 8 tokens, and read 4 and 8 more from the cache.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     save = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -453,9 +515,11 @@ def aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @jit
-def aft_load(x, step: tl.constexpr, left, here, fill: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS tokens from x on, of which `left` are there, as a tuple. With a constant step they need one address."""
+def aft_load(x, t, step: tl.constexpr, T, here, fill: tl.constexpr, ROWS: tl.constexpr):
+    """Tokens t … t + ROWS − 1, as a tuple. With a constant step they need one address."""
     rows = ()
+    x += t * step
+    left = (T - t).to(tl.int32)
     for i in tl.static_range(ROWS):
         rows = rows + (tl.load(x + i * step, mask=here & (i < left), other=fill),)
     return rows
@@ -471,236 +535,294 @@ def aft_token(top, above, below, k, v):
 
 
 @jit
-def aft_merge(top, above, below, its_top, its_above, its_below):
-    """The sums over two sets of tokens, each divided by exp(its top), as those over both."""
-    higher = tl.maximum(top, its_top)
-    fade, its_fade = tl.exp2((top - higher) * PER_LOG2), tl.exp2((its_top - higher) * PER_LOG2)
-    return higher, above * fade + its_above * its_fade, below * fade + its_below * its_fade
+def aft_carry(total, low, fade, more):
+    """total · fade + more, and what rounding took from it (Kahan): a long text adds thousands of times."""
+    old, new = total * fade, more + low * fade
+    total = old + new
+    return total, new - (total - old)
 
 
 @jit
-def aft_link(fade, after, weighted, its_fade, its_after, its_weighted):
-    """Sums over the future, for earlier tokens: multiplied by what lies between, and those tokens' own added."""
-    return fade * its_fade, its_after + its_fade * after, its_weighted + its_fade * weighted
-
-
-@jit
-def aft_merge_two(a, b, c, d, e, f, its_a, its_b, its_c, its_d, its_e, its_f):
-    """For a scan of sums, and of the same without the last in each range: what is before it."""
-    d, e, f = aft_merge(a, b, c, its_d, its_e, its_f)
-    a, b, c = aft_merge(a, b, c, its_a, its_b, its_c)
-    return a, b, c, d, e, f
-
-
-@jit
-def aft_link_two(a, b, c, d, e, f, its_a, its_b, its_c, its_d, its_e, its_f):
-    """`aft_merge_two` for sums over the future."""
-    d, e, f = aft_link(a, b, c, its_d, its_e, its_f)
-    a, b, c = aft_link(a, b, c, its_a, its_b, its_c)
-    return a, b, c, d, e, f
-
-
-@jit
-def aft_publish(x, value, mask):
+def aft_publish(x, value, here):
     """For programs that wait: never NaN, which is what they take for missing."""
-    tl.store(x, tl.where(value == value, value, float("inf")), mask=mask)
+    tl.store(x, tl.where(value == value, value, float("inf")), mask=here)
 
 
 @jit
-def aft_missing(x, y, mask):
-    """How many numbers at x and y, which other programs write, are still NaN."""
-    a, b = tl.load(x, mask=mask, other=0.0, volatile=True), tl.load(y, mask=mask, other=0.0, volatile=True)
-    return tl.sum(tl.sum((a != a).to(tl.int32) + (b != b).to(tl.int32), axis=1), axis=0)
-
-
-@jit
-def aft_wait(x, count: tl.constexpr, D: tl.constexpr, mask):
-    """Until other programs, which all started earlier, have written `count` numbers, D apart, at each of x."""
-    missing = aft_missing(x, x + (count - 1) * D, mask)
-    if count == 3:
-        missing += aft_missing(x + D, x + D, mask)
+def aft_wait(x, there, COUNT: tl.constexpr, D: tl.constexpr):
+    """Until other programs, which started earlier, have written COUNT numbers, D apart, at each of x (GROUP, channels)
+    that is `there`. Then these numbers can be read."""
+    missing = 1
     while missing > 0:
-        missing = aft_missing(x, x + (count - 1) * D, mask)
-        if count == 3:
-            missing += aft_missing(x + D, x + D, mask)
+        first, last = tl.load(x, mask=there, other=0.0, volatile=True), tl.load(
+            x + (COUNT - 1) * D, mask=there, other=0.0, volatile=True)  # fmt: skip
+        middle = tl.load(x + D, mask=there, other=0.0, volatile=True)
+        some = (first != first) | (middle != middle) | (last != last)
+        missing = tl.sum(tl.sum(some.to(tl.int32), axis=0), axis=0)
+
+
+@jit
+def aft_sums_before(totals, prefixes, segment, here, D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest key, Σ exp(k) v and Σ exp(k) of all segments before one: those of its group one by one, and what the
+    last segment of the group before has made of all that went before."""
+    group, other = segment // GROUP, tl.arange(0, GROUP)[:, None]
+    first = group * GROUP
+    its, there = totals + (first + other) * 3 * D, (first + other < segment) & here[None, :]
+    aft_wait(its, there, 3, D)
+    tops = tl.load(its, mask=there, other=-1e30, volatile=True)
+    top = tl.max(tops, axis=0)
+    fade = exp(tops - top[None, :])
+    above = tl.sum(fade * tl.load(its + D, mask=there, other=0.0, volatile=True), axis=0)
+    below = tl.sum(fade * tl.load(its + 2 * D, mask=there, other=0.0, volatile=True), axis=0)
+    its, there = prefixes + (group - 1 + other * 0) * 3 * D, (other == 0) & (group > 0) & here[None, :]
+    aft_wait(its, there, 3, D)
+    its_top = tl.max(tl.load(its, mask=there, other=-1e30, volatile=True), axis=0)
+    higher = tl.maximum(top, its_top)
+    fade, its_fade = exp(top - higher), exp(its_top - higher)
+    above = above * fade + its_fade * tl.sum(tl.load(its + D, mask=there, other=0.0, volatile=True), axis=0)
+    below = below * fade + its_fade * tl.sum(tl.load(its + 2 * D, mask=there, other=0.0, volatile=True), axis=0)
+    return higher, above, below
 
 
 @jit
 def aft_forward(
-    q, k, v, y, states, totals, prefixes, T, q_row, k_row, v_row,
+    q, k, v, y, states, totals, prefixes, T, tiles, q_row, k_row, v_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
-    SAVE: tl.constexpr, WRITE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    SAVE: tl.constexpr, WRITE: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of PARTS · ROWS tokens of some channels of a row: y if WRITE, and if SAVE the sums before each ROWS tokens
-    and after the last. Programs of later tiles are started later, so that none waits for one that has no place."""
-    row, tile, tiles = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    part, c = tl.arange(0, PARTS)[:, None], (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    here, last, group = c < D, part == PARTS - 1, tile // GROUP
-    t = tile.to(tl.int64) * (PARTS * ROWS) + part * ROWS
-    left = (T - t).to(tl.int32)
-    ks = aft_load(k + row * k_row + t * k_step + c, k_step, left, here, float("-inf"), ROWS)
-    vs = aft_load(v + row * v_row + t * v_step + c, v_step, left, here, 0.0, ROWS)
+    """A segment of 32 channels of a row: y if WRITE; if SAVE the sums before each ROWS tokens and after the last.
+    Later segments' programs start later, so that none waits for one that finds no place."""
+    c, row, segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    here, segments = c < D, tl.num_programs(2)
+    q, k, v, y = q + row * q_row + c, k + row * k_row + c, v + row * v_row + c, y + row * T * D + c
+    top = tl.full((BLOCK,), -1e30, tl.float32)  # finite: −∞ − −∞ would be NaN
+    above, below = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    above_low, below_low = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    start = segment.to(tl.int64) * tiles * ROWS
+    count = tl.minimum(tiles, tl.cdiv(T - start, ROWS).to(tl.int32))
+    if CHAIN:
+        t = start
+        ks = aft_load(k, t, k_step, T, here, float("-inf"), ROWS)
+        vs = aft_load(v, t, v_step, T, here, 0.0, ROWS)
+        for tile in range(0, count):
+            limit = tl.where(tile < count - 1, T, 0)  # nothing is read after the segment
+            next_ks = aft_load(k, t + ROWS, k_step, limit, here, float("-inf"), ROWS)
+            next_vs = aft_load(v, t + ROWS, v_step, limit, here, 0.0, ROWS)
+            now = top
+            for i in tl.static_range(ROWS):
+                now = tl.maximum(now, ks[i].to(tl.float32))
+            fade = exp(top - now)
+            above, below = above * fade, below * fade
+            for i in tl.static_range(ROWS):
+                weight = exp(ks[i].to(tl.float32) - now)
+                above, below = above + weight * vs[i].to(tl.float32), below + weight
+            top, t, ks, vs = now, t + ROWS, next_ks, next_vs
+        totals += row * segments * 3 * D + c
+        prefixes += row * tl.cdiv(segments, GROUP) * 3 * D + c
+        aft_publish(totals + segment * 3 * D, top, here)
+        aft_publish(totals + segment * 3 * D + D, above, here)
+        aft_publish(totals + segment * 3 * D + 2 * D, below, here)
+    t = start
+    ks = aft_load(k, t, k_step, T, here, float("-inf"), ROWS)
+    vs = aft_load(v, t, v_step, T, here, 0.0, ROWS)
     if WRITE:
-        qs = aft_load(q + row * q_row + t * q_step + c, q_step, left, here, 0.0, ROWS)
-    peak = tl.full((PARTS, BLOCK), -1e30, tl.float32)  # finite: −∞ − −∞ would be NaN
-    for i in tl.static_range(ROWS):
-        peak = tl.maximum(peak, ks[i].to(tl.float32))
-    over, under = tl.zeros((PARTS, BLOCK), tl.float32), tl.zeros((PARTS, BLOCK), tl.float32)
-    for i in tl.static_range(ROWS):
-        weight = exp(ks[i].to(tl.float32) - peak)
-        over, under = over + weight * vs[i].to(tl.float32), under + weight
-    none, zero = tl.full((PARTS, BLOCK), -1e30, tl.float32), tl.zeros((PARTS, BLOCK), tl.float32)
-    peak, over, under, peak_before, over_before, under_before = tl.associative_scan(
-        (peak, over, under, none, zero, zero), 0, aft_merge_two)
-    totals += row * tiles * 3 * D + c
-    prefixes += row * tl.cdiv(tiles, GROUP) * 3 * D + c
-    aft_publish(totals + (tile + part * 0) * 3 * D, peak, last & here)
-    aft_publish(totals + (tile + part * 0) * 3 * D + D, over, last & here)
-    aft_publish(totals + (tile + part * 0) * 3 * D + 2 * D, under, last & here)
-
-    top = tl.full((1, BLOCK), -1e30, tl.float32)
-    above, below = tl.zeros((1, BLOCK), tl.float32), tl.zeros((1, BLOCK), tl.float32)
-    if tile % GROUP > 0:
-        other = group * GROUP + tl.arange(0, GROUP)[:, None]
-        its, known = totals + other * 3 * D, (other < tile) & here
-        aft_wait(its, 3, D, known)
-        tops = tl.load(its, mask=known, other=-1e30, volatile=True)
-        top = tl.max(tops, axis=0)[None, :]
-        fade = exp(tops - top)
-        above = tl.sum(fade * tl.load(its + D, mask=known, other=0.0, volatile=True), axis=0)[None, :]
-        below = tl.sum(fade * tl.load(its + 2 * D, mask=known, other=0.0, volatile=True), axis=0)[None, :]
-    if group > 0:
-        its = prefixes + (group - 1) * 3 * D
-        aft_wait(its, 3, D, here)
-        its_top = tl.load(its, mask=here, other=0.0, volatile=True)
-        its_above = tl.load(its + D, mask=here, other=0.0, volatile=True)
-        its_below = tl.load(its + 2 * D, mask=here, other=0.0, volatile=True)
-        top, above, below = aft_merge(its_top, its_above, its_below, top, above, below)
-    if tile % GROUP == GROUP - 1:
-        its_top, its_above, its_below = aft_merge(top, above, below, peak, over, under)
-        aft_publish(prefixes + (group + part * 0) * 3 * D, its_top, last & here)
-        aft_publish(prefixes + (group + part * 0) * 3 * D + D, its_above, last & here)
-        aft_publish(prefixes + (group + part * 0) * 3 * D + 2 * D, its_below, last & here)
-
-    top, above, below = aft_merge(top, above, below, peak_before, over_before, under_before)
-    if SAVE:
-        states += (row * (tl.cdiv(T, ROWS) + 1) + tile * PARTS + part) * 3 * D + c
-        tl.store(states, top, mask=here & (left > 0))
-        tl.store(states + D, above, mask=here & (left > 0))
-        tl.store(states + 2 * D, below, mask=here & (left > 0))
-    y += (row * T + t) * D + c
-    for i in tl.static_range(ROWS):
-        top, above, below, _, _ = aft_token(top, above, below, ks[i].to(tl.float32), vs[i].to(tl.float32))
+        qs = aft_load(q, t, q_step, T, here, 0.0, ROWS)
+    if CHAIN:
+        its_top, its_above, its_below = top, above, below
+        top, above, below = aft_sums_before(
+            totals + tl.zeros((GROUP, BLOCK), tl.int32), prefixes + tl.zeros((GROUP, BLOCK), tl.int32), segment, here, D,
+            GROUP, BLOCK)  # fmt: skip
+        if segment % GROUP == GROUP - 1:
+            end = tl.maximum(top, its_top)
+            fade, its_fade = exp(top - end), exp(its_top - end)
+            mine = prefixes + (segment // GROUP) * 3 * D
+            aft_publish(mine, end, here)
+            aft_publish(mine + D, above * fade + its_above * its_fade, here)
+            aft_publish(mine + 2 * D, below * fade + its_below * its_fade, here)
+    states += (row * (tl.cdiv(T, ROWS) + 1) + segment * tiles) * 3 * D + c
+    for tile in range(0, count):
+        left = (T - t).to(tl.int32)
+        limit = tl.where(tile < count - 1, T, 0)
+        next_ks = aft_load(k, t + ROWS, k_step, limit, here, float("-inf"), ROWS)
+        next_vs = aft_load(v, t + ROWS, v_step, limit, here, 0.0, ROWS)
         if WRITE:
-            gated = above * inverse(below * (1.0 + exp(-qs[i].to(tl.float32))))  # σ(q) = 1 / (1 + e^−q)
-            tl.store(y + i * D, gated.to(y.dtype.element_ty), mask=here & (i < left))
+            next_qs = aft_load(q, t + ROWS, q_step, limit, here, 0.0, ROWS)
+        if SAVE:
+            tl.store(states, top, mask=here)
+            tl.store(states + D, above + above_low, mask=here)
+            tl.store(states + 2 * D, below + below_low, mask=here)
+            states += 3 * D
+        now, over, under = top, tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        kept = tl.full((BLOCK,), 1.0, tl.float32)
+        for i in tl.static_range(ROWS):
+            now, over, under, fade, weight = aft_token(now, over, under, ks[i].to(tl.float32), vs[i].to(tl.float32))
+            if WRITE:
+                kept *= fade
+                open_by = 1.0 + exp(-qs[i].to(tl.float32))  # σ(q) = 1 / (1 + e^−q)
+                gated = (above * kept + over) * inverse((below * kept + under) * open_by)
+                tl.store(y + t * D + i * D, gated.to(y.dtype.element_ty), mask=here & (i < left))
+        kept = exp(top - now)
+        above, above_low = aft_carry(above, above_low, kept, over)
+        below, below_low = aft_carry(below, below_low, kept, under)
+        top, t = now, t + ROWS
+        ks, vs = next_ks, next_vs
+        if WRITE:
+            qs = next_qs
     if SAVE:
-        ends = (left > 0) & (left <= ROWS)
-        tl.store(states + 3 * D, top, mask=here & ends)
-        tl.store(states + 4 * D, above, mask=here & ends)
-        tl.store(states + 5 * D, below, mask=here & ends)
+        ends = here & (segment == segments - 1)
+        tl.store(states, top, mask=ends)
+        tl.store(states + D, above + above_low, mask=ends)
+        tl.store(states + 2 * D, below + below_low, mask=ends)
+
+
+@jit
+def aft_sums_after(
+    totals, prefixes, states, back, segments, tiles, end, here,
+    D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Σ r_t and Σ r_t o_t of all segments after one, times exp(end), as `aft_sums_before`; the `back`-th is counted from
+    the last. Each segment's are times the exponential of the largest key before it, which `states` has."""
+    group, other = back // GROUP, tl.arange(0, GROUP)[:, None]
+    first = group * GROUP
+    its, there = totals + (first + other) * 2 * D, (first + other < back) & here[None, :]
+    its_top = tl.load(states + (segments - 1 - first - other).to(tl.int64) * tiles * 3 * D, mask=there, other=float("inf"))
+    aft_wait(its, there, 2, D)
+    fade = exp(end[None, :] - its_top)
+    after = tl.sum(fade * tl.load(its, mask=there, other=0.0, volatile=True), axis=0)
+    weighted = tl.sum(fade * tl.load(its + D, mask=there, other=0.0, volatile=True), axis=0)
+    its, there = prefixes + (group - 1 + other * 0) * 2 * D, (other == 0) & (group > 0) & here[None, :]
+    its_top = tl.load(states + (segments - first + other * 0).to(tl.int64) * tiles * 3 * D, mask=there, other=float("inf"))
+    aft_wait(its, there, 2, D)
+    fade = exp(end[None, :] - its_top)
+    after += tl.sum(fade * tl.load(its, mask=there, other=0.0, volatile=True), axis=0)
+    weighted += tl.sum(fade * tl.load(its + D, mask=there, other=0.0, volatile=True), axis=0)
+    return after, weighted
 
 
 @jit
 def aft_backward(
-    q, k, v, grad, dq, dk, dv, states, totals, prefixes, T, q_row, k_row, v_row, grad_row,
+    q, k, v, grad, dq, dk, dv, states, totals, prefixes, T, tiles, q_row, k_row, v_row, grad_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile, from the last to the first.
+    """The gradients of a segment, from its end; the last segment is the first program. If CHAIN it is walked twice, for
+    its sums alone and for its gradients.
 
     With o_t the mean, Z_t = Σ_{s ≤ t} exp(k_s) and r_t = σ(q_t) ∂L/∂y_t / Z_t, the gradients are sums over the future:
     ∂L/∂v_s = exp(k_s) Σ_{t ≥ s} r_t and ∂L/∂k_s = exp(k_s) (v_s Σ_{t ≥ s} r_t − Σ_{t ≥ s} r_t o_t).
-    Z_t is divided by exp(top_t), top_t the running maximum, so the sums over t ≥ s are multiplied by exp(top_s), and
-    those of a tile, as it publishes them, by exp(top before the tile).
+    Z_t is divided by exp(top_t), top_t the running maximum, so the sums over t ≥ s are multiplied by exp(top_s).
     """
-    row, back, tiles = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.num_programs(2)
-    part, c = tl.arange(0, PARTS)[:, None], (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    tile, group = tiles - 1 - back, back // GROUP
-    here, first = c < D, part == 0
-    t = tile.to(tl.int64) * (PARTS * ROWS) + part * ROWS
-    left = (T - t).to(tl.int32)
-    ks = aft_load(k + row * k_row + t * k_step + c, k_step, left, here, float("-inf"), ROWS)
-    vs = aft_load(v + row * v_row + t * v_step + c, v_step, left, here, 0.0, ROWS)
-    qs = aft_load(q + row * q_row + t * q_step + c, q_step, left, here, 0.0, ROWS)
-    gs = aft_load(grad + row * grad_row + t * grad_step + c, grad_step, left, here, 0.0, ROWS)
-    states += row * (tl.cdiv(T, ROWS) + 1) * 3 * D + c
-    state = states + (tile * PARTS + part) * 3 * D
-    top = tl.load(state, mask=here & (left > 0), other=0.0)
-    above = tl.load(state + D, mask=here & (left > 0), other=0.0)
-    below = tl.load(state + 2 * D, mask=here & (left > 0), other=1.0)
-    now, out = top, (row * T + t) * D + c
-    rs, ros, fades, weights = (), (), (), ()
-    for i in tl.static_range(ROWS):
-        now, above, below, fade, weight = aft_token(now, above, below, ks[i].to(tl.float32), vs[i].to(tl.float32))
-        per_z = inverse(below)
-        o = above * per_z
-        gate = inverse(1.0 + exp(-qs[i].to(tl.float32)))
-        gated = gs[i].to(tl.float32) * gate
-        tl.store(dq + out + i * D, (gated * o * (1.0 - gate)).to(dq.dtype.element_ty), mask=here & (i < left))
-        r = gated * per_z
-        rs, ros, fades, weights = rs + (r,), ros + (r * o,), fades + (fade,), weights + (weight,)
-    over, under = tl.zeros((PARTS, BLOCK), tl.float32), tl.zeros((PARTS, BLOCK), tl.float32)
-    for i in tl.static_range(ROWS - 1, -1, -1):
-        over, under = (over + rs[i]) * fades[i], (under + ros[i]) * fades[i]
-    one, zero = tl.full((PARTS, BLOCK), 1.0, tl.float32), tl.zeros((PARTS, BLOCK), tl.float32)
-    fade, over, under, fade_behind, over_behind, under_behind = tl.associative_scan(
-        (exp(top - now), over, under, one, zero, zero), 0, aft_link_two, reverse=True)
-    totals += row * tiles * 2 * D + c
-    prefixes += row * tl.cdiv(tiles, GROUP) * 2 * D + c
-    aft_publish(totals + (back + part * 0) * 2 * D, over, first & here)
-    aft_publish(totals + (back + part * 0) * 2 * D + D, under, first & here)
+    c, row, back = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    here, segments, all_tiles = c < D, tl.num_programs(2), tl.cdiv(T, ROWS)
+    segment = segments - 1 - back
+    q, k, v, grad = q + row * q_row + c, k + row * k_row + c, v + row * v_row + c, grad + row * grad_row + c
+    dq, dk, dv = dq + row * T * D + c, dk + row * T * D + c, dv + row * T * D + c
+    states += row * (all_tiles + 1) * 3 * D + c
+    first, last = segment * tiles, tl.minimum(segment * tiles + tiles, all_tiles)
+    own_after, own_weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for write in tl.static_range(1 - CHAIN, 2):
+        after, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # Σ r and Σ r o, later tiles'
+        after_low, weighted_low = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        t = (last.to(tl.int64) - 1) * ROWS
+        ks = aft_load(k, t, k_step, T, here, float("-inf"), ROWS)
+        vs = aft_load(v, t, v_step, T, here, 0.0, ROWS)
+        qs = aft_load(q, t, q_step, T, here, 0.0, ROWS)
+        gs = aft_load(grad, t, grad_step, T, here, 0.0, ROWS)
+        if CHAIN and write == 1:
+            end = tl.load(states + last.to(tl.int64) * 3 * D, mask=here, other=0.0)
+            zeros = tl.zeros((GROUP, BLOCK), tl.int32)
+            after, weighted = aft_sums_after(totals + zeros, prefixes + zeros, states + zeros, back, segments, tiles, end,
+                                             here, D, GROUP, BLOCK)  # fmt: skip
+            if back % GROUP == GROUP - 1:
+                fade = exp(tl.load(states + first.to(tl.int64) * 3 * D, mask=here, other=0.0) - end)
+                aft_publish(prefixes + (back // GROUP) * 2 * D, own_after + fade * after, here)
+                aft_publish(prefixes + (back // GROUP) * 2 * D + D, own_weighted + fade * weighted, here)
+        for done in range(0, last - first):
+            tile = last - 1 - done
+            left = (T - t).to(tl.int32)
+            limit = tl.where(tile > first, T, -ROWS)  # nothing is read before the segment
+            next_ks = aft_load(k, t - ROWS, k_step, limit, here, float("-inf"), ROWS)
+            next_vs = aft_load(v, t - ROWS, v_step, limit, here, 0.0, ROWS)
+            next_qs = aft_load(q, t - ROWS, q_step, limit, here, 0.0, ROWS)
+            next_gs = aft_load(grad, t - ROWS, grad_step, limit, here, 0.0, ROWS)
+            state = states + tile.to(tl.int64) * 3 * D
+            top = tl.load(state, mask=here, other=0.0)
+            above = tl.load(state + D, mask=here, other=0.0)
+            below = tl.load(state + 2 * D, mask=here, other=1.0)
+            now, over, under = top, tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+            kept = tl.full((BLOCK,), 1.0, tl.float32)
+            rs, ros, fades, weights = (), (), (), ()
+            for i in tl.static_range(ROWS):
+                now, over, under, fade, weight = aft_token(now, over, under, ks[i].to(tl.float32), vs[i].to(tl.float32))
+                kept *= fade
+                per_z = inverse(below * kept + under)
+                o = (above * kept + over) * per_z
+                gate = inverse(1.0 + exp(-qs[i].to(tl.float32)))
+                gated = gs[i].to(tl.float32) * gate
+                if write == 1:
+                    slope = gated * o * (1.0 - gate)
+                    tl.store(dq + t * D + i * D, slope.to(dq.dtype.element_ty), mask=here & (i < left))
+                r = gated * per_z
+                rs, ros, fades, weights = rs + (r,), ros + (r * o,), fades + (fade,), weights + (weight,)
+            over, under = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # this tile's Σ r and Σ r o
+            fade, kept = tl.full((BLOCK,), 1.0, tl.float32), tl.full((BLOCK,), 1.0, tl.float32)
+            for i in tl.static_range(ROWS - 1, -1, -1):
+                over, under, kept = over * fade + rs[i], under * fade + ros[i], kept * fade
+                fade = fades[i]
+                if write == 1:
+                    dv_now = weights[i] * (over + after * kept)
+                    dk_now = dv_now * vs[i].to(tl.float32) - weights[i] * (under + weighted * kept)
+                    tl.store(dv + t * D + i * D, dv_now.to(dv.dtype.element_ty), mask=here & (i < left))
+                    tl.store(dk + t * D + i * D, dk_now.to(dk.dtype.element_ty), mask=here & (i < left))
+            kept = exp(top - now)
+            after, after_low = aft_carry(after, after_low, kept, over * fade)
+            weighted, weighted_low = aft_carry(weighted, weighted_low, kept, under * fade)
+            ks, vs, qs, gs = next_ks, next_vs, next_qs, next_gs
+            t -= ROWS
+        if CHAIN and write == 0:
+            own_after, own_weighted = after, weighted
+            totals += row * segments * 2 * D + c
+            prefixes += row * tl.cdiv(segments, GROUP) * 2 * D + c
+            aft_publish(totals + back * 2 * D, after, here)
+            aft_publish(totals + back * 2 * D + D, weighted, here)
 
-    after, weighted = tl.zeros((1, BLOCK), tl.float32), tl.zeros((1, BLOCK), tl.float32)  # Σ r and Σ r o, later tiles'
-    end = tl.load(states + (tile + 1) * PARTS * 3 * D, mask=here & (back > 0), other=0.0)
-    if back % GROUP > 0:
-        other = group * GROUP + tl.arange(0, GROUP)[:, None]
-        its, known = totals + other * 2 * D, (other < back) & here
-        its_top = tl.load(states + (tiles - 1 - other) * PARTS * 3 * D, mask=known, other=float("inf"))
-        aft_wait(its, 2, D, known)
-        between = exp(end - its_top)
-        after = tl.sum(between * tl.load(its, mask=known, other=0.0, volatile=True), axis=0)[None, :]
-        weighted = tl.sum(between * tl.load(its + D, mask=known, other=0.0, volatile=True), axis=0)[None, :]
-    if group > 0:
-        its = prefixes + (group - 1) * 2 * D
-        its_top = tl.load(states + (tiles - group * GROUP) * PARTS * 3 * D, mask=here, other=0.0)
-        aft_wait(its, 2, D, here)
-        between = exp(end - its_top)
-        after += between * tl.load(its, mask=here, other=0.0, volatile=True)
-        weighted += between * tl.load(its + D, mask=here, other=0.0, volatile=True)
-    if back % GROUP == GROUP - 1:
-        aft_publish(prefixes + (group + part * 0) * 2 * D, over + fade * after, first & here)
-        aft_publish(prefixes + (group + part * 0) * 2 * D + D, under + fade * weighted, first & here)
 
-    after, weighted = over_behind + fade_behind * after, under_behind + fade_behind * weighted
-    for i in tl.static_range(ROWS - 1, -1, -1):
-        after, weighted = after + rs[i], weighted + ros[i]
-        dv_now = weights[i] * after
-        dk_now = dv_now * vs[i].to(tl.float32) - weights[i] * weighted
-        tl.store(dv + out + i * D, dv_now.to(dv.dtype.element_ty), mask=here & (i < left))
-        tl.store(dk + out + i * D, dk_now.to(dk.dtype.element_ty), mask=here & (i < left))
-        after, weighted = after * fades[i], weighted * fades[i]
-
-
-def aft_launch(v: Tensor, numbers: int) -> tuple[tuple[int, int, int], list[Tensor], dict]:
-    """Programs over channels, rows and tiles; what these publish, for each tile and each group of tiles; constants."""
+def aft_chained(v: Tensor) -> bool:
+    """Whether time is cut into segments: where channels and rows alone make too few programs."""
     B, T, D = v.shape
-    block, tiles = min(32, power_of_2(D)), -(-T // (AFT_PARTS * AFT_ROWS))
-    published = [torch.full((B, n, numbers, D), math.nan, dtype=torch.float32, device=v.device)
-                 for n in (tiles, -(-tiles // AFT_GROUP))]  # fmt: skip
-    shape = {"ROWS": AFT_ROWS, "PARTS": AFT_PARTS, "GROUP": AFT_GROUP, "BLOCK": block, "num_warps": AFT_PARTS}
-    return (-(-D // block), B, tiles), published, shape
+    return T > AFT_SEGMENT and B * -(-D // AFT_CHANNELS) < AFT_FILL * processors(v)
+
+
+def aft_rows(v: Tensor) -> int:
+    return AFT_CHAINED_ROWS if aft_chained(v) else AFT_ROWS
+
+
+def aft_launch(v: Tensor, numbers: int) -> tuple[tuple[int, int, int], list[Tensor], int, dict]:
+    """Programs over channels, rows and segments; what segments and groups of them publish; tiles in a segment, none of
+    which is empty; constants."""
+    (B, T, D), chained, rows = v.shape, aft_chained(v), aft_rows(v)
+    block, tiles = min(AFT_CHANNELS, power_of_2(D)), AFT_SEGMENT // rows if chained else -(-T // rows)
+    segments = -(-T // (tiles * rows))
+    counts = (segments, -(-segments // AFT_GROUP)) if chained else (0, 0)
+    published = [torch.full((B, n, numbers, D), math.nan, dtype=torch.float32, device=v.device) for n in counts]
+    shape = {"ROWS": rows, "BLOCK": block, "GROUP": AFT_GROUP, "CHAIN": int(chained), "num_warps": 1}
+    return (-(-D // block), B, segments), published, tiles, shape
+
+
+def aft_states(v: Tensor) -> tuple[int, int, int, int]:
+    """The shape of what `aft_sums` keeps."""
+    B, T, D = v.shape
+    return B, -(-T // aft_rows(v)) + 1, 3, D
 
 
 def aft_sums(q: Tensor, k: Tensor, v: Tensor, y: Tensor, save: bool, write: bool) -> Tensor:
-    """The sums before each AFT_ROWS tokens and at the end, (B, ⌈T / AFT_ROWS⌉ + 1, 3, D): the largest key, and Σ exp(k) v
-    and Σ exp(k) divided by its exponential; none unless `save`. On the way, y is written."""
-    B, T, D = v.shape
-    grid, published, shape = aft_launch(v, 3)
-    states = torch.empty(B, -(-T // AFT_ROWS) + 1 if save else 0, 3, D, dtype=torch.float32, device=v.device)
+    """The sums before each `aft_rows` tokens and after the last, (B, ⌈T / rows⌉ + 1, 3, D): the largest key, and
+    Σ exp(k) v and Σ exp(k) divided by its exponential; empty unless `save`. On the way, y is written if `write`."""
+    (B, T, D), (grid, published, tiles, shape) = v.shape, aft_launch(v, 3)
+    states = torch.empty(aft_states(v) if save else (0,), dtype=torch.float32, device=v.device)
     strides = [x.stride(axis) for axis in (0, 1) for x in (q, k, v)]
-    args = (q, k, v, y, states, *published, T, *strides[:3], D, *strides[3:])
+    args = (q, k, v, y, states, *published, T, tiles, *strides[:3], D, *strides[3:])
     aft_forward[grid](*args, **shape, SAVE=save, WRITE=write)
     return states
 
@@ -713,19 +835,18 @@ def aft_op(q: Tensor, k: Tensor, v: Tensor, save: bool) -> tuple[Tensor, Tensor]
 
 @aft_op.register_fake
 def _(q, k, v, save):
-    B, T, D = v.shape
-    return v.new_empty(B, T, D), v.new_empty(B, -(-T // AFT_ROWS) + 1 if save else 0, 3, D, dtype=torch.float32)
+    return v.new_empty(v.shape), v.new_empty(aft_states(v) if save else (0,), dtype=torch.float32)
 
 
 @torch.library.custom_op("strawberry::aft_simple_backward", mutates_args=())
 def aft_backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (B, T, D), (grid, published, shape) = v.shape, aft_launch(v, 2)
+    (B, T, D), (grid, published, tiles, shape) = v.shape, aft_launch(v, 2)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     dq, dk, dv = (torch.empty(B, T, D, dtype=x.dtype, device=x.device) for x in (q, k, v))
     strides = [x.stride(axis) for axis in (0, 1) for x in (q, k, v, grad)]
-    args = (q, k, v, grad, dq, dk, dv, states, *published, T, *strides[:4], D, *strides[4:])
+    args = (q, k, v, grad, dq, dk, dv, states, *published, T, tiles, *strides[:4], D, *strides[4:])
     aft_backward[grid](*args, **shape)
     return dq, dk, dv
 
@@ -1010,15 +1131,14 @@ def aft_positional_op(
     shape, grid = aft_shape(v, weight)
     tiles = aft_factor(weight, v), most.contiguous()
     args = (q, k, v, *tiles, y, logs, states, T, *weight.shape[:2], *rows, D, *steps)
-    aft_positional_forward[(*grid, B)](*args, **shape, ROWS=AFT_ROWS, **AFT_LAUNCH)
+    aft_positional_forward[(*grid, B)](*args, **shape, ROWS=aft_rows(v), **AFT_LAUNCH)
     return y, logs, states
 
 
 @aft_positional_op.register_fake
 def _(q, k, v, weight, most):
     B, T, D = v.shape
-    sums = [v.new_empty(*shape, dtype=torch.float32) for shape in ((B, T, D), (B, -(-T // AFT_ROWS) + 1, 3, D))]
-    return v.new_empty(B, T, D), *sums
+    return v.new_empty(v.shape), *(v.new_empty(shape, dtype=torch.float32) for shape in (v.shape, aft_states(v)))
 
 
 @torch.library.custom_op("strawberry::aft_positional_backward", mutates_args=())
@@ -1040,14 +1160,14 @@ def aft_positional_backward_op(
     after = torch.empty(B, grid[0], 2, D, dtype=torch.float32, device=v.device)
     rows, steps = ([x.stride(axis) for x in (q, k, v, grad)] for axis in (0, 1))
     sums = (q, grad, y, logs, states, dq, after, T, rows[0], rows[3], D, steps[0], steps[3])
-    aft_after[(-(-D // 32), B)](*sums, BLOCK=32, N=N, ROWS=AFT_ROWS, num_warps=4)
+    aft_after[(-(-D // 32), B)](*sums, BLOCK=32, N=N, ROWS=aft_rows(v), num_warps=4)
     known = grad, y, logs, states
     args = (q, k, v, aft_factor(weight, v), most, *known, after, dk, dv, T, J, R, *rows, D, *steps)
-    aft_positional_backward[(*grid, B)](*args, **shape, ROWS=AFT_ROWS, **AFT_LAUNCH)
+    aft_positional_backward[(*grid, B)](*args, **shape, ROWS=aft_rows(v), **AFT_LAUNCH)
     share = -(-B // max(1, min(B, -(-4 * processors(v) // (J * R * G)))))  # rows of B to a program
     dw = torch.empty(-(-B // share), J, R, G, N, N, dtype=torch.float32, device=v.device)
     args = (q, k, v, most, *known, dw, B, T, J, R, share, *rows, D, *steps)
-    aft_weights_backward[(J, R, G * len(dw))](*args, **shape, ROWS=AFT_ROWS, **AFT_LAUNCH)
+    aft_weights_backward[(J, R, G * len(dw))](*args, **shape, ROWS=aft_rows(v), **AFT_LAUNCH)
     return dq, dk, dv, dw.sum(0)
 
 
@@ -1073,23 +1193,23 @@ GROW_TILE = {"ROWS": 128, "COLS": 128, "STEP": 64}
 GROW_LAUNCH = {"num_warps": 8, "num_stages": 3}
 
 
-def grow(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, kept: int, viewed: bool) -> tuple[Tensor, ...]:
-    """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), in each chunk but the first `kept`.
+def grow(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> tuple[Tensor, ...]:
+    """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), for each of n chunks of each row.
 
-    raw (B, J, M, N), or (M, N) for all; scale (B, J, 1, 1), float32; oa (B, J − kept, C, C); out (C, C). N = C; where
-    `viewed`, matrices are kept transposed, M = C: z = oaᵀ raw and raw + out h. Returns the sum (B, J, M, N) and z of
-    the later chunks in raw's dtype; mean and variance of each matrix, (B, J, 1, 1), float32 or wider.
+    raw (B, n, M, N), or (M, N) for all; scale (B, n, 1, 1), float32; oa (B, n, C, C); out (C, C). N = C; matrices that
+    are `viewed` are kept transposed, M = C: z = oaᵀ raw and raw + out h. Returns the sum and z, (B, n, M, N) in raw's
+    dtype; mean and variance of each matrix of the sum, (B, n, 1, 1), float32 or wider.
 
     Operations: 4·M·N·C a chunk. Bytes moved for each number in half types: 6 to make z and h of raw, 6 to make the sum
     of h and raw, with the moments on the way; plain PyTorch moves 12 more.
     """
     if not growable(raw, oa):
-        return grow_plain(raw, scale, oa, out, kept, viewed)
-    new, z, moments = torch.ops.strawberry.grow(raw, scale, oa, out, kept, viewed)
-    n = new[0, 0].numel()
+        return grow_plain(raw, scale, oa, out, viewed)
+    new, z, moments = torch.ops.strawberry.grow(raw, scale, oa, out, viewed)
+    count = new[0, 0].numel()
     total, squares = (x[..., None, None] for x in moments.sum(dim=2).unbind(-1))
-    mean = total / n
-    return new, z, mean, (squares - total * mean).clamp(min=0) / (n - 1)
+    mean = total / count
+    return new, z, mean, (squares - total * mean).clamp(min=0) / (count - 1)
 
 
 def growable(*tensors: Tensor) -> bool:
@@ -1097,36 +1217,34 @@ def growable(*tensors: Tensor) -> bool:
     return usable(*tensors) and (INTERPRETED or all(t.dtype in HALVES for t in tensors))
 
 
-def grow_plain(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, kept: int, viewed: bool) -> tuple[Tensor, ...]:
+def grow_plain(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> tuple[Tensor, ...]:
     """`grow` in plain PyTorch."""
-    raw = raw if raw.dim() == 4 else raw.expand(oa.size(0), oa.size(1) + kept, -1, -1)
-    z = times(raw[:, kept:], oa, viewed)
-    h = (at_least_float(z) * torch.sigmoid(scale[:, kept:] * z)).to(z.dtype)
-    new = raw + F.pad(times(h, out.mT, viewed), (0, 0, 0, 0, kept, 0))
+    z = times(raw, oa, viewed)
+    h = (at_least_float(z) * torch.sigmoid(scale * z)).to(z.dtype)
+    new = raw + times(h, out.mT, viewed)
     variance, mean = torch.var_mean(at_least_float(new), dim=(-2, -1), keepdim=True)
     return new, z, mean, variance
 
 
 def grow_backward(
-    grad: Tensor, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, kept: int, viewed: bool
+    grad: Tensor, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, viewed: bool
 ) -> tuple[Tensor, ...]:
-    """Gradients of raw (B, J, M, N), scale, oa and out from that of `grow`'s sum.
+    """Gradients of raw, for each chunk, (B, n, M, N), of scale, oa and out from that of `grow`'s sum.
 
     Operations: 8·M·N·C a chunk. Bytes moved for each number in half types: 8 to make dz and h of grad and z, 6 for
     raw's gradient of dz and grad, 4 each for those of oa and out; plain PyTorch moves 10 more.
     """
     if growable(grad, raw, oa):
-        return torch.ops.strawberry.grow_backward(grad, raw, scale, oa, out, z, kept, viewed)
-    raw = raw if raw.dim() == 4 else raw.expand(grad.shape)
-    later, s, pad = grad[:, kept:], scale[:, kept:], (0, 0, 0, 0, kept, 0)
-    dh, wide_z = at_least_float(times(later, out, viewed)), at_least_float(z)
-    gate = torch.sigmoid(s * wide_z)
-    turn = wide_z * gate * (1 - gate)
-    h, dz = (wide_z * gate).to(z.dtype), (dh * (gate + s * turn)).to(z.dtype)
-    d_scale = F.pad((dh * turn * wide_z).sum(dim=(-2, -1), keepdim=True), pad)
-    d_raw = grad + F.pad(times(dz, oa.mT, viewed), pad)
-    d_out = at_least_float(between(later, h, viewed)).sum(dim=(0, 1))
-    return d_raw, d_scale, between(raw[:, kept:], dz, viewed), d_out.to(out.dtype)
+        d_raw, d_scale, dz, h = torch.ops.strawberry.grow_backward(grad, scale, oa, out, z, viewed)
+    else:
+        dh, wide_z = at_least_float(times(grad, out, viewed)), at_least_float(z)
+        gate = torch.sigmoid(scale * wide_z)
+        turn = wide_z * gate * (1 - gate)
+        h, dz = (wide_z * gate).to(z.dtype), (dh * (gate + scale * turn)).to(z.dtype)
+        d_scale = (dh * turn * wide_z).sum(dim=(-2, -1), keepdim=True)
+        d_raw = grad + times(dz, oa.mT, viewed)
+    d_out = at_least_float(between(grad, h, viewed)).sum(dim=(0, 1)).to(out.dtype)
+    return d_raw, d_scale, between(raw, dz, viewed), d_out
 
 
 def at_least_float(x: Tensor) -> Tensor:
@@ -1135,22 +1253,25 @@ def at_least_float(x: Tensor) -> Tensor:
 
 def times(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
     """a b; of those that are kept transposed, aᵀ b, transposed."""
-    return b.mT @ a if viewed else a @ b
+    if viewed:  # not left to broadcasting, which would transpose and copy the larger one
+        return b.mT.expand(*(a.shape[:-2] if a.dim() == 4 else b.shape[:-2]), -1, -1) @ a
+    return a @ b
 
 
 def between(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
     """aᵀ b, of those that are kept transposed too."""
+    a = a.expand(*b.shape[:-2], -1, -1)
     return a @ b.mT if viewed else a.mT @ b
 
 
 @jit
 def grow_product(
-    a, square, tile, M, N, C, s_row, s_col, length,
+    a, square, tile, M, N, C, s_row, s_col,
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """A tile of `times(a, square)` in float32, a (M, N) and square (C, C) with these strides; where it lies, and which
-    of it is there. length: C, or 0 for no product."""
+    of it is there."""
     across = tl.cdiv(N, COLS)
     i = tile // across * ROWS + tl.arange(0, ROWS)[:, None]
     c = tile % across * COLS + tl.arange(0, COLS)[None, :]
@@ -1162,7 +1283,7 @@ def grow_product(
         left, left_step = a + i * C + along, STEP
         right, right_step = square + down * s_row + c * s_col, STEP * s_row
     total = tl.zeros((ROWS, COLS), tl.float32)
-    for k in range(0, length, STEP):
+    for k in range(0, C, STEP):
         if EVEN:
             x, y = tl.load(left), tl.load(right)
         else:
@@ -1176,36 +1297,33 @@ def grow_product(
 
 @jit
 def grow_gate(
-    raw, oa, scale, z, h, M, N, C, J, KEPT, raw_b, raw_j,
+    raw, oa, scale, z, h, M, N, C, apart,
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """z and h, a tile in a program, for each later chunk of each row."""
+    """z and h, a tile of a matrix in a program."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, j = each // (J - KEPT), each % (J - KEPT) + KEPT
     product, at, here = grow_product(
-        raw + b * raw_b + j * raw_j, oa + each * C * C, tile, M, N, C, C, 1, C, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
+        raw + each * apart, oa + each * C * C, tile, M, N, C, C, 1, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
+    at += each * M * N
     product = product.to(z.dtype.element_ty)
-    tl.store(z + each * M * N + at, product, mask=here)
+    tl.store(z + at, product, mask=here)
     product = product.to(tl.float32)
-    gate = inverse(1.0 + exp(-product * tl.load(scale + b * J + j)))
-    tl.store(h + each * M * N + at, (product * gate).to(h.dtype.element_ty), mask=here)
+    gate = inverse(1.0 + exp(-product * tl.load(scale + each)))
+    tl.store(h + at, (product * gate).to(h.dtype.element_ty), mask=here)
 
 
 @jit
 def grow_add(
-    raw, out, h, new, moments, M, N, C, J, KEPT, raw_b, raw_j,
+    raw, out, h, new, moments, M, N, C, apart,
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """raw + h outᵀ, a tile in a program, for each chunk of each row; and the sums of its numbers and their squares."""
+    """raw + h outᵀ, a tile of a matrix in a program, and the sums of its numbers and of their squares."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, j = each // J, each % J
-    length = tl.where(j < KEPT, 0, C)
     product, at, here = grow_product(
-        h + (each - (b + 1) * KEPT) * M * N, out, tile, M, N, C, 1, C, length,
-        VIEWED, EVEN, DOT, ROWS, COLS, STEP)  # fmt: skip
-    x = (product + tl.load(raw + b * raw_b + j * raw_j + at, mask=here, other=0.0)).to(new.dtype.element_ty)
+        h + each * M * N, out, tile, M, N, C, 1, C, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
+    x = (product + tl.load(raw + each * apart + at, mask=here, other=0.0)).to(new.dtype.element_ty)
     tl.store(new + each * M * N + at, x, mask=here)
     x = tl.where(here, x.to(tl.float32), 0.0)
     mine = moments + (each * tl.num_programs(0) + tile) * 2
@@ -1215,16 +1333,15 @@ def grow_add(
 
 @jit
 def grow_turn(
-    grad, out, scale, z, h, dz, turned, M, N, C, J, KEPT,
+    grad, out, scale, z, h, dz, turned, M, N, C,
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """From dh = grad out: h once more, dz, and a share of the gradient of scale."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, j = each // (J - KEPT), each % (J - KEPT) + KEPT
     dh, at, here = grow_product(
-        grad + (b * J + j) * M * N, out, tile, M, N, C, C, 1, C, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
-    s, at = tl.load(scale + b * J + j), each * M * N + at
+        grad + each * M * N, out, tile, M, N, C, C, 1, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
+    s, at = tl.load(scale + each), each * M * N + at
     x = tl.load(z + at, mask=here, other=0.0).to(tl.float32)
     gate = inverse(1.0 + exp(-x * s))
     turn = x * gate * (1.0 - gate)
@@ -1235,17 +1352,14 @@ def grow_turn(
 
 @jit
 def grow_back(
-    grad, oa, dz, d_raw, M, N, C, J, KEPT,
+    grad, oa, dz, d_raw, M, N, C,
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """grad + dz oaᵀ, a tile in a program, for each chunk of each row."""
+    """grad + dz oaᵀ, a tile of a matrix in a program."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, j = each // J, each % J
-    mine = each - (b + 1) * KEPT  # among the later ones
     product, at, here = grow_product(
-        dz + mine * M * N, oa + mine * C * C, tile, M, N, C, 1, C, tl.where(j < KEPT, 0, C),
-        VIEWED, EVEN, DOT, ROWS, COLS, STEP)  # fmt: skip
+        dz + each * M * N, oa + each * C * C, tile, M, N, C, 1, C, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
     at += each * M * N
     x = product + tl.load(grad + at, mask=here, other=0.0)
     tl.store(d_raw + at, x.to(d_raw.dtype.element_ty), mask=here)
@@ -1259,71 +1373,44 @@ def grow_shape(raw: Tensor, C: int, viewed: bool) -> tuple[int, dict]:
     return -(-M // rows) * -(-N // cols), {"VIEWED": viewed, "EVEN": even, "DOT": dot_type(raw)} | GROW_TILE
 
 
-def grow_strides(raw: Tensor) -> tuple[Tensor, int, int]:
-    """raw, rows one after another in each matrix, and how far its matrices are apart."""
-    if raw.stride(-1) != 1 or raw.stride(-2) != raw.size(-1):
-        raw = raw.contiguous()
-    return (raw, 0, 0) if raw.dim() == 2 else (raw, *raw.stride()[:2])
-
-
 @torch.library.custom_op("strawberry::grow", mutates_args=())
-def grow_op(
-    raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, kept: int, viewed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def grow_op(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> tuple[Tensor, Tensor, Tensor]:
     (B, n, C, _), (M, N) = oa.shape, raw.shape[-2:]
-    raw, *apart = grow_strides(raw)
-    oa, out, scale = oa.contiguous(), out.contiguous(), scale.contiguous()
+    raw, oa, out, scale = (x.contiguous() for x in (raw, oa, out, scale))
     tiles, shape = grow_shape(raw, C, viewed)
-    new = torch.empty(B, n + kept, M, N, dtype=raw.dtype, device=raw.device)
-    z, h = (torch.empty(B, n, M, N, dtype=raw.dtype, device=raw.device) for _ in range(2))
-    moments = torch.empty(B, n + kept, tiles, 2, dtype=torch.float32, device=raw.device)
-    sizes = (M, N, C, n + kept, kept, *apart)
+    new, z, h = (torch.empty(B, n, M, N, dtype=raw.dtype, device=raw.device) for _ in range(3))
+    moments = torch.empty(B, n, tiles, 2, dtype=torch.float32, device=raw.device)
+    sizes = (M, N, C, 0 if raw.dim() == 2 else M * N)
     grow_gate[(tiles, B * n)](raw, oa, scale, z, h, *sizes, **shape, **GROW_LAUNCH)
-    grow_add[(tiles, B * (n + kept))](raw, out, h, new, moments, *sizes, **shape, **GROW_LAUNCH)
+    grow_add[(tiles, B * n)](raw, out, h, new, moments, *sizes, **shape, **GROW_LAUNCH)
     return new, z, moments
 
 
 @grow_op.register_fake
-def _(raw, scale, oa, out, kept, viewed):
+def _(raw, scale, oa, out, viewed):
     (B, n, C, _), (M, N) = oa.shape, raw.shape[-2:]
-    moments = raw.new_empty(B, n + kept, grow_shape(raw, C, viewed)[0], 2, dtype=torch.float32)
-    return raw.new_empty(B, n + kept, M, N), raw.new_empty(B, n, M, N), moments
+    moments = raw.new_empty(B, n, grow_shape(raw, C, viewed)[0], 2, dtype=torch.float32)
+    return raw.new_empty(B, n, M, N), raw.new_empty(B, n, M, N), moments
 
 
 @torch.library.custom_op("strawberry::grow_backward", mutates_args=())
 def grow_backward_op(
-    grad: Tensor, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, kept: int, viewed: bool
+    grad: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, viewed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (B, J, M, N), n, C = grad.shape, oa.size(1), oa.size(-1)
+    (B, n, M, N), C = grad.shape, oa.size(-1)
     grad, oa, out, z, scale = (x.contiguous() for x in (grad, oa, out, z, scale))
     tiles, shape = grow_shape(grad, C, viewed)
-    h, dz, d_raw = torch.empty_like(z), torch.empty_like(z), torch.empty_like(grad)
+    h, dz, d_raw = (torch.empty(B, n, M, N, dtype=z.dtype, device=z.device) for _ in range(3))
     turned = torch.empty(B, n, tiles, dtype=torch.float32, device=z.device)
-    sizes = (M, N, C, J, kept)
-    grow_turn[(tiles, B * n)](grad, out, scale, z, h, dz, turned, *sizes, **shape, **GROW_LAUNCH)
-    grow_back[(tiles, B * J)](grad, oa, dz, d_raw, *sizes, **shape, **GROW_LAUNCH)
-    raw = raw if raw.dim() == 4 else raw.expand(grad.shape)
-    d_oa, d_out = (between_each(x[:, kept:], y, viewed) for x, y in ((raw, dz), (grad, h)))
-    d_scale = F.pad(turned.sum(-1), (kept, 0))[..., None, None]
-    return d_raw, d_scale, d_oa, d_out.sum(dim=(0, 1), dtype=torch.float32).to(out.dtype)
+    grow_turn[(tiles, B * n)](grad, out, scale, z, h, dz, turned, M, N, C, **shape, **GROW_LAUNCH)
+    grow_back[(tiles, B * n)](grad, oa, dz, d_raw, M, N, C, **shape, **GROW_LAUNCH)
+    return d_raw, turned.sum(-1)[..., None, None], dz, h
 
 
 @grow_backward_op.register_fake
-def _(grad, raw, scale, oa, out, z, kept, viewed):
-    return torch.empty_like(grad), scale.new_empty(scale.shape), torch.empty_like(oa), torch.empty_like(out)
-
-
-def between_each(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
-    """`between` for (B, J, M, N), whose rows and chunks need not lie evenly: where to copy them costs more than to
-    launch several products, they are not copied."""
-    if a.numel() < 2**22:
-        return between(a, b, viewed)
-    a, b = (a, b.mT) if viewed else (a.mT, b)
-    y = torch.empty(*a.shape[:2], a.size(-2), b.size(-1), dtype=a.dtype, device=a.device)
-    along = 0 if len(a) < a.size(1) else 1
-    for parts in zip(*(x.unbind(along) for x in (a, b, y)), strict=True):
-        torch.bmm(*parts[:2], out=parts[2])
-    return y
+def _(grad, scale, oa, out, z, viewed):
+    like = [z.new_empty(z.shape) for _ in range(3)]
+    return like[0], scale.new_empty(scale.shape), *like[1:]
 
 
 # ---- checks and times on a GPU ---------------------------------------------------------------------------------------

@@ -579,7 +579,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], at:
     if key not in at.masks:
         at.masks[key] = blocks_near(T, windows, q.device)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # cast first: the other way round it would be a copy
     mask = BlockMask((T, T), *at.masks[key][1:], (128, 128), near(at.masks[key][0]))
     return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
@@ -660,36 +660,108 @@ def to_chunks(x: Tensor, slot: int) -> Tensor:
 class Scaled(NamedTuple):
     """scale · raw: a matrix whose rescaling is left to what is multiplied by it, so that no pass is made for it."""
 
-    raw: Tensor  # (out, in), or one for each chunk of each row, (B, J, out, in)
-    scale: Tensor  # (), or (B, J, 1, 1); float32 or wider
+    raw: Tensor  # (out, in), or one for each of some chunks of each row, (B, n, out, in)
+    scale: Tensor  # (), or (B, n, 1, 1); float32 or wider
 
 
-def project(x: Tensor, w: Tensor | Int8 | Scaled, at: At) -> Tensor:
-    """x (B, T, in) through w (out, in), or through the w (B, J, out, in) of each token's chunk."""
-    if isinstance(w, Int8) or (isinstance(w, Tensor) and w.dim() == 2):
-        return linear(x, w)
-    if isinstance(w, Tensor):
-        y = to_chunks(x, at.slot) @ w.mT.to(x.dtype)  # (B, J, slot, out)
-    elif w.raw.dim() == 2:
+class ByChunk(NamedTuple):
+    """A matrix for each chunk of each row of a whole text. The first chunk's is the same in all rows."""
+
+    first: Scaled
+    later: Scaled
+
+
+def project(x: Tensor, w: Tensor | Int8 | Scaled | ByChunk, at: At) -> Tensor:
+    """x (B, T, in) through w (out, in), or through the w of each token's chunk: (B, J, out, in), or ByChunk."""
+    if isinstance(w, ByChunk):
+        (first, one), (later, scale) = w
+        scale = torch.cat((one.expand(len(x), 1, 1, 1), scale), dim=1)
+        x = (to_chunks(x, at.slot) * scale).flatten(1, 2)[:, : x.size(1)].to(later.dtype)
+        return ChunkProduct.apply(x, first.to(later.dtype), later, at.slot)
+    if isinstance(w, Scaled):
         return linear(x * w.scale, w.raw)
-    else:
-        y = ChunkProduct.apply((to_chunks(x, at.slot) * w.scale).to(w.raw.dtype), w.raw)
+    if isinstance(w, Int8) or w.dim() == 2:
+        return linear(x, w)
+    y = to_chunks(x, at.slot) @ w.mT.to(x.dtype)  # (B, J, slot, out)
     return y.flatten(1, 2)[:, : x.size(1)]
 
 
 class ChunkProduct(torch.autograd.Function):
-    """x wᵀ, x (B, J, slot, in) and w (B, J, out, in). PyTorch's own gradient of w would come transposed."""
+    """x (B, T, in) through first (out, in) in the first chunk, later (B, J − 1, out, in) in the others. Where to copy
+    tokens costs more than to launch several products, the products read and write parts of the whole."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w.mT
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
+    def forward(ctx, x: Tensor, first: Tensor, later: Tensor, slot: int) -> Tensor:
+        ctx.save_for_backward(x, first, later)
+        ctx.slot = slot
         with full_precision(x):
-            return grad @ w, grad.mT @ x
+            return (chunk_product if in_parts(x) else chunk_product_plain)(x, first, later, slot)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, first, later = ctx.saved_tensors
+        gradients = chunk_gradients if in_parts(x) else chunk_gradients_plain
+        with full_precision(x):
+            return *gradients(grad, x, first, later, ctx.slot), None
+
+
+def in_parts(x: Tensor) -> bool:
+    return x.is_cuda and x.numel() >= 2**21
+
+
+def chunk_product_plain(x: Tensor, first: Tensor, later: Tensor, slot: int) -> Tensor:
+    y = (to_chunks(x[:, slot:], slot) @ later.mT).flatten(1, 2)
+    return torch.cat((x[:, :slot] @ first.mT, y[:, : x.size(1) - slot]), dim=1)
+
+
+def chunk_gradients_plain(grad: Tensor, x: Tensor, first: Tensor, later: Tensor, slot: int) -> tuple[Tensor, ...]:
+    dx = chunk_product_plain(grad, first.mT, later.mT, slot)
+    d_first = wide(grad[:, :slot].mT @ x[:, :slot]).sum(dim=0).to(first.dtype)
+    return dx, d_first, to_chunks(grad[:, slot:], slot).mT @ to_chunks(x[:, slot:], slot)
+
+
+def chunk_batches(slot: int, T: int, tokens: Sequence[Tensor], matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The chunks after the first, as few batches as can be taken without a copy: tokens (B, T, ·) to (n, slot, ·) and
+    matrices (B, J − 1, ·, ·) to (n, ·, ·), of one chunk in all rows or of one row's whole chunks."""
+    B, later = matrices[0].shape[:2]
+    whole = T // slot - 1 if later > B else 0  # chunks that are taken row by row
+    for b in range(B if whole else 0):
+        rows = [x[b, slot : (whole + 1) * slot].unflatten(0, (whole, slot)) for x in tokens]
+        yield [*rows, *(w[b, :whole] for w in matrices)]
+    for j in range(whole, later):
+        yield [*(x[:, (j + 1) * slot : (j + 2) * slot] for x in tokens), *(w[:, j] for w in matrices)]
+
+
+@torch.library.custom_op("strawberry::chunk_product", mutates_args=())
+def chunk_product(x: Tensor, first: Tensor, later: Tensor, slot: int) -> Tensor:
+    y = x.new_empty(*x.shape[:2], len(first))
+    torch.bmm(x[:, :slot], first.mT.expand(len(x), -1, -1), out=y[:, :slot])
+    for part, result, w in chunk_batches(slot, x.size(1), (x, y), (later,)):
+        torch.bmm(part, w.mT, out=result)
+    return y
+
+
+@chunk_product.register_fake
+def _(x, first, later, slot):
+    return x.new_empty(*x.shape[:2], len(first))
+
+
+@torch.library.custom_op("strawberry::chunk_gradients", mutates_args=())
+def chunk_gradients(
+    grad: Tensor, x: Tensor, first: Tensor, later: Tensor, slot: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = chunk_product(grad, first.mT, later.mT, slot)
+    d_first = torch.bmm(grad[:, :slot].mT, x[:, :slot])
+    d_first = d_first.sum(dim=0, dtype=wide(d_first[:0]).dtype).to(first.dtype)
+    d_later = later.new_empty(later.shape)
+    for g, part, result in chunk_batches(slot, x.size(1), (grad, x), (d_later,)):
+        torch.bmm(g.mT, part, out=result)
+    return dx, d_first, d_later
+
+
+@chunk_gradients.register_fake
+def _(grad, x, first, later, slot):
+    return x.new_empty(x.shape), first.new_empty(first.shape), later.new_empty(later.shape)
 
 
 class ChunkState(State):
@@ -1788,6 +1860,9 @@ class HeadLoss(torch.autograd.Function):
 
 def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
     """Σ cross entropy over the targets ≥ 0, and its gradient by the logits (N, ≥ V), of which the first V count."""
+    if kernels.head_fits(logits):
+        nats, slope = kernels.head_slopes(logits, targets, V, cap)
+        return nats.sum(), slope
     wanted, real = targets.clamp(min=0).unsqueeze(-1), (targets >= 0).unsqueeze(-1)
     place = torch.arange(logits.size(1), device=logits.device)
     z = softcap(wide(logits), cap)
@@ -2235,11 +2310,11 @@ class StrawberryConfig(ModelConfig):
 
 class Weights(NamedTuple):
     """The three matrices of a block that retention changes: each shared, (rows, columns), or one for each chunk of each
-    row, (B, J, rows, columns); where a whole text is read, as Scaled."""
+    row, (B, J, rows, columns); where a whole text is read, as Scaled or ByChunk."""
 
-    qkv: Tensor | Scaled  # (3D, C)
-    swiglu: Tensor | Scaled  # (2C, D)
-    out: Tensor | Scaled  # (C, C)
+    qkv: Tensor | Scaled | ByChunk  # (3D, C)
+    swiglu: Tensor | Scaled | ByChunk  # (2C, D)
+    out: Tensor | Scaled | ByChunk  # (C, C)
 
 
 def rescale(w: Weights, tao: Tensor) -> Weights:
@@ -2261,31 +2336,26 @@ def reweigh(w: Weights, oa: Tensor, out: Tensor, tao: Tensor) -> Weights:
     return rescale(Weights(w.qkv + f(w.qkv), swiglu, w.out + f(w.out)), tao)
 
 
-def grown(w: Weights, oa: Tensor | None, kept: int, block: StrawberryBlock) -> Weights:
-    """`reweigh` for whole texts: the same function, in as few passes over the weights as there can be.
-
-    oa (B, J − kept, C, C) is that of all chunks but the first `kept`, which have none and keep their matrices; None:
-    no chunk has any, the weights are rescaled alone.
-    """
+def grown(w: Weights, oa: Tensor | None, block: StrawberryBlock) -> Weights:
+    """`reweigh` for whole texts and Scaled weights: the same function, in as few passes over the weights as there can
+    be. oa (B, n, C, C), of n chunks of each row; None: the weights are rescaled alone."""
     (C, C), D = block.out.shape, w.swiglu.raw.size(-1)
     made = []
-    for m, n, gain, viewed in zip(w, (C, D, C), block.tao[0].abs(), (False, True, False), strict=True):
-        raw, scale = m
+    for (raw, scale), n, gain, viewed in zip(w, (C, D, C), block.tao[0].abs(), (False, True, False), strict=True):
         if oa is None:
             deviation = wide(raw).std(dim=(-2, -1))
         else:
             shape = raw.shape[-2:]
             raw = raw.unflatten(-2, (C, 2)).flatten(-2) if viewed else raw  # (…, 2C, D) → (…, C, 2D)
-            scale = scale.expand(oa.size(0), oa.size(1) + kept, 1, 1)
-            raw, deviation = Grow.apply(raw.to(oa.dtype), scale, oa, block.out.to(oa.dtype), kept, viewed)
+            scale = scale.expand(*oa.shape[:2], 1, 1)
+            raw, deviation = Grow.apply(raw.to(oa.dtype), scale, oa, block.out.to(oa.dtype), viewed)
             raw = raw.view(*raw.shape[:2], *shape)
         made.append(Scaled(raw, scale * gain * n**-0.5 / (scale * deviation + 1e-8)))
     return Weights(*made)
 
 
 class Grow(torch.autograd.Function):
-    """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), in each chunk but the first `kept`; and the deviation of
-    each matrix.
+    """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), and the deviation of each matrix.
 
     This is the update rule but for its rescaling: w = scale · raw gives w + silu(w oa) outᵀ = scale · (raw + h outᵀ),
     and the factor is left to the products, see Scaled. A matrix that the rule reads as its view is kept as the view's
@@ -2297,11 +2367,11 @@ class Grow(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, kept: int, viewed: bool) -> tuple:
+    def forward(ctx, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> tuple[Tensor, Tensor]:
         with full_precision(raw):
-            new, z, mean, variance = kernels.grow(raw, scale, oa, out, kept, viewed)
+            new, z, mean, variance = kernels.grow(raw, scale, oa, out, viewed)
         ctx.save_for_backward(raw, scale, oa, out, z, new, mean, variance)
-        ctx.kept, ctx.viewed = kept, viewed
+        ctx.viewed = viewed
         return new, variance.sqrt()
 
     @staticmethod
@@ -2310,16 +2380,16 @@ class Grow(torch.autograd.Function):
         slope = torch.where(variance > 0, grad_deviation * variance.rsqrt(), 0.0) / (new[0, 0].numel() - 1)
         grad = (wide(grad) + slope * (wide(new) - mean)).to(new.dtype)
         with full_precision(raw):
-            grads = kernels.grow_backward(grad, raw, scale, oa, out, z, ctx.kept, ctx.viewed)
+            d_raw, *others = kernels.grow_backward(grad, raw, scale, oa, out, z, ctx.viewed)
         if raw.dim() == 2:
-            grads = (wide(grads[0]).sum(dim=(0, 1)).to(raw.dtype), *grads[1:])
-        return *grads, None, None
+            d_raw = wide(d_raw).sum(dim=(0, 1)).to(raw.dtype)
+        return d_raw, *others, None
 
 
-def as_scaled(w: Weights, u: Tensor) -> Weights:
-    """w, at first matrices that nothing has rescaled, as Scaled."""
+def unscaled(w: Weights, u: Tensor) -> Weights:
+    """Matrices that nothing has rescaled yet, as Scaled; others as they are."""
     one = wide(u).new_ones(())
-    return Weights(*(m if isinstance(m, Scaled) else Scaled(m, one) for m in w))
+    return Weights(*(Scaled(m, one) if isinstance(m, Tensor) else m for m in w))
 
 
 class NoRetention:
@@ -2351,7 +2421,7 @@ class BatchRetention(NoRetention):
         rows, u, g = len(u), u.flatten(0, 1).unsqueeze(0), g.flatten(0, 1).unsqueeze(0)  # (1, B·T, C)
         sums = chunk_sums(u.to(g.dtype), g, -(-u.size(1) // self.shares))
         oa = self.scale * norm(sums.sum(dim=1, keepdim=True) / rows)  # (1, 1, C, C)
-        made = grown(as_scaled(w, u), oa.to(g.dtype), 0, block)
+        made = grown(unscaled(w, u), oa.to(g.dtype), block)
         return Weights(*(Scaled(raw[0, 0], scale.view(())) for raw, scale in made))
 
     def flops(self, w: Weights, T: int) -> float:
@@ -2378,13 +2448,15 @@ class CausalRetention:
 
     def whole(self, w: Weights, u: Tensor, g: Tensor, block: StrawberryBlock, at: At) -> Weights:
         """The same for a whole text, without the products that chunk 0, whose oa is zero, does not need."""
-        J, summed = -(-u.size(1) // at.slot), self.summed(u.size(1), at.slot)
+        J, summed, w = -(-u.size(1) // at.slot), self.summed(u.size(1), at.slot), unscaled(w, u)
+        first, later = zip(*((m, m) if isinstance(m, Scaled) else m for m in w), strict=True)
+        first = grown(Weights(*first), None, block)
         if J == 1:
-            return grown(as_scaled(w, u), None, 1, block)
+            return first
         u, g = (x[:, : summed * at.slot] for x in (u, g))
         before = chunk_sums(u.to(g.dtype), g, at.slot).cumsum(dim=1)[:, : J - 1]
-        oa = self.scale * norm(before)
-        return grown(as_scaled(w, u), oa.to(g.dtype), 1, block)
+        later = grown(Weights(*later), (self.scale * norm(before)).to(g.dtype), block)
+        return Weights(*map(ByChunk, first, later))
 
     def new_state(self, batch: int, device, dtype, w: Weights) -> ChunkState:
         return ChunkState(batch, device, dtype, w.out.size(-1), [tuple(m.shape) for m in w])

@@ -566,6 +566,7 @@ class Recorded:
         self.answer = torch.zeros(3, device=device)
         self.graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
         self.taken: collections.deque[Taken] = collections.deque()
+        self.done = False  # recording
 
     def record(self, micro_batches: list[Batch]) -> None:
         """Record a step over batches of these shapes. Nothing is trained by it, since `good` is still zero."""
@@ -583,13 +584,14 @@ class Recorded:
             self.optimizer.count(-self.WARM_UP - 1)
         self.optimizer.count(0)
         self.good.fill_(1.0)
+        self.done = True
 
     def step(self) -> None:
         trainer = self.trainer
         self.optimizer.zero_grad()
         loss = trainer.accumulate([batch._replace(n_targets=(batch.y >= 0).sum()) for batch in self.inputs])
         norm = trainer.clip()
-        self.good *= torch.isfinite(loss) & torch.isfinite(norm)
+        self.good *= torch.isfinite(loss + norm)
         self.bad.copy_(1 - self.good)
         self.optimizer.step()
         trainer.model.after_step(self.good)
@@ -633,6 +635,9 @@ class Recorded:
         """From here on, steps are taken by the host again."""
         self.optimizer.to_host()
         self.optimizer.zero_grad()
+        if self.graph is not None and not self.done:  # torch's generator would wait for the recording's end for ever
+            device = self.good.device.index or 0
+            torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator(self.good.device))
         self.graph = None
 
 

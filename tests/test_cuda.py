@@ -89,3 +89,102 @@ def test_eight_bits_are_near_sixteen(name):
     exact = model(idx, idx)[1].item()
     assert quantize(model)(idx, idx)[1].item() == pytest.approx(exact, rel=0.05)
     collect(Decoder(model, 2, 64), requests_for(model, 4))
+
+
+def trainer_of(folder, monkeypatch, **keys):
+    """A trainer on the GPU, ready to train, of a small corpus in `folder`."""
+    import numpy as np
+
+    import encoder as encoders
+    from dataset import TokenFileWriter
+    from model import CONFIGS
+    from options import load_run
+    from train import Signals, Trainer
+
+    monkeypatch.chdir(folder)
+    (folder / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz .")
+    with TokenFileWriter("data.bin", encoders.load("chars:text.txt")) as writer:
+        writer.add(np.random.default_rng(0).integers(0, 28, 20000))
+    words = {"dataset.path": "data.bin", "encoder_path": "chars:text.txt", "device": "cuda", "seed": 1, "max_iters": 12,
+             "warmup_iters": 2, "log_interval": 4, "eval_interval": 100, "eval_iters": 2, "sample_length": 0,
+             "compile": "false", "model_hyperparams.vocab_size": 64} | keys  # fmt: skip
+    trainer = Trainer(load_run(["--config", "air.json", *(f"--{k}={v}" for k, v in words.items())], CONFIGS), Signals())
+    trainer.prepare()
+    return trainer
+
+
+@pytest.mark.parametrize("keys", [
+    {}, {"dtype": "float32", "optimizer_hyperparams.use_muon": "true", "gradient_accumulation_steps": 3},
+    {"model_hyperparams.n_experts": 2, "model_hyperparams.dropout": 0.1},
+], ids=str)  # fmt: skip
+def test_recorded_training_is_training(tmp_path, monkeypatch, keys):
+    """One graph does what the host's steps do: the same losses, the same weights."""
+    import plot
+
+    weights, losses = [], []
+    for record in ("auto", "false"):
+        (tmp_path / record).mkdir()
+        trainer = trainer_of(tmp_path / record, monkeypatch, record=record, **keys)
+        assert bool(trainer.recorded) == (record == "auto")
+        trainer.train()
+        trainer.close()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        losses.append([line["loss"] for line in plot.read_metrics(trainer.metrics.path) if "loss" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert (weights[0] - weights[1]).norm() / weights[1].norm() < 1e-2
+
+
+def test_a_recorded_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
+    from train import NonFinite, Recorded
+
+    trainer = trainer_of(tmp_path, monkeypatch, log_interval=100)
+    take, before = Recorded.take, []
+
+    def spoiled(self, batches, step, lr):
+        if step == 7:
+            with torch.no_grad():
+                trainer.model.embed.weight[3, 1] = torch.nan
+            before[:] = [p.clone() for p in trainer.model.parameters()]
+        take(self, batches, step, lr)
+
+    monkeypatch.setattr(Recorded, "take", spoiled)
+    with pytest.raises(NonFinite, match="step 7"):
+        trainer.train()
+    assert trainer.progress.step == 6
+    for p, then in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(p.nan_to_num(), then.nan_to_num())
+
+
+def test_what_cannot_be_recorded_leaves_everything_usable(tmp_path, monkeypatch, capsys):
+    from train import Trainer
+
+    accumulate = Trainer.accumulate
+
+    def waits(self, batches):
+        loss = accumulate(self, batches)
+        loss.item()  # the host may not wait in a recording
+        return loss
+
+    monkeypatch.setattr(Trainer, "accumulate", waits)
+    trainer = trainer_of(tmp_path, monkeypatch, **{"model_hyperparams.dropout": 0.1})
+    assert trainer.recorded is None and "steps cannot be recorded" in capsys.readouterr().err
+    trainer.train()
+    assert trainer.progress.step == 12 and torch.rand(3, device="cuda").isfinite().all()
+
+
+@pytest.mark.parametrize("arch", [{}, {"arch": "palm"}, {"arch": "tinystar"}, {"logit_softcap": 5.0}], ids=str)
+def test_the_fused_head_is_the_plain_one(arch, monkeypatch):
+    import model as models
+
+    torch.manual_seed(0)
+    net = build(SMALL | {"vocab_size": 61} | arch).cuda().train()
+    idx = torch.randint(61, (4, 64), device="cuda")
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr(models, "fuses_head", lambda x, fused=fused: fused)
+        loss = net(idx, idx)[1]
+        learned = [p for p in net.parameters() if p.requires_grad]
+        found.append([loss, *torch.autograd.grad(loss, learned, allow_unused=True)])
+    for a, b in zip(*found, strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)

@@ -195,6 +195,28 @@ def test_gradients_of_retention(scope):
     assert torch.autograd.gradcheck(output, (x, *params))
 
 
+@pytest.mark.parametrize("T", [6, 11, 12, 23])
+@pytest.mark.parametrize("rows", [2, 5])
+def test_products_chunk_by_chunk(rows, T):
+    """In parts of the whole, as on a GPU, and by copies: each token's own product and autograd's gradients of it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    slot, later = 3, -(-T // 3) - 1
+    x, first, w, grad = draw(rows, T, 4), draw(5, 4), draw(rows, later, 5, 4), draw(rows, T, 5).detach()
+    y = torch.stack([torch.stack([(first if t < slot else w[b, t // slot - 1]) @ x[b, t] for t in range(T)])
+                     for b in range(rows)])  # fmt: skip
+    wanted = torch.autograd.grad(y, (x, first, w), grad)
+    args = [z.detach() for z in (x, first, w)]
+    for product in (model_file.chunk_product, model_file.chunk_product_plain):
+        torch.testing.assert_close(product(*args, slot), y.detach())
+    for gradients in (model_file.chunk_gradients, model_file.chunk_gradients_plain):
+        for got, exact in zip(gradients(grad, *args, slot), wanted, strict=True):
+            torch.testing.assert_close(got, exact)
+
+
 def k_bias_is_idle(model: nn.Module, name: str) -> bool:
     """Softmax and AFT do not change when every key gets the same vector, which a bias of k is without rotary turns."""
     c = model.config
