@@ -485,7 +485,8 @@ def _(logits, targets, V, cap):
 AFT_ROWS = 16  # tokens that a program holds in registers at a time
 AFT_CHAINED_ROWS = 8  # that a chained one holds, more of which then fit
 AFT_CHANNELS = 32  # channels of a program, one warp
-AFT_SEGMENT = 128  # tokens of a chained program
+AFT_SEGMENT = 128  # tokens of a chained program; of a small model's, fewer
+AFT_SHORTEST = 32
 AFT_GROUP = 16  # segments whose sums are read at once
 AFT_FILL = 4  # programs for each multiprocessor, from which on they need not be chained
 
@@ -789,11 +790,17 @@ def aft_backward(
             aft_publish(totals + back * 2 * D + D, weighted, here)
 
 
-def aft_chained(v: Tensor) -> bool:
-    """Whether time is cut into segments: where channels and rows alone make too few programs."""
+def aft_segment(v: Tensor) -> int:
+    """Into segments of how many tokens time is cut, where channels and rows alone make too few programs; 0: not at all."""
     B, T, D = v.shape
-    programs = B * -(-D // AFT_CHANNELS)
-    return programs < AFT_FILL * processors(v) and -(-T // AFT_SEGMENT) > 1
+    lines, wanted, segment = B * -(-D // AFT_CHANNELS), AFT_FILL * processors(v), AFT_SEGMENT
+    while segment > AFT_SHORTEST and lines * -(-T // segment) < wanted:
+        segment //= 2
+    return segment if segment < T and lines < wanted else 0
+
+
+def aft_chained(v: Tensor) -> bool:
+    return aft_segment(v) > 0
 
 
 def aft_rows(v: Tensor) -> int:
@@ -804,7 +811,7 @@ def aft_launch(v: Tensor, numbers: int) -> tuple[tuple[int, int, int], list[Tens
     """Programs over channels, rows and segments; what segments and groups of them publish; tiles in a segment, none of
     which is empty; constants."""
     (B, T, D), chained, rows = v.shape, aft_chained(v), aft_rows(v)
-    block, tiles = min(AFT_CHANNELS, power_of_2(D)), AFT_SEGMENT // rows if chained else -(-T // rows)
+    block, tiles = min(AFT_CHANNELS, power_of_2(D)), aft_segment(v) // rows if chained else -(-T // rows)
     segments = -(-T // (tiles * rows))
     counts = (segments, -(-segments // AFT_GROUP)) if chained else (0, 0)
     published = [torch.full((B, n, numbers, D), math.nan, dtype=torch.float32, device=v.device) for n in counts]
@@ -1221,8 +1228,10 @@ def grow(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> t
 
 def growable(raw: Tensor, oa: Tensor) -> bool:
     """Whether the kernels take it: half types, whose products have their own units, and more than one matrix, since
-    what is saved by fewer passes over one is less than what compiling the kernels takes."""
-    return usable(raw, oa) and (INTERPRETED or raw.dtype == oa.dtype in HALVES) and oa.shape[:2].numel() > 1
+    what is saved by fewer passes over one is less than what compiling the kernels takes; nor small ones, of which no
+    pass takes longer than its launch (at C 64, air.json's step took 1.41 ms with the kernels and 1.33 ms without)."""
+    taken = INTERPRETED or (raw.dtype == oa.dtype in HALVES and oa.size(-1) >= 128)
+    return usable(raw, oa) and taken and oa.shape[:2].numel() > 1
 
 
 def grow_plain(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> tuple[Tensor, ...]:
