@@ -428,7 +428,7 @@ def _(x, w, scale, bias):
 
 # ---- the head's loss -------------------------------------------------------------------------------------------------
 
-HEAD_WIDEST = 1 << 17  # logits of a token that a program can hold
+HEAD_WIDEST = 1 << 14  # logits of a token that fit a program's registers: at 50,304 it took twice as long as two passes
 
 
 def head_fits(logits: Tensor) -> bool:
@@ -791,7 +791,7 @@ def aft_backward(
 
 
 def aft_segment(v: Tensor) -> int:
-    """Tokens of the segments into which time is cut, where channels and rows alone make too few programs; 0: it is not."""
+    """Tokens of the segments into which time is cut where channels and rows make too few programs; 0: it is not cut."""
     B, T, D = v.shape
     lines, wanted, segment = B * -(-D // AFT_CHANNELS), AFT_FILL * processors(v), AFT_SEGMENT
     while segment > AFT_SHORTEST and lines * -(-T // segment) < wanted:
