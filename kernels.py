@@ -485,7 +485,8 @@ def _(logits, targets, V, cap):
 AFT_ROWS = 16  # tokens that a program holds in registers at a time
 AFT_CHAINED_ROWS = 8  # that a chained one holds, more of which then fit
 AFT_CHANNELS = 32  # channels of a program, one warp
-AFT_SEGMENT = 128  # tokens of a chained program
+AFT_SEGMENT = 128  # tokens of a chained program; of a small model's, fewer
+AFT_SHORTEST = 32
 AFT_GROUP = 16  # segments whose sums are read at once
 AFT_FILL = 4  # programs for each multiprocessor, from which on they need not be chained
 
@@ -799,11 +800,17 @@ def aft_backward(
             aft_publish(totals + back * 2 * D + D, weighted, here)
 
 
-def aft_chained(v: Tensor) -> bool:
-    """Whether time is cut into segments: where channels and rows alone make too few programs."""
+def aft_segment(v: Tensor) -> int:
+    """Tokens of the segments into which time is cut, where channels and rows alone make too few programs; 0: it is not."""
     B, T, D = v.shape
-    programs = B * -(-D // AFT_CHANNELS)
-    return programs < AFT_FILL * processors(v) and -(-T // AFT_SEGMENT) > 1
+    lines, wanted, segment = B * -(-D // AFT_CHANNELS), AFT_FILL * processors(v), AFT_SEGMENT
+    while segment > AFT_SHORTEST and lines * -(-T // segment) < wanted:
+        segment //= 2
+    return segment if segment < T and lines < wanted else 0
+
+
+def aft_chained(v: Tensor) -> bool:
+    return aft_segment(v) > 0
 
 
 def aft_rows(v: Tensor) -> int:
@@ -814,7 +821,7 @@ def aft_launch(v: Tensor, numbers: int) -> tuple[tuple[int, int, int], list[Tens
     """Programs over channels, rows and segments; what segments and groups of them publish; tiles in a segment, none of
     which is empty; constants."""
     (B, T, D), chained, rows = v.shape, aft_chained(v), aft_rows(v)
-    block, tiles = min(AFT_CHANNELS, power_of_2(D)), AFT_SEGMENT // rows if chained else -(-T // rows)
+    block, tiles = min(AFT_CHANNELS, power_of_2(D)), aft_segment(v) // rows if chained else -(-T // rows)
     segments = -(-T // (tiles * rows))
     counts = (segments, -(-segments // AFT_GROUP)) if chained else (0, 0)
     published = [torch.full((B, n, numbers, D), math.nan, dtype=torch.float32, device=v.device) for n in counts]
@@ -1229,9 +1236,12 @@ def grow(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> t
     return new, z, mean, (squares - total * mean).clamp(min=0) / (count - 1)
 
 
-def growable(*tensors: Tensor) -> bool:
-    """Whether the kernels can take these tensors: half types, whose products have their own units."""
-    return usable(*tensors) and (INTERPRETED or all(t.dtype in HALVES for t in tensors))
+def growable(raw: Tensor, oa: Tensor) -> bool:
+    """Whether the kernels take it: half types, whose products have their own units, and more than one matrix, since
+    what is saved by fewer passes over one is less than what compiling the kernels takes; nor small ones, of which no
+    pass takes longer than its launch (at C 64, air.json's step took 1.41 ms with the kernels and 1.33 ms without)."""
+    taken = INTERPRETED or (raw.dtype == oa.dtype in HALVES and oa.size(-1) >= 128)
+    return usable(raw, oa) and taken and oa.shape[:2].numel() > 1
 
 
 def grow_plain(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> tuple[Tensor, ...]:
@@ -1251,17 +1261,22 @@ def grow_backward(
     Operations: 8·M·N·C a chunk. Bytes moved for each number in half types: 8 to make dz and h of grad and z, 6 for
     raw's gradient of dz and grad, 4 each for those of oa and out; plain PyTorch moves 10 more.
     """
-    if growable(grad, raw, oa):
-        d_raw, d_scale, dz, h = torch.ops.strawberry.grow_backward(grad, scale, oa, out, z, viewed)
-    else:
-        dh, wide_z = at_least_float(times(grad, out, viewed)), at_least_float(z)
-        gate = torch.sigmoid(scale * wide_z)
-        turn = wide_z * gate * (1 - gate)
-        h, dz = (wide_z * gate).to(z.dtype), (dh * (gate + scale * turn)).to(z.dtype)
-        d_scale = (dh * turn * wide_z).sum(dim=(-2, -1), keepdim=True)
-        d_raw = grad + times(dz, oa.mT, viewed)
+    way = torch.ops.strawberry.grow_backward if growable(raw, oa) else grow_backward_plain
+    d_raw, d_scale, dz, h = way(grad, scale, oa, out, z, viewed)
     d_out = at_least_float(between(grad, h, viewed)).sum(dim=(0, 1)).to(out.dtype)
     return d_raw, d_scale, between(raw, dz, viewed), d_out
+
+
+def grow_backward_plain(
+    grad: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, viewed: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of raw, scale and z, and h once more."""
+    dh, wide = at_least_float(times(grad, out, viewed)), at_least_float(z)
+    gate = torch.sigmoid(scale * wide)
+    turn = wide * gate * (1 - gate)
+    dz = (dh * (gate + scale * turn)).to(z.dtype)
+    d_scale = (dh * turn * wide).sum(dim=(-2, -1), keepdim=True)
+    return grad + times(dz, oa.mT, viewed), d_scale, dz, (wide * gate).to(z.dtype)
 
 
 def at_least_float(x: Tensor) -> Tensor:
@@ -1513,6 +1528,35 @@ def measure_int8(bandwidth: float) -> bool:
     return right
 
 
+def measure_grow(bandwidth: float) -> bool:
+    """Each way's four products with (C, C), two and two; floor: the larger of bytes and operations, these at the speed
+    of a large product. Plain: the same in PyTorch, compiled."""
+    a, right = random(8192, 8192), True
+    ceiling = 2 * 8192**3 / timed(torch.mm, [(a, a)] * 2)
+    for n, M, N, C, viewed in [
+        (32, 2304, 768, 768, False), (32, 768, 1536, 768, True), (24, 768, 256, 256, False), (24, 256, 512, 256, True),
+    ]:  # fmt: skip
+        sets = []
+        for _ in range(enough(8 * n * M * N)):
+            raw, grad, oa, out = random(n, 1, M, N), random(n, 1, M, N), random(n, 1, C, C), random(C, C)
+            sets.append((raw, torch.ones(n, 1, 1, 1, device="cuda"), oa * C**-0.5, out * C**-0.5, viewed, grad))
+        forward = [one[:5] for one in sets]
+        z = [torch.ops.strawberry.grow(*one)[1] for one in forward]
+        backward = [(one[5], *one[1:4], its, viewed) for one, its in zip(sets, z)]
+        floor = 4 * n * M * N * C / ceiling
+        for name, op, plain, calls, passes, checked in [
+            (f"grow {n} x {M} x {N}, C {C}", torch.ops.strawberry.grow, grow_plain, forward, 12, (0, 1)),
+            ("  backward", torch.ops.strawberry.grow_backward, grow_backward_plain, backward, 14, (0, 2, 3)),
+        ]:
+            double = [x[:1].double() if x.dim() == 4 else x.double() for x in calls[0][:-1]]
+            exact, least = plain(*double, viewed), max(floor, passes * n * M * N / bandwidth)
+            for label, way in ((name, op), ("    plain, compiled", torch.compile(plain, dynamic=False))):
+                got = way(*calls[0])
+                error = max(error_of(got[i][:1], exact[i]) for i in checked)
+                right &= line(label, error, 1e-2, timed(way, calls), least)
+    return right
+
+
 def aft_exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """AFT simple in float64, which carries e^±80."""
     q, k, v = q.double(), k.double(), v.double()
@@ -1597,7 +1641,8 @@ def main() -> None:
     name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}: copies at {bandwidth / 1e12:.2f} TB/s")
     print(f"{'bfloat16':46} {'error':>8} {'µs':>9} {'floor µs':>9} {'floor':>6}")
-    right = [measure(bandwidth) for measure in (measure_decode, measure_int8, measure_aft, measure_positions)]
+    measures = measure_decode, measure_int8, measure_aft, measure_positions, measure_grow
+    right = [measure(bandwidth) for measure in measures]
     if not all(right):
         raise SystemExit("a kernel is wrong: its error is above its bound")
 

@@ -1911,15 +1911,6 @@ def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None) -
 HeadLoss.of = staticmethod(loss_and_slope)
 
 
-@torch.compiler.disable(recursive=False)
-def one_by_one(blocks: Iterator[nn.Module], x: Tensor, at: At) -> Tensor:
-    """x (B, T, C) through blocks of one kind. torch.compile takes each call for itself, so that what it compiled for
-    the first serves them all, where a stack as one graph would take as many times as long."""
-    for block in blocks:
-        x = block(x, replace(at, masks={}), None)  # what a block added to `at` would make the next one's call another
-    return x
-
-
 # ---- the language model --------------------------------------------------------------------------------------------
 
 
@@ -2428,8 +2419,9 @@ class NoRetention:
 
     chunk = None
     causal = True
+    apart = False  # whether torch.compile takes steps and updates each for themselves
 
-    def update(self, w: Weights, u: Tensor, g: Tensor, block: StrawberryBlock, at: At, state: None) -> Weights:
+    def update(self, w: Weights, ug: Tensor, block: StrawberryBlock, at: At, state: None) -> Weights:
         return w
 
     def new_state(self, batch: int, device, dtype, w: Weights) -> None:
@@ -2443,15 +2435,16 @@ class BatchRetention(NoRetention):
     """The rule read literally: oa from all tokens of all rows. It sees the future and the other rows."""
 
     causal = False
+    apart = True  # its weights are few, so that what a pass over them costs is nothing beside what compiling takes
     shares = 8  # of the tokens, summed one beside the other
 
     def __init__(self, c):
         self.scale = c.retention_scale
 
-    def update(self, w: Weights, u: Tensor, g: Tensor, block: StrawberryBlock, at: At, state: None) -> Weights:
-        rows, u, g = len(u), u.flatten(0, 1).unsqueeze(0), g.flatten(0, 1).unsqueeze(0)  # (1, B·T, C)
-        sums = chunk_sums(u.to(g.dtype), g, -(-u.size(1) // self.shares))
-        oa = self.scale * norm(sums.sum(dim=1, keepdim=True) / rows)  # (1, 1, C, C)
+    def update(self, w: Weights, ug: Tensor, block: StrawberryBlock, at: At, state: None) -> Weights:
+        u, g = ug.flatten(0, 1).unsqueeze(0).chunk(2, dim=-1)  # (1, B·T, C)
+        sums = chunk_sums(u, g, -(-u.size(1) // self.shares))
+        oa = self.scale * norm(sums.sum(dim=1, keepdim=True) / len(ug))  # (1, 1, C, C)
         made = grown(unscaled(w, u), oa.to(g.dtype), block)
         return Weights(*(Scaled(raw[0, 0], scale.view(())) for raw, scale in made))
 
@@ -2465,11 +2458,13 @@ class CausalRetention:
     which the next step's update starts from."""
 
     causal = True
+    apart = False
 
     def __init__(self, c):
         self.scale, self.chunk = c.retention_scale, c.retention_chunk
 
-    def update(self, w: Weights, u: Tensor, g: Tensor, block: StrawberryBlock, at: At, state: ChunkState) -> Weights:
+    def update(self, w: Weights, ug: Tensor, block: StrawberryBlock, at: At, state: ChunkState) -> Weights:
+        u, g = ug.chunk(2, dim=-1)
         if state is None:
             return self.whole(w, u, g, block, at)
         return Weights(*by_chunks(u, g, at, state, lambda before: self.make(w, before, block)))
@@ -2484,8 +2479,8 @@ class CausalRetention:
         first = grown(Weights(*first), None, block)
         if J == 1:
             return first
-        u, g = (x[:, : summed * at.slot] for x in (u, g))
-        before = chunk_sums(u.to(g.dtype), g, at.slot).cumsum(dim=1)[:, : J - 1]
+        sums = chunk_sums(*(x[:, : summed * at.slot] for x in (u, g)), at.slot)
+        before = sums.cumsum(dim=1)[:, : J - 1] if J > 2 else sums
         later = grown(Weights(*later), (self.scale * norm(before)).to(g.dtype), block)
         return Weights(*map(ByChunk, first, later))
 
@@ -2553,19 +2548,22 @@ class StrawberryBlock(nn.Module):
         w = self.base()
         for i, kind in enumerate(self.steps):
             mixed, retained = (None, None) if states is None else states[i]
-            x, u, g = self.step(getattr(self, kind), x, w, at, mixed)
+            x, ug = self.step(getattr(self, kind), x, w, at, mixed)
             if i + 1 < len(self.steps):
-                w = self.retention.update(w, u, g, self, at, retained)
+                w = self.retention.update(w, ug, self, at, retained)
         return x
 
-    def step(self, mixer: nn.Module, x: Tensor, w: Weights, at: At, state) -> tuple[Tensor, Tensor, Tensor]:
-        """Mix and SwiGLU with the weights w; also its u and g, which retention sums."""
+    def step(self, mixer: nn.Module, x: Tensor, w: Weights, at: At, state) -> tuple[Tensor, Tensor]:
+        """Mix and SwiGLU with the weights w; also its u and g side by side (B, T, 2C), which retention sums."""
         q, k, v = project(norm(x), w.qkv, at).chunk(3, dim=-1)
-        u, g = project(mixer(q, k, v, x, at, state), w.swiglu, at).chunk(2, dim=-1)
+        ug = project(mixer(q, k, v, x, at, state), w.swiglu, at)
+        u, g = ug.chunk(2, dim=-1)
         if self.ffn_router is not None:  # groups of channels, those not chosen at zero
             u = u * self.ffn_router(x, at).repeat_interleave(u.size(-1) // self.ffn_router.n, dim=-1)
         new = x + self.drop(project(u * F.silu(g), w.out, at))
-        return at.moved(x, new), at.counted(u), g
+        if self.ffn_router is not None or at.count is not None or at.active is not None:
+            ug = torch.cat((at.counted(u), g), dim=-1)
+        return at.moved(x, new), ug
 
     def open_chunks(self, states: list, rows) -> None:
         w = self.base()
@@ -2584,6 +2582,27 @@ class StrawberryBlock(nn.Module):
         steps = sum(2 * sum(m.numel() for m in w) + getattr(self, kind).flops(T) for kind in self.steps)
         routed = len(self.steps) * self.ffn_router.flops(T) if self.ffn_router else 0
         return steps + routed + (len(self.steps) - 1) * self.retention.flops(w, T)
+
+
+@torch.compiler.disable(recursive=False)
+def one_by_one(blocks: Sequence[StrawberryBlock], x: Tensor, at: At) -> Tensor:
+    """x (B, T, C) through all blocks. torch.compile takes each block for itself, or each step of one, so that what it
+    compiled for the first serves them all, where a stack as one graph would take as many times as long."""
+    for block in blocks:  # with masks of its own: what one adds to `at` would make the next one's call another
+        at = replace(at, masks={})
+        x = step_by_step(block, x, at) if block.retention.apart else block(x, at, None)
+    return x
+
+
+@torch.compiler.disable(recursive=False)
+def step_by_step(block: StrawberryBlock, x: Tensor, at: At) -> Tensor:
+    """A block's forward."""
+    w = block.base()
+    for i, kind in enumerate(block.steps):
+        x, ug = block.step(getattr(block, kind), x, w, replace(at, masks={}), None)
+        if i + 1 < len(block.steps):
+            w = block.retention.update(w, ug, block, at, None)
+    return x
 
 
 class Strawberry(LanguageModel):

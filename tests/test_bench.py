@@ -783,3 +783,45 @@ def test_times_as_many_is_the_median_of_the_turns(monkeypatch):
 def test_a_missing_nanogpt_is_named(tmp_path):
     with pytest.raises(UserError, match=f"there is no {re.escape(str(tmp_path / 'model.py'))}"):
         bench.main(["nanogpt", "--nanogpt_path", str(tmp_path)])
+
+
+# ---- scale ---------------------------------------------------------------------------------------------------------
+
+
+def test_scale_measures_processes_as_train_runs_them(workshop, capsys):
+    bench.main(["scale", "--config", "a.json:n_layer=1", "--processes", "1,1", "--steps", "2", "--json", "s.json"])
+    (row,) = json.loads(Path("s.json").read_text())["rows"]  # one process divides nothing: no second time
+    assert row["processes"] == 1 and row["tokens_per_s"] > 0 and row["loss"] < 10 and row["warnings"] == []
+    assert row["tokens_per_step"] * row["tokens_per_s"] ** -1 == pytest.approx(row["step_ms"] / 1e3)
+    assert "100.0% of 1 × one" in capsys.readouterr().out
+
+
+def test_scale_gives_each_process_as_many_rows_unless_told_otherwise(workshop, monkeypatch):
+    seen = []
+    row = {"tokens_per_s": 1.0, "step_ms": 1.0, "tokens_per_step": 1, "loss": 1.0, "memory": None, "compile": False,
+           "link_bytes_per_s": None, "recorded": False, "ready_s": 1.0, "warnings": ["warning: slow"]}  # fmt: skip
+
+    def scaled(run, n, steps):
+        seen.append((n, run.parallel, run.batch_size))
+        return {"processes": n, **row}
+
+    monkeypatch.setattr(bench, "scaled", scaled)
+    bench.main(["scale", "--config", "a.json", "--processes", "1,4", "--parallel", "ddp,fsdp"])
+    assert seen == [(1, "ddp", 4), (4, "ddp", 16), (4, "fsdp", 16)]
+    bench.main(["scale", "--config", "a.json", "--processes", "4", "--same_batch"])
+    assert seen[-1] == (4, "ddp", 4)
+
+
+def test_scale_tells_why_processes_could_not_start(workshop, capsys):
+    bench.main(["scale", "--config", "a.json", "--processes", "1", "--set", "dataset.path=nowhere.bin"])
+    assert "nowhere.bin" in capsys.readouterr().out
+
+
+def test_a_share_is_of_as_many_single_processes():
+    row = {"parallel": "", "processes": 1, "tokens_per_s": 100.0, "step_ms": 1.0, "tokens_per_step": 1, "loss": 1.0,
+           "memory": 2**30, "compile": "blocks", "link_bytes_per_s": None, "recorded": True, "ready_s": 1.0,
+           "warnings": []}  # fmt: skip
+    four = row | {"parallel": "ddp", "processes": 4, "tokens_per_s": 360.0, "link_bytes_per_s": 3e11, "recorded": False}
+    assert "90.0% of 4 × one" in bench.scale_text([row, four]) and "300.0 GB/s" in bench.scale_text([row, four])
+    assert "× one" not in bench.scale_text([four])
+    assert "1.00 GiB at most; blocks compiled, recorded" in bench.scale_text([row])

@@ -713,7 +713,7 @@ def test_one_compilation_serves_all_blocks(scope):
             torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
         compiled[n_layer] = counter.frame_count
     torch._dynamo.reset()
-    assert compiled[2] == compiled[5] < 6
+    assert compiled[2] == compiled[5] < 9
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")

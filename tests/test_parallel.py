@@ -464,6 +464,22 @@ def test_errors_of_the_connection_are_told_from_others():
     assert not ranks.is_of_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
+def test_where_no_process_has_all_the_last_checkpoint_is_what_is_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    set_up(tmp_path)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    argv = ["--config", "run.json", "--parallel=fsdp", "--max_iters=100000", "--eval_interval=100000"]
+    children = [start(*argv, log=f"log{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(2)]
+    wait_until(lambda: Path("ck/metrics.jsonl").exists() and len(timeless()) > 9, child=children[0])
+    children[1].kill()
+    assert finish(children[0], 60) == 4, read("log0.txt")
+    told = read("log0.txt").splitlines()[-2:]
+    assert told[0].startswith("error: another process of this run has ended") and told[1].endswith(RESUME)
+    step = newest("ck").step
+    assert step % 4 == 0 and 0 <= timeless()[-1]["step"] - step < 4
+    assert train.main(["--config", "run.json", RESUME, f"--max_iters={step + 1}"]) == 0
+
+
 # ---- two machines --------------------------------------------------------------------------------------------------
 
 
