@@ -270,7 +270,7 @@ def check_aft(q, k, v, bound: float) -> None:
 @pytest.fixture(params=["chained", "not chained"])
 def small_tiles(request, monkeypatch):
     """More tiles of fewer tokens: the interpreter is slow."""
-    sizes = {"AFT_ROWS": 8, "AFT_CHAINED_ROWS": 4, "AFT_SEGMENT": 8, "AFT_GROUP": 2}
+    sizes = {"AFT_ROWS": 8, "AFT_CHAINED_ROWS": 4, "AFT_SEGMENT": 8, "AFT_SHORTEST": 8, "AFT_GROUP": 2}
     for name, value in (sizes | {"AFT_FILL": 10**9 if request.param == "chained" else 0}).items():
         monkeypatch.setattr(kernels, name, value)
 
