@@ -1253,7 +1253,10 @@ def grow_backward(
     """
     way = torch.ops.strawberry.grow_backward if growable(raw, oa) else grow_backward_plain
     d_raw, d_scale, dz, h = way(grad, scale, oa, out, z, viewed)
-    d_out = at_least_float(between(grad, h, viewed)).sum(dim=(0, 1)).to(out.dtype)
+    if viewed:
+        d_out = at_least_float(between(grad, h, viewed)).sum(dim=(0, 1)).to(out.dtype)
+    else:  # all chunks' rows lie one after another
+        d_out = grad.flatten(0, 2).mT @ h.flatten(0, 2)
     return d_raw, d_scale, between(raw, dz, viewed), d_out
 
 
