@@ -741,14 +741,19 @@ def in_parts(x: Tensor) -> bool:
 
 
 def chunk_product_plain(x: Tensor, first: Tensor, later: Tensor, slot: int) -> Tensor:
-    y = (to_chunks(x[:, slot:], slot) @ later.mT).flatten(1, 2)
-    return torch.cat((x[:, :slot] @ first.mT, y[:, : x.size(1) - slot]), dim=1)
+    y = to_chunks(x, slot) @ side_by_side(first, later).mT
+    return y.flatten(1, 2)[:, : x.size(1)]
 
 
 def chunk_gradients_plain(grad: Tensor, x: Tensor, first: Tensor, later: Tensor, slot: int) -> tuple[Tensor, ...]:
     dx = chunk_product_plain(grad, first.mT, later.mT, slot)
-    d_first = wide(grad[:, :slot].mT @ x[:, :slot]).sum(dim=0).to(first.dtype)
-    return dx, d_first, to_chunks(grad[:, slot:], slot).mT @ to_chunks(x[:, slot:], slot)
+    dw = to_chunks(grad, slot).mT @ to_chunks(x, slot)
+    return dx, wide(dw[:, 0]).sum(dim=0).to(first.dtype), dw[:, 1:]
+
+
+def side_by_side(first: Tensor, later: Tensor) -> Tensor:
+    """(B, J, ·, ·)"""
+    return torch.cat((first.expand(len(later), 1, -1, -1), later), dim=1)
 
 
 def chunk_batches(slot: int, T: int, tokens: Sequence[Tensor], matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
