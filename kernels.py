@@ -791,7 +791,7 @@ def aft_backward(
 
 
 def aft_segment(v: Tensor) -> int:
-    """Into segments of how many tokens time is cut, where channels and rows alone make too few programs; 0: not at all."""
+    """Tokens of the segments into which time is cut, where channels and rows alone make too few programs; 0: it is not."""
     B, T, D = v.shape
     lines, wanted, segment = B * -(-D // AFT_CHANNELS), AFT_FILL * processors(v), AFT_SEGMENT
     while segment > AFT_SHORTEST and lines * -(-T // segment) < wanted:
