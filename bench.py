@@ -2222,7 +2222,7 @@ def scale_arguments(argv: list[str]) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key")
     add("--processes", default="1,2", help="how many, with commas (default 1,2)")
     add("--parallel", default="ddp", help="ddp, fsdp or both, with a comma (default ddp)")
-    add("--steps", type=quantity, default=30, help="measured after 10 others (default 30)")
+    add("--steps", type=quantity, default=30, help="measured, after 10 others or as many (default 30)")
     add("--same_batch", action="store_true", help="divide the config's batch, instead of as many rows for each process")
     add("--json", type=Path, help="write what was measured there, too")
     arguments = parser.parse_args(argv)
@@ -2291,22 +2291,28 @@ class ScaleTimer(Timer):
         self.loss = loss
 
     def scale(self, steps: int) -> dict:
-        cuda = self.device.type == "cuda"
-        self.advance(10, 10**6)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+        self.advance(min(10, steps), 10**6)
         before = self.progress.seconds
         self.advance(steps, 10**6)
         seconds = self.progress.seconds - before
-        memory = torch.cuda.max_memory_allocated() if cuda else None
         compiled = train.worth_compiling(self.run, self.device)
         return {
             "processes": self.ranks.world, "machine": machine(self.device), "torch": torch.__version__,
             "params": self.model.num_params(non_embedding=False), "tokens_per_step": self.tokens_per_step,
             "tokens_per_s": steps * self.tokens_per_step / seconds, "step_ms": 1e3 * seconds / steps,
-            "loss": self.loss, "memory": memory, "compile": compiled, "recorded": bool(self.recorded),
+            "loss": self.loss, "memory": self.most_memory(), "compile": compiled, "recorded": bool(self.recorded),
             "link_bytes_per_s": self.link(),
         }  # fmt: skip
+
+    def most_memory(self) -> int | None:
+        """Bytes at most, the rehearsal included: what a recorded step uses is counted when it is recorded, and only
+        then. On a CPU all that the process had in memory, torch included."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        with contextlib.suppress(OSError, AttributeError):
+            line = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+            return int(line[1]) * 1024
+        return None
 
     def link(self) -> float | None:
         """Bytes per second on each process's way out, in a sum over all processes that goes around a ring: of n
