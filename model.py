@@ -2973,7 +2973,8 @@ class Palm(LanguageModel):
 class TinyStarConfig(ModelConfig):
     arch: str = option("tinystar", "the family of architectures", choices=("tinystar",))
     n_qkv: int | None = option(None, "channels of q; default n_embd", low=1)
-    n_kv_head: int | None = option(None, "heads of k and v in GQA; default n_head / 2, or what divides n_head below it", low=1)
+    n_kv_head: int | None = option(
+        None, "heads of k and v in GQA; default n_head / 2, or what divides n_head below it", low=1)
     n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 8C/3 (SwiGLU) or 4C", low=1)
     window: int | None = option(None, "tokens that -SWA attention sees; default block_size / 4", low=1)
     kv_rank: int | None = option(None, "MHLA's latent; default n_embd / 4", low=1)
@@ -3068,7 +3069,8 @@ class TransformerConfig(ModelConfig):
     kind: str = option("encoder-decoder", "which stacks", choices=("encoder-decoder", "decoder", "encoder"))
     n_encoder_layer: int | None = option(None, "blocks of the encoder; default n_layer", low=1, high=4096)
     n_qkv: int | None = option(None, "channels of q; default n_embd", low=1)
-    n_kv_head: int | None = option(None, "heads of k and v in GQA; default n_head / 2, or what divides n_head below it", low=1)
+    n_kv_head: int | None = option(
+        None, "heads of k and v in GQA; default n_head / 2, or what divides n_head below it", low=1)
     n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 4C, for swiglu 8C/3", low=1)
     n_ffn_experts: int = option(1, "feed-forwards that a router chooses from, token by token", low=1)
     a_ffn_experts: int | None = option(None, "feed-forwards active for a token; default half", low=1)
