@@ -2021,6 +2021,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.rope = None
+        self.gives_last = type(self).head is LanguageModel.head  # a head of a family's own may be of any kind
         self.drop = nn.Dropout(config.dropout)
         self.register_buffer("here", torch.empty(0), persistent=False)  # tells the device and the activations' dtype
 
@@ -2039,7 +2040,7 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.head(x), None
         flat = targets.flatten()
-        if self.training and torch.is_grad_enabled() and fuses_head(x):
+        if self.training and torch.is_grad_enabled() and self.gives_last and fuses_head(x):
             x, w = self.last(x)
             logits, loss = None, HeadLoss.apply(activation(x).flatten(0, 1), w, flat, self.cap)
         else:
