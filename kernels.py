@@ -428,7 +428,7 @@ def _(x, w, scale, bias):
 
 # ---- the head's loss -------------------------------------------------------------------------------------------------
 
-HEAD_WIDEST = 1 << 17  # logits of a token that a program can hold
+HEAD_WIDEST = 1 << 14  # logits of a token that fit a program's registers: at 50,304 it took twice as long as two passes
 
 
 def head_fits(logits: Tensor) -> bool:
@@ -527,6 +527,16 @@ def aft_load(x, t, step: tl.constexpr, T, here, fill: tl.constexpr, ROWS: tl.con
 
 
 @jit
+def aft_none(fill: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr):
+    """What `aft_load` returns before the first token: loops begin one tile early, with loads alone, since Triton takes
+    time by the cube of the loads that a kernel is written with."""
+    rows = ()
+    for _ in tl.static_range(ROWS):
+        rows = rows + (tl.full((BLOCK,), fill, tl.float32).to(TYPE),)
+    return rows
+
+
+@jit
 def aft_token(top, above, below, k, v):
     """One more token in the sums, which are divided by exp(top). Also by what they were multiplied, and its weight."""
     newer = k > top
@@ -603,10 +613,10 @@ def aft_forward(
     start = segment.to(tl.int64) * tiles * ROWS
     count = tl.minimum(tiles, tl.cdiv(T - start, ROWS).to(tl.int32))
     if CHAIN:
-        t = start
-        ks = aft_load(k, t, k_step, T, here, float("-inf"), ROWS)
-        vs = aft_load(v, t, v_step, T, here, 0.0, ROWS)
-        for tile in range(0, count):
+        t = start - ROWS
+        ks = aft_none(float("-inf"), ROWS, BLOCK, k.dtype.element_ty)
+        vs = aft_none(0.0, ROWS, BLOCK, v.dtype.element_ty)
+        for tile in range(-1, count):
             limit = tl.where(tile < count - 1, T, 0)  # nothing is read after the segment
             next_ks = aft_load(k, t + ROWS, k_step, limit, here, float("-inf"), ROWS)
             next_vs = aft_load(v, t + ROWS, v_step, limit, here, 0.0, ROWS)
@@ -624,11 +634,11 @@ def aft_forward(
         aft_publish(totals + segment * 3 * D, top, here)
         aft_publish(totals + segment * 3 * D + D, above, here)
         aft_publish(totals + segment * 3 * D + 2 * D, below, here)
-    t = start
-    ks = aft_load(k, t, k_step, T, here, float("-inf"), ROWS)
-    vs = aft_load(v, t, v_step, T, here, 0.0, ROWS)
+    t = start - ROWS
+    ks = aft_none(float("-inf"), ROWS, BLOCK, k.dtype.element_ty)
+    vs = aft_none(0.0, ROWS, BLOCK, v.dtype.element_ty)
     if WRITE:
-        qs = aft_load(q, t, q_step, T, here, 0.0, ROWS)
+        qs = aft_none(0.0, ROWS, BLOCK, q.dtype.element_ty)
     if CHAIN:
         its_top, its_above, its_below = top, above, below
         zeros = tl.zeros((GROUP, BLOCK), tl.int32)
@@ -640,18 +650,18 @@ def aft_forward(
             aft_publish(mine, end, here)
             aft_publish(mine + D, above * fade + its_above * its_fade, here)
             aft_publish(mine + 2 * D, below * fade + its_below * its_fade, here)
-    states += (row * (tl.cdiv(T, ROWS) + 1) + segment * tiles) * 3 * D + c
-    for tile in range(0, count):
-        left = (T - t).to(tl.int32)
+    states += (row * (tl.cdiv(T, ROWS) + 1) + segment * tiles - 1) * 3 * D + c
+    for tile in range(-1, count):
+        left = tl.where(tile >= 0, T - t, 0).to(tl.int32)
         limit = tl.where(tile < count - 1, T, 0)
         next_ks = aft_load(k, t + ROWS, k_step, limit, here, float("-inf"), ROWS)
         next_vs = aft_load(v, t + ROWS, v_step, limit, here, 0.0, ROWS)
         if WRITE:
             next_qs = aft_load(q, t + ROWS, q_step, limit, here, 0.0, ROWS)
         if SAVE:
-            tl.store(states, top, mask=here)
-            tl.store(states + D, above + above_low, mask=here)
-            tl.store(states + 2 * D, below + below_low, mask=here)
+            tl.store(states, top, mask=here & (tile >= 0))
+            tl.store(states + D, above + above_low, mask=here & (tile >= 0))
+            tl.store(states + 2 * D, below + below_low, mask=here & (tile >= 0))
             states += 3 * D
         now, over, under = top, tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         kept = tl.full((BLOCK,), 1.0, tl.float32)
@@ -725,11 +735,11 @@ def aft_backward(
     for write in tl.static_range(1 - CHAIN, 2):
         after, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # Σ r and Σ r o, later tiles'
         after_low, weighted_low = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        t = (last.to(tl.int64) - 1) * ROWS
-        ks = aft_load(k, t, k_step, T, here, float("-inf"), ROWS)
-        vs = aft_load(v, t, v_step, T, here, 0.0, ROWS)
-        qs = aft_load(q, t, q_step, T, here, 0.0, ROWS)
-        gs = aft_load(grad, t, grad_step, T, here, 0.0, ROWS)
+        t = last.to(tl.int64) * ROWS
+        ks = aft_none(float("-inf"), ROWS, BLOCK, k.dtype.element_ty)
+        vs = aft_none(0.0, ROWS, BLOCK, v.dtype.element_ty)
+        qs = aft_none(0.0, ROWS, BLOCK, q.dtype.element_ty)
+        gs = aft_none(0.0, ROWS, BLOCK, grad.dtype.element_ty)
         if CHAIN and write == 1:
             end = tl.load(states + last.to(tl.int64) * 3 * D, mask=here, other=0.0)
             zeros = tl.zeros((GROUP, BLOCK), tl.int32)
@@ -740,9 +750,9 @@ def aft_backward(
                 fade = exp(tl.load(states + first.to(tl.int64) * 3 * D, mask=here, other=0.0) - end)
                 aft_publish(prefixes + (back // GROUP) * 2 * D, own_after + fade * after, here)
                 aft_publish(prefixes + (back // GROUP) * 2 * D + D, own_weighted + fade * weighted, here)
-        for done in range(0, last - first):
+        for done in range(-1, last - first):
             tile = last - 1 - done
-            left = (T - t).to(tl.int32)
+            left = tl.where(done >= 0, T - t, 0).to(tl.int32)
             limit = tl.where(tile > first, T, -ROWS)  # nothing is read before the segment
             next_ks = aft_load(k, t - ROWS, k_step, limit, here, float("-inf"), ROWS)
             next_vs = aft_load(v, t - ROWS, v_step, limit, here, 0.0, ROWS)
@@ -791,7 +801,7 @@ def aft_backward(
 
 
 def aft_segment(v: Tensor) -> int:
-    """Tokens of the segments into which time is cut, where channels and rows alone make too few programs; 0: it is not."""
+    """Tokens of the segments into which time is cut where channels and rows make too few programs; 0: it is not cut."""
     B, T, D = v.shape
     lines, wanted, segment = B * -(-D // AFT_CHANNELS), AFT_FILL * processors(v), AFT_SEGMENT
     while segment > AFT_SHORTEST and lines * -(-T // segment) < wanted:

@@ -270,7 +270,7 @@ def check_aft(q, k, v, bound: float) -> None:
 @pytest.fixture(params=["chained", "not chained"])
 def small_tiles(request, monkeypatch):
     """More tiles of fewer tokens: the interpreter is slow."""
-    sizes = {"AFT_ROWS": 8, "AFT_CHAINED_ROWS": 4, "AFT_SEGMENT": 8, "AFT_GROUP": 2}
+    sizes = {"AFT_ROWS": 8, "AFT_CHAINED_ROWS": 4, "AFT_SEGMENT": 8, "AFT_SHORTEST": 8, "AFT_GROUP": 2}
     for name, value in (sizes | {"AFT_FILL": 10**9 if request.param == "chained" else 0}).items():
         monkeypatch.setattr(kernels, name, value)
 
@@ -318,8 +318,9 @@ def test_aft_never_waits_for_what_is_not_a_number(small_tiles):
 def test_aft_chains_segments_only_where_programs_are_few(monkeypatch):
     monkeypatch.setattr(kernels, "processors", lambda x: 132)
     chained = [kernels.aft_chained(torch.empty(B, T, 768, device="meta"))
-               for B, T in [(32, 1024), (22, 1024), (8, 4096), (1, 65536), (1, 128)]]  # fmt: skip
-    assert chained == [False, False, True, True, False]
+               for B, T in [(32, 1024), (22, 1024), (8, 4096), (1, 65536), (1, 128), (1, 32)]]  # fmt: skip
+    assert chained == [False, False, True, True, True, False]
+    assert [kernels.aft_segment(torch.empty(4, T, D, device="meta")) for T, D in [(256, 256), (8192, 256)]] == [32, 128]
 
 
 def test_aft_looks_back_only():

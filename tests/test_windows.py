@@ -78,7 +78,7 @@ def test_work_goes_by_the_window():
 
 
 OPTIONS = {
-    "experts": {"n_experts": 2, "windows": [70, 9], "r_layer": 0},
+    "experts": {"n_experts": 2, "windows": [70, 9], "r_layer": 0, "n_layer": 1},
     "SWA": {"arch": "tinystar", "attention_type": "GQA-SWA", "n_kv_head": 2, "window": 40},
     "latent": {"arch": "tinystar", "attention_type": "MHLA-SWA", "window": 40},
 }
