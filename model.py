@@ -685,11 +685,13 @@ def turned(q: Tensor, k: Tensor, at: At) -> Sequence[Tensor]:
 
 def to_chunks(x: Tensor, slot: int) -> Tensor:
     """(B, T, ·) to (B, J, slot, ·), zeros after the last token."""
-    return F.pad(x, (0, 0, 0, -x.size(1) % slot)).unflatten(1, (-1, slot))
+    if x.size(1) % slot:  # else a view: to pad by nothing would be a copy
+        x = F.pad(x, (0, 0, 0, -x.size(1) % slot))
+    return x.unflatten(1, (-1, slot))
 
 
 class Scaled(NamedTuple):
-    """scale · raw: a matrix whose rescaling is left to what is multiplied by it, so that no pass is made for it."""
+    """scale · raw: a matrix whose rescaling is left to what it is used by, so that no pass is made for it."""
 
     raw: Tensor  # (out, in), or one for each of some chunks of each row, (B, n, out, in)
     scale: Tensor  # (), or (B, n, 1, 1); float32 or wider
@@ -709,8 +711,8 @@ def project(x: Tensor, w: Tensor | Int8 | Scaled | ByChunk, at: At) -> Tensor:
         scale = torch.cat((one.expand(len(x), 1, 1, 1), scale), dim=1)
         x = (to_chunks(x, at.slot) * scale).flatten(1, 2)[:, : x.size(1)].to(later.dtype)
         return ChunkProduct.apply(x, first.to(later.dtype), later, at.slot)
-    if isinstance(w, Scaled):
-        return linear(x * w.scale, w.raw)
+    if isinstance(w, Scaled):  # one matrix for many tokens: the gradient of its scale is cheaper from it than from them
+        return linear(x, w.raw * w.scale)
     if isinstance(w, Int8) or w.dim() == 2:
         return linear(x, w)
     y = to_chunks(x, at.slot) @ w.mT.to(x.dtype)  # (B, J, slot, out)
