@@ -625,19 +625,20 @@ def table(archs: dict[str, type]) -> str:
 def schema(archs: dict[str, type]) -> dict:
     """A JSON schema (draft 2020-12) of the config files: editors complete, explain and check with it."""
     default, _ = _take_arch({}, archs)
-    root = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A training run", **_object_schema(Run)}
+    root = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A training run", **object_schema(Run)}
     root["properties"]["$schema"] = {"type": "string", "description": "where this schema is, for editors"}
     model = {"type": "object", "description": declared(Run)["model_hyperparams"].doc}
     model["properties"] = {"arch": {"enum": list(archs), "default": default}}
     model["allOf"] = []
     for arch, cls in archs.items():
         is_arch = {"properties": {"arch": {"const": arch}}, "required": [] if arch == default else ["arch"]}
-        model["allOf"].append({"if": is_arch, "then": _object_schema(cls)})
+        model["allOf"].append({"if": is_arch, "then": object_schema(cls)})
     root["properties"]["model_hyperparams"] = model
     return root
 
 
-def _object_schema(cls: type) -> dict:
+def object_schema(cls: type) -> dict:
+    """The JSON schema of a config class."""
     properties = {}
     for name, key in declared(cls).items():
         variants = [_kind_schema(kind, key) for kind in key.kinds]
@@ -650,7 +651,7 @@ def _object_schema(cls: type) -> dict:
 
 def _kind_schema(kind: Any, key: Option) -> dict:
     if dataclasses.is_dataclass(kind):
-        return _object_schema(kind)
+        return object_schema(kind)
     if typing.get_origin(kind) is list:
         return {"type": "array", "items": _kind_schema(typing.get_args(kind)[0], key)}
     if kind is str:
