@@ -245,8 +245,8 @@ class Lock:
     (Windows, some network file systems) it is the file, and one that a dead process of this machine left is taken over.
     """
 
-    def __init__(self, root):
-        self.path = Path(root) / LOCK
+    def __init__(self, root, key: str = "checkpoints.path"):
+        self.path, self.key = Path(root) / LOCK, key
         me = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
         me |= {"command": shlex.join(sys.argv), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         try:
@@ -295,8 +295,8 @@ class Lock:
         who = "another process, which has left no name"
         if holder:
             who = "process {pid} on {host} since {since} ({command})".format_map(holder)
-        mend = f"wait for it, stop it, or name another checkpoints.path; if it is gone, remove {self.path}"
-        return UserError(f"checkpoints.path = {self.path.parent}: is written to by {who}; {mend}")
+        mend = f"wait for it, stop it, or name another {self.key}; if it is gone, remove {self.path}"
+        return UserError(f"{self.key} = {self.path.parent}: is written to by {who}; {mend}")
 
 
 def _release(path: Path, files: list[int], pid: int) -> None:
@@ -405,6 +405,17 @@ def newest(root) -> Checkpoint:
             return Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["meta"])
     mend = 'bring one back from a copy or start with "init_from": "scratch"'
     raise UserError(f"every checkpoint in {root} is broken ({'; '.join(reasons)}): {mend}")
+
+
+def listed(root) -> list[Checkpoint]:
+    """Every checkpoint under `root`, the newest first; left out are those whose manifest or files' sizes are wrong.
+    What is in the files is not looked at: `newest` does that."""
+    found = []
+    for _, path in _candidates(Path(root)):
+        with contextlib.suppress(_Broken):
+            manifest = _manifest(path)
+            found.append(Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["meta"]))
+    return found
 
 
 class _Broken(Exception):
@@ -550,6 +561,22 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
         _check_encoder(encoder, model, meta["encoder_fingerprint"], path)
         _copy_into(model, file, path)
     return model.to(device).eval(), encoder, record
+
+
+def describe_model(path) -> tuple[dict, Any, dict]:
+    """(hyperparameters, encoder, training record) of a model file, whose weights are not read.
+
+    Raises UserError where the file is something else or is damaged.
+    """
+    from encoder import Encoder
+
+    with _open_tensors(path) as file:
+        meta = _model_metadata(file, path)
+        hyperparams, record = (_plain(meta, key, path) for key in ("model_hyperparams", "record"))
+        try:
+            return hyperparams, Encoder.from_bytes(meta["encoder"].encode()), record
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
 
 def model_bytes(model: nn.Module, encoder, record: dict) -> bytes:
