@@ -552,6 +552,13 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
     return model.to(device).eval(), encoder, record
 
 
+def read_about(path) -> tuple[dict, dict]:
+    """(hyperparameters, training record) of a model file, whose tensors are left unread. Raises UserError."""
+    with _open_tensors(path) as file:
+        meta = _model_metadata(file, path)
+        return _plain(meta, "model_hyperparams", path), _plain(meta, "record", path)
+
+
 def model_bytes(model: nn.Module, encoder, record: dict) -> bytes:
     """The content of a model file."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in _own_tensors(model).items()}
