@@ -563,20 +563,23 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
     return model.to(device).eval(), encoder, record
 
 
-def describe_model(path) -> tuple[dict, Any, dict]:
-    """(hyperparameters, encoder, training record) of a model file, whose weights are not read.
+def read_about(path) -> tuple[dict, dict]:
+    """(hyperparameters, training record) of a model file, whose tensors are left unread. Raises UserError."""
+    with _open_tensors(path) as file:
+        meta = _model_metadata(file, path)
+        return _plain(meta, "model_hyperparams", path), _plain(meta, "record", path)
 
-    Raises UserError where the file is something else or is damaged.
-    """
+
+def read_encoder(path) -> Any:
+    """The encoder of a model file, whose tensors are left unread. Raises UserError."""
     from encoder import Encoder
 
     with _open_tensors(path) as file:
         meta = _model_metadata(file, path)
-        hyperparams, record = (_plain(meta, key, path) for key in ("model_hyperparams", "record"))
-        try:
-            return hyperparams, Encoder.from_bytes(meta["encoder"].encode()), record
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+    try:
+        return Encoder.from_bytes(meta["encoder"].encode())
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def model_bytes(model: nn.Module, encoder, record: dict) -> bytes:

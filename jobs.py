@@ -405,6 +405,15 @@ class Job:
         self.set(status="failed", wanted=None, finished=time.time(), error={"message": message, "code": code})
         self.tell(message, "error")
 
+    def checkpoints(self) -> list[dict]:
+        """The newest first; of each its number, its loss, and the name that it would have as a model."""
+        stem, dot, arch = self.about["model"].rpartition(".")
+        return [{"id": f"ftckpt-{self.id.rpartition('-')[2]}-{found.step}", "object": "fine_tuning.job.checkpoint",
+                 "created_at": int(found.path.stat().st_mtime), "fine_tuning_job_id": self.id,
+                 "step_number": found.step, "fine_tuned_model_checkpoint": f"{stem}-step-{found.step}{dot}{arch}",
+                 "metrics": {"step": found.step, "full_valid_loss": found.val_loss}}
+                for found in checkpoint.listed(self.folder / "checkpoints")]
+
     def last_words(self) -> str:
         """The error that the child's output ends with, if it does; without the names of directories."""
         with contextlib.suppress(OSError), open(self.folder / LOG, "rb") as file:
@@ -628,7 +637,7 @@ class Jobs:
             if made_of.status != "succeeded":
                 raise Refused(409, f"encoder = {show(name)}: that dataset is {made_of.status}, not ready", "encoder")
             return encoders.load(made_of.folder / assemble.ENCODER)
-        return checkpoint.describe_model(self.model_file(name, "encoder"))[1]
+        return checkpoint.read_encoder(self.model_file(name, "encoder"))
 
     # -- making
 
@@ -709,7 +718,7 @@ class Jobs:
             told = f"there is no preset and no model {show(name)}{nearest(name, [*presets, *self.model_names()])}"
             told = f"{told}; presets are {', '.join(sorted(presets))}"
             raise Refused(404, told, "model", "model_not_found") from error
-        hyperparams, _, record = checkpoint.describe_model(path)
+        hyperparams, record = checkpoint.read_about(path)
         raw = record["run"] if isinstance(record.get("run"), dict) else {}
         raw = without_own({name: value for name, value in raw.items() if name != "seed"})
         if raw.get("lr_decay_iters") == raw.get("max_iters"):
@@ -736,7 +745,7 @@ class Jobs:
             told = f"training_file = {made_of.id}: that dataset has {made_of.status}; assemble it anew"
             raise Refused(400, told, "training_file")
         if base and made_of.status == "succeeded":
-            own = checkpoint.describe_model(self.model_file(base))[1].fingerprint
+            own = checkpoint.read_encoder(self.model_file(base)).fingerprint
             if encoders.load(made_of.folder / assemble.ENCODER).fingerprint != own:
                 raise Refused(400, f"training_file = {made_of.id}: was not encoded as the model {base} needs it; "
                               f'assemble it with "encoder": {show(base)}', "training_file")

@@ -141,7 +141,8 @@ def help_text(program: str = "sample.py", cls: type = Settings, end: str | None 
         any_text = not key.kinds or list[str] in key.kinds
         allowed = "text" if any_text else key.allowed.removesuffix(" or null")
         lines.append(f"  --{name:<12} {key.doc} [{allowed}{default}]")
-    return "\n".join([*lines, "", end or "Without a prompt: standard input is one; at a terminal, prompts are typed in."])
+    end = end or "Without a prompt: standard input is one; at a terminal, prompts are typed in."
+    return "\n".join([*lines, "", end])
 
 
 # ---- what is read --------------------------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def make_request(settings: Settings, encoder, prompt: list[int], source: list[in
     return Request(
         start, settings.length,
         temperature=settings.temperature if settings.temperature > 1e-6 else 0.0,  # logits / 1e-40 are infinite
-        top_k=settings.top_k or None, top_p=settings.top_p if settings.top_p < 1 else None,
+        top_k=settings.top_k or None, top_p=max(settings.top_p, 1e-30) if settings.top_p < 1 else None,
         min_p=settings.min_p or None, seed=seed, stop=frozenset({encoder.eot, encoder.pad}), source=source,
     )  # fmt: skip
 
