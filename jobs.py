@@ -350,9 +350,11 @@ class Job:
         self.folder, self.about, self.child = folder, about, Child(folder)
         self.metrics = Tail(folder / "checkpoints" / "metrics.jsonl")
         self.asked_at = math.inf  # time.monotonic() of the signal
-        self.n_events = 0
-        with contextlib.suppress(OSError), open(folder / EVENTS, "rb") as file:
-            self.n_events = sum(1 for _ in file)
+        self.n_events, whole = 0, True
+        with contextlib.suppress(OSError), open(folder / EVENTS, "rb+") as file:
+            for line in file:
+                self.n_events, whole = self.n_events + 1, line.endswith(b"\n")
+            file.write(b"" if whole else b"\n")  # a kill left half a line
 
     @property
     def id(self) -> str:
@@ -402,8 +404,8 @@ class Job:
             self.metrics.seen = (told["step"], "full_valid_loss" in told, 0)
 
     def fail(self, message: str, code: str) -> None:
+        self.tell(message, "error")  # before it shows: who sees that it has failed finds the event too
         self.set(status="failed", wanted=None, finished=time.time(), error={"message": message, "code": code})
-        self.tell(message, "error")
 
     def checkpoints(self) -> list[dict]:
         """The newest first; of each its number, its loss, and the name that it would have as a model."""
@@ -758,8 +760,8 @@ class Jobs:
         with self.lock:
             job = self.get(name)
             if job.status in WAITING or (job.status == "paused" and wanted == "cancelled"):
-                job.set(status=wanted, finished=time.time() if wanted == "cancelled" else None)
                 job.tell(wanted)
+                job.set(status=wanted, finished=time.time() if wanted == "cancelled" else None)
             elif job.status == "running":
                 self.ask(job, wanted)
             elif job.status != wanted:
@@ -786,8 +788,8 @@ class Jobs:
                 made_of = self.jobs.get(job.request.get("dataset", ""))
                 if made_of and made_of.status in ("failed", "cancelled"):
                     made_of.set(status="queued", error=None, finished=None)
-                job.set(status="queued", error=None, finished=None, wanted=None)
                 job.tell("resumed")
+                job.set(status="queued", error=None, finished=None, wanted=None)
             return job
 
     def uses(self, file: str) -> Job | None:
@@ -882,11 +884,11 @@ class Jobs:
         """A child is gone. What it has left says what became of the job."""
         wanted, code = job.about["wanted"], job.child.code
         if os.path.isfile(job.about["result"]):
-            job.set(status="succeeded", wanted=None, finished=time.time())
             job.tell("succeeded")
+            job.set(status="succeeded", wanted=None, finished=time.time())
         elif wanted:
-            job.set(status=wanted, wanted=None, finished=time.time() if wanted == "cancelled" else None)
             job.tell("stopped with the server, to go on with the next one" if wanted == "queued" else wanted)
+            job.set(status=wanted, wanted=None, finished=time.time() if wanted == "cancelled" else None)
         else:
             ended = "ended while no server was there to see it" if code is None else f"ended with code {code}"
             if code is not None and code < 0:

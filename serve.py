@@ -1294,6 +1294,9 @@ class Factory:
         self.settings = service.settings
         self.drawn: tuple = ((), b"")  # the last picture, and what it was of
         self.drawing = threading.Lock()  # a picture takes most of a second
+        gauge = service.metrics.gauge
+        gauge("jobs_running", "training runs whose process is alive", lambda: self.jobs.count("running"))
+        gauge("jobs_queued", "training runs that wait", lambda: sum(map(self.jobs.count, jobs.WAITING)))
 
     async def start(self) -> None:
         root = Path(self.settings.data)
@@ -1518,20 +1521,28 @@ async def delete_file(file_id: str, service: TheService) -> Deleted:
 
 # -- datasets
 
+MOST_FILES = 10_000
+
 
 @dataclass
 class Assemble(Recipe):
     """What a dataset is to be made of. The same files, by content, and the same wishes give the same dataset."""
 
+    files: list[str] = option([], "ids of uploaded files; of equal documents the first is kept, in this order")
+    encoder: str | None = option(
+        None, "what encodes it: the id of a dataset or the name of a model, whose encoder it is; tiktoken:<name>; or "
+        "chars, a token for each character; null: trained on the text"
+    )
     name: str = option("", "what people call it")
     required: ClassVar = ("files",)
-    schemas: ClassVar = {
-        "files": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 10_000,
-                  "description": "ids of uploaded files; the first of equal documents is kept, in this order"},
-        "encoder": {"type": ["string", "null"], "default": None, "description": "what encodes it: the id of a dataset "
-                    "or the name of a model, whose encoder it is, tiktoken:<name>, or chars, a token for each "
-                    "character; null: trained on the text"},
-    }  # fmt: skip
+    schemas: ClassVar = {"files": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MOST_FILES}}
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if len(self.files) > MOST_FILES:
+            yield "files", f"must be at most {MOST_FILES:,}"
+        if len(self.name) > 255:
+            yield "name", "must have at most 255 characters"
 
 
 @dataclass
@@ -1626,8 +1637,7 @@ class Train:
     integrations: Any = option(None, "none are known here")
     required: ClassVar = ("model", "training_file")
     schemas: ClassVar = {
-        "hyperparameters": {"type": ["object", "null"], "description": "any key of the JSON that "
-                            "train.py takes, nested or dotted, but for those that name paths"},
+        "hyperparameters": {"type": ["object", "null"]},
         "metadata": {"type": ["object", "null"], "maxProperties": 16,
                      "additionalProperties": {"type": "string", "maxLength": 512}},
         "method": {"type": ["object", "null"], "properties": {"type": {"enum": ["supervised"]}}},

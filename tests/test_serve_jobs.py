@@ -1,0 +1,707 @@
+"""Files, datasets and training runs over HTTP: what is kept, what is refused, and what survives.
+
+Wherever OpenAI's own client has a method, it asks. The server runs in this process, but where it is to be killed.
+
+Index:  assembling · jobs with children of a few lines · uploads · runs · a killed server
+"""
+
+import contextlib
+import gzip
+import http.client
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+import torch
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import assemble
+import dataset
+import encoder as encoders
+import jobs
+import options
+import serve
+from assemble import Recipe
+from checkpoint import load_model
+from options import UserError
+
+ROOT = Path(serve.__file__).parent
+WORDS = sorted(set(Path(serve.__file__).with_name("LICENSE").read_text().lower().split()))[:60]
+MIB = 1 << 20
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="jobs need fork and signals")
+
+
+def until(condition, seconds=60, what="it"):
+    """What the condition comes to, once it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.03)
+    raise AssertionError(f"{what} has not come within {seconds} s")
+
+
+# ---- assembling ----------------------------------------------------------------------------------------------------
+
+
+def sentence(dice, n):
+    return " ".join(dice.choice(WORDS) + str(dice.randrange(100)) for _ in range(n))
+
+
+def altered(dice, text, share):
+    words = text.split()
+    for i in dice.sample(range(len(words)), round(share * len(words))):
+        words[i] = f"changed{dice.randrange(1000)}"
+    return " ".join(words)
+
+
+def corpus(seed, n=40):
+    """Documents, among them copies with more and more of their words changed."""
+    dice = random.Random(seed)
+    texts = [sentence(dice, 60) for _ in range(n)]
+    copies = [altered(dice, dice.choice(texts), dice.choice((0, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3))) for _ in range(n)]
+    shouted = [text.upper().replace(" ", " \n ") for text in texts[:3]]
+    mixed = texts + copies + shouted + ["", "short", "shorts", "short"]
+    dice.shuffle(mixed)
+    return mixed
+
+
+def naive_runs(text):
+    data = " ".join(text.lower().split()).encode().ljust(8, b"\0")
+    return {data[i : i + 8] for i in range(len(data) - 7)}
+
+
+def naive_kept(texts, similarity):
+    """Every pair compared, by sets of strings."""
+    kept, sets = [], []
+    for text in texts:
+        runs = naive_runs(text)
+        if all(len(runs & other) / len(runs | other) < similarity for other in sets):
+            kept.append(text)
+            sets.append(runs)
+    return kept
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return str(path)
+
+
+def documents(folder):
+    """(those that train, those that validate) of a dataset, decoded, in the order of the file."""
+    encoder, file = encoders.load(str(folder / assemble.ENCODER)), dataset.TokenFile(folder / assemble.TOKENS)
+    file.verify()
+    cut = file.boundary(json.loads((folder / assemble.RESULT).read_bytes())["data_division"])
+    parts = []
+    for tokens in (file.tokens[:cut], file.tokens[cut:]):
+        ends = np.flatnonzero(tokens == encoder.eot)
+        assert len(tokens) == 0 or ends[-1] == len(tokens) - 1, "a split ends in the middle of a document"
+        starts = [0, *(ends[:-1] + 1).tolist()]
+        parts.append([encoder.decode(tokens[a:b].tolist()) for a, b in zip(starts, ends.tolist(), strict=True)])
+    return parts
+
+
+def made(tmp_path, files, **wishes):
+    """(result, what trains, what validates) of a recipe."""
+    folder = tmp_path / "made"
+    folder.mkdir(exist_ok=True)
+    recipe, problems = options.check(Recipe, {"files": files, "encoder": "chars", "validation_share": 0.5, **wishes})
+    assert not problems
+    return assemble.assemble(recipe, folder), *documents(folder)
+
+
+@pytest.mark.parametrize("similarity", [0.35, 0.6, 0.8, 0.9, 1.0])
+def test_alike_documents_are_those_that_comparing_every_pair_finds(tmp_path, similarity):
+    texts = corpus(seed=round(100 * similarity))
+    _, training, validation = made(tmp_path, [write_jsonl(tmp_path / "a.jsonl", texts)], deduplicate="near",
+                                   similarity=similarity)
+    distinct = [text for text in dict.fromkeys(texts) if text]
+    expected = naive_kept(distinct, similarity)
+    assert len(expected) < len(distinct) - 2
+    assert sorted(training + validation) == sorted(expected)
+    between = naive_kept(distinct, min(similarity + 0.15, 1.01))
+    assert len(between) > len(expected)  # the threshold matters
+
+
+def test_bands_find_what_they_promise():
+    for similarity in np.linspace(0.3, 1, 71):
+        n, rows = assemble.bands(similarity)
+        assert n * rows <= assemble.HASHES
+        assert (1 - similarity**rows) ** n <= assemble.MISSED or rows == 1
+
+
+def test_signatures_estimate_the_jaccard_index():
+    dice = random.Random(3)
+    text = sentence(dice, 300)
+    for share in (0.02, 0.1, 0.3):
+        other = altered(dice, text, share)
+        a, b = assemble.runs(text), assemble.runs(other)
+        assert set(a.tolist()) == {int.from_bytes(run) for run in naive_runs(text)}
+        agree = np.mean(assemble.signature(a) == assemble.signature(b))
+        assert abs(agree - assemble.jaccard(a, b)) < 0.15  # 3.4 standard deviations of 128 throws
+
+
+def test_equal_documents_stay_once_and_lengths_are_limits(tmp_path):
+    texts = ["aaaa", "bbbbbb", "aaaa", "c", "dddddddd", "bbbbbb", "ééééé"]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    result, training, validation = made(tmp_path, [path], min_chars=4, max_chars=6)
+    assert sorted(training + validation) == ["aaaa", "bbbbbb", "ééééé"]
+    assert result["left_out"] == {"exact_duplicates": 2, "near_duplicates": 0, "too_short": 1, "too_long": 1,
+                                  "not_utf8": 0}
+    _, training, validation = made(tmp_path, [path], deduplicate="none")
+    assert sorted(training + validation) == sorted(texts)
+
+
+def test_every_kind_of_file_in_the_order_of_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one text", "utf-8")
+    (tmp_path / "b.json").write_text(json.dumps(["two", {"text": "three"}]), "utf-8")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'"four"\n{"text": "two"}\n'))
+    (tmp_path / "d.txt").write_bytes(b"\xff no text")
+    files = [str(tmp_path / name) for name in ("a.txt", "b.json", "c.jsonl.gz", "d.txt")]
+    result, training, validation = made(tmp_path, files)
+    assert sorted(training + validation) == ["four", "one text", "three", "two"]
+    assert result["left_out"]["exact_duplicates"] == result["left_out"]["not_utf8"] == 1
+
+
+def test_weights_say_how_often_a_document_trains(tmp_path):
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [f"{name}{i:03}" for i in range(40)]) for name in "abc"]
+    result, training, validation = made(tmp_path, paths, weights=[1, 2.25, 0.5], validation_share=0.1)
+    assert result["documents"] == len({*training, *validation}) == 40 + 40 + 20
+    assert len(validation) == len(set(validation)) == 10
+    counts = {text: training.count(text) for text in training}
+    assert {counts[text] for text in counts if text[0] == "a"} == {1}
+    assert {counts[text] for text in counts if text[0] == "b"} == {2, 3}
+    more = sum(n == 3 for text, n in counts.items() if text[0] == "b")
+    assert 10 - sum(text[0] == "b" for text in validation) <= more <= 10
+    assert not set(training) & set(validation)
+
+
+def test_shuffled_by_the_seed_and_the_same_bytes_again(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [f"text {i}" for i in range(60)])
+    first = made(tmp_path, [path])
+    data = (tmp_path / "made" / assemble.TOKENS).read_bytes()
+    again = made(tmp_path, [path])
+    assert (tmp_path / "made" / assemble.TOKENS).read_bytes() == data
+    assert first[1:] == again[1:]
+    assert first[1] != sorted(first[1])
+    assert made(tmp_path, [path], seed=1)[1:] != first[1:]
+
+
+def test_one_text_validates_by_its_end(tmp_path):
+    text = "".join(chr(97 + i % 26) for i in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    _, training, validation = made(tmp_path, [str(tmp_path / "a.txt")], validation_share=0.2)
+    assert (training, validation) == ([text[:800]], [text[800:]])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=30), st.floats(0.01, 0.5), st.integers(0, 5))
+def test_every_token_trains_or_validates_and_the_share_is_kept(lengths, share, seed):
+    ends = list(itertools.accumulate(lengths))
+    spans = [(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+    training, validation = assemble.divide(spans, share, seed)
+    assert len(training) == len(spans)
+    pieces = sorted([span for span in training if span] + validation)
+    assert [i for start, end in pieces for i in range(start, end)] == list(range(ends[-1]))
+    held = sum(end - start for start, end in validation)
+    if ends[-1] > 3:
+        assert any(span and span[1] > span[0] for span in training)
+        assert held <= max(share * ends[-1], 1) + 1
+        assert held >= min(share * ends[-1] / 2, max(lengths) - 1) - 1
+
+
+def test_training_finds_the_split_that_was_made(tmp_path):
+    dice = random.Random(5)
+    path = write_jsonl(tmp_path / "a.jsonl", [sentence(dice, dice.randrange(1, 30)) for _ in range(150)])
+    result, *_ = made(tmp_path, [path], weights=[3], validation_share=0.15)
+    wanted = options.Dataset(data_division=result["data_division"], path=str(tmp_path / "made" / assemble.TOKENS))
+    found = dataset.Corpus(wanted, None, 8)
+    assert found.train.n_tokens == result["training"]["tokens"]
+    assert found.val.n_tokens == result["validation"]["tokens"] > 0
+
+
+def test_the_encoder_is_as_large_as_asked_or_as_the_text_gives(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [sentence(random.Random(i), 20) for i in range(20)])
+    result, *_ = made(tmp_path, [path], encoder=None, vocab_size=300)
+    assert result["encoder"]["vocab_size"] == 300
+    result, *_ = made(tmp_path, [path], encoder=None)
+    assert 300 < result["encoder"]["vocab_size"] < 8192
+    with pytest.raises(UserError, match="too little text for vocab_size 8000"):
+        made(tmp_path, [path], encoder=None, vocab_size=8000)
+    (tmp_path / "made" / assemble.ENCODER).rename(tmp_path / "own.bin")
+    own = encoders.load(str(tmp_path / "own.bin"))
+    result, *_ = made(tmp_path, [path], encoder=str(tmp_path / "own.bin"))
+    assert result["encoder"]["fingerprint"] == own.fingerprint
+
+
+def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
+    def run(recipe):
+        (tmp_path / "mix.json").write_text(json.dumps(recipe))
+        argv = [sys.executable, str(ROOT / "assemble.py"), "mix.json", "out"]
+        return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two", "two"])
+    good = run({"files": ["*.jsonl"], "encoder": "chars"})
+    assert good.returncode == 0
+    assert "2 documents" in good.stdout
+    assert "1 exact duplicates" in good.stdout
+    for recipe, told in (
+        ({}, "files = []: must name at least one"),
+        ({"files": ["a.jsonl"], "weights": [1, 2]}, "must be as many as files, 1"),
+        ({"files": ["a.jsonl"], "min_chars": 9, "encoder": "chars"}, "no text is left of the files (left out: 3 too"),
+        ({"files": ["a.jsonl"], "similarty": 1}, "did you mean 'similarity'?"),
+        ({"files": ["b.jsonl"]}, "there is no such file"),
+    ):
+        bad = run(recipe)
+        assert bad.returncode == 2
+        assert told in bad.stderr
+        assert "Traceback" not in bad.stderr
+
+
+# ---- jobs with children of a few lines -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keeper(tmp_path, monkeypatch):
+    """keeper() is a Jobs whose runs are a few lines of Python, which make the file "done" or don't; another call is
+    what the next server would have."""
+    def work(all_jobs, job):
+        return jobs.Work(["-c", job.request["code"]], job.folder / "done")
+
+    monkeypatch.setitem(jobs.KINDS, "ftjob", work)
+    monkeypatch.setattr(jobs, "TICK", 0.02)
+    open_ones = []
+
+    def make(at_once=2):
+        uploads = jobs.Uploads(tmp_path / "files", MIB)
+        made = jobs.Jobs(tmp_path, tmp_path / "models", uploads, at_once)
+        made.start()
+        open_ones.append(made)
+        return made
+
+    yield make
+    for made in open_ones:
+        for job in made.all("ftjob"):
+            job.child.kill()
+        made.stop_all(1)
+
+
+def add(keeper, code):
+    return keeper.new("ftjob", {"code": code}, max_iters=10)
+
+
+SLEEP = "import time; time.sleep(60)"
+DONE = "open('done', 'w')"
+
+
+def test_at_most_so_many_run_and_the_others_wait_in_order(keeper):
+    made = keeper(at_once=2)
+    waiting = [add(made, f"import time; time.sleep(0.4); {DONE}") for _ in range(5)]
+    most, orders = 0, []
+    while not all(job.status == "succeeded" for job in waiting):
+        statuses = [job.status for job in waiting]
+        most = max(most, statuses.count("running"))
+        orders.append(statuses)
+        assert statuses == sorted(statuses, key=["succeeded", "running", "queued"].index) or "running" in statuses
+        assert "failed" not in statuses
+        time.sleep(0.02)
+    assert most == 2
+    assert [job.about["started"] for job in waiting] == sorted(job.about["started"] for job in waiting)
+    assert any(statuses[2:] == ["queued"] * 3 for statuses in orders)
+
+
+@pytest.mark.parametrize("code, status, told", [
+    (DONE, "succeeded", None),
+    (f"{DONE}; raise SystemExit(1)", "succeeded", None),  # all was done before it fell
+    ("pass", "failed", "ended with code 0"),
+    ("import sys; print('error: learning_rate = 9: is too high', file=sys.stderr); sys.exit(2)", "failed",
+     "learning_rate = 9: is too high"),
+    ("raise ValueError('no such thing')", "failed", "no such thing"),
+    ("import os; os.kill(os.getpid(), 9)", "failed", "was killed by SIGKILL"),
+])
+def test_what_a_child_leaves_says_what_became_of_it(keeper, code, status, told):
+    made = keeper()
+    job = add(made, code)
+    until(lambda: job.status in jobs.FINAL)
+    assert job.status == status
+    assert (told is None) == (job.about["error"] is None)
+    if told:
+        assert told in job.about["error"]["message"]
+        assert job.events()[0]["level"] == "error"
+    assert json.loads((job.folder / jobs.ABOUT).read_bytes()) == job.about
+
+
+def test_a_child_that_does_not_end_is_killed(keeper, monkeypatch):
+    monkeypatch.setattr(jobs, "PATIENCE", 0.3)
+    made = keeper()
+    job = add(made, f"import signal, time; signal.signal(15, signal.SIG_IGN); open('ready', 'w'); {SLEEP}")
+    until(lambda: (job.folder / "ready").exists())
+    made.stop(job.id, "cancelled")
+    until(lambda: job.status == "cancelled")
+    assert not job.child.alive()
+    assert any(event["level"] == "warn" for event in job.events())
+
+
+def test_a_server_that_ends_stops_its_jobs_and_the_next_one_starts_them_again(keeper):
+    first = keeper()
+    job = add(first, f"import os; n = os.path.exists('ready'); open('ready', 'w')\n"
+                     f"if n: {DONE}\nelse: {SLEEP}")
+    until(lambda: (job.folder / "ready").exists())
+    first.stop_all(20)
+    assert not job.child.alive()
+    assert job.status == "queued"
+    second = keeper()
+    until(lambda: second.get(job.id).status == "succeeded")
+
+
+def left_running(made, tmp_path, pid, born, **about):
+    """What a killed server leaves of a running job whose process has this number and start."""
+    job = made.new("ftjob", {"code": DONE}, status="running", max_iters=10, result=str(tmp_path / "done"), **about)
+    (job.folder / jobs.PID).write_text(json.dumps({"pid": pid, "born": born}))
+    return job.id
+
+
+def born(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def test_the_next_server_takes_over_a_live_child_and_finds_a_dead_one(keeper, tmp_path):
+    first = keeper()
+    first.closing.set()
+    first.thread.join()  # from here on nobody watches
+    live, dead, told = (subprocess.Popen([sys.executable, "-c", SLEEP]) for _ in range(3))
+    dead.kill()
+    dead.wait()
+    names = {
+        "live": left_running(first, tmp_path, live.pid, born(live.pid)),
+        "dead": left_running(first, tmp_path, dead.pid, "123"),
+        "number of another": left_running(first, tmp_path, os.getpid(), "123"),
+        "told": left_running(first, tmp_path, told.pid, born(told.pid), wanted="paused"),
+        "never started": first.new("ftjob", {"code": DONE}, status="running", result="x", max_iters=1).id,
+    }
+    second = keeper()
+    found = {what: second.get(name) for what, name in names.items()}
+    until(lambda: all(found[what].status == "failed" for what in ("dead", "number of another", "never started")))
+    assert "it can be resumed" in found["dead"].about["error"]["message"]
+    until(lambda: found["told"].status == "paused")  # the signal that the first server didn't come to send
+    assert found["live"].status == "running"
+    assert live.poll() is None
+    second.stop(names["live"], "cancelled")
+    until(lambda: found["live"].status == "cancelled")  # it is a zombie of this process, and counts as gone
+    assert live.wait() == -signal.SIGTERM
+    assert told.wait() == -signal.SIGTERM
+
+
+def test_nothing_half_written_is_taken_for_a_job_or_a_file(keeper, tmp_path):
+    made = keeper()
+    job = add(made, DONE)
+    until(lambda: job.status == "succeeded")
+    for folder in (tmp_path / "runs", tmp_path / "files"):
+        (folder / ".tmp_0a").mkdir()
+        (folder / "nonsense").mkdir()
+    (tmp_path / "runs" / f"ftjob-{'0' * 24}").mkdir()  # no about.json
+    (tmp_path / "files" / f"file-{'0' * 24}").symlink_to("/etc")
+    with open(job.folder / jobs.EVENTS, "ab") as file:
+        file.write(b'{"id": "half')
+    again = keeper()
+    assert [found.id for found in again.all("ftjob")] == [job.id]
+    assert again.uploads.all() == []
+    assert [event["message"] for event in again.get(job.id).events()] == ["succeeded", "started"]
+    assert not list(tmp_path.glob("*/.tmp_*"))
+    with pytest.raises(jobs.Refused, match="there is no file"):
+        again.uploads.path(f"file-{'0' * 24}")
+
+
+def test_pages_go_on_where_the_last_one_ended():
+    items = [{"id": f"x{i}"} for i in range(7)]
+    seen, after = [], None
+    while True:
+        found = jobs.page(items, after, 3)
+        seen += found["data"]
+        assert found["has_more"] == (len(seen) < 7)
+        if not found["has_more"]:
+            break
+        after = found["last_id"]
+    assert seen == items
+    assert jobs.page([], None, 3)["data"] == []
+    with pytest.raises(jobs.Refused, match="nothing in this list"):
+        jobs.page(items, "y", 3)
+
+
+def test_hyperparameters_are_nested_or_dotted_and_never_paths():
+    assert jobs.nested({"a.b": 1, "a.c.d": 2, "e": {"f": 3}, "e.g": 4, "n_epochs": "auto"}) == {
+        "a": {"b": 1, "c": {"d": 2}}, "e": {"f": 3, "g": 4}}
+    for bad in ({"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}):
+        with pytest.raises(jobs.Refused):
+            jobs.nested(bad)
+    assert {"model_path", "encoder_path", "init_from", "img_path", "dataset.path", "checkpoints.path"} <= jobs.OWN_KEYS
+    for key in jobs.OWN_KEYS:
+        *sections, last = key.split(".")
+        raw = {last: "/etc/x"}
+        for section in reversed(sections):
+            raw = {section: raw}
+        for spelled in ({key: "/etc/x"}, raw):
+            with pytest.raises(jobs.Refused, match=key):
+                jobs.check_own(jobs.nested(spelled))
+
+
+def test_a_model_is_named_after_what_it_was_made_of():
+    name = jobs.model_name("tiny", "mine", "ftjob-" + "0" * 16 + "89abcdef", "strawberry")
+    assert name == "ft-tiny-mine-89abcdef.strawberry"
+    assert jobs.model_name(name, None, "ftjob-" + "1" * 24, "palm") == "ft-tiny-mine-11111111.palm"
+    assert "/" not in jobs.model_name("../x y", None, "ftjob-" + "1" * 24, "palm")
+
+
+# ---- uploads -------------------------------------------------------------------------------------------------------
+
+
+class Served:
+    """A server in a thread of this process, and clients for it."""
+
+    def __init__(self, folder, **more):
+        self.data, self.models = folder / "data", folder / "models"
+        self.settings = serve.Settings(data=str(self.data), models=str(self.models), port=0, rate=0, device="cpu", **more)
+
+    def __enter__(self):
+        app = serve.make_app(self.settings)
+        self.server = uvicorn.Server(serve.server_config(app, self.settings))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        until(lambda: self.server.started or not self.thread.is_alive(), 60, "the server")
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.service = app.state.service
+        self.client = client_of(self.port)
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(90)
+        assert not self.thread.is_alive()
+
+    def raw(self, method, path, body=None, headers=(), **more):
+        return ask(self.port, method, path, body, headers, **more)
+
+
+def client_of(port):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=90)
+
+
+def ask(port, method, path, body=None, headers=(), **more):
+    """(status, bytes) of a request whose path is sent as it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.putrequest(method, path, skip_accept_encoding=True)
+        if isinstance(body, dict):
+            body, headers = json.dumps(body).encode(), [*headers, ("Content-Type", "application/json")]
+        if body is not None and not any(name.lower() in ("content-length", "transfer-encoding") for name, _ in headers):
+            headers = [*headers, ("Content-Length", str(len(body)))]
+        for name, value in headers:
+            connection.putheader(name, value)
+        connection.endheaders()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for piece in [body] if isinstance(body, bytes) else body or ():
+                connection.send(piece)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+BOUNDARY = "-------xyz"
+
+
+def form(parts, end=True):
+    """multipart/form-data, with names as they are given."""
+    out = b""
+    for name, filename, content in parts:
+        named = f'; filename="{filename}"' if filename is not None else ""
+        out += f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"{named}\r\n\r\n'.encode() + content + b"\r\n"
+    return out + (f"--{BOUNDARY}--\r\n".encode() if end else b"")
+
+
+FORM = [("Content-Type", f"multipart/form-data; boundary={BOUNDARY}")]
+
+
+def snapshot(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    with Served(tmp_path_factory.mktemp("site"), max_upload=1) as site:
+        yield site
+
+
+def test_upload_list_retrieve_content_delete(site):
+    files = site.client.files
+    contents = {"a.txt": "héllo\r\n--\n".encode() * 999, "b.JSONL": b'"x"\n' * 50, "c.json.gz": gzip.compress(b'["y"]'),
+                "dir/é 中.txt": b"", "d.txt": bytes(range(256)) * 300}
+    made = {name: files.create(file=(name, data), purpose="fine-tune") for name, data in contents.items()}
+    for name, data in contents.items():
+        about = made[name]
+        assert (about.object, about.bytes, about.filename) == ("file", len(data), name.rpartition("/")[2])
+        assert (about.status, about.purpose) == ("processed", "fine-tune")
+        assert abs(about.created_at - time.time()) < 60
+        assert files.retrieve(about.id) == about
+        assert files.content(about.id).content == data
+    listed = [file.id for file in files.list(limit=2)]  # the client turns the pages
+    assert listed[: len(made)] == [about.id for about in reversed(made.values())]
+    assert [file.id for file in files.list(order="asc")] == listed[::-1]
+    assert files.list(purpose="batch").data == []
+    assert files.wait_for_processing(made["a.txt"].id).status == "processed"
+    gone = files.delete(made["a.txt"].id)
+    assert (gone.id, gone.deleted) == (made["a.txt"].id, True)
+    for call in (files.retrieve, files.content, files.delete):
+        with pytest.raises(openai.NotFoundError, match="there is no file"):
+            call(made["a.txt"].id)
+    assert made["a.txt"].id not in [file.id for file in files.list()]
+    assert not (site.data / "files" / made["a.txt"].id).exists()
+
+
+@pytest.mark.parametrize("name", ["../../x.txt", "/etc/passwd.txt", "..\\..\\x.txt", "a/../../b.txt"])
+def test_names_are_only_shown(site, name):
+    before = snapshot(site.data.parent.parent)
+    status, body = site.raw("POST", "/v1/files", form([("purpose", None, b"fine-tune"), ("file", name, b"text")]), FORM)
+    assert status == 200
+    about = json.loads(body)
+    new = set(snapshot(site.data.parent.parent)) - set(before)
+    folder = site.data / "files" / about["id"]
+    assert new == {folder, folder / "about.json", folder / "content.txt"}
+    assert about["filename"] in ("x.txt", "passwd.txt", "b.txt")
+
+
+@pytest.mark.parametrize("parts, told", [
+    ([("file", "x.exe", b"")], "must end in .txt"),
+    ([("file", "x" * 300 + ".txt", b"")], "must have 1 to 255"),
+    ([("file", "x\0.txt", b"")], "printable"),
+    ([("file", "", b"")], "must have 1 to 255"),
+    ([("file", None, b"text")], "must have 1 to 255"),
+    ([("purpose", None, b"fine-tune")], "lacks a part of that name"),
+    ([("file", "a.txt", b"1"), ("file", "b.txt", b"2")], "given twice"),
+    ([("file", "a.txt", b"1"), ("purpose", None, b"evil")], "must be one of"),
+    ([("file", "a.txt", b"1"), ("purpose", None, b"x" * 5000)], "longer than"),
+    ([("file", "a.txt.gz", b"no gzip")], "not a whole gzip"),
+    ([("file", "a.txt.gz", gzip.compress(os.urandom(9999))[:-20])], "not a whole gzip"),
+    ([("x", None, b"")] * 40, "more than 32 parts"),
+])
+def test_what_is_no_upload_is_refused_and_leaves_nothing(site, parts, told):
+    before = snapshot(site.data / "files")
+    status, body = site.raw("POST", "/v1/files", form(parts), FORM)
+    assert status == 400
+    error = json.loads(body)["error"]
+    assert told in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert set(snapshot(site.data / "files")) == set(before)
+
+
+def test_forms_that_are_none(site):
+    before = set(snapshot(site.data / "files"))
+    whole = form([("file", "a.txt", b"text")])
+    assert site.raw("POST", "/v1/files", whole[:-9], FORM)[0] == 400  # its end is missing
+    assert site.raw("POST", "/v1/files", b"nonsense" * 99, FORM)[0] == 400
+    assert site.raw("POST", "/v1/files", b"", FORM)[0] == 400
+    for kind in ("application/json", "multipart/form-data", "multipart/form-data; boundary=" + "x" * 99, "\xff"):
+        assert site.raw("POST", "/v1/files", whole, [("Content-Type", kind)])[0] == 415
+    assert set(snapshot(site.data / "files")) == before
+
+
+def pieces(n, size=65536):
+    yield form([("file", "big.txt", b"")], end=False)[:-2]
+    for _ in range(n):
+        yield b"x" * size
+    yield f"\r\n--{BOUNDARY}--\r\n".encode()
+
+
+def chunked(pieces):
+    for piece in pieces:
+        yield f"{len(piece):x}\r\n".encode() + piece + b"\r\n"
+    yield b"0\r\n\r\n"
+
+
+def test_the_limit_holds_whatever_the_headers_say(site):
+    before = set(snapshot(site.data / "files"))
+    exact = site.client.files.create(file=("exact.txt", b"x" * MIB), purpose="fine-tune")  # just fits
+    assert exact.bytes == MIB
+    site.client.files.delete(exact.id)
+    with pytest.raises(openai.APIStatusError) as caught:
+        site.client.files.create(file=("big.txt", b"x" * (MIB + 1)), purpose="fine-tune")
+    assert caught.value.status_code == 413
+    assert caught.value.code == "file_too_large"
+    long = [("Transfer-Encoding", "chunked"), *FORM]
+    assert site.raw("POST", "/v1/files", chunked(pieces(40)), long)[0] == 413
+    stated = [("Content-Length", str(10**12)), *FORM]
+    assert site.raw("POST", "/v1/files", pieces(1), stated)[0] == 413
+    status, body = site.raw("POST", "/v1/files", chunked(pieces(4)), long)
+    assert status == 200
+    assert json.loads(body)["bytes"] == 4 * 65536
+    site.client.files.delete(json.loads(body)["id"])
+    lying = form([("file", "a.txt", b"x" * 5000)])  # says less than it sends
+    assert site.raw("POST", "/v1/files", lying, [("Content-Length", "1000"), *FORM])[0] == 400
+    assert set(snapshot(site.data / "files")) == before
+
+
+def test_bombs_stop_at_the_limit(site):
+    before = set(snapshot(site.data / "files"))
+    bomb = gzip.compress(bytes(200 * MIB), 9)
+    assert len(bomb) < MIB
+    start = time.monotonic()
+    for name in ("bomb.txt.gz", "bomb.jsonl.gz"):
+        status, body = site.raw("POST", "/v1/files", form([("file", name, bomb)]), FORM)
+        assert status == 413
+        assert "unpacked" in json.loads(body)["error"]["message"]
+    assert time.monotonic() - start < 5
+    assert set(snapshot(site.data / "files")) == before
+
+
+def test_a_client_that_leaves_leaves_nothing(site):
+    before = set(snapshot(site.data / "files"))
+    connection = http.client.HTTPConnection("127.0.0.1", site.port)
+    connection.request("POST", "/v1/files", None, dict([*FORM, ("Content-Length", "900000")]))
+    connection.send(form([("file", "a.txt", b"x" * 3000)], end=False))
+    until(lambda: set(snapshot(site.data / "files")) != before, what="the beginning of the upload")
+    connection.close()
+    until(lambda: set(snapshot(site.data / "files")) == before, what="the end of it")
+
+
+@pytest.mark.parametrize("name", [
+    "../jobs.py", "..%2f..%2fjobs.py", "%2e%2e/%2e%2e/etc/passwd", "%2e%2e%2fabout.json", "/etc/passwd", "%2fetc%2fpasswd",
+    "%00", "file-%00" + "0" * 24, "x" * 300, "file-" + "0" * 24 + "%0a", "file-" + "٣" * 24, "file-" + "A" * 24, ".", "..",
+    "file-link", "file-" + "1" * 24, "*", "con", "%ff",
+])
+def test_ids_are_never_paths(site, name):
+    if isinstance(name, str):
+        name = "".join(char if char.isascii() else "%" + "%".join(f"{b:02x}" for b in char.encode()) for char in name)
+    link = site.data / "files" / ("file-" + "1" * 24)
+    if not link.is_symlink():
+        secret = site.data.parent / "secret"
+        secret.mkdir()
+        (secret / "about.json").write_text(json.dumps({"id": link.name, "suffix": ".txt", "created": 0}))
+        (secret / "content.txt").write_text("secret")
+        link.symlink_to(secret)
+    before = snapshot(site.data.parent)
+    for method, path in (("GET", "files/{}"), ("GET", "files/{}/content"), ("DELETE", "files/{}"), ("GET", "datasets/{}"),
+                         ("POST", "datasets/{}/cancel"), ("GET", "fine_tuning/jobs/{}"),
+                         ("GET", "fine_tuning/jobs/{}/curves.png"), ("GET", "fine_tuning/jobs/{}/events"),
+                         ("POST", "fine_tuning/jobs/{}/resume"), ("POST", "fine_tuning/jobs/{}/cancel")):
+        status, body = site.raw(method, "/v1/" + path.format(name), b"" if method == "POST" else None)
+        assert status in (404, 405), (method, path)
+        assert "error" in json.loads(body)
+        assert b"secret" not in body
+    for body in ({"files": [name]}, {"files": ["file-" + "1" * 24]}):
+        assert site.raw("POST", "/v1/datasets", body)[0] == 404
+    for wishes in ({"model": name}, {"model": "tiny", "training_file": name}):
+        status, _ = site.raw("POST", "/v1/fine_tuning/jobs", {"training_file": "file-" + "1" * 24, **wishes})
+        assert status == 404
+    assert snapshot(site.data.parent) == before
