@@ -1483,13 +1483,10 @@ async def arriving(request: Request) -> AsyncIterator[bytes]:
 
 async def linger(body: AsyncIterator[bytes]) -> None:
     """Read on for a moment: many clients read no answer before they have sent all."""
-    n = 0
-    with suppress(ApiError, TimeoutError, RuntimeError):
-        async with asyncio.timeout(5):
-            async for data in body:
-                n += len(data)
-                if n > LINGER:
-                    return
+    n, until = 0, time.monotonic() + 5
+    with suppress(ApiError, TimeoutError, StopAsyncIteration, RuntimeError):
+        while n < LINGER and time.monotonic() < until:
+            n += len(await asyncio.wait_for(anext(body), 0.5))
 
 
 async def list_files(service: TheService, after: After = None, purpose: str | None = None,
@@ -1978,10 +1975,10 @@ def schema_here(plain: dict, service: Service) -> dict:
 
 def add_route(app: FastAPI, route: Route) -> None:
     extra, handler = dict(route.extra), route.handler
-    if (body := signature(handler).parameters.get("body")) is not None:
-        content = {"application/json": {"schema": body_schema(body.annotation)}}
+    if (body := handler.__annotations__.get("body")) is not None:  # the signature may be that of an app before
+        content = {"application/json": {"schema": body_schema(body)}}
         extra["requestBody"] = {"required": True, "content": content}
-        handler.__signature__ = with_body(handler, body.annotation)
+        handler.__signature__ = with_body(handler, body)
     responses = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}} | route.responses
     app.add_api_route(route.path, handler, methods=[route.method], response_model=route.answer, tags=[route.tag],
                       responses=responses, openapi_extra=extra, operation_id=handler.__name__)  # fmt: skip

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -472,7 +473,8 @@ class Served:
 
     def __init__(self, folder, **more):
         self.data, self.models = folder / "data", folder / "models"
-        self.settings = serve.Settings(data=str(self.data), models=str(self.models), port=0, rate=0, device="cpu", **more)
+        paths = {"data": str(self.data), "models": str(self.models)}
+        self.settings = serve.Settings(**paths, port=0, rate=0, device="cpu", **more)
 
     def __enter__(self):
         app = serve.make_app(self.settings)
@@ -527,7 +529,8 @@ def form(parts, end=True):
     out = b""
     for name, filename, content in parts:
         named = f'; filename="{filename}"' if filename is not None else ""
-        out += f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"{named}\r\n\r\n'.encode() + content + b"\r\n"
+        head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"{named}\r\n\r\n'
+        out += head.encode() + content + b"\r\n"
     return out + (f"--{BOUNDARY}--\r\n".encode() if end else b"")
 
 
@@ -676,9 +679,9 @@ def test_a_client_that_leaves_leaves_nothing(site):
 
 
 @pytest.mark.parametrize("name", [
-    "../jobs.py", "..%2f..%2fjobs.py", "%2e%2e/%2e%2e/etc/passwd", "%2e%2e%2fabout.json", "/etc/passwd", "%2fetc%2fpasswd",
-    "%00", "file-%00" + "0" * 24, "x" * 300, "file-" + "0" * 24 + "%0a", "file-" + "٣" * 24, "file-" + "A" * 24, ".", "..",
-    "file-link", "file-" + "1" * 24, "*", "con", "%ff",
+    "../jobs.py", "..%2f..%2fjobs.py", "%2e%2e/%2e%2e/etc/passwd", "%2e%2e%2fabout.json", "/etc/passwd", ".", "..", "*",
+    "%2fetc%2fpasswd", "%00", "file-%00" + "0" * 24, "x" * 300, "file-" + "0" * 24 + "%0a", "file-" + "٣" * 24, "%ff",
+    "file-" + "A" * 24, "file-link", "file-" + "1" * 24, "con",
 ])
 def test_ids_are_never_paths(site, name):
     if isinstance(name, str):
@@ -690,9 +693,10 @@ def test_ids_are_never_paths(site, name):
         (secret / "about.json").write_text(json.dumps({"id": link.name, "suffix": ".txt", "created": 0}))
         (secret / "content.txt").write_text("secret")
         link.symlink_to(secret)
+    real = site.client.files.create(file=("real.txt", b"text"), purpose="fine-tune").id
     before = snapshot(site.data.parent)
-    for method, path in (("GET", "files/{}"), ("GET", "files/{}/content"), ("DELETE", "files/{}"), ("GET", "datasets/{}"),
-                         ("POST", "datasets/{}/cancel"), ("GET", "fine_tuning/jobs/{}"),
+    for method, path in (("GET", "files/{}"), ("GET", "files/{}/content"), ("DELETE", "files/{}"),
+                         ("GET", "datasets/{}"), ("POST", "datasets/{}/cancel"), ("GET", "fine_tuning/jobs/{}"),
                          ("GET", "fine_tuning/jobs/{}/curves.png"), ("GET", "fine_tuning/jobs/{}/events"),
                          ("POST", "fine_tuning/jobs/{}/resume"), ("POST", "fine_tuning/jobs/{}/cancel")):
         status, body = site.raw(method, "/v1/" + path.format(name), b"" if method == "POST" else None)
@@ -701,7 +705,296 @@ def test_ids_are_never_paths(site, name):
         assert b"secret" not in body
     for body in ({"files": [name]}, {"files": ["file-" + "1" * 24]}):
         assert site.raw("POST", "/v1/datasets", body)[0] == 404
+    assert site.raw("POST", "/v1/datasets", {"files": [real], "encoder": name})[0] == 404
     for wishes in ({"model": name}, {"model": "tiny", "training_file": name}):
         status, _ = site.raw("POST", "/v1/fine_tuning/jobs", {"training_file": "file-" + "1" * 24, **wishes})
         assert status == 404
     assert snapshot(site.data.parent) == before
+    site.client.files.delete(real)
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+TINY = {
+    "batch_size": 2, "max_iters": 20, "eval_interval": 10**6, "log_interval": 5, "eval_iters": 1, "warmup_iters": 2,
+    "sample_length": 0, "compile": False, "checkpoints.interval": 10**6,
+    "model_hyperparams": {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_qkv": 16, "block_size": 16, "vocab_size": 300},
+}  # fmt: skip
+LONG = {**TINY, "max_iters": 800}
+ENDLESS = {**TINY, "max_iters": 10**6}
+
+
+def stories():
+    return "".join(json.dumps({"text": sentence(random.Random(i), 40)}) + "\n" for i in range(60)).encode()
+
+
+@pytest.fixture(scope="module")
+def story(site):
+    return site.client.files.create(file=("stories.jsonl", stories()), purpose="fine-tune").id
+
+
+def finished(client, job, seconds=90):
+    def look():
+        found = client.fine_tuning.jobs.retrieve(job.id)
+        return found if found.status not in ("validating_files", "queued", "running") else None
+
+    return until(look, seconds, f"the end of {job.id}")
+
+
+def begun(client, job, step=1):
+    """Wait until the run has taken its first steps."""
+    def look():
+        found = client.fine_tuning.jobs.retrieve(job.id)
+        assert found.status in ("validating_files", "queued", "running"), found
+        return found.progress["step"] >= step
+
+    return until(look, 60, f"a step of {job.id}")
+
+
+def weights(site, job):
+    return load_model(site.models / job.fine_tuned_model)[0].state_dict()
+
+
+def children(data):
+    """The processes that run something in that directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(data) in path.joinpath("cmdline").read_text() or str(data) in str(path.joinpath("cwd").readlink()):
+                state = path.joinpath("stat").read_text().rpartition(")")[2].split()[0]
+                found += [int(path.name)] if state not in "ZX" else []
+    return found
+
+
+def test_a_dataset_is_assembled_once_and_says_what_came_of_it(site):
+    files = site.client.files
+    one, two = (files.create(file=("a.jsonl", stories() + b'"%d"\n' % i), purpose="fine-tune").id for i in range(2))
+    wishes = {"files": [one, two], "weights": [1, 2], "deduplicate": "near", "encoder": "chars", "name": "mine"}
+    made = json.loads(site.raw("POST", "/v1/datasets", wishes)[1])
+    assert made["object"] == "dataset"
+    assert made["status"] in ("queued", "running")
+
+    def look():
+        found = json.loads(site.raw("GET", f"/v1/datasets/{made['id']}")[1])
+        assert 0 <= found["progress"]["done"] <= 1
+        return found if found["status"] not in ("queued", "running") else None
+
+    def look_at_broken():
+        found = json.loads(site.raw("GET", f"/v1/datasets/{broken['id']}")[1])
+        return found if found["status"] == "failed" else None
+
+    ready = until(look)
+    assert ready["status"] == "succeeded", ready
+    assert ready["result"]["documents"] == 62
+    assert ready["result"]["left_out"]["exact_duplicates"] == 60
+    assert ready["recipe"]["files"] == [one, two]
+    again = files.create(file=("other name.jsonl", stories() + b'"0"\n'), purpose="fine-tune").id
+    same = json.loads(site.raw("POST", "/v1/datasets", {**wishes, "files": [again, two], "name": "other"})[1])
+    assert (same["id"], same["status"], same["created_at"]) == (made["id"], "succeeded", made["created_at"])
+    for change in ({"weights": [2, 1]}, {"files": [two, one]}, {"similarity": 0.9}, {"seed": 1}):
+        other = json.loads(site.raw("POST", "/v1/datasets", {**wishes, **change})[1])
+        assert other["id"] != made["id"]
+    listed = json.loads(site.raw("GET", "/v1/datasets?limit=2")[1])
+    assert listed["has_more"]
+    assert listed["data"][0]["id"] == other["id"]
+    for bad, field in (({"files": []}, "files"), ({"files": [one], "min_chars": 0}, "min_chars"),
+                       ({"files": [one], "fils": 1}, "fils"),
+                       ({"files": [one], "similarity": float("nan")}, "similarity"), ({"files": one}, "files"), ({}, "files")):
+        status, body = site.raw("POST", "/v1/datasets", bad)
+        assert (status, json.loads(body)["error"]["param"]) == (400, field)
+    files.delete(one)
+    broken = json.loads(site.raw("POST", "/v1/datasets", {"files": [two], "min_chars": 10**6})[1])
+    failed = until(look_at_broken)
+    assert "no text is left" in failed["error"]["message"]
+    assert str(site.data) not in failed["error"]["message"]
+
+
+def test_a_run_from_file_to_text(site, story):
+    tuning = site.client.fine_tuning.jobs
+    job = tuning.create(model="tiny", training_file=story, hyperparameters=TINY, seed=7, suffix="mine",
+                        metadata={"who": "me"})
+    assert job.object == "fine_tuning.job"
+    assert job.status in ("validating_files", "queued")
+    assert job.fine_tuned_model is None
+    done = finished(site.client, job)
+    assert done.status == "succeeded", done
+    assert (done.seed, done.trained_tokens, done.metadata) == (7, 20 * 2 * 16, {"who": "me"})
+    assert done.created_at <= done.finished_at <= time.time()
+    assert done.fine_tuned_model.startswith("ft-tiny-mine-")
+    assert done.fine_tuned_model in [model.id for model in site.client.models.list()]
+    text = site.client.completions.create(model=done.fine_tuned_model, prompt="the", max_tokens=4, seed=1)
+    assert text.usage.completion_tokens == 4
+    events = list(tuning.list_events(job.id, limit=2))
+    messages = [event.message for event in events]
+    assert (messages[0], messages[-1]) == ("succeeded", "created")
+    assert len({event.id for event in events}) == len(events)
+    steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
+    assert steps == [1, 5, 10, 15, 20, 20]
+    assert any("full_valid_loss" in event.data for event in events)
+    assert [event.created_at for event in events] == sorted((event.created_at for event in events), reverse=True)
+    assert [point.step_number for point in tuning.checkpoints.list(job.id)] == [20]
+    lines = json.loads(site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/metrics")[1])["data"]
+    assert [line["step"] for line in lines] == steps
+    for query in ("", "?sheet=learning_rate&x=tokens"):
+        status, png = site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/curves.png{query}")
+        assert (status, png[:8]) == (200, b"\x89PNG\r\n\x1a\n")
+    assert site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/curves.png?sheet=../x")[0] == 400
+    assert b"strawberry_jobs_running 0.0" in site.raw("GET", "/metrics")[1]
+    for call in (tuning.cancel, tuning.pause, tuning.resume):
+        with pytest.raises(openai.ConflictError):
+            call(job.id)
+    more = tuning.create(model=done.fine_tuned_model, training_file=story, hyperparameters={"max_iters": 5}, seed=1)
+    again = finished(site.client, more)
+    assert again.status == "succeeded", again
+    assert again.fine_tuned_model.startswith("ft-tiny-mine-")
+    begin = [next(event.data["train_loss"] for event in tuning.list_events(run.id) if event.data.get("step") == 1)
+             for run in (job, more)]
+    assert begin[1] < begin[0] - 0.2  # it went on from what was learned
+
+
+@pytest.mark.parametrize("hyperparameters, param", [
+    ({"model_path": "/tmp/x"}, "hyperparameters.model_path"),
+    ({"dataset": {"path": "/etc/passwd"}}, "hyperparameters.dataset.path"),
+    ({"dataset.path": "x"}, "hyperparameters.dataset.path"),
+    ({"checkpoints": {"path": "../x"}}, "hyperparameters.checkpoints.path"),
+    ({"encoder_path": "tiktoken:gpt2"}, "hyperparameters.encoder_path"),
+    ({"init_from": "/x,pretrained"}, "hyperparameters.init_from"),
+    ({"img_path": "x"}, "hyperparameters.img_path"),
+    ({"checkpoints.create_checkpoints": False}, "hyperparameters.checkpoints.create_checkpoints"),
+])
+def test_no_key_names_a_path(site, story, hyperparameters, param):
+    before = len(site.service.factory.jobs.all("ftjob"))
+    with pytest.raises(openai.BadRequestError) as caught:
+        site.client.fine_tuning.jobs.create(model="tiny", training_file=story, hyperparameters=hyperparameters)
+    assert caught.value.param == param
+    assert len(site.service.factory.jobs.all("ftjob")) == before
+
+
+def test_keys_are_judged_as_on_the_command_line(site, story):
+    for wrong in ({"learning_rate": -1}, {"learnin_rate": 1e-3}, {"model_hyperparams": {"n_layer": 0, "n_head": "x"}},
+                  {"batch_size": 1.5}, {"max_iters": 10**30}, {"device": "gpu"}, {"model_hyperparams": {"arch": "x"}}):
+        raw = jobs.merged(options.read_json(ROOT / "config" / "tiny.json"), wrong)
+        raw.pop("$schema")
+        with pytest.raises(UserError) as told:
+            options.make_run(raw, jobs.CONFIGS)
+        with pytest.raises(openai.BadRequestError) as caught:
+            site.client.fine_tuning.jobs.create(model="tiny", training_file=story, hyperparameters=wrong)
+        assert caught.value.body["message"] == str(told.value)
+    for body in ({"training_file": story}, {"model": "tiny"}, {"model": "tiny", "training_file": story, "suffix": "a/b"},
+                 {"model": "tiny", "training_file": story, "hyperparameters": [1]},
+                 {"model": "tiny", "training_file": story, "validation_file": story},
+                 {"model": "tiny", "training_file": story, "metadata": {"a": 1}},
+                 {"model": "tiny", "training_file": story, "method": {"type": "dpo"}},
+                 {"model": "tiny", "training_file": story, "hyperparameters": {"sample_prompt": "x" * 99_999}}):
+        assert site.raw("POST", "/v1/fine_tuning/jobs", body)[0] == 400
+
+
+def test_queueing_idempotency_and_cancelling(site, story):
+    tuning = site.client.fine_tuning.jobs
+    ask = {"model": "tiny", "training_file": story, "hyperparameters": ENDLESS, "seed": 1}
+    first = tuning.create(**ask, extra_headers={"Idempotency-Key": "a key"})
+    same = [None] * 4
+    threads = [threading.Thread(target=lambda i=i: same.__setitem__(i, tuning.create(
+        **ask, extra_headers={"Idempotency-Key": "b key"}))) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({job.id for job in same}) == 1
+    assert same[0].id != first.id
+    assert tuning.create(**ask, extra_headers={"Idempotency-Key": "a key"}).id == first.id
+    with pytest.raises(openai.ConflictError, match="another request"):
+        tuning.create(**{**ask, "seed": 2}, extra_headers={"Idempotency-Key": "a key"})
+    begun(site.client, first)
+    waiting = tuning.retrieve(same[0].id)
+    assert waiting.status in ("validating_files", "queued")  # max_jobs is 1
+    assert tuning.cancel(waiting.id).status == "cancelled"
+    pid = site.service.factory.jobs.get(first.id).child.pid
+    assert pid in children(site.data)
+    gone = tuning.cancel(first.id)
+    assert gone.status == "cancelled"
+    assert gone.fine_tuned_model is None
+    assert children(site.data) == []
+    steps = [point.step_number for point in tuning.checkpoints.list(first.id)]
+    assert len(steps) == 1
+    assert steps[0] >= 1
+    assert tuning.cancel(first.id).status == "cancelled"  # a second time changes nothing
+    assert [event.message for event in tuning.list_events(waiting.id)] == ["cancelled", "created"]
+
+
+def test_a_paused_run_ends_as_an_undisturbed_one(site, story, undisturbed):
+    tuning = site.client.fine_tuning.jobs
+    job = tuning.create(model="tiny", training_file=story, hyperparameters=LONG, seed=3)
+    begun(site.client, job)
+    paused = tuning.pause(job.id)
+    assert paused.status == "paused"
+    assert children(site.data) == []
+    assert 1 <= paused.progress["step"] < 800
+    assert tuning.resume(job.id).status in ("queued", "running")
+    done = finished(site.client, job)
+    assert done.status == "succeeded", done
+    expected, found = undisturbed, weights(site, done)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    told = [event.message for event in tuning.list_events(job.id) if event.type == "message"]
+    assert told == ["succeeded", "started", "resumed", "paused", "started", "created"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site, story):
+    """The weights of the run of LONG, seed 3, made at one go."""
+    job = site.client.fine_tuning.jobs.create(model="tiny", training_file=story, hyperparameters=LONG, seed=3)
+    return weights(site, finished(site.client, job))
+
+
+# ---- a killed server -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
+    """kill −9 of the server: the next one watches the run on. kill −9 of the run too: it has failed, and can go on."""
+    data, models = tmp_path / "data", tmp_path / "models"
+    argv = [sys.executable, str(ROOT / "serve.py"), "--data", str(data), "--models", str(models), "--port", "0"]
+    with open(tmp_path / "log", "wb") as log:
+        server = subprocess.Popen(argv, stdout=log, stderr=log, cwd=tmp_path)
+    port = until(lambda: re.search(r"http://127.0.0.1:(\d+)", (tmp_path / "log").read_text()), 60, "the server")[1]
+    client = client_of(port)
+    check_memory(server.pid, int(port), data)
+    story = client.files.create(file=("stories.jsonl", stories()), purpose="fine-tune").id
+    asked = {"model": "tiny", "training_file": story, "hyperparameters": LONG, "seed": 3}
+    job = client.fine_tuning.jobs.create(**asked, extra_headers={"Idempotency-Key": "once"})
+    begun(client, job)
+    server.send_signal(signal.SIGKILL)
+    server.wait()
+    [pid] = children(data / "runs")
+    with Served(tmp_path) as site:
+        found = site.client.fine_tuning.jobs.retrieve(job.id)
+        assert found.status == "running"
+        assert children(data / "runs") == [pid]
+        os.kill(pid, signal.SIGKILL)
+        dead = finished(site.client, job)
+        assert dead.status == "failed"
+        assert dead.error.code == "interrupted"
+        assert dead.fine_tuned_model is None
+        assert list(models.glob("*")) == []
+        again = site.client.fine_tuning.jobs.create(**asked, extra_headers={"Idempotency-Key": "once"})
+        assert again.id == job.id
+        site.client.fine_tuning.jobs.resume(job.id)
+        done = finished(site.client, job)
+        assert done.status == "succeeded", done
+        found = weights(site, done)
+        assert all(torch.equal(undisturbed[name], found[name]) for name in found)
+
+
+def check_memory(pid, port, data):
+    """200 MB go to disk and not into memory, by Content-Length and in chunks."""
+    def memory(what):
+        return int(re.search(rf"{what}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak is from now on
+    before = memory("VmRSS")
+    for headers, change in (([("Transfer-Encoding", "chunked")], chunked), ([], list)):
+        body = list(change(pieces(100, MIB)))
+        length = [] if headers else [("Content-Length", str(sum(map(len, body))))]
+        status, answer = ask(port, "POST", "/v1/files", body, [*headers, *length, *FORM])
+        assert status == 200
+        assert json.loads(answer)["bytes"] == 100 * MIB
+    assert memory("VmHWM") - before < 50, "MB of memory taken by uploads of 200 MB"
