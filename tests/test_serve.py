@@ -489,8 +489,9 @@ def test_nulls_are_left_out(running):
 
 def test_hostile_bodies(running):
     deep = '{"model": "air.strawberry", "prompt": "a", "user": ' + "[" * 10_000 + "]" * 10_000 + "}"
-    for body in (deep, "[" * 10_000, b'{"model": "\xff\xfe"}', "", "{", "[]", '"x"', "null", '{"n": ' + "9" * 5000,
-                 '{"n": ' + "9" * 5000 + "}", '{"a": 1} x', b"\xef\xbb\xbf\x00", json.dumps({"\ud800" * 50: 1, "prompt": "a"})):  # fmt: skip
+    no_json = ["[" * 10_000, b'{"model": "\xff\xfe"}', "", "{", '{"n": ' + "9" * 5000, '{"n": ' + "9" * 5000 + "}", "{} x"]
+    no_object = ["[]", '"x"', "null", b"\xef\xbb\xbf\x00"]
+    for body in (deep, *no_json, *no_object, json.dumps({"\ud800" * 50: 1, "prompt": "a"})):
         error_of(running.send("POST", "/v1/completions", body), 400)
     for kind in ("text/plain", "", "application/x-www-form-urlencoded", "application/jsonx"):
         assert (
