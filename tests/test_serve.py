@@ -489,7 +489,7 @@ def test_nulls_are_left_out(running):
 
 def test_hostile_bodies(running):
     deep = '{"model": "air.strawberry", "prompt": "a", "user": ' + "[" * 10_000 + "]" * 10_000 + "}"
-    no_json = ["[" * 10_000, b'{"model": "\xff\xfe"}', "", "{", '{"n": ' + "9" * 5000, '{"n": ' + "9" * 5000 + "}", "{} x"]
+    no_json = ["[" * 10_000, b'{"model": "\xff\xfe"}', "", "{", '{"n": ' + "9" * 5000 + "}", "{} x"]
     no_object = ["[]", '"x"', "null", b"\xef\xbb\xbf\x00"]
     for body in (deep, *no_json, *no_object, json.dumps({"\ud800" * 50: 1, "prompt": "a"})):
         error_of(running.send("POST", "/v1/completions", body), 400)
