@@ -257,7 +257,7 @@ class Uploads:
 # ---- child processes -----------------------------------------------------------------------------------------------
 
 # What a child does before it becomes the program: it says who it is. Its number and its start outlast the exec. It is
-# also the first that a system out of memory ends, and makes way for the server where both want the processor.
+# also the first that a system out of memory ends, before the server.
 LAUNCH = """
 import json, os, sys
 path, *argv = sys.argv[1:]
@@ -267,7 +267,6 @@ try:
     open("/proc/self/oom_score_adj", "w").write("500")
 except OSError:
     pass
-os.nice(5)
 with open(path + ".tmp", "w") as file:
     json.dump({"pid": os.getpid(), "born": born}, file)
     file.flush()
@@ -373,8 +372,9 @@ class Job:
         return self.about["request"]
 
     def set(self, **changes) -> None:
-        self.about |= changes
-        write_about(self.folder, self.about)
+        changed = self.about | changes
+        write_about(self.folder, changed)  # before it shows, so that nobody sees what a crash would undo
+        self.about = changed
 
     def tell(self, message: str, level: str = "info", data: dict | None = None) -> None:
         """One more event. A full disk costs the event, not the job."""
@@ -518,7 +518,7 @@ def complete_run(jobs: Jobs, job: Job, made_of: Path) -> options.Run:
         path=str(made_of / assemble.TOKENS), data_division=result["data_division"], load_from_file=True
     )
     raw.setdefault("checkpoints", {}).update(path=str(job.folder / "checkpoints"), create_checkpoints=True)
-    raw |= {"encoder_path": str(made_of / assemble.ENCODER), "img_path": str(job.folder / "img"),
+    raw |= {"encoder_path": str(made_of / assemble.ENCODER), "img_path": None,
             "model_path": str(jobs.models / job.about["model"])}
     base = job.request["base"]
     raw["init_from"] = f"{jobs.model_file(base)},pretrained" if base else "scratch"

@@ -432,7 +432,7 @@ class Run:
         "auto", "torch.compile; auto: on cuda, and on cpu from max_iters 5000 on where a C++ compiler is there, since "
         "compiling takes minutes there; where it fails, training goes on without", choices=["auto"]
     )
-    img_path: str = option("img", "directory of the curves", path=True)
+    img_path: str | None = option("img", "directory of the curves; null: none are drawn", path=True)
     sample_length: int = option(200, "tokens of the sample at each evaluation; 0: no sample", low=0, high=2**20)
     sample_prompt: str = option(
         "", "text that the sample continues, or an encoder-decoder's source; empty: a document's start, or a source of "

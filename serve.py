@@ -528,7 +528,7 @@ class Engine:
         except Exception as error:
             log.warning("cannot load %s: %s", self.path, error, exc_info=not isinstance(error, UserError))
             failure = as_api_error(error)
-            failure.param = "model"
+            failure.message, failure.param = f"model: {failure.message}", "model"
             self.tell_loop(self.fail_loading, failure)
             return
         self.tell_loop(self.ready.set_result, None)
@@ -1975,24 +1975,29 @@ def schema_here(plain: dict, service: Service) -> dict:
 
 def add_route(app: FastAPI, route: Route) -> None:
     extra, handler = dict(route.extra), route.handler
-    if (body := handler.__annotations__.get("body")) is not None:  # the signature may be that of an app before
-        content = {"application/json": {"schema": body_schema(body)}}
+    if (body := signature(handler).parameters.get("body")) is not None:
+        content = {"application/json": {"schema": body_schema(body.annotation)}}
         extra["requestBody"] = {"required": True, "content": content}
-        handler.__signature__ = with_body(handler, body)
+        handler = with_body(handler, body.annotation)
     responses = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}} | route.responses
     app.add_api_route(route.path, handler, methods=[route.method], response_model=route.answer, tags=[route.tag],
                       responses=responses, openapi_extra=extra, operation_id=handler.__name__)  # fmt: skip
 
 
-def with_body(handler: Callable, cls: type):
-    """The handler's signature, in which FastAPI finds how its body is read."""
+def with_body(handler: Callable, cls: type) -> Callable:
+    """The handler with a signature in which FastAPI finds how its body is read."""
 
     async def read(request: Request):
         return await read_body(request, cls)
 
+    async def endpoint(**values: Any) -> Any:
+        return await handler(**values)
+
     own = signature(handler)
     parameters = own.parameters | {"body": own.parameters["body"].replace(annotation=Annotated[cls, Depends(read)])}
-    return own.replace(parameters=list(parameters.values()))
+    endpoint.__signature__ = own.replace(parameters=list(parameters.values()))
+    endpoint.__name__, endpoint.__doc__ = handler.__name__, handler.__doc__
+    return endpoint
 
 
 def body_schema(cls: type) -> dict:

@@ -34,6 +34,7 @@ import encoder as encoders
 import jobs
 import options
 import serve
+import train
 from assemble import Recipe
 from checkpoint import load_model
 from options import UserError
@@ -261,7 +262,7 @@ def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
     for recipe, told in (
         ({}, "files = []: must name at least one"),
         ({"files": ["a.jsonl"], "weights": [1, 2]}, "must be as many as files, 1"),
-        ({"files": ["a.jsonl"], "min_chars": 9, "encoder": "chars"}, "no text is left of the files (left out: 3 too"),
+        ({"files": ["a.jsonl"], "min_chars": 9, "encoder": "chars"}, "no text is left of the files (left out"),
         ({"files": ["a.jsonl"], "similarty": 1}, "did you mean 'similarity'?"),
         ({"files": ["b.jsonl"]}, "there is no such file"),
     ):
@@ -447,7 +448,8 @@ def test_hyperparameters_are_nested_or_dotted_and_never_paths():
     for bad in ({"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}):
         with pytest.raises(jobs.Refused):
             jobs.nested(bad)
-    assert {"model_path", "encoder_path", "init_from", "img_path", "dataset.path", "checkpoints.path"} <= jobs.OWN_KEYS
+    paths = {"model_path", "encoder_path", "init_from", "img_path", "dataset.path", "checkpoints.path"}
+    assert paths <= jobs.OWN_KEYS
     for key in jobs.OWN_KEYS:
         *sections, last = key.split(".")
         raw = {last: "/etc/x"}
@@ -718,9 +720,10 @@ def test_ids_are_never_paths(site, name):
 TINY = {
     "batch_size": 2, "max_iters": 20, "eval_interval": 10**6, "log_interval": 5, "eval_iters": 1, "warmup_iters": 2,
     "sample_length": 0, "compile": False, "checkpoints.interval": 10**6,
-    "model_hyperparams": {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_qkv": 16, "block_size": 16, "vocab_size": 300},
+    "model_hyperparams": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 300},
 }  # fmt: skip
-LONG = {**TINY, "max_iters": 800}
+PRESET = "tinystar-v0.1-baseline"
+LONG = {**TINY, "max_iters": 400, "log_interval": 100}
 ENDLESS = {**TINY, "max_iters": 10**6}
 
 
@@ -799,9 +802,16 @@ def test_a_dataset_is_assembled_once_and_says_what_came_of_it(site):
     assert listed["data"][0]["id"] == other["id"]
     for bad, field in (({"files": []}, "files"), ({"files": [one], "min_chars": 0}, "min_chars"),
                        ({"files": [one], "fils": 1}, "fils"),
-                       ({"files": [one], "similarity": float("nan")}, "similarity"), ({"files": one}, "files"), ({}, "files")):
+                       ({"files": [one], "similarity": float("nan")}, "similarity"),
+                       ({"files": one}, "files"), ({}, "files")):
         status, body = site.raw("POST", "/v1/datasets", bad)
         assert (status, json.loads(body)["error"]["param"]) == (400, field)
+    for found in json.loads(site.raw("GET", "/v1/datasets")[1])["data"]:
+        if found["status"] in ("queued", "running"):
+            with pytest.raises(openai.ConflictError, match="is needed by the dataset"):
+                files.delete(one)
+            stopped = json.loads(site.raw("POST", f"/v1/datasets/{found['id']}/cancel", b"")[1])
+            assert stopped["status"] in ("cancelled", "succeeded")
     files.delete(one)
     broken = json.loads(site.raw("POST", "/v1/datasets", {"files": [two], "min_chars": 10**6})[1])
     failed = until(look_at_broken)
@@ -809,30 +819,40 @@ def test_a_dataset_is_assembled_once_and_says_what_came_of_it(site):
     assert str(site.data) not in failed["error"]["message"]
 
 
-def test_a_run_from_file_to_text(site, story):
+def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
+    """It ends with the weights of one that nothing has disturbed."""
     tuning = site.client.fine_tuning.jobs
-    job = tuning.create(model="tiny", training_file=story, hyperparameters=TINY, seed=7, suffix="mine",
+    job = tuning.create(model=PRESET, training_file=story, hyperparameters=LONG, seed=3, suffix="mine",
                         metadata={"who": "me"})
     assert job.object == "fine_tuning.job"
     assert job.status in ("validating_files", "queued")
     assert job.fine_tuned_model is None
+    begun(site.client, job)
+    paused = tuning.pause(job.id)
+    assert paused.status == "paused"
+    assert children(site.data) == []
+    assert 1 <= paused.progress["step"] < 400
+    assert tuning.resume(job.id).status in ("queued", "running")
     done = finished(site.client, job)
     assert done.status == "succeeded", done
-    assert (done.seed, done.trained_tokens, done.metadata) == (7, 20 * 2 * 16, {"who": "me"})
+    found = weights(site, done)
+    assert all(torch.equal(undisturbed[name], found[name]) for name in found)
+    assert (done.seed, done.trained_tokens, done.metadata) == (3, 400 * 2 * 16, {"who": "me"})
     assert done.created_at <= done.finished_at <= time.time()
-    assert done.fine_tuned_model.startswith("ft-tiny-mine-")
+    assert done.fine_tuned_model.startswith(f"ft-{PRESET}-mine-")
     assert done.fine_tuned_model in [model.id for model in site.client.models.list()]
     text = site.client.completions.create(model=done.fine_tuned_model, prompt="the", max_tokens=4, seed=1)
     assert text.usage.completion_tokens == 4
     events = list(tuning.list_events(job.id, limit=2))
     messages = [event.message for event in events]
-    assert (messages[0], messages[-1]) == ("succeeded", "created")
+    plain = [message for message in messages if not message.startswith("step ")]
+    assert plain == ["succeeded", "started", "resumed", "paused", "started", "created"]
     assert len({event.id for event in events}) == len(events)
     steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
-    assert steps == [1, 5, 10, 15, 20, 20]
+    assert steps == [1, 100, 200, 300, 400, 400]
     assert any("full_valid_loss" in event.data for event in events)
     assert [event.created_at for event in events] == sorted((event.created_at for event in events), reverse=True)
-    assert [point.step_number for point in tuning.checkpoints.list(job.id)] == [20]
+    assert [point.step_number for point in tuning.checkpoints.list(job.id)][0] == 400
     lines = json.loads(site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/metrics")[1])["data"]
     assert [line["step"] for line in lines] == steps
     for query in ("", "?sheet=learning_rate&x=tokens"):
@@ -843,10 +863,10 @@ def test_a_run_from_file_to_text(site, story):
     for call in (tuning.cancel, tuning.pause, tuning.resume):
         with pytest.raises(openai.ConflictError):
             call(job.id)
-    more = tuning.create(model=done.fine_tuned_model, training_file=story, hyperparameters={"max_iters": 5}, seed=1)
+    more = tuning.create(model=done.fine_tuned_model, training_file=story, hyperparameters={"max_iters": 5, "log_interval": 1}, seed=1)
     again = finished(site.client, more)
     assert again.status == "succeeded", again
-    assert again.fine_tuned_model.startswith("ft-tiny-mine-")
+    assert again.fine_tuned_model.startswith(f"ft-{PRESET}-mine-")
     begin = [next(event.data["train_loss"] for event in tuning.list_events(run.id) if event.data.get("step") == 1)
              for run in (job, more)]
     assert begin[1] < begin[0] - 0.2  # it went on from what was learned
@@ -880,7 +900,8 @@ def test_keys_are_judged_as_on_the_command_line(site, story):
         with pytest.raises(openai.BadRequestError) as caught:
             site.client.fine_tuning.jobs.create(model="tiny", training_file=story, hyperparameters=wrong)
         assert caught.value.body["message"] == str(told.value)
-    for body in ({"training_file": story}, {"model": "tiny"}, {"model": "tiny", "training_file": story, "suffix": "a/b"},
+    for body in ({"training_file": story}, {"model": "tiny"},
+                 {"model": "tiny", "training_file": story, "suffix": "a/b"},
                  {"model": "tiny", "training_file": story, "hyperparameters": [1]},
                  {"model": "tiny", "training_file": story, "validation_file": story},
                  {"model": "tiny", "training_file": story, "metadata": {"a": 1}},
@@ -891,7 +912,7 @@ def test_keys_are_judged_as_on_the_command_line(site, story):
 
 def test_queueing_idempotency_and_cancelling(site, story):
     tuning = site.client.fine_tuning.jobs
-    ask = {"model": "tiny", "training_file": story, "hyperparameters": ENDLESS, "seed": 1}
+    ask = {"model": PRESET, "training_file": story, "hyperparameters": ENDLESS, "seed": 1}
     first = tuning.create(**ask, extra_headers={"Idempotency-Key": "a key"})
     same = [None] * 4
     threads = [threading.Thread(target=lambda i=i: same.__setitem__(i, tuning.create(
@@ -922,28 +943,21 @@ def test_queueing_idempotency_and_cancelling(site, story):
     assert [event.message for event in tuning.list_events(waiting.id)] == ["cancelled", "created"]
 
 
-def test_a_paused_run_ends_as_an_undisturbed_one(site, story, undisturbed):
-    tuning = site.client.fine_tuning.jobs
-    job = tuning.create(model="tiny", training_file=story, hyperparameters=LONG, seed=3)
-    begun(site.client, job)
-    paused = tuning.pause(job.id)
-    assert paused.status == "paused"
-    assert children(site.data) == []
-    assert 1 <= paused.progress["step"] < 800
-    assert tuning.resume(job.id).status in ("queued", "running")
-    done = finished(site.client, job)
-    assert done.status == "succeeded", done
-    expected, found = undisturbed, weights(site, done)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    told = [event.message for event in tuning.list_events(job.id) if event.type == "message"]
-    assert told == ["succeeded", "started", "resumed", "paused", "started", "created"]
-
-
 @pytest.fixture(scope="module")
-def undisturbed(site, story):
-    """The weights of the run of LONG, seed 3, made at one go."""
-    job = site.client.fine_tuning.jobs.create(model="tiny", training_file=story, hyperparameters=LONG, seed=3)
-    return weights(site, finished(site.client, job))
+def undisturbed(site, story, tmp_path_factory):
+    """The weights of the run of LONG with seed 3, as train.py makes them at one go, in this process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = site.client.fine_tuning.jobs.create(model=PRESET, training_file=story, hyperparameters=LONG, seed=3)
+    begun(site.client, job)
+    site.client.fine_tuning.jobs.cancel(job.id)
+    run = json.loads((site.data / "runs" / job.id / "run.json").read_bytes())
+    run |= {"model_path": str(folder / "model.tinystar"), "checkpoints": {**run["checkpoints"], "path": str(folder)}}
+    (folder / "run.json").write_text(json.dumps(run))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert train.main(["--config", str(folder / "run.json")]) == 0
+    torch.set_num_threads(threads)
+    return load_model(folder / "model.tinystar")[0].state_dict()
 
 
 # ---- a killed server -----------------------------------------------------------------------------------------------
@@ -959,7 +973,7 @@ def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
     client = client_of(port)
     check_memory(server.pid, int(port), data)
     story = client.files.create(file=("stories.jsonl", stories()), purpose="fine-tune").id
-    asked = {"model": "tiny", "training_file": story, "hyperparameters": LONG, "seed": 3}
+    asked = {"model": PRESET, "training_file": story, "hyperparameters": LONG, "seed": 3}
     job = client.fine_tuning.jobs.create(**asked, extra_headers={"Idempotency-Key": "once"})
     begun(client, job)
     server.send_signal(signal.SIGKILL)
