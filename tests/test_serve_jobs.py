@@ -999,6 +999,8 @@ def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
         assert done.status == "succeeded", done
         found = weights(site, done)
         assert all(torch.equal(undisturbed[name], found[name]) for name in found)
+        events = list(site.client.fine_tuning.jobs.list_events(job.id))[::-1]
+        assert [event.data["step"] for event in events if event.type == "metrics"] == [1, 100, 200, 300, 400, 400]
 
 
 def check_memory(pid, port, data):
