@@ -45,6 +45,7 @@ import encoder as encoders
 import options
 from model import CONFIGS
 from options import UserError, atomic_write, nearest, read_json, show
+from sample import MODEL_SUFFIXES
 
 HERE = Path(__file__).resolve().parent
 ABOUT, LOG, EVENTS, PID = "about.json", "log.txt", "events.jsonl", "pid.json"
@@ -111,7 +112,7 @@ def page(items: list[dict], after: str | None, limit: int) -> dict:
     if after is not None:
         places = [i for i, item in enumerate(items) if item["id"] == after]
         if not places:
-            raise Refused(400, f"after = {show(after)}: nothing in this list has that id", "after")
+            raise Refused(404, f"after = {show(after)}: nothing in this list has that id", "after", "not_found")
         items = items[places[0] + 1 :]
     data = items[:limit]
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
@@ -189,8 +190,8 @@ def clean_name(name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """The suffixes by which prepare.py will know what is in it."""
-    lower = name.lower()
+    """The suffixes by which prepare.py will know what is in it; a name without any is a text's."""
+    lower = name.lower() if "." in name else f"{name}.txt"
     for suffix in SUFFIXES:
         for packed in (suffix, f"{suffix}.gz"):
             if lower.endswith(packed):
@@ -627,10 +628,10 @@ class Jobs:
 
     def model_file(self, name: str, param: str = "model") -> Path:
         """The file of a model's name, which is one that is listed, and so is no path."""
-        known = {path.name: path for path in self.models.glob("*") if path.is_file() and not path.name.startswith(".")}
+        known = self.model_names()
         if name not in known:
             raise Refused(404, f"there is no model {show(name)}{nearest(name, known)}", param, "model_not_found")
-        return known[name]
+        return self.models / name
 
     def encoder_of(self, name: str) -> encoders.Encoder:
         """The encoder of a dataset that is ready, or of a model."""
@@ -662,6 +663,9 @@ class Jobs:
         """The dataset of a recipe of ids: the one that is there, where what it is made of is the same."""
         raw = options.to_dict(recipe)
         files = [self.uploads.get(file, "files") for file in recipe.files]
+        _, problems = options.check(assemble.Recipe, raw)
+        if problems:
+            raise Refused(400, "; ".join(problems), problems[0].partition(" = ")[0])
         given = recipe.encoder
         if given is not None and not is_published(given):
             given = self.encoder_of(given).fingerprint
@@ -685,6 +689,8 @@ class Jobs:
                     raise Refused(409, told, "Idempotency-Key", "idempotency_key_reused")
                 return job
             base, raw = self.starting_point(asked.model)
+            (self.get if asked.training_file.startswith("ds-") else self.uploads.get)(asked.training_file,
+                                                                                      "training_file")
             chosen = nested(asked.hyperparameters)
             check_own(chosen)
             raw = merged(raw, chosen)
@@ -708,17 +714,16 @@ class Jobs:
 
     def starting_point(self, name: str) -> tuple[str | None, dict]:
         """(model file's name or None, configuration) of a preset's or a model's name."""
-        presets = {path.stem: path for path in options.CONFIG_FOLDER.glob("*.json") if path.name != "schema.json"}
-        stem = name.removesuffix(".json")
-        if stem in presets:
-            raw = json.loads(json.dumps(read_json(presets[stem])))
+        known, stem = presets(), name.removesuffix(".json")
+        if stem in known:
+            raw = json.loads(json.dumps(read_json(known[stem])))
             raw.pop("$schema", None)
             return None, without_own(raw)
         try:
             path = self.model_file(name)
         except Refused as error:
-            told = f"there is no preset and no model {show(name)}{nearest(name, [*presets, *self.model_names()])}"
-            told = f"{told}; presets are {', '.join(sorted(presets))}"
+            told = f"there is no preset and no model {show(name)}{nearest(name, [*known, *self.model_names()])}"
+            told = f"{told}; presets are {', '.join(known)}"
             raise Refused(404, told, "model", "model_not_found") from error
         hyperparams, record = checkpoint.read_about(path)
         raw = record["run"] if isinstance(record.get("run"), dict) else {}
@@ -728,13 +733,12 @@ class Jobs:
         return name, raw | {"model_hyperparams": hyperparams}
 
     def model_names(self) -> list[str]:
-        return [path.name for path in self.models.glob("*") if path.is_file()]
+        return sorted(path.name for path in self.models.glob("*") if path.suffix in MODEL_SUFFIXES and path.is_file())
 
     def dataset_for(self, asked: Training, run: options.Run, base: str | None, chosen: dict) -> Job:
         """The dataset that `training_file` names, or one of that file alone, encoded as the model needs it."""
         division = chosen.get("dataset", {}).get("data_division")
         if not asked.training_file.startswith("ds-"):
-            self.uploads.get(asked.training_file, "training_file")
             vocab_size = chosen.get("model_hyperparams", {}).get("vocab_size") if base is None else None
             share = round(1 - run.dataset.data_division, 9)
             return self.assemble(assemble.Recipe(files=[asked.training_file], encoder=base, vocab_size=vocab_size,
@@ -914,6 +918,11 @@ def without_own(raw: dict, prefix: str = "") -> dict:
     """A configuration less the keys that the server sets itself."""
     return {name: without_own(value, f"{prefix}{name}.") if isinstance(value, dict) else value
             for name, value in raw.items() if f"{prefix}{name}" not in OWN_KEYS}
+
+
+def presets() -> dict[str, Path]:
+    """The configurations of config/, by name."""
+    return {path.stem: path for path in sorted(options.CONFIG_FOLDER.glob("*.json")) if path.name != "schema.json"}
 
 
 def model_name(base: str, suffix: str | None, job: str, arch: str) -> str:

@@ -1292,6 +1292,8 @@ class Factory:
 
     def __init__(self, service: "Service"):
         self.settings = service.settings
+        self.uploads: jobs.Uploads | None = None  # from start() on
+        self.jobs: jobs.Jobs | None = None
         self.drawn: tuple = ((), b"")  # the last picture, and what it was of
         self.drawing = threading.Lock()  # a picture takes most of a second
         gauge = service.metrics.gauge
@@ -1407,7 +1409,7 @@ class Form:
         if self.name == "file":
             if self.filename is not None:
                 raise ApiError(400, "file: given twice; upload one file at a time", "file")
-            self.filename = options.get(b"filename", b"").decode("utf-8", "replace")
+            self.filename = options.get(b"filename", b"file").decode("utf-8", "replace")
 
     def part_data(self, data: bytes, start: int, end: int) -> None:
         if self.name == "file":
@@ -1519,6 +1521,7 @@ async def delete_file(file_id: str, service: TheService) -> Deleted:
 # -- datasets
 
 MOST_FILES = 10_000
+TEXT = "^[^\\u0000]*$"
 
 
 @dataclass
@@ -1532,12 +1535,17 @@ class Assemble(Recipe):
     )
     name: str = option("", "what people call it")
     required: ClassVar = ("files",)
-    schemas: ClassVar = {"files": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MOST_FILES}}
+    schemas: ClassVar = {
+        "files": {"type": "array", "items": {"type": "string", "pattern": "^file-[0-9a-f]{24}$"}, "minItems": 1,
+                  "maxItems": MOST_FILES},
+        "encoder": {"type": ["string", "null"], "pattern": TEXT, "minLength": 1},
+        "name": {"type": "string", "pattern": TEXT, "maxLength": 255},
+    }  # fmt: skip
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from super().problems()
-        if len(self.files) > MOST_FILES:
-            yield "files", f"must be at most {MOST_FILES:,}"
+        """The rules between keys are judged once it is known that the files are there."""
+        if not 1 <= len(self.files) <= MOST_FILES:
+            yield "files", f"must be 1 to {MOST_FILES:,}"
         if len(self.name) > 255:
             yield "name", "must have at most 255 characters"
 
@@ -1634,10 +1642,13 @@ class Train:
     integrations: Any = option(None, "none are known here")
     required: ClassVar = ("model", "training_file")
     schemas: ClassVar = {
+        "training_file": {"type": "string", "pattern": "^(file|ds)-[0-9a-f]{24}$"},
         "hyperparameters": {"type": ["object", "null"]},
-        "metadata": {"type": ["object", "null"], "maxProperties": 16,
+        "metadata": {"type": ["object", "null"], "maxProperties": 16, "propertyNames": {"maxLength": 64},
                      "additionalProperties": {"type": "string", "maxLength": 512}},
-        "method": {"type": ["object", "null"], "properties": {"type": {"enum": ["supervised"]}}},
+        "method": {"type": ["object", "null"], "required": ["type"], "properties": {
+            "type": {"enum": ["supervised"]}, "supervised": {"type": ["object", "null"], "properties": {
+                "hyperparameters": {"type": ["object", "null"]}}}}},
         "validation_file": {"type": "null"},
         "integrations": {"type": ["array", "null"], "maxItems": 0},
         "suffix": {"type": ["string", "null"], "pattern": "^[A-Za-z0-9_-]{1,64}$"},
@@ -1664,6 +1675,11 @@ class Train:
         inner = method.get("supervised") or {}
         good = method.get("type") == "supervised" and isinstance(inner, dict)
         return (inner.get("hyperparameters") or {}) if good else None
+
+
+def create_run_here(service: Service, properties: dict) -> None:
+    names = [*jobs.presets(), *(service.factory.jobs.model_names() if service.factory.jobs else ())]
+    properties["model"] = {"enum": names, "description": declared(Train)["model"].doc}
 
 
 def is_metadata(value: Any) -> bool:
@@ -1920,7 +1936,7 @@ ROUTES = [
     Route("GET", "/v1/datasets", list_datasets, DatasetList, "datasets"),
     Route("GET", "/v1/datasets/{dataset_id}", retrieve_dataset, DatasetAnswer, "datasets"),
     Route("POST", "/v1/datasets/{dataset_id}/cancel", cancel_dataset, DatasetAnswer, "datasets"),
-    Route("POST", "/v1/fine_tuning/jobs", create_run, RunAnswer, "training", extra=IDEMPOTENCY),
+    Route("POST", "/v1/fine_tuning/jobs", create_run, RunAnswer, "training", here=create_run_here, extra=IDEMPOTENCY),
     Route("GET", "/v1/fine_tuning/jobs", list_runs, RunList, "training"),
     Route("GET", "/v1/fine_tuning/jobs/{job_id}", retrieve_run, RunAnswer, "training"),
     Route("POST", "/v1/fine_tuning/jobs/{job_id}/cancel", cancel_run, RunAnswer, "training"),
