@@ -932,7 +932,8 @@ class CompletionBody:
     top_k: int | None = option(0, "draw from the k likeliest tokens; 0: from all", low=0, high=2**20)
     min_p: float | None = option(0.0, "draw from tokens at least so often as likely as the likeliest", low=0, high=1)
     n: int | None = option(1, "texts for each prompt; text i is drawn with seed + i", low=1, high=MOST_SAMPLES)
-    seed: int | None = option(None, "the same seed makes the same text; default: drawn", low=0, high=2**62)
+    seed: int | None = option(None, "the same seed makes the same text; default: drawn", low=0,
+                              high=2**53 - 1)  # fmt: skip
     stop: Any = option(None, f"text that ends a text and is not part of it, or a list of at most {MOST_STOPS}")
     echo: bool | None = option(False, "whether the prompt is given back before what continues it")
     logprobs: int | None = option(None, "tell each token's log probability, and so many likeliest tokens'", low=0,
@@ -977,7 +978,8 @@ class CompletionBody:
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        return self.prompt if self.is_list() else [self.prompt]
+        prompts = self.prompt if self.is_list() else [self.prompt]
+        return [prompt if isinstance(prompt, str) else [int(token) for token in prompt] for prompt in prompts]
 
     @property
     def length(self) -> int:
@@ -986,7 +988,9 @@ class CompletionBody:
 
 
 def is_tokens(prompt: Any) -> bool:
-    return isinstance(prompt, list) and len(prompt) > 0 and all(type(t) is int and 0 <= t < 2**31 for t in prompt)
+    """Whether it is a list of tokens; JSON has one kind of number, so that 5.0 is one too."""
+    numbers = isinstance(prompt, list) and len(prompt) > 0 and all(type(t) in (int, float) for t in prompt)
+    return numbers and all(0 <= t < 2**31 and t == int(t) for t in prompt)
 
 
 @dataclass
@@ -1982,6 +1986,10 @@ def make_app(settings: Settings) -> FastAPI:
 def schema_here(plain: dict, service: Service) -> dict:
     """The schema of all routes, with what there is now."""
     found = copy.deepcopy(plain)
+    if service.settings.api_key:
+        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for route in ROUTES:
+            found["paths"][route.path][route.method.lower()]["security"] = [] if route.open else [{"key": []}]
     for route in ROUTES:
         if route.here is not None:
             body = found["paths"][route.path][route.method.lower()]["requestBody"]

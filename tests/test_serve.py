@@ -228,7 +228,7 @@ def test_tokens_are_prompts_too(running):
     tokens = encoders.train(["x"], 258).encode("the cat")
     asked = {"model": "air.strawberry", "seed": 3, "max_tokens": 5}
     texts = [running.client.completions.create(**asked, prompt=prompt).choices for prompt in
-             ("the cat", tokens, ["the cat", "x"], [tokens, [1]])]  # fmt: skip
+             ("the cat", tokens, ["the cat", "x"], [tokens, [1]], [float(t) for t in tokens])]  # fmt: skip
     assert len({choices[0].text for choices in texts}) == 1 and [len(choices) for choices in texts] == [1, 1, 2, 2]
     beginning, eot = (running.client.completions.create(**asked, prompt=p).choices[0].text for p in ("", [256]))
     assert beginning == eot
