@@ -60,14 +60,14 @@ class Recipe:
         0.8, "near: documents are alike from this share of common text on: the Jaccard index of their runs of 8 bytes, "
         "in lower case, all white space as one space", low=0.3, high=1,
     )
-    min_chars: int = option(1, "shorter documents are left out", low=1)
-    max_chars: int | None = option(None, "longer documents are left out", low=1)
+    min_chars: int = option(1, "shorter documents are left out", low=1, high=2**40)
+    max_chars: int | None = option(None, "longer documents are left out", low=1, high=2**40)
     encoder: str | None = option(None, "what encodes it; chars: a token for each character; null: trained on the text")
     vocab_size: int | None = option(
         None, "of the encoder that is trained; null: 8192, or what the text gives", low=258, high=encoders.MAX_VOCAB
     )
     validation_share: float = option(0.1, "share of the tokens that validates", above=0, below=1)
-    seed: int = option(0, "of the shuffle, and of what validates", low=0)
+    seed: int = option(0, "of the shuffle, and of what validates", low=0, high=2**31 - 1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.files:

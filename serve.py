@@ -50,6 +50,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -137,7 +138,11 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    return as_api_error(error).response()
+    answer = as_api_error(error).response()
+    if answer.status_code == 405:  # the framework names the methods of one route, and an address may have several
+        same = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+        answer.headers["Allow"] = ", ".join(sorted(set().union(*(route.methods or () for route in same))))
+    return answer
 
 
 # ---- settings and the command line ---------------------------------------------------------------------------------
@@ -1295,7 +1300,7 @@ class Factory:
     """The uploads and jobs of the data directory, which one server at a time may have."""
 
     def __init__(self, service: "Service"):
-        self.settings = service.settings
+        self.settings, self.lock = service.settings, None
         self.uploads: jobs.Uploads | None = None  # from start() on
         self.jobs: jobs.Jobs | None = None
         self.drawn: tuple = ((), b"")  # the last picture, and what it was of
@@ -1304,14 +1309,19 @@ class Factory:
         gauge("jobs_running", "training runs whose process is alive", lambda: self.jobs.count("running"))
         gauge("jobs_queued", "training runs that wait", lambda: sum(map(self.jobs.count, jobs.WAITING)))
 
-    async def start(self) -> None:
-        root = Path(self.settings.data)
+    def claim(self) -> None:
+        """Take the data directory. Raises UserError where another server has it."""
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            Path(self.settings.models).mkdir(parents=True, exist_ok=True)
+            for name in (self.settings.data, self.settings.models):
+                Path(name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make {error.filename}: {error.strerror}; name another --data") from error
-        self.lock = Lock(root, "--data")
+            raise UserError(f"cannot make {error.filename}: {error.strerror}; name another directory") from error
+        self.lock = Lock(self.settings.data, "--data")
+
+    async def start(self) -> None:
+        if self.lock is None:
+            self.claim()
+        root = Path(self.settings.data)
         self.uploads = jobs.Uploads(root.resolve() / "files", int(self.settings.max_upload * MIB))
         self.jobs = jobs.Jobs(root.resolve(), Path(self.settings.models), self.uploads, self.settings.max_jobs)
         self.jobs.start()
@@ -1319,6 +1329,7 @@ class Factory:
     async def stop(self) -> None:
         await run_in_threadpool(self.jobs.stop_all, STOP_SECONDS)
         self.lock.release()
+        self.lock = None
 
     def picture(self, job: jobs.Job, sheet: str, x: str) -> bytes:
         """A sheet of curves as it is now, as PNG."""
@@ -1893,7 +1904,8 @@ IDEMPOTENCY = {"parameters": [{"name": "Idempotency-Key", "in": "header", "requi
                "with the same key, the same run", "schema": {"type": "string", "minLength": 1, "maxLength": 255}}]}
 UPLOAD_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
     "type": "object", "required": ["file"], "properties": {
-        "file": {"type": "string", "format": "binary", "description": ".txt, .json or .jsonl, or one of these and .gz"},
+        "file": {"type": "string", "contentMediaType": "text/plain",
+                 "description": ".txt, .json or .jsonl, or one of these and .gz"},
         "purpose": {"enum": list(jobs.PURPOSES), "default": "fine-tune"},
     }}}}}}  # fmt: skip
 
@@ -2060,6 +2072,7 @@ def main(argv: list[str]) -> None:
     settings = read_command(argv)
     app = make_app(settings)
     server = Server(server_config(app, settings), app.state.service)
+    app.state.service.factory.claim()
     server.run()
     if not server.started:
         sys.exit(1)

@@ -414,7 +414,12 @@ def test_nothing_half_written_is_taken_for_a_job_or_a_file(keeper, tmp_path):
         (folder / ".tmp_0a").mkdir()
         (folder / "nonsense").mkdir()
     (tmp_path / "runs" / f"ftjob-{'0' * 24}").mkdir()  # no about.json
-    (tmp_path / "files" / f"file-{'0' * 24}").symlink_to("/etc")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    about = {"id": f"file-{'0' * 24}", "suffix": ".txt", "created": 0, "filename": "x", "bytes": 1, "purpose": "batch"}
+    (secret / "about.json").write_text(json.dumps(about))
+    (secret / "content.txt").write_text("secret")
+    (tmp_path / "files" / about["id"]).symlink_to(secret)
     with open(job.folder / jobs.EVENTS, "ab") as file:
         file.write(b'{"id": "half')
     again = keeper()
@@ -422,8 +427,10 @@ def test_nothing_half_written_is_taken_for_a_job_or_a_file(keeper, tmp_path):
     assert again.uploads.all() == []
     assert [event["message"] for event in again.get(job.id).events()] == ["succeeded", "started"]
     assert not list(tmp_path.glob("*/.tmp_*"))
-    with pytest.raises(jobs.Refused, match="there is no file"):
-        again.uploads.path(f"file-{'0' * 24}")
+    for call in (again.uploads.get, again.uploads.path, again.uploads.remove):
+        with pytest.raises(jobs.Refused, match="there is no file"):
+            call(about["id"])
+    assert (secret / "content.txt").exists()
 
 
 def test_pages_go_on_where_the_last_one_ended():
