@@ -716,7 +716,8 @@ def test_metrics(start):
 def test_the_schema_says_what_there_is(running, start, tmp_path):
     schema = running.send("GET", "/openapi.json")[2]
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert body["properties"]["model"]["enum"] == sorted(MODELS.keys() - {"masked.transformer"}) and body["required"] == ["model", "prompt"]
+    assert body["properties"]["model"]["enum"] == sorted(MODELS.keys() - {"masked.transformer"})
+    assert body["required"] == ["model", "prompt"]
     assert body["properties"]["source"]["anyOf"]
     assert running.send("GET", "/docs")[0] == 200
     empty = start(tmp_path).send("GET", "/openapi.json")[2]
