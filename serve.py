@@ -62,6 +62,7 @@ from assemble import Recipe
 from checkpoint import Lock, read_about
 from dataset import spell
 from decode import Decoder
+from encoder import EOT, PAD
 from model import wide
 from options import UserError, check, declared, nearest, object_schema, option, run_cli, show, to_dict
 from sample import (
@@ -760,6 +761,10 @@ class ModelFile:
     def created(self) -> int:
         return self.stamp[0] // 10**9
 
+    @property
+    def generates(self) -> bool:
+        return self.hyperparams.get("kind") != "encoder"
+
 
 class Models:
     """The model files of the folder, and those of them that are in memory."""
@@ -827,6 +832,13 @@ class Models:
             raise ApiError(404, f"model = {show(name)}: there is no such model{nearest(name, files)}; /v1/models lists "
                            "them", "model", "model_not_found")  # fmt: skip
         return files[name]
+
+    async def newest(self) -> str:
+        """The name of the newest model, as sample.py takes it."""
+        files = {name: file for name, file in (await self.all()).items() if file.generates}
+        if not files:
+            raise ApiError(404, "there is no model yet; train one", "model", "model_not_found")
+        return max(files, key=lambda name: (files[name].stamp[0], name))
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[Engine]:
@@ -1229,7 +1241,7 @@ def prompt_schema(tokens: dict) -> dict:
 
 def completions_here(service: Service, properties: dict) -> None:
     """The schema of a completion's body, for the models that are there now."""
-    files = service.models.scan()
+    files = {name: file for name, file in service.models.scan().items() if file.generates}
     properties["max_tokens"]["anyOf"][0]["maximum"] = service.settings.context
     if files:
         known = [file.hyperparams for file in files.values()]
@@ -1275,6 +1287,89 @@ def model_answer(service: Service, file: ModelFile) -> Model:
                  file.stamp[1], name in service.models.loaded)  # fmt: skip
 
 
+
+
+@dataclass
+class TokenizeBody:
+    prompt: Any = option(None, "text; that of a special token, and nothing else, is that token")
+    model: str | None = option(None, "whose encoder; default: the newest model's")
+    add_special_tokens: bool | None = option(False, "of no effect: there are none to add")
+
+    required: ClassVar = ("prompt",)
+    schemas: ClassVar = {"prompt": {"type": "string"}}
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not isinstance(self.prompt, str):
+            yield "prompt", "must be text"
+
+
+@dataclass
+class DetokenizeBody:
+    tokens: Any = option(None, "tokens of a text")
+    model: str | None = option(None, "whose encoder; default: the newest model's")
+
+    required: ClassVar = ("tokens",)
+    schemas: ClassVar = {"tokens": TOKENS | {"minItems": 0}}
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.tokens != [] and not is_tokens(self.tokens):
+            yield "tokens", "must be a list of tokens"
+
+
+@dataclass
+class Tokens:
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+@dataclass
+class Detokenized:
+    prompt: str
+
+
+@dataclass
+class TokenizerInfo:
+    model: str
+    vocab_size: int
+    eos_token: str
+    bos_token: str
+    pad_token: str
+
+
+async def tokenize(body: TokenizeBody, service: TheService) -> Tokens:
+    """The tokens of a text, as vLLM tells them; lm-eval asks for this."""
+    async with service.models.use(body.model or await service.models.newest()) as engine:
+        try:
+            special = engine.encoder.specials.get(body.prompt)
+            tokens = await asyncio.to_thread(encode, engine.encoder, body.prompt) if special is None else [special]
+        except UserError as error:
+            raise ApiError(400, f"prompt: {error}", "prompt") from error
+        return Tokens(len(tokens), engine.room, tokens)
+
+
+async def detokenize(body: DetokenizeBody, service: TheService) -> Detokenized:
+    """The text of tokens."""
+    async with service.models.use(body.model or await service.models.newest()) as engine:
+        try:
+            return Detokenized(clean(engine.encoder.decode([int(token) for token in body.tokens])))
+        except UserError as error:
+            raise ApiError(400, f"tokens: {error}", "tokens") from error
+
+
+async def tokenizer_info(service: TheService, model: str | None = None) -> TokenizerInfo:
+    """A model's encoder, the newest one's by default."""
+    name = model or await service.models.newest()
+    async with service.models.use(name) as engine:
+        return TokenizerInfo(name, engine.encoder.vocab_size, EOT, EOT, PAD)
+
+
+def tokenize_here(service: Service, properties: dict) -> None:
+    if files := {name: file for name, file in service.models.scan().items() if file.generates}:
+        properties["model"] = {"enum": [*files, None], "description": properties["model"]["description"]}
+        if "tokens" in properties:
+            limit = min(file.hyperparams["vocab_size"] for file in files.values()) - 1
+            properties["tokens"]["items"] = {"type": "integer", "minimum": 0, "maximum": limit}
 
 
 @dataclass
@@ -1940,6 +2035,9 @@ ROUTES = [
     Route("GET", "/metrics", metrics, None, "server", responses={200: {"content": {"text/plain": {}}}}),
     Route("POST", "/v1/completions", completions, Completion, here=completions_here,
           responses={200: {"content": {"text/event-stream": {}}}}),
+    Route("POST", "/tokenize", tokenize, Tokens, here=tokenize_here),
+    Route("POST", "/detokenize", detokenize, Detokenized, here=tokenize_here),
+    Route("GET", "/tokenizer_info", tokenizer_info, TokenizerInfo),
     Route("GET", "/v1/models", list_models, ModelList),
     Route("GET", "/v1/models/{model}", retrieve_model, Model),
     Route("POST", "/v1/files", create_file, StoredFile, "files", extra=UPLOAD_FORM),

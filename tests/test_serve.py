@@ -229,7 +229,7 @@ def test_tokens_are_prompts_too(running):
     asked = {"model": "air.strawberry", "seed": 3, "max_tokens": 5}
     texts = [running.client.completions.create(**asked, prompt=prompt).choices for prompt in
              ("the cat", tokens, ["the cat", "x"], [tokens, [1]], [float(t) for t in tokens])]  # fmt: skip
-    assert len({choices[0].text for choices in texts}) == 1 and [len(choices) for choices in texts] == [1, 1, 2, 2]
+    assert len({choices[0].text for choices in texts}) == 1 and [len(choices) for choices in texts] == [1, 1, 2, 2, 1]
     beginning, eot = (running.client.completions.create(**asked, prompt=p).choices[0].text for p in ("", [256]))
     assert beginning == eot
 
@@ -293,6 +293,20 @@ def test_a_text_ends_where_positions_do(running):
     assert got.choices[0].finish_reason == "length" and got.usage.completion_tokens == 5
     got = running.client.completions.create(model="air.strawberry", prompt="a" * 4090, max_tokens=50, temperature=0)
     assert got.usage.completion_tokens == 6  # --context
+
+
+def test_tokens_are_told_as_vllm_does(running):
+    encoder = encoders.train(["x"], 258)
+    body = {"prompt": "thé cat", "model": "air.strawberry"}
+    told = running.send("POST", "/tokenize", body)[2]
+    assert told == {"count": 8, "max_model_len": 4096, "tokens": encoder.encode("thé cat")}
+    assert running.send("POST", "/detokenize", {"tokens": told["tokens"]})[2] == {"prompt": "thé cat"}
+    info = running.send("GET", "/tokenizer_info")[2]
+    eot = running.send("POST", "/tokenize", {"prompt": info["eos_token"]})[2]["tokens"]
+    assert eot == [encoder.eot] and len(running.send("POST", "/tokenize", {"prompt": "a<|eot|>"})[2]["tokens"]) > 2
+    assert error_of(running.send("POST", "/detokenize", {"tokens": [5, 258]}), 400)["param"] == "tokens"
+    assert error_of(running.send("POST", "/tokenize", {"prompt": 5}), 400)["param"] == "prompt"
+    error_of(running.send("GET", "/tokenizer_info?model=none"), 404)
 
 
 def test_models_are_listed(running, folder):
@@ -702,7 +716,8 @@ def test_metrics(start):
 def test_the_schema_says_what_there_is(running, start, tmp_path):
     schema = running.send("GET", "/openapi.json")[2]
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert body["properties"]["model"]["enum"] == sorted(MODELS) and body["required"] == ["model", "prompt"]
+    assert body["properties"]["model"]["enum"] == sorted(MODELS.keys() - {"masked.transformer"})
+    assert body["required"] == ["model", "prompt"]
     assert body["properties"]["source"]["anyOf"]
     assert running.send("GET", "/docs")[0] == 200
     empty = start(tmp_path).send("GET", "/openapi.json")[2]
