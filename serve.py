@@ -957,7 +957,7 @@ class CompletionBody:
                                   high=MOST_LOGPROBS)  # fmt: skip
     stream: bool | None = option(False, "send the text as it is made, as server-sent events")
     stream_options: StreamOptions | None = option(None, "of a stream")
-    timeout: float | None = option(None, "seconds until it is given up; the server's --timeout holds too", low=1)
+    timeout: float | None = option(None, "seconds until it is given up; the server's --timeout holds too", low=5)
     user: str | None = option("", "who asks; of no effect")
     presence_penalty: float | None = option(0.0, "only 0 is supported", low=0, high=0)
     frequency_penalty: float | None = option(0.0, "only 0 is supported", low=0, high=0)
