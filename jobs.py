@@ -410,10 +410,9 @@ class Job:
 
     def checkpoints(self) -> list[dict]:
         """The newest first; of each its number, its loss, and the name that it would have as a model."""
-        stem, dot, arch = self.about["model"].rpartition(".")
         return [{"id": f"ftckpt-{self.id.rpartition('-')[2]}-{found.step}", "object": "fine_tuning.job.checkpoint",
                  "created_at": int(found.path.stat().st_mtime), "fine_tuning_job_id": self.id,
-                 "step_number": found.step, "fine_tuned_model_checkpoint": f"{stem}-step-{found.step}{dot}{arch}",
+                 "step_number": found.step, "fine_tuned_model_checkpoint": step_name(self.about["model"], found.step),
                  "metrics": {"step": found.step, "full_valid_loss": found.val_loss}}
                 for found in checkpoint.listed(self.folder / "checkpoints")]
 
@@ -632,6 +631,15 @@ class Jobs:
         if name not in known:
             raise Refused(404, f"there is no model {show(name)}{nearest(name, known)}", param, "model_not_found")
         return self.models / name
+
+    def checkpoint_file(self, name: str) -> Path | None:
+        """The model file of a checkpoint, by the name that step_name gives it; None where there is none."""
+        asked = re.fullmatch(r"(.+)-step-(\d{1,18})(\.\w[\w-]*)", name, re.ASCII)
+        for job in self.all("ftjob") if asked else ():
+            if job.about["model"] == asked[1] + asked[3]:
+                path = job.folder / "checkpoints" / f"step_{int(asked[2]):08d}" / checkpoint.MODEL
+                return path if path.is_file() else None
+        return None
 
     def encoder_of(self, name: str) -> encoders.Encoder:
         """The encoder of a dataset that is ready, or of a model."""
@@ -931,6 +939,12 @@ def model_name(base: str, suffix: str | None, job: str, arch: str) -> str:
         base = base.removesuffix(f".{ending}")
     base = re.sub(r"[^A-Za-z0-9._-]", "-", re.sub(r"^ft-(.*)-[0-9a-f]{8}$", r"\1", base))[:40]
     return "-".join(part for part in ("ft", base, suffix, job[-8:]) if part) + f".{arch}"
+
+
+def step_name(model: str, step: int) -> str:
+    """The name under which a checkpoint of a run can be sampled: ft-tiny-mine-0a1b2c3d-step-200.strawberry"""
+    stem, dot, arch = model.rpartition(".")
+    return f"{stem}-step-{step}{dot}{arch}"
 
 
 class Training(NamedTuple):

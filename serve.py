@@ -828,10 +828,14 @@ class Models:
 
     async def find(self, name: str) -> ModelFile:
         files = await self.all()
-        if name not in files:
-            raise ApiError(404, f"model = {show(name)}: there is no such model{nearest(name, files)}; /v1/models lists "
-                           "them", "model", "model_not_found")  # fmt: skip
-        return files[name]
+        if name in files:
+            return files[name]
+        if (path := self.service.factory.checkpoint(name)) is not None:
+            about = path.stat()
+            hyperparams, _ = await asyncio.to_thread(read_about, path)
+            return ModelFile(path, (about.st_mtime_ns, about.st_size, about.st_ino), hyperparams)
+        raise ApiError(404, f"model = {show(name)}: there is no such model{nearest(name, files)}; /v1/models lists "
+                       "them", "model", "model_not_found")  # fmt: skip
 
     async def newest(self) -> str:
         """The name of the newest model, as sample.py takes it."""
@@ -1425,6 +1429,10 @@ class Factory:
         await run_in_threadpool(self.jobs.stop_all, STOP_SECONDS)
         self.lock.release()
         self.lock = None
+
+    def checkpoint(self, name: str) -> Path | None:
+        """The model file in the checkpoint of a run that the name is of, if it is still there."""
+        return self.jobs.checkpoint_file(name) if self.jobs else None
 
     def picture(self, job: jobs.Job, sheet: str, x: str) -> bytes:
         """A sheet of curves as it is now, as PNG."""

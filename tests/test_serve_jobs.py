@@ -618,6 +618,20 @@ def test_what_is_no_upload_is_refused_and_leaves_nothing(site, parts, told):
     assert set(snapshot(site.data / "files")) == set(before)
 
 
+def test_a_method_that_an_address_lacks_is_told_which_it_has(site):
+    connection = http.client.HTTPConnection("127.0.0.1", site.port)
+    connection.request("PUT", "/v1/files/file-1")
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Allow"]) == (405, "DELETE, GET")
+    connection.close()
+
+
+def test_one_server_at_a_time_has_the_data(site):
+    argv = [f"--data={site.data}", f"--models={site.models}", "--port=0"]
+    with pytest.raises(UserError, match="--data = .*: is written to by process"):
+        serve.main(argv)
+
+
 def test_forms_that_are_none(site):
     before = set(snapshot(site.data / "files"))
     whole = form([("file", "a.txt", b"text")])
@@ -868,7 +882,14 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     assert steps == STEPS
     assert any("full_valid_loss" in event.data for event in events)
     assert [event.created_at for event in events] == sorted((event.created_at for event in events), reverse=True)
-    assert [point.step_number for point in tuning.checkpoints.list(job.id)][0] == 500
+    points = list(tuning.checkpoints.list(job.id))
+    assert points[0].step_number == 500
+    assert points[0].metrics.full_valid_loss == pytest.approx(done.progress["val_loss"])
+    name = points[0].fine_tuned_model_checkpoint
+    same = site.client.completions.create(model=name, prompt="the", max_tokens=4, seed=1)
+    assert same.choices[0].text == text.choices[0].text
+    with pytest.raises(openai.NotFoundError):
+        site.client.models.retrieve(name.replace("500", "499"))
     lines = json.loads(site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/metrics")[1])["data"]
     assert [line["step"] for line in lines] == steps
     for query in ("", "?sheet=learning_rate&x=tokens"):
