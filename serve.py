@@ -43,6 +43,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -248,6 +249,11 @@ class Gate:
     The key comes as `Authorization: Bearer KEY`, or as the password of Basic, for which a browser asks.
     """
 
+    HEADERS = (  # whatever an answer holds, a browser takes nothing in it from elsewhere, nor as part of another page
+        (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"), (b"referrer-policy", b"same-origin"),
+        (b"content-security-policy", b"default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:"),
+    )  # fmt: skip
+
     def __init__(self, app: ASGIApp, service: "Service"):
         self.app, self.service, self.settings = app, service, service.settings
         self.rate = Rate(self.settings.rate)
@@ -263,6 +269,7 @@ class Gate:
             async def noting(message: dict) -> None:
                 if message["type"] == "http.response.start":
                     told.append(message["status"])
+                    message["headers"] = [*message.get("headers", ()), *self.HEADERS]
                 await send(message)
 
             try:
@@ -1431,7 +1438,7 @@ def make_app(settings: Settings) -> FastAPI:
         finally:
             await service.stop()
 
-    app = FastAPI(title="Strawberry", version="1", lifespan=lifespan, redoc_url=None)
+    app = FastAPIOffline(title="Strawberry", version="1", lifespan=lifespan, redoc_url=None)
     app.state.service = service
     app.add_middleware(Gate, service=service)
     for kind in (ApiError, UserError, RequestValidationError, HTTPException, Exception):

@@ -723,6 +723,9 @@ def test_the_schema_says_what_there_is(running, start, tmp_path):
     assert body["properties"]["model"]["enum"] == sorted(MODELS.keys() - {"masked.transformer"})
     assert body["required"] == ["model", "prompt"]
     assert body["properties"]["source"]["anyOf"]
-    assert running.send("GET", "/docs")[0] == 200
+    page = running.send("GET", "/docs")
+    used = re.findall(r"""(?:src|href)=["']([^"']+)""", page[2].decode())
+    assert len(used) >= 2 and all(path.startswith("/") and running.send("GET", path)[0] == 200 for path in used)
+    assert "default-src 'self'" in page[1]["Content-Security-Policy"]
     empty = start(tmp_path).send("GET", "/openapi.json")[2]
     assert "enum" not in json.dumps(empty["paths"]["/v1/completions"]["post"]["requestBody"])
