@@ -40,23 +40,32 @@ from urllib.parse import urlsplit
 import h11
 import torch
 import uvicorn
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+import assemble
 import decode
-from checkpoint import read_about
+import jobs
+import plot
+from assemble import Recipe
+from checkpoint import Lock, read_about
 from dataset import spell
 from decode import Decoder
 from encoder import EOT, PAD
 from model import wide
-from options import UserError, check, declared, nearest, object_schema, option, run_cli, show
+from options import UserError, check, declared, nearest, object_schema, option, run_cli, show, to_dict
 from sample import (
     MODEL_SUFFIXES,
     Text,
@@ -117,7 +126,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UserError):
-        return ApiError(400, str(error))
+        return ApiError(getattr(error, "status", 400), str(error), getattr(error, "param", None),
+                        getattr(error, "code", None))  # fmt: skip
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][1:])
@@ -130,7 +140,11 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    return as_api_error(error).response()
+    answer = as_api_error(error).response()
+    if answer.status_code == 405:  # the framework names the methods of one route, and an address may have several
+        same = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+        answer.headers["Allow"] = ", ".join(sorted(set().union(*(route.methods or () for route in same))))
+    return answer
 
 
 # ---- settings and the command line ---------------------------------------------------------------------------------
@@ -1381,6 +1395,621 @@ async def metrics(service: TheService) -> Response:
 
 
 # ---- files, datasets, runs -----------------------------------------------------------------------------------------
+# jobs.py keeps them; here they are put into OpenAI's words.
+
+
+class Factory:
+    """The uploads and jobs of the data directory, which one server at a time may have."""
+
+    def __init__(self, service: "Service"):
+        self.settings, self.lock = service.settings, None
+        self.uploads: jobs.Uploads | None = None  # from start() on
+        self.jobs: jobs.Jobs | None = None
+        self.drawn: tuple = ((), b"")  # the last picture, and what it was of
+        self.drawing = threading.Lock()  # a picture takes most of a second
+        gauge = service.metrics.gauge
+        gauge("jobs_running", "training runs whose process is alive", lambda: self.jobs.count("running"))
+        gauge("jobs_queued", "training runs that wait", lambda: sum(map(self.jobs.count, jobs.WAITING)))
+
+    def claim(self) -> None:
+        """Take the data directory. Raises UserError where another server has it."""
+        try:
+            for name in (self.settings.data, self.settings.models):
+                Path(name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {error.filename}: {error.strerror}; name another directory") from error
+        self.lock = Lock(self.settings.data, "--data")
+
+    async def start(self) -> None:
+        if self.lock is None:
+            self.claim()
+        root = Path(self.settings.data)
+        self.uploads = jobs.Uploads(root.resolve() / "files", int(self.settings.max_upload * MIB))
+        self.jobs = jobs.Jobs(root.resolve(), Path(self.settings.models), self.uploads, self.settings.max_jobs)
+        self.jobs.start()
+
+    async def stop(self) -> None:
+        await run_in_threadpool(self.jobs.stop_all, STOP_SECONDS)
+        self.lock.release()
+        self.lock = None
+
+    def picture(self, job: jobs.Job, sheet: str, x: str) -> bytes:
+        """A sheet of curves as it is now, as PNG."""
+        path = job.metrics.path
+        with self.drawing:
+            now = (job.id, sheet, x, path.stat().st_mtime_ns if path.exists() else 0)
+            if self.drawn[0] != now:
+                lines = plot.read_points(path) if path.exists() else []
+                self.drawn = (now, plot.png(plot.SHEETS[f"{sheet}.png"]({job.about["model"]: lines}, x)))
+            return self.drawn[1]
+
+
+STOP_SECONDS = 60  # that jobs have to save where they are when the server ends
+WAIT_SECONDS = 45  # that an answer waits for a job to end that was cancelled or paused
+STALL_SECONDS = 60  # that a client may pause in the middle of an upload
+LINGER = 64 * MIB  # of a refused upload that are read all the same, so that its client reads the refusal
+
+Limit = Annotated[int, Query(ge=1, le=100, description="how many at most")]
+After = Annotated[str | None, Query(description="the id behind which the list goes on")]
+
+# -- uploads
+
+
+@dataclass
+class StoredFile:
+    id: str
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    object: str = "file"
+    status: str = "processed"
+
+
+@dataclass
+class FileList:
+    data: list[StoredFile]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: str = "list"
+
+
+@dataclass
+class Deleted:
+    id: str
+    object: str
+    deleted: bool = True
+
+
+def stored_file(about: dict) -> dict:
+    return {"id": about["id"], "object": "file", "bytes": about["bytes"], "created_at": int(about["created"]),
+            "filename": about["filename"], "purpose": about["purpose"], "status": "processed"}  # fmt: skip
+
+
+class Form:
+    """multipart/form-data as it arrives (RFC 7578): the part `file` goes to disk, the others are short texts."""
+
+    MOST, LONGEST = 32, 4096  # parts, bytes of a text
+
+    def __init__(self, boundary: bytes, upload: jobs.Upload):
+        self.upload, self.texts, self.filename, self.n = upload, {}, None, 0
+        names = ("part_begin", "header_field", "header_value", "header_end", "headers_finished", "part_data", "end")
+        self.done = False
+        self.parser = MultipartParser(boundary, {f"on_{name}": getattr(self, name) for name in names})
+
+    def write(self, data: bytes) -> None:
+        try:
+            self.parser.write(data)
+        except FormParserError as error:
+            raise ApiError(400, f"the body is not multipart/form-data ({error})") from error
+
+    def part_begin(self) -> None:
+        self.n += 1
+        if self.n > self.MOST:
+            raise ApiError(400, f"the body has more than {self.MOST} parts")
+        self.field, self.value, self.headers, self.text = b"", b"", {}, bytearray()
+
+    def header_field(self, data: bytes, start: int, end: int) -> None:
+        self.field += data[start:end]
+
+    def header_value(self, data: bytes, start: int, end: int) -> None:
+        self.value += data[start:end]
+
+    def header_end(self) -> None:
+        self.headers[self.field.lower()] = self.value
+        self.field = self.value = b""
+
+    def headers_finished(self) -> None:
+        _, options = parse_options_header(self.headers.get(b"content-disposition", b""))
+        self.name = options.get(b"name", b"").decode("utf-8", "replace")
+        if self.name == "file":
+            if self.filename is not None:
+                raise ApiError(400, "file: given twice; upload one file at a time", "file")
+            self.filename = options.get(b"filename", b"file").decode("utf-8", "replace")
+
+    def part_data(self, data: bytes, start: int, end: int) -> None:
+        if self.name == "file":
+            self.upload.write(data[start:end])
+            return
+        self.text += data[start:end]
+        if len(self.text) > self.LONGEST:
+            raise ApiError(400, f"{show(self.name)} is longer than {self.LONGEST} bytes", self.name)
+        self.texts[self.name] = self.text
+
+    def end(self) -> None:
+        self.done = True
+
+    def get(self, name: str, default: str) -> str:
+        return self.texts[name].decode("utf-8", "replace") if name in self.texts else default
+
+
+async def create_file(request: Request, service: TheService) -> StoredFile:
+    """Upload a .txt, .json or .jsonl, gzipped or not, as a document, a list of documents, or a document a line."""
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    boundary, limit = options.get(b"boundary", b""), service.factory.uploads.limit
+    if kind != b"multipart/form-data" or not 1 <= len(boundary) <= 70:
+        told = "it must be multipart/form-data with a boundary"
+        raise ApiError(415, f"Content-Type is {show(kind.decode('latin-1'))}; {told}", "Content-Type")
+    stated, most = request.headers.get("content-length", ""), limit + Form.MOST * (Form.LONGEST + 1024)
+    upload = await run_in_threadpool(jobs.Upload, service.factory.uploads)
+    body = arriving(request)
+    try:
+        if stated.isdecimal() and int(stated) > most:
+            raise jobs.too_large(limit)
+        form, n = Form(boundary, upload), 0
+        async for data in body:
+            n += len(data)
+            if n > most:
+                raise jobs.too_large(limit)
+            await run_in_threadpool(form.write, data)
+        about = await run_in_threadpool(finish_upload, form)
+    except jobs.Refused as error:
+        if error.status == 413:
+            await linger(body)
+        raise
+    finally:
+        await run_in_threadpool(upload.abort)
+    return stored_file(about)
+
+
+def finish_upload(form: Form) -> dict:
+    if form.filename is None or not form.done:
+        told = "its last boundary" if form.filename is not None else "a part of that name"
+        raise ApiError(400, f"file: the body lacks {told}", "file")
+    purpose = form.get("purpose", "fine-tune")
+    if purpose not in jobs.PURPOSES:
+        raise ApiError(400, f"purpose = {show(purpose)}: must be one of {', '.join(jobs.PURPOSES)}", "purpose")
+    return form.upload.finish(form.filename, purpose)
+
+
+async def arriving(request: Request) -> AsyncIterator[bytes]:
+    """The pieces of a body, as long as they keep coming."""
+    stream = aiter(request.stream())
+    while True:
+        try:
+            async with asyncio.timeout(STALL_SECONDS):
+                data = await anext(stream, None)
+        except TimeoutError as error:
+            raise ApiError(408, f"the upload stood still for {STALL_SECONDS} seconds") from error
+        except ClientDisconnect as error:
+            raise ApiError(400, "the client left in the middle of the upload") from error
+        if data is None:
+            return
+        if data:
+            yield data
+
+
+async def linger(body: AsyncIterator[bytes]) -> None:
+    """Read on for a moment: many clients read no answer before they have sent all."""
+    n, until = 0, time.monotonic() + 5
+    with suppress(ApiError, TimeoutError, StopAsyncIteration, RuntimeError):
+        while n < LINGER and time.monotonic() < until:
+            n += len(await asyncio.wait_for(anext(body), 0.5))
+
+
+async def list_files(service: TheService, after: After = None, purpose: str | None = None,
+                     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+                     order: Literal["asc", "desc"] = "desc") -> FileList:  # fmt: skip
+    """The uploaded files, the newest first."""
+    found = [stored_file(about) for about in service.factory.uploads.all() if purpose in (None, about["purpose"])]
+    return jobs.page(found if order == "desc" else found[::-1], after, limit)
+
+
+async def retrieve_file(file_id: str, service: TheService) -> StoredFile:
+    """What is known of a file."""
+    return stored_file(service.factory.uploads.get(file_id))
+
+
+async def retrieve_file_content(file_id: str, service: TheService) -> FileResponse:
+    """The bytes of a file, as they were uploaded."""
+    path = service.factory.uploads.path(file_id)
+    return FileResponse(path, media_type="application/octet-stream", filename=f"{file_id}{path.name[7:]}")
+
+
+async def delete_file(file_id: str, service: TheService) -> Deleted:
+    """Delete a file. Datasets that were made of it stay."""
+    if job := service.factory.jobs.uses(file_id):
+        raise ApiError(409, f"the file {file_id} is needed by the dataset {job.id}, which is {job.status}", "file_id")
+    await run_in_threadpool(service.factory.uploads.remove, file_id)
+    return Deleted(file_id, "file")
+
+
+# -- datasets
+
+MOST_FILES = 10_000
+TEXT = "^[^\\u0000]*$"
+
+
+@dataclass
+class Assemble(Recipe):
+    """What a dataset is to be made of. The same files, by content, and the same wishes give the same dataset."""
+
+    files: list[str] = option([], "ids of uploaded files; of equal documents the first is kept, in this order")
+    encoder: str | None = option(
+        None, "what encodes it: the id of a dataset or the name of a model, whose encoder it is; tiktoken:<name>; or "
+        "chars, a token for each character; null: trained on the text"
+    )
+    name: str = option("", "what people call it")
+    required: ClassVar = ("files",)
+    schemas: ClassVar = {
+        "files": {"type": "array", "items": {"type": "string", "pattern": "^file-[0-9a-f]{24}$"}, "minItems": 1,
+                  "maxItems": MOST_FILES},
+        "encoder": {"type": ["string", "null"], "pattern": TEXT, "minLength": 1},
+        "name": {"type": "string", "pattern": TEXT, "maxLength": 255},
+    }  # fmt: skip
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """The rules between keys are judged once it is known that the files are there."""
+        if not 1 <= len(self.files) <= MOST_FILES:
+            yield "files", f"must be 1 to {MOST_FILES:,}"
+        if len(self.name) > 255:
+            yield "name", "must have at most 255 characters"
+
+
+@dataclass
+class JobError:
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass
+class Phase:
+    """How far the assembly is: `done` is the share of the phase."""
+
+    phase: str
+    done: float
+
+
+@dataclass
+class DatasetAnswer:
+    id: str
+    created_at: int
+    name: str
+    status: str
+    recipe: dict[str, Any]
+    progress: Phase
+    result: dict[str, Any] | None
+    error: JobError | None
+    object: str = "dataset"
+
+
+@dataclass
+class DatasetList:
+    data: list[DatasetAnswer]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: str = "list"
+
+
+def dataset_answer(job: jobs.Job) -> dict:
+    phase, result = {"phase": job.status, "done": 0.0}, None
+    with suppress(OSError, ValueError):
+        if job.status == "running":
+            phase = json.loads((job.folder / assemble.PROGRESS).read_bytes())
+        elif job.status == "succeeded":
+            phase, result = {"phase": "ready", "done": 1.0}, json.loads((job.folder / assemble.RESULT).read_bytes())
+    return {"id": job.id, "object": "dataset", "created_at": int(job.about["created"]), "name": job.request["name"],
+            "status": job.status, "recipe": job.request["recipe"], "progress": phase, "result": result,
+            "error": job.about["error"]}  # fmt: skip
+
+
+async def create_dataset(body: Assemble, service: TheService) -> DatasetAnswer:
+    """Assemble a dataset from uploaded files. It is a job: retrieve it until its status is succeeded or failed."""
+    recipe = Recipe(**{name: getattr(body, name) for name in declared(Recipe)})
+    return dataset_answer(await run_in_threadpool(service.factory.jobs.assemble, recipe, body.name))
+
+
+async def list_datasets(service: TheService, after: After = None, limit: Limit = 20) -> DatasetList:
+    """The datasets, the newest first."""
+    return jobs.page([dataset_answer(job) for job in service.factory.jobs.all("ds")], after, limit)
+
+
+def dataset_job(service: Service, name: str) -> jobs.Job:
+    return service.factory.jobs.get(name if name.startswith("ds-") else f"ds-{name}")
+
+
+async def retrieve_dataset(dataset_id: str, service: TheService) -> DatasetAnswer:
+    """A dataset: how far it is, or what came of it."""
+    return dataset_answer(dataset_job(service, dataset_id))
+
+
+async def cancel_dataset(dataset_id: str, service: TheService) -> DatasetAnswer:
+    """Stop assembling a dataset."""
+    return dataset_answer(await stopped(service, dataset_job(service, dataset_id), "cancelled"))
+
+
+# -- runs
+
+
+@dataclass
+class Train:
+    """A training run. Anything that is left out is as the preset, or the run of the model, says."""
+
+    model: str = option("tiny", "a preset of config/, such as tiny, or a model, which is trained further")
+    training_file: str = option("none", "id of a file or of a dataset")
+    hyperparameters: Any = option(None, "any key of the JSON that train.py takes, nested or dotted, but for paths")
+    suffix: str | None = option(None, "part of the name of the model that is made: letters, digits, - and _")
+    seed: int | None = option(None, "of weights, batches and dropout; null: drawn", low=0, high=2**31 - 1)
+    metadata: Any = option(None, "up to 16 texts, kept with the run")
+    method: Any = option(None, 'OpenAI\'s other place for hyperparameters: {"type": "supervised", "supervised": …}')
+    validation_file: str | None = option(None, "none: a dataset's validation_share says what validates")
+    integrations: Any = option(None, "none are known here")
+    required: ClassVar = ("model", "training_file")
+    schemas: ClassVar = {
+        "training_file": {"type": "string", "pattern": "^(file|ds)-[0-9a-f]{24}$"},
+        "hyperparameters": {"type": ["object", "null"]},
+        "metadata": {"type": ["object", "null"], "maxProperties": 16, "propertyNames": {"maxLength": 64},
+                     "additionalProperties": {"type": "string", "maxLength": 512}},
+        "method": {"type": ["object", "null"], "required": ["type"], "properties": {
+            "type": {"enum": ["supervised"]}, "supervised": {"type": ["object", "null"], "properties": {
+                "hyperparameters": {"type": ["object", "null"]}}}}},
+        "validation_file": {"type": "null"},
+        "integrations": {"type": ["array", "null"], "maxItems": 0},
+        "suffix": {"type": ["string", "null"], "pattern": "^[A-Za-z0-9_-]{1,64}$"},
+    }  # fmt: skip
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.hyperparameters is not None and not isinstance(self.hyperparameters, dict):
+            yield "hyperparameters", "must be an object, { … }"
+        if self.suffix is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.suffix, re.ASCII):
+            yield "suffix", "must be 1 to 64 letters, digits, - and _"
+        if not is_metadata(self.metadata):
+            yield "metadata", "must be an object of at most 16 texts of up to 512 characters"
+        if self.method is not None and not isinstance(self.supervised, dict):
+            yield "method", 'must be {"type": "supervised", "supervised": {"hyperparameters": { … }}}'
+        if self.validation_file is not None:
+            yield "validation_file", "is not taken: a dataset's validation_share says what validates; leave it out"
+        if self.integrations:
+            yield "integrations", "none are known here; leave it out"
+
+    @property
+    def supervised(self) -> Any:
+        """The hyperparameters in `method`."""
+        method = self.method if isinstance(self.method, dict) else {}
+        inner = method.get("supervised") or {}
+        good = method.get("type") == "supervised" and isinstance(inner, dict)
+        return (inner.get("hyperparameters") or {}) if good else None
+
+
+def create_run_here(service: Service, properties: dict) -> None:
+    names = [*jobs.presets(), *(service.factory.jobs.model_names() if service.factory.jobs else ())]
+    properties["model"] = {"enum": names, "description": declared(Train)["model"].doc}
+
+
+def is_metadata(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and len(value) <= 16 and all(
+        isinstance(text, str) and len(text) <= 512 and len(name) <= 64 for name, text in value.items())
+
+
+@dataclass
+class RunProgress:
+    """The last that the run has told; null where it has not."""
+
+    step: int
+    max_iters: int
+    train_loss: float | None
+    val_loss: float | None
+    tokens_per_s: float | None
+    seconds: float | None
+
+
+@dataclass
+class RunAnswer:
+    id: str
+    created_at: int
+    status: str
+    model: str
+    training_file: str
+    hyperparameters: dict[str, Any]
+    seed: int
+    fine_tuned_model: str | None
+    finished_at: int | None
+    estimated_finish: int | None
+    trained_tokens: int | None
+    error: JobError | None
+    metadata: dict[str, str] | None
+    progress: RunProgress
+    dataset: str
+    result_files: list[str]
+    integrations: list[str]
+    validation_file: str | None = None
+    organization_id: str = "local"
+    object: str = "fine_tuning.job"
+
+
+@dataclass
+class RunList:
+    data: list[RunAnswer]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: str = "list"
+
+
+def run_answer(job: jobs.Job) -> dict:
+    about, request, latest, done = job.about, job.request, job.metrics.latest, job.status == "succeeded"
+    progress = {"step": latest.get("step", 0), "max_iters": about["max_iters"], "train_loss": latest.get("loss")}
+    progress |= {name: latest.get(name) for name in ("val_loss", "tokens_per_s", "seconds")}
+    left, speed = about["max_iters"] - progress["step"], (progress["seconds"] or 0) / max(progress["step"], 1)
+    estimate = int(time.time() + left * speed) if job.status == "running" and speed else None
+    return {
+        "id": job.id, "object": "fine_tuning.job", "created_at": int(about["created"]), "status": job.status,
+        "model": request["model"], "training_file": request["training_file"], "dataset": request["dataset"],
+        "hyperparameters": request["chosen"], "seed": about["seed"],
+        "fine_tuned_model": about["model"] if done else None,
+        "finished_at": int(about["finished"]) if about["finished"] else None, "estimated_finish": estimate,
+        "trained_tokens": latest.get("tokens"), "error": about["error"], "metadata": request["metadata"],
+        "progress": progress, "result_files": [], "integrations": [], "organization_id": "local",
+    }  # fmt: skip
+
+
+async def create_run(body: Train, request: Request, service: TheService) -> RunAnswer:
+    """Train a model. With an Idempotency-Key the same request, however often it comes, is one run."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= 255:
+        raise ApiError(400, "Idempotency-Key must have 1 to 255 characters", "Idempotency-Key")
+    asked = jobs.Training(
+        body.model, body.training_file, {**(body.supervised or {}), **(body.hyperparameters or {})}, body.suffix,
+        body.seed, body.metadata, hashed(key) if key else None, hashed(json.dumps(to_dict(body), sort_keys=True)),
+    )  # fmt: skip
+    return run_answer(await run_in_threadpool(service.factory.jobs.train, asked))
+
+
+def hashed(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+async def list_runs(service: TheService, after: After = None, limit: Limit = 20) -> RunList:
+    """The runs, the newest first."""
+    return jobs.page([run_answer(job) for job in service.factory.jobs.all("ftjob")], after, limit)
+
+
+def run_job(service: Service, name: str) -> jobs.Job:
+    return service.factory.jobs.get(name if name.startswith("ftjob-") else f"ftjob-{name}")
+
+
+async def retrieve_run(job_id: str, service: TheService) -> RunAnswer:
+    """A run: its status, how far it is, and once it has succeeded the name of its model."""
+    return run_answer(run_job(service, job_id))
+
+
+async def cancel_run(job_id: str, service: TheService) -> RunAnswer:
+    """End a run. It finishes its step and saves it, so that it can be resumed all the same."""
+    return run_answer(await stopped(service, run_job(service, job_id), "cancelled"))
+
+
+async def pause_run(job_id: str, service: TheService) -> RunAnswer:
+    """Let a run save where it is and wait until it is resumed."""
+    return run_answer(await stopped(service, run_job(service, job_id), "paused"))
+
+
+async def stopped(service: Service, job: jobs.Job, wanted: str) -> jobs.Job:
+    """The job once its process is gone, or after WAIT_SECONDS as it is then."""
+    await run_in_threadpool(service.factory.jobs.stop, job.id, wanted)
+    until = time.monotonic() + WAIT_SECONDS
+    while job.status == "running" and time.monotonic() < until and not service.closing.is_set():
+        await asyncio.sleep(0.05)
+    return job
+
+
+async def resume_run(job_id: str, service: TheService) -> RunAnswer:
+    """Let a run that is paused, was cancelled or has failed go on from its last checkpoint."""
+    return run_answer(await run_in_threadpool(service.factory.jobs.resume, run_job(service, job_id).id))
+
+
+@dataclass
+class Event:
+    id: str
+    created_at: int
+    level: str
+    message: str
+    type: str
+    data: dict[str, Any]
+    object: str = "fine_tuning.job.event"
+
+
+@dataclass
+class EventList:
+    data: list[Event]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: str = "list"
+
+
+async def list_run_events(job_id: str, service: TheService, after: After = None, limit: Limit = 20) -> EventList:
+    """What happened to a run, the newest first; its losses are of type metrics."""
+    return jobs.page(await run_in_threadpool(run_job(service, job_id).events), after, limit)
+
+
+@dataclass
+class CheckpointMetrics:
+    step: int
+    full_valid_loss: float | None
+
+
+@dataclass
+class CheckpointAnswer:
+    id: str
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    metrics: CheckpointMetrics
+    step_number: int
+    object: str = "fine_tuning.job.checkpoint"
+
+
+@dataclass
+class CheckpointList:
+    data: list[CheckpointAnswer]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: str = "list"
+
+
+async def list_run_checkpoints(job_id: str, service: TheService, after: After = None,
+                               limit: Limit = 10) -> CheckpointList:  # fmt: skip
+    """The checkpoints of a run, the newest first: the newest few, and the best."""
+    job = run_job(service, job_id)
+    return jobs.page(await run_in_threadpool(job.checkpoints), after, limit)
+
+
+@dataclass
+class MetricList:
+    data: list[dict[str, Any]]
+    object: str = "list"
+
+
+async def list_run_metrics(job_id: str, service: TheService,
+                           after: Annotated[int, Query(description="only of steps after this one")] = -1) -> MetricList:
+    """The lines of the run's metrics.jsonl: all evaluations, and of the logged steps 2,000 at most, evenly spread."""
+    path = run_job(service, job_id).metrics.path
+    lines = await run_in_threadpool(plot.read_points, path) if path.exists() else []
+    return MetricList([line for line in lines if line["step"] > after])
+
+
+async def draw_run_curves(job_id: str, service: TheService,
+                          sheet: Literal["loss", "learning_rate", "throughput"] = "loss",
+                          x: Literal["step", "tokens", "seconds"] = "step") -> Response:  # fmt: skip
+    """The run's curves as they are now, as PNG."""
+    data = await run_in_threadpool(service.factory.picture, run_job(service, job_id), sheet, x)
+    return Response(data, media_type="image/png", headers={"Cache-Control": "no-cache"})
+
+
+IDEMPOTENCY = {"parameters": [{"name": "Idempotency-Key", "in": "header", "required": False, "description":
+               "with the same key, the same run", "schema": {"type": "string", "minLength": 1, "maxLength": 255}}]}
+UPLOAD_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
+    "type": "object", "required": ["file"], "properties": {
+        "file": {"type": "string", "contentMediaType": "text/plain",
+                 "description": ".txt, .json or .jsonl, or one of these and .gz"},
+        "purpose": {"enum": list(jobs.PURPOSES), "default": "fine-tune"},
+    }}}}}}  # fmt: skip
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
@@ -1418,10 +2047,31 @@ ROUTES = [
     Route("GET", "/tokenizer_info", tokenizer_info, TokenizerInfo),
     Route("GET", "/v1/models", list_models, ModelList),
     Route("GET", "/v1/models/{model}", retrieve_model, Model),
+    Route("POST", "/v1/files", create_file, StoredFile, "files", extra=UPLOAD_FORM),
+    Route("GET", "/v1/files", list_files, FileList, "files"),
+    Route("GET", "/v1/files/{file_id}", retrieve_file, StoredFile, "files"),
+    Route("GET", "/v1/files/{file_id}/content", retrieve_file_content, None, "files",
+          responses={200: {"content": {"application/octet-stream": {}}}}),
+    Route("DELETE", "/v1/files/{file_id}", delete_file, Deleted, "files"),
+    Route("POST", "/v1/datasets", create_dataset, DatasetAnswer, "datasets"),
+    Route("GET", "/v1/datasets", list_datasets, DatasetList, "datasets"),
+    Route("GET", "/v1/datasets/{dataset_id}", retrieve_dataset, DatasetAnswer, "datasets"),
+    Route("POST", "/v1/datasets/{dataset_id}/cancel", cancel_dataset, DatasetAnswer, "datasets"),
+    Route("POST", "/v1/fine_tuning/jobs", create_run, RunAnswer, "training", here=create_run_here, extra=IDEMPOTENCY),
+    Route("GET", "/v1/fine_tuning/jobs", list_runs, RunList, "training"),
+    Route("GET", "/v1/fine_tuning/jobs/{job_id}", retrieve_run, RunAnswer, "training"),
+    Route("POST", "/v1/fine_tuning/jobs/{job_id}/cancel", cancel_run, RunAnswer, "training"),
+    Route("POST", "/v1/fine_tuning/jobs/{job_id}/pause", pause_run, RunAnswer, "training"),
+    Route("POST", "/v1/fine_tuning/jobs/{job_id}/resume", resume_run, RunAnswer, "training"),
+    Route("GET", "/v1/fine_tuning/jobs/{job_id}/events", list_run_events, EventList, "training"),
+    Route("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints", list_run_checkpoints, CheckpointList, "training"),
+    Route("GET", "/v1/fine_tuning/jobs/{job_id}/metrics", list_run_metrics, MetricList, "training"),
+    Route("GET", "/v1/fine_tuning/jobs/{job_id}/curves.png", draw_run_curves, None, "training",
+          responses={200: {"content": {"image/png": {}}}}),
 ]  # fmt: skip
 
 # name → class: made with the Service; has `async start()` and `async stop()`
-PARTS: dict[str, Callable] = {"models": Models}
+PARTS: dict[str, Callable] = {"models": Models, "factory": Factory}
 
 
 # ---- the app -------------------------------------------------------------------------------------------------------
@@ -1527,6 +2177,7 @@ def main(argv: list[str]) -> None:
     settings = read_command(argv)
     app = make_app(settings)
     server = Server(server_config(app, settings), app.state.service)
+    app.state.service.factory.claim()
     server.run()
     if not server.started:
         sys.exit(1)

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -67,7 +68,8 @@ class Running:
     """A server in a thread of this process, and what a test asks of it."""
 
     def __init__(self, folder, **settings):
-        settings = {"rate": 0, "batch": ROWS, "device": "cpu", "data": str(folder / "data")} | settings
+        self.data = tempfile.TemporaryDirectory()
+        settings = {"rate": 0, "batch": ROWS, "device": "cpu", "data": self.data.name} | settings
         self.settings = serve.Settings(models=str(folder), port=0, **settings)
         self.app = serve.make_app(self.settings)
         self.service = self.app.state.service
@@ -85,8 +87,9 @@ class Running:
 
     def stop(self):
         self.server.should_exit = True
-        self.thread.join(30)
+        self.thread.join(70)
         assert not self.thread.is_alive()
+        self.data.cleanup()
 
     def send(self, method, path, body=None, **headers):
         """(status, headers, what the JSON says)."""
@@ -676,7 +679,7 @@ def test_the_command_serves_until_it_is_told_to_stop(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--device", "cpu"]
+    argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(folder / "data")]
     child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
         until = time.time() + 60
