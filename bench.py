@@ -1716,7 +1716,7 @@ class Server:
         self.name, self.rows = name, rows
         program = str(Path(__file__).with_name("serve.py"))
         options = {"models": folder, "port": 0, "rate": 0, "batch": rows, "queue": arguments.queue, "memory": 1e6,
-                   "device": arguments.device}  # fmt: skip
+                   "data": tempfile.mkdtemp(dir=folder), "device": arguments.device}  # fmt: skip
         self.command = [sys.executable, program, *(f"--{option}={value}" for option, value in options.items())]
 
     def __enter__(self):

@@ -30,7 +30,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -44,6 +44,7 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -262,6 +263,11 @@ class Gate:
     The key comes as `Authorization: Bearer KEY`, or as the password of Basic, for which a browser asks.
     """
 
+    HEADERS = (  # whatever an answer holds, a browser takes nothing in it from elsewhere, nor as part of another page
+        (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"), (b"referrer-policy", b"same-origin"),
+        (b"content-security-policy", b"default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:"),
+    )  # fmt: skip
+
     def __init__(self, app: ASGIApp, service: "Service"):
         self.app, self.service, self.settings = app, service, service.settings
         self.rate = Rate(self.settings.rate)
@@ -277,6 +283,7 @@ class Gate:
             async def noting(message: dict) -> None:
                 if message["type"] == "http.response.start":
                     told.append(message["status"])
+                    message["headers"] = [*message.get("headers", ()), *self.HEADERS]
                 await send(message)
 
             try:
@@ -290,7 +297,7 @@ class Gate:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         name = urlsplit(f"//{host}").hostname if re.fullmatch(r"[\w.:\[\]-]+", host) else None
-        if name not in self.names and name != scope["server"][0]:
+        if name not in self.names and (not scope["server"] or name != scope["server"][0]):
             raise ApiError(403, f"Host is {show(host)}, which is no name of this server; start it with --allow_host "
                            "NAME to make it one", "Host")  # fmt: skip
         origin = headers.get("origin")
@@ -299,7 +306,7 @@ class Gate:
         if scope["path"] in self.open:
             return
         key = self.key(headers.get("authorization", ""))
-        self.rate.take(key or scope["client"][0])
+        self.rate.take(key or (scope["client"] or ("",))[0])
         if self.settings.api_key and key is None:
             raise ApiError(401, "the key is missing or wrong; send it as Authorization: Bearer KEY", "Authorization",
                            "invalid_api_key", {"WWW-Authenticate": 'Basic realm="strawberry", Bearer'})  # fmt: skip
@@ -429,6 +436,7 @@ class Metrics:
 # to it from the event loop's thread; what it has to say of them goes back into their queues, once a step for all.
 
 log = logging.getLogger("uvicorn.error")
+ONE_AT_A_TIME = threading.Lock()  # on CUDA: while a step is recorded, no other thread may ask for memory
 
 
 class Answer(Text):
@@ -438,7 +446,7 @@ class Answer(Text):
         super().__init__(encoder, request, body.stops)
         self.index, self.given = index, given  # its place in the order; the prompt's tokens as they were given
         self.tokens: list[int] = []
-        self.echo = self.said = clean(encoder.decode(given)) if body.echo else ""
+        self.echo = self.said = text_of(encoder, given) if body.echo else ""
         self.scores: Scores | None = None
 
     def take(self, token: int, why: str | None) -> str:
@@ -476,12 +484,14 @@ class Engine:
         self.loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self.loop.create_future()
         self.users = 0  # requests that are about to order; counted in the event loop's thread
-        self.awake, self.stopping, self.retired = threading.Condition(), False, False
+        self.awake, self.stopping, self.retired, self.ended = threading.Condition(), False, False, False
         self.orders: list[Order] = []  # guarded by awake
         self.running: dict[int, tuple[Order, Answer]] = {}  # handle → what is made in that row
         self.scoring: deque[tuple[Order, Answer]] = deque()
         self.mail: list[tuple[asyncio.Queue, Any]] = []
         self.pace = 1.0  # seconds that an order takes, about
+        on_cuda = pick_device(settings.device) == "cuda"
+        self.alone: Any = ONE_AT_A_TIME if on_cuda else nullcontext()
         self.thread = threading.Thread(target=self.work, args=(after,), name=f"engine of {path.name}", daemon=True)
         self.thread.start()
 
@@ -507,6 +517,8 @@ class Engine:
     def submit(self, order: Order) -> None:
         self.check_room()
         with self.awake:
+            if self.ended:
+                raise ApiError(503, "the model is being put away; come again", "model", headers={"Retry-After": "1"})
             self.orders.append(order)
             self.awake.notify()
 
@@ -530,17 +542,24 @@ class Engine:
         for engine in after:  # their memory first
             engine.thread.join()
         try:
-            self.load()
+            with self.alone:
+                self.load()
         except Exception as error:
             log.warning("cannot load %s: %s", self.path, error, exc_info=not isinstance(error, UserError))
             failure = as_api_error(error)
             failure.message, failure.param = f"model: {failure.message}", "model"
+            self.ended = True
             self.tell_loop(self.fail_loading, failure)
             return
         self.tell_loop(self.ready.set_result, None)
-        while self.turn():
-            pass
-        self.fail_all(ApiError(503, "the server stops; come again", headers={"Retry-After": "10"}))
+        end = ApiError(503, "the server stops; come again", headers={"Retry-After": "10"})
+        try:
+            while self.turn():
+                pass
+        except Exception as error:  # not even its rows could be made anew
+            end = self.failure(error)
+        self.ended = True
+        self.fail_all(end)
         self.decoder = self.model = None
 
     def load(self) -> None:
@@ -567,14 +586,15 @@ class Engine:
             self.awake.wait_for(lambda: self.orders or self.stopping or (self.retired and not self.users))
             if self.stopping or not self.orders:
                 return False
-        try:
-            self.sweep()
-            self.fill()
-            self.advance()
-            self.score()
-        except Exception as error:
-            self.fail_all(self.failure(error))
-            self.make_decoder()
+        with self.alone:
+            try:
+                self.sweep()
+                self.fill()
+                self.advance()
+                self.score()
+            except Exception as error:
+                self.fail_all(self.failure(error))
+                self.make_decoder()
         self.post()
         return True
 
@@ -849,7 +869,7 @@ class Models:
         """The engine of a model, loaded, which stays while it is used."""
         file = await self.find(name)
         engine = self.loaded.pop(name, None)
-        if engine is not None and (engine.stamp != file.stamp or (engine.ready.done() and engine.ready.exception())):
+        if engine is not None and (engine.stamp != file.stamp or engine.ended):
             engine.retire()
             engine = None
         if engine is None:
@@ -1217,7 +1237,7 @@ def logprobs(order: Order, answer: Answer) -> dict:
     if order.body.echo:
         begin -= len(answer.given)
     tokens = (answer.request.prompt + answer.tokens)[begin:]
-    at, offsets, decoder = len(encoder.decode(answer.given)) if not order.body.echo else 0, [], encoder.stream()
+    at, offsets, decoder = len(text_of(encoder, answer.given)) if not order.body.echo else 0, [], encoder.stream()
     for token in tokens:
         offsets.append(at)
         at += len(decoder.push(token)) if token < encoder.vocab_size else 0
@@ -1226,6 +1246,11 @@ def logprobs(order: Order, answer: Answer) -> dict:
            for token, p, likely in zip(tokens, own, best, strict=True)]  # fmt: skip
     return {"tokens": [token_text(encoder, token) for token in tokens], "token_logprobs": own, "top_logprobs": top,
             "text_offset": offsets}  # fmt: skip
+
+
+def text_of(encoder, tokens: list[int]) -> str:
+    """Their text; ids that only the model has, as it may be wider than its encoder, spell nothing."""
+    return clean(encoder.decode([token for token in tokens if token < encoder.vocab_size]))
 
 
 def token_text(encoder, token: int) -> str:
@@ -2089,7 +2114,7 @@ def make_app(settings: Settings) -> FastAPI:
         finally:
             await service.stop()
 
-    app = FastAPI(title="Strawberry", version="1", lifespan=lifespan, redoc_url=None)
+    app = FastAPIOffline(title="Strawberry", version="1", lifespan=lifespan, redoc_url=None)
     app.state.service = service
     app.add_middleware(Gate, service=service)
     for kind in (ApiError, UserError, RequestValidationError, HTTPException, Exception):

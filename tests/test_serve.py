@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -67,7 +68,8 @@ class Running:
     """A server in a thread of this process, and what a test asks of it."""
 
     def __init__(self, folder, **settings):
-        settings = {"rate": 0, "batch": ROWS, "device": "cpu", "data": str(folder / "data")} | settings
+        self.data = tempfile.TemporaryDirectory()
+        settings = {"rate": 0, "batch": ROWS, "device": "cpu", "data": self.data.name} | settings
         self.settings = serve.Settings(models=str(folder), port=0, **settings)
         self.app = serve.make_app(self.settings)
         self.service = self.app.state.service
@@ -85,8 +87,9 @@ class Running:
 
     def stop(self):
         self.server.should_exit = True
-        self.thread.join(30)
+        self.thread.join(70)
         assert not self.thread.is_alive()
+        self.data.cleanup()
 
     def send(self, method, path, body=None, **headers):
         """(status, headers, what the JSON says)."""
@@ -461,15 +464,46 @@ def test_what_is_under_way_is_finished_before_the_end(folder):
     server.stop()
 
 
-def test_an_engine_that_fails_goes_on(running, monkeypatch):
+def broken(*arguments):
+    raise RuntimeError("secret")
+
+
+@pytest.mark.parametrize("part", ["step", "admit"])
+def test_an_engine_that_fails_goes_on(running, monkeypatch, part):
+    running.complete()
     engine = running.service.models.loaded["air.strawberry"]
-
-    def broken():
-        raise RuntimeError("secret")
-
-    monkeypatch.setattr(engine.decoder, "step", broken)
+    monkeypatch.setattr(engine.decoder, part, broken)
     assert "secret" not in json.dumps(error_of(running.complete(), 500))
-    assert running.complete()[0] == 200
+    monkeypatch.undo()
+    assert running.complete()[0] == 200 and running.gauge("rows_busy") == 0
+
+
+def test_an_engine_that_cannot_go_on_is_replaced(running, monkeypatch):
+    running.complete()
+    engine = running.service.models.loaded["air.strawberry"]
+    monkeypatch.setattr(engine.decoder, "step", broken)
+    monkeypatch.setattr(engine, "make_decoder", broken)
+    error_of(running.complete(), 500)
+    engine.thread.join(10)
+    assert running.complete()[0] == 200 and running.service.models.loaded["air.strawberry"] is not engine
+
+
+def test_scoring_that_fails_is_answered(running, monkeypatch):
+    monkeypatch.setattr(serve, "scores", broken)
+    error_of(running.complete(logprobs=1), 500)
+    monkeypatch.undo()
+    assert running.complete(logprobs=1)[0] == 200
+
+
+def test_a_model_may_be_wider_than_its_encoder(start, tmp_path, monkeypatch):
+    """Ids that the encoder has no text for, in the prompt and in what is made."""
+    monkeypatch.setitem(MODELS, "air.strawberry", MODELS["air.strawberry"] | {"vocab_size": 300})
+    make_model(tmp_path / "air.strawberry")
+    server = start(tmp_path)
+    got = server.complete(prompt=[97, 299, 98], echo=True, logprobs=3, max_tokens=40, seed=1)[2]
+    told, text = got["choices"][0]["logprobs"], got["choices"][0]["text"]
+    assert text.startswith("ab") and told["text_offset"][:3] == [0, 1, 1] and told["tokens"][1] not in ("a", "b")
+    assert error_of(server.complete(prompt=[300]), 400)["param"] == "prompt"
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -556,6 +590,19 @@ def test_slow_clients_keep_nobody_waiting(running, monkeypatch):
     busy.close()
     for one in slow:
         one.close()
+
+
+def test_connections_are_so_many_at_most(start, monkeypatch):
+    monkeypatch.setattr(serve.Protocol, "MOST", 5)
+    server = start()
+    many = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(5)]
+    with socket.create_connection(("127.0.0.1", server.port)) as one:
+        one.settimeout(5)
+        assert one.recv(100) == b""
+    for one in many:
+        one.close()
+    time.sleep(0.1)
+    assert server.complete()[0] == 200
 
 
 def test_headers_that_do_not_come_are_not_waited_for(start, monkeypatch):
@@ -676,7 +723,7 @@ def test_the_command_serves_until_it_is_told_to_stop(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--device", "cpu"]
+    argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(folder / "data")]
     child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
         until = time.time() + 60
@@ -723,6 +770,9 @@ def test_the_schema_says_what_there_is(running, start, tmp_path):
     assert body["properties"]["model"]["enum"] == sorted(MODELS.keys() - {"masked.transformer"})
     assert body["required"] == ["model", "prompt"]
     assert body["properties"]["source"]["anyOf"]
-    assert running.send("GET", "/docs")[0] == 200
+    page = running.send("GET", "/docs")
+    used = re.findall(r"""(?:src|href)=["']([^"']+)""", page[2].decode())
+    assert len(used) >= 2 and all(path.startswith("/") and running.send("GET", path)[0] == 200 for path in used)
+    assert "default-src 'self'" in page[1]["Content-Security-Policy"]
     empty = start(tmp_path).send("GET", "/openapi.json")[2]
     assert "enum" not in json.dumps(empty["paths"]["/v1/completions"]["post"]["requestBody"])
