@@ -370,6 +370,21 @@ def test_a_child_that_does_not_end_is_killed(keeper, monkeypatch):
     assert any(event["level"] == "warn" for event in job.events())
 
 
+def test_a_child_is_asked_to_end_only_once(keeper):
+    """A second signal would end train.py before it has saved."""
+    made = keeper()
+    job = add(made, "import signal, time\nn = []\nsignal.signal(15, lambda *_: n.append(1))\nopen('ready', 'w')\n"
+                    "while not n: time.sleep(0.01)\ntime.sleep(0.5)\nopen('signals', 'w').write(str(len(n)))")
+    until(lambda: (job.folder / "ready").exists())
+    for wanted in ("paused", "paused", "cancelled"):
+        made.stop(job.id, wanted)
+        time.sleep(0.05)
+    with pytest.raises(jobs.Refused, match="still saving"):
+        made.resume(job.id)
+    until(lambda: job.status == "cancelled")
+    assert (job.folder / "signals").read_text() == "1"
+
+
 def test_a_server_that_ends_stops_its_jobs_and_the_next_one_starts_them_again(keeper):
     first = keeper()
     job = add(first, f"import os; n = os.path.exists('ready'); open('ready', 'w')\n"
