@@ -214,6 +214,13 @@ def test_samples_are_those_of_further_seeds(running, folder):
     assert drawn[0] != drawn[1]
 
 
+def test_rows_keep_one_shape(running):
+    """On which it rests that an answer is to the bit what it would be alone."""
+    running.complete()
+    decoder = running.service.models.loaded["air.strawberry"].decoder
+    assert decoder.shrink is False and decoder.rows == ROWS
+
+
 def test_stop_strings_end_a_text_before_them(running, folder):
     whole = alone(folder, "the", 2, n=60)
     stop = whole[20:23]
@@ -269,6 +276,12 @@ def test_scores_alone(running):
     assert got.usage.completion_tokens == 0 and got.choices[0].finish_reason == "length"
     more = running.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=2, echo=True, logprobs=1)
     assert more.choices[0].logprobs.token_logprobs[1:3] == pytest.approx(got.choices[0].logprobs.token_logprobs[1:])
+
+
+def test_logprobs_without_echo_are_the_end_of_those_with_it(running):
+    asked = {"prompt": "abcde", "max_tokens": 6, "seed": 4, "logprobs": 2}
+    with_echo, without = (running.complete(**asked, echo=echo)[2]["choices"][0]["logprobs"] for echo in (True, False))
+    assert without == {name: told[5:] for name, told in with_echo.items()} and len(without["tokens"]) == 6
 
 
 def test_models_that_see_the_future_score_what_they_drew_from(running, folder):
