@@ -949,7 +949,7 @@ TheService = Annotated[Service, Depends(service_of)]  # a handler that has such 
 
 # ---- routes: completions and models --------------------------------------------------------------------------------
 
-MOST_PROMPTS, MOST_SAMPLES, MOST_STOPS, MOST_LOGPROBS = 64, 32, 16, 20
+MOST_PROMPTS, MOST_SAMPLES, MOST_STOPS, MOST_LOGPROBS = 64, 32, 16, 5
 TOKENS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 
 
