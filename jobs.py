@@ -12,7 +12,7 @@ and watches it on, or finds it gone and judges by what it left. A job has succee
 its child writes last and in one piece; everything else is a failure that can be resumed.
 
 A new kind of job is a function and a line in KINDS: the function says which command to run, and which file is there
-once all is done.
+once all is done. It queues, survives, and is stopped and resumed as the others are.
 
 Index:  refusals · ids · uploads · child processes · a job · the kinds: datasets, runs · all jobs
 """
@@ -410,10 +410,9 @@ class Job:
 
     def checkpoints(self) -> list[dict]:
         """The newest first; of each its number, its loss, and the name that it would have as a model."""
-        stem, dot, arch = self.about["model"].rpartition(".")
         return [{"id": f"ftckpt-{self.id.rpartition('-')[2]}-{found.step}", "object": "fine_tuning.job.checkpoint",
                  "created_at": int(found.path.stat().st_mtime), "fine_tuning_job_id": self.id,
-                 "step_number": found.step, "fine_tuned_model_checkpoint": f"{stem}-step-{found.step}{dot}{arch}",
+                 "step_number": found.step, "fine_tuned_model_checkpoint": step_name(self.about["model"], found.step),
                  "metrics": {"step": found.step, "full_valid_loss": found.val_loss}}
                 for found in checkpoint.listed(self.folder / "checkpoints")]
 
@@ -573,7 +572,18 @@ def check_own(raw: dict) -> None:
         raise Refused(400, f"hyperparameters.{name}: {told}", f"hyperparameters.{name}")
 
 
-KINDS: dict[str, Callable[[Jobs, Job], Work | None]] = {"ds": dataset_work, "ftjob": training_work}
+class Kind(NamedTuple):
+    """A kind of job: where its directories are, what it is called, and what it runs; None where it must wait."""
+
+    folder: str
+    what: str
+    work: Callable[[Jobs, Job], Work | None]
+
+
+KINDS = {  # by what its ids begin with
+    "ds": Kind("datasets", "dataset", dataset_work),
+    "ftjob": Kind("runs", "fine-tuning job", training_work),
+}
 
 # ---- all jobs ------------------------------------------------------------------------------------------------------
 
@@ -589,8 +599,7 @@ class Jobs:
 
     def __init__(self, data: Path, models: Path, uploads: Uploads, at_once: int):
         self.uploads, self.models, self.at_once = uploads, models.resolve(), at_once
-        self.shelves = {"ds": Shelf(data / "datasets", "ds", "dataset"),
-                        "ftjob": Shelf(data / "runs", "ftjob", "fine-tuning job")}
+        self.shelves = {name: Shelf(data / kind.folder, name, kind.what) for name, kind in KINDS.items()}
         self.lock = threading.RLock()
         self.jobs: dict[str, Job] = {}
         self.keys: dict[str, str] = {}  # of idempotency → job
@@ -632,6 +641,15 @@ class Jobs:
         if name not in known:
             raise Refused(404, f"there is no model {show(name)}{nearest(name, known)}", param, "model_not_found")
         return self.models / name
+
+    def checkpoint_file(self, name: str) -> Path | None:
+        """The model file of a checkpoint, by the name that step_name gives it; None where there is none."""
+        asked = re.fullmatch(r"(.+)-step-(\d{1,18})(\.\w[\w-]*)", name, re.ASCII)
+        for job in self.all("ftjob") if asked else ():
+            if job.about["model"] == asked[1] + asked[3]:
+                path = job.folder / "checkpoints" / f"step_{int(asked[2]):08d}" / checkpoint.MODEL
+                return path if path.is_file() else None
+        return None
 
     def encoder_of(self, name: str) -> encoders.Encoder:
         """The encoder of a dataset that is ready, or of a model."""
@@ -807,8 +825,7 @@ class Jobs:
         """Find out what became of the jobs of the server before, and begin to watch."""
         with self.lock:
             for job in self.jobs.values():
-                if job.kind == "ftjob":
-                    job.catch_up()
+                job.catch_up()
                 if job.status == "running" and job.about["wanted"] and not job.about.get("told"):
                     job.child.signal(signal.SIGTERM)
                     job.set(told=True)
@@ -865,7 +882,7 @@ class Jobs:
             job.set(status="running")
             return True
         try:
-            work = KINDS[job.kind](self, job)
+            work = KINDS[job.kind].work(self, job)
         except (UserError, OSError) as error:
             job.fail(str(error), getattr(error, "code", None) or "invalid_request")
             return False
@@ -902,7 +919,7 @@ class Jobs:
                      "invalid_request" if words and code == 2 else "interrupted")
 
     def tell_metrics(self, job: Job) -> None:
-        for line in job.metrics.read() if job.kind == "ftjob" else ():
+        for line in job.metrics.read():
             data = {"step": line["step"], "total_steps": job.about["max_iters"]}
             names = {"loss": "train_loss", "val_loss": "valid_loss"} if "loss" in line else {
                 "train_loss": "full_train_loss", "val_loss": "full_valid_loss"}  # fmt: skip
@@ -931,6 +948,12 @@ def model_name(base: str, suffix: str | None, job: str, arch: str) -> str:
         base = base.removesuffix(f".{ending}")
     base = re.sub(r"[^A-Za-z0-9._-]", "-", re.sub(r"^ft-(.*)-[0-9a-f]{8}$", r"\1", base))[:40]
     return "-".join(part for part in ("ft", base, suffix, job[-8:]) if part) + f".{arch}"
+
+
+def step_name(model: str, step: int) -> str:
+    """The name under which a checkpoint of a run can be sampled: ft-tiny-mine-0a1b2c3d-step-200.strawberry"""
+    stem, dot, arch = model.rpartition(".")
+    return f"{stem}-step-{step}{dot}{arch}"
 
 
 class Training(NamedTuple):

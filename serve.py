@@ -848,10 +848,14 @@ class Models:
 
     async def find(self, name: str) -> ModelFile:
         files = await self.all()
-        if name not in files:
-            raise ApiError(404, f"model = {show(name)}: there is no such model{nearest(name, files)}; /v1/models lists "
-                           "them", "model", "model_not_found")  # fmt: skip
-        return files[name]
+        if name in files:
+            return files[name]
+        if (path := self.service.factory.checkpoint(name)) is not None:
+            about = path.stat()
+            hyperparams, _ = await asyncio.to_thread(read_about, path)
+            return ModelFile(path, (about.st_mtime_ns, about.st_size, about.st_ino), hyperparams)
+        raise ApiError(404, f"model = {show(name)}: there is no such model{nearest(name, files)}; /v1/models lists "
+                       "them", "model", "model_not_found")  # fmt: skip
 
     async def newest(self) -> str:
         """The name of the newest model, as sample.py takes it."""
@@ -1451,6 +1455,10 @@ class Factory:
         self.lock.release()
         self.lock = None
 
+    def checkpoint(self, name: str) -> Path | None:
+        """The model file in the checkpoint of a run that the name is of, if it is still there."""
+        return self.jobs.checkpoint_file(name) if self.jobs else None
+
     def picture(self, job: jobs.Job, sheet: str, x: str) -> bytes:
         """A sheet of curves as it is now, as PNG."""
         path = job.metrics.path
@@ -1529,10 +1537,15 @@ class Form:
         self.field, self.value, self.headers, self.text = b"", b"", {}, bytearray()
 
     def header_field(self, data: bytes, start: int, end: int) -> None:
-        self.field += data[start:end]
+        self.field = self.bounded(self.field + data[start:end])
 
     def header_value(self, data: bytes, start: int, end: int) -> None:
-        self.value += data[start:end]
+        self.value = self.bounded(self.value + data[start:end])
+
+    def bounded(self, text: bytes) -> bytes:
+        if len(text) > self.LONGEST or len(self.headers) > self.MOST:
+            raise ApiError(400, f"a part of the body has headers beyond {self.MOST} of {self.LONGEST} bytes")
+        return text
 
     def header_end(self) -> None:
         self.headers[self.field.lower()] = self.value
@@ -1742,7 +1755,13 @@ async def create_dataset(body: Assemble, service: TheService) -> DatasetAnswer:
 
 async def list_datasets(service: TheService, after: After = None, limit: Limit = 20) -> DatasetList:
     """The datasets, the newest first."""
-    return jobs.page([dataset_answer(job) for job in service.factory.jobs.all("ds")], after, limit)
+    return await listed(service.factory.jobs.all("ds"), dataset_answer, after, limit)
+
+
+async def listed(found: list[jobs.Job], answer: Callable[[jobs.Job], dict], after: str | None, limit: int) -> dict:
+    """A page of jobs; only of those on it is looked at what is on disk."""
+    chosen = jobs.page([{"id": job.id, "job": job} for job in found], after, limit)
+    return chosen | {"data": await run_in_threadpool(lambda: [answer(item["job"]) for item in chosen["data"]])}
 
 
 def dataset_job(service: Service, name: str) -> jobs.Job:
@@ -1904,7 +1923,7 @@ def hashed(text: str) -> str:
 
 async def list_runs(service: TheService, after: After = None, limit: Limit = 20) -> RunList:
     """The runs, the newest first."""
-    return jobs.page([run_answer(job) for job in service.factory.jobs.all("ftjob")], after, limit)
+    return await listed(service.factory.jobs.all("ftjob"), run_answer, after, limit)
 
 
 def run_job(service: Service, name: str) -> jobs.Job:

@@ -282,7 +282,7 @@ def keeper(tmp_path, monkeypatch):
     def work(all_jobs, job):
         return jobs.Work(["-c", job.request["code"]], job.folder / "done")
 
-    monkeypatch.setitem(jobs.KINDS, "ftjob", work)
+    monkeypatch.setitem(jobs.KINDS, "ftjob", jobs.KINDS["ftjob"]._replace(work=work))
     monkeypatch.setattr(jobs, "TICK", 0.02)
     open_ones = []
 
@@ -295,7 +295,7 @@ def keeper(tmp_path, monkeypatch):
 
     yield make
     for made in open_ones:
-        for job in made.all("ftjob"):
+        for job in made.running():
             job.child.kill()
         made.stop_all(1)
 
@@ -322,6 +322,20 @@ def test_at_most_so_many_run_and_the_others_wait_in_order(keeper):
     assert most == 2
     assert [job.about["started"] for job in waiting] == sorted(job.about["started"] for job in waiting)
     assert any(statuses[2:] == ["queued"] * 3 for statuses in orders)
+
+
+def test_a_new_kind_is_a_function_and_a_line(keeper, monkeypatch, tmp_path):
+    def nap(all_jobs, job):
+        return jobs.Work(["-c", f"import time; time.sleep({job.request['seconds']}); {DONE}"], job.folder / "done")
+
+    monkeypatch.setitem(jobs.KINDS, "nap", jobs.Kind("naps", "nap", nap))
+    made = keeper()
+    short, long = (made.new("nap", {"seconds": seconds}) for seconds in (0, 60))
+    until(lambda: short.status == "succeeded" and long.status == "running")
+    assert short.folder.parent == tmp_path / "naps"
+    made.stop(long.id, "cancelled")
+    until(lambda: long.status == "cancelled")
+    assert not long.child.alive()
 
 
 @pytest.mark.parametrize("code, status, told", [
@@ -370,7 +384,7 @@ def test_a_server_that_ends_stops_its_jobs_and_the_next_one_starts_them_again(ke
 
 def left_running(made, tmp_path, pid, born, **about):
     """What a killed server leaves of a running job whose process has this number and start."""
-    job = made.new("ftjob", {"code": DONE}, status="running", max_iters=10, result=str(tmp_path / "done"), **about)
+    job = made.new("ftjob", {"code": DONE}, status="running", max_iters=10, result=str(tmp_path / "LICENSE"), **about)
     (job.folder / jobs.PID).write_text(json.dumps({"pid": pid, "born": born}))
     return job.id
 
@@ -391,11 +405,13 @@ def test_the_next_server_takes_over_a_live_child_and_finds_a_dead_one(keeper, tm
         "dead": left_running(first, tmp_path, dead.pid, "123"),
         "number of another": left_running(first, tmp_path, os.getpid(), "123"),
         "told": left_running(first, tmp_path, told.pid, born(told.pid), wanted="paused"),
+        "done": left_running(first, ROOT, dead.pid, "123"),
         "never started": first.new("ftjob", {"code": DONE}, status="running", result="x", max_iters=1).id,
     }
     second = keeper()
     found = {what: second.get(name) for what, name in names.items()}
     until(lambda: all(found[what].status == "failed" for what in ("dead", "number of another", "never started")))
+    until(lambda: found["done"].status == "succeeded")  # it came to its end while nobody watched
     assert "it can be resumed" in found["dead"].about["error"]["message"]
     until(lambda: found["told"].status == "paused")  # the signal that the first server didn't come to send
     assert found["live"].status == "running"
@@ -618,12 +634,30 @@ def test_what_is_no_upload_is_refused_and_leaves_nothing(site, parts, told):
     assert set(snapshot(site.data / "files")) == set(before)
 
 
+def test_a_method_that_an_address_lacks_is_told_which_it_has(site):
+    connection = http.client.HTTPConnection("127.0.0.1", site.port)
+    connection.request("PUT", "/v1/files/file-1")
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Allow"]) == (405, "DELETE, GET")
+    connection.close()
+
+
+def test_one_server_at_a_time_has_the_data(site):
+    argv = [f"--data={site.data}", f"--models={site.models}", "--port=0"]
+    with pytest.raises(UserError, match="--data = .*: is written to by process"):
+        serve.main(argv)
+
+
 def test_forms_that_are_none(site):
     before = set(snapshot(site.data / "files"))
     whole = form([("file", "a.txt", b"text")])
-    assert site.raw("POST", "/v1/files", whole[:-9], FORM)[0] == 500  # its end is missing
-    assert site.raw("POST", "/v1/files", b"nonsense" * 99, FORM)[0] == 500
-    assert site.raw("POST", "/v1/files", b"", FORM)[0] == 500
+    assert site.raw("POST", "/v1/files", whole[:-9], FORM)[0] == 400  # its end is missing
+    assert site.raw("POST", "/v1/files", b"nonsense" * 99, FORM)[0] == 400
+    assert site.raw("POST", "/v1/files", b"", FORM)[0] == 400
+    long = whole.replace(b"form-data", b"form-data; x=" + b"x" * 100_000)
+    status, body = site.raw("POST", "/v1/files", long, FORM)
+    assert status == 400
+    assert b"headers beyond" in body or b"header" in body
     for kind in ("application/json", "multipart/form-data", "multipart/form-data; boundary=" + "x" * 99, "\xff"):
         assert site.raw("POST", "/v1/files", whole, [("Content-Type", kind)])[0] == 415
     assert set(snapshot(site.data / "files")) == before
@@ -660,7 +694,7 @@ def test_the_limit_holds_whatever_the_headers_say(site):
     assert json.loads(body)["bytes"] == 4 * 65536
     site.client.files.delete(json.loads(body)["id"])
     lying = form([("file", "a.txt", b"x" * 5000)])  # says less than it sends
-    assert site.raw("POST", "/v1/files", lying, [("Content-Length", "1000"), *FORM])[0] == 500
+    assert site.raw("POST", "/v1/files", lying, [("Content-Length", "1000"), *FORM])[0] == 400
     assert set(snapshot(site.data / "files")) == before
 
 
@@ -868,7 +902,14 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     assert steps == STEPS
     assert any("full_valid_loss" in event.data for event in events)
     assert [event.created_at for event in events] == sorted((event.created_at for event in events), reverse=True)
-    assert [point.step_number for point in tuning.checkpoints.list(job.id)][0] == 500
+    points = list(tuning.checkpoints.list(job.id))
+    assert points[0].step_number == 500
+    assert points[0].metrics.full_valid_loss == pytest.approx(done.progress["val_loss"])
+    name = points[0].fine_tuned_model_checkpoint
+    same = site.client.completions.create(model=name, prompt="the", max_tokens=4, seed=1)
+    assert same.choices[0].text == text.choices[0].text
+    with pytest.raises(openai.NotFoundError):
+        site.client.models.retrieve(name.replace("500", "499"))
     lines = json.loads(site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/metrics")[1])["data"]
     assert [line["step"] for line in lines] == steps
     for query in ("", "?sheet=learning_rate&x=tokens"):
@@ -923,7 +964,7 @@ def test_keys_are_judged_as_on_the_command_line(site, story):
                  {"model": "tiny", "training_file": story, "metadata": {"a": 1}},
                  {"model": "tiny", "training_file": story, "method": {"type": "dpo"}},
                  {"model": "tiny", "training_file": story, "hyperparameters": {"sample_prompt": "x" * 99_999}}):
-        assert site.raw("POST", "/v1/fine_tuning/jobs", body)[0] == 500
+        assert site.raw("POST", "/v1/fine_tuning/jobs", body)[0] == 400
 
 
 def test_queueing_idempotency_and_cancelling(site, story):
