@@ -326,6 +326,14 @@ def test_tokens_are_told_as_vllm_does(running):
     error_of(running.send("GET", "/tokenizer_info?model=none"), 404)
 
 
+def test_prompts_that_are_too_long_say_so(running):
+    for prompt in ("a" * 4097, "é" * 2049, [97] * 4097, ["a", "a" * 4097]):
+        error = error_of(running.complete(prompt=prompt), 400)
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded") and "4,096" in error["message"]
+    assert error_of(running.complete(model="learned.tinystar", prompt="a" * 65), 400)["code"] == error["code"]
+    assert running.complete(model="learned.tinystar", prompt="a" * 64)[0] == 200
+
+
 def test_models_are_listed(running, folder):
     listed = running.client.models.list().data
     assert [model.id for model in listed] == sorted(MODELS)
@@ -573,6 +581,51 @@ def test_hostile_bodies(running):
     error_of(running.send("GET", "/v1/models/..%2f..%2fetc%2fpasswd"), 404)
     error_of(running.send("GET", "/v1/models/" + "x" * 300), 404)
     assert running.complete()[0] == 200
+
+
+def test_fields_that_are_given_twice_are_refused(running):
+    body = '{"model": "air.strawberry", "prompt": "a", "n": 1, "prompt": "b"}'
+    assert error_of(running.send("POST", "/v1/completions", body), 400)["param"] == "prompt"
+
+
+BIG = {
+    "fields": json.dumps({f"n{i}": i for i in range(90_000)}),
+    "nested fields": json.dumps({"stream_options": {f"n{i}": i for i in range(90_000)}}),
+    "tokens": json.dumps({"model": "air.strawberry", "prompt": [1] * 650_000}),
+    "texts": json.dumps({"model": "air.strawberry", "prompt": [""] * 450_000}),
+    "a text": json.dumps({"model": "air.strawberry", "prompt": "a b" * 650_000}),
+    "a number": '{"n": 1' + "0" * 2_000_000 + "}",
+    "brackets": "[" * 2_000_000,
+    "a name": json.dumps({"model": "air.strawberry" * 130_000, "prompt": "a"}),
+}
+
+
+@pytest.mark.parametrize("kind", BIG)
+def test_large_nonsense_keeps_nobody_waiting(running, kind):
+    """Bodies of some megabytes, four at once, of which each costs the most that we could think of."""
+    assert 1_000_000 < len(BIG[kind]) < 2 * serve.MIB
+    running.complete()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(running.send, "POST", "/v1/completions", BIG[kind]) for _ in range(4)]
+        waited = []
+        while not all(answer.done() for answer in answers):
+            began = time.time()
+            assert running.send("GET", "/health")[0] == 200
+            waited.append(time.time() - began)
+    assert max(waited, default=0) < 1
+    for answer in answers:
+        assert 400 <= answer.result()[0] < 500, answer.result()
+
+
+def test_bodies_that_do_not_come_are_not_waited_for(running, monkeypatch):
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.3)
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+    connection.putrequest("POST", "/v1/completions")
+    for name, value in (("Content-Type", "application/json"), ("Content-Length", "100")):
+        connection.putheader(name, value)
+    connection.endheaders(b'{"model": ')
+    assert connection.getresponse().status == 408
+    connection.close()
 
 
 def test_bodies_end_at_their_limit(start):
