@@ -281,7 +281,8 @@ def _check(cls: type, raw: Any, prefix: str, names: list[str]) -> tuple[Any, lis
     for name, value in raw.items():
         label = f"{prefix}{name} = {show(value)}"
         if name not in known:
-            problems.append(f"{label}: unknown key{_hint(str(name), list(known), names)}")
+            hint = _hint(str(name), list(known), names) if len(problems) < 20 else ""  # which takes a while
+            problems.append(f"{label}: unknown key{hint}")
             continue
         key = known[name]
         if key.section and not (value is None and type(None) in key.kinds):

@@ -170,7 +170,7 @@ class Settings:
     context: int = option(4096, "tokens of a prompt and what follows it, at most", low=1, high=2**20)
     timeout: float = option(600, "seconds until a completion is given up", above=0)
     memory: float = option(0, "GiB for models, their caches included; 0: half of what there is", low=0)
-    max_body: float = option(4, "MiB of a JSON body at most", above=0)
+    max_body: float = option(2, "MiB of a JSON body at most", above=0)
     max_upload: float = option(1024, "MiB of an uploaded file at most", above=0)
     max_jobs: int = option(1, "jobs that run at once; others wait", low=1)
     grace: float = option(10, "seconds that requests under way have once the server is told to stop", low=0)
@@ -213,7 +213,15 @@ BODY_SECONDS = 60  # that a client may take to send its JSON
 
 async def read_body(request: Request, cls: type) -> Any:
     """The JSON body of a request as an instance of `cls`. A null stands for what the field is without it."""
-    raw = parse_json(await read_bytes(request, int(request.app.state.service.settings.max_body * MIB)))
+    data = await read_bytes(request, int(request.app.state.service.settings.max_body * MIB))
+    if len(data) < 10_000:
+        return checked(data, cls)
+    async with request.app.state.service.large:  # it takes a while, for which nobody else is to wait
+        return await asyncio.to_thread(checked, data, cls)
+
+
+def checked(data: bytes, cls: type) -> Any:
+    raw = parse_json(data)
     if not isinstance(raw, dict):
         raise ApiError(400, f"the body is {show(raw)}; it must be an object, {{ … }}")
     known = declared(cls)
@@ -222,7 +230,7 @@ async def read_body(request: Request, cls: type) -> Any:
     missing = [name for name in getattr(cls, "required", ()) if name not in given]
     problems = [f"{name} = null: must be given" for name in missing] + problems
     if problems:
-        raise ApiError(400, "; ".join(problems), problems[0].partition(" = ")[0])
+        raise ApiError(400, "; ".join(problems[:20]), problems[0].partition(" = ")[0])
     return body
 
 
@@ -239,12 +247,30 @@ async def read_bytes(request: Request, limit: int) -> bytes:
                     raise ApiError(413, f"the body is larger than {limit:,} bytes (--max_body); send less at a time")
     except TimeoutError as error:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} seconds") from error
+    except ClientDisconnect as error:
+        raise ApiError(400, "the client left in the middle of the body") from error
     return bytes(data)
 
 
+MOST_FIELDS = 1000  # of a body, in all its objects together
+
+
 def parse_json(data: bytes) -> Any:
+    fields = 0
+
+    def as_dict(pairs: list[tuple[str, Any]]) -> dict:
+        nonlocal fields
+        fields += len(pairs)
+        if fields > MOST_FIELDS:
+            raise ApiError(400, f"the body has more than {MOST_FIELDS} fields")
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            name = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise ApiError(400, f"{name}: given twice; keep one", name)
+        return found
+
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"), object_pairs_hook=as_dict)
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8 ({error.reason}, byte {error.start})") from error
     except RecursionError as error:
@@ -565,6 +591,7 @@ class Engine:
     def load(self) -> None:
         self.model, self.encoder, self.record = load(self.path, self.settings)
         self.rows = rows_at_once(self.model, self.settings, 2**30)
+        self.longest = max(len(self.encoder.token_bytes(token)) for token in range(self.encoder.vocab_size))
         self.make_decoder()
         held = [*self.model.parameters(), *self.model.buffers(), *tensors_in(self.decoder.logits)]
         self.bytes = sum({t.data_ptr(): t.nbytes for t in held}.values())
@@ -925,6 +952,7 @@ class Service:
 
     def __init__(self, settings: Settings):
         self.settings, self.metrics = settings, Metrics()
+        self.large = asyncio.Semaphore(1)  # large bodies are read one after the other
         self.closing = asyncio.Event()  # set when the server has been told to stop: long answers are to end
         self.parts = {name: part(self) for name, part in PARTS.items()}
 
@@ -953,7 +981,7 @@ TheService = Annotated[Service, Depends(service_of)]  # a handler that has such 
 
 # ---- routes: completions and models --------------------------------------------------------------------------------
 
-MOST_PROMPTS, MOST_SAMPLES, MOST_STOPS, MOST_LOGPROBS = 64, 32, 16, 20
+MOST_PROMPTS, MOST_SAMPLES, MOST_STOPS, MOST_LOGPROBS = 64, 32, 16, 5
 TOKENS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 
 
@@ -1117,6 +1145,8 @@ def read_order(body: CompletionBody, engine: Engine) -> Order:
     except UserError as error:
         raise ApiError(400, str(error), "source") from error
     for prompt in body.prompts:
+        if isinstance(prompt, str) and len(prompt) > engine.room * engine.longest:  # so many that none need be made
+            raise too_long(f"{len(prompt):,} characters", engine)
         try:
             given = encode(encoder, prompt) if isinstance(prompt, str) else prompt
         except UserError as error:
@@ -1133,11 +1163,15 @@ def read_order(body: CompletionBody, engine: Engine) -> Order:
 def check_prompt(tokens: list[int], engine: Engine) -> None:
     vocab_size = engine.model.config.vocab_size
     if len(tokens) > engine.room:
-        raise ApiError(400, f"prompt: has {len(tokens):,} tokens, and the context is of {engine.room:,}; give a "
-                       "shorter one", "prompt", "context_length_exceeded")  # fmt: skip
+        raise too_long(f"{len(tokens):,} tokens", engine)
     if max(tokens) >= vocab_size:
         raise ApiError(400, f"prompt: token {max(tokens)} is none of the {vocab_size} of the model's vocabulary",
                        "prompt")  # fmt: skip
+
+
+def too_long(has: str, engine: Engine) -> ApiError:
+    told = f"prompt: has {has}, and the context is of {engine.room:,} tokens; give a shorter one"
+    return ApiError(400, told, "prompt", "context_length_exceeded")
 
 
 async def events(order: Order, receive: Receive) -> AsyncIterator[list[tuple[Answer, str | None]]]:

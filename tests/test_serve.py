@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torture import count
 
 import checkpoint
 import encoder as encoders
@@ -214,6 +215,13 @@ def test_samples_are_those_of_further_seeds(running, folder):
     assert drawn[0] != drawn[1]
 
 
+def test_rows_keep_one_shape(running):
+    """On which it rests that an answer is to the bit what it would be alone."""
+    running.complete()
+    decoder = running.service.models.loaded["air.strawberry"].decoder
+    assert decoder.shrink is False and decoder.rows == ROWS
+
+
 def test_stop_strings_end_a_text_before_them(running, folder):
     whole = alone(folder, "the", 2, n=60)
     stop = whole[20:23]
@@ -271,6 +279,12 @@ def test_scores_alone(running):
     assert more.choices[0].logprobs.token_logprobs[1:3] == pytest.approx(got.choices[0].logprobs.token_logprobs[1:])
 
 
+def test_logprobs_without_echo_are_the_end_of_those_with_it(running):
+    asked = {"prompt": "abcde", "max_tokens": 6, "seed": 4, "logprobs": 2}
+    with_echo, without = (running.complete(**asked, echo=echo)[2]["choices"][0]["logprobs"] for echo in (True, False))
+    assert without == {name: told[5:] for name, told in with_echo.items()} and len(without["tokens"]) == 6
+
+
 def test_models_that_see_the_future_score_what_they_drew_from(running, folder):
     model, encoder, _ = checkpoint.load_model(folder / "future.strawberry")
     asked = {"model": "future.strawberry", "prompt": "a longer prompt", "max_tokens": 1, "echo": True, "logprobs": 1}
@@ -310,6 +324,14 @@ def test_tokens_are_told_as_vllm_does(running):
     assert error_of(running.send("POST", "/detokenize", {"tokens": [5, 258]}), 400)["param"] == "tokens"
     assert error_of(running.send("POST", "/tokenize", {"prompt": 5}), 400)["param"] == "prompt"
     error_of(running.send("GET", "/tokenizer_info?model=none"), 404)
+
+
+def test_prompts_that_are_too_long_say_so(running):
+    for prompt in ("a" * 4097, "é" * 2049, [97] * 4097, ["a", "a" * 4097]):
+        error = error_of(running.complete(prompt=prompt), 400)
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded") and "4,096" in error["message"]
+    assert error_of(running.complete(model="learned.tinystar", prompt="a" * 65), 400)["code"] == error["code"]
+    assert running.complete(model="learned.tinystar", prompt="a" * 64)[0] == 200
 
 
 def test_models_are_listed(running, folder):
@@ -360,23 +382,28 @@ def test_idle_models_make_room(start, tmp_path):
 
 
 def test_many_clients_get_their_own_texts_or_are_told_to_come_again(start, folder):
-    server = start(queue=6, batch=ROWS)
-    solo = {i: alone(folder, f"prompt {i}", i) for i in range(24)}
+    clients, queue = count(24, 64), count(6, 32)
+    server = start(queue=queue, batch=ROWS)
+    solo = [alone(folder, f"prompt {i}", i) for i in range(clients)]
     server.complete()  # loads the model
-    gate = threading.Barrier(24)
+    together = threading.Barrier(clients)
 
     def ask(i):
-        gate.wait()
-        got = server.complete(prompt=f"prompt {i}", seed=i, max_tokens=24, stream=False)
-        return i, *got
+        together.wait()
+        asked = {"model": "air.strawberry", "prompt": f"prompt {i}", "seed": i, "max_tokens": 24, "stream": i % 2 == 0}
+        try:
+            got = server.client.completions.create(**asked)
+            return "".join(chunk.choices[0].text for chunk in (got if i % 2 == 0 else [got]))
+        except openai.RateLimitError as error:
+            return error
 
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(ask, range(24)))
-    good = [(i, body["choices"][0]["text"]) for i, status, _, body in answers if status == 200]
-    refused = [(headers, body) for _, status, headers, body in answers if status == 429]
-    assert len(good) + len(refused) == 24 and len(good) >= 6 + ROWS and refused
-    assert all(text == solo[i] for i, text in good)
-    assert all(int(headers["Retry-After"]) >= 1 and body["error"]["code"] == "queue_full" for headers, body in refused)
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(ask, range(clients)))
+    served = {i: text for i, text in enumerate(answers) if isinstance(text, str)}
+    refused = [error for error in answers if not isinstance(error, str)]
+    assert len(served) >= queue + ROWS and refused
+    assert served == {i: solo[i] for i in served}
+    assert all(error.code == "queue_full" and int(error.response.headers["Retry-After"]) >= 1 for error in refused)
     assert server.complete()[0] == 200
 
 
@@ -517,7 +544,7 @@ WRONG = {
     "stop": ["", ["a", ""], ["a"] * 17, 5, [["a"]]],
     "prompt": [[], [[]], 5, {}, [1.5], [-1], [258], ["a", 1], [[1], "a"], [True], ["a"] * 65, "a" * 5000, "\ud800",
                None, [2**40], [[1, 2**31]]],
-    "echo": ["yes", 1], "logprobs": [21, -1, True], "stream": ["yes"], "stream_options": [5, {"x": 1}],
+    "echo": ["yes", 1], "logprobs": [6, -1, True], "stream": ["yes"], "stream_options": [5, {"x": 1}],
     "best_of": [1, 2], "suffix": ["x"], "logit_bias": [{"1": 5}], "presence_penalty": [0.5],
     "timeout": [0, -5, math.inf],
     "model": [5, None, "../air.strawberry", "%2e%2e/x", "x" * 300, "a\0b", "/etc/passwd", "masked.transformer"],
@@ -554,6 +581,51 @@ def test_hostile_bodies(running):
     error_of(running.send("GET", "/v1/models/..%2f..%2fetc%2fpasswd"), 404)
     error_of(running.send("GET", "/v1/models/" + "x" * 300), 404)
     assert running.complete()[0] == 200
+
+
+def test_fields_that_are_given_twice_are_refused(running):
+    body = '{"model": "air.strawberry", "prompt": "a", "n": 1, "prompt": "b"}'
+    assert error_of(running.send("POST", "/v1/completions", body), 400)["param"] == "prompt"
+
+
+BIG = {
+    "fields": json.dumps({f"n{i}": i for i in range(90_000)}),
+    "nested fields": json.dumps({"stream_options": {f"n{i}": i for i in range(90_000)}}),
+    "tokens": json.dumps({"model": "air.strawberry", "prompt": [1] * 650_000}),
+    "texts": json.dumps({"model": "air.strawberry", "prompt": [""] * 450_000}),
+    "a text": json.dumps({"model": "air.strawberry", "prompt": "a b" * 650_000}),
+    "a number": '{"n": 1' + "0" * 2_000_000 + "}",
+    "brackets": "[" * 2_000_000,
+    "a name": json.dumps({"model": "air.strawberry" * 130_000, "prompt": "a"}),
+}
+
+
+@pytest.mark.parametrize("kind", BIG)
+def test_large_nonsense_keeps_nobody_waiting(running, kind):
+    """Bodies of some megabytes, four at once, of which each costs the most that we could think of."""
+    assert 1_000_000 < len(BIG[kind]) < 2 * serve.MIB
+    running.complete()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(running.send, "POST", "/v1/completions", BIG[kind]) for _ in range(4)]
+        waited = []
+        while not all(answer.done() for answer in answers):
+            began = time.time()
+            assert running.send("GET", "/health")[0] == 200
+            waited.append(time.time() - began)
+    assert max(waited, default=0) < 1
+    for answer in answers:
+        assert 400 <= answer.result()[0] < 500, answer.result()
+
+
+def test_bodies_that_do_not_come_are_not_waited_for(running, monkeypatch):
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.3)
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+    connection.putrequest("POST", "/v1/completions")
+    for name, value in (("Content-Type", "application/json"), ("Content-Length", "100")):
+        connection.putheader(name, value)
+    connection.endheaders(b'{"model": ')
+    assert connection.getresponse().status == 408
+    connection.close()
 
 
 def test_bodies_end_at_their_limit(start):
