@@ -1042,7 +1042,7 @@ def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
     data, models = tmp_path / "data", tmp_path / "models"
     argv = [sys.executable, str(ROOT / "serve.py"), "--data", str(data), "--models", str(models), "--port", "0"]
     with open(tmp_path / "log", "wb") as log:
-        server = subprocess.Popen(argv, stdout=log, stderr=log, cwd=tmp_path)
+        server = subprocess.Popen(argv, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
     port = until(lambda: re.search(r"http://127.0.0.1:(\d+)", (tmp_path / "log").read_text()), 60, "the server")[1]
     client = client_of(port)
     check_memory(server.pid, int(port), data)
@@ -1050,7 +1050,7 @@ def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
     asked = {"model": PRESET, "training_file": story, "hyperparameters": LONG, "seed": 3}
     job = client.fine_tuning.jobs.create(**asked, extra_headers={"Idempotency-Key": "once"})
     begun(client, job)
-    server.send_signal(signal.SIGKILL)
+    os.killpg(server.pid, signal.SIGKILL)  # and all that a terminal would end with it
     server.wait()
     [pid] = children(data / "runs")
     with Served(tmp_path) as site:
