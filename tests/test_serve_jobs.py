@@ -780,8 +780,8 @@ TINY = {
     "model_hyperparams": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 300},
 }  # fmt: skip
 PRESET = "tinystar-v0.1-baseline"
-LONG = {**TINY, "max_iters": 500, "log_interval": 50, "checkpoints.interval": 50}
-STEPS = [1, *range(50, 501, 50), 500]  # that LONG tells of
+LONG = {**TINY, "max_iters": 800, "log_interval": 50, "checkpoints.interval": 50}
+STEPS = [1, *range(50, 801, 50), 800]  # that LONG tells of
 ENDLESS = {**TINY, "max_iters": 10**6}
 
 
@@ -895,14 +895,14 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     paused = tuning.pause(job.id)
     assert paused.status == "paused"
     assert children(site.data) == []
-    assert 1 <= paused.progress["step"] < 500
+    assert 1 <= paused.progress["step"] < 800
     assert tuning.resume(job.id).status in ("queued", "running")
     done = finished(site.client, job)
     assert done.status == "succeeded", done
     found = weights(site, done)
     assert all(torch.equal(undisturbed[name], found[name]) for name in found)
     assert went_on(site, job)
-    assert (done.seed, done.trained_tokens, done.metadata) == (3, 500 * 2 * 16, {"who": "me"})
+    assert (done.seed, done.trained_tokens, done.metadata) == (3, 800 * 2 * 16, {"who": "me"})
     assert done.created_at <= done.finished_at <= time.time()
     assert done.fine_tuned_model.startswith(f"ft-{PRESET}-mine-")
     assert done.fine_tuned_model in [model.id for model in site.client.models.list()]
@@ -918,13 +918,13 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     assert any("full_valid_loss" in event.data for event in events)
     assert [event.created_at for event in events] == sorted((event.created_at for event in events), reverse=True)
     points = list(tuning.checkpoints.list(job.id))
-    assert points[0].step_number == 500
+    assert points[0].step_number == 800
     assert points[0].metrics.full_valid_loss == pytest.approx(done.progress["val_loss"])
     name = points[0].fine_tuned_model_checkpoint
     same = site.client.completions.create(model=name, prompt="the", max_tokens=4, seed=1)
     assert same.choices[0].text == text.choices[0].text
     with pytest.raises(openai.NotFoundError):
-        site.client.models.retrieve(name.replace("500", "499"))
+        site.client.models.retrieve(name.replace("800", "799"))
     lines = json.loads(site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/metrics")[1])["data"]
     assert [line["step"] for line in lines] == steps
     for query in ("", "?sheet=learning_rate&x=tokens"):
@@ -1049,15 +1049,15 @@ def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
     story = client.files.create(file=("stories.jsonl", stories()), purpose="fine-tune").id
     asked = {"model": PRESET, "training_file": story, "hyperparameters": LONG, "seed": 3}
     job = client.fine_tuning.jobs.create(**asked, extra_headers={"Idempotency-Key": "once"})
-    begun(client, job)
+    begun(client, job, step=50)
+    [pid] = children(data / "runs")
+    os.kill(pid, signal.SIGSTOP)  # so that it doesn't come to its end before this test does
     os.killpg(server.pid, signal.SIGKILL)  # and all that a terminal would end with it
     server.wait()
-    [pid] = children(data / "runs")
     with Served(tmp_path) as site:
         found = site.client.fine_tuning.jobs.retrieve(job.id)
         assert found.status == "running"
         assert children(data / "runs") == [pid]
-        begun(site.client, job, step=50)
         os.kill(pid, signal.SIGKILL)
         dead = finished(site.client, job)
         assert dead.status == "failed"
