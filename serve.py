@@ -1843,6 +1843,10 @@ class Train:
     }  # fmt: skip
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        for name in ("hyperparameters", "method", "integrations", "metadata"):
+            if is_deep(getattr(self, name)):
+                yield name, "is nested too deeply"
+                return
         if self.hyperparameters is not None and not isinstance(self.hyperparameters, dict):
             yield "hyperparameters", "must be an object, { … }"
         if self.suffix is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.suffix, re.ASCII):
@@ -1863,6 +1867,15 @@ class Train:
         inner = method.get("supervised") or {}
         good = method.get("type") == "supervised" and isinstance(inner, dict)
         return (inner.get("hyperparameters") or {}) if good else None
+
+
+def is_deep(value: Any, most: int = 16) -> bool:
+    """Whether plain data is nested beyond `most` levels; looks at one level after the other."""
+    level = [value]
+    for _ in range(most):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else
+                                                        outer if isinstance(outer, list) else ())]
+    return bool(level)
 
 
 def create_run_here(service: Service, properties: dict) -> None:

@@ -982,6 +982,17 @@ def test_keys_are_judged_as_on_the_command_line(site, story):
         assert site.raw("POST", "/v1/fine_tuning/jobs", body)[0] == 400
 
 
+@pytest.mark.parametrize("depth", [20, 200, 330, 500, 900, 990, 10_000])
+@pytest.mark.parametrize("field", ["hyperparameters", "method", "metadata", "integrations"])
+def test_depth_is_refused(site, story, depth, field):
+    for opening, closing in (('{"a":', "}"), ("[", "]")):
+        value = opening * depth + "1" + closing * depth
+        body = f'{{"model": "tiny", "training_file": "{story}", "{field}": {value}}}'.encode()
+        status, answer = site.raw("POST", "/v1/fine_tuning/jobs", body, [("Content-Type", "application/json")])
+        assert status == 400
+        assert "deep" in json.loads(answer)["error"]["message"]
+
+
 def test_queueing_idempotency_and_cancelling(site, story):
     tuning = site.client.fine_tuning.jobs
     ask = {"model": PRESET, "training_file": story, "hyperparameters": ENDLESS, "seed": 1}
