@@ -571,8 +571,8 @@ class Engine:
             with self.alone:
                 self.load()
         except Exception as error:
-            log.warning("cannot load %s: %s", self.path, error, exc_info=not isinstance(error, UserError))
-            failure = as_api_error(error)
+            log.warning("cannot load %s: %s", self.path, error)
+            failure = as_api_error(error) if isinstance(error, UserError) else self.failure(error)
             failure.message, failure.param = f"model: {failure.message}", "model"
             self.ended = True
             self.tell_loop(self.fail_loading, failure)
@@ -710,7 +710,8 @@ class Engine:
         """What whoever waits is told of what went wrong in here."""
         log.error("the engine of %s failed", self.path, exc_info=error)
         if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
-            return ApiError(503, "there is not enough memory for this; ask for less", headers={"Retry-After": "5"})
+            told = "there is not enough memory; a smaller --context or --batch of the server takes less"
+            return ApiError(503, told, headers={"Retry-After": "5"})
         return ApiError(500, str(error)) if isinstance(error, UserError) else as_api_error(error)
 
     def fail(self, order: Order, error: ApiError) -> None:

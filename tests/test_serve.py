@@ -407,6 +407,21 @@ def test_many_clients_get_their_own_texts_or_are_told_to_come_again(start, folde
     assert server.complete()[0] == 200
 
 
+@pytest.mark.cuda
+def test_models_share_a_gpu(start):
+    """Two models record their steps while the other makes text, and each client gets what it gets alone."""
+    server = start(device="cuda", batch=16)
+    names = ["air.strawberry", "learned.tinystar"]
+
+    def ask(i):
+        return server.complete(model=names[i % 2], prompt=f"prompt {i // 2}", seed=i, max_tokens=16 + i)
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        together = list(pool.map(ask, range(24)))
+    assert [status for status, *_ in together] == [200] * 24
+    assert [answer[2]["choices"] for answer in together] == [ask(i)[2]["choices"] for i in range(24)]
+
+
 def test_a_new_text_joins_those_under_way(running, folder):
     long = running.client.completions.create(model="air.strawberry", prompt="a", **LONG, stream=True)
     pieces = [next(long).choices[0].text]
