@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 import h11
 import torch
@@ -297,7 +296,8 @@ class Gate:
     def __init__(self, app: ASGIApp, service: "Service"):
         self.app, self.service, self.settings = app, service, service.settings
         self.rate = Rate(self.settings.rate)
-        self.names = {"localhost", "127.0.0.1", "::1", self.settings.host, *self.settings.allow_host}
+        names = ("localhost", "127.0.0.1", "::1", self.settings.host, *self.settings.allow_host)
+        self.names = {name.lower() for name in names}
         self.open = {route.path for route in ROUTES if route.open}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -322,7 +322,8 @@ class Gate:
     def check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname if re.fullmatch(r"[\w.:\[\]-]+", host) else None
+        named = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([a-zA-Z0-9_.-]+))(?::\d+)?", host)
+        name = (named[1] or named[2]).lower() if named else None
         if name not in self.names and (not scope["server"] or name != scope["server"][0]):
             raise ApiError(403, f"Host is {show(host)}, which is no name of this server; start it with --allow_host "
                            "NAME to make it one", "Host")  # fmt: skip
@@ -340,12 +341,12 @@ class Gate:
     def key(self, authorization: str) -> str | None:
         """The key that a header brings, if it is one. Each is compared, in a time that says nothing about it."""
         scheme, _, given = authorization.partition(" ")
-        said = given.strip().encode("latin-1", "replace")
-        if scheme.lower() == "basic":
+        given, said = given.strip().encode("latin-1", "replace"), b""
+        if scheme.lower() == "bearer":
+            said = given
+        elif scheme.lower() == "basic":
             with suppress(ValueError):
-                said = base64.b64decode(said, validate=True).partition(b":")[2]
-        elif scheme.lower() != "bearer":
-            said = b""
+                said = base64.b64decode(given, validate=True).partition(b":")[2]
         same = [hmac.compare_digest(digest(said), digest(key.encode())) for key in self.settings.api_key]
         return next((key for key, is_it in zip(self.settings.api_key, same, strict=True) if is_it), None)
 
@@ -451,6 +452,9 @@ class Metrics:
         began, told = time.perf_counter(), []
         try:
             yield told
+        except Exception:
+            told.append(500)  # will be the answer, if it has not begun
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "none")  # the pattern, of which there are few
             self.requests.labels(scope["method"] if route != "none" else "any", route, told[0] if told else 499).inc()

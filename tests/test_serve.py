@@ -709,7 +709,7 @@ def test_keys(start):
     server = start(api_key=["first-key", "second"])
     paths = ["/v1/models", "/metrics", "/openapi.json", "/docs", "/v1/models/air.strawberry", "/nothing"]
     wrong = ["", "Bearer", "Bearer wrong", "Bearer first-ke", "Bearer first-key2", "first-key", "Bearer kéy",
-             "Bearer \xff", "Basic !!", "Basic eDp3cm9uZw==", "Digest first-key"]  # fmt: skip
+             "Bearer \xff", "Basic !!", "Basic eDp3cm9uZw==", "Basic first-key", "Digest first-key"]  # fmt: skip
     for path in paths:
         for authorization in [None, *wrong]:
             headers = {} if authorization is None else {"Authorization": authorization.encode("utf-8")}
@@ -740,7 +740,7 @@ def test_foreign_hosts_and_origins(running, start):
         "localhost.evil.example",
         "127.0.0.1.evil.example",
         "",
-        "localhost@evil.example",
+        "localhost@evil.example", "[", "]:80", "[::1", "[zz]", "a:b:c",
         "10.0.0.1",
     ):
         assert error_of(running.send("GET", "/health", Host=host), 403)["param"] == "Host"
@@ -757,7 +757,7 @@ def test_foreign_hosts_and_origins(running, start):
         assert error_of(running.send("GET", "/v1/models", Origin=origin), 403)["param"] == "Origin"
         error_of(running.send("OPTIONS", "/v1/completions", Origin=origin), 403)
     assert running.send("GET", "/v1/models", Origin=f"http://{own}")[0] == 200
-    server = start(allow_host=["box.example"])
+    server = start(allow_host=["Box.example"])
     assert server.send("GET", "/health", Host="box.example:80", Origin="https://box.example:80")[0] == 200
 
 
@@ -836,8 +836,11 @@ def test_training_and_sampling_need_nothing_of_this():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_metrics(start):
+def test_metrics(start, monkeypatch):
     server = start()
+    monkeypatch.setattr(server.service.models, "find", broken)
+    assert "secret" not in json.dumps(error_of(server.send("GET", "/v1/models/x"), 500))
+    monkeypatch.undo()
     server.complete(max_tokens=7, prompt="abc", temperature=0)
     error_of(server.complete(n=0), 400)
     server.send("GET", "/some/path/that/is/none")
@@ -845,6 +848,7 @@ def test_metrics(start):
     for line in ('requests_total{method="POST",route="/v1/completions",status="200"} 1.0',
                  'requests_total{method="POST",route="/v1/completions",status="400"} 1.0',
                  'requests_total{method="any",route="none",status="404"} 1.0',
+                 'requests_total{method="GET",route="/v1/models/{model}",status="500"} 1.0',
                  'tokens_total{kind="prompt"} 3.0', 'tokens_total{kind="completion"} 7.0', "models_loaded 1.0",
                  "queue 0.0", "rows_busy 0.0", "first_token_seconds_count 1.0",
                  'request_seconds_count{route="/v1/completions"} 2.0'):  # fmt: skip
