@@ -496,7 +496,7 @@ LEFT_TO_US = ("n_epochs", "learning_rate_multiplier")  # OpenAI's, which some cl
 
 def training_work(jobs: Jobs, job: Job) -> Work | None:
     """train.py with the job's configuration; None as long as its dataset isn't there."""
-    made_of = jobs.get(job.request["dataset"], "training_file")
+    made_of = jobs.get("ds", job.request["dataset"], "training_file")
     if made_of.status in ("failed", "cancelled"):
         told = (made_of.about.get("error") or {}).get("message", made_of.status)
         raise Refused(400, f"the dataset {made_of.id} could not be assembled: {told}", "training_file", "invalid_file")
@@ -617,13 +617,11 @@ class Jobs:
 
     # -- asking
 
-    def get(self, name: str, param: str | None = None) -> Job:
-        kind = name.partition("-")[0]
-        if kind in self.shelves:
-            self.shelves[kind].folder(name, param)
-        if name not in self.jobs:
-            what = self.shelves[kind].what if kind in self.shelves else "job"
-            raise Refused(404, f"there is no {what} {show(name)}", param or "id", "not_found")
+    def get(self, kind: str, name: str, param: str | None = None) -> Job:
+        """The job of that kind and id. Raises Refused (404) for everything else."""
+        self.shelves[kind].folder(name, param)
+        if name not in self.jobs:  # a directory that is no whole job
+            raise Refused(404, f"there is no {self.shelves[kind].what} {show(name)}", param or "id", "not_found")
         return self.jobs[name]
 
     def all(self, kind: str) -> list[Job]:
@@ -654,7 +652,7 @@ class Jobs:
     def encoder_of(self, name: str) -> encoders.Encoder:
         """The encoder of a dataset that is ready, or of a model."""
         if name.startswith("ds-"):
-            made_of = self.get(name, "encoder")
+            made_of = self.get("ds", name, "encoder")
             if made_of.status != "succeeded":
                 raise Refused(409, f"encoder = {show(name)}: that dataset is {made_of.status}, not ready", "encoder")
             return encoders.load(made_of.folder / assemble.ENCODER)
@@ -707,8 +705,7 @@ class Jobs:
                     raise Refused(409, told, "Idempotency-Key", "idempotency_key_reused")
                 return job
             base, raw = self.starting_point(asked.model)
-            (self.get if asked.training_file.startswith("ds-") else self.uploads.get)(asked.training_file,
-                                                                                      "training_file")
+            self.find_data(asked.training_file)
             chosen = nested(asked.hyperparameters)
             check_own(chosen)
             raw = merged(raw, chosen)
@@ -729,6 +726,13 @@ class Jobs:
                            body=asked.body, max_iters=run.max_iters, seed=raw["seed"])
             job.tell("created")
             return job
+
+    def find_data(self, name: str) -> None:
+        """Raises Refused (404) unless it is a dataset or a file."""
+        if name.startswith("ds-"):
+            self.get("ds", name, "training_file")
+        else:
+            self.uploads.get(name, "training_file")
 
     def starting_point(self, name: str) -> tuple[str | None, dict]:
         """(model file's name or None, configuration) of a preset's or a model's name."""
@@ -761,7 +765,7 @@ class Jobs:
             share = round(1 - run.dataset.data_division, 9)
             return self.assemble(assemble.Recipe(files=[asked.training_file], encoder=base, vocab_size=vocab_size,
                                                  validation_share=share))
-        made_of = self.get(asked.training_file, "training_file")
+        made_of = self.get("ds", asked.training_file, "training_file")
         if division is not None:
             key, told = "hyperparameters.dataset.data_division", "the dataset's validation_share says what validates"
             raise Refused(400, f"{key}: {told}; leave it out", key)
@@ -777,10 +781,9 @@ class Jobs:
 
     # -- stopping and going on
 
-    def stop(self, name: str, wanted: str) -> Job:
+    def stop(self, job: Job, wanted: str) -> None:
         """Ask a job to become "cancelled" or "paused". A running one does so once its child has saved and ended."""
         with self.lock:
-            job = self.get(name)
             if job.status in WAITING or (job.status == "paused" and wanted == "cancelled"):
                 job.tell(wanted)
                 job.set(status=wanted, finished=time.time() if wanted == "cancelled" else None)
@@ -788,7 +791,6 @@ class Jobs:
                 self.ask(job, wanted)
             elif job.status != wanted:
                 raise Refused(409, f"the job {job.id} has {job.status} and cannot become {wanted}", "id", "not_running")
-            return job
 
     def ask(self, job: Job, wanted: str) -> None:
         before = job.about["wanted"]
@@ -798,10 +800,9 @@ class Jobs:
             job.set(told=True)
             job.asked_at = time.monotonic()
 
-    def resume(self, name: str) -> Job:
+    def resume(self, job: Job) -> None:
         """Let a job that is paused, cancelled or failed go on from where it was saved."""
         with self.lock:
-            job = self.get(name)
             if job.status == "running" and job.about["wanted"]:
                 raise Refused(409, f"the job {job.id} is still saving; try again in a moment", "id", "still_running")
             if job.status == "succeeded":
@@ -812,7 +813,6 @@ class Jobs:
                     made_of.set(status="queued", error=None, finished=None)
                 job.tell("resumed")
                 job.set(status="queued", error=None, finished=None, wanted=None)
-            return job
 
     def uses(self, file: str) -> Job | None:
         """A dataset that is still to be made of that file."""

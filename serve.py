@@ -1804,7 +1804,7 @@ async def listed(found: list[jobs.Job], answer: Callable[[jobs.Job], dict], afte
 
 
 def dataset_job(service: Service, name: str) -> jobs.Job:
-    return service.factory.jobs.get(name if name.startswith("ds-") else f"ds-{name}")
+    return service.factory.jobs.get("ds", name, "dataset_id")
 
 
 async def retrieve_dataset(dataset_id: str, service: TheService) -> DatasetAnswer:
@@ -1966,7 +1966,7 @@ async def list_runs(service: TheService, after: After = None, limit: Limit = 20)
 
 
 def run_job(service: Service, name: str) -> jobs.Job:
-    return service.factory.jobs.get(name if name.startswith("ftjob-") else f"ftjob-{name}")
+    return service.factory.jobs.get("ftjob", name, "job_id")
 
 
 async def retrieve_run(job_id: str, service: TheService) -> RunAnswer:
@@ -1986,7 +1986,7 @@ async def pause_run(job_id: str, service: TheService) -> RunAnswer:
 
 async def stopped(service: Service, job: jobs.Job, wanted: str) -> jobs.Job:
     """The job once its process is gone, or after WAIT_SECONDS as it is then."""
-    await run_in_threadpool(service.factory.jobs.stop, job.id, wanted)
+    await run_in_threadpool(service.factory.jobs.stop, job, wanted)
     until = time.monotonic() + WAIT_SECONDS
     while job.status == "running" and time.monotonic() < until and not service.closing.is_set():
         await asyncio.sleep(0.05)
@@ -1995,7 +1995,9 @@ async def stopped(service: Service, job: jobs.Job, wanted: str) -> jobs.Job:
 
 async def resume_run(job_id: str, service: TheService) -> RunAnswer:
     """Let a run that is paused, was cancelled or has failed go on from its last checkpoint."""
-    return run_answer(await run_in_threadpool(service.factory.jobs.resume, run_job(service, job_id).id))
+    job = run_job(service, job_id)
+    await run_in_threadpool(service.factory.jobs.resume, job)
+    return run_answer(job)
 
 
 @dataclass

@@ -333,7 +333,7 @@ def test_a_new_kind_is_a_function_and_a_line(keeper, monkeypatch, tmp_path):
     short, long = (made.new("nap", {"seconds": seconds}) for seconds in (0, 60))
     until(lambda: short.status == "succeeded" and long.status == "running")
     assert short.folder.parent == tmp_path / "naps"
-    made.stop(long.id, "cancelled")
+    made.stop(long, "cancelled")
     until(lambda: long.status == "cancelled")
     assert not long.child.alive()
 
@@ -364,10 +364,25 @@ def test_a_child_that_does_not_end_is_killed(keeper, monkeypatch):
     made = keeper()
     job = add(made, f"import signal, time; signal.signal(15, signal.SIG_IGN); open('ready', 'w'); {SLEEP}")
     until(lambda: (job.folder / "ready").exists())
-    made.stop(job.id, "cancelled")
+    made.stop(job, "cancelled")
     until(lambda: job.status == "cancelled")
     assert not job.child.alive()
     assert any(event["level"] == "warn" for event in job.events())
+
+
+def test_a_child_is_asked_to_end_only_once(keeper):
+    """A second signal would end train.py before it has saved."""
+    made = keeper()
+    job = add(made, "import signal, time\nn = []\nsignal.signal(15, lambda *_: n.append(1))\nopen('ready', 'w')\n"
+                    "while not n: time.sleep(0.01)\ntime.sleep(0.5)\nopen('signals', 'w').write(str(len(n)))")
+    until(lambda: (job.folder / "ready").exists())
+    for wanted in ("paused", "paused", "cancelled"):
+        made.stop(job, wanted)
+        time.sleep(0.05)
+    with pytest.raises(jobs.Refused, match="still saving"):
+        made.resume(job)
+    until(lambda: job.status == "cancelled")
+    assert (job.folder / "signals").read_text() == "1"
 
 
 def test_a_server_that_ends_stops_its_jobs_and_the_next_one_starts_them_again(keeper):
@@ -379,7 +394,7 @@ def test_a_server_that_ends_stops_its_jobs_and_the_next_one_starts_them_again(ke
     assert not job.child.alive()
     assert job.status == "queued"
     second = keeper()
-    until(lambda: second.get(job.id).status == "succeeded")
+    until(lambda: second.get("ftjob", job.id).status == "succeeded")
 
 
 def left_running(made, tmp_path, pid, born, **about):
@@ -409,14 +424,14 @@ def test_the_next_server_takes_over_a_live_child_and_finds_a_dead_one(keeper, tm
         "never started": first.new("ftjob", {"code": DONE}, status="running", result="x", max_iters=1).id,
     }
     second = keeper()
-    found = {what: second.get(name) for what, name in names.items()}
+    found = {what: second.get("ftjob", name) for what, name in names.items()}
     until(lambda: all(found[what].status == "failed" for what in ("dead", "number of another", "never started")))
     until(lambda: found["done"].status == "succeeded")  # it came to its end while nobody watched
     assert "it can be resumed" in found["dead"].about["error"]["message"]
     until(lambda: found["told"].status == "paused")  # the signal that the first server didn't come to send
     assert found["live"].status == "running"
     assert live.poll() is None
-    second.stop(names["live"], "cancelled")
+    second.stop(found["live"], "cancelled")
     until(lambda: found["live"].status == "cancelled")  # it is a zombie of this process, and counts as gone
     assert live.wait() == -signal.SIGTERM
     assert told.wait() == -signal.SIGTERM
@@ -441,7 +456,7 @@ def test_nothing_half_written_is_taken_for_a_job_or_a_file(keeper, tmp_path):
     again = keeper()
     assert [found.id for found in again.all("ftjob")] == [job.id]
     assert again.uploads.all() == []
-    assert [event["message"] for event in again.get(job.id).events()] == ["succeeded", "started"]
+    assert [event["message"] for event in again.get("ftjob", job.id).events()] == ["succeeded", "started"]
     assert not list(tmp_path.glob("*/.tmp_*"))
     for call in (again.uploads.get, again.uploads.path, again.uploads.remove):
         with pytest.raises(jobs.Refused, match="there is no file"):
@@ -987,7 +1002,7 @@ def test_queueing_idempotency_and_cancelling(site, story):
     waiting = tuning.retrieve(same[0].id)
     assert waiting.status in ("validating_files", "queued")  # max_jobs is 1
     assert tuning.cancel(waiting.id).status == "cancelled"
-    pid = site.service.factory.jobs.get(first.id).child.pid
+    pid = site.service.factory.jobs.get("ftjob", first.id).child.pid
     assert pid in children(site.data)
     gone = tuning.cancel(first.id)
     assert gone.status == "cancelled"
@@ -1027,7 +1042,7 @@ def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
     data, models = tmp_path / "data", tmp_path / "models"
     argv = [sys.executable, str(ROOT / "serve.py"), "--data", str(data), "--models", str(models), "--port", "0"]
     with open(tmp_path / "log", "wb") as log:
-        server = subprocess.Popen(argv, stdout=log, stderr=log, cwd=tmp_path)
+        server = subprocess.Popen(argv, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
     port = until(lambda: re.search(r"http://127.0.0.1:(\d+)", (tmp_path / "log").read_text()), 60, "the server")[1]
     client = client_of(port)
     check_memory(server.pid, int(port), data)
@@ -1035,7 +1050,7 @@ def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
     asked = {"model": PRESET, "training_file": story, "hyperparameters": LONG, "seed": 3}
     job = client.fine_tuning.jobs.create(**asked, extra_headers={"Idempotency-Key": "once"})
     begun(client, job)
-    server.send_signal(signal.SIGKILL)
+    os.killpg(server.pid, signal.SIGKILL)  # and all that a terminal would end with it
     server.wait()
     [pid] = children(data / "runs")
     with Served(tmp_path) as site:
