@@ -24,6 +24,7 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -2248,11 +2249,25 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
                           server_header=False, timeout_graceful_shutdown=math.ceil(settings.grace))  # fmt: skip
 
 
+def check_free(host: str, port: int) -> None:
+    """Raises UserError where the address cannot be listened at."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            if os.name != "nt":  # as the server does; there it would share the address with whoever has it
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); name another "
+                        "port, or 0 for a free one") from error
+
+
 def main(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         print(help_text("serve.py", Settings, f"{KEY_VARIABLE} in the environment holds keys too."))
         return
     settings = read_command(argv)
+    check_free(settings.host, settings.port)
     app = make_app(settings)
     server = Server(server_config(app, settings), app.state.service)
     app.state.service.factory.claim()

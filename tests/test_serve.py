@@ -803,6 +803,13 @@ def test_settings_of_the_command(monkeypatch):
             serve.read_command(argv)
 
 
+def test_addresses_that_are_taken_are_told(running):
+    serve.check_free("127.0.0.1", 0)
+    for host, port in (("127.0.0.1", running.port), ("localhost", running.port), ("no.such.host.invalid", 80)):
+        with pytest.raises(UserError, match=f"--port {port}: cannot listen there"):
+            serve.main(["--host", host, "--port", str(port), "--api_key=k"])
+
+
 # ---- the command, the schema, the numbers --------------------------------------------------------------------------
 
 
