@@ -370,9 +370,8 @@ def test_idle_models_make_room(start, tmp_path):
     for name in ("air.strawberry", "learned.tinystar", "air.strawberry"):
         assert server.complete(model=name)[0] == 200
         assert server.gauge("models_loaded") == 1
-    busy = server.client.completions.create(
-        model="air.strawberry", prompt="a", stream=True, max_tokens=60, n=32, temperature=0
-    )
+    asked = {"model": "air.strawberry", "prompt": ["a"] * 8, "n": 32, "max_tokens": 60, "temperature": 0, "stream": True}
+    busy = server.client.completions.create(**asked)
     next(busy)
     assert error_of(server.complete(model="learned.tinystar"), 503)
     busy.close()
@@ -484,7 +483,7 @@ def test_requests_time_out(start):
 def test_a_request_has_a_timeout_of_its_own(running):
     began = time.time()
     assert "5 seconds" in error_of(running.complete(**LONG, prompt=["a"] * 8, n=8, timeout=5), 408)["message"]
-    assert 5 <= time.time() - began < 7 and running.wait_for("rows_busy", 0) < 1
+    assert 5 <= time.time() - began < 9 and running.wait_for("rows_busy", 0) < 1
 
 
 def test_what_is_under_way_is_finished_before_the_end(folder):
