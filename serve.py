@@ -519,7 +519,7 @@ class Engine:
         self.orders: list[Order] = []  # guarded by awake
         self.running: dict[int, tuple[Order, Answer]] = {}  # handle → what is made in that row
         self.scoring: deque[tuple[Order, Answer]] = deque()
-        self.mail: list[tuple[asyncio.Queue, Any]] = []
+        self.mail: list[tuple[Order, Any]] = []
         self.pace = 1.0  # seconds that an order takes, about
         on_cuda = pick_device(settings.device) == "cuda"
         self.alone: Any = ONE_AT_A_TIME if on_cuda else nullcontext()
@@ -673,7 +673,7 @@ class Engine:
                 self.metrics.first.observe(time.perf_counter() - order.began)
             piece = answer.take(token, why)
             if piece and order.body.stream:
-                self.mail.append((order.events, (answer, piece)))
+                self.mail.append((order, (answer, piece)))
             if answer.why:
                 del self.running[handle]
                 if why is None:  # a stop string, of which the decoder does not know
@@ -701,7 +701,7 @@ class Engine:
 
     def done(self, order: Order, answer: Answer) -> None:
         order.active, order.left = order.active - 1, order.left - 1
-        self.mail.append((order.events, (answer, None)))
+        self.mail.append((order, (answer, None)))
         if not order.left:
             self.pace += 0.1 * (time.perf_counter() - order.began - self.pace)
             self.forget(order)
@@ -721,7 +721,7 @@ class Engine:
 
     def fail(self, order: Order, error: ApiError) -> None:
         order.gone = True
-        self.mail.append((order.events, error))
+        self.mail.append((order, error))
 
     def fail_all(self, error: ApiError) -> None:
         with self.awake:
@@ -747,9 +747,16 @@ class Engine:
         self.ready.exception()  # seen, also where nobody waits
 
 
-def deliver(mail: list[tuple[asyncio.Queue, Any]]) -> None:
-    for queue, event in mail:
-        queue.put_nowait(event)
+MOST_UNREAD = 100_000  # pieces that are kept for a client that does not take them
+
+
+def deliver(mail: list[tuple[Order, Any]]) -> None:
+    for order, event in mail:
+        if order.events.qsize() < MOST_UNREAD:
+            order.events.put_nowait(event)
+        elif not order.gone:
+            order.events.put_nowait(ApiError(408, f"the client has left {MOST_UNREAD:,} pieces unread"))
+            order.leave()
 
 
 def tensors_in(thing: Any) -> Iterator[torch.Tensor]:

@@ -370,8 +370,8 @@ def test_idle_models_make_room(start, tmp_path):
     for name in ("air.strawberry", "learned.tinystar", "air.strawberry"):
         assert server.complete(model=name)[0] == 200
         assert server.gauge("models_loaded") == 1
-    asked = {"model": "air.strawberry", "prompt": ["a"] * 8, "n": 32, "max_tokens": 60, "temperature": 0, "stream": True}
-    busy = server.client.completions.create(**asked)
+    asked = {"model": "air.strawberry", "prompt": ["a"] * 8, "n": 32, "max_tokens": 60, "temperature": 0}
+    busy = server.client.completions.create(**asked, stream=True)
     next(busy)
     assert error_of(server.complete(model="learned.tinystar"), 503)
     busy.close()
@@ -467,6 +467,25 @@ def test_rows_of_clients_that_leave_are_free(running, kind):
         one.close()
     assert running.wait_for("rows_busy", 0) < 1
     assert running.gauge("queue") == 0
+
+
+def test_pieces_are_not_kept_for_ever(running, monkeypatch):
+    """For a client that stays and takes nothing: its rows are freed, and it is told when it reads on."""
+    monkeypatch.setattr(serve, "MOST_UNREAD", 50)
+    real, stuck = serve.Stream.data, threading.Event()
+
+    async def slow(self, receive):
+        async for data in real(self, receive):
+            yield data
+            while not stuck.is_set():  # as long as nothing can be sent
+                await serve.asyncio.sleep(0.01)
+
+    monkeypatch.setattr(serve.Stream, "data", slow)
+    got = running.client.completions.create(model="air.strawberry", prompt="a", n=ROWS, **LONG, stream=True)
+    running.wait_for("rows_busy", 0)
+    stuck.set()
+    with pytest.raises(openai.APIError, match="50 pieces unread"):
+        list(got)
 
 
 def test_requests_time_out(start):
