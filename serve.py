@@ -24,6 +24,7 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -35,7 +36,6 @@ from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 import h11
 import torch
@@ -297,7 +297,8 @@ class Gate:
     def __init__(self, app: ASGIApp, service: "Service"):
         self.app, self.service, self.settings = app, service, service.settings
         self.rate = Rate(self.settings.rate)
-        self.names = {"localhost", "127.0.0.1", "::1", self.settings.host, *self.settings.allow_host}
+        names = ("localhost", "127.0.0.1", "::1", self.settings.host, *self.settings.allow_host)
+        self.names = {name.lower() for name in names}
         self.open = {route.path for route in ROUTES if route.open}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -322,7 +323,8 @@ class Gate:
     def check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname if re.fullmatch(r"[\w.:\[\]-]+", host) else None
+        named = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([a-zA-Z0-9_.-]+))(?::\d+)?", host)
+        name = (named[1] or named[2]).lower() if named else None
         if name not in self.names and (not scope["server"] or name != scope["server"][0]):
             raise ApiError(403, f"Host is {show(host)}, which is no name of this server; start it with --allow_host "
                            "NAME to make it one", "Host")  # fmt: skip
@@ -340,12 +342,12 @@ class Gate:
     def key(self, authorization: str) -> str | None:
         """The key that a header brings, if it is one. Each is compared, in a time that says nothing about it."""
         scheme, _, given = authorization.partition(" ")
-        said = given.strip().encode("latin-1", "replace")
-        if scheme.lower() == "basic":
+        given, said = given.strip().encode("latin-1", "replace"), b""
+        if scheme.lower() == "bearer":
+            said = given
+        elif scheme.lower() == "basic":
             with suppress(ValueError):
-                said = base64.b64decode(said, validate=True).partition(b":")[2]
-        elif scheme.lower() != "bearer":
-            said = b""
+                said = base64.b64decode(given, validate=True).partition(b":")[2]
         same = [hmac.compare_digest(digest(said), digest(key.encode())) for key in self.settings.api_key]
         return next((key for key, is_it in zip(self.settings.api_key, same, strict=True) if is_it), None)
 
@@ -451,6 +453,9 @@ class Metrics:
         began, told = time.perf_counter(), []
         try:
             yield told
+        except Exception:
+            told.append(500)  # will be the answer, if it has not begun
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "none")  # the pattern, of which there are few
             self.requests.labels(scope["method"] if route != "none" else "any", route, told[0] if told else 499).inc()
@@ -514,7 +519,7 @@ class Engine:
         self.orders: list[Order] = []  # guarded by awake
         self.running: dict[int, tuple[Order, Answer]] = {}  # handle → what is made in that row
         self.scoring: deque[tuple[Order, Answer]] = deque()
-        self.mail: list[tuple[asyncio.Queue, Any]] = []
+        self.mail: list[tuple[Order, Any]] = []
         self.pace = 1.0  # seconds that an order takes, about
         on_cuda = pick_device(settings.device) == "cuda"
         self.alone: Any = ONE_AT_A_TIME if on_cuda else nullcontext()
@@ -571,8 +576,8 @@ class Engine:
             with self.alone:
                 self.load()
         except Exception as error:
-            log.warning("cannot load %s: %s", self.path, error, exc_info=not isinstance(error, UserError))
-            failure = as_api_error(error)
+            log.warning("cannot load %s: %s", self.path, error)
+            failure = as_api_error(error) if isinstance(error, UserError) else self.failure(error)
             failure.message, failure.param = f"model: {failure.message}", "model"
             self.ended = True
             self.tell_loop(self.fail_loading, failure)
@@ -668,7 +673,7 @@ class Engine:
                 self.metrics.first.observe(time.perf_counter() - order.began)
             piece = answer.take(token, why)
             if piece and order.body.stream:
-                self.mail.append((order.events, (answer, piece)))
+                self.mail.append((order, (answer, piece)))
             if answer.why:
                 del self.running[handle]
                 if why is None:  # a stop string, of which the decoder does not know
@@ -696,7 +701,7 @@ class Engine:
 
     def done(self, order: Order, answer: Answer) -> None:
         order.active, order.left = order.active - 1, order.left - 1
-        self.mail.append((order.events, (answer, None)))
+        self.mail.append((order, (answer, None)))
         if not order.left:
             self.pace += 0.1 * (time.perf_counter() - order.began - self.pace)
             self.forget(order)
@@ -710,12 +715,13 @@ class Engine:
         """What whoever waits is told of what went wrong in here."""
         log.error("the engine of %s failed", self.path, exc_info=error)
         if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
-            return ApiError(503, "there is not enough memory for this; ask for less", headers={"Retry-After": "5"})
+            told = "there is not enough memory; a smaller --context or --batch of the server takes less"
+            return ApiError(503, told, headers={"Retry-After": "5"})
         return ApiError(500, str(error)) if isinstance(error, UserError) else as_api_error(error)
 
     def fail(self, order: Order, error: ApiError) -> None:
         order.gone = True
-        self.mail.append((order.events, error))
+        self.mail.append((order, error))
 
     def fail_all(self, error: ApiError) -> None:
         with self.awake:
@@ -741,9 +747,16 @@ class Engine:
         self.ready.exception()  # seen, also where nobody waits
 
 
-def deliver(mail: list[tuple[asyncio.Queue, Any]]) -> None:
-    for queue, event in mail:
-        queue.put_nowait(event)
+MOST_UNREAD = 100_000  # pieces that are kept for a client that does not take them
+
+
+def deliver(mail: list[tuple[Order, Any]]) -> None:
+    for order, event in mail:
+        if order.events.qsize() < MOST_UNREAD:
+            order.events.put_nowait(event)
+        elif not order.gone:
+            order.events.put_nowait(ApiError(408, f"the client has left {MOST_UNREAD:,} pieces unread"))
+            order.leave()
 
 
 def tensors_in(thing: Any) -> Iterator[torch.Tensor]:
@@ -2256,11 +2269,25 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
                           server_header=False, timeout_graceful_shutdown=math.ceil(settings.grace))  # fmt: skip
 
 
+def check_free(host: str, port: int) -> None:
+    """Raises UserError where the address cannot be listened at."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            if os.name != "nt":  # as the server does; there it would share the address with whoever has it
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); name another "
+                        "port, or 0 for a free one") from error
+
+
 def main(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         print(help_text("serve.py", Settings, f"{KEY_VARIABLE} in the environment holds keys too."))
         return
     settings = read_command(argv)
+    check_free(settings.host, settings.port)
     app = make_app(settings)
     server = Server(server_config(app, settings), app.state.service)
     app.state.service.factory.claim()
