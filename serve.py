@@ -1427,10 +1427,10 @@ async def tokenize(body: TokenizeBody, service: TheService) -> Tokens:
 async def detokenize(body: DetokenizeBody, service: TheService) -> Detokenized:
     """The text of tokens."""
     async with service.models.use(body.model or await service.models.newest()) as engine:
-        try:
-            return Detokenized(clean(engine.encoder.decode([int(token) for token in body.tokens])))
-        except UserError as error:
-            raise ApiError(400, f"tokens: {error}", "tokens") from error
+        tokens, limit = [int(token) for token in body.tokens], engine.model.config.vocab_size
+        if max(tokens, default=0) >= limit:
+            raise ApiError(400, f"tokens: {max(tokens)} is none of the {limit} of the model's vocabulary", "tokens")
+        return Detokenized(text_of(engine.encoder, tokens))
 
 
 async def tokenizer_info(service: TheService, model: str | None = None) -> TokenizerInfo:
@@ -1605,6 +1605,8 @@ class Form:
             if self.filename is not None:
                 raise ApiError(400, "file: given twice; upload one file at a time", "file")
             self.filename = options.get(b"filename", b"file").decode("utf-8", "replace")
+        else:
+            self.texts[self.name] = self.text  # of an empty part no data comes
 
     def part_data(self, data: bytes, start: int, end: int) -> None:
         if self.name == "file":
@@ -1613,7 +1615,6 @@ class Form:
         self.text += data[start:end]
         if len(self.text) > self.LONGEST:
             raise ApiError(400, f"{show(self.name)} is longer than {self.LONGEST} bytes", self.name)
-        self.texts[self.name] = self.text
 
     def end(self) -> None:
         self.done = True

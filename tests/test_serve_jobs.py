@@ -634,6 +634,7 @@ def test_names_are_only_shown(site, name):
     ([("purpose", None, b"fine-tune")], "lacks a part of that name"),
     ([("file", "a.txt", b"1"), ("file", "b.txt", b"2")], "given twice"),
     ([("file", "a.txt", b"1"), ("purpose", None, b"evil")], "must be one of"),
+    ([("file", "a.txt", b"1"), ("purpose", None, b"")], "must be one of"),
     ([("file", "a.txt", b"1"), ("purpose", None, b"x" * 5000)], "longer than"),
     ([("file", "a.txt.gz", b"no gzip")], "not a whole gzip"),
     ([("file", "a.txt.gz", gzip.compress(os.urandom(9999))[:-20])], "not a whole gzip"),
