@@ -34,21 +34,27 @@ times training steps of a nanoGPT checkout's model and of tinystar in its manner
 
 scale measures how training speeds up with processes, one for each GPU: tokens/s, memory, the link between them.
 
+    python bench.py serve air.json --clients 16 --rows 16
+
+asks serve.py for texts from many clients at once, in turns with a server that makes one text at a time.
+
 compare's runs are child processes: train.py's own Trainer, told by a JSON file. So one that fails takes no other along,
 and several share a device (--jobs). Speed is measured apart from them, while nothing else runs.
 
 Index:  numbers and names · configs · equal sizes · runs · children · speed · training them all · the table ·
         the picture · compare · nanogpt · decode: bytes, timing, table and picture, the command, against nanoGPT ·
-        train: one config's speed, the command, against nanoGPT · growth · scale · the command
+        train: one config's speed, the command, against nanoGPT · growth · scale · serve · the command
 """
 
 import argparse
 import ast
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import gc
 import hashlib
+import http.client
 import importlib.util
 import itertools
 import json
@@ -64,6 +70,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -75,9 +82,10 @@ import torch
 from tqdm import tqdm
 
 import decode
+import encoder as encoders
 import plot
 import train
-from checkpoint import load_model
+from checkpoint import load_model, save_model
 from dataset import Corpus
 from model import (
     CONFIGS,
@@ -2346,11 +2354,111 @@ def scale_text(rows: list[dict]) -> str:
     return "\n".join([line, *(f"         {warning}" for warning in row["warnings"])])
 
 
+# ---- serve ---------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """serve.py as a child process with one model, for a with statement."""
+
+    def __init__(self, folder: Path, name: str, rows: int, arguments: argparse.Namespace):
+        self.name, self.rows = name, rows
+        program = str(Path(__file__).with_name("serve.py"))
+        options = {"models": folder, "port": 0, "rate": 0, "batch": rows, "queue": arguments.queue, "memory": 1e6,
+                   "data": tempfile.mkdtemp(dir=folder), "device": arguments.device}  # fmt: skip
+        self.command = [sys.executable, program, *(f"--{option}={value}" for option, value in options.items())]
+
+    def __enter__(self):
+        self.child = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        told = []
+        for line in self.child.stderr:
+            told.append(line)
+            if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
+                self.port = int(found[1])
+                threading.Thread(target=self.child.stderr.read, daemon=True).start()  # so that it never waits for us
+                return self
+        self.__exit__()
+        raise UserError(f"serve.py did not start: {''.join(told[-3:]).strip()}")
+
+    def __exit__(self, *error):
+        self.child.terminate()
+        self.child.wait()
+
+    def ask(self, seed: int, arguments: argparse.Namespace) -> tuple[int, str, int]:
+        """(status, text, tokens made) of one completion; each seed has a prompt of its own."""
+        prompt = [(seed * 7919 + i * 104729) % 256 for i in range(arguments.prompt)]
+        body = {"model": self.name, "prompt": prompt, "max_tokens": arguments.tokens, "seed": seed}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            told = json.loads(answer.read())
+        if answer.status == 429 and int(answer.getheader("Retry-After")) > 0:
+            return 429, "", 0
+        if answer.status != 200:
+            raise UserError(f"the server answered {answer.status}: {told['error']['message']}")
+        return 200, told["choices"][0]["text"], told["usage"]["completion_tokens"]
+
+    def all_at_once(self, arguments: argparse.Namespace) -> tuple[float, list[tuple[int, str, int]]]:
+        """(tokens/s, what each client was answered)."""
+        with concurrent.futures.ThreadPoolExecutor(arguments.clients) as pool:
+            began = time.perf_counter()
+            answers = list(pool.map(lambda seed: self.ask(seed, arguments), range(arguments.clients)))
+            seconds = time.perf_counter() - began
+        return sum(tokens for _, _, tokens in answers) / seconds, answers
+
+
+def serve_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="bench.py serve", allow_abbrev=False, description=(
+        "Measure how many tokens/s serve.py makes for clients that ask at once, beside a server without batches, and "
+        "compare each answer with what its client is told alone."))  # fmt: skip
+    add = parser.add_argument
+    add("model", help="config file (file.json:key=value,key=value changes keys) or trained model file")
+    add("--clients", type=quantity, default=16, help="that ask at once (default 16)")
+    add("--rows", type=quantity, default=16, help="texts that are made at once (default 16)")
+    add("--queue", type=quantity, default=64, help="clients that may wait (default 64)")
+    add("--prompt", type=quantity, default=32, help="tokens of a prompt (default 32)")
+    add("--tokens", type=quantity, default=128, help="tokens that are made (default 128)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
+    return parser.parse_args(argv)
+
+
+def serve_command(argv: list[str]) -> None:
+    """Measure how fast many clients of serve.py are served at once, and whether each gets its own text."""
+    arguments = serve_arguments(argv)
+    subject = read_subjects([arguments.model])[0]
+    with tempfile.TemporaryDirectory() as folder:
+        model = subject.make()
+        name = f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', subject.label)}.{model.config.arch}"
+        save_model(Path(folder, name), model, encoders.train(["x"], 258), {})
+        batch = Server(Path(folder), name, arguments.rows, arguments)
+        single = Server(Path(folder), name, 1, arguments)
+        with batch, single:
+            print(f"{subject.label}, {machine(train.choose_device(arguments.device))}", flush=True)
+            alone = [batch.ask(seed, arguments)[1] for seed in range(arguments.clients)]
+            single.ask(0, arguments)
+            found = [(single.all_at_once(arguments), batch.all_at_once(arguments)) for _ in range(ROUNDS)]
+    print(served_text(found, alone, arguments))
+
+
+def served_text(found: list[tuple], alone: list[str], arguments: argparse.Namespace) -> str:
+    """What came out of the turns: tokens/s without batches and with, and how often a client got what it gets alone."""
+    ratios = [batched[0] / single[0] for single, batched in found]
+    slow, fast = (statistics.median(speed for speed, _ in column) for column in zip(*found, strict=True))
+    answers = [answer for _, (_, answers) in found for answer in enumerate(answers)]
+    served = [(seed, text) for seed, (status, text, _) in answers if status == 200]
+    same = sum(text == alone[seed] for seed, text in served)
+    return (f"{arguments.clients} clients at once, {arguments.tokens} tokens each: {slow:,.0f} tokens/s a text at a "
+            f"time, {fast:,.0f} with {arguments.rows} rows, {statistics.median(ratios):.1f} times as many "
+            f"({min(ratios):.1f} to {max(ratios):.1f})\n{len(served)} of {len(answers)} requests were served, "
+            f"{len(answers) - len(served)} told to come again; {same} of the {len(served)} texts are exactly those "
+            "that their clients get alone")
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "compare": compare, "train": train_command, "growth": growth_command, "scale": scale_command,
-    "decode": decode_command, "nanogpt": nanogpt}  # fmt: skip
+    "decode": decode_command, "nanogpt": nanogpt, "serve": serve_command}  # fmt: skip
 CHILDREN: dict[str, Callable[[list[str]], int | None]] = {
     "_train": train_child, "_speed": speed_child, "_step": step_child, "_race": race_child, "_nanogpt": nanogpt_child,
     "_scale": scale_child,

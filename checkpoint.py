@@ -255,8 +255,8 @@ class Lock:
     (Windows, some network file systems) it is the file, and one that a dead process of this machine left is taken over.
     """
 
-    def __init__(self, root):
-        self.path = Path(root) / LOCK
+    def __init__(self, root, key: str = "checkpoints.path"):
+        self.path, self.key = Path(root) / LOCK, key
         me = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
         me |= {"command": shlex.join(sys.argv), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         try:
@@ -305,8 +305,8 @@ class Lock:
         who = "another process, which has left no name"
         if holder:
             who = "process {pid} on {host} since {since} ({command})".format_map(holder)
-        mend = f"wait for it, stop it, or name another checkpoints.path; if it is gone, remove {self.path}"
-        return UserError(f"checkpoints.path = {self.path.parent}: is written to by {who}; {mend}")
+        mend = f"wait for it, stop it, or name another {self.key}; if it is gone, remove {self.path}"
+        return UserError(f"{self.key} = {self.path.parent}: is written to by {who}; {mend}")
 
 
 def _release(path: Path, files: list[int], pid: int) -> None:
@@ -415,6 +415,17 @@ def newest(root) -> Checkpoint:
             return Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["meta"])
     mend = 'bring one back from a copy or start with "init_from": "scratch"'
     raise UserError(f"every checkpoint in {root} is broken ({'; '.join(reasons)}): {mend}")
+
+
+def listed(root) -> list[Checkpoint]:
+    """Every checkpoint under `root`, the newest first; left out are those whose manifest or files' sizes are wrong.
+    What is in the files is not looked at: `newest` does that."""
+    found = []
+    for _, path in _candidates(Path(root)):
+        with contextlib.suppress(_Broken):
+            manifest = _manifest(path)
+            found.append(Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["meta"]))
+    return found
 
 
 class _Broken(Exception):
@@ -564,6 +575,25 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
         _check_encoder(encoder, model, meta["encoder_fingerprint"], path)
         _copy_into(model, file, path)
     return model.to(device).eval(), encoder, record
+
+
+def read_about(path) -> tuple[dict, dict]:
+    """(hyperparameters, training record) of a model file, whose tensors are left unread. Raises UserError."""
+    with _open_tensors(path) as file:
+        meta = _model_metadata(file, path)
+        return _plain(meta, "model_hyperparams", path), _plain(meta, "record", path)
+
+
+def read_encoder(path) -> Any:
+    """The encoder of a model file, whose tensors are left unread. Raises UserError."""
+    from encoder import Encoder
+
+    with _open_tensors(path) as file:
+        meta = _model_metadata(file, path)
+    try:
+        return Encoder.from_bytes(meta["encoder"].encode())
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def model_bytes(model: nn.Module, encoder, record: dict) -> bytes:

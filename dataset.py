@@ -751,6 +751,12 @@ def make_objective(name: str, model: str, vocab_size: int, block_size: int, enco
     return name, objective
 
 
+def spare_ids(name: str, model: str, block_size: int, encoder) -> int:
+    """How many ids beside the encoder's a model of that kind needs for an objective, or with "auto" for any of its."""
+    fits = [cls for fit, cls in OBJECTIVES.items() if cls.model == model and name in ("auto", fit)]
+    return max((cls(encoder, block_size).extra_ids for cls in fits), default=0)
+
+
 def spell(encoder, tokens) -> str:
     """The text of tokens, in which the sentinels above the encoder's ids are written <|0|>, <|1|>, …"""
     text = ""

@@ -439,6 +439,10 @@ def _from_characters(path: str) -> Encoder:
         raise UserError(f"cannot read chars:{path}: {getattr(error, 'strerror', None) or error}") from error
     if not chars:
         raise UserError(f"chars:{path} is empty; name a text file that holds every character of the corpus")
+    return from_characters(chars)
+
+
+def from_characters(chars: set[str]) -> Encoder:
     n = len(chars)
     return Encoder({"kind": "chars", "chars": sorted(chars), "specials": {EOT: n, PAD: n + 1}})
 
@@ -493,14 +497,15 @@ def _clean_parts(texts: Iterable[str]) -> Iterator[str]:
                 yield part if _is_unicode(part) else part.encode("utf-8", "replace").decode()
 
 
-def train(texts: Iterable[str], vocab_size: int, specials: Iterable[str] = ()) -> Encoder:
+def train(texts: Iterable[str], vocab_size: int, specials: Iterable[str] = (), exact: bool = True) -> Encoder:
     """Learn a byte-level BPE of exactly `vocab_size` ids: 256 bytes, the merges, <|eot|>, <|pad|>, then `specials`.
 
     Texts are streamed: memory grows with the number of different words, not with the text. The result depends on the
     texts alone; of equally frequent pairs the one with the lower ids wins.
 
     Raises UserError when vocab_size is too small, and when the texts are too few to fill it: ids that no text can
-    ever use would waste a model's parameters, so the largest possible size is named instead.
+    ever use would waste a model's parameters, so the largest possible size is named instead, or where `exact` is False
+    taken.
     """
     import rustbpe  # only training an encoder needs it
 
@@ -523,6 +528,8 @@ def train(texts: Iterable[str], vocab_size: int, specials: Iterable[str] = ()) -
     n_ranks = vocab_size - len(names)
     trainer.train_from_iterator(itertools.chain([first], parts), n_ranks, buffer_size=256, pattern=GPT4_PATTERN)
     ranks = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])]
+    if not exact:
+        n_ranks = len(ranks)
     if len(ranks) < n_ranks:
         found, most = len(ranks) - 256, len(ranks) + len(names)
         raise UserError(

@@ -95,13 +95,14 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 # ---- declaring -----------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, doc: str, *, low=None, high=None, above=None, below=None, choices=None) -> Any:
+def option(default: Any, doc: str, *, low=None, high=None, above=None, below=None, choices=None, path=False) -> Any:
     """A dataclass field with its meaning and bounds: low and high inclusive, above and below exclusive.
 
     On a list the bounds hold for each item; a list, dict or dataclass given as default is copied for each instance.
     `choices` are the valid strings (other types in the annotation are bounded as usual: `int | str`, choices ["auto"]).
+    `path`: its text names a file or a directory, which no one but the machine's owner may choose.
     """
-    metadata = {"doc": doc, "low": low, "high": high, "above": above, "below": below, "choices": choices}
+    metadata = {"doc": doc, "low": low, "high": high, "above": above, "below": below, "choices": choices, "path": path}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     if dataclasses.is_dataclass(default):
@@ -121,6 +122,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
+    path: bool = False
 
     @property
     def section(self) -> type | None:
@@ -165,6 +167,14 @@ def dotted_names(cls: type, prefix: str = "") -> list[str]:
     for name, key in declared(cls).items():
         names.append(prefix + name)
         names += dotted_names(key.section, f"{prefix}{name}.") if key.section else []
+    return names
+
+
+def path_names(cls: type, prefix: str = "") -> list[str]:
+    """The dotted names of the keys that name files or directories."""
+    names = []
+    for name, key in declared(cls).items():
+        names += [prefix + name] if key.path else path_names(key.section, f"{prefix}{name}.") if key.section else []
     return names
 
 
@@ -272,7 +282,8 @@ def _check(cls: type, raw: Any, prefix: str, names: list[str]) -> tuple[Any, lis
     for name, value in raw.items():
         label = f"{prefix}{name} = {show(value)}"
         if name not in known:
-            problems.append(f"{label}: unknown key{_hint(str(name), list(known), names)}")
+            hint = _hint(str(name), list(known), names) if len(problems) < 20 else ""  # which takes a while
+            problems.append(f"{label}: unknown key{hint}")
             continue
         key = known[name]
         if key.section and not (value is None and type(None) in key.kinds):
@@ -347,12 +358,12 @@ def _hint(name: str, siblings: list[str], names: list[str]) -> str:
 class Dataset:
     data_division: float = option(0.8, "share of the tokens that trains; the rest validates", above=0, below=1)
     load_from_file: bool = option(True, "true: path is a token file; false: a directory, each token file in it is read")
-    path: str = option("data/webtext.bin", "token file or directory, made by prepare.py")
+    path: str = option("data/webtext.bin", "token file or directory, made by prepare.py", path=True)
 
 
 @dataclasses.dataclass
 class Checkpoints:
-    path: str = option("bin/ck", "directory of the checkpoints, one directory a step")
+    path: str = option("bin/ck", "directory of the checkpoints, one directory a step", path=True)
     interval: int = option(2000, "steps between checkpoints", low=1)
     create_checkpoints: bool = option(True, "false: none are written, and the run cannot be resumed")
     keep: int = option(3, "newest checkpoints kept, besides the best by validation loss", low=1)
@@ -377,10 +388,13 @@ class Run:
     checkpoints: Checkpoints = option(Checkpoints(), "what a run that stopped goes on from")
     model_hyperparams: Any = option(None, "the model; its key arch picks the family, which has its own keys")
     optimizer_hyperparams: OptimizerHyperparams = option(OptimizerHyperparams(), "AdamW and Muon")
-    model_path: str = option("bin/air.strawberry", "the trained model: one file, with its config and its encoder")
-    encoder_path: str = option("bin/cl8k.bin", "encoder file, or tiktoken:<name>, or chars:<text file>")
+    model_path: str = option(
+        "bin/air.strawberry", "the trained model: one file, with its config and its encoder", path=True
+    )
+    encoder_path: str = option("bin/cl8k.bin", "encoder file, or tiktoken:<name>, or chars:<text file>", path=True)
     init_from: str = option(
-        "scratch", 'scratch; "<path>,pretrained": start from that model\'s weights; resume: newest good checkpoint'
+        "scratch", 'scratch; "<path>,pretrained": start from that model\'s weights; resume: newest good checkpoint',
+        path=True,
     )
     objective: str = option(
         "auto",
@@ -430,7 +444,7 @@ class Run:
         "auto", "a step as one CUDA graph, launched at once; auto: on one GPU; where it cannot be, training goes on "
         "without", choices=["auto"]
     )
-    img_path: str = option("img", "directory of the curves")
+    img_path: str | None = option("img", "directory of the curves; null: none are drawn", path=True)
     sample_length: int = option(200, "tokens of the sample at each evaluation; 0: no sample", low=0, high=2**20)
     sample_prompt: str = option(
         "", "text that the sample continues, or an encoder-decoder's source; empty: a document's start, or a source of "
@@ -488,14 +502,19 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
     raw.pop("$schema", None)  # for editors
     texts = set().union(*(_text_keys(run_class(archs, arch)) for arch in archs))
     problems += apply_overrides(raw, overrides, texts) + _repeated(raw)
-    arch, arch_problems = _take_arch(raw, archs)
-    cls = run_class(archs, arch)
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, arch, archs))
+        arch, _ = _take_arch(raw, archs)
+        print(help_text(run_class(archs, arch), arch, archs))
         raise SystemExit(0)
-    run, found = check(cls, raw)
-    if problems := problems + arch_problems + found:
-        raise UserError(_message(problems, f"{config}: " if raw and not overrides else ""))
+    return make_run(raw, archs, problems, f"{config}: " if raw and not overrides else "")
+
+
+def make_run(raw: dict, archs: dict[str, type], problems: Iterable[str] = (), source: str = "") -> Run:
+    """The run that plain data describes. Raises UserError with every problem, those known before included."""
+    arch, arch_problems = _take_arch(raw, archs)
+    run, found = check(run_class(archs, arch), raw)
+    if problems := [*problems, *arch_problems, *found]:
+        raise UserError(_message(problems, source))
     return run
 
 
@@ -636,19 +655,20 @@ def table(archs: dict[str, type]) -> str:
 def schema(archs: dict[str, type]) -> dict:
     """A JSON schema (draft 2020-12) of the config files: editors complete, explain and check with it."""
     default, _ = _take_arch({}, archs)
-    root = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A training run", **_object_schema(Run)}
+    root = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A training run", **object_schema(Run)}
     root["properties"]["$schema"] = {"type": "string", "description": "where this schema is, for editors"}
     model = {"type": "object", "description": declared(Run)["model_hyperparams"].doc}
     model["properties"] = {"arch": {"enum": list(archs), "default": default}}
     model["allOf"] = []
     for arch, cls in archs.items():
         is_arch = {"properties": {"arch": {"const": arch}}, "required": [] if arch == default else ["arch"]}
-        model["allOf"].append({"if": is_arch, "then": _object_schema(cls)})
+        model["allOf"].append({"if": is_arch, "then": object_schema(cls)})
     root["properties"]["model_hyperparams"] = model
     return root
 
 
-def _object_schema(cls: type) -> dict:
+def object_schema(cls: type) -> dict:
+    """The JSON schema of a config class."""
     properties = {}
     for name, key in declared(cls).items():
         variants = [_kind_schema(kind, key) for kind in key.kinds]
@@ -661,7 +681,7 @@ def _object_schema(cls: type) -> dict:
 
 def _kind_schema(kind: Any, key: Option) -> dict:
     if dataclasses.is_dataclass(kind):
-        return _object_schema(kind)
+        return object_schema(kind)
     if typing.get_origin(kind) is list:
         return {"type": "array", "items": _kind_schema(typing.get_args(kind)[0], key)}
     if kind is str:

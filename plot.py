@@ -110,10 +110,14 @@ def short_number(value: float, position=None) -> str:
     return f"{value:g}"
 
 
-def save(fig, path: Path) -> None:
+def png(fig) -> bytes:
     data = io.BytesIO()
     fig.savefig(data, format="png")
-    atomic_write(path, data.getvalue())
+    return data.getvalue()
+
+
+def save(fig, path: Path) -> None:
+    atomic_write(path, png(fig))
 
 
 def legend(ax, place: str = "best") -> None:

@@ -544,12 +544,19 @@ class Spool:
         for first in range(0, n, 1 << 16):
             places = np.arange(first, min(first + (1 << 16), n))
             for document in dataset.permute(places, n, dataset.keys(seed, np.zeros(len(places)))):
-                self.ends.seek(8 * int(document))
-                start, end = np.frombuffer(self.ends.read(16), "<u8").tolist()
-                self.tokens.seek(start * self.dtype.itemsize)
-                for at in range(start, end, PIECE):
-                    data = self.tokens.read(min(PIECE, end - at) * self.dtype.itemsize)
-                    yield np.frombuffer(data, self.dtype), at + PIECE >= end
+                yield from self.read(*self.span(int(document)))
+
+    def span(self, document: int) -> tuple[int, int]:
+        """Where the document begins and ends, in tokens of the spool."""
+        self.ends.seek(8 * document)
+        return tuple(np.frombuffer(self.ends.read(16), "<u8").tolist())
+
+    def read(self, start: int, end: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """(tokens, whether they are the last) of the tokens start … end − 1, in pieces."""
+        self.tokens.seek(start * self.dtype.itemsize)
+        for at in range(start, end, PIECE):
+            data = self.tokens.read(min(PIECE, end - at) * self.dtype.itemsize)
+            yield np.frombuffer(data, self.dtype), at + PIECE >= end
 
 
 def encode_all(pieces: Iterable[tuple[str, bool]], encoder: Encoder, spool: Spool) -> int:

@@ -83,24 +83,28 @@ class Settings:
     )
 
 
-def read_settings(argv: list[str]) -> Settings:
-    """The settings of a command line. Raises UserError with all that is wrong with them, in one line."""
+def read_settings(argv: list[str], cls: type = Settings) -> Any:
+    """The settings of a command line, of the class `cls`; an option whose value is a list may be given several times.
+
+    Raises UserError with all that is wrong with them, in one line.
+    """
     config, words, problems = parse_arguments(argv)
     words += [] if config is None else [("config", config)]  # train.py's; unknown here
-    known, raw = declared(Settings), {}
+    known, raw = declared(cls), {}
     for name, text in words:
+        repeats = name in known and list[str] in known[name].kinds
         if name not in known:
             problems.append(f"--{name}: unknown option{nearest(name, known) or '; --help lists them'}")
-        elif name in raw and name != "stop":
+        elif name in raw and not repeats:
             problems.append(f"--{name}: given twice; keep one")
-        elif text == "" and name not in ("prompt", "source"):
+        elif text == "" and known[name].kinds:  # the others take any text
             problems.append(f"--{name}: is empty; give it a value or leave it out")
-        elif name == "stop":
+        elif repeats:
             raw.setdefault(name, []).append(text)
         else:
             raw[name] = number(text) if {int, float} & set(known[name].kinds) else text
     problems += combinations(raw)
-    settings, found = check(Settings, raw)
+    settings, found = check(cls, raw)
     if problems := problems + [f"--{problem.removesuffix(' or null')}" for problem in found]:
         raise UserError("; ".join(problems))
     return settings
@@ -129,13 +133,16 @@ def number(text: str) -> int | float | str:
     return text
 
 
-def help_text() -> str:
-    lines = ["usage: python sample.py [--option value …]", ""]
-    for name, key in declared(Settings).items():
+def help_text(program: str = "sample.py", cls: type = Settings, end: str | None = None) -> str:
+    """What --help prints: every option of the class with its meaning, what is allowed, and its default."""
+    lines = [f"usage: python {program} [--option value …]", ""]
+    for name, key in declared(cls).items():
         default = "" if key.default in (None, []) else f"; default {key.default}"
-        allowed = "text" if name in ("prompt", "source", "stop") else key.allowed.removesuffix(" or null")
+        any_text = not key.kinds or list[str] in key.kinds
+        allowed = "text" if any_text else key.allowed.removesuffix(" or null")
         lines.append(f"  --{name:<12} {key.doc} [{allowed}{default}]")
-    return "\n".join([*lines, "", "Without a prompt: standard input is one; at a terminal, prompts are typed in."])
+    end = end or "Without a prompt: standard input is one; at a terminal, prompts are typed in."
+    return "\n".join([*lines, "", end])
 
 
 # ---- what is read --------------------------------------------------------------------------------------------------
@@ -329,7 +336,7 @@ def make_request(settings: Settings, encoder, prompt: list[int], source: list[in
     return Request(
         start, settings.length,
         temperature=settings.temperature if settings.temperature > 1e-6 else 0.0,  # logits / 1e-40 are infinite
-        top_k=settings.top_k or None, top_p=settings.top_p if settings.top_p < 1 else None,
+        top_k=settings.top_k or None, top_p=max(settings.top_p, 1e-30) if settings.top_p < 1 else None,
         min_p=settings.min_p or None, seed=seed, stop=frozenset({encoder.eot, encoder.pad}), source=source,
     )  # fmt: skip
 

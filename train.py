@@ -1209,6 +1209,8 @@ class Trainer:
         return sample_answer(model, self.encoder, source, *asked)
 
     def draw(self) -> None:
+        if self.run.img_path is None:
+            return
         try:
             plot.curves(self.metrics.path, self.run.img_path)
         except Exception as error:

@@ -961,3 +961,56 @@ def test_a_share_is_of_as_many_single_processes():
     assert "90.0% of 4 × one" in bench.scale_text([row, four]) and "300.0 GB/s" in bench.scale_text([row, four])
     assert "× one" not in bench.scale_text([four])
     assert "1.00 GiB at most; blocks compiled, recorded" in bench.scale_text([row])
+
+
+# ---- serve ---------------------------------------------------------------------------------------------------------
+
+
+def test_clients_are_counted_and_their_texts_compared():
+    """Three turns of three clients; one is told to come again, one gets somebody else's text."""
+    arguments = bench.serve_arguments(["air.json", "--clients", "3", "--rows", "2", "--tokens", "9"])
+    alone, good = ["a", "b", "c"], [(200, "a", 9), (200, "b", 9), (200, "c", 9)]
+    turns = [good, [(200, "a", 9), (429, "", 0), (200, "c", 9)], [(200, "a", 9), (200, "a", 9), (200, "c", 9)]]
+    found = [((100.0, good), (speed, turn)) for speed, turn in zip((400.0, 200.0, 300.0), turns)]
+    told = bench.served_text(found, alone, arguments)
+    assert "3 clients at once, 9 tokens each: 100 tokens/s a text at a time, 300 with 2 rows, 3.0 times" in told
+    assert "(2.0 to 4.0)" in told and "8 of 9 requests were served, 1 told to come again" in told
+    assert "7 of the 8 texts are exactly" in told
+
+
+def test_each_client_of_the_server_asks_for_its_own_text(monkeypatch):
+    server, asked = bench.Server.__new__(bench.Server), []
+    server.name, server.port = "m", 1
+
+    class Connection:
+        status = 200
+
+        def __init__(self, host, port, timeout):
+            assert (host, port) == ("127.0.0.1", 1)
+
+        def request(self, method, path, body, headers):
+            asked.append(json.loads(body))
+
+        def getresponse(self):
+            return self
+
+        def read(self):
+            return b'{"choices": [{"text": "x"}], "usage": {"completion_tokens": 7}}'
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(bench.http.client, "HTTPConnection", Connection)
+    arguments = bench.serve_arguments(["air.json", "--clients", "5", "--tokens", "7", "--prompt", "4"])
+    speed, answers = server.all_at_once(arguments)
+    assert speed > 0 and answers == [(200, "x", 7)] * 5
+    assert sorted(body["seed"] for body in asked) == list(range(5)) and {body["max_tokens"] for body in asked} == {7}
+    assert len({tuple(body["prompt"]) for body in asked}) == 5 and {len(body["prompt"]) for body in asked} == {4}
+
+
+def test_a_server_that_does_not_start_is_told(tmp_path):
+    arguments = bench.serve_arguments(["air.json", "--queue", "4"])
+    server = bench.Server(tmp_path, "m", 1, arguments)
+    server.command[2:] = ["--batch=0"]
+    with pytest.raises(UserError, match="did not start: .*--batch = 0"), server:
+        pass

@@ -169,6 +169,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert names(tmp_path) == ["latest", "step_00000007"]
 
 
+def test_those_that_are_whole_are_listed(tmp_path):
+    assert checkpoint.listed(tmp_path / "none") == []
+    for step, loss in ((1, 3.0), (20, None), (3, 1.0)):
+        save(tmp_path, step, loss)
+    (tmp_path / "step_00000020" / "state.pt").write_bytes(b"short")
+    assert [(found.step, found.val_loss) for found in checkpoint.listed(tmp_path)] == [(3, 1.0), (1, 3.0)]
+
+
 def test_broken_checkpoints_do_not_push_out_good_ones(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
@@ -517,6 +525,8 @@ def test_a_model_file_gives_back_model_encoder_and_record(tmp_path):
     assert torch.equal(again.table, torch.full((5,), 3.0))  # not saved, made anew
     assert sorted(safetensors.torch.load_file(path)) == ["blocks.0.weight", "embed.weight", "router_bias"]
     assert names(path.parent) == [path.name]
+    assert checkpoint.read_about(path) == (vars(model.config), record)
+    assert checkpoint.read_encoder(path).fingerprint == encoder.fingerprint
 
 
 def test_real_models_come_back(tmp_path, monkeypatch):

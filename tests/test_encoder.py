@@ -185,6 +185,15 @@ def test_training_agrees_with_a_naive_trainer_on_prose():
     assert list(ranks_of(train(texts, 258 + 40))) == naive_train(texts, 40)
 
 
+def test_as_many_tokens_as_the_texts_give():
+    text = ["abab cdcd abab"]
+    with pytest.raises(UserError, match="a vocab_size of at most (\\d+)") as told:
+        train(text, 5000)
+    most = int(str(told.value).rsplit(" ", 1)[1])
+    assert train(text, 5000, exact=False).to_bytes() == train(text, most).to_bytes()
+    assert train(text, most - 1, exact=False).vocab_size == most - 1
+
+
 def test_training_is_deterministic():
     assert train(CORPUS, 600, ["<|user|>", "<|user|>s"]).to_bytes() == BPE.to_bytes()
 

@@ -381,6 +381,15 @@ def test_auto_is_what_fits(corpora, model, kind, chosen):
         assert found == chosen and type(objective) is dataset.OBJECTIVES[chosen]
 
 
+@pytest.mark.parametrize("model", ["decoder", "encoder", "encoder-decoder"])
+def test_spare_ids_are_just_enough(corpora, model):
+    need = ENCODER.vocab_size + dataset.spare_ids("auto", model, 16, ENCODER)
+    make("auto", model, corpora["tokens"], need)
+    if model != "decoder":
+        with pytest.raises(UserError, match=f"set it to {need} or more"):
+            make("auto", model, corpora["tokens"], need - 1)
+
+
 @pytest.mark.parametrize(
     ("name", "model", "kind", "message"),
     [

@@ -515,3 +515,20 @@ def test_no_default_is_out_of_its_own_bounds():
         defaults = {name: key.default for name, key in declared(cls).items() if not key.section}
         assert check(cls, defaults)[1] == []
         assert all(math.isfinite(value) for value in defaults.values() if isinstance(value, float))
+
+
+def test_every_key_that_takes_a_path_is_known_as_one():
+    named = {name for name in dotted_names(options.Run) if name.rpartition(".")[2].endswith("path")} | {"init_from"}
+    assert set(options.path_names(options.Run)) == named
+    assert len(named) == 6
+
+
+def test_plain_data_is_judged_as_a_file_and_a_command_line_are(tmp_path):
+    made = options.make_run({"model_hyperparams": {"n_layer": 3}}, ARCHS)
+    assert to_dict(made) == to_dict(load_run(["--model_hyperparams.n_layer=3"], ARCHS))
+    with pytest.raises(UserError) as told:
+        options.make_run({"learning_rate": -1, "model_hyperparams": {"n_layr": 3}}, ARCHS)
+    with pytest.raises(UserError) as expected:
+        load_run(["--learning_rate=-1", "--model_hyperparams.n_layr=3"], ARCHS)
+    assert str(told.value) == str(expected.value)
+    assert load_run(["--img_path=null"], ARCHS).img_path is None

@@ -156,6 +156,9 @@ def test_settings_reach_the_decoder():
     assert asked == Request([256, 1, 2], 9, 0.7, 5, 0.9, 0.02, 11, frozenset({256, 257}), [3])
     options = sample.read_settings(["--temperature=1e-40"])  # too small to divide by
     assert a_text(options, prompt=[1]).request == Request([1], 256, 0.0, None, None, None, 0, frozenset({256, 257}))
+    options = sample.read_settings(["--top_p=1e-300"])  # in float32 it would be 0, which leaves no token
+    assert models.sample(torch.tensor([[0.0, 5.0, 1.0]]), torch.tensor([0.9]), 1.0, None, a_text(options, prompt=[1])
+                         .request.top_p).item() == 1  # fmt: skip
 
 
 def test_each_token_is_printed_before_the_next_is_made():

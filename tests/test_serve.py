@@ -1,0 +1,894 @@
+"""What serve.py promises to clients that nobody here wrote, to many at once, and to those who mean no good."""
+
+import base64
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import math
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torture import count
+
+import checkpoint
+import encoder as encoders
+import model as models
+import sample
+from decode import Decoder
+from options import UserError
+
+pytest.importorskip("fastapi")
+import openai  # noqa: E402
+
+import serve  # noqa: E402
+
+ROOT = Path(serve.__file__).parent
+SHAPE = {"vocab_size": 258, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 32}
+MODELS = {
+    "air.strawberry": {"arch": "strawberry", "n_qkv": 32, **SHAPE},
+    "future.strawberry": {"arch": "strawberry", "n_qkv": 32, "retention_scope": "batch", **SHAPE, "block_size": 8},
+    "learned.tinystar": {"arch": "tinystar", "pos_encoding": "Learned", **SHAPE},
+    "pairs.transformer": {"arch": "transformer", "kind": "encoder-decoder", **SHAPE},
+    "masked.transformer": {"arch": "transformer", "kind": "encoder", **SHAPE},
+}
+ROWS = 4
+LONG = {"max_tokens": 4000, "temperature": 0}  # some seconds
+
+
+def make_model(path: Path, seed: int = 1) -> None:
+    """A model of bytes, in the arch that the file's name tells."""
+    torch.manual_seed(seed)
+    model = models.build(MODELS[path.name])
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.size(0) == SHAPE["vocab_size"]:
+                p *= 8  # so that some tokens are likelier than others
+                p[-2:] = 0  # <|eot|> and <|pad|>, which are never the likeliest: LONG texts don't end
+    checkpoint.save_model(path, model, encoders.train(["x"], 258), {})
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("served")
+    for name in MODELS:
+        make_model(path / name)
+    return path
+
+
+class Running:
+    """A server in a thread of this process, and what a test asks of it."""
+
+    def __init__(self, folder, **settings):
+        self.data = tempfile.TemporaryDirectory()
+        settings = {"rate": 0, "batch": ROWS, "device": "cpu", "data": self.data.name} | settings
+        self.settings = serve.Settings(models=str(folder), port=0, **settings)
+        self.app = serve.make_app(self.settings)
+        self.service = self.app.state.service
+        config = serve.server_config(self.app, self.settings)
+        config.log_config = None
+        self.server = serve.Server(config, self.service)
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        until = time.time() + 30
+        while not self.server.started and time.time() < until:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(70)
+        assert not self.thread.is_alive()
+        self.data.cleanup()
+
+    def send(self, method, path, body=None, **headers):
+        """(status, headers, what the JSON says)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        if body is not None and not isinstance(body, (bytes, str)):
+            body = json.dumps(body)
+        kind = {} if body is None else {"Content-Type": "application/json"}
+        with contextlib.closing(connection):
+            connection.request(method, path, body, kind | {k.replace("_", "-"): v for k, v in headers.items()})
+            answer = connection.getresponse()
+            data = answer.read()
+        json_like = answer.getheader("content-type", "").startswith("application/json")
+        return answer.status, answer.headers, json.loads(data) if json_like else data
+
+    def complete(self, **body):
+        return self.send("POST", "/v1/completions", {"model": "air.strawberry", "prompt": "a", **body})
+
+    def gauge(self, name):
+        text = self.send("GET", "/metrics")[2].decode()
+        return float(re.search(rf"^strawberry_{name} (\S+)", text, re.M)[1])
+
+    def wait_for(self, name, value, seconds=5.0):
+        """How long a gauge took to get there."""
+        began = time.time()
+        while self.gauge(name) != value:
+            assert time.time() - began < seconds, (name, self.gauge(name))
+            time.sleep(0.02)
+        return time.time() - began
+
+
+@pytest.fixture(scope="session")
+def running(folder):
+    running = Running(folder)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def start(folder):
+    """start(**settings) → a server of its own, stopped when the test is over."""
+    servers = []
+
+    def start(models=folder, **settings):
+        servers.append(Running(models, **settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def error_of(answer, status):
+    got, _, body = answer
+    assert got == status, answer
+    assert body.keys() == {"error"} and body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    return body["error"]
+
+
+def alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
+    """The text that the model makes with nobody else there, in a decoder of the server's shape."""
+    model, encoder, _ = checkpoint.load_model(folder / name)
+    settings = sample.Settings(length=n, **{"temperature": 1.0, **options})
+    decoder = Decoder(model, ROWS, 4096, shrink=False)
+    request = sample.make_request(settings, encoder, encoder.encode(prompt), None, seed)
+    made = sample.make(decoder, [sample.Text(encoder, request, settings.stop)])
+    return serve.clean("".join(piece for _, piece, _ in made))
+
+
+# ---- completions, through OpenAI's package -------------------------------------------------------------------------
+
+
+def test_text_is_what_sample_makes(running, folder):
+    got = running.client.completions.create(model="air.strawberry", prompt="the cat", seed=7, max_tokens=24)
+    assert got.choices[0].text == alone(folder, "the cat", 7) != alone(folder, "the cat", 8)
+    assert (
+        got.choices[0].finish_reason == "length" and got.object == "text_completion" and got.model == "air.strawberry"
+    )
+    cold = running.client.completions.create(model="air.strawberry", prompt="x", temperature=0, max_tokens=9)
+    hot = running.client.completions.create(model="air.strawberry", prompt="x", max_tokens=9, extra_body={"top_k": 1})
+    assert cold.choices[0].text == hot.choices[0].text
+    for extra in ({"top_k": 3}, {"min_p": 0.5}):
+        got = running.client.completions.create(
+            model="air.strawberry", prompt="x", seed=3, max_tokens=24, extra_body=extra
+        )
+        assert got.choices[0].text == alone(folder, "x", 3, **extra) != alone(folder, "x", 3)
+    got = running.client.completions.create(model="air.strawberry", prompt="x", seed=3, max_tokens=24, top_p=0.4)
+    assert got.choices[0].text == alone(folder, "x", 3, top_p=0.4) != alone(folder, "x", 3)
+
+
+@pytest.mark.parametrize("name", ["air.strawberry", "future.strawberry", "learned.tinystar"])
+def test_streamed_equals_plain(running, name):
+    asked = {
+        "model": name,
+        "prompt": ["the cat", "öä"],
+        "seed": 5,
+        "n": 3,
+        "max_tokens": 20,
+        "logprobs": 2,
+        "echo": True,
+    }
+    plain = running.client.completions.create(**asked)
+    texts, whys, told, usage = [""] * 6, [None] * 6, [None] * 6, None
+    for chunk in running.client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            assert whys[choice.index] is None  # nothing after the end
+            texts[choice.index] += choice.text
+            whys[choice.index], told[choice.index] = choice.finish_reason, choice.logprobs
+    assert texts == [choice.text for choice in plain.choices] and len(set(texts)) == 6
+    assert whys == [choice.finish_reason for choice in plain.choices] and told == [c.logprobs for c in plain.choices]
+    assert usage == plain.usage and usage.prompt_tokens == 7 + 4
+    assert usage.completion_tokens == sum(len(t.tokens) for t in told) - 3 * (7 + 4) > 60
+
+
+def test_samples_are_those_of_further_seeds(running, folder):
+    got = running.client.completions.create(model="air.strawberry", prompt=["a b", "c"], seed=40, n=3, max_tokens=24)
+    assert [c.index for c in got.choices] == list(range(6))
+    assert [c.text for c in got.choices] == [alone(folder, p, 40 + i) for p in ("a b", "c") for i in range(3)]
+    drawn = [running.client.completions.create(model="air.strawberry", prompt="a", max_tokens=24).choices[0].text
+             for _ in range(2)]  # fmt: skip
+    assert drawn[0] != drawn[1]
+
+
+def test_rows_keep_one_shape(running):
+    """On which it rests that an answer is to the bit what it would be alone."""
+    running.complete()
+    decoder = running.service.models.loaded["air.strawberry"].decoder
+    assert decoder.shrink is False and decoder.rows == ROWS
+
+
+def test_stop_strings_end_a_text_before_them(running, folder):
+    whole = alone(folder, "the", 2, n=60)
+    stop = whole[20:23]
+    asked = {"model": "air.strawberry", "prompt": "the", "seed": 2, "max_tokens": 60}
+    for given in (stop, ["\n\n\n\n", stop]):
+        for stream in (False, True):
+            got = running.client.completions.create(**asked, stop=given, stream=stream)
+            chunks = list(got) if stream else [got]
+            assert "".join(c.text for chunk in chunks for c in chunk.choices) == whole[: whole.index(stop)]
+            assert chunks[-1].choices[0].finish_reason == "stop"
+    assert running.gauge("rows_busy") == 0
+
+
+def test_tokens_are_prompts_too(running):
+    tokens = encoders.train(["x"], 258).encode("the cat")
+    asked = {"model": "air.strawberry", "seed": 3, "max_tokens": 5}
+    texts = [running.client.completions.create(**asked, prompt=prompt).choices for prompt in
+             ("the cat", tokens, ["the cat", "x"], [tokens, [1]], [float(t) for t in tokens])]  # fmt: skip
+    assert len({choices[0].text for choices in texts}) == 1 and [len(choices) for choices in texts] == [1, 1, 2, 2, 1]
+    beginning, eot = (running.client.completions.create(**asked, prompt=p).choices[0].text for p in ("", [256]))
+    assert beginning == eot
+
+
+def test_logprobs_are_the_models(running, folder):
+    """Against the model itself, token by token, in float64."""
+    model, encoder, _ = checkpoint.load_model(folder / "air.strawberry")
+    got = running.client.completions.create(model="air.strawberry", prompt="aé", seed=3, max_tokens=3, echo=True,
+                                            logprobs=2, temperature=1.5)  # fmt: skip
+    told = got.choices[0].logprobs
+    tokens = encoder.encode("aé")
+    for i in range(1, 6):
+        with torch.no_grad():
+            logp = model.double()(torch.tensor([tokens]))[0][0, -1].log_softmax(-1) if i >= 3 else None
+        if i < 3:
+            logp = model.double()(torch.tensor([tokens[:i]]))[0][0, -1].log_softmax(-1)
+            own = tokens[i]
+        else:
+            own = min(range(258), key=lambda t: abs(logp[t].item() - told.token_logprobs[i]))
+            tokens.append(own)
+        assert math.isclose(logp[own].item(), told.token_logprobs[i], abs_tol=1e-4)
+        best = sorted(told.top_logprobs[i].values(), reverse=True)[:2]
+        assert best == pytest.approx(logp.topk(2).values.tolist(), abs=1e-4)
+        assert serve.token_text(encoder, own) == told.tokens[i]
+    assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+    assert told.tokens[:3] == ["a", "bytes:\\xc3", "bytes:\\xa9"] and told.text_offset[:4] == [0, 1, 1, 2]
+    assert serve.clean(encoder.decode(tokens)) == got.choices[0].text
+
+
+def test_scores_alone(running):
+    """max_tokens 0 with echo: nothing is made, and no row is needed."""
+    got = running.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=0, echo=True, logprobs=0)
+    assert got.choices[0].text == "abc" and len(got.choices[0].logprobs.token_logprobs) == 3
+    assert got.usage.completion_tokens == 0 and got.choices[0].finish_reason == "length"
+    more = running.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=2, echo=True, logprobs=1)
+    assert more.choices[0].logprobs.token_logprobs[1:3] == pytest.approx(got.choices[0].logprobs.token_logprobs[1:])
+
+
+def test_logprobs_without_echo_are_the_end_of_those_with_it(running):
+    asked = {"prompt": "abcde", "max_tokens": 6, "seed": 4, "logprobs": 2}
+    with_echo, without = (running.complete(**asked, echo=echo)[2]["choices"][0]["logprobs"] for echo in (True, False))
+    assert without == {name: told[5:] for name, told in with_echo.items()} and len(without["tokens"]) == 6
+
+
+def test_models_that_see_the_future_score_what_they_drew_from(running, folder):
+    model, encoder, _ = checkpoint.load_model(folder / "future.strawberry")
+    asked = {"model": "future.strawberry", "prompt": "a longer prompt", "max_tokens": 1, "echo": True, "logprobs": 1}
+    got = running.client.completions.create(**asked)
+    tokens = encoder.encode("a longer prompt")
+    with torch.no_grad():
+        for i in (1, 5, 14):
+            logp = model(torch.tensor([tokens[max(0, i - 8) : i]]))[0][0, -1].log_softmax(-1)
+            assert got.choices[0].logprobs.token_logprobs[i] == pytest.approx(logp[tokens[i]].item(), abs=1e-4)
+
+
+def test_encoder_decoders_take_a_source(running):
+    create = running.client.completions.create
+    got = create(model="pairs.transformer", prompt="", max_tokens=8, seed=1, extra_body={"source": "abc"})
+    other = create(model="pairs.transformer", prompt="", max_tokens=8, seed=1, extra_body={"source": "abd"})
+    assert got.choices[0].text != other.choices[0].text
+    assert error_of(running.complete(model="pairs.transformer"), 400)["param"] == "source"
+    assert error_of(running.complete(source="x"), 400)["param"] == "source"
+
+
+def test_a_text_ends_where_positions_do(running):
+    got = running.client.completions.create(model="learned.tinystar", prompt="a" * 60, max_tokens=50, temperature=0)
+    assert got.choices[0].finish_reason == "length" and got.usage.completion_tokens == 5
+    got = running.client.completions.create(model="air.strawberry", prompt="a" * 4090, max_tokens=50, temperature=0)
+    assert got.usage.completion_tokens == 6  # --context
+
+
+def test_tokens_are_told_as_vllm_does(running):
+    encoder = encoders.train(["x"], 258)
+    body = {"prompt": "thé cat", "model": "air.strawberry"}
+    told = running.send("POST", "/tokenize", body)[2]
+    assert told == {"count": 8, "max_model_len": 4096, "tokens": encoder.encode("thé cat")}
+    assert running.send("POST", "/detokenize", {"tokens": told["tokens"]})[2] == {"prompt": "thé cat"}
+    info = running.send("GET", "/tokenizer_info")[2]
+    eot = running.send("POST", "/tokenize", {"prompt": info["eos_token"]})[2]["tokens"]
+    assert eot == [encoder.eot] and len(running.send("POST", "/tokenize", {"prompt": "a<|eot|>"})[2]["tokens"]) > 2
+    assert error_of(running.send("POST", "/detokenize", {"tokens": [5, 258]}), 400)["param"] == "tokens"
+    assert error_of(running.send("POST", "/tokenize", {"prompt": 5}), 400)["param"] == "prompt"
+    error_of(running.send("GET", "/tokenizer_info?model=none"), 404)
+
+
+def test_prompts_that_are_too_long_say_so(running):
+    for prompt in ("a" * 4097, "é" * 2049, [97] * 4097, ["a", "a" * 4097]):
+        error = error_of(running.complete(prompt=prompt), 400)
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded") and "4,096" in error["message"]
+    assert error_of(running.complete(model="learned.tinystar", prompt="a" * 65), 400)["code"] == error["code"]
+    assert running.complete(model="learned.tinystar", prompt="a" * 64)[0] == 200
+
+
+def test_models_are_listed(running, folder):
+    listed = running.client.models.list().data
+    assert [model.id for model in listed] == sorted(MODELS)
+    got = running.client.models.retrieve("air.strawberry")
+    assert (got.id, got.object, got.arch, got.vocab_size) == ("air.strawberry", "model", "strawberry", 258)
+    assert got.created == int((folder / "air.strawberry").stat().st_mtime)
+    with pytest.raises(openai.NotFoundError) as told:
+        running.client.models.retrieve("air.strawbery")
+    assert told.value.code == "model_not_found" and "did you mean 'air.strawberry'" in str(told.value)
+
+
+def test_models_come_change_and_go(start, folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("no model")
+    (tmp_path / "broken.strawberry").write_bytes(b"no model either")
+    server = start(tmp_path)
+    assert server.client.models.list().data == []
+    error_of(server.complete(), 404)
+    make_model(tmp_path / "air.strawberry", seed=1)
+    first = server.complete(seed=1)[2]["choices"]
+    assert [model.id for model in server.client.models.list().data] == ["air.strawberry"]
+    make_model(tmp_path / "air.strawberry", seed=2)
+    second = server.complete(seed=1)[2]["choices"]
+    assert first != second
+    server.wait_for("models_loaded", 1)
+    (tmp_path / "air.strawberry").unlink()
+    error_of(server.complete(), 404)
+    error_of(server.complete(model="broken.strawberry"), 404)
+
+
+def test_idle_models_make_room(start, tmp_path):
+    for name in ("air.strawberry", "learned.tinystar", "future.strawberry"):
+        make_model(tmp_path / name)
+    server = start(tmp_path, memory=0.3 / 1024, context=64)  # of MiB: one of them, not two
+    for name in ("air.strawberry", "learned.tinystar", "air.strawberry"):
+        assert server.complete(model=name)[0] == 200
+        assert server.gauge("models_loaded") == 1
+    asked = {"model": "air.strawberry", "prompt": ["a"] * 8, "n": 32, "max_tokens": 60, "temperature": 0}
+    busy = server.client.completions.create(**asked, stream=True)
+    next(busy)
+    assert error_of(server.complete(model="learned.tinystar"), 503)
+    busy.close()
+
+
+# ---- many at once --------------------------------------------------------------------------------------------------
+
+
+def test_many_clients_get_their_own_texts_or_are_told_to_come_again(start, folder):
+    clients, queue = count(24, 64), count(6, 32)
+    server = start(queue=queue, batch=ROWS)
+    solo = [alone(folder, f"prompt {i}", i) for i in range(clients)]
+    server.complete()  # loads the model
+    together = threading.Barrier(clients)
+
+    def ask(i):
+        together.wait()
+        asked = {"model": "air.strawberry", "prompt": f"prompt {i}", "seed": i, "max_tokens": 24, "stream": i % 2 == 0}
+        try:
+            got = server.client.completions.create(**asked)
+            return "".join(chunk.choices[0].text for chunk in (got if i % 2 == 0 else [got]))
+        except openai.RateLimitError as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        answers = list(pool.map(ask, range(clients)))
+    served = {i: text for i, text in enumerate(answers) if isinstance(text, str)}
+    refused = [error for error in answers if not isinstance(error, str)]
+    assert len(served) >= queue + ROWS and refused
+    assert served == {i: solo[i] for i in served}
+    assert all(error.code == "queue_full" and int(error.response.headers["Retry-After"]) >= 1 for error in refused)
+    assert server.complete()[0] == 200
+
+
+@pytest.mark.cuda
+def test_models_share_a_gpu(start):
+    """Two models record their steps while the other makes text, and each client gets what it gets alone."""
+    server = start(device="cuda", batch=16)
+    names = ["air.strawberry", "learned.tinystar"]
+
+    def ask(i):
+        return server.complete(model=names[i % 2], prompt=f"prompt {i // 2}", seed=i, max_tokens=16 + i)
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        together = list(pool.map(ask, range(24)))
+    assert [status for status, *_ in together] == [200] * 24
+    assert [answer[2]["choices"] for answer in together] == [ask(i)[2]["choices"] for i in range(24)]
+
+
+def test_a_new_text_joins_those_under_way(running, folder):
+    long = running.client.completions.create(model="air.strawberry", prompt="a", **LONG, stream=True)
+    pieces = [next(long).choices[0].text]
+    assert running.complete(prompt="the", seed=5, max_tokens=24)[2]["choices"][0]["text"] == alone(folder, "the", 5)
+    assert running.gauge("rows_busy") == 1  # the long one goes on
+    pieces += [next(long).choices[0].text for _ in range(20)]
+    long.close()
+    text = "".join(pieces)
+    assert alone(folder, "a", 0, n=60, temperature=0.0).startswith(text[:15]) and len(text) >= 15
+
+
+def test_one_large_order_does_not_keep_others_waiting(running):
+    large = running.client.completions.create(
+        model="air.strawberry", prompt=["a"] * 40, n=30, **LONG | {"max_tokens": 500}, stream=True
+    )
+    next(large)
+    began = time.time()
+    assert running.complete(max_tokens=3)[0] == 200
+    assert time.time() - began < 20  # it has to wait for a row, not for 1,200 texts
+    large.close()
+    running.wait_for("rows_busy", 0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "streamed", "before the first piece", "while it waits"])
+def test_rows_of_clients_that_leave_are_free(running, kind):
+    body = {"model": "air.strawberry", "prompt": "a", **LONG, "n": ROWS, "stream": kind != "plain"}
+    if kind == "before the first piece":
+        body["prompt"] = "a" * 4000
+    text = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+    head += str(len(text))
+    sockets = [
+        socket.create_connection(("127.0.0.1", running.port)) for _ in range(2 if kind == "while it waits" else 1)
+    ]
+    for one in sockets:
+        one.sendall(head.encode() + b"\r\n\r\n" + text)
+        if kind == "streamed":
+            assert one.recv(1000)
+        if kind != "before the first piece":
+            running.wait_for("rows_busy", ROWS)
+        else:
+            time.sleep(0.05)
+    for one in reversed(sockets):
+        one.close()
+    assert running.wait_for("rows_busy", 0) < 1
+    assert running.gauge("queue") == 0
+
+
+def test_pieces_are_not_kept_for_ever(running, monkeypatch):
+    """For a client that stays and takes nothing: its rows are freed, and it is told when it reads on."""
+    monkeypatch.setattr(serve, "MOST_UNREAD", 50)
+    real, stuck = serve.Stream.data, threading.Event()
+
+    async def slow(self, receive):
+        async for data in real(self, receive):
+            yield data
+            while not stuck.is_set():  # as long as nothing can be sent
+                await serve.asyncio.sleep(0.01)
+
+    monkeypatch.setattr(serve.Stream, "data", slow)
+    got = running.client.completions.create(model="air.strawberry", prompt="a", n=ROWS, **LONG, stream=True)
+    running.wait_for("rows_busy", 0)
+    stuck.set()
+    with pytest.raises(openai.APIError, match="50 pieces unread"):
+        list(got)
+
+
+def test_requests_time_out(start):
+    server = start(timeout=0.5)
+    began = time.time()
+    assert error_of(server.complete(**LONG, n=8), 408)["param"] == "timeout"
+    assert 0.5 <= time.time() - began < 4  # the model had to be loaded
+    assert server.wait_for("rows_busy", 0) < 1
+    with pytest.raises(openai.APIError, match="more than 0.5 seconds"):  # begun: told in the stream
+        list(server.client.completions.create(model="air.strawberry", prompt="a", stream=True, **LONG, n=8))
+    assert server.wait_for("rows_busy", 0) < 1
+
+
+def test_a_request_has_a_timeout_of_its_own(running):
+    began = time.time()
+    assert "5 seconds" in error_of(running.complete(**LONG, prompt=["a"] * 8, n=8, timeout=5), 408)["message"]
+    assert 5 <= time.time() - began < 9 and running.wait_for("rows_busy", 0) < 1
+
+
+def test_what_is_under_way_is_finished_before_the_end(folder):
+    server = Running(folder, grace=20)
+    server.complete()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.complete, max_tokens=600, temperature=0)
+        server.wait_for("rows_busy", 1)
+        server.stop()
+        assert answer.result()[2]["usage"]["completion_tokens"] == 600
+    server = Running(folder, grace=1)
+    server.complete()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.complete, **LONG, n=32)
+        server.wait_for("rows_busy", ROWS)
+        server.service.closing.set()
+        server.server.should_exit = True
+        assert error_of(answer.result(), 503)
+    server.stop()
+
+
+def broken(*arguments):
+    raise RuntimeError("secret")
+
+
+@pytest.mark.parametrize("part", ["step", "admit"])
+def test_an_engine_that_fails_goes_on(running, monkeypatch, part):
+    running.complete()
+    engine = running.service.models.loaded["air.strawberry"]
+    monkeypatch.setattr(engine.decoder, part, broken)
+    assert "secret" not in json.dumps(error_of(running.complete(), 500))
+    monkeypatch.undo()
+    assert running.complete()[0] == 200 and running.gauge("rows_busy") == 0
+
+
+def test_an_engine_that_cannot_go_on_is_replaced(running, monkeypatch):
+    running.complete()
+    engine = running.service.models.loaded["air.strawberry"]
+    monkeypatch.setattr(engine.decoder, "step", broken)
+    monkeypatch.setattr(engine, "make_decoder", broken)
+    error_of(running.complete(), 500)
+    engine.thread.join(10)
+    assert running.complete()[0] == 200 and running.service.models.loaded["air.strawberry"] is not engine
+
+
+def test_scoring_that_fails_is_answered(running, monkeypatch):
+    monkeypatch.setattr(serve, "scores", broken)
+    error_of(running.complete(logprobs=1), 500)
+    monkeypatch.undo()
+    assert running.complete(logprobs=1)[0] == 200
+
+
+def test_a_model_may_be_wider_than_its_encoder(start, tmp_path, monkeypatch):
+    """Ids that the encoder has no text for, in the prompt and in what is made."""
+    monkeypatch.setitem(MODELS, "air.strawberry", MODELS["air.strawberry"] | {"vocab_size": 300})
+    make_model(tmp_path / "air.strawberry")
+    server = start(tmp_path)
+    got = server.complete(prompt=[97, 299, 98], echo=True, logprobs=3, max_tokens=40, seed=1)[2]
+    told, text = got["choices"][0]["logprobs"], got["choices"][0]["text"]
+    assert text.startswith("ab") and told["text_offset"][:3] == [0, 1, 1] and told["tokens"][1] not in ("a", "b")
+    assert error_of(server.complete(prompt=[300]), 400)["param"] == "prompt"
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+WRONG = {
+    "max_tokens": [-1, 1e9, 1.5, "5", True, [1], 2**70],
+    "temperature": [math.nan, math.inf, -1, 1e9, "hot", {}],
+    "top_p": [0, 1.1, math.nan], "top_k": [-1, 0.5], "min_p": [-0.1, 2],
+    "n": [0, 10**6, -1, 1.5, "2"],
+    "seed": [-1, 2**63, "x"],
+    "stop": ["", ["a", ""], ["a"] * 17, 5, [["a"]]],
+    "prompt": [[], [[]], 5, {}, [1.5], [-1], [258], ["a", 1], [[1], "a"], [True], ["a"] * 65, "a" * 5000, "\ud800",
+               None, [2**40], [[1, 2**31]]],
+    "echo": ["yes", 1], "logprobs": [6, -1, True], "stream": ["yes"], "stream_options": [5, {"x": 1}],
+    "best_of": [1, 2], "suffix": ["x"], "logit_bias": [{"1": 5}], "presence_penalty": [0.5],
+    "timeout": [0, -5, math.inf],
+    "model": [5, None, "../air.strawberry", "%2e%2e/x", "x" * 300, "a\0b", "/etc/passwd", "masked.transformer"],
+    "unheard_of": [1], "max_tokns": [4],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_hostile_values_name_their_field(running, field):
+    for value in WRONG[field]:
+        status, _, body = running.complete(**{field: value})
+        assert 400 <= status < 500, (value, body)
+        assert body["error"]["param"].partition(".")[0] == field and field in body["error"]["message"], (value, body)
+    assert running.complete()[0] == 200
+
+
+def test_nulls_are_left_out(running):
+    fields = {name: None for name in WRONG if name not in ("model", "prompt", "unheard_of", "max_tokns")}
+    assert running.complete(**fields)[2]["usage"]["completion_tokens"] <= 16
+
+
+def test_hostile_bodies(running):
+    deep = '{"model": "air.strawberry", "prompt": "a", "user": ' + "[" * 10_000 + "]" * 10_000 + "}"
+    no_json = ["[" * 10_000, b'{"model": "\xff\xfe"}', "", "{", '{"n": ' + "9" * 5000 + "}", "{} x"]
+    no_object = ["[]", '"x"', "null", b"\xef\xbb\xbf\x00"]
+    for body in (deep, *no_json, *no_object, json.dumps({"\ud800" * 50: 1, "prompt": "a"})):
+        error_of(running.send("POST", "/v1/completions", body), 400)
+    for kind in ("text/plain", "", "application/x-www-form-urlencoded", "application/jsonx"):
+        assert (
+            error_of(running.send("POST", "/v1/completions", "{}", Content_Type=kind), 415)["param"] == "Content-Type"
+        )
+    error_of(running.send("GET", "/v1/completions"), 405)
+    error_of(running.send("GET", "/nothing"), 404)
+    error_of(running.send("GET", "/v1/models/..%2f..%2fetc%2fpasswd"), 404)
+    error_of(running.send("GET", "/v1/models/" + "x" * 300), 404)
+    assert running.complete()[0] == 200
+
+
+def test_fields_that_are_given_twice_are_refused(running):
+    body = '{"model": "air.strawberry", "prompt": "a", "n": 1, "prompt": "b"}'
+    assert error_of(running.send("POST", "/v1/completions", body), 400)["param"] == "prompt"
+
+
+BIG = {
+    "fields": json.dumps({f"n{i}": i for i in range(90_000)}),
+    "nested fields": json.dumps({"stream_options": {f"n{i}": i for i in range(90_000)}}),
+    "tokens": json.dumps({"model": "air.strawberry", "prompt": [1] * 650_000}),
+    "texts": json.dumps({"model": "air.strawberry", "prompt": [""] * 450_000}),
+    "a text": json.dumps({"model": "air.strawberry", "prompt": "a b" * 650_000}),
+    "a number": '{"n": 1' + "0" * 2_000_000 + "}",
+    "brackets": "[" * 2_000_000,
+    "a name": json.dumps({"model": "air.strawberry" * 130_000, "prompt": "a"}),
+}
+
+
+@pytest.mark.parametrize("kind", BIG)
+def test_large_nonsense_keeps_nobody_waiting(running, kind):
+    """Bodies of some megabytes, four at once, of which each costs the most that we could think of."""
+    assert 1_000_000 < len(BIG[kind]) < 2 * serve.MIB
+    running.complete()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(running.send, "POST", "/v1/completions", BIG[kind]) for _ in range(4)]
+        waited = []
+        while not all(answer.done() for answer in answers):
+            began = time.time()
+            assert running.send("GET", "/health")[0] == 200
+            waited.append(time.time() - began)
+    assert max(waited, default=0) < 1
+    for answer in answers:
+        assert 400 <= answer.result()[0] < 500, answer.result()
+
+
+def test_bodies_that_do_not_come_are_not_waited_for(running, monkeypatch):
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.3)
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+    connection.putrequest("POST", "/v1/completions")
+    for name, value in (("Content-Type", "application/json"), ("Content-Length", "100")):
+        connection.putheader(name, value)
+    connection.endheaders(b'{"model": ')
+    assert connection.getresponse().status == 408
+    connection.close()
+
+
+def test_bodies_end_at_their_limit(start):
+    server = start(max_body=0.01)
+    long = json.dumps({"model": "air.strawberry", "prompt": "a" * 20_000}).encode()
+    error_of(server.send("POST", "/v1/completions", long), 413)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    pieces = (long[i : i + 1000] for i in range(0, len(long), 1000))  # chunked: no length is told
+    connection.request("POST", "/v1/completions", pieces, {"Content-Type": "application/json"}, encode_chunked=True)
+    assert connection.getresponse().status == 413
+    connection.close()
+    assert server.complete()[0] == 200
+
+
+def test_what_is_no_http_gets_an_error_object(running):
+    with socket.create_connection(("127.0.0.1", running.port)) as one:
+        one.sendall(b"nonsense\r\n\r\n")
+        data = b""
+        while piece := one.recv(1000):
+            data += piece
+    assert data.startswith(b"HTTP/1.1 400") and json.loads(data.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+
+def test_slow_clients_keep_nobody_waiting(running, monkeypatch):
+    slow = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(50)]
+    for one in slow:
+        one.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: local")
+    busy = running.client.completions.create(model="air.strawberry", prompt="a", n=ROWS, **LONG, stream=True)
+    next(busy)
+    for _ in range(5):
+        began = time.time()
+        assert running.send("GET", "/health")[2] == {"status": "ok"}
+        assert time.time() - began < 1
+    busy.close()
+    for one in slow:
+        one.close()
+
+
+def test_connections_are_so_many_at_most(start, monkeypatch):
+    monkeypatch.setattr(serve.Protocol, "MOST", 5)
+    server = start()
+    many = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(5)]
+    with socket.create_connection(("127.0.0.1", server.port)) as one:
+        one.settimeout(5)
+        assert one.recv(100) == b""
+    for one in many:
+        one.close()
+    time.sleep(0.1)
+    assert server.complete()[0] == 200
+
+
+def test_headers_that_do_not_come_are_not_waited_for(start, monkeypatch):
+    monkeypatch.setattr(serve.Protocol, "HEADER_SECONDS", 0.3)
+    server = start()
+    with socket.create_connection(("127.0.0.1", server.port)) as one:
+        one.settimeout(5)
+        one.sendall(b"GET /health HTTP/1.1\r\nHost: local")
+        assert one.recv(100) == b""  # closed
+    assert server.complete(max_tokens=400)[0] == 200  # who has said what it wants may take longer
+
+
+# ---- who may ask ---------------------------------------------------------------------------------------------------
+
+
+def test_keys(start):
+    server = start(api_key=["first-key", "second"])
+    paths = ["/v1/models", "/metrics", "/openapi.json", "/docs", "/v1/models/air.strawberry", "/nothing"]
+    wrong = ["", "Bearer", "Bearer wrong", "Bearer first-ke", "Bearer first-key2", "first-key", "Bearer kéy",
+             "Bearer \xff", "Basic !!", "Basic eDp3cm9uZw==", "Basic first-key", "Digest first-key"]  # fmt: skip
+    for path in paths:
+        for authorization in [None, *wrong]:
+            headers = {} if authorization is None else {"Authorization": authorization.encode("utf-8")}
+            got = server.send("GET", path, **headers)
+            assert error_of(got, 401)["code"] == "invalid_api_key" and "WWW-Authenticate" in got[1]
+    error_of(server.complete(), 401)
+    assert server.send("GET", "/health")[0] == 200
+    basic = "Basic " + base64.b64encode(b"anybody:first-key").decode()
+    for right in ("Bearer first-key", "bearer second", basic):
+        assert server.send("GET", "/v1/models", Authorization=right)[0] == 200
+    assert openai.OpenAI(base_url=f"{server.url}/v1", api_key="second", max_retries=0).models.list().data
+    with pytest.raises(openai.AuthenticationError):
+        server.client.models.list()
+
+
+def test_every_key_is_compared_in_constant_time(start, monkeypatch):
+    compared, real = [], serve.hmac.compare_digest
+    server = start(api_key=["first-key", "second"])
+    monkeypatch.setattr(serve.hmac, "compare_digest", lambda a, b: compared.append((len(a), len(b))) or real(a, b))
+    for key in ("first-key", "x" * 500, ""):
+        server.send("GET", "/v1/models", Authorization=f"Bearer {key}")
+    assert compared == [(32, 32)] * 6
+
+
+def test_foreign_hosts_and_origins(running, start):
+    for host in (
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "",
+        "localhost@evil.example", "[", "]:80", "[::1", "[zz]", "a:b:c",
+        "10.0.0.1",
+    ):
+        assert error_of(running.send("GET", "/health", Host=host), 403)["param"] == "Host"
+    for host in ("localhost", "127.0.0.1:1", "LOCALHOST:99", "[::1]:80"):
+        assert running.send("GET", "/health", Host=host)[0] == 200
+    own = f"127.0.0.1:{running.port}"
+    for origin in (
+        "http://evil.example",
+        "null",
+        f"http://localhost:{running.port}",
+        f"http://{own}.evil.example",
+        "x",
+    ):
+        assert error_of(running.send("GET", "/v1/models", Origin=origin), 403)["param"] == "Origin"
+        error_of(running.send("OPTIONS", "/v1/completions", Origin=origin), 403)
+    assert running.send("GET", "/v1/models", Origin=f"http://{own}")[0] == 200
+    server = start(allow_host=["Box.example"])
+    assert server.send("GET", "/health", Host="box.example:80", Origin="https://box.example:80")[0] == 200
+
+
+def test_rates_are_by_key(start):
+    server = start(rate=20, api_key=["one", "two"])  # of which two may come at once
+    got = [server.send("GET", "/v1/models", Authorization="Bearer one") for _ in range(4)]
+    assert [status for status, *_ in got] == [200, 200, 429, 429]
+    assert error_of(got[2], 429)["type"] == "rate_limit_error" and 1 <= int(got[2][1]["Retry-After"]) <= 3
+    assert server.send("GET", "/v1/models", Authorization="Bearer two")[0] == 200
+    assert [server.send("GET", "/v1/models", Authorization=f"Bearer {i}")[0] for i in range(3)] == [401, 401, 429]
+    assert all(server.send("GET", "/health")[0] == 200 for _ in range(9))
+
+
+def test_rates_come_back_with_time(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(serve.time, "monotonic", lambda: now)
+    rate, served = serve.Rate(60), 0
+    for step in range(600):  # ten a second for a minute: six at once, then one a second
+        now = step / 10
+        with contextlib.suppress(serve.ApiError):
+            rate.take("me")
+            served += 1
+    assert 64 <= served <= 66
+
+
+def test_settings_of_the_command(monkeypatch):
+    monkeypatch.setenv(serve.KEY_VARIABLE, "a b")
+    settings = serve.read_command(["--host", "0.0.0.0", "--port=9", "--allow_host", "x", "--allow_host=y"])
+    assert (settings.api_key, settings.host, settings.port, settings.allow_host) == (
+        ["a", "b"],
+        "0.0.0.0",
+        9,
+        ["x", "y"],
+    )
+    monkeypatch.delenv(serve.KEY_VARIABLE)
+    assert serve.read_command([]).host == "127.0.0.1" and serve.read_command(["--host", "::1"])
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", "127.0.0.1.example.org"):
+        with pytest.raises(UserError, match="takes a key"):
+            serve.read_command(["--host", host])
+    for argv, told in ((["--prt", "5"], "did you mean 'port'"), (["--port", "70000"], "--port = 70000"),
+                       (["--api_key", "ü"], "ASCII"), (["--queue=-1"], "= -1"), (["x"], "an option")):  # fmt: skip
+        with pytest.raises(UserError, match=re.escape(told)):
+            serve.read_command(argv)
+
+
+def test_addresses_that_are_taken_are_told(running):
+    serve.check_free("127.0.0.1", 0)
+    for host, port in (("127.0.0.1", running.port), ("localhost", running.port), ("no.such.host.invalid", 80)):
+        with pytest.raises(UserError, match=f"--port {port}: cannot listen there"):
+            serve.main(["--host", host, "--port", str(port), "--api_key=k"])
+
+
+# ---- the command, the schema, the numbers --------------------------------------------------------------------------
+
+
+def test_the_command_serves_until_it_is_told_to_stop(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(folder / "data")]
+    child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        until = time.time() + 60
+        while time.time() < until and "Uvicorn running" not in child.stderr.readline():
+            assert child.poll() is None
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0)
+        assert (
+            client.completions.create(
+                model="air.strawberry", prompt="a", max_tokens=2, temperature=0
+            ).usage.completion_tokens
+            == 2
+        )
+        child.send_signal(signal.SIGTERM)
+        child.wait(20)
+        assert "Traceback" not in child.stderr.read()
+    finally:
+        child.kill()
+
+
+def test_training_and_sampling_need_nothing_of_this():
+    code = ("import sys, train, sample; bad = {'fastapi', 'uvicorn', 'starlette', 'prometheus_client', 'serve'} & "
+            "set(sys.modules); sys.exit(str(bad) if bad else 0)")  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_metrics(start, monkeypatch):
+    server = start()
+    monkeypatch.setattr(server.service.models, "find", broken)
+    assert "secret" not in json.dumps(error_of(server.send("GET", "/v1/models/x"), 500))
+    monkeypatch.undo()
+    server.complete(max_tokens=7, prompt="abc", temperature=0)
+    error_of(server.complete(n=0), 400)
+    server.send("GET", "/some/path/that/is/none")
+    text = server.send("GET", "/metrics")[2].decode()
+    for line in ('requests_total{method="POST",route="/v1/completions",status="200"} 1.0',
+                 'requests_total{method="POST",route="/v1/completions",status="400"} 1.0',
+                 'requests_total{method="any",route="none",status="404"} 1.0',
+                 'requests_total{method="GET",route="/v1/models/{model}",status="500"} 1.0',
+                 'tokens_total{kind="prompt"} 3.0', 'tokens_total{kind="completion"} 7.0', "models_loaded 1.0",
+                 "queue 0.0", "rows_busy 0.0", "first_token_seconds_count 1.0",
+                 'request_seconds_count{route="/v1/completions"} 2.0'):  # fmt: skip
+        assert f"strawberry_{line}\n" in text, text
+
+
+def test_the_schema_says_what_there_is(running, start, tmp_path):
+    schema = running.send("GET", "/openapi.json")[2]
+    body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["model"]["enum"] == sorted(MODELS.keys() - {"masked.transformer"})
+    assert body["required"] == ["model", "prompt"]
+    assert body["properties"]["source"]["anyOf"]
+    page = running.send("GET", "/docs")
+    used = re.findall(r"""(?:src|href)=["']([^"']+)""", page[2].decode())
+    assert len(used) >= 2 and all(path.startswith("/") and running.send("GET", path)[0] == 200 for path in used)
+    assert "default-src 'self'" in page[1]["Content-Security-Policy"]
+    empty = start(tmp_path).send("GET", "/openapi.json")[2]
+    assert "enum" not in json.dumps(empty["paths"]["/v1/completions"]["post"]["requestBody"])

@@ -1,0 +1,1104 @@
+"""Files, datasets and training runs over HTTP: what is kept, what is refused, and what survives.
+
+Wherever OpenAI's own client has a method, it asks. The server runs in this process, but where it is to be killed.
+
+Index:  assembling · jobs with children of a few lines · uploads · runs · a killed server
+"""
+
+import contextlib
+import gzip
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+import torch
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import assemble
+import dataset
+import encoder as encoders
+import jobs
+import options
+import serve
+import train
+from assemble import Recipe
+from checkpoint import load_model
+from options import UserError
+
+ROOT = Path(serve.__file__).parent
+WORDS = sorted(set(Path(serve.__file__).with_name("LICENSE").read_text().lower().split()))[:60]
+MIB = 1 << 20
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="jobs need fork and signals")
+
+
+def until(condition, seconds=60, what="it"):
+    """What the condition comes to, once it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.03)
+    raise AssertionError(f"{what} has not come within {seconds} s")
+
+
+# ---- assembling ----------------------------------------------------------------------------------------------------
+
+
+def sentence(dice, n):
+    return " ".join(dice.choice(WORDS) + str(dice.randrange(100)) for _ in range(n))
+
+
+def altered(dice, text, share):
+    words = text.split()
+    for i in dice.sample(range(len(words)), round(share * len(words))):
+        words[i] = f"changed{dice.randrange(1000)}"
+    return " ".join(words)
+
+
+def corpus(seed, n=40):
+    """Documents, among them copies with more and more of their words changed."""
+    dice = random.Random(seed)
+    texts = [sentence(dice, 60) for _ in range(n)]
+    copies = [altered(dice, dice.choice(texts), dice.choice((0, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3))) for _ in range(n)]
+    shouted = [text.upper().replace(" ", " \n ") for text in texts[:3]]
+    mixed = texts + copies + shouted + ["", "short", "shorts", "short"]
+    dice.shuffle(mixed)
+    return mixed
+
+
+def naive_runs(text):
+    data = " ".join(text.lower().split()).encode().ljust(8, b"\0")
+    return {data[i : i + 8] for i in range(len(data) - 7)}
+
+
+def naive_kept(texts, similarity):
+    """Every pair compared, by sets of strings."""
+    kept, sets = [], []
+    for text in texts:
+        runs = naive_runs(text)
+        if all(len(runs & other) / len(runs | other) < similarity for other in sets):
+            kept.append(text)
+            sets.append(runs)
+    return kept
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return str(path)
+
+
+def documents(folder):
+    """(those that train, those that validate) of a dataset, decoded, in the order of the file."""
+    encoder, file = encoders.load(str(folder / assemble.ENCODER)), dataset.TokenFile(folder / assemble.TOKENS)
+    file.verify()
+    cut = file.boundary(json.loads((folder / assemble.RESULT).read_bytes())["data_division"])
+    parts = []
+    for tokens in (file.tokens[:cut], file.tokens[cut:]):
+        ends = np.flatnonzero(tokens == encoder.eot)
+        assert len(tokens) == 0 or ends[-1] == len(tokens) - 1, "a split ends in the middle of a document"
+        starts = [0, *(ends[:-1] + 1).tolist()]
+        parts.append([encoder.decode(tokens[a:b].tolist()) for a, b in zip(starts, ends.tolist(), strict=True)])
+    return parts
+
+
+def made(tmp_path, files, **wishes):
+    """(result, what trains, what validates) of a recipe."""
+    folder = tmp_path / "made"
+    folder.mkdir(exist_ok=True)
+    recipe, problems = options.check(Recipe, {"files": files, "encoder": "chars", "validation_share": 0.5, **wishes})
+    assert not problems
+    return assemble.assemble(recipe, folder), *documents(folder)
+
+
+@pytest.mark.parametrize("similarity", [0.35, 0.6, 0.8, 0.9, 1.0])
+def test_alike_documents_are_those_that_comparing_every_pair_finds(tmp_path, similarity):
+    texts = corpus(seed=round(100 * similarity))
+    _, training, validation = made(tmp_path, [write_jsonl(tmp_path / "a.jsonl", texts)], deduplicate="near",
+                                   similarity=similarity)
+    distinct = [text for text in dict.fromkeys(texts) if text]
+    expected = naive_kept(distinct, similarity)
+    assert len(expected) < len(distinct) - 2
+    assert sorted(training + validation) == sorted(expected)
+    between = naive_kept(distinct, min(similarity + 0.15, 1.01))
+    assert len(between) > len(expected)  # the threshold matters
+
+
+def test_bands_find_what_they_promise():
+    for similarity in np.linspace(0.3, 1, 71):
+        n, rows = assemble.bands(similarity)
+        assert n * rows <= assemble.HASHES
+        assert (1 - similarity**rows) ** n <= assemble.MISSED or rows == 1
+
+
+def test_signatures_estimate_the_jaccard_index():
+    dice = random.Random(3)
+    text = sentence(dice, 300)
+    for share in (0.02, 0.1, 0.3):
+        other = altered(dice, text, share)
+        a, b = assemble.runs(text), assemble.runs(other)
+        assert set(a.tolist()) == {int.from_bytes(run) for run in naive_runs(text)}
+        agree = np.mean(assemble.signature(a) == assemble.signature(b))
+        assert abs(agree - assemble.jaccard(a, b)) < 0.15  # 3.4 standard deviations of 128 throws
+
+
+def test_equal_documents_stay_once_and_lengths_are_limits(tmp_path):
+    texts = ["aaaa", "bbbbbb", "aaaa", "c", "dddddddd", "bbbbbb", "ééééé"]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    result, training, validation = made(tmp_path, [path], min_chars=4, max_chars=6)
+    assert sorted(training + validation) == ["aaaa", "bbbbbb", "ééééé"]
+    assert result["left_out"] == {"exact_duplicates": 2, "near_duplicates": 0, "too_short": 1, "too_long": 1,
+                                  "not_utf8": 0}
+    _, training, validation = made(tmp_path, [path], deduplicate="none")
+    assert sorted(training + validation) == sorted(texts)
+
+
+def test_every_kind_of_file_in_the_order_of_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one text", "utf-8")
+    (tmp_path / "b.json").write_text(json.dumps(["two", {"text": "three"}]), "utf-8")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'"four"\n{"text": "two"}\n'))
+    (tmp_path / "d.txt").write_bytes(b"\xff no text")
+    files = [str(tmp_path / name) for name in ("a.txt", "b.json", "c.jsonl.gz", "d.txt")]
+    result, training, validation = made(tmp_path, files)
+    assert sorted(training + validation) == ["four", "one text", "three", "two"]
+    assert result["left_out"]["exact_duplicates"] == result["left_out"]["not_utf8"] == 1
+
+
+def test_weights_say_how_often_a_document_trains(tmp_path):
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [f"{name}{i:03}" for i in range(40)]) for name in "abc"]
+    result, training, validation = made(tmp_path, paths, weights=[1, 2.25, 0.5], validation_share=0.1)
+    assert result["documents"] == len({*training, *validation}) == 40 + 40 + 20
+    assert len(validation) == len(set(validation)) == 10
+    counts = {text: training.count(text) for text in training}
+    assert {counts[text] for text in counts if text[0] == "a"} == {1}
+    assert {counts[text] for text in counts if text[0] == "b"} == {2, 3}
+    more = sum(n == 3 for text, n in counts.items() if text[0] == "b")
+    assert 10 - sum(text[0] == "b" for text in validation) <= more <= 10
+    assert not set(training) & set(validation)
+
+
+def test_shuffled_by_the_seed_and_the_same_bytes_again(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [f"text {i}" for i in range(60)])
+    first = made(tmp_path, [path])
+    data = (tmp_path / "made" / assemble.TOKENS).read_bytes()
+    again = made(tmp_path, [path])
+    assert (tmp_path / "made" / assemble.TOKENS).read_bytes() == data
+    assert first[1:] == again[1:]
+    assert first[1] != sorted(first[1])
+    assert made(tmp_path, [path], seed=1)[1:] != first[1:]
+
+
+def test_one_text_validates_by_its_end(tmp_path):
+    text = "".join(chr(97 + i % 26) for i in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    _, training, validation = made(tmp_path, [str(tmp_path / "a.txt")], validation_share=0.2)
+    assert (training, validation) == ([text[:800]], [text[800:]])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=30), st.floats(0.01, 0.5), st.integers(0, 5))
+def test_every_token_trains_or_validates_and_the_share_is_kept(lengths, share, seed):
+    ends = list(itertools.accumulate(lengths))
+    spans = [(end - n, end) for n, end in zip(lengths, ends, strict=True)]
+    training, validation = assemble.divide(spans, share, seed)
+    assert len(training) == len(spans)
+    pieces = sorted([span for span in training if span] + validation)
+    assert [i for start, end in pieces for i in range(start, end)] == list(range(ends[-1]))
+    held = sum(end - start for start, end in validation)
+    if ends[-1] > 3:
+        assert any(span and span[1] > span[0] for span in training)
+        assert held <= max(share * ends[-1], 1) + 1
+        assert held >= min(share * ends[-1] / 2, max(lengths) - 1) - 1
+
+
+def test_training_finds_the_split_that_was_made(tmp_path):
+    dice = random.Random(5)
+    path = write_jsonl(tmp_path / "a.jsonl", [sentence(dice, dice.randrange(1, 30)) for _ in range(150)])
+    result, *_ = made(tmp_path, [path], weights=[3], validation_share=0.15)
+    wanted = options.Dataset(data_division=result["data_division"], path=str(tmp_path / "made" / assemble.TOKENS))
+    found = dataset.Corpus(wanted, None, 8)
+    assert found.train.n_tokens == result["training"]["tokens"]
+    assert found.val.n_tokens == result["validation"]["tokens"] > 0
+
+
+def test_the_encoder_is_as_large_as_asked_or_as_the_text_gives(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [sentence(random.Random(i), 20) for i in range(20)])
+    result, *_ = made(tmp_path, [path], encoder=None, vocab_size=300)
+    assert result["encoder"]["vocab_size"] == 300
+    result, *_ = made(tmp_path, [path], encoder=None)
+    assert 300 < result["encoder"]["vocab_size"] < 8192
+    with pytest.raises(UserError, match="too little text for vocab_size 8000"):
+        made(tmp_path, [path], encoder=None, vocab_size=8000)
+    (tmp_path / "made" / assemble.ENCODER).rename(tmp_path / "own.bin")
+    own = encoders.load(str(tmp_path / "own.bin"))
+    result, *_ = made(tmp_path, [path], encoder=str(tmp_path / "own.bin"))
+    assert result["encoder"]["fingerprint"] == own.fingerprint
+
+
+def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
+    def run(recipe):
+        (tmp_path / "mix.json").write_text(json.dumps(recipe))
+        argv = [sys.executable, str(ROOT / "assemble.py"), "mix.json", "out"]
+        return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two", "two"])
+    good = run({"files": ["*.jsonl"], "encoder": "chars"})
+    assert good.returncode == 0
+    assert "2 documents" in good.stdout
+    assert "1 exact duplicates" in good.stdout
+    for recipe, told in (
+        ({}, "files = []: must name at least one"),
+        ({"files": ["a.jsonl"], "weights": [1, 2]}, "must be as many as files, 1"),
+        ({"files": ["a.jsonl"], "min_chars": 9, "encoder": "chars"}, "no text is left of the files (left out"),
+        ({"files": ["a.jsonl"], "similarty": 1}, "did you mean 'similarity'?"),
+        ({"files": ["b.jsonl"]}, "there is no such file"),
+    ):
+        bad = run(recipe)
+        assert bad.returncode == 2
+        assert told in bad.stderr
+        assert "Traceback" not in bad.stderr
+
+
+# ---- jobs with children of a few lines -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keeper(tmp_path, monkeypatch):
+    """keeper() is a Jobs whose runs are a few lines of Python, which make the file "done" or don't; another call is
+    what the next server would have."""
+    def work(all_jobs, job):
+        return jobs.Work(["-c", job.request["code"]], job.folder / "done")
+
+    monkeypatch.setitem(jobs.KINDS, "ftjob", jobs.KINDS["ftjob"]._replace(work=work))
+    monkeypatch.setattr(jobs, "TICK", 0.02)
+    open_ones = []
+
+    def make(at_once=2):
+        uploads = jobs.Uploads(tmp_path / "files", MIB)
+        made = jobs.Jobs(tmp_path, tmp_path / "models", uploads, at_once)
+        made.start()
+        open_ones.append(made)
+        return made
+
+    yield make
+    for made in open_ones:
+        for job in made.running():
+            job.child.kill()
+        made.stop_all(1)
+
+
+def add(keeper, code):
+    return keeper.new("ftjob", {"code": code}, max_iters=10)
+
+
+SLEEP = "import time; time.sleep(60)"
+DONE = "open('done', 'w')"
+
+
+def test_at_most_so_many_run_and_the_others_wait_in_order(keeper):
+    made = keeper(at_once=2)
+    waiting = [add(made, f"import time; time.sleep(0.4); {DONE}") for _ in range(5)]
+    most, orders = 0, []
+    while not all(job.status == "succeeded" for job in waiting):
+        statuses = [job.status for job in waiting]
+        most = max(most, statuses.count("running"))
+        orders.append(statuses)
+        assert statuses == sorted(statuses, key=["succeeded", "running", "queued"].index) or "running" in statuses
+        assert "failed" not in statuses
+        time.sleep(0.02)
+    assert most == 2
+    assert [job.about["started"] for job in waiting] == sorted(job.about["started"] for job in waiting)
+    assert any(statuses[2:] == ["queued"] * 3 for statuses in orders)
+
+
+def test_a_new_kind_is_a_function_and_a_line(keeper, monkeypatch, tmp_path):
+    def nap(all_jobs, job):
+        return jobs.Work(["-c", f"import time; time.sleep({job.request['seconds']}); {DONE}"], job.folder / "done")
+
+    monkeypatch.setitem(jobs.KINDS, "nap", jobs.Kind("naps", "nap", nap))
+    made = keeper()
+    short, long = (made.new("nap", {"seconds": seconds}) for seconds in (0, 60))
+    until(lambda: short.status == "succeeded" and long.status == "running")
+    assert short.folder.parent == tmp_path / "naps"
+    made.stop(long, "cancelled")
+    until(lambda: long.status == "cancelled")
+    assert not long.child.alive()
+
+
+@pytest.mark.parametrize("code, status, told", [
+    (DONE, "succeeded", None),
+    (f"{DONE}; raise SystemExit(1)", "succeeded", None),  # all was done before it fell
+    ("pass", "failed", "ended with code 0"),
+    ("import sys; print('error: learning_rate = 9: is too high', file=sys.stderr); sys.exit(2)", "failed",
+     "learning_rate = 9: is too high"),
+    ("raise ValueError('no such thing')", "failed", "no such thing"),
+    ("import os; os.kill(os.getpid(), 9)", "failed", "was killed by SIGKILL"),
+])
+def test_what_a_child_leaves_says_what_became_of_it(keeper, code, status, told):
+    made = keeper()
+    job = add(made, code)
+    until(lambda: job.status in jobs.FINAL)
+    assert job.status == status
+    assert (told is None) == (job.about["error"] is None)
+    if told:
+        assert told in job.about["error"]["message"]
+        assert job.events()[0]["level"] == "error"
+    assert json.loads((job.folder / jobs.ABOUT).read_bytes()) == job.about
+
+
+def test_a_child_that_does_not_end_is_killed(keeper, monkeypatch):
+    monkeypatch.setattr(jobs, "PATIENCE", 0.3)
+    made = keeper()
+    job = add(made, f"import signal, time; signal.signal(15, signal.SIG_IGN); open('ready', 'w'); {SLEEP}")
+    until(lambda: (job.folder / "ready").exists())
+    made.stop(job, "cancelled")
+    until(lambda: job.status == "cancelled")
+    assert not job.child.alive()
+    assert any(event["level"] == "warn" for event in job.events())
+
+
+def test_a_child_is_asked_to_end_only_once(keeper):
+    """A second signal would end train.py before it has saved."""
+    made = keeper()
+    job = add(made, "import signal, time\nn = []\nsignal.signal(15, lambda *_: n.append(1))\nopen('ready', 'w')\n"
+                    "while not n: time.sleep(0.01)\ntime.sleep(0.5)\nopen('signals', 'w').write(str(len(n)))")
+    until(lambda: (job.folder / "ready").exists())
+    for wanted in ("paused", "paused", "cancelled"):
+        made.stop(job, wanted)
+        time.sleep(0.05)
+    with pytest.raises(jobs.Refused, match="still saving"):
+        made.resume(job)
+    until(lambda: job.status == "cancelled")
+    assert (job.folder / "signals").read_text() == "1"
+
+
+def test_a_server_that_ends_stops_its_jobs_and_the_next_one_starts_them_again(keeper):
+    first = keeper()
+    job = add(first, f"import os; n = os.path.exists('ready'); open('ready', 'w')\n"
+                     f"if n: {DONE}\nelse: {SLEEP}")
+    until(lambda: (job.folder / "ready").exists())
+    first.stop_all(20)
+    assert not job.child.alive()
+    assert job.status == "queued"
+    second = keeper()
+    until(lambda: second.get("ftjob", job.id).status == "succeeded")
+
+
+def left_running(made, tmp_path, pid, born, **about):
+    """What a killed server leaves of a running job whose process has this number and start."""
+    job = made.new("ftjob", {"code": DONE}, status="running", max_iters=10, result=str(tmp_path / "LICENSE"), **about)
+    (job.folder / jobs.PID).write_text(json.dumps({"pid": pid, "born": born}))
+    return job.id
+
+
+def born(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def test_the_next_server_takes_over_a_live_child_and_finds_a_dead_one(keeper, tmp_path):
+    first = keeper()
+    first.closing.set()
+    first.thread.join()  # from here on nobody watches
+    live, dead, told = (subprocess.Popen([sys.executable, "-c", SLEEP]) for _ in range(3))
+    dead.kill()
+    dead.wait()
+    names = {
+        "live": left_running(first, tmp_path, live.pid, born(live.pid)),
+        "dead": left_running(first, tmp_path, dead.pid, "123"),
+        "number of another": left_running(first, tmp_path, os.getpid(), "123"),
+        "told": left_running(first, tmp_path, told.pid, born(told.pid), wanted="paused"),
+        "done": left_running(first, ROOT, dead.pid, "123"),
+        "never started": first.new("ftjob", {"code": DONE}, status="running", result="x", max_iters=1).id,
+    }
+    second = keeper()
+    found = {what: second.get("ftjob", name) for what, name in names.items()}
+    until(lambda: all(found[what].status == "failed" for what in ("dead", "number of another", "never started")))
+    until(lambda: found["done"].status == "succeeded")  # it came to its end while nobody watched
+    assert "it can be resumed" in found["dead"].about["error"]["message"]
+    until(lambda: found["told"].status == "paused")  # the signal that the first server didn't come to send
+    assert found["live"].status == "running"
+    assert live.poll() is None
+    second.stop(found["live"], "cancelled")
+    until(lambda: found["live"].status == "cancelled")  # it is a zombie of this process, and counts as gone
+    assert live.wait() == -signal.SIGTERM
+    assert told.wait() == -signal.SIGTERM
+
+
+def test_nothing_half_written_is_taken_for_a_job_or_a_file(keeper, tmp_path):
+    made = keeper()
+    job = add(made, DONE)
+    until(lambda: job.status == "succeeded")
+    for folder in (tmp_path / "runs", tmp_path / "files"):
+        (folder / ".tmp_0a").mkdir()
+        (folder / "nonsense").mkdir()
+    (tmp_path / "runs" / f"ftjob-{'0' * 24}").mkdir()  # no about.json
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    about = {"id": f"file-{'0' * 24}", "suffix": ".txt", "created": 0, "filename": "x", "bytes": 1, "purpose": "batch"}
+    (secret / "about.json").write_text(json.dumps(about))
+    (secret / "content.txt").write_text("secret")
+    (tmp_path / "files" / about["id"]).symlink_to(secret)
+    with open(job.folder / jobs.EVENTS, "ab") as file:
+        file.write(b'{"id": "half')
+    again = keeper()
+    assert [found.id for found in again.all("ftjob")] == [job.id]
+    assert again.uploads.all() == []
+    assert [event["message"] for event in again.get("ftjob", job.id).events()] == ["succeeded", "started"]
+    assert not list(tmp_path.glob("*/.tmp_*"))
+    for call in (again.uploads.get, again.uploads.path, again.uploads.remove):
+        with pytest.raises(jobs.Refused, match="there is no file"):
+            call(about["id"])
+    assert (secret / "content.txt").exists()
+
+
+def test_pages_go_on_where_the_last_one_ended():
+    items = [{"id": f"x{i}"} for i in range(7)]
+    seen, after = [], None
+    while True:
+        found = jobs.page(items, after, 3)
+        seen += found["data"]
+        assert found["has_more"] == (len(seen) < 7)
+        if not found["has_more"]:
+            break
+        after = found["last_id"]
+    assert seen == items
+    assert jobs.page([], None, 3)["data"] == []
+    with pytest.raises(jobs.Refused, match="nothing in this list"):
+        jobs.page(items, "y", 3)
+
+
+def test_hyperparameters_are_nested_or_dotted_and_never_paths():
+    assert jobs.nested({"a.b": 1, "a.c.d": 2, "e": {"f": 3}, "e.g": 4, "n_epochs": "auto"}) == {
+        "a": {"b": 1, "c": {"d": 2}}, "e": {"f": 3, "g": 4}}
+    for bad in ({"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}):
+        with pytest.raises(jobs.Refused):
+            jobs.nested(bad)
+    paths = {"model_path", "encoder_path", "init_from", "img_path", "dataset.path", "checkpoints.path"}
+    assert paths <= jobs.OWN_KEYS
+    for key in jobs.OWN_KEYS:
+        *sections, last = key.split(".")
+        raw = {last: "/etc/x"}
+        for section in reversed(sections):
+            raw = {section: raw}
+        for spelled in ({key: "/etc/x"}, raw):
+            with pytest.raises(jobs.Refused, match=key):
+                jobs.check_own(jobs.nested(spelled))
+
+
+def test_a_model_is_named_after_what_it_was_made_of():
+    name = jobs.model_name("tiny", "mine", "ftjob-" + "0" * 16 + "89abcdef", "strawberry")
+    assert name == "ft-tiny-mine-89abcdef.strawberry"
+    assert jobs.model_name(name, None, "ftjob-" + "1" * 24, "palm") == "ft-tiny-mine-11111111.palm"
+    assert "/" not in jobs.model_name("../x y", None, "ftjob-" + "1" * 24, "palm")
+
+
+# ---- uploads -------------------------------------------------------------------------------------------------------
+
+
+class Served:
+    """A server in a thread of this process, and clients for it."""
+
+    def __init__(self, folder, **more):
+        self.data, self.models = folder / "data", folder / "models"
+        paths = {"data": str(self.data), "models": str(self.models)}
+        self.settings = serve.Settings(**paths, port=0, rate=0, device="cpu", **more)
+
+    def __enter__(self):
+        app = serve.make_app(self.settings)
+        self.server = uvicorn.Server(serve.server_config(app, self.settings))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        until(lambda: self.server.started or not self.thread.is_alive(), 60, "the server")
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.service = app.state.service
+        self.client = client_of(self.port)
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(90)
+        assert not self.thread.is_alive()
+
+    def raw(self, method, path, body=None, headers=(), **more):
+        return ask(self.port, method, path, body, headers, **more)
+
+
+def client_of(port):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=90)
+
+
+def ask(port, method, path, body=None, headers=(), **more):
+    """(status, bytes) of a request whose path is sent as it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.putrequest(method, path, skip_accept_encoding=True)
+        if isinstance(body, dict):
+            body, headers = json.dumps(body).encode(), [*headers, ("Content-Type", "application/json")]
+        if body is not None and not any(name.lower() in ("content-length", "transfer-encoding") for name, _ in headers):
+            headers = [*headers, ("Content-Length", str(len(body)))]
+        for name, value in headers:
+            connection.putheader(name, value)
+        connection.endheaders()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for piece in [body] if isinstance(body, bytes) else body or ():
+                connection.send(piece)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+BOUNDARY = "-------xyz"
+
+
+def form(parts, end=True):
+    """multipart/form-data, with names as they are given."""
+    out = b""
+    for name, filename, content in parts:
+        named = f'; filename="{filename}"' if filename is not None else ""
+        head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"{named}\r\n\r\n'
+        out += head.encode() + content + b"\r\n"
+    return out + (f"--{BOUNDARY}--\r\n".encode() if end else b"")
+
+
+FORM = [("Content-Type", f"multipart/form-data; boundary={BOUNDARY}")]
+
+
+def snapshot(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    with Served(tmp_path_factory.mktemp("site"), max_upload=1) as site:
+        yield site
+
+
+def test_upload_list_retrieve_content_delete(site):
+    files = site.client.files
+    contents = {"no ending": b"x", "a.txt": "héllo\r\n--\n".encode() * 999, "b.JSONL": b'"x"\n' * 50,
+                "c.json.gz": gzip.compress(b'["y"]'),
+                "dir/é 中.txt": b"", "d.txt": bytes(range(256)) * 300}
+    made = {name: files.create(file=(name, data), purpose="fine-tune") for name, data in contents.items()}
+    for name, data in contents.items():
+        about = made[name]
+        assert (about.object, about.bytes, about.filename) == ("file", len(data), name.rpartition("/")[2])
+        assert (about.status, about.purpose) == ("processed", "fine-tune")
+        assert abs(about.created_at - time.time()) < 60
+        assert files.retrieve(about.id) == about
+        assert files.content(about.id).content == data
+    listed = [file.id for file in files.list(limit=2)]  # the client turns the pages
+    assert listed[: len(made)] == [about.id for about in reversed(made.values())]
+    assert [file.id for file in files.list(order="asc")] == listed[::-1]
+    assert files.list(purpose="batch").data == []
+    assert files.wait_for_processing(made["a.txt"].id).status == "processed"
+    gone = files.delete(made["a.txt"].id)
+    assert (gone.id, gone.deleted) == (made["a.txt"].id, True)
+    for call in (files.retrieve, files.content, files.delete):
+        with pytest.raises(openai.NotFoundError, match="there is no file"):
+            call(made["a.txt"].id)
+    assert made["a.txt"].id not in [file.id for file in files.list()]
+    assert not (site.data / "files" / made["a.txt"].id).exists()
+
+
+@pytest.mark.parametrize("name", ["../../x.txt", "/etc/passwd.txt", "..\\..\\x.txt", "a/../../b.txt"])
+def test_names_are_only_shown(site, name):
+    before = snapshot(site.data.parent.parent)
+    status, body = site.raw("POST", "/v1/files", form([("purpose", None, b"fine-tune"), ("file", name, b"text")]), FORM)
+    assert status == 200
+    about = json.loads(body)
+    new = set(snapshot(site.data.parent.parent)) - set(before)
+    folder = site.data / "files" / about["id"]
+    assert new == {folder, folder / "about.json", folder / "content.txt"}
+    assert about["filename"] in ("x.txt", "passwd.txt", "b.txt")
+
+
+@pytest.mark.parametrize("parts, told", [
+    ([("file", "x.exe", b"")], "must end in .txt"),
+    ([("file", "x" * 300 + ".txt", b"")], "must have 1 to 255"),
+    ([("file", "x\0.txt", b"")], "printable"),
+    ([("file", "", b"")], "must have 1 to 255"),
+    ([("purpose", None, b"fine-tune")], "lacks a part of that name"),
+    ([("file", "a.txt", b"1"), ("file", "b.txt", b"2")], "given twice"),
+    ([("file", "a.txt", b"1"), ("purpose", None, b"evil")], "must be one of"),
+    ([("file", "a.txt", b"1"), ("purpose", None, b"")], "must be one of"),
+    ([("file", "a.txt", b"1"), ("purpose", None, b"x" * 5000)], "longer than"),
+    ([("file", "a.txt.gz", b"no gzip")], "not a whole gzip"),
+    ([("file", "a.txt.gz", gzip.compress(os.urandom(9999))[:-20])], "not a whole gzip"),
+    ([("x", None, b"")] * 40, "more than 32 parts"),
+])
+def test_what_is_no_upload_is_refused_and_leaves_nothing(site, parts, told):
+    before = snapshot(site.data / "files")
+    status, body = site.raw("POST", "/v1/files", form(parts), FORM)
+    assert status == 400
+    error = json.loads(body)["error"]
+    assert told in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert set(snapshot(site.data / "files")) == set(before)
+
+
+def test_a_method_that_an_address_lacks_is_told_which_it_has(site):
+    connection = http.client.HTTPConnection("127.0.0.1", site.port)
+    connection.request("PUT", "/v1/files/file-1")
+    answer = connection.getresponse()
+    assert (answer.status, answer.headers["Allow"]) == (405, "DELETE, GET")
+    connection.close()
+
+
+def test_one_server_at_a_time_has_the_data(site):
+    argv = [f"--data={site.data}", f"--models={site.models}", "--port=0"]
+    with pytest.raises(UserError, match="--data = .*: is written to by process"):
+        serve.main(argv)
+
+
+def test_forms_that_are_none(site):
+    before = set(snapshot(site.data / "files"))
+    whole = form([("file", "a.txt", b"text")])
+    assert site.raw("POST", "/v1/files", whole[:-9], FORM)[0] == 400  # its end is missing
+    assert site.raw("POST", "/v1/files", b"nonsense" * 99, FORM)[0] == 400
+    assert site.raw("POST", "/v1/files", b"", FORM)[0] == 400
+    long = whole.replace(b"form-data", b"form-data; x=" + b"x" * 100_000)
+    status, body = site.raw("POST", "/v1/files", long, FORM)
+    assert status == 400
+    assert b"headers beyond" in body or b"header" in body
+    for kind in ("application/json", "multipart/form-data", "multipart/form-data; boundary=" + "x" * 99, "\xff"):
+        assert site.raw("POST", "/v1/files", whole, [("Content-Type", kind)])[0] == 415
+    assert set(snapshot(site.data / "files")) == before
+
+
+def pieces(n, size=65536):
+    yield form([("file", "big.txt", b"")], end=False)[:-2]
+    for _ in range(n):
+        yield b"x" * size
+    yield f"\r\n--{BOUNDARY}--\r\n".encode()
+
+
+def chunked(pieces):
+    for piece in pieces:
+        yield f"{len(piece):x}\r\n".encode() + piece + b"\r\n"
+    yield b"0\r\n\r\n"
+
+
+def test_the_limit_holds_whatever_the_headers_say(site):
+    before = set(snapshot(site.data / "files"))
+    exact = site.client.files.create(file=("exact.txt", b"x" * MIB), purpose="fine-tune")  # just fits
+    assert exact.bytes == MIB
+    site.client.files.delete(exact.id)
+    with pytest.raises(openai.APIStatusError) as caught:
+        site.client.files.create(file=("big.txt", b"x" * (MIB + 1)), purpose="fine-tune")
+    assert caught.value.status_code == 413
+    assert caught.value.code == "file_too_large"
+    long = [("Transfer-Encoding", "chunked"), *FORM]
+    assert site.raw("POST", "/v1/files", chunked(pieces(40)), long)[0] == 413
+    stated = [("Content-Length", str(10**12)), *FORM]
+    assert site.raw("POST", "/v1/files", pieces(1), stated)[0] == 413
+    status, body = site.raw("POST", "/v1/files", chunked(pieces(4)), long)
+    assert status == 200
+    assert json.loads(body)["bytes"] == 4 * 65536
+    site.client.files.delete(json.loads(body)["id"])
+    lying = form([("file", "a.txt", b"x" * 5000)])  # says less than it sends
+    assert site.raw("POST", "/v1/files", lying, [("Content-Length", "1000"), *FORM])[0] == 400
+    assert set(snapshot(site.data / "files")) == before
+
+
+def test_bombs_stop_at_the_limit(site):
+    before = set(snapshot(site.data / "files"))
+    bomb = gzip.compress(bytes(200 * MIB), 9)
+    assert len(bomb) < MIB
+    start = time.monotonic()
+    for name in ("bomb.txt.gz", "bomb.jsonl.gz"):
+        status, body = site.raw("POST", "/v1/files", form([("file", name, bomb)]), FORM)
+        assert status == 413
+        assert "unpacked" in json.loads(body)["error"]["message"]
+    assert time.monotonic() - start < 5
+    assert set(snapshot(site.data / "files")) == before
+
+
+def test_a_client_that_leaves_leaves_nothing(site):
+    before = set(snapshot(site.data / "files"))
+    connection = http.client.HTTPConnection("127.0.0.1", site.port)
+    connection.request("POST", "/v1/files", None, dict([*FORM, ("Content-Length", "900000")]))
+    connection.send(form([("file", "a.txt", b"x" * 3000)], end=False))
+    until(lambda: set(snapshot(site.data / "files")) != before, what="the beginning of the upload")
+    connection.close()
+    until(lambda: set(snapshot(site.data / "files")) == before, what="the end of it")
+
+
+@pytest.mark.parametrize("name", [
+    "../jobs.py", "..%2f..%2fjobs.py", "%2e%2e/%2e%2e/etc/passwd", "%2e%2e%2fabout.json", "/etc/passwd", ".", "..", "*",
+    "%2fetc%2fpasswd", "%00", "file-%00" + "0" * 24, "x" * 300, "file-" + "0" * 24 + "%0a", "file-" + "٣" * 24, "%ff",
+    "file-" + "A" * 24, "file-link", "file-" + "1" * 24, "con",
+])
+def test_ids_are_never_paths(site, name):
+    if isinstance(name, str):
+        name = "".join(char if char.isascii() else "%" + "%".join(f"{b:02x}" for b in char.encode()) for char in name)
+    link = site.data / "files" / ("file-" + "1" * 24)
+    if not link.is_symlink():
+        secret = site.data.parent / "secret"
+        secret.mkdir()
+        (secret / "about.json").write_text(json.dumps({"id": link.name, "suffix": ".txt", "created": 0}))
+        (secret / "content.txt").write_text("secret")
+        link.symlink_to(secret)
+    real = site.client.files.create(file=("real.txt", b"text"), purpose="fine-tune").id
+    before = snapshot(site.data.parent)
+    for method, path in (("GET", "files/{}"), ("GET", "files/{}/content"), ("DELETE", "files/{}"),
+                         ("GET", "datasets/{}"), ("POST", "datasets/{}/cancel"), ("GET", "fine_tuning/jobs/{}"),
+                         ("GET", "fine_tuning/jobs/{}/curves.png"), ("GET", "fine_tuning/jobs/{}/events"),
+                         ("POST", "fine_tuning/jobs/{}/resume"), ("POST", "fine_tuning/jobs/{}/cancel")):
+        status, body = site.raw(method, "/v1/" + path.format(name), b"" if method == "POST" else None)
+        assert status in (404, 405), (method, path)
+        assert "error" in json.loads(body)
+        assert b"secret" not in body
+    for body in ({"files": [name]}, {"files": ["file-" + "1" * 24]}):
+        assert site.raw("POST", "/v1/datasets", body)[0] == 404
+    assert site.raw("POST", "/v1/datasets", {"files": [real], "encoder": name})[0] == 404
+    for wishes in ({"model": name}, {"model": "tiny", "training_file": name}):
+        asked = {"training_file": "file-" + "1" * 24, **wishes}
+        status, _ = site.raw("POST", "/v1/fine_tuning/jobs", asked)
+        assert status == 404
+    assert snapshot(site.data.parent) == before
+    site.client.files.delete(real)
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+TINY = {
+    "batch_size": 2, "max_iters": 20, "eval_interval": 10**6, "log_interval": 5, "eval_iters": 1, "warmup_iters": 2,
+    "sample_length": 0, "compile": False, "checkpoints.interval": 10**6,
+    "model_hyperparams": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 300},
+}  # fmt: skip
+PRESET = "tinystar-v0.1-baseline"
+LONG = {**TINY, "max_iters": 800, "log_interval": 50, "checkpoints.interval": 50}
+STEPS = [1, *range(50, 801, 50), 800]  # that LONG tells of
+ENDLESS = {**TINY, "max_iters": 10**6}
+
+
+def stories():
+    return "".join(json.dumps({"text": sentence(random.Random(i), 40)}) + "\n" for i in range(60)).encode()
+
+
+@pytest.fixture(scope="module")
+def story(site):
+    return site.client.files.create(file=("stories.jsonl", stories()), purpose="fine-tune").id
+
+
+def finished(client, job, seconds=90):
+    def look():
+        found = client.fine_tuning.jobs.retrieve(job.id)
+        return found if found.status not in ("validating_files", "queued", "running") else None
+
+    return until(look, seconds, f"the end of {job.id}")
+
+
+def begun(client, job, step=1):
+    """Wait until the run has taken its first steps."""
+    def look():
+        found = client.fine_tuning.jobs.retrieve(job.id)
+        assert found.status in ("validating_files", "queued", "running"), found
+        return found.progress["step"] >= step
+
+    return until(look, 60, f"a step of {job.id}")
+
+
+def went_on(site, job):
+    """Whether the run went on from a checkpoint, and did not begin anew."""
+    folder = site.data / "runs" / job.id
+    return "resuming" in (folder / "log.txt").read_text() and not (folder / "checkpoints" / "earlier_1").exists()
+
+
+def weights(site, job):
+    return load_model(site.models / job.fine_tuned_model)[0].state_dict()
+
+
+def children(data):
+    """The processes that run something in that directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(data) in path.joinpath("cmdline").read_text() or str(data) in str(path.joinpath("cwd").readlink()):
+                state = path.joinpath("stat").read_text().rpartition(")")[2].split()[0]
+                found += [int(path.name)] if state not in "ZX" else []
+    return found
+
+
+def test_a_dataset_is_assembled_once_and_says_what_came_of_it(site):
+    files = site.client.files
+    one, two = (files.create(file=("a.jsonl", stories() + b'"%d"\n' % i), purpose="fine-tune").id for i in range(2))
+    wishes = {"files": [one, two], "weights": [1, 2], "deduplicate": "near", "encoder": "chars", "name": "mine"}
+    made = json.loads(site.raw("POST", "/v1/datasets", wishes)[1])
+    assert made["object"] == "dataset"
+    assert made["status"] in ("queued", "running")
+
+    def look():
+        found = json.loads(site.raw("GET", f"/v1/datasets/{made['id']}")[1])
+        assert 0 <= found["progress"]["done"] <= 1
+        return found if found["status"] not in ("queued", "running") else None
+
+    def look_at_broken():
+        found = json.loads(site.raw("GET", f"/v1/datasets/{broken['id']}")[1])
+        return found if found["status"] == "failed" else None
+
+    ready = until(look)
+    assert ready["status"] == "succeeded", ready
+    assert ready["result"]["documents"] == 62
+    assert ready["result"]["left_out"]["exact_duplicates"] == 60
+    assert ready["recipe"]["files"] == [one, two]
+    again = files.create(file=("other name.jsonl", stories() + b'"0"\n'), purpose="fine-tune").id
+    same = json.loads(site.raw("POST", "/v1/datasets", {**wishes, "files": [again, two], "name": "other"})[1])
+    assert (same["id"], same["status"], same["created_at"]) == (made["id"], "succeeded", made["created_at"])
+    for change in ({"weights": [2, 1]}, {"files": [two, one]}, {"similarity": 0.9}, {"seed": 1}):
+        other = json.loads(site.raw("POST", "/v1/datasets", {**wishes, **change})[1])
+        assert other["id"] != made["id"]
+    listed = json.loads(site.raw("GET", "/v1/datasets?limit=2")[1])
+    assert listed["has_more"]
+    assert listed["data"][0]["id"] == other["id"]
+    for bad, field in (({"files": []}, "files"), ({"files": [one], "min_chars": 0}, "min_chars"),
+                       ({"files": [one], "fils": 1}, "fils"),
+                       ({"files": [one], "similarity": float("nan")}, "similarity"),
+                       ({"files": [one], "weights": [1, 2]}, "weights"), ({"files": one}, "files"), ({}, "files")):
+        status, body = site.raw("POST", "/v1/datasets", bad)
+        assert (status, json.loads(body)["error"]["param"]) == (400, field)
+    for found in json.loads(site.raw("GET", "/v1/datasets")[1])["data"]:
+        if found["status"] in ("queued", "running"):
+            with pytest.raises(openai.ConflictError, match="is needed by the dataset"):
+                files.delete(one)
+            stopped = json.loads(site.raw("POST", f"/v1/datasets/{found['id']}/cancel", b"")[1])
+            assert stopped["status"] in ("cancelled", "succeeded")
+    files.delete(one)
+    broken = json.loads(site.raw("POST", "/v1/datasets", {"files": [two], "min_chars": 10**6})[1])
+    failed = until(look_at_broken)
+    assert "no text is left" in failed["error"]["message"]
+    assert str(site.data) not in failed["error"]["message"]
+
+
+def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
+    """It ends with the weights of one that nothing has disturbed."""
+    tuning = site.client.fine_tuning.jobs
+    job = tuning.create(model=PRESET, training_file=story, hyperparameters=LONG, seed=3, suffix="mine",
+                        metadata={"who": "me"})
+    assert job.object == "fine_tuning.job"
+    assert job.status in ("validating_files", "queued")
+    assert job.fine_tuned_model is None
+    begun(site.client, job)
+    paused = tuning.pause(job.id)
+    assert paused.status == "paused"
+    assert children(site.data) == []
+    assert 1 <= paused.progress["step"] < 800
+    assert tuning.resume(job.id).status in ("queued", "running")
+    done = finished(site.client, job)
+    assert done.status == "succeeded", done
+    found = weights(site, done)
+    assert all(torch.equal(undisturbed[name], found[name]) for name in found)
+    assert went_on(site, job)
+    assert (done.seed, done.trained_tokens, done.metadata) == (3, 800 * 2 * 16, {"who": "me"})
+    assert done.created_at <= done.finished_at <= time.time()
+    assert done.fine_tuned_model.startswith(f"ft-{PRESET}-mine-")
+    assert done.fine_tuned_model in [model.id for model in site.client.models.list()]
+    text = site.client.completions.create(model=done.fine_tuned_model, prompt="the", max_tokens=4, seed=1)
+    assert text.usage.completion_tokens == 4
+    events = list(tuning.list_events(job.id, limit=4))
+    messages = [event.message for event in events]
+    plain = [message for message in messages if not message.startswith("step ")]
+    assert plain == ["succeeded", "started", "resumed", "paused", "started", "created"]
+    assert len({event.id for event in events}) == len(events)
+    steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
+    assert steps == STEPS
+    assert any("full_valid_loss" in event.data for event in events)
+    assert [event.created_at for event in events] == sorted((event.created_at for event in events), reverse=True)
+    points = list(tuning.checkpoints.list(job.id))
+    assert points[0].step_number == 800
+    assert points[0].metrics.full_valid_loss == pytest.approx(done.progress["val_loss"])
+    name = points[0].fine_tuned_model_checkpoint
+    same = site.client.completions.create(model=name, prompt="the", max_tokens=4, seed=1)
+    assert same.choices[0].text == text.choices[0].text
+    with pytest.raises(openai.NotFoundError):
+        site.client.models.retrieve(name.replace("800", "799"))
+    lines = json.loads(site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/metrics")[1])["data"]
+    assert [line["step"] for line in lines] == steps
+    for query in ("", "?sheet=learning_rate&x=tokens"):
+        status, png = site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/curves.png{query}")
+        assert (status, png[:8]) == (200, b"\x89PNG\r\n\x1a\n")
+    assert site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/curves.png?sheet=../x")[0] == 400
+    assert b"strawberry_jobs_running 0.0" in site.raw("GET", "/metrics")[1]
+    for call in (tuning.cancel, tuning.pause, tuning.resume):
+        with pytest.raises(openai.ConflictError):
+            call(job.id)
+    more = tuning.create(model=done.fine_tuned_model, training_file=story, hyperparameters={"max_iters": 5}, seed=1)
+    again = finished(site.client, more)
+    assert again.status == "succeeded", again
+    assert again.fine_tuned_model.startswith(f"ft-{PRESET}-mine-")
+    begin = [next(event.data["train_loss"] for event in tuning.list_events(run.id) if event.data.get("step") == 1)
+             for run in (job, more)]
+    assert begin[1] < begin[0] - 0.2  # it went on from what was learned
+
+
+@pytest.mark.parametrize("hyperparameters, param", [
+    ({"model_path": "/tmp/x"}, "hyperparameters.model_path"),
+    ({"dataset": {"path": "/etc/passwd"}}, "hyperparameters.dataset.path"),
+    ({"dataset.path": "x"}, "hyperparameters.dataset.path"),
+    ({"checkpoints": {"path": "../x"}}, "hyperparameters.checkpoints.path"),
+    ({"encoder_path": "tiktoken:gpt2"}, "hyperparameters.encoder_path"),
+    ({"init_from": "/x,pretrained"}, "hyperparameters.init_from"),
+    ({"img_path": "x"}, "hyperparameters.img_path"),
+    ({"checkpoints.create_checkpoints": False}, "hyperparameters.checkpoints.create_checkpoints"),
+])
+def test_no_key_names_a_path(site, story, hyperparameters, param):
+    before = len(site.service.factory.jobs.all("ftjob"))
+    with pytest.raises(openai.BadRequestError) as caught:
+        site.client.fine_tuning.jobs.create(model="tiny", training_file=story, hyperparameters=hyperparameters)
+    assert caught.value.param == param
+    assert len(site.service.factory.jobs.all("ftjob")) == before
+
+
+def test_keys_are_judged_as_on_the_command_line(site, story):
+    for wrong in ({"learning_rate": -1}, {"learnin_rate": 1e-3}, {"model_hyperparams": {"n_layer": 0, "n_head": "x"}},
+                  {"batch_size": 1.5}, {"max_iters": 10**30}, {"device": "gpu"}, {"model_hyperparams": {"arch": "x"}}):
+        raw = jobs.merged(options.read_json(ROOT / "config" / "tiny.json"), wrong)
+        raw.pop("$schema")
+        with pytest.raises(UserError) as told:
+            options.make_run(raw, jobs.CONFIGS)
+        with pytest.raises(openai.BadRequestError) as caught:
+            site.client.fine_tuning.jobs.create(model="tiny", training_file=story, hyperparameters=wrong)
+        assert caught.value.body["message"] == str(told.value)
+    for body in ({"training_file": story}, {"model": "tiny"},
+                 {"model": "tiny", "training_file": story, "suffix": "a/b"},
+                 {"model": "tiny", "training_file": story, "hyperparameters": [1]},
+                 {"model": "tiny", "training_file": story, "validation_file": story},
+                 {"model": "tiny", "training_file": story, "metadata": {"a": 1}},
+                 {"model": "tiny", "training_file": story, "method": {"type": "dpo"}},
+                 {"model": "tiny", "training_file": story, "hyperparameters": {"sample_prompt": "x" * 99_999}}):
+        assert site.raw("POST", "/v1/fine_tuning/jobs", body)[0] == 400
+
+
+@pytest.mark.parametrize("depth", [20, 200, 330, 500, 900, 990, 10_000])
+@pytest.mark.parametrize("field", ["hyperparameters", "method", "metadata", "integrations"])
+def test_depth_is_refused(site, story, depth, field):
+    for opening, closing in (('{"a":', "}"), ("[", "]")):
+        value = opening * depth + "1" + closing * depth
+        body = f'{{"model": "tiny", "training_file": "{story}", "{field}": {value}}}'.encode()
+        status, answer = site.raw("POST", "/v1/fine_tuning/jobs", body, [("Content-Type", "application/json")])
+        assert status == 400
+        assert "deep" in json.loads(answer)["error"]["message"]
+
+
+def test_queueing_idempotency_and_cancelling(site, story):
+    tuning = site.client.fine_tuning.jobs
+    ask = {"model": PRESET, "training_file": story, "hyperparameters": ENDLESS, "seed": 1}
+    first = tuning.create(**ask, extra_headers={"Idempotency-Key": "a key"})
+    same = [None] * 4
+    threads = [threading.Thread(target=lambda i=i: same.__setitem__(i, tuning.create(
+        **ask, extra_headers={"Idempotency-Key": "b key"}))) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({job.id for job in same}) == 1
+    assert same[0].id != first.id
+    assert tuning.create(**ask, extra_headers={"Idempotency-Key": "a key"}).id == first.id
+    with pytest.raises(openai.ConflictError, match="another request"):
+        tuning.create(**{**ask, "seed": 2}, extra_headers={"Idempotency-Key": "a key"})
+    begun(site.client, first)
+    waiting = tuning.retrieve(same[0].id)
+    assert waiting.status in ("validating_files", "queued")  # max_jobs is 1
+    assert tuning.cancel(waiting.id).status == "cancelled"
+    pid = site.service.factory.jobs.get("ftjob", first.id).child.pid
+    assert pid in children(site.data)
+    gone = tuning.cancel(first.id)
+    assert gone.status == "cancelled"
+    assert gone.fine_tuned_model is None
+    assert children(site.data) == []
+    steps = [point.step_number for point in tuning.checkpoints.list(first.id)]
+    assert len(steps) == 1
+    assert steps[0] >= 1
+    assert tuning.cancel(first.id).status == "cancelled"  # a second time changes nothing
+    assert [event.message for event in tuning.list_events(waiting.id)] == ["cancelled", "created"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site, story, tmp_path_factory):
+    """The weights of the run of LONG with seed 3, as train.py makes them at one go, in this process."""
+    folder, factory = tmp_path_factory.mktemp("undisturbed"), site.service.factory
+    recipe = Recipe(files=[story], vocab_size=300, validation_share=0.05)
+    made = factory.jobs.assemble(recipe)
+    until(lambda: made.status == "succeeded")
+    raw = jobs.merged(factory.jobs.starting_point(PRESET)[1], jobs.nested(LONG) | {"seed": 3})
+    like = jobs.Job(folder, {"id": "ftjob-0", "model": str(folder / "model.tinystar"),
+                             "request": {"raw": raw, "base": None, "vocab_size": 300}})
+    run = options.to_dict(jobs.complete_run(factory.jobs, like, made.folder))
+    (folder / "run.json").write_text(json.dumps(run))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert train.main(["--config", str(folder / "run.json")]) == 0
+    torch.set_num_threads(threads)
+    return load_model(folder / "model.tinystar")[0].state_dict()
+
+
+# ---- a killed server -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
+    """kill −9 of the server: the next one watches the run on. kill −9 of the run too: it has failed, and can go on."""
+    data, models = tmp_path / "data", tmp_path / "models"
+    argv = [sys.executable, str(ROOT / "serve.py"), "--data", str(data), "--models", str(models), "--port", "0"]
+    with open(tmp_path / "log", "wb") as log:
+        server = subprocess.Popen(argv, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
+    port = until(lambda: re.search(r"http://127.0.0.1:(\d+)", (tmp_path / "log").read_text()), 60, "the server")[1]
+    client = client_of(port)
+    check_memory(server.pid, int(port), data)
+    story = client.files.create(file=("stories.jsonl", stories()), purpose="fine-tune").id
+    asked = {"model": PRESET, "training_file": story, "hyperparameters": LONG, "seed": 3}
+    job = client.fine_tuning.jobs.create(**asked, extra_headers={"Idempotency-Key": "once"})
+    begun(client, job, step=50)
+    [pid] = children(data / "runs")
+    os.kill(pid, signal.SIGSTOP)  # so that it doesn't come to its end before this test does
+    os.killpg(server.pid, signal.SIGKILL)  # and all that a terminal would end with it
+    server.wait()
+    with Served(tmp_path) as site:
+        found = site.client.fine_tuning.jobs.retrieve(job.id)
+        assert found.status == "running"
+        assert children(data / "runs") == [pid]
+        os.kill(pid, signal.SIGKILL)
+        dead = finished(site.client, job)
+        assert dead.status == "failed"
+        assert dead.error.code == "interrupted"
+        assert dead.fine_tuned_model is None
+        assert list(models.glob("*")) == []
+        again = site.client.fine_tuning.jobs.create(**asked, extra_headers={"Idempotency-Key": "once"})
+        assert again.id == job.id
+        site.client.fine_tuning.jobs.resume(job.id)
+        done = finished(site.client, job)
+        assert done.status == "succeeded", done
+        found = weights(site, done)
+        assert all(torch.equal(undisturbed[name], found[name]) for name in found)
+        assert went_on(site, job)
+        events = list(site.client.fine_tuning.jobs.list_events(job.id))[::-1]
+        assert [event.data["step"] for event in events if event.type == "metrics"] == STEPS
+
+
+def check_memory(pid, port, data):
+    """200 MB go to disk and not into memory, by Content-Length and in chunks."""
+    def memory(what):
+        return int(re.search(rf"{what}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak is from now on
+    before = memory("VmRSS")
+    for headers, change in (([("Transfer-Encoding", "chunked")], chunked), ([], list)):
+        body = list(change(pieces(100, MIB)))
+        length = [] if headers else [("Content-Length", str(sum(map(len, body))))]
+        status, answer = ask(port, "POST", "/v1/files", body, [*headers, *length, *FORM])
+        assert status == 200
+        assert json.loads(answer)["bytes"] == 100 * MIB
+    assert memory("VmHWM") - before < 50, "MB of memory taken by uploads of 200 MB"
