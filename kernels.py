@@ -436,7 +436,8 @@ def rotary_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The half-split pairs of x turned, y1 = x1·cos + x2·sin and y2 = x2·cos − x1·sin, then RMS norm over each head.
 
     x (B, T, H·d), channels side by side, otherwise strided as it comes out of a projection; cos, sin
-    (1 or B, T, 1, d/2), float32. Returns (B, T, H·d) in x's dtype, rounded once; differentiable in x. Only where `usable(x)`.
+    (1 or B, T, 1, d/2), float32. Returns (B, T, H·d) in x's dtype, rounded once; differentiable in x. Only where
+    `usable(x)`.
 
     Turning keeps a head's length, so that its norm is that of x: one pass. Bytes moved in bfloat16 for each of B·T·H·d:
     forward 4, backward 6 (x and the gradient read, one written), the floor; and d/2 of both tables once for H heads.
@@ -1657,6 +1658,26 @@ def measure_grow(bandwidth: float) -> bool:
                 got = way(*calls[0])
                 error = max(error_of(got[i][:1], exact[i]) for i in checked)
                 right &= line(label, error, 1e-2, timed(way, calls), least)
+    return right
+
+
+def measure_rotary(bandwidth: float) -> bool:
+    right = True
+    for B, T, H, d in [(32, 1024, 12, 64), (4, 256, 8, 32)]:
+        angle = torch.arange(T, device="cuda")[None, :, None, None] / torch.arange(1, d // 2 + 1, device="cuda")
+        tables, n = (angle.cos(), angle.sin()), B * T * H * d
+        sets = [(random(B, T, 3 * H * d)[..., : H * d], *tables) for _ in range(enough(4 * n))]
+        exact = sets[0][0][:2].double().requires_grad_()
+        one, two = exact.unflatten(-1, (H, d)).chunk(2, dim=-1)
+        turned = torch.cat((one * tables[0] + two * tables[1], two * tables[0] - one * tables[1]), dim=-1)
+        y = F.rms_norm(turned, (d,), eps=1e-6).flatten(2)
+        slope = random(B, T, H * d)
+        (expected,) = torch.autograd.grad(y, exact, slope[:2].double())
+        error, seconds = error_of(rotary_norm(*sets[0])[:2], y.detach()), timed(rotary_norm, sets)
+        right &= line(f"rotary_norm {B} x {T} x {H} heads of {d}", error, 6e-3, seconds, 4 * n / bandwidth)
+        backward = torch.ops.strawberry.rotary_norm_backward
+        error, seconds = error_of(backward(slope, *sets[0])[:2], expected), timed(backward, [(slope, *x) for x in sets])
+        right &= line("  backward", error, 6e-3, seconds, 6 * n / bandwidth)
     return right
 
 
