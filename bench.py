@@ -2029,7 +2029,7 @@ def nanogpt_run(directory: Path, folder: Path, run: Run, steps: int) -> dict:
     (folder / "data" / "same").mkdir(parents=True)
     corpus = Corpus(run.dataset, None, run.model_hyperparams.block_size)
     for name, split in (("train", corpus.train), ("val", corpus.val)):
-        tokens = np.concatenate([split.windows(0, i, 1)[0, 1:] for i in range(split.n_windows)])
+        tokens = np.concatenate([file.tokens[start:stop] for file, start, stop in split.pieces])
         tokens.astype(np.uint16).tofile(folder / "data" / "same" / f"{name}.bin")
     hyper, device = run.model_hyperparams, train.choose_device(run.device).type
     keys = {name: getattr(hyper, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
@@ -2103,10 +2103,11 @@ def growth_arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="bench.py growth", allow_abbrev=False, description=(
         "Measure how tokens/s and memory of training change with the window T and with the width C; draw them."))
     add = parser.add_argument
-    add("configs", nargs="*", default=GROWING, help="config files, with changed keys; default: strawberry, "
-        "attention-free mixing alone, full attention")
-    add("--contexts", default="256,1k,4k,16k,32k", help="windows T (default 256,1k,4k,16k,32k)")
-    add("--widths", default="64,256,512,1k,2k", help="widths C, at windows of 1,024 tokens (default 64,256,512,1k,2k)")
+    add("configs", nargs="*", default=GROWING,
+        help="config files, with changed keys; default: strawberry, attention-free mixing alone, full attention")
+    add("--contexts", default="256,1024,4096,16384,32768", help="windows T (default 256,1024,4096,16384,32768)")
+    add("--widths", default="64,256,512,1024,2048",
+        help="widths C, multiples of 64, at windows of 1,024 tokens (default 64,256,512,1024,2048)")
     add("--tokens", type=quantity, default=32768, help="in a step, at least one window (default 32768)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of all")
     add("--jobs", type=quantity, default=1, help="get so many ready at once; they are measured in turns (default 1)")
@@ -2114,6 +2115,8 @@ def growth_arguments(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     arguments.contexts, arguments.widths = (
         sorted({quantity(part) for part in text.split(",") if part}) for text in (arguments.contexts, arguments.widths))
+    if wrong := [width for width in arguments.widths if width % HEAD]:
+        raise UserError(f"--widths: {wrong[0]} is no multiple of {HEAD}, the channels of a head; 1k is 1000, not 1024")
     return arguments
 
 
@@ -2219,7 +2222,7 @@ def scale_arguments(argv: list[str]) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key")
     add("--processes", default="1,2", help="how many, with commas (default 1,2)")
     add("--parallel", default="ddp", help="ddp, fsdp or both, with a comma (default ddp)")
-    add("--steps", type=quantity, default=30, help="measured after 10 others (default 30)")
+    add("--steps", type=quantity, default=30, help="measured, after 10 others or as many (default 30)")
     add("--same_batch", action="store_true", help="divide the config's batch, instead of as many rows for each process")
     add("--json", type=Path, help="write what was measured there, too")
     arguments = parser.parse_args(argv)
@@ -2288,22 +2291,28 @@ class ScaleTimer(Timer):
         self.loss = loss
 
     def scale(self, steps: int) -> dict:
-        cuda = self.device.type == "cuda"
-        self.advance(10, 10**6)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+        self.advance(min(10, steps), 10**6)
         before = self.progress.seconds
         self.advance(steps, 10**6)
         seconds = self.progress.seconds - before
-        memory = torch.cuda.max_memory_allocated() if cuda else None
         compiled = train.worth_compiling(self.run, self.device)
         return {
             "processes": self.ranks.world, "machine": machine(self.device), "torch": torch.__version__,
             "params": self.model.num_params(non_embedding=False), "tokens_per_step": self.tokens_per_step,
             "tokens_per_s": steps * self.tokens_per_step / seconds, "step_ms": 1e3 * seconds / steps,
-            "loss": self.loss, "memory": memory, "compile": compiled, "recorded": bool(self.recorded),
+            "loss": self.loss, "memory": self.most_memory(), "compile": compiled, "recorded": bool(self.recorded),
             "link_bytes_per_s": self.link(),
         }  # fmt: skip
+
+    def most_memory(self) -> int | None:
+        """Bytes at most, the rehearsal included: what a recorded step uses is counted when it is recorded, and only
+        then. On a CPU all that the process had in memory, torch included."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        with contextlib.suppress(OSError, AttributeError):
+            line = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+            return int(line[1]) * 1024
+        return None
 
     def link(self) -> float | None:
         """Bytes per second on each process's way out, in a sum over all processes that goes around a ring: of n

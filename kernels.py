@@ -532,7 +532,7 @@ rotary_op.register_autograd(rotary_gradients, setup_context=lambda ctx, inputs, 
 
 # ---- the head's loss -------------------------------------------------------------------------------------------------
 
-HEAD_WIDEST = 1 << 17  # logits of a token that a program can hold
+HEAD_WIDEST = 1 << 14  # logits of a token that fit a program's registers: at 50,304 it took twice as long as two passes
 
 
 def head_fits(logits: Tensor) -> bool:
@@ -905,7 +905,7 @@ def aft_backward(
 
 
 def aft_segment(v: Tensor) -> int:
-    """Tokens of the segments into which time is cut, where channels and rows alone make too few programs, or 0."""
+    """Tokens of the segments into which time is cut where channels and rows make too few programs; 0: it is not cut."""
     B, T, D = v.shape
     lines, wanted, segment = B * -(-D // AFT_CHANNELS), AFT_FILL * processors(v), AFT_SEGMENT
     while segment > AFT_SHORTEST and lines * -(-T // segment) < wanted:
@@ -1329,7 +1329,7 @@ def grow(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> t
     dtype; mean and variance of each matrix of the sum, (B, n, 1, 1), float32 or wider.
 
     Operations: 4·M·N·C a chunk. Bytes moved for each number in half types: 6 to make z and h of raw, 6 to make the sum
-    of h and raw, with the moments on the way; plain PyTorch moves 12 more.
+    of h and raw, with the moments on the way; plain PyTorch moves 8 more.
     """
     if not growable(raw, oa):
         return grow_plain(raw, scale, oa, out, viewed)
@@ -1363,11 +1363,14 @@ def grow_backward(
     """Gradients of raw, for each chunk, (B, n, M, N), of scale, oa and out from that of `grow`'s sum.
 
     Operations: 8·M·N·C a chunk. Bytes moved for each number in half types: 8 to make dz and h of grad and z, 6 for
-    raw's gradient of dz and grad, 4 each for those of oa and out; plain PyTorch moves 10 more.
+    raw's gradient of dz and grad, 4 each for those of oa and out; plain PyTorch moves 8 more.
     """
     way = torch.ops.strawberry.grow_backward if growable(raw, oa) else grow_backward_plain
     d_raw, d_scale, dz, h = way(grad, scale, oa, out, z, viewed)
-    d_out = at_least_float(between(grad, h, viewed)).sum(dim=(0, 1)).to(out.dtype)
+    if viewed:
+        d_out = at_least_float(between(grad, h, viewed)).sum(dim=(0, 1)).to(out.dtype)
+    else:  # all chunks' rows lie one after another
+        d_out = grad.flatten(0, 2).mT @ h.flatten(0, 2)
     return d_raw, d_scale, between(raw, dz, viewed), d_out
 
 
@@ -1765,7 +1768,7 @@ def main() -> None:
     name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}: copies at {bandwidth / 1e12:.2f} TB/s")
     print(f"{'bfloat16':46} {'error':>8} {'µs':>9} {'floor µs':>9} {'floor':>6}")
-    measures = measure_decode, measure_int8, measure_aft, measure_positions, measure_grow
+    measures = measure_decode, measure_int8, measure_rotary, measure_aft, measure_positions, measure_grow
     right = [measure(bandwidth) for measure in measures]
     if not all(right):
         raise SystemExit("a kernel is wrong: its error is above its bound")

@@ -21,7 +21,6 @@ module with
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import math
 import random
@@ -34,7 +33,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
 import kernels
 from options import UserError, check, load_run, nearest, option, run_cli
@@ -527,14 +525,12 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, d
 
 
 def attend_whole(q: Tensor, k: Tensor, v: Tensor, view: View, at: At, *, scale: float, dropout: float) -> Tensor:
-    """`attend` over a whole text by a view. The work of a window is by the window, not by T, where one of three ways
-    serves: FlashAttention, blocks that the compiler makes a kernel of, or bands."""
+    """`attend` over a whole text by a view. The work of a window is by the window, not by T, where one of two ways
+    serves: blocks that the compiler makes a kernel of, or bands."""
     T = q.size(1)
     if not at.causal:
         return attend_all(q, k, v, at.mask(view), scale=scale, dropout=dropout)
     if type(view) is View and not view.covers(T):
-        if flashes(q, k, v, dropout):
-            return attend_flash(q, k, v, view.size, scale=scale)
         if flexes(q, dropout):
             return attend_blocks(q, k, v, (view.size,), at, scale=scale)
         if 4 * max(view.size, BAND) <= T:
@@ -565,33 +561,6 @@ def near_mask(n: int, before: int, window: int, device) -> Tensor:
     return View(window).sees(t[None], s[None])
 
 
-def half_type(q: Tensor) -> torch.dtype:
-    """The type that attention is computed in: what autocast says, or q's."""
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-
-
-def flashes(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
-    """Whether FlashAttention's own windows serve: half types on a GPU that it knows."""
-    known = {"window_size"} if q.size(2) == k.size(2) else {"window_size", "enable_gqa"}
-    return (q.is_cuda and half_type(q) in kernels.HALVES and dropout == 0 and q.size(-1) == v.size(-1) <= 256
-            and q.size(-1) % 8 == 0 and torch.cuda.get_device_properties(q.device).major >= 8
-            and known <= FLASH_OPTIONS)  # fmt: skip
-
-
-FLASH_OPTIONS = set(inspect.signature(varlen_attn).parameters)  # which came with later versions of PyTorch
-
-
-def attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float) -> Tensor:
-    """FlashAttention (arXiv 2307.08691) over the newest `window` tokens, which takes rows of tokens as they lie: q
-    (B, T, H, d), k and v (B, T, Hkv, d) to (B, T, H, d)."""
-    (B, T), dtype = q.shape[:2], half_type(q)
-    starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
-    grouped = {"enable_gqa": True} if k.size(2) != q.size(2) else {}
-    q, k, v = (x.to(dtype).flatten(0, 1) for x in (q, k, v))
-    y = varlen_attn(q, k, v, starts, starts, T, T, scale=scale, window_size=(window - 1, 0), **grouped)
-    return y.unflatten(0, (B, T))
-
-
 def flexes(q: Tensor, dropout: float) -> bool:
     """Whether attention may go by blocks. Only under torch.compile, which makes one kernel of it: called as it is,
     FlexAttention takes T² work."""
@@ -609,7 +578,7 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], at:
     key = ("blocks", windows)
     if key not in at.masks:
         at.masks[key] = blocks_near(T, windows, q.device)
-    dtype = half_type(q)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # cast first: the other way round it would be a copy
     mask = BlockMask((T, T), *at.masks[key][1:], (128, 128), near(at.masks[key][0]))
     return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
@@ -743,14 +712,19 @@ def in_parts(x: Tensor) -> bool:
 
 
 def chunk_product_plain(x: Tensor, first: Tensor, later: Tensor, slot: int) -> Tensor:
-    y = (to_chunks(x[:, slot:], slot) @ later.mT).flatten(1, 2)
-    return torch.cat((x[:, :slot] @ first.mT, y[:, : x.size(1) - slot]), dim=1)
+    y = to_chunks(x, slot) @ side_by_side(first, later).mT
+    return y.flatten(1, 2)[:, : x.size(1)]
 
 
 def chunk_gradients_plain(grad: Tensor, x: Tensor, first: Tensor, later: Tensor, slot: int) -> tuple[Tensor, ...]:
     dx = chunk_product_plain(grad, first.mT, later.mT, slot)
-    d_first = wide(grad[:, :slot].mT @ x[:, :slot]).sum(dim=0).to(first.dtype)
-    return dx, d_first, to_chunks(grad[:, slot:], slot).mT @ to_chunks(x[:, slot:], slot)
+    dw = to_chunks(grad, slot).mT @ to_chunks(x, slot)
+    return dx, wide(dw[:, 0]).sum(dim=0).to(first.dtype), dw[:, 1:]
+
+
+def side_by_side(first: Tensor, later: Tensor) -> Tensor:
+    """(B, J, ·, ·)"""
+    return torch.cat((first.expand(len(later), 1, -1, -1), later), dim=1)
 
 
 def chunk_batches(slot: int, T: int, tokens: Sequence[Tensor], matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -1948,11 +1922,20 @@ def default_experts(c) -> None:
         c.a_ffn_experts = c.a_ffn_experts or max(1, c.n_ffn_experts // 2)
 
 
+def half_of(n: int) -> int:
+    """n / 2, or the largest divisor of n below it.
+
+    >>> half_of(12), half_of(25), half_of(1)
+    (6, 5, 1)
+    """
+    return next((m for m in range(n // 2, 0, -1) if n % m == 0), 1)
+
+
 def default_attention(c) -> None:
     """What attention_type's kinds need, from the width."""
     default_window(c)
     c.n_qkv = c.n_qkv or c.n_embd
-    c.n_kv_head = c.n_kv_head or max(1, c.n_head // 2)
+    c.n_kv_head = c.n_kv_head or half_of(c.n_head)
     c.kv_rank = c.kv_rank or max(1, c.n_embd // 4)
     c.rope_dim = c.rope_dim or max(2, c.n_qkv // c.n_head // 4 * 2)
 
@@ -2009,6 +1992,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.rope = None
+        self.gives_last = type(self).head is LanguageModel.head  # a head of a family's own may be of any kind
         self.drop = nn.Dropout(config.dropout)
         self.register_buffer("here", torch.empty(0), persistent=False)  # tells the device and the activations' dtype
 
@@ -2027,7 +2011,7 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.head(x), None
         flat = targets.flatten()
-        if self.training and torch.is_grad_enabled() and fuses_head(x):
+        if self.training and torch.is_grad_enabled() and self.gives_last and fuses_head(x):
             x, w = self.last(x)
             logits, loss = None, HeadLoss.apply(activation(x).flatten(0, 1), w, flat, self.cap)
         else:
@@ -2961,7 +2945,8 @@ class Palm(LanguageModel):
 class TinyStarConfig(ModelConfig):
     arch: str = option("tinystar", "the family of architectures", choices=("tinystar",))
     n_qkv: int | None = option(None, "channels of q; default n_embd", low=1)
-    n_kv_head: int | None = option(None, "heads of k and v in GQA; default n_head / 2", low=1)
+    n_kv_head: int | None = option(
+        None, "heads of k and v in GQA; default n_head / 2, or what divides n_head below it", low=1)
     n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 8C/3 (SwiGLU) or 4C", low=1)
     window: int | None = option(None, "tokens that -SWA attention sees; default block_size / 4", low=1)
     kv_rank: int | None = option(None, "MHLA's latent; default n_embd / 4", low=1)
@@ -3056,7 +3041,8 @@ class TransformerConfig(ModelConfig):
     kind: str = option("encoder-decoder", "which stacks", choices=("encoder-decoder", "decoder", "encoder"))
     n_encoder_layer: int | None = option(None, "blocks of the encoder; default n_layer", low=1, high=4096)
     n_qkv: int | None = option(None, "channels of q; default n_embd", low=1)
-    n_kv_head: int | None = option(None, "heads of k and v in GQA; default n_head / 2", low=1)
+    n_kv_head: int | None = option(
+        None, "heads of k and v in GQA; default n_head / 2, or what divides n_head below it", low=1)
     n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 4C, for swiglu 8C/3", low=1)
     n_ffn_experts: int = option(1, "feed-forwards that a router chooses from, token by token", low=1)
     a_ffn_experts: int | None = option(None, "feed-forwards active for a token; default half", low=1)

@@ -467,7 +467,7 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 def kept_for_backward(model: nn.Module, forward: Callable[[], object]) -> list[int]:
     """The sizes in bytes of what `forward()` keeps for a backward pass, in order, the model's own tensors left out."""
-    own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    own = {local(t).untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
     kept = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -910,7 +910,7 @@ class Trainer:
             if not compile:
                 self.forward = self.ranks.forward(self.model, False, self.leaves_idle)
                 loss = self.try_out(batch)
-            return loss.item()
+            return self.ranks.total(loss.item())[0]
 
     def leaves_idle(self) -> bool:
         """Whether a step leaves parameters without a gradient, as retention's where no chunk has an earlier one."""
@@ -1342,6 +1342,7 @@ class Trainer:
         need, rows = self.footprint(), self.rows
         total, (free, there) = need.fixed + rows * need.row, device_memory(self.device)
         saved, disk = need.weights + need.optimizer, shutil.disk_usage(existing(self.root))
+        saved *= self.ranks.world if self.ranks.sharded else 1
         wanted = (run.checkpoints.keep + 2) * saved if run.checkpoints.create_checkpoints else 0
         lines = {
             "paths": f"{run.model_path} and {self.root} can be written",

@@ -355,6 +355,7 @@ def test_aft_chains_segments_only_where_programs_are_few(monkeypatch):
     chained = [kernels.aft_chained(torch.empty(B, T, 768, device="meta"))
                for B, T in [(32, 1024), (22, 1024), (8, 4096), (1, 65536), (1, 128), (1, 32)]]  # fmt: skip
     assert chained == [False, False, True, True, True, False]
+    assert [kernels.aft_segment(torch.empty(4, T, D, device="meta")) for T, D in [(256, 256), (8192, 256)]] == [32, 128]
 
 
 def test_aft_looks_back_only():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import bench
 import checkpoint
@@ -783,6 +784,141 @@ def test_times_as_many_is_the_median_of_the_turns(monkeypatch):
 def test_a_missing_nanogpt_is_named(tmp_path):
     with pytest.raises(UserError, match=f"there is no {re.escape(str(tmp_path / 'model.py'))}"):
         bench.main(["nanogpt", "--nanogpt_path", str(tmp_path)])
+
+
+# ---- train ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def real(workshop, monkeypatch):
+    """Children are what they are; what is timed is short."""
+    quick = f"""
+import sys
+sys.path.insert(0, {str(options.CONFIG_FOLDER.parent)!r})
+import bench
+bench.MEASURED_SECONDS, bench.TIMED, bench.PRODUCT = 0.01, 2, (64, 64)
+bench.main(sys.argv[1:])
+"""
+    monkeypatch.setattr(bench, "child_command", lambda role, *words: [sys.executable, "-c", quick, role, *words])
+
+
+def test_train_tells_what_a_step_is_made_of(real, capsys):
+    bench.main(["train", "--config", "a.json:n_layer=2", "b.json", "--set", "gradient_accumulation_steps=2",
+                "--jobs", "2", "--json", "t.json"])  # fmt: skip
+    rows = json.loads(Path("t.json").read_text())
+    assert [row["config"] for row in rows] == ["a.json:n_layer=2", "b.json"]
+    for row, width, layers in zip(rows, (16, 32), (2, 1), strict=True):
+        model = build(SMALL | {"arch": "tinystar", "n_embd": width, "n_layer": layers})
+        assert row["params"] == model.num_params(non_embedding=False)
+        assert row["flops_per_token"] == model.flops_per_token(16) and row["tokens_per_step"] == 2 * 4 * 16
+        assert row["step_ms"] == pytest.approx(1e3 * 128 / row["tokens_per_s"])
+        assert row["flops_per_s"] == pytest.approx(row["flops_per_token"] * row["tokens_per_s"])
+        assert row["share"] == pytest.approx(row["flops_per_s"] / row["ceiling"])
+        assert list(row["parts_ms"]) == ["data", "forward", "backward", "optimizer"]
+        assert all(ms > 0 for ms in row["parts_ms"].values())
+    told = capsys.readouterr().out
+    assert "neither compiled nor recorded" in told and "one after another, not recorded: data" in told
+
+
+def test_parts_are_what_lies_between_marks(monkeypatch):
+    ticks = iter([0.0, 0.001, 0.004, 10.0, 10.001, 10.004, 20.0, 20.009, 20.010])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
+    marks = bench.Marks(torch.device("cpu"))
+    for _ in range(3):
+        marks.row()
+        marks()
+        marks()
+    assert marks.between() == pytest.approx([1.0, 3.0])  # medians of 1, 1, 9 and of 3, 3, 1 ms
+
+
+def test_a_config_that_fails_is_told_and_the_others_are_measured(real, capsys):
+    bench.main(["train", "--config", "a.json:dataset.path=nowhere.bin", "b.json"])
+    told = capsys.readouterr().out
+    assert "nowhere.bin" in told.splitlines()[0] and "b.json on cpu" in told
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "--config, or --against nanogpt, one of the two"),
+    (["--config", "a.json", "--against", "nanogpt"], "one of the two"),
+    (["--against", "nanogpt"], "needs --nanogpt_path"),
+    (["--against", "nanogpt", "--nanogpt_path", "."], "there is no .*train.py"),
+    (["--config", "a.json:n_layers=2"], "n_layer"),
+    (["--config", "a.json", "--set", "n_layer"], "write key=value"),
+    (["--config", "nowhere.json"], "no such file"),
+])  # fmt: skip
+def test_mistakes_in_train_are_told_before_anything_is_made(workshop, words, message):
+    with pytest.raises(UserError, match=message):
+        bench.main(["train", *words])
+
+
+THEIR_TRAIN = """
+import os, pickle, sys, time
+import numpy as np, torch
+keys = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+exec(open("configurator.py").read())
+folder = os.path.join("data", keys["dataset"])
+tokens = [np.memmap(os.path.join(folder, name), dtype=np.uint16, mode="r") for name in ("train.bin", "val.bin")]
+assert [len(part) for part in tokens] == [2252, 78] and max(part.max() for part in tokens) < 44
+assert pickle.load(open(os.path.join(folder, "meta.pkl"), "rb"))["vocab_size"] == 44
+raw_model = torch.nn.Linear(3, 4, bias=False)
+from model import name
+assert name == "theirs"
+for i in range(int(keys["max_iters"]) + 1):
+    time.sleep(0.01)
+    if i % int(keys["log_interval"]) == 0:
+        print(f"iter {i}: loss {5 - i / 100:.4f}, time 1.00ms, mfu -100.00%", flush=True)
+"""
+
+
+def test_both_train_scripts_run_on_the_same_text(real, capsys):
+    Path("theirs").mkdir()
+    for name, text in (("train.py", THEIR_TRAIN), ("model.py", "name = 'theirs'"), ("configurator.py", "")):
+        Path("theirs", name).write_text(text)
+    shape = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--vocab_size", "44", "--block_size", "16"]
+    data = ["--set", "dataset.path=data.bin", "--set", "encoder_path=chars:text.txt", "--set", "compile=false"]
+    bench.main(["train", "--against", "nanogpt", "--nanogpt_path", "theirs", "--steps", "60", "--batch_size", "2",
+                *shape, *data, "--json", "r.json"])  # fmt: skip
+    found = json.loads(Path("r.json").read_text())
+    assert found["nanogpt"]["params"] == 12 and found["nanogpt"]["losses"][-1] == [60, 4.4]
+    assert 0.01 <= found["nanogpt"]["step_s"] < 0.05
+    assert [step for step, _ in found["strawberry"]["losses"]] == [10, 20, 30, 40, 50, 60]
+    assert found["strawberry"]["params"] == build(SMALL | bench.GPT2_LEAN | {"arch": "tinystar"}).num_params(False)
+    assert re.search(r"[\d.]+ times as fast", capsys.readouterr().out)
+    assert sorted(path.name for path in Path("theirs").iterdir()) == ["configurator.py", "model.py", "train.py"]
+
+
+# ---- growth --------------------------------------------------------------------------------------------------------
+
+
+def test_growth_measures_each_window_and_width(workshop, capsys):
+    a = "a.json:attention_type=MHA,batch_size=1"
+    bench.main(["growth", a, "b.json", "--contexts", "8,16", "--widths", "64", "--tokens", "32", "--jobs", "3",
+                "--out", "out"])  # fmt: skip
+    rows = json.loads(Path("out/growth.json").read_text())["rows"]
+    assert [(row["config"], row["axis"], row["value"]) for row in rows] == [
+        (label, axis, value) for label in ("a attention_type=MHA batch_size=1", "b")
+        for axis, value in (("T", 8), ("T", 16), ("C", 64))]
+    assert len(calls("_speed")) == 6 and all(row["tokens_per_s"] == 1000 for row in rows)
+    assert "| b | C | 64 | 1,000 | – |" in Path("out/growth.md").read_text()
+
+
+def test_growth_keeps_the_tokens_of_a_step(workshop):
+    arguments = bench.growth_arguments(["a.json", "--contexts", "8,64", "--widths", "128", "--tokens", "32"])
+    runs = [point["run"] for point in bench.growth_points(arguments)]
+    assert [(run.model_hyperparams.block_size, run.batch_size) for run in runs] == [(8, 4), (64, 1), (32, 1)]
+    assert (runs[2].model_hyperparams.n_embd, runs[2].model_hyperparams.n_head) == (128, 2)
+    with pytest.raises(UserError, match="100 is no multiple of 64"):
+        bench.growth_arguments(["--widths", "100"])
+
+
+def test_growth_is_drawn_an_axis_for_each_question():
+    rows = [{"config": label, "axis": axis, "value": value, "tokens_per_s": 10.0 * value, "memory": 2**30 * value}
+            for label in "ab" for axis in "TC" for value in (64, 128)]
+    rows.append({"config": "a", "axis": "T", "value": 256, "why": "no"})
+    panels = bench.draw_growth(rows, "title").axes
+    assert len(panels) == 4
+    found = [{line.get_label(): line.get_xydata().tolist() for line in panel.lines} for panel in panels]
+    assert found[0] == {label: [[64, 640], [128, 1280]] for label in "ab"} and found[0] == found[1]
+    assert found[2]["a"] == [[64, 64], [128, 128]]
 
 
 # ---- scale ---------------------------------------------------------------------------------------------------------

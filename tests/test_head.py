@@ -81,6 +81,19 @@ def test_every_family_trains_through_it(case, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+def test_a_head_of_a_family_s_own_is_left_alone(monkeypatch):
+    class Own(models.TinyStar):
+        def head(self, x):
+            return super().head(x) * 2
+
+    monkeypatch.setattr(models, "fuses_head", lambda x: True)
+    monkeypatch.setitem(models.MODELS, "tinystar", Own)
+    model = build({"arch": "tinystar", "vocab_size": 50, "block_size": 16, "n_embd": 32}).train()
+    idx = torch.randint(50, (2, 16))
+    logits, loss = model(idx, idx)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), idx.flatten()).item(), rel=1e-6)
+
+
 def test_it_is_compiled_as_one_graph(monkeypatch):
     monkeypatch.setattr(models, "fuses_head", lambda x: True)
     torch.manual_seed(0)

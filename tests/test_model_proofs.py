@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import encoder
 import model as model_file
 from checkpoint import load_model, save_model
-from model import AFTS, LAM, MODELS, START, AFTPositional, AFTSimpleFunction, At, as_is, build, init_weights
+from model import AFTS, CONFIGS, LAM, MODELS, START, AFTPositional, AFTSimpleFunction, At, as_is, build, init_weights
 from optimizer import DECAYED, HIDDEN, ROLES, build_optimizer
-from options import OptimizerHyperparams
+from options import OptimizerHyperparams, check
 
 torch.set_num_threads(1)
 
@@ -933,3 +933,10 @@ def test_an_encoder_decoder_caches_its_source_once():
         assert cache.nbytes() == held
         model(torch.zeros(2, 4, dtype=torch.int64), cache=cache)
     assert cache.nbytes() == held
+
+
+@pytest.mark.parametrize("n_head, expected", [(1, 1), (2, 1), (3, 1), (4, 2), (12, 6), (15, 5), (25, 5)])
+def test_heads_of_any_number_are_grouped_by_default(n_head, expected):
+    for arch in ("tinystar", "transformer"):
+        c, problems = check(CONFIGS[arch], {"arch": arch, "n_head": n_head, "n_embd": 8 * n_head})
+        assert problems == [] and c.n_kv_head == expected and n_head % c.n_kv_head == 0

@@ -5,6 +5,7 @@ this one, computes meanwhile. tests/test_survival.py kills and signals such runs
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -202,6 +203,9 @@ def two(argv) -> None:
         codes.append(run(copied("one_half", f"one_{mode}"), f"--parallel={mode}", RESUME))
         codes.append(run(f"--checkpoints.path=turns_{mode}", f"--parallel={mode}", "--batch_size=3", "--max_iters=2"))
         found[mode, "codes"] = codes
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        found["checks"] = [run("--check", f"--parallel={mode}", "--checkpoints.path=none") for mode in MODES]
+    found["told"] = told.getvalue()
     found["half"] = run("--checkpoints.path=narrow", "--parallel=fsdp", "--dtype=bfloat16", *HALF)
     found["stopped"] = run("--checkpoints.path=stopped", "--parallel=fsdp", "--max_iters=500", trainer=Signalled)
     save, train.save_checkpoint = train.save_checkpoint, failing_once()
@@ -230,12 +234,9 @@ def reduced(group) -> list[int]:
     return found
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """(name → what one process computes, what each of the two has found), in the directory where all runs are."""
-    before, threads, trainer = os.getcwd(), torch.get_num_threads(), train.Trainer
-    there = tmp_path_factory.mktemp("two")
-    torch.set_num_threads(1)
+def compute(there: Path) -> None:
+    """All that the two processes do, and meanwhile what one does, in a directory of its own."""
+    there.mkdir()
     set_up(there)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         run("--checkpoints.path=one_half", *HALF)
@@ -249,7 +250,26 @@ def found(tmp_path_factory):
                  for name, (hyper, T) in models().items()}  # fmt: skip
         codes = [finish(child, 300) for child in children]
     assert codes == [0, 0], "".join(read(f"log{rank}.txt")[-4000:] for rank in range(2))
-    yield alone, [torch.load(f"found{rank}.pt", weights_only=False) for rank in range(2)]
+    torch.save(alone, "alone.pt")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """(name → what one process computes, what each of the two has found), in the directory where all runs are. Where
+    tests run in several workers, one of them has it done for all."""
+    import fcntl
+
+    before, threads, trainer = os.getcwd(), torch.get_num_threads(), train.Trainer
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    torch.set_num_threads(1)
+    with open(shared / "two.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "two").exists():
+            compute(shared / "two")
+    os.chdir(shared / "two")
+    yield torch.load("alone.pt", weights_only=False), [
+        torch.load(f"found{rank}.pt", weights_only=False) for rank in range(2)]  # fmt: skip
     train.Trainer = trainer
     torch.set_num_threads(threads)
     os.chdir(before)
@@ -391,6 +411,12 @@ def test_checkpoints_are_alike(found):
         for header in tensors:
             del header["__metadata__"]
         assert tensors[0] == tensors[1]
+
+
+def test_checking_tells_the_loss_of_all(found):
+    assert found[1][0]["checks"] == found[1][1]["checks"] == [0, 0]
+    first = next(line for line in timeless("one/metrics.jsonl"))["loss"]
+    assert found[1][0]["told"].count(f"first batch  loss {first:.3f}") == 2 and not Path("none").exists()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -35,6 +35,10 @@ def test_the_architecture_that_the_readme_adds_keeps_the_promises(monkeypatch):
     other[:, 20:] = 0
     assert torch.equal(mean(other)[0][:, :20], full[:, :20])
     assert mean.generate(idx, 5).shape == (2, 45)
+    whole = mean.train()(idx, idx)[1].item()
+    monkeypatch.setattr(model, "fuses_head", lambda x: True)
+    logits, loss = mean(idx, idx)
+    assert logits is None and loss.item() == pytest.approx(whole, rel=1e-12)
 
 
 def test_the_table_of_keys_is_current():
