@@ -656,11 +656,13 @@ def turned(q: Tensor, k: Tensor, at: At) -> Sequence[Tensor]:
 
 def to_chunks(x: Tensor, slot: int) -> Tensor:
     """(B, T, ·) to (B, J, slot, ·), zeros after the last token."""
-    return F.pad(x, (0, 0, 0, -x.size(1) % slot)).unflatten(1, (-1, slot))
+    if x.size(1) % slot:  # else a view: to pad by nothing would be a copy
+        x = F.pad(x, (0, 0, 0, -x.size(1) % slot))
+    return x.unflatten(1, (-1, slot))
 
 
 class Scaled(NamedTuple):
-    """scale · raw: a matrix whose rescaling is left to what is multiplied by it, so that no pass is made for it."""
+    """scale · raw: a matrix whose rescaling is left to what it is used by, so that no pass is made for it."""
 
     raw: Tensor  # (out, in), or one for each of some chunks of each row, (B, n, out, in)
     scale: Tensor  # (), or (B, n, 1, 1); float32 or wider
@@ -680,8 +682,8 @@ def project(x: Tensor, w: Tensor | Int8 | Scaled | ByChunk, at: At) -> Tensor:
         scale = torch.cat((one.expand(len(x), 1, 1, 1), scale), dim=1)
         x = (to_chunks(x, at.slot) * scale).flatten(1, 2)[:, : x.size(1)].to(later.dtype)
         return ChunkProduct.apply(x, first.to(later.dtype), later, at.slot)
-    if isinstance(w, Scaled):
-        return linear(x * w.scale, w.raw)
+    if isinstance(w, Scaled):  # one matrix for many tokens: the gradient of its scale is cheaper from it than from them
+        return linear(x, w.raw * w.scale)
     if isinstance(w, Int8) or w.dim() == 2:
         return linear(x, w)
     y = to_chunks(x, at.slot) @ w.mT.to(x.dtype)  # (B, J, slot, out)
@@ -2345,29 +2347,51 @@ def reweigh(w: Weights, oa: Tensor, out: Tensor, tao: Tensor) -> Weights:
 
 
 def grown(w: Weights, oa: Tensor | None, block: StrawberryBlock) -> Weights:
-    """`reweigh` for whole texts and Scaled weights: the same function, in as few passes over the weights as there can
-    be. oa (B, n, C, C), of n chunks of each row; None: the weights are rescaled alone."""
-    (C, C), D = block.out.shape, w.swiglu.raw.size(-1)
-    made = []
-    for (raw, scale), n, gain, viewed in zip(w, (C, D, C), block.tao[0].abs(), (False, True, False), strict=True):
-        if oa is None:
-            deviation = wide(raw).std(dim=(-2, -1))
-        else:
-            shape = raw.shape[-2:]
-            raw = raw.unflatten(-2, (C, 2)).flatten(-2) if viewed else raw  # (…, 2C, D) → (…, C, 2D)
-            scale = scale.expand(*oa.shape[:2], 1, 1)
-            raw, deviation = Grow.apply(raw.to(oa.dtype), scale, oa, block.out.to(oa.dtype), viewed)
-            raw = raw.view(*raw.shape[:2], *shape)
-        made.append(Scaled(raw, scale * gain * n**-0.5 / (scale * deviation + 1e-8)))
-    return Weights(*made)
+    """`reweigh` for whole texts and Scaled weights: the same function, in as few passes over the weights, or as few
+    launches, as there can be. oa (B, n, C, C), of n chunks of each row; None: the weights are rescaled alone.
+
+    It leaves the rescaling to what is multiplied by the weights: w = scale · raw gives
+    w + silu(w oa) outᵀ = scale · (raw + h outᵀ) with z = raw oa and h = z ⊙ σ(scale · z).
+    """
+    raws, scales = zip(*w, strict=True)
+    if oa is None:
+        deviations = [wide(raw).std(dim=(-2, -1)) for raw in raws]
+    else:
+        raws, scales = [raw.to(oa.dtype) for raw in raws], [scale.expand(*oa.shape[:2], 1, 1) for scale in scales]
+        grow = grow_each if kernels.growable(raws[0], oa) else grow_together
+        raws, deviations = grow(Weights(*raws), scales, oa, block.out.to(oa.dtype))
+    sizes = (w.qkv.raw.size(-1), w.swiglu.raw.size(-1), w.out.raw.size(-1))
+    gains = [gain * n**-0.5 for gain, n in zip(block.tao[0].abs(), sizes, strict=True)]
+    changed = zip(raws, scales, gains, deviations, strict=True)
+    return Weights(*(Scaled(raw, s * gain / (s * deviation + 1e-8)) for raw, s, gain, deviation in changed))
+
+
+def grow_together(raws: Weights, scales: list[Tensor], oa: Tensor, out: Tensor) -> tuple[Weights, list[Tensor]]:
+    """raw + h outᵀ and its deviations, all rows of the three matrices as one: few launches, for small ones."""
+    C, D = raws.qkv.size(-1), raws.swiglu.size(-1)
+    view = raws.swiglu.unflatten(-2, (C, 2)).flatten(-2).mT  # (…, 2C, D) → (…, C, 2D) → (…, 2D, C)
+    rows = (3 * D, 2 * D, C)
+    raw = torch.cat((raws.qkv, view, raws.out), dim=-2)
+    scale = torch.cat([scale.expand(-1, -1, n, 1) for scale, n in zip(scales, rows, strict=True)], dim=2)
+    z = raw.expand(*oa.shape[:2], -1, -1) @ oa
+    h = (z * torch.sigmoid(scale * z)).to(z.dtype)
+    qkv, view, w_out = (raw + h @ out.mT).split(rows, dim=-2)
+    deviations = [wide(m).std(dim=(-2, -1), keepdim=True) for m in (qkv, view, w_out)]
+    return Weights(qkv, view.mT.unflatten(-1, (2, D)).flatten(-3, -2), w_out), deviations
+
+
+def grow_each(raws: Weights, scales: list[Tensor], oa: Tensor, out: Tensor) -> tuple[Weights, list[Tensor]]:
+    """The same matrix by matrix, for large ones: nothing is transposed, and passes are parts of the products."""
+    C = len(out)
+    views = (raws.qkv, raws.swiglu.unflatten(-2, (C, 2)).flatten(-2), raws.out)  # (…, 2C, D) → (…, C, 2D)
+    kinds = zip(views, scales, (False, True, False), strict=True)
+    made, deviations = zip(*(Grow.apply(m, scale, oa, out, viewed) for m, scale, viewed in kinds), strict=True)
+    return Weights(made[0], made[1].view(*oa.shape[:2], *raws.swiglu.shape[-2:]), made[2]), list(deviations)
 
 
 class Grow(torch.autograd.Function):
-    """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), and the deviation of each matrix.
-
-    This is the update rule but for its rescaling: w = scale · raw gives w + silu(w oa) outᵀ = scale · (raw + h outᵀ),
-    and the factor is left to the products, see Scaled. A matrix that the rule reads as its view is kept as the view's
-    transpose, so that nothing is transposed: z = oaᵀ raw, raw + out h.
+    """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), and the deviation of each matrix. One that the rule reads
+    as its view is kept as the view's transpose, so that nothing is transposed: z = oaᵀ raw, raw + out h.
 
     In half types 2 bytes of `raw` and 2 of `z` are kept for the way back for each of a matrix's numbers. What moves and
     what is computed stands in kernels.grow and grow_backward; besides, the gradient of the deviation and what comes

@@ -162,7 +162,7 @@ def test_blocks_are_windows_on_a_gpu(T, windows, kv_heads):
         assert relative(got, its) < 2e-3
 
 
-# ---- whole training --------------------------------------------------------------------------------------------------
+# ---- whole training -------------------------------------------------------------------------------------------------
 
 
 def trainer_of(folder, monkeypatch, **keys):

@@ -195,6 +195,31 @@ def test_gradients_of_retention(scope):
     assert torch.autograd.gradcheck(output, (x, *params))
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_matrices_grow_alike_together_and_each(shared):
+    """The two ways of retention's update, of weights that all chunks share or have their own of: results and gradients;
+    and the hand-written backward of the second."""
+    generator, C, D, n = torch.Generator().manual_seed(0), 3, 4, (2, 2)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    lead = () if shared else n
+    raws = model_file.Weights(draw(*lead, 3 * D, C), draw(*lead, 2 * C, D), draw(*lead, C, C))
+    scales, oa, out = [draw(*n, 1, 1) for _ in range(3)], draw(*n, C, C), draw(C, C)
+    inputs, results = [*raws, *scales, oa, out], []
+    for grow in (model_file.grow_together, model_file.grow_each):
+        new, deviations = grow(raws, scales, oa, out)
+        made = [*new, *deviations]
+        loss = sum((i + y.cos()).prod(dim=-1).sum() for i, y in enumerate(made))
+        results.append([*made, *torch.autograd.grad(loss, inputs)])
+    for together, each in zip(*results, strict=True):
+        torch.testing.assert_close(together, each)
+    view = raws.swiglu.unflatten(-2, (C, 2)).flatten(-2).detach().requires_grad_()
+    for raw, viewed in ((raws.qkv, False), (view, True)):
+        assert torch.autograd.gradcheck(lambda *x, v=viewed: model_file.Grow.apply(*x, v), (raw, scales[0], oa, out))
+
+
 @pytest.mark.parametrize("T", [6, 11, 12, 23])
 @pytest.mark.parametrize("rows", [2, 5])
 def test_products_chunk_by_chunk(rows, T):
