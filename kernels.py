@@ -700,6 +700,60 @@ def aft_sums_before(totals, prefixes, segment, here, D: tl.constexpr, GROUP: tl.
 
 
 @jit
+def aft_total(
+    k, v, start, count, T, here, k_step: tl.constexpr, v_step: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The largest key, Σ exp(k) v and Σ exp(k) of a segment of `count` tiles."""
+    top = tl.full((BLOCK,), -1e30, tl.float32)  # finite: −∞ − −∞ would be NaN
+    above, below, t = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), start - ROWS
+    ks = aft_none(float("-inf"), ROWS, BLOCK, k.dtype.element_ty)
+    vs = aft_none(0.0, ROWS, BLOCK, v.dtype.element_ty)
+    for tile in range(-1, count):
+        limit = tl.where(tile < count - 1, T, 0)  # nothing is read after the segment
+        next_ks = aft_load(k, t + ROWS, k_step, limit, here, float("-inf"), ROWS)
+        next_vs = aft_load(v, t + ROWS, v_step, limit, here, 0.0, ROWS)
+        now = top
+        for i in tl.static_range(ROWS):
+            now = tl.maximum(now, ks[i].to(tl.float32))
+        fade = exp(top - now)
+        above, below = above * fade, below * fade
+        for i in tl.static_range(ROWS):
+            weight = exp(ks[i].to(tl.float32) - now)
+            above, below = above + weight * vs[i].to(tl.float32), below + weight
+        top, t, ks, vs = now, t + ROWS, next_ks, next_vs
+    return top, above, below
+
+
+@jit
+def aft_publish_sums(x, top, above, below, here, D: tl.constexpr):
+    aft_publish(x, top, here)
+    aft_publish(x + D, above, here)
+    aft_publish(x + 2 * D, below, here)
+
+
+@jit
+def aft_tile(y, top, above, below, qs, ks, vs, left, here, D: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr):
+    """A tile's largest key and its own sums; y if WRITE, with the sums before the tile."""
+    now, over, under = top, tl.zeros_like(above), tl.zeros_like(above)
+    kept = tl.full(above.shape, 1.0, tl.float32)
+    for i in tl.static_range(ROWS):
+        now, over, under, fade, weight = aft_token(now, over, under, ks[i].to(tl.float32), vs[i].to(tl.float32))
+        if WRITE:
+            kept *= fade
+            open_by = 1.0 + exp(-qs[i].to(tl.float32))  # σ(q) = 1 / (1 + e^−q)
+            gated = (above * kept + over) * inverse((below * kept + under) * open_by)
+            tl.store(y + i * D, gated.to(y.dtype.element_ty), mask=here & (i < left))
+    return now, over, under
+
+
+@jit
+def aft_keep(states, top, above, below, D: tl.constexpr, mask):
+    tl.store(states, top, mask=mask)
+    tl.store(states + D, above, mask=mask)
+    tl.store(states + 2 * D, below, mask=mask)
+
+
+@jit
 def aft_forward(
     q, k, v, y, states, totals, prefixes, T, tiles, q_row, k_row, v_row,
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr,
@@ -711,83 +765,44 @@ def aft_forward(
     c, row, segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.program_id(2)
     here, segments = c < D, tl.num_programs(2)
     q, k, v, y = q + row * q_row + c, k + row * k_row + c, v + row * v_row + c, y + row * T * D + c
-    top = tl.full((BLOCK,), -1e30, tl.float32)  # finite: −∞ − −∞ would be NaN
+    top = tl.full((BLOCK,), -1e30, tl.float32)
     above, below = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     above_low, below_low = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     start = segment.to(tl.int64) * tiles * ROWS
-    count = tl.minimum(tiles, tl.cdiv(T - start, ROWS).to(tl.int32))
+    count, t = tl.minimum(tiles, tl.cdiv(T - start, ROWS).to(tl.int32)), start - ROWS
     if CHAIN:
-        t = start - ROWS
-        ks = aft_none(float("-inf"), ROWS, BLOCK, k.dtype.element_ty)
-        vs = aft_none(0.0, ROWS, BLOCK, v.dtype.element_ty)
-        for tile in range(-1, count):
-            limit = tl.where(tile < count - 1, T, 0)  # nothing is read after the segment
-            next_ks = aft_load(k, t + ROWS, k_step, limit, here, float("-inf"), ROWS)
-            next_vs = aft_load(v, t + ROWS, v_step, limit, here, 0.0, ROWS)
-            now = top
-            for i in tl.static_range(ROWS):
-                now = tl.maximum(now, ks[i].to(tl.float32))
-            fade = exp(top - now)
-            above, below = above * fade, below * fade
-            for i in tl.static_range(ROWS):
-                weight = exp(ks[i].to(tl.float32) - now)
-                above, below = above + weight * vs[i].to(tl.float32), below + weight
-            top, t, ks, vs = now, t + ROWS, next_ks, next_vs
+        its_top, its_above, its_below = aft_total(k, v, start, count, T, here, k_step, v_step, ROWS, BLOCK)
         totals += row * segments * 3 * D + c
         prefixes += row * tl.cdiv(segments, GROUP) * 3 * D + c
-        aft_publish(totals + segment * 3 * D, top, here)
-        aft_publish(totals + segment * 3 * D + D, above, here)
-        aft_publish(totals + segment * 3 * D + 2 * D, below, here)
-    t = start - ROWS
-    ks = aft_none(float("-inf"), ROWS, BLOCK, k.dtype.element_ty)
-    vs = aft_none(0.0, ROWS, BLOCK, v.dtype.element_ty)
-    if WRITE:
-        qs = aft_none(0.0, ROWS, BLOCK, q.dtype.element_ty)
-    if CHAIN:
-        its_top, its_above, its_below = top, above, below
+        aft_publish_sums(totals + segment * 3 * D, its_top, its_above, its_below, here, D)
         zeros = tl.zeros((GROUP, BLOCK), tl.int32)
         top, above, below = aft_sums_before(totals + zeros, prefixes + zeros, segment, here, D, GROUP)
         if segment % GROUP == GROUP - 1:
             end = tl.maximum(top, its_top)
             fade, its_fade = exp(top - end), exp(its_top - end)
-            mine = prefixes + (segment // GROUP) * 3 * D
-            aft_publish(mine, end, here)
-            aft_publish(mine + D, above * fade + its_above * its_fade, here)
-            aft_publish(mine + 2 * D, below * fade + its_below * its_fade, here)
+            over, under = above * fade + its_above * its_fade, below * fade + its_below * its_fade
+            aft_publish_sums(prefixes + (segment // GROUP) * 3 * D, end, over, under, here, D)
+    ks = aft_none(float("-inf"), ROWS, BLOCK, k.dtype.element_ty)
+    vs = aft_none(0.0, ROWS, BLOCK, v.dtype.element_ty)
+    qs = aft_none(0.0, ROWS, BLOCK, q.dtype.element_ty)
     states += (row * (tl.cdiv(T, ROWS) + 1) + segment * tiles - 1) * 3 * D + c
     for tile in range(-1, count):
-        left = tl.where(tile >= 0, T - t, 0).to(tl.int32)
-        limit = tl.where(tile < count - 1, T, 0)
+        left, limit = tl.where(tile >= 0, T - t, 0).to(tl.int32), tl.where(tile < count - 1, T, 0)
         next_ks = aft_load(k, t + ROWS, k_step, limit, here, float("-inf"), ROWS)
         next_vs = aft_load(v, t + ROWS, v_step, limit, here, 0.0, ROWS)
+        next_qs = qs
         if WRITE:
             next_qs = aft_load(q, t + ROWS, q_step, limit, here, 0.0, ROWS)
         if SAVE:
-            tl.store(states, top, mask=here & (tile >= 0))
-            tl.store(states + D, above + above_low, mask=here & (tile >= 0))
-            tl.store(states + 2 * D, below + below_low, mask=here & (tile >= 0))
+            aft_keep(states, top, above + above_low, below + below_low, D, here & (tile >= 0))
             states += 3 * D
-        now, over, under = top, tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        kept = tl.full((BLOCK,), 1.0, tl.float32)
-        for i in tl.static_range(ROWS):
-            now, over, under, fade, weight = aft_token(now, over, under, ks[i].to(tl.float32), vs[i].to(tl.float32))
-            if WRITE:
-                kept *= fade
-                open_by = 1.0 + exp(-qs[i].to(tl.float32))  # σ(q) = 1 / (1 + e^−q)
-                gated = (above * kept + over) * inverse((below * kept + under) * open_by)
-                tl.store(y + t * D + i * D, gated.to(y.dtype.element_ty), mask=here & (i < left))
+        now, over, under = aft_tile(y + t * D, top, above, below, qs, ks, vs, left, here, D, ROWS, WRITE)
         kept = exp(top - now)
         above, above_low = aft_carry(above, above_low, kept, over)
         below, below_low = aft_carry(below, below_low, kept, under)
-        top, t = now, t + ROWS
-        ks, vs = next_ks, next_vs
-        if WRITE:
-            qs = next_qs
+        top, t, ks, vs, qs = now, t + ROWS, next_ks, next_vs, next_qs
     if SAVE:
-        ends = here & (segment == segments - 1)
-        tl.store(states, top, mask=ends)
-        tl.store(states + D, above + above_low, mask=ends)
-        tl.store(states + 2 * D, below + below_low, mask=ends)
+        aft_keep(states, top, above + above_low, below + below_low, D, here & (segment == segments - 1))
 
 
 @jit
@@ -813,6 +828,51 @@ def aft_sums_after(
     after += tl.sum(fade * tl.load(its, mask=there, other=0.0, volatile=True), axis=0)
     weighted += tl.sum(fade * tl.load(its + D, mask=there, other=0.0, volatile=True), axis=0)
     return after, weighted
+
+
+@jit
+def aft_again(
+    dq, state, qs, ks, vs, gs, left, here, D: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr
+):  # fmt: skip
+    """What the forward pass knew in a tile: of its tokens r, r o, by what the sums before were multiplied, and their
+    weights; by what the sums after the tile are. The gradient of q if WRITE."""
+    top = tl.load(state, mask=here, other=0.0)
+    above = tl.load(state + D, mask=here, other=0.0)
+    below = tl.load(state + 2 * D, mask=here, other=1.0)
+    now, over, under, kept = top, tl.zeros_like(top), tl.zeros_like(top), tl.full(top.shape, 1.0, tl.float32)
+    rs, ros, fades, weights = (), (), (), ()
+    for i in tl.static_range(ROWS):
+        now, over, under, fade, weight = aft_token(now, over, under, ks[i].to(tl.float32), vs[i].to(tl.float32))
+        kept *= fade
+        per_z = inverse(below * kept + under)
+        o = (above * kept + over) * per_z
+        gate = inverse(1.0 + exp(-qs[i].to(tl.float32)))
+        gated = gs[i].to(tl.float32) * gate
+        if WRITE:
+            tl.store(dq + i * D, (gated * o * (1.0 - gate)).to(dq.dtype.element_ty), mask=here & (i < left))
+        r = gated * per_z
+        rs, ros, fades, weights = rs + (r,), ros + (r * o,), fades + (fade,), weights + (weight,)
+    return rs, ros, fades, weights, exp(top - now)
+
+
+@jit
+def aft_tile_back(
+    dk, dv, after, weighted, rs, ros, fades, weights, vs, left, here,
+    D: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """A tile's own Σ r and Σ r o, times what lies before its first token; the gradients of k and v if WRITE, with the
+    sums after the tile."""
+    over, under = tl.zeros_like(after), tl.zeros_like(after)
+    fade, kept = tl.full(after.shape, 1.0, tl.float32), tl.full(after.shape, 1.0, tl.float32)
+    for i in tl.static_range(ROWS - 1, -1, -1):
+        over, under, kept = over * fade + rs[i], under * fade + ros[i], kept * fade
+        fade = fades[i]
+        if WRITE:
+            dv_now = weights[i] * (over + after * kept)
+            dk_now = dv_now * vs[i].to(tl.float32) - weights[i] * (under + weighted * kept)
+            tl.store(dv + i * D, dv_now.to(dv.dtype.element_ty), mask=here & (i < left))
+            tl.store(dk + i * D, dk_now.to(dk.dtype.element_ty), mask=here & (i < left))
+    return over * fade, under * fade
 
 
 @jit
@@ -862,40 +922,13 @@ def aft_backward(
             next_vs = aft_load(v, t - ROWS, v_step, limit, here, 0.0, ROWS)
             next_qs = aft_load(q, t - ROWS, q_step, limit, here, 0.0, ROWS)
             next_gs = aft_load(grad, t - ROWS, grad_step, limit, here, 0.0, ROWS)
-            state = states + tile.to(tl.int64) * 3 * D
-            top = tl.load(state, mask=here, other=0.0)
-            above = tl.load(state + D, mask=here, other=0.0)
-            below = tl.load(state + 2 * D, mask=here, other=1.0)
-            now, over, under = top, tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-            kept = tl.full((BLOCK,), 1.0, tl.float32)
-            rs, ros, fades, weights = (), (), (), ()
-            for i in tl.static_range(ROWS):
-                now, over, under, fade, weight = aft_token(now, over, under, ks[i].to(tl.float32), vs[i].to(tl.float32))
-                kept *= fade
-                per_z = inverse(below * kept + under)
-                o = (above * kept + over) * per_z
-                gate = inverse(1.0 + exp(-qs[i].to(tl.float32)))
-                gated = gs[i].to(tl.float32) * gate
-                if write == 1:
-                    slope = gated * o * (1.0 - gate)
-                    tl.store(dq + t * D + i * D, slope.to(dq.dtype.element_ty), mask=here & (i < left))
-                r = gated * per_z
-                rs, ros, fades, weights = rs + (r,), ros + (r * o,), fades + (fade,), weights + (weight,)
-            over, under = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # this tile's Σ r and Σ r o
-            fade, kept = tl.full((BLOCK,), 1.0, tl.float32), tl.full((BLOCK,), 1.0, tl.float32)
-            for i in tl.static_range(ROWS - 1, -1, -1):
-                over, under, kept = over * fade + rs[i], under * fade + ros[i], kept * fade
-                fade = fades[i]
-                if write == 1:
-                    dv_now = weights[i] * (over + after * kept)
-                    dk_now = dv_now * vs[i].to(tl.float32) - weights[i] * (under + weighted * kept)
-                    tl.store(dv + t * D + i * D, dv_now.to(dv.dtype.element_ty), mask=here & (i < left))
-                    tl.store(dk + t * D + i * D, dk_now.to(dk.dtype.element_ty), mask=here & (i < left))
-            kept = exp(top - now)
-            after, after_low = aft_carry(after, after_low, kept, over * fade)
-            weighted, weighted_low = aft_carry(weighted, weighted_low, kept, under * fade)
-            ks, vs, qs, gs = next_ks, next_vs, next_qs, next_gs
-            t -= ROWS
+            state, out = states + tile.to(tl.int64) * 3 * D, t * D
+            rs, ros, fades, weights, kept = aft_again(dq + out, state, qs, ks, vs, gs, left, here, D, ROWS, write == 1)
+            over, under = aft_tile_back(
+                dk + out, dv + out, after, weighted, rs, ros, fades, weights, vs, left, here, D, ROWS, write == 1)
+            after, after_low = aft_carry(after, after_low, kept, over)
+            weighted, weighted_low = aft_carry(weighted, weighted_low, kept, under)
+            t, ks, vs, qs, gs = t - ROWS, next_ks, next_vs, next_qs, next_gs
         if CHAIN and write == 0:
             own_after, own_weighted = after, weighted
             totals += row * segments * 2 * D + c
