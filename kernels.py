@@ -8,7 +8,6 @@ it, which is the reference, and what runs where Triton or a GPU is missing.
     aft_simple        attention-free mixing without positions, differentiable
     aft_conv          the same with positions by distance
     aft_local         the same with positions a_t · b_s within a window
-    rotary_norm       rotary positions, then RMS norm, per head, differentiable
     head_slopes       cross entropy and its gradient by the logits
     grow              retention's update of a matrix for each chunk of each row; grow_backward
 
@@ -425,109 +424,6 @@ def int8_op(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 @int8_op.register_fake
 def _(x, w, scale, bias):
     return x.new_empty(x.size(0), w.size(0))
-
-
-# ---- rotary positions and norm ---------------------------------------------------------------------------------------
-
-ROTARY_ROWS = 32  # heads of tokens that a program takes
-
-
-def rotary_norm(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The half-split pairs of x turned, y1 = x1·cos + x2·sin and y2 = x2·cos − x1·sin, then RMS norm over each head.
-
-    x (B, T, H·d), channels side by side, otherwise strided as it comes out of a projection; cos, sin
-    (1 or B, T, 1, d/2), float32. Returns (B, T, H·d) in x's dtype, rounded once; differentiable in x. Only where
-    `usable(x)`.
-
-    Turning keeps a head's length, so that its norm is that of x: one pass. Bytes moved in bfloat16 for each of B·T·H·d:
-    forward 4, backward 6 (x and the gradient read, one written), the floor; and d/2 of both tables once for H heads.
-    """
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return torch.ops.strawberry.rotary_norm(x, cos.contiguous(), sin.contiguous())
-
-
-@jit
-def rotary_place(T, rows, x_row, x_step, table_row, heads: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-                 ROWS: tl.constexpr):  # fmt: skip
-    """Where the heads of a program stand: in a strided x, in one whose tokens follow each other, in the tables; and
-    which of them are there."""
-    n, c = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, HALF)[None, :]
-    token, head, here = n // heads, n % heads, (n < rows) & (c < D // 2)
-    row, t = (token // T).to(tl.int64), token % T
-    strided = row * x_row + t.to(tl.int64) * x_step + head * D + c
-    return strided, n.to(tl.int64) * D + c, row * table_row + t * (D // 2) + c, here
-
-
-@jit
-def rotary_forward(
-    x, cos, sin, y, T, rows, x_row, x_step, table_row,
-    heads: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    at, out, angle, here = rotary_place(T, rows, x_row, x_step, table_row, heads, D, HALF, ROWS)
-    one = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-    two = tl.load(x + at + D // 2, mask=here, other=0.0).to(tl.float32)
-    c, s = tl.load(cos + angle, mask=here, other=0.0), tl.load(sin + angle, mask=here, other=0.0)
-    scale = tl.rsqrt(tl.sum(one * one + two * two, axis=1) / D + 1e-6)[:, None]
-    tl.store(y + out, ((one * c + two * s) * scale).to(y.dtype.element_ty), mask=here)
-    tl.store(y + out + D // 2, ((two * c - one * s) * scale).to(y.dtype.element_ty), mask=here)
-
-
-@jit
-def rotary_backward(
-    grad, x, cos, sin, dx, T, rows, x_row, x_step, table_row,
-    heads: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The gradient turned back, and what is along x taken out: with n = x · scale and g the gradient turned back,
-    scale · (g − n · mean(g · n))."""
-    at, out, angle, here = rotary_place(T, rows, x_row, x_step, table_row, heads, D, HALF, ROWS)
-    one = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-    two = tl.load(x + at + D // 2, mask=here, other=0.0).to(tl.float32)
-    c, s = tl.load(cos + angle, mask=here, other=0.0), tl.load(sin + angle, mask=here, other=0.0)
-    g_one = tl.load(grad + out, mask=here, other=0.0).to(tl.float32)
-    g_two = tl.load(grad + out + D // 2, mask=here, other=0.0).to(tl.float32)
-    g_one, g_two = g_one * c - g_two * s, g_two * c + g_one * s
-    scale = tl.rsqrt(tl.sum(one * one + two * two, axis=1) / D + 1e-6)[:, None]
-    along = scale * scale * (tl.sum(g_one * one + g_two * two, axis=1) / D)[:, None]
-    tl.store(dx + out, (scale * (g_one - one * along)).to(dx.dtype.element_ty), mask=here)
-    tl.store(dx + out + D // 2, (scale * (g_two - two * along)).to(dx.dtype.element_ty), mask=here)
-
-
-def rotary_launch(kernel, tensors: tuple[Tensor, ...], x: Tensor, cos: Tensor) -> None:
-    (B, T, width), half = x.shape, cos.size(-1)
-    rows = B * T * width // (2 * half)
-    sizes = (T, rows, x.stride(0), x.stride(1), cos[0].numel() if len(cos) > 1 else 0, width // (2 * half), 2 * half)
-    kernel[(-(-rows // ROTARY_ROWS),)](*tensors, *sizes, HALF=power_of_2(half), ROWS=ROTARY_ROWS, num_warps=4)
-
-
-@torch.library.custom_op("strawberry::rotary_norm", mutates_args=())
-def rotary_op(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rotary_launch(rotary_forward, (x, cos, sin, y), x, cos)
-    return y
-
-
-@rotary_op.register_fake
-def _(x, cos, sin):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("strawberry::rotary_norm_backward", mutates_args=())
-def rotary_backward_op(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rotary_launch(rotary_backward, (grad.contiguous(), x, cos, sin, dx), x, cos)
-    return dx
-
-
-@rotary_backward_op.register_fake
-def _(grad, x, cos, sin):
-    return x.new_empty(x.shape)
-
-
-def rotary_gradients(ctx, grad: Tensor) -> tuple:
-    return torch.ops.strawberry.rotary_norm_backward(grad, *ctx.saved_tensors), None, None
-
-
-rotary_op.register_autograd(rotary_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 # ---- the head's loss -------------------------------------------------------------------------------------------------
@@ -1697,26 +1593,6 @@ def measure_grow(bandwidth: float) -> bool:
     return right
 
 
-def measure_rotary(bandwidth: float) -> bool:
-    right = True
-    for B, T, H, d in [(32, 1024, 12, 64), (4, 256, 8, 32)]:
-        angle = torch.arange(T, device="cuda")[None, :, None, None] / torch.arange(1, d // 2 + 1, device="cuda")
-        tables, n = (angle.cos(), angle.sin()), B * T * H * d
-        sets = [(random(B, T, 3 * H * d)[..., : H * d], *tables) for _ in range(enough(4 * n))]
-        exact = sets[0][0][:2].double().requires_grad_()
-        one, two = exact.unflatten(-1, (H, d)).chunk(2, dim=-1)
-        turned = torch.cat((one * tables[0] + two * tables[1], two * tables[0] - one * tables[1]), dim=-1)
-        y = F.rms_norm(turned, (d,), eps=1e-6).flatten(2)
-        slope = random(B, T, H * d)
-        (expected,) = torch.autograd.grad(y, exact, slope[:2].double())
-        error, seconds = error_of(rotary_norm(*sets[0])[:2], y.detach()), timed(rotary_norm, sets)
-        right &= line(f"rotary_norm {B} x {T} x {H} heads of {d}", error, 6e-3, seconds, 4 * n / bandwidth)
-        backward = torch.ops.strawberry.rotary_norm_backward
-        error, seconds = error_of(backward(slope, *sets[0])[:2], expected), timed(backward, [(slope, *x) for x in sets])
-        right &= line("  backward", error, 6e-3, seconds, 6 * n / bandwidth)
-    return right
-
-
 def aft_exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """AFT simple in float64, which carries e^±80."""
     q, k, v = q.double(), k.double(), v.double()
@@ -1801,7 +1677,7 @@ def main() -> None:
     name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}: copies at {bandwidth / 1e12:.2f} TB/s")
     print(f"{'bfloat16':46} {'error':>8} {'µs':>9} {'floor µs':>9} {'floor':>6}")
-    measures = measure_decode, measure_int8, measure_rotary, measure_aft, measure_positions, measure_grow
+    measures = measure_decode, measure_int8, measure_aft, measure_positions, measure_grow
     right = [measure(bandwidth) for measure in measures]
     if not all(right):
         raise SystemExit("a kernel is wrong: its error is above its bound")

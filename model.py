@@ -636,9 +636,7 @@ def rotary(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
 
 
 def rotary_qk_norm(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
-    """Rotary positions, then `norm`, per head: by a kernel where there is one, which reads and writes both once."""
-    if kernels.usable(q, k) and not at.stepping:
-        return kernels.rotary_norm(q, *at.rope), kernels.rotary_norm(k, *at.rope)
+    """Rotary positions, then `norm`, per head."""
     q, k = turned(q, k, at)
     return norm(q).flatten(2), norm(k).flatten(2)
 

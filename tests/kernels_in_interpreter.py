@@ -14,16 +14,7 @@ from test_decode import by_generate, collect, made, requests_for
 
 import kernels
 from decode import Decoder
-from kernels import (
-    aft_conv,
-    aft_local,
-    aft_simple,
-    decode_attention,
-    head_slopes,
-    int8_linear,
-    quantize_int8,
-    rotary_norm,
-)
+from kernels import aft_conv, aft_local, aft_simple, decode_attention, head_slopes, int8_linear, quantize_int8
 from model import AFTS, At, Grow, build, channel_norm
 
 assert kernels.INTERPRETED, "run by tests/test_kernels.py, or with TRITON_INTERPRET=1"
@@ -221,29 +212,6 @@ def test_int8_linear_of_odd_shapes(M, N, K):
     x = draw(M, 1, 2 * K)[..., :K]  # rows that do not follow each other
     got = int8_linear(x, w8, torch.full((N,), 0.01))
     check(got, x.double() @ w8.double().T * 0.01, 2e-6)
-
-
-# ---- rotary positions and norm ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("B, T, H, d, rows", [(2, 5, 3, 8, 1), (3, 7, 1, 24, 3), (1, 33, 2, 64, 1), (2, 1, 2, 2, 2)])
-def test_rotary_norm_and_its_gradient(B, T, H, d, rows, dtype):
-    """Beside complex numbers that turn, and autograd, in float64; x a part of a wider projection."""
-    angle = 3 * draw(rows, T, 1, d // 2, seed=1)
-    wide, slope = draw(B, T, 3 * H * d, dtype=dtype).requires_grad_(), draw(B, T, H * d, seed=2, dtype=dtype)
-    exact = wide.detach().double().requires_grad_()
-    x = exact[..., H * d : 2 * H * d].unflatten(-1, (H, d))
-    turned = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * torch.polar(torch.ones(()).double(), -angle.double())
-    turned = torch.cat((turned.real, turned.imag), dim=-1)
-    expected = turned / (turned.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    (expected.flatten(2) * slope.double()).sum().backward()
-    got = rotary_norm(wide[..., H * d : 2 * H * d], angle.cos(), angle.sin())
-    (got * slope).sum().backward()
-    assert got.dtype == dtype
-    check(got, expected.detach().flatten(2), BOUND[dtype])
-    if d > 2:
-        check(wide.grad, exact.grad, 2 * BOUND[dtype])
 
 
 # ---- AFT simple ------------------------------------------------------------------------------------------------------
@@ -506,8 +474,6 @@ def test_the_operators_are_registered_as_pytorch_wants_them(small_blocks):
     w8, scale = quantize_int8(draw(9, 16))
     torch.library.opcheck(torch.ops.strawberry.int8_linear.default, (draw(2, 16), w8, scale, None))
     torch.library.opcheck(torch.ops.strawberry.int8_linear.default, (draw(2, 16), w8, scale, draw(9)))
-    x, angle = draw(1, 3, 8).requires_grad_(), draw(1, 3, 1, 2)
-    torch.library.opcheck(torch.ops.strawberry.rotary_norm.default, (x, angle.cos(), angle.sin()))
     qkv = [draw(1, 3, 2, seed=s).requires_grad_() for s in range(3)]
     torch.library.opcheck(torch.ops.strawberry.aft_simple.default, (*qkv, True))
     weight, most = torch.rand(1, 1, 1, 16, 16).requires_grad_(), torch.zeros(1, 1, 16)
