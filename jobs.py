@@ -506,7 +506,8 @@ def training_work(jobs: Jobs, job: Job) -> Work | None:
     atomic_write(job.folder / "run.json", json.dumps(options.to_dict(run)).encode())
     root = job.folder / "checkpoints"
     root.mkdir(exist_ok=True)
-    resume = ["--init_from=resume"] if any(root.glob("*step_*")) else []
+    saved = any(not path.name.startswith(checkpoint.UNFINISHED) for path in root.glob("*step_*"))
+    resume = ["--init_from=resume"] if saved else []
     return Work([str(HERE / "train.py"), "--config", str(job.folder / "run.json"), *resume], Path(run.model_path))
 
 

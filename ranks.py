@@ -28,6 +28,7 @@ All three have the same methods: train.py does not ask how many there are. Rank 
     heard(number) -> number         the largest signal that any rank got, where they must stop at the same step
     listening()                     a context that makes Lost of what the back ends raise when a process is gone
     close()
+    vanish(code)                      ends a process whose peers may be gone
 
 What a rank hears nothing from is gone: a dead process closes its connections, which the others see at once, and after
 TIMEOUT at the latest. They raise Lost.
@@ -43,6 +44,7 @@ import inspect
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -192,6 +194,9 @@ class Alone:
     def close(self) -> None:
         pass
 
+    def vanish(self, code: int) -> None:
+        pass
+
 
 @torch.no_grad()
 def scale_down(grads: list[Tensor], norm: Tensor, limit: float) -> Tensor:
@@ -283,6 +288,14 @@ class Ranks:
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+    def vanish(self, code: int) -> None:
+        """End the process where others may be gone, and take nothing apart: what DDP began with them is dropped by a
+        thread that waits for Python's lock, while Python waits for that thread, for ever."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -1296,8 +1296,12 @@ class Trainer:
 
     def close(self) -> None:
         self.ranks.close()
+        self.release()
+
+    def release(self) -> None:
         if self.lock:
             self.lock.release()
+            self.lock = None
 
     def memory_advice(self) -> str:
         """What took the memory that there was, and which keys to lower."""
@@ -1429,7 +1433,10 @@ def carry_out(argv: list[str]) -> int:
             trainer.finish()
         return 0
     except (Interrupted, Lost) as stop:
-        return leave(trainer, stop, argv)
+        code = leave(trainer, stop, argv)
+        trainer.release()
+        trainer.ranks.vanish(code)
+        return code
     except NonFinite as error:
         tried = f" {MAX_ROLLBACKS} rollbacks did not help." if trainer.progress.rollbacks else ""
         print(f"error: {error}; {trainer.standing()}.{tried} {MEND_NON_FINITE}", file=sys.stderr)
