@@ -2113,6 +2113,13 @@ UPLOAD_FORM = {"requestBody": {"required": True, "content": {"multipart/form-dat
 
 # ---- the page ------------------------------------------------------------------------------------------------------
 
+PAGE = Path(__file__).with_name("page.html")
+
+
+async def page() -> FileResponse:
+    """What this server offers, for people: a page to write with the models, to bring data, and to train."""
+    return FileResponse(PAGE, media_type="text/html", headers={"Cache-Control": "no-cache"})
+
 
 # ---- the registry --------------------------------------------------------------------------------------------------
 
@@ -2137,6 +2144,7 @@ class Route:
 
 
 ROUTES = [
+    Route("GET", "/", page, None, "server", responses={200: {"content": {"text/html": {}}}}),
     Route("GET", "/health", health, Health, "server", open=True),
     Route("GET", "/metrics", metrics, None, "server", responses={200: {"content": {"text/plain": {}}}}),
     Route("POST", "/v1/completions", completions, Completion, here=completions_here,
