@@ -337,7 +337,7 @@ class Gate:
         self.rate.take(key or (scope["client"] or ("",))[0])
         if self.settings.api_key and key is None:
             raise ApiError(401, "the key is missing or wrong; send it as Authorization: Bearer KEY", "Authorization",
-                           "invalid_api_key", {"WWW-Authenticate": 'Basic realm="strawberry", Bearer'})  # fmt: skip
+                           "invalid_api_key", {"WWW-Authenticate": 'Basic realm="strawberry"'})  # fmt: skip
 
     def key(self, authorization: str) -> str | None:
         """The key that a header brings, if it is one. Each is compared, in a time that says nothing about it."""
