@@ -169,7 +169,7 @@ class Browser:
         os.close(theirs_out)
         self.numbers, self.answers, self.told, self.session = itertools.count(1), {}, [], None
         self.password, self.asked = "", 0
-        self.news = threading.Condition()
+        self.news, self.writing = threading.Condition(), threading.Lock()
         threading.Thread(target=self.listen, daemon=True).start()
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -200,7 +200,8 @@ class Browser:
     def post(self, method, **params):
         n = next(self.numbers)
         more = {"sessionId": self.session} if self.session else {}
-        os.write(self.out, json.dumps({"id": n, "method": method, "params": params, **more}).encode() + b"\0")
+        with self.writing:
+            os.write(self.out, json.dumps({"id": n, "method": method, "params": params, **more}).encode() + b"\0")
         return n
 
     def send(self, method, **params):
@@ -249,14 +250,12 @@ class Browser:
             {"name": "prefers-color-scheme", "value": scheme},
             {"name": "prefers-reduced-motion", "value": "reduce" if reduced else "no-preference"}])  # fmt: skip
 
-    def picture(self, name, whole=True):
-        data = self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"] if not whole else self.send(
-            "Page.captureScreenshot", captureBeyondViewport=True, clip={
-                "x": 0, "y": 0, "width": self.js("innerWidth"), "height": self.js("document.body.scrollHeight"),
-                "scale": 1})["data"]  # fmt: skip
-        path = Path(PICTURES, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(data))
+    def picture(self, name):
+        """The whole page, as high as it is."""
+        whole = {"x": 0, "y": 0, "width": self.js("innerWidth"), "height": self.js("document.body.scrollHeight"), "scale": 1}
+        data = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip=whole)["data"]
+        Path(PICTURES).mkdir(parents=True, exist_ok=True)
+        Path(PICTURES, name).write_bytes(base64.b64decode(data))
 
     def problems(self):
         """What the browser has complained of."""
@@ -351,13 +350,11 @@ def test_a_person_brings_data_trains_and_writes(browser, site, tmp_path):
 
     # a run: what is no JSON, what the server refuses, and what trains, with curves
     browser.js("$('base').value = 'tinystar-v0.1-baseline'")
-    for text, told in (("{", "not JSON"), ('{"max_itres": 3}', "max_itres"), (json.dumps(HYPER, indent=2), "")):
+    for text, told in (("{", "not JSON"), ('{"max_itres": 3}', "max_itres"), (json.dumps(HYPER, indent=2), "^$")):
         browser.write("#hyperparameters", text)
         browser.js("$('train').click()")
-        browser.until(f"/{told}/.test($('run-error').textContent) && " + ("true" if told else "$('runs').children.length"))
+        browser.until(f"/{told}/.test($('run-error').textContent) && " + ("true" if told != "^$" else "$('runs').children.length"))
     browser.until("!parts($('runs').children[0]).curves.hidden", 60)
-    if PICTURES:
-        browser.until("parts($('runs').children[0]).bar.value > 0.3", 60)
     browser.until("parts($('runs').children[0]).state.innerText === 'done'", 90)
     browser.until("/until step 60/.test(parts($('runs').children[0]).curves.alt)")
     assert browser.js("parts($('runs').children[0]).curves.naturalWidth") > 300
@@ -378,6 +375,14 @@ def test_a_person_brings_data_trains_and_writes(browser, site, tmp_path):
                                                  "temperature": 0.8}, Authorization="Bearer second")[2]  # fmt: skip
     assert browser.js("$('written').textContent") == "the cat " + same["choices"][0]["text"]
     assert not browser.problems()
+    pictures(browser, "done")
+
+
+def pictures(browser, name):
+    for width, height, scheme in itertools.product((360, 1200), (740, 900), ("light", "dark")) if PICTURES else ():
+        if (width, height) in ((360, 740), (1200, 900)):
+            browser.size(width, height, scheme)
+            browser.picture(f"{name}-{width}-{scheme}.png")
 
 
 def test_the_stream_is_read_wherever_it_is_cut(browser, site):
@@ -413,6 +418,26 @@ def test_stop_ends_a_text_and_an_error_is_told(browser, site):
     browser.write("#max_tokens", "40")
 
 
+def test_a_run_is_paused_resumed_and_cancelled(browser, site):
+    browser.write("#hyperparameters", json.dumps({**HYPER, "max_iters": 10**6, "eval_interval": 10**6, "log_interval": 50}))
+    runs = browser.js("$('runs').children.length")
+    browser.js("$('train').click()")
+    browser.until(f"$('runs').children.length === {runs + 1}")
+    at = "parts($('runs').children[0])"
+    first = browser.until(f"/step \\d/.test({at}.facts.innerText) && /left/.test({at}.facts.innerText) && {at}.facts.innerText")
+    browser.until(f"/tokens.s/.test({at}.facts.innerText) && {at}.facts.innerText !== {json.dumps(first)}")  # it is live
+    browser.until(f"!{at}.curves.hidden && {at}.events.children.length > 1")
+    pictures(browser, "running")
+    for act, state, then in (("pause", "paused", "resume"), ("resume", "running", "pause"), ("cancel", "cancelled", "resume")):
+        browser.js(f"{at}.{act}.focus()")
+        browser.press("Enter")
+        browser.until(f"{at}.state.innerText === '{state}'")
+        assert browser.js(f"{at}.{then}.checkVisibility()")
+        assert browser.js("document.activeElement !== document.body"), "the focus is lost"
+    assert not browser.js(f"{at}.sample.checkVisibility() || {at}.cancel.checkVisibility()")
+    assert not browser.problems()
+
+
 def test_it_fits_a_phone_and_is_done_by_keyboard(browser, site):
     for width, height in ((360, 740), (1200, 900)):
         for scheme in ("light", "dark"):
@@ -421,8 +446,6 @@ def test_it_fits_a_phone_and_is_done_by_keyboard(browser, site):
             too_wide = browser.js("""[...document.querySelectorAll('body *')].filter(e => e.checkVisibility()
               && e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.unseen')).map(e => e.id || e.tagName)""")
             assert not too_wide
-            if PICTURES:
-                browser.picture(f"{width}-{scheme}.png")
     found = tab_through(browser)
     assert all(at["outline"] and at["width"] > 0 for at in found), found
     order = [at["what"] for at in found]
