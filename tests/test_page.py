@@ -369,11 +369,19 @@ def test_a_person_brings_data_trains_and_writes(browser, site, tmp_path):
     browser.write("#text-seed", "3")
     browser.js("$('prompt').focus()")
     browser.press("Enter", modifiers=2)
-    browser.until("/tokens; ended/.test($('text-status').textContent)")
+    browser.until("/context is full/.test($('text-status').textContent)")
     model = browser.js("$('model').value")
     same = site.send("POST", "/v1/completions", {"model": model, "prompt": "the cat ", "max_tokens": 200, "seed": 3,
                                                  "temperature": 0.8}, Authorization="Bearer second")[2]  # fmt: skip
     assert browser.js("$('written').textContent") == "the cat " + same["choices"][0]["text"]
+    for field, text, told in (("stop", "\\n\nt", "came to its end"), ("max_tokens", "4", "^4 tokens in .*as many as")):
+        browser.write(f"#{field}", text)
+        browser.js("$('write').click()")
+        browser.until(f"/{told}/.test($('text-status').textContent)")
+        browser.write(f"#{field}", "") if field == "stop" else None
+    browser.write("#max_tokens", "200")
+    browser.js("$('write').click()")
+    browser.until("/context is full/.test($('text-status').textContent)")
     assert not browser.problems()
     pictures(browser, "done")
 
@@ -414,7 +422,8 @@ def test_stop_ends_a_text_and_an_error_is_told(browser, site):
     assert browser.js("document.activeElement.id") == "write"
     browser.write("#max_tokens", "4000")
     browser.press("Enter")
-    browser.until("/context|max_tokens/.test($('text-error').textContent)")
+    browser.until("/^max_tokens = 4000: /.test($('text-error').textContent)")
+    assert len(browser.js("$('written').textContent")) > 30, "what was written is gone"
     browser.write("#max_tokens", "40")
 
 
