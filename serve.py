@@ -2116,9 +2116,10 @@ UPLOAD_FORM = {"requestBody": {"required": True, "content": {"multipart/form-dat
 PAGE = Path(__file__).with_name("page.html")
 
 
-async def page() -> FileResponse:
+async def page() -> Response:
     """What this server offers, for people: a page to write with the models, to bring data, and to train."""
-    return FileResponse(PAGE, media_type="text/html", headers={"Cache-Control": "no-cache"})
+    data = await run_in_threadpool(PAGE.read_bytes)
+    return Response(data, media_type="text/html", headers={"Cache-Control": "no-cache"})
 
 
 # ---- the registry --------------------------------------------------------------------------------------------------
