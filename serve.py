@@ -337,7 +337,7 @@ class Gate:
         self.rate.take(key or (scope["client"] or ("",))[0])
         if self.settings.api_key and key is None:
             raise ApiError(401, "the key is missing or wrong; send it as Authorization: Bearer KEY", "Authorization",
-                           "invalid_api_key", {"WWW-Authenticate": 'Basic realm="strawberry", Bearer'})  # fmt: skip
+                           "invalid_api_key", {"WWW-Authenticate": 'Basic realm="strawberry"'})  # fmt: skip
 
     def key(self, authorization: str) -> str | None:
         """The key that a header brings, if it is one. Each is compared, in a time that says nothing about it."""
@@ -2114,6 +2114,14 @@ UPLOAD_FORM = {"requestBody": {"required": True, "content": {"multipart/form-dat
 
 # ---- the page ------------------------------------------------------------------------------------------------------
 
+PAGE = Path(__file__).with_name("page.html")
+
+
+async def page() -> Response:
+    """What this server offers, for people: a page to write with the models, to bring data, and to train."""
+    data = await run_in_threadpool(PAGE.read_bytes)
+    return Response(data, media_type="text/html", headers={"Cache-Control": "no-cache"})
+
 
 # ---- the registry --------------------------------------------------------------------------------------------------
 
@@ -2138,6 +2146,7 @@ class Route:
 
 
 ROUTES = [
+    Route("GET", "/", page, None, "server", responses={200: {"content": {"text/html": {}}}}),
     Route("GET", "/health", health, Health, "server", open=True),
     Route("GET", "/metrics", metrics, None, "server", responses={200: {"content": {"text/plain": {}}}}),
     Route("POST", "/v1/completions", completions, Completion, here=completions_here,
