@@ -32,6 +32,7 @@ if __name__ == "__main__":  # importing torch takes seconds, in which there is n
 
 import collections
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -1411,16 +1412,17 @@ def short(path: str) -> str:
     return path
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], last: bool = False) -> int:
+    """Train as the command line says; the exit code. `last`: nothing is to come after it in this process."""
     with contextlib.ExitStack() as streams:
         alone = os.environ.get("RANK", "0") == "0"  # of several processes, the first one talks
         out = sys.stdout if alone else streams.enter_context(open(os.devnull, "w"))
         streams.enter_context(contextlib.redirect_stdout(Sturdy(out)))
         streams.enter_context(contextlib.redirect_stderr(Sturdy(sys.stderr)))
-        return carry_out(argv)
+        return carry_out(argv, last)
 
 
-def carry_out(argv: list[str]) -> int:
+def carry_out(argv: list[str], last: bool) -> int:
     checking, argv = "--check" in argv, [word for word in argv if word != "--check"]
     trainer = Trainer(load_run(argv, CONFIGS), Signals())
     try:
@@ -1434,8 +1436,9 @@ def carry_out(argv: list[str]) -> int:
         return 0
     except (Interrupted, Lost) as stop:
         code = leave(trainer, stop, argv)
-        trainer.release()
-        trainer.ranks.vanish(code)
+        if last:
+            trainer.release()
+            trainer.ranks.vanish(code)
         return code
     except NonFinite as error:
         tried = f" {MAX_ROLLBACKS} rollbacks did not help." if trainer.progress.rollbacks else ""
@@ -1468,4 +1471,4 @@ def leave(trainer: Trainer, stop: Interrupted | Lost, argv: list[str]) -> int:
 MEND_NON_FINITE = "Try a lower learning_rate, a longer warmup_iters or a lower grad_clip."
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(functools.partial(main, last=True))
