@@ -2192,31 +2192,36 @@ def write_growth(rows: list[dict], out: Path, command: str) -> None:
 
 
 def draw_growth(rows: list[dict], title: str):
-    """Tokens/s above, memory below; against the window on the left, against the width on the right."""
+    """Tokens/s above, memory below where it was measured; against the window on the left, the width on the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(10, 7), dpi=200, layout="constrained")
+    measures = {"tokens_per_s": ("tokens/s", 1.0), "memory": ("memory (GiB)", 2.0**-30)}
+    measures = {key: about for key, about in measures.items() if any(row.get(key) for row in rows)}
+    fig = Figure(figsize=(10, 0.8 + 3.1 * max(len(measures), 1)), dpi=200, layout="constrained")
     FigureCanvasAgg(fig)
-    panels = fig.subplots(2, 2, sharex="col")
+    panels = fig.subplots(max(len(measures), 1), 2, sharex="col", squeeze=False)
     labels = list(dict.fromkeys(row["config"] for row in rows))
-    for column, (axis, name) in enumerate(AXES.items()):
-        for panel, key, scale in ((panels[0][column], "tokens_per_s", 1.0), (panels[1][column], "memory", 2.0**-30)):
+    for i, (key, (ylabel, scale)) in enumerate(measures.items()):
+        line = panels[i]
+        line[0].set_ylabel(ylabel, fontsize=11)
+        for panel, (axis, name) in zip(line, AXES.items(), strict=True):
             for number, label in enumerate(labels):
                 found = [(row["value"], row[key] * scale) for row in rows
                          if row["config"] == label and row["axis"] == axis and row.get(key)]  # fmt: skip
                 if found:
                     panel.plot(*zip(*found, strict=True), **line_style(number), label=label)
-            style_panel(panel, name if key == "memory" else "")
-            if panel.lines:
-                panel.set_yscale("log")
-                log_ticks(panel.yaxis, [y for line in panel.lines for y in line.get_ydata()])
-    panels[0][0].set_ylabel("tokens/s", fontsize=11)
-    panels[1][0].set_ylabel("memory (GiB)", fontsize=11)
+            style_panel(panel, name if i + 1 == len(measures) else "")
+            values = sorted({row["value"] for row in rows if row["axis"] == axis})
+            panel.set_xticks(values, [f"{value:,}" for value in values])
+            panel.minorticks_off()
+            panel.set_ylim(bottom=0)
     fig.suptitle(title, fontsize=12, x=0.01, ha="left")
     fig.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), fontsize=9,
                frameon=False)  # fmt: skip
     return fig
+
+
 # ---- scale ---------------------------------------------------------------------------------------------------------
 
 LINK_BYTES = 256 << 20  # of the tensor whose sum over all processes is timed
