@@ -1877,7 +1877,7 @@ def train_command(argv: list[str]) -> int | None:
     if arguments.json:
         atomic_write(arguments.json, json.dumps(found, indent=1).encode())
         print(f"\nwritten to {arguments.json}")
-    return None
+    return 2 if any("why" in row for row in found if isinstance(row, dict)) else None
 
 
 def changed_key(text: str) -> tuple[str, str]:

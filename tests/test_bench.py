@@ -831,7 +831,7 @@ def test_parts_are_what_lies_between_marks(monkeypatch):
 
 
 def test_a_config_that_fails_is_told_and_the_others_are_measured(real, capsys):
-    bench.main(["train", "--config", "a.json:dataset.path=nowhere.bin", "b.json"])
+    assert bench.main(["train", "--config", "a.json:dataset.path=nowhere.bin", "b.json"]) == 2
     told = capsys.readouterr().out
     assert "nowhere.bin" in told.splitlines()[0] and "b.json on cpu" in told
 
