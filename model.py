@@ -2779,7 +2779,6 @@ class StrawberryV0Block(nn.Module):
     def __init__(self, c: StrawberryV0Config):
         super().__init__()
         C, D = c.n_embd, c.n_qkv
-        self.widths = [D] * 3
         self.w_qkv = nn.Parameter(torch.empty(3 * D, C))
         self.w_swiglu = nn.Parameter(torch.empty(2 * C, D))
         self.w_out = nn.Parameter(torch.empty(C, C))
@@ -2791,8 +2790,9 @@ class StrawberryV0Block(nn.Module):
         aft, tea, compaction = states or (None, None, None)
         if self.compaction is not None:
             x = self.compaction(x, at, compaction)
-        q, k, v = ready(linear(norm(x), self.w_qkv), self.widths, self.tea, at)  # both mixers read these
-        y = self.tea(q, k, self.aft(q, k, v, x, at, aft), x, at, tea)
+        q, k, v = linear(norm(x), self.w_qkv).chunk(3, dim=-1)
+        v = self.aft(*self.aft.prepare(q, k, at), v, x, at, aft)
+        y = self.tea(*self.tea.prepare(q, k, at), v, x, at, tea)
         u, g = linear(y, self.w_swiglu).chunk(2, dim=-1)
         return x + self.drop(linear(u * F.silu(g), self.w_out))
 
