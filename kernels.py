@@ -1790,6 +1790,63 @@ def measure_grow(bandwidth: float) -> bool:
     return right
 
 
+def turn_plain(qkv: Tensor, cos: Tensor, sin: Tensor, n_q: int, n_k: int, normed: bool) -> tuple[Tensor, Tensor]:
+    """`turn`'s q and k in plain PyTorch."""
+    made = []
+    for x in qkv.split((n_q, n_k, n_k), dim=-1)[:2]:
+        a, b = at_least_float(x).unflatten(-1, (-1, 2 * cos.size(-1))).chunk(2, dim=-1)
+        x = torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+        made.append((F.rms_norm(x, x.shape[-1:], eps=TURN_EPS) if normed else x).flatten(2).to(qkv.dtype))
+    return tuple(made)
+
+
+def turn_backward_plain(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, *tables_normed) -> Tensor:
+    """The gradient of qkv."""
+    *tables, normed = tables_normed
+    n_q, n_k = dq.size(-1), dk.size(-1)
+    _, back = torch.func.vjp(lambda x: (*turn_plain(x, *tables, n_q, n_k, normed), x[..., n_q + n_k :]), qkv)
+    return back((dq, dk, dv))[0]
+
+
+def measure_turn(bandwidth: float) -> bool:
+    """q and k of a training step, with and without the norm; heads that share keys; heads of 128. Plain: the same in
+    PyTorch, compiled."""
+    right = True
+    for B, T, H, Hkv, d, normed in [
+        (32, 1024, 12, 12, 64, True), (32, 1024, 12, 12, 64, False), (8, 4096, 32, 8, 128, True),
+    ]:  # fmt: skip
+        n_q, n_k = H * d, Hkv * d
+        angle = torch.arange(T)[None, :, None, None] * 1e4 ** -torch.linspace(0, 1, d // 2)
+        tables = (angle.cos().cuda(), angle.sin().cuda())
+        sets = range(enough(4 * B * T * (n_q + n_k)))
+        forward = [(random(B, T, n_q + 2 * n_k), *tables, n_q, n_k, normed) for _ in sets]
+        slopes = [[random(B, T, n) for n in (n_q, n_k, n_k)] for _ in sets]
+        backward = [(*its, one[0], *tables) for its, one in zip(slopes, forward)]
+        double = [x[:1].double() for x in (*slopes[0], forward[0][0])], [x.double() for x in tables]
+        exact = turn_plain(double[0][-1], *double[1], n_q, n_k, normed), (
+            turn_backward_plain(*double[0], *double[1], normed),
+        )
+
+        def op_back(dq, dk, dv, qkv, cos, sin, normed=normed):
+            return torch.ops.strawberry.turn_backward(dq, dk, dv, qkv if normed else None, cos, sin)
+
+        def plain_back(*args, normed=normed):
+            return turn_backward_plain(*args, normed)
+
+        there, back = 4 * B * T * (n_q + n_k), 4 * B * T * (n_q + 2 * n_k) + 2 * B * T * (n_q + n_k) * normed
+        for name, op, plain, calls, its, nbytes in [
+            (f"turn {B} x {T} x {H}/{Hkv} of {d}{', normed' * normed}", torch.ops.strawberry.turn, turn_plain,
+             forward, exact[0], there),
+            ("  backward", op_back, plain_back, backward, exact[1], back),
+        ]:  # fmt: skip
+            for label, way in ((name, op), ("    plain, compiled", torch.compile(plain, dynamic=False))):
+                got = way(*calls[0])
+                got = (got,) if isinstance(got, Tensor) else got
+                error = max(error_of(x[:1], y) for x, y in zip(got, its, strict=True))
+                right &= line(label, error, 6e-3, timed(way, calls), nbytes / bandwidth)
+    return right
+
+
 def aft_exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """AFT simple in float64, which carries e^±80."""
     q, k, v = q.double(), k.double(), v.double()
@@ -1874,7 +1931,7 @@ def main() -> None:
     name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}: copies at {bandwidth / 1e12:.2f} TB/s")
     print(f"{'bfloat16':46} {'error':>8} {'µs':>9} {'floor µs':>9} {'floor':>6}")
-    measures = measure_decode, measure_int8, measure_aft, measure_positions, measure_grow
+    measures = measure_decode, measure_int8, measure_aft, measure_positions, measure_grow, measure_turn
     right = [measure(bandwidth) for measure in measures]
     if not all(right):
         raise SystemExit("a kernel is wrong: its error is above its bound")
