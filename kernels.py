@@ -10,6 +10,7 @@ it, which is the reference, and what runs where Triton or a GPU is missing.
     aft_local         the same with positions a_t · b_s within a window
     head_slopes       cross entropy and its gradient by the logits
     grow              retention's update of a matrix for each chunk of each row; grow_backward
+    turn              queries and keys of a joint projection, turned and normed, differentiable
 
 The kernels are registered with torch.library, so torch.compile keeps them whole and a CUDA graph may record them:
 nothing on the host depends on what is in a tensor. With TRITON_INTERPRET=1 in the environment they run on the CPU,
@@ -1481,6 +1482,202 @@ def _(grad, scale, oa, out, z, viewed):
     return like[0], scale.new_empty(scale.shape), *like[1:]
 
 
+# ---- queries and keys, normed and turned -----------------------------------------------------------------------------
+
+TURN_TILE = 2048  # numbers of a program: for each thread 16 bytes of either half of a row in the half types
+TURN_EPS = 1e-6  # of the RMS norm
+
+
+def turn(qkv: Tensor, widths: tuple[int, ...], cos: Tensor, sin: Tensor, normed: bool) -> tuple[Tensor, ...]:
+    """Queries and keys as attention reads them: the pairs of each head turned by rotary positions, and the head, if
+    `normed`, divided by its root mean square.
+
+    qkv (B, T, Dq + 2·Dk), what a joint projection makes, and widths (Dq, Dk, Dk); cos and sin (B or 1, T, 1, d/2), for
+    heads of d. Returns q and k, (B, T, Dq) and (B, T, Dk) in qkv's dtype, and v, a view of qkv. Differentiable in qkv.
+    Only where `turnable`.
+
+    One pass each way. The gradient of qkv is written where it belongs, once, where plain PyTorch makes those of q, k
+    and v and then joins them; what the norm was is computed again from qkv, which attention keeps for v's sake.
+
+    Bytes moved in half types, D = Dq = Dk: forward 8 for each of B·T·D, backward 12, and 4 more if normed.
+    """
+    return Turn.apply(qkv, widths, cos, sin, normed)
+
+
+def turnable(qkv: Tensor, widths: tuple[int, ...], cos: Tensor) -> bool:
+    """Whether the kernels take it: in training, q, k and v of one product, the whole of each head turned."""
+    d = 2 * cos.size(-1)
+    fits = 16 <= d <= 256 and d & (d - 1) == 0 and len(widths) == 3 and widths[1] == widths[2]
+    taken = fits and usable(qkv, cos) and qkv.dtype.is_floating_point and cos.size(1) == qkv.size(1)
+    return taken and qkv.numel() > 0 and torch.is_grad_enabled() and qkv.requires_grad
+
+
+class Turn(torch.autograd.Function):
+    """`turn`. A function of its own, since what an operator of torch.library returns may not be a view, as v is."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, widths: tuple[int, ...], cos: Tensor, sin: Tensor, normed: bool) -> tuple:
+        ctx.save_for_backward(qkv if normed else None, cos, sin)
+        ctx.normed = normed
+        q, k = torch.ops.strawberry.turn(qkv, cos, sin, widths[0], widths[1], normed)
+        return q, k, qkv[..., widths[0] + widths[1] :]
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:
+        qkv, cos, sin = ctx.saved_tensors
+        return torch.ops.strawberry.turn_backward(dq, dk, dv, qkv, cos, sin), None, None, None, None
+
+
+@jit
+def turn_place(heads, tokens, HALF: tl.constexpr, ROWS: tl.constexpr):
+    """The program's rows, each a head of a token: its token; where it lies among the token's; which are there."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    return row // heads, row % heads * (2 * HALF) + tl.arange(0, HALF)[None, :], row < tokens * heads
+
+
+@jit
+def turn_load(x, at, here, HALF: tl.constexpr):
+    """Both halves of rows."""
+    first = tl.load(x + at, mask=here, other=0.0)
+    return first.to(tl.float32), tl.load(x + at + HALF, mask=here, other=0.0).to(tl.float32)
+
+
+@jit
+def turn_store(x, at, here, first, second, HALF: tl.constexpr):
+    tl.store(x + at, first.to(x.dtype.element_ty), mask=here)
+    tl.store(x + at + HALF, second.to(x.dtype.element_ty), mask=here)
+
+
+@jit
+def turn_angle(cos, sin, token, places, here, HALF: tl.constexpr):
+    """Cosines and sines of the rows' tokens; `places` of them are in the tables, T or B · T."""
+    at = token % places * HALF + tl.arange(0, HALF)[None, :]
+    c, s = tl.load(cos + at, mask=here, other=0.0), tl.load(sin + at, mask=here, other=0.0)
+    return c.to(tl.float32), s.to(tl.float32)
+
+
+@jit
+def turn_root(first, second, HALF: tl.constexpr, EPS: tl.constexpr):
+    """One over the root mean square of each row; turned or not, it is the same."""
+    return tl.rsqrt(tl.sum(first * first + second * second, axis=1)[:, None] * (0.5 / HALF) + EPS)
+
+
+@jit
+def turn_part(
+    qkv, cos, sin, y, heads, tokens, places, width,
+    NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    token, column, here = turn_place(heads, tokens, HALF, ROWS)
+    a, b = turn_load(qkv, token.to(tl.int64) * width + column, here, HALF)
+    c, s = turn_angle(cos, sin, token, places, here, HALF)
+    if NORMED:
+        root = turn_root(a, b, HALF, EPS)
+        a, b = a * root, b * root
+    at = token.to(tl.int64) * (heads * 2 * HALF) + column
+    turn_store(y, at, here, a * c + b * s, b * c - a * s, HALF)
+
+
+@jit
+def turn_forward(
+    qkv, cos, sin, q, k, heads, kv_heads, tokens, places, width,
+    NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows of q, or of k: some heads of some tokens, which lie one after another."""
+    if tl.program_id(1) == 0:
+        turn_part(qkv, cos, sin, q, heads, tokens, places, width, NORMED, EPS, HALF, ROWS)
+    else:
+        k_part = qkv + heads * (2 * HALF)
+        turn_part(k_part, cos, sin, k, kv_heads, tokens, places, width, NORMED, EPS, HALF, ROWS)
+
+
+@jit
+def turn_part_back(
+    grad, s_row, s_token, qkv, cos, sin, d_qkv, heads, tokens, T, places, width,
+    TURNED: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    token, column, here = turn_place(heads, tokens, HALF, ROWS)
+    at = token.to(tl.int64) * width + column
+    its = (token // T).to(tl.int64) * s_row + (token % T).to(tl.int64) * s_token + column
+    a, b = turn_load(grad, its, here, HALF)
+    if TURNED:
+        c, s = turn_angle(cos, sin, token, places, here, HALF)
+        a, b = a * c - b * s, b * c + a * s
+        if NORMED:
+            x, y = turn_load(qkv, at, here, HALF)
+            root = turn_root(x, y, HALF, EPS)
+            share = tl.sum(a * x + b * y, axis=1)[:, None] * root * root * (0.5 / HALF)
+            a, b = root * (a - x * share), root * (b - y * share)
+    turn_store(d_qkv, at, here, a, b, HALF)
+
+
+@jit
+def turn_back(
+    dq, dk, dv, qkv, cos, sin, d_qkv, heads, kv_heads, tokens, T, places, width,
+    sq_row, sk_row, sv_row, sq_token, sk_token, sv_token,
+    NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of rows of q, of k, or of v, whose own is copied."""
+    part = tl.program_id(1)
+    k = heads * (2 * HALF)
+    if part == 0:
+        turn_part_back(
+            dq, sq_row, sq_token, qkv, cos, sin, d_qkv, heads, tokens, T, places, width,
+            True, NORMED, EPS, HALF, ROWS)  # fmt: skip
+    elif part == 1:
+        turn_part_back(
+            dk, sk_row, sk_token, qkv + k, cos, sin, d_qkv + k, kv_heads, tokens, T, places, width,
+            True, NORMED, EPS, HALF, ROWS)  # fmt: skip
+    else:
+        turn_part_back(
+            dv, sv_row, sv_token, qkv, cos, sin, d_qkv + k + kv_heads * (2 * HALF), kv_heads, tokens, T, places, width,
+            False, NORMED, EPS, HALF, ROWS)  # fmt: skip
+
+
+def turn_launch(tokens: int, heads: int, cos: Tensor, parts: int, normed: bool) -> tuple[tuple[int, int], dict]:
+    """Programs over rows and parts; constants."""
+    half = cos.size(-1)
+    rows = TURN_TILE // (2 * half)
+    shape = {"NORMED": normed, "EPS": TURN_EPS, "HALF": half, "ROWS": rows, "num_warps": 4}
+    return (-(-tokens * heads // rows), parts), shape
+
+
+@torch.library.custom_op("strawberry::turn", mutates_args=())
+def turn_op(qkv: Tensor, cos: Tensor, sin: Tensor, n_q: int, n_k: int, normed: bool) -> tuple[Tensor, Tensor]:
+    qkv, cos, sin = (x.contiguous() for x in (qkv, cos, sin))
+    (B, T, width), d = qkv.shape, 2 * cos.size(-1)
+    q, k = (torch.empty(B, T, n, dtype=qkv.dtype, device=qkv.device) for n in (n_q, n_k))
+    grid, shape = turn_launch(B * T, max(n_q, n_k) // d, cos, 2, normed)
+    turn_forward[grid](qkv, cos, sin, q, k, n_q // d, n_k // d, B * T, cos.size(0) * T, width, **shape)
+    return q, k
+
+
+@turn_op.register_fake
+def _(qkv, cos, sin, n_q, n_k, normed):
+    return tuple(qkv.new_empty(*qkv.shape[:2], n) for n in (n_q, n_k))
+
+
+@torch.library.custom_op("strawberry::turn_backward", mutates_args=())
+def turn_backward_op(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """The gradient of qkv, (B, T, Dq + 2·Dk), from those of q, k and v; qkv where q and k were normed."""
+    normed = qkv is not None
+    grads = [x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv)]
+    qkv, cos, sin = (x if x is None else x.contiguous() for x in (qkv, cos, sin))
+    (B, T, n_q), n_k, d = dq.shape, dk.size(-1), 2 * cos.size(-1)
+    d_qkv = torch.empty(B, T, n_q + 2 * n_k, dtype=dq.dtype, device=dq.device)
+    grid, shape = turn_launch(B * T, max(n_q, n_k) // d, cos, 3, normed)
+    sizes = (n_q // d, n_k // d, B * T, T, cos.size(0) * T, d_qkv.size(-1))
+    strides = [x.stride(axis) for axis in (0, 1) for x in grads]
+    turn_back[grid](*grads, qkv if normed else d_qkv, cos, sin, d_qkv, *sizes, *strides, **shape)
+    return d_qkv
+
+
+@turn_backward_op.register_fake
+def _(dq, dk, dv, qkv, cos, sin):
+    return dq.new_empty(*dq.shape[:2], dq.size(-1) + 2 * dk.size(-1))
+
+
 # ---- checks and times on a GPU ---------------------------------------------------------------------------------------
 
 
@@ -1593,6 +1790,63 @@ def measure_grow(bandwidth: float) -> bool:
     return right
 
 
+def turn_plain(qkv: Tensor, cos: Tensor, sin: Tensor, n_q: int, n_k: int, normed: bool) -> tuple[Tensor, Tensor]:
+    """`turn`'s q and k in plain PyTorch."""
+    made = []
+    for x in qkv.split((n_q, n_k, n_k), dim=-1)[:2]:
+        a, b = at_least_float(x).unflatten(-1, (-1, 2 * cos.size(-1))).chunk(2, dim=-1)
+        x = torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+        made.append((F.rms_norm(x, x.shape[-1:], eps=TURN_EPS) if normed else x).flatten(2).to(qkv.dtype))
+    return tuple(made)
+
+
+def turn_backward_plain(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, *tables_normed) -> Tensor:
+    """The gradient of qkv."""
+    *tables, normed = tables_normed
+    n_q, n_k = dq.size(-1), dk.size(-1)
+    _, back = torch.func.vjp(lambda x: (*turn_plain(x, *tables, n_q, n_k, normed), x[..., n_q + n_k :]), qkv)
+    return back((dq, dk, dv))[0]
+
+
+def measure_turn(bandwidth: float) -> bool:
+    """q and k of a training step, with and without the norm; heads that share keys; heads of 128. Plain: the same in
+    PyTorch, compiled."""
+    right = True
+    for B, T, H, Hkv, d, normed in [
+        (32, 1024, 12, 12, 64, True), (32, 1024, 12, 12, 64, False), (8, 4096, 32, 8, 128, True),
+    ]:  # fmt: skip
+        n_q, n_k = H * d, Hkv * d
+        angle = torch.arange(T)[None, :, None, None] * 1e4 ** -torch.linspace(0, 1, d // 2)
+        tables = (angle.cos().cuda(), angle.sin().cuda())
+        sets = range(enough(4 * B * T * (n_q + n_k)))
+        forward = [(random(B, T, n_q + 2 * n_k), *tables, n_q, n_k, normed) for _ in sets]
+        slopes = [[random(B, T, n) for n in (n_q, n_k, n_k)] for _ in sets]
+        backward = [(*its, one[0], *tables) for its, one in zip(slopes, forward)]
+        double = [x[:1].double() for x in (*slopes[0], forward[0][0])], [x.double() for x in tables]
+        exact = turn_plain(double[0][-1], *double[1], n_q, n_k, normed), (
+            turn_backward_plain(*double[0], *double[1], normed),
+        )
+
+        def op_back(dq, dk, dv, qkv, cos, sin, normed=normed):
+            return torch.ops.strawberry.turn_backward(dq, dk, dv, qkv if normed else None, cos, sin)
+
+        def plain_back(*args, normed=normed):
+            return turn_backward_plain(*args, normed)
+
+        there, back = 4 * B * T * (n_q + n_k), 4 * B * T * (n_q + 2 * n_k) + 2 * B * T * (n_q + n_k) * normed
+        for name, op, plain, calls, its, nbytes in [
+            (f"turn {B} x {T} x {H}/{Hkv} of {d}{', normed' * normed}", torch.ops.strawberry.turn, turn_plain,
+             forward, exact[0], there),
+            ("  backward", op_back, plain_back, backward, exact[1], back),
+        ]:  # fmt: skip
+            for label, way in ((name, op), ("    plain, compiled", torch.compile(plain, dynamic=False))):
+                got = way(*calls[0])
+                got = (got,) if isinstance(got, Tensor) else got
+                error = max(error_of(x[:1], y) for x, y in zip(got, its, strict=True))
+                right &= line(label, error, 6e-3, timed(way, calls), nbytes / bandwidth)
+    return right
+
+
 def aft_exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """AFT simple in float64, which carries e^±80."""
     q, k, v = q.double(), k.double(), v.double()
@@ -1677,7 +1931,7 @@ def main() -> None:
     name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}: copies at {bandwidth / 1e12:.2f} TB/s")
     print(f"{'bfloat16':46} {'error':>8} {'µs':>9} {'floor µs':>9} {'floor':>6}")
-    measures = measure_decode, measure_int8, measure_aft, measure_positions, measure_grow
+    measures = measure_decode, measure_int8, measure_aft, measure_positions, measure_grow, measure_turn
     right = [measure(bandwidth) for measure in measures]
     if not all(right):
         raise SystemExit("a kernel is wrong: its error is above its bound")

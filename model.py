@@ -11,6 +11,7 @@ Index:  helpers · rotary positions · where tokens stand, and what layers carry
 How it fits together: mixers mix q, k, v over time, projections make them, blocks wire, models stack. A mixer is a
 module with
 
+    prepare                                  how q and k must be readied before: see `ready`
     forward(q, k, v, x, at, state) -> y      all (B, T, ·); x is the normed input, which routers read; `at` says where
                                              the tokens stand; `state` is what was carried from earlier calls, None
                                              where the whole sequence is given at once
@@ -619,6 +620,18 @@ def table(count: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 # How a family readies q and k (B, T, ·) for its mixers: (q, k, at) -> (q, k)
 
 
+def ready(qkv: Tensor | Sequence[Tensor], widths: Sequence[int], mixer: nn.Module, at: At) -> tuple[Tensor, ...]:
+    """q, k and v as the mixer reads them. qkv is their joint product (B, T, Σ widths), or one tensor for each width;
+    with two widths, k's and v's, q is k."""
+    prepare = mixer.prepare
+    if isinstance(qkv, Tensor):
+        if prepare in TURNED and kernels.turnable(qkv, tuple(widths), at.rope[0]):
+            return kernels.turn(qkv, tuple(widths), *at.rope, normed=TURNED[prepare])
+        qkv = qkv.split(widths, dim=-1)
+    *q, k, v = qkv
+    return *prepare(q[0] if q else k, k, at), v
+
+
 def as_is(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
     return q, k
 
@@ -647,6 +660,9 @@ def turned(q: Tensor, k: Tensor, at: At) -> Sequence[Tensor]:
     if at.stepping and q.shape == k.shape:
         return rotate(torch.stack((q, k)), at.rope).unbind()
     return rotate(q, at.rope), rotate(k, at.rope)
+
+
+TURNED = {rotary: False, rotary_qk_norm: True}  # what kernels.turn makes, too: whether with the norm
 
 
 # ---- sums over chunks ----------------------------------------------------------------------------------------------
@@ -875,7 +891,6 @@ class Softmax(nn.Module):
         self.scale = self.d**-0.5 * rope_attention(c, prepare)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: Ring | None) -> Tensor:
-        q, k = self.prepare(q, k, at)
         if state is not None and at.stepping and type(self.view) is View and kernels.usable(q):
             return self.one(q, k, v, at, state)
         if state is not None:
@@ -980,7 +995,6 @@ class AFTSimple(nn.Module):
         self.width, self.prepare = c.n_qkv, prepare
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: State | None) -> Tensor:
-        q, k = self.prepare(q, k, at)
         if at.causal and state is None:
             return aft_simple(q, k, v)
         o = self.go_on(wide(k), wide(v), at, state) if at.causal else self.of_all(wide(k), wide(v), at)
@@ -1052,7 +1066,6 @@ class AFTPositional(nn.Module):
         self.width, self.window, self.prepare = c.n_qkv, window, prepare
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: list | None) -> Tensor:
-        q, k = self.prepare(q, k, at)
         if at.causal and state is None and kernels.usable(q, k, v, *self.parameters()):
             return self.fused(q, k, v)
         with full_precision(x):
@@ -1248,7 +1261,6 @@ class LAM(nn.Module):
         self.n_head, self.d, self.prepare = c.n_head, c.n_qkv // c.n_head, prepare
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: State | None) -> Tensor:
-        q, k = self.prepare(q, k, at)
         real = ~at.padding if at.padding is not None else at.real()
         with full_precision(x):
             q, k, v_wide = (wide(t).unflatten(-1, (-1, self.d)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, d)
@@ -1345,7 +1357,6 @@ class ExpertAttention(nn.Module):
             group.scale *= rope_attention(c, prepare)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: list | None) -> Tensor:
-        q, k = self.prepare(q, k, at)
         y = self.by_groups(q, k, v, x, at, state) if state is not None else self.whole(q, k, v, x, at)
         if self.router is None:
             return y
@@ -1408,13 +1419,13 @@ class Linear(nn.Module):
         return 2 * self.weight.numel()
 
 
-def together(x: Tensor, *layers: Linear) -> Sequence[Tensor]:
-    """Several linear maps of one x. In training they are one product, so that x's gradient is one product, too."""
+def together(x: Tensor, *layers: Linear) -> Tensor | list[Tensor]:
+    """Several linear maps of one x. In training they are one product, so that x's gradient is one product, too: what
+    they make is then one tensor, side by side."""
     if not torch.is_grad_enabled():
         return [layer(x) for layer in layers]
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    y = linear(x, torch.cat([layer.weight for layer in layers]), bias)
-    return y.split([layer.weight.size(0) for layer in layers], dim=-1)
+    return linear(x, torch.cat([layer.weight for layer in layers]), bias)
 
 
 class LowRank(nn.Module):
@@ -1565,8 +1576,9 @@ class SelfAttention(nn.Module):
         self.mixer = mixer
 
     def forward(self, x: Tensor, at: At, state) -> Tensor:
-        *q, k, v = together(x, *(w for w in (self.wq, self.wk, self.wv) if w is not None))
-        return self.wo(self.mixer(q[0] if q else k, k, v, x, at, state))
+        layers = [w for w in (self.wq, self.wk, self.wv) if w is not None]
+        q, k, v = ready(together(x, *layers), [w.weight.size(0) for w in layers], self.mixer, at)
+        return self.wo(self.mixer(q, k, v, x, at, state))
 
     def new_state(self, batch: int, max_length: int, device, dtype):
         return self.mixer.new_state(batch, max_length, device, dtype)
@@ -2534,7 +2546,8 @@ class StrawberryBlock(nn.Module):
     def __init__(self, c: StrawberryConfig):
         super().__init__()
         C, D = c.n_embd, c.n_qkv
-        self.w_attn_qkv = nn.Parameter(torch.empty(3 * D, C))  # q, then k, then v
+        self.widths = [D] * 3  # of q, then k, then v
+        self.w_attn_qkv = nn.Parameter(torch.empty(3 * D, C))
         self.w_attn_swiglu = nn.Parameter(torch.empty(2 * C, D))
         self.w_attn_out = nn.Parameter(torch.empty(C, C))
         self.retention = NoRetention()
@@ -2563,7 +2576,7 @@ class StrawberryBlock(nn.Module):
 
     def step(self, mixer: nn.Module, x: Tensor, w: Weights, at: At, state) -> tuple[Tensor, Tensor]:
         """Mix and SwiGLU with the weights w; also its u and g side by side (B, T, 2C), which retention sums."""
-        q, k, v = project(norm(x), w.qkv, at).chunk(3, dim=-1)
+        q, k, v = ready(project(norm(x), w.qkv, at), self.widths, mixer, at)
         ug = project(mixer(q, k, v, x, at, state), w.swiglu, at)
         u, g = ug.chunk(2, dim=-1)
         if self.ffn_router is not None:  # groups of channels, those not chosen at zero
@@ -2778,7 +2791,8 @@ class StrawberryV0Block(nn.Module):
         if self.compaction is not None:
             x = self.compaction(x, at, compaction)
         q, k, v = linear(norm(x), self.w_qkv).chunk(3, dim=-1)
-        y = self.tea(q, k, self.aft(q, k, v, x, at, aft), x, at, tea)
+        v = self.aft(*self.aft.prepare(q, k, at), v, x, at, aft)
+        y = self.tea(*self.tea.prepare(q, k, at), v, x, at, tea)
         u, g = linear(y, self.w_swiglu).chunk(2, dim=-1)
         return x + self.drop(linear(u * F.silu(g), self.w_out))
 
@@ -2876,14 +2890,14 @@ class AttentionOnDetail(nn.Module):
 
     def __init__(self, c: PalmConfig):
         super().__init__()
-        self.parts = 2 if c.attention_type == "kv" else 3  # in KV attention q is k
-        self.w1, self.w2 = palm_linear(c, c.n_embd, c.n_qkv), palm_linear(c, c.n_qkv, self.parts * c.n_qkv)
+        self.widths = [c.n_qkv] * (2 if c.attention_type == "kv" else 3)  # in KV attention q is k
+        self.w1, self.w2 = palm_linear(c, c.n_embd, c.n_qkv), palm_linear(c, c.n_qkv, sum(self.widths))
         self.mixer = PALM_MIXERS[c.attention_type](c)
         self.out = palm_linear(c, c.n_qkv, 2 * c.n_embd)
 
     def forward(self, x: Tensor, at: At, state) -> Tensor:
-        *q, k, v = self.w2(relu2(self.w1(x))).chunk(self.parts, dim=-1)
-        u, g = self.out(self.mixer(q[0] if q else k, k, v, x, at, state)).chunk(2, dim=-1)
+        q, k, v = ready(self.w2(relu2(self.w1(x))), self.widths, self.mixer, at)
+        u, g = self.out(self.mixer(q, k, v, x, at, state)).chunk(2, dim=-1)
         return u * F.silu(g)
 
     def flops(self, T: int) -> float:

@@ -428,13 +428,13 @@ def test_mixers_go_by_kernels_and_agree_with_their_plain_path(kind, dtype, small
     plain, at = copy.deepcopy(mix).double(), At(torch.arange(45)[None])
     q, k, v, slope = (draw(2, 45, 6, seed=s, dtype=dtype) for s in range(4))
     exact = [x.double().requires_grad_() for x in (q, k, v)]
-    expected = plain(*exact, exact[0], at, None)
+    expected = plain(*channel_norm(*exact[:2], at), exact[2], exact[0], at, None)
     expected.backward(slope.double())
     ours, taken = [x.requires_grad_() for x in (q, k, v)], []
     for name in ("aft_simple", "aft_conv", "aft_local"):
         fused = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *args, fused=fused: taken.append(1) or fused(*args))
-    got = mix(*ours, ours[0], at, None)
+    got = mix(*channel_norm(*ours[:2], at), ours[2], ours[0], at, None)
     got.backward(slope)
     assert taken
     bound = 2e-5 if dtype == torch.float32 else 3e-2
@@ -476,6 +476,11 @@ def test_the_operators_are_registered_as_pytorch_wants_them(small_blocks):
     torch.library.opcheck(torch.ops.strawberry.int8_linear.default, (draw(2, 16), w8, scale, draw(9)))
     qkv = [draw(1, 3, 2, seed=s).requires_grad_() for s in range(3)]
     torch.library.opcheck(torch.ops.strawberry.aft_simple.default, (*qkv, True))
+    cos, sin = angles(1, 3, 16)
+    torch.library.opcheck(torch.ops.strawberry.turn.default, (draw(2, 3, 64), cos, sin, 32, 16, True))
+    grads = draw(2, 3, 32), draw(2, 3, 16, seed=1), draw(2, 3, 48, seed=2)[..., 16:32]
+    for qkv_or_none in (draw(2, 3, 64), None):
+        torch.library.opcheck(torch.ops.strawberry.turn_backward.default, (*grads, qkv_or_none, cos, sin))
     weight, most = torch.rand(1, 1, 1, 16, 16).requires_grad_(), torch.zeros(1, 1, 16)
     torch.library.opcheck(torch.ops.strawberry.aft_positional.default, (*qkv, weight, most))
 
@@ -581,6 +586,122 @@ def test_grow_is_compiled_whole():
     a, b = (torch.autograd.grad(way(*(xs := [x.requires_grad_() for x in (raw, scale, oa, out)])), xs) for way in ways)
     for eager, compiled in zip(a, b, strict=True):
         torch.testing.assert_close(eager, compiled)
+
+
+# ---- queries and keys, normed and turned -----------------------------------------------------------------------------
+
+
+def angles(rows: int, T: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angle = 9 * draw(rows, T, 1, d // 2, seed=5)
+    return angle.cos(), angle.sin()
+
+
+def turned_as_complex(x, cos, sin, d, normed):
+    """Each head of x (B, T, ·) as d/2 complex numbers a + ib, times e^−iφ; divided by their root mean square."""
+    a, b = x.unflatten(-1, (-1, d)).chunk(2, dim=-1)
+    z = torch.complex(a, b) * torch.complex(cos, -sin)
+    if normed:
+        z = z / ((z.real**2 + z.imag**2).sum(dim=-1, keepdim=True) / d + 1e-6).sqrt()
+    return torch.cat((z.real, z.imag), dim=-1).flatten(2)
+
+
+TURNS = {  # B, T, H, Hkv, d, rows of the tables
+    "heads of 16": (2, 7, 3, 3, 16, 1),
+    "heads of 32, shared": (1, 33, 6, 2, 32, 1),
+    "heads of 64": (2, 13, 12, 12, 64, 1),
+    "heads of 64, one key": (2, 5, 5, 1, 64, 1),
+    "heads of 128, each row's own places": (3, 5, 2, 2, 128, 3),
+    "a head of 256": (1, 3, 1, 1, 256, 1),
+    "one token": (1, 1, 1, 1, 16, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normed", [False, True], ids=["turned", "normed"])
+@pytest.mark.parametrize("shape", TURNS)
+def test_turned_queries_and_keys_and_their_gradients(shape, normed, dtype):
+    """Small numbers among them, which the norm's 1e-6 shows in. Gradients come strided, as attention makes them."""
+    B, T, H, Hkv, d, rows = TURNS[shape]
+    widths, (cos, sin) = (H * d, Hkv * d, Hkv * d), angles(rows, T, d)
+    qkv = draw(B, T, sum(widths), dtype=dtype)
+    qkv[:, 0] *= 1e-3
+    exact = qkv.double().requires_grad_()
+    q, k, v = exact.split(widths, dim=-1)
+    expected = *(turned_as_complex(x, cos.double(), sin.double(), d, normed) for x in (q, k)), v
+    slopes = [
+        draw(B, T, 2 * widths[0], seed=1, dtype=dtype)[..., : widths[0]],  # part of something wider
+        draw(T, B, widths[1], seed=2, dtype=dtype).transpose(0, 1),  # tokens before rows
+        draw(B, T, 2 * widths[2], seed=3, dtype=dtype)[..., ::2],  # every second number
+    ]
+    wanted = torch.autograd.grad(expected, exact, [x.double() for x in slopes])[0]
+    ours = qkv.requires_grad_()
+    assert kernels.turnable(ours, widths, cos)
+    got = kernels.turn(ours, widths, cos, sin, normed)
+    grad = torch.autograd.grad(got, ours, slopes)[0]
+    bound = {torch.float32: 5e-7, torch.bfloat16: BOUND[torch.bfloat16], torch.float16: 1e-3}[dtype]
+    assert got[2].data_ptr() == ours[..., sum(widths[:2]) :].data_ptr()  # no copy
+    for x, its in zip(got, expected, strict=True):
+        assert x.dtype == dtype
+        check(x.detach(), its.detach(), bound)
+    assert grad.dtype == dtype and grad.is_contiguous()
+    for part, its in zip(grad.split(widths, dim=-1), wanted.split(widths, dim=-1), strict=True):
+        check(part[:, :1], its[:, :1], bound)
+        check(part, its, bound)
+
+
+def test_turning_over_two_rows_of_programs(monkeypatch):
+    """Rows of programs that end amid a token; what is not there is not written."""
+    monkeypatch.setattr(kernels, "TURN_TILE", 64)
+    test_turned_queries_and_keys_and_their_gradients("heads of 16", True, torch.float32)
+
+
+def test_what_turns_by_its_kernel():
+    qkv, (cos, _) = draw(2, 5, 144).requires_grad_(), angles(1, 5, 16)
+    thirds = (48, 48, 48)
+    assert kernels.turnable(qkv, thirds, cos) and kernels.turnable(qkv, (112, 16, 16), cos)
+    with torch.no_grad():
+        assert not kernels.turnable(qkv, thirds, cos)
+    assert not kernels.turnable(qkv.detach(), thirds, cos)
+    assert not kernels.turnable(qkv.detach().double().requires_grad_(), thirds, cos)
+    assert not kernels.turnable(qkv, (72, 72), cos)  # KV attention
+    for d in (8, 24):
+        assert not kernels.turnable(qkv, thirds, angles(1, 5, d)[0])
+
+
+TURNING = {
+    "strawberry": {"n_qkv": 32, "n_experts": 2, "window": 16, "r_layer": 0, "retention": "none"},
+    "palm": {"arch": "palm", "attention_type": "mha", "n_qkv": 32},
+    "lam": {"arch": "palm", "attention_type": "lam", "n_qkv": 32},
+    "tinystar": {"arch": "tinystar", "attention_type": "MQA"},
+    "decoder": {"arch": "transformer", "kind": "decoder", "attention_type": "GQA", "n_kv_head": 1, "bias": True},
+}
+
+
+@pytest.mark.parametrize("name", TURNING)
+def test_models_turn_by_the_kernel(name, monkeypatch):
+    """A training step's loss and gradients, as it is and compiled, are those of the plain path in float64."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 32, "block_size": 48}
+    if name in ("tinystar", "decoder"):
+        sizes["pos_encoding"] = "RoPE"
+    model = build(sizes | TURNING[name]).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    idx, learned = torch.randint(32, (2, 41)), list(model.parameters())
+    exact = model(idx, idx)[1]
+    wanted = torch.autograd.grad(exact, learned, allow_unused=True)
+    turn, taken = kernels.turn, []
+    monkeypatch.setattr(kernels, "turn", lambda *args, **kw: taken.append(1) or turn(*args, **kw))
+    model.float()
+    torch._dynamo.reset()
+    for call in (model, torch.compile(model, backend="aot_eager")):
+        loss = call(idx, idx)[1]
+        check(loss.detach()[None], exact.detach()[None], 1e-5)
+        for a, b in zip(torch.autograd.grad(loss, learned, allow_unused=True), wanted, strict=True):
+            if b is not None:
+                check(a, b, 1e-4)
+        assert taken
+        taken.clear()
 
 
 # ---- the head's loss ------------------------------------------------------------------------------------------------

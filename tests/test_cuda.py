@@ -8,6 +8,7 @@ import torch
 from test_decode import SMALL as TINY
 from test_decode import collect, every_model, made, requests_for
 
+import kernels
 from decode import Decoder, quantize
 from model import AFTS, At, View, aft_simple, as_is, attend, attend_blocks, build
 
@@ -160,6 +161,43 @@ def test_blocks_are_windows_on_a_gpu(T, windows, kv_heads):
     assert relative(y, expected) < 2e-3  # TF32 or not
     for got, its in zip(torch.autograd.grad(y, (q, k, v), slope), torch.autograd.grad(expected, exact, slope.double())):
         assert relative(got, its) < 2e-3
+
+
+# ---- queries and keys by their kernel --------------------------------------------------------------------------------
+
+TURNING = [
+    {"window": 128, "r_layer": 2},
+    {"window": 128, "n_experts": 2, "retention": "none"},
+    {"arch": "tinystar", "attention_type": "GQA", "n_kv_head": 2},
+    {"arch": "transformer", "kind": "decoder", "attention_type": "MHA", "pos_encoding": "RoPE"},
+]
+
+
+@pytest.mark.parametrize("hyper", TURNING, ids=str)
+def test_turned_by_the_kernel_gradients_are_the_plain_ones(hyper, monkeypatch):
+    """Compiled, in bfloat16: as near to float64 as those without the kernel."""
+    torch.manual_seed(0)
+    model = build({"vocab_size": 64, "block_size": 512, "n_layer": 2, "n_head": 4, "n_embd": 128} | hyper).cuda()
+    idx, plain = torch.randint(64, (4, 512), device="cuda"), copy.deepcopy(model).double()
+    turnable, turn, errors, taken = kernels.turnable, kernels.turn, [], []
+    monkeypatch.setattr(kernels, "turn", lambda *args, **rest: taken.append(1) or turn(*args, **rest))
+    exact = gradients(plain, plain, idx)
+    assert not taken
+    for by_kernel in (True, False):
+        monkeypatch.setattr(kernels, "turnable", turnable if by_kernel else lambda *args: False)
+        taken.clear()
+        torch._dynamo.reset()
+        with torch.autocast("cuda", torch.bfloat16):
+            got = gradients(model, torch.compile(model, dynamic=False), idx)
+        assert bool(taken) == by_kernel
+        errors.append(relative(got, exact))
+    assert errors[0] < 1.2 * errors[1] + 1e-3, errors
+
+
+def gradients(model: torch.nn.Module, call, idx: torch.Tensor) -> torch.Tensor:
+    """Of the loss by all weights, one after another."""
+    found = torch.autograd.grad(call(idx, idx)[1], list(model.parameters()), allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in found])
 
 
 # ---- whole training -------------------------------------------------------------------------------------------------
