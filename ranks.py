@@ -26,6 +26,11 @@ All three have the same methods: train.py does not ask how many there are. Rank 
     total(*numbers) -> list         the sum of each number over ranks
     agree(value) -> value           rank 0's value, plain data, for all; nobody returns before all have asked
     heard(number) -> number         the largest signal that any rank got, where they must stop at the same step
+    stop_together                   whether they must, since none can take back what it has begun with the others
+    graphs                          whether what they tell each other in a step can be part of a CUDA graph
+    watch()                         from here on, wait() looks after the others
+    wait(event)                     until the device has come there; Lost where another process keeps it from that
+    renew()                         forget how a step began that was given up in the middle; then forward() anew
     listening()                     a context that makes Lost of what the back ends raise when a process is gone
     close()
     vanish(code)                      ends a process whose peers may be gone
@@ -33,18 +38,22 @@ All three have the same methods: train.py does not ask how many there are. Rank 
 What a rank hears nothing from is gone: a dead process closes its connections, which the others see at once, and after
 TIMEOUT at the latest. They raise Lost.
 
-Index:  parts of a batch · sharded tensors · one process · several · replicated · sharded · blocks · Muon's work
+Index:  parts of a batch · sharded tensors · one process · several · signs of life · replicated · sharded · blocks ·
+        Muon's work
 """
 
 import contextlib
 import copy
 import dataclasses
 import datetime
+import gc
 import inspect
 import json
 import math
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -56,6 +65,9 @@ from options import UserError
 
 TIMEOUT = datetime.timedelta(minutes=30)  # longer than any evaluation or save for which the others wait
 BUCKET = 1 << 24  # numbers that travel as one tensor
+BEAT = 2.0  # seconds between two signs of life
+SILENT = 20.0  # seconds without one after which a process counts as gone, where a device waits for it
+PARTING = 5.0  # seconds in which a device may finish what it has begun with a process that is gone
 
 
 class Lost(Exception):
@@ -147,7 +159,7 @@ def sharded_as(whole: Tensor, like: Tensor) -> Tensor:
 
 class Alone:
     rank, world, main, sharded, can_save = 0, 1, True, False, True
-    seed = None
+    seed, graphs, stop_together = None, True, False
 
     def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return model.to(device)
@@ -188,6 +200,15 @@ class Alone:
     def heard(self, number: int) -> int:
         return 0
 
+    def watch(self) -> None:
+        pass
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
+
+    def renew(self) -> None:
+        pass
+
     def listening(self):
         return contextlib.nullcontext()
 
@@ -212,7 +233,7 @@ def scale_down(grads: list[Tensor], norm: Tensor, limit: float) -> Tensor:
 class Ranks:
     """What replicated and sharded have in common. Over NCCL where each process has a GPU of its own, else over gloo."""
 
-    sharded, can_save = False, True
+    sharded, can_save, lost, graphs = False, True, False, False
 
     def __init__(self, device: torch.device):
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -233,9 +254,16 @@ class Ranks:
         self.main = self.rank == 0
         self.seed = torch.tensor(float(self.world), device=device)  # gradients are averaged, and are to be a sum
         self.shares: dict = {}
+        self.stop_together = self.sharded or device.type == "cuda"  # a GPU is some steps behind, waiting for the others
+        # plain numbers that need not wait for the GPU
+        self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
+        self.pulse: Pulse | None = None
 
-    def targets(self, n: int) -> int | Tensor:
-        total = torch.full((), float(n), device=self.device)  # filled there: the host does not wait
+    def targets(self, n: int | Tensor) -> int | Tensor:
+        if isinstance(n, Tensor):
+            total = n.float()
+        else:
+            total = torch.full((), float(n), device=self.device)  # filled there: the host does not wait
         with self.listening(certain=True):
             dist.all_reduce(total)
         return total.clamp(min=1)
@@ -274,9 +302,34 @@ class Ranks:
         except RuntimeError as error:
             if not (certain or is_of_connection(error)):
                 raise
-            self.can_save = not self.sharded
+            self.can_save, self.lost = not self.sharded, True
             reason = str(error).strip().partition("\n")[0]
             raise Lost(f"another process of this run has ended or is out of reach ({reason})") from error
+
+    def heard(self, number: int) -> int:
+        largest = torch.tensor([number])
+        with self.listening(certain=True):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
+
+    def watch(self) -> None:
+        self.pulse = self.pulse or Pulse(dist.distributed_c10d._get_default_store(), self.rank, self.world)
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """A GPU that waits for a process that is gone waits for ever, and says nothing: so the host only looks."""
+        began, looked = time.monotonic(), 0.0
+        while not event.query():
+            waited = time.monotonic() - began
+            gone = "the device waits for it" if self.lost and waited > PARTING else None
+            if waited > looked + BEAT and not gone and self.pulse:
+                gone, looked = self.pulse.silence(), waited
+            if gone or waited > TIMEOUT.total_seconds():
+                self.can_save, self.lost = False, True  # what the device has begun cannot be undone
+                raise Lost(f"another process of this run has ended or is out of reach ({gone or 'no answer'})")
+            time.sleep(min(2e-4 + waited / 200, 0.05))
+
+    def renew(self) -> None:
+        pass
 
     def shares_of(self, shapes: list[tuple[int, int, int]]) -> list[list[range]]:
         """`share_out`, remembered: a step asks for the same each time."""
@@ -286,6 +339,8 @@ class Ranks:
         return self.shares[key]
 
     def close(self) -> None:
+        if self.pulse:
+            self.pulse.stop()
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -320,6 +375,52 @@ def is_of_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in told for sign in signs)
 
 
+# ---- signs of life -------------------------------------------------------------------------------------------------
+
+
+class Pulse:
+    """A thread that tells the others, in the store where they met, that this process is there: a number every BEAT
+    seconds. NCCL's own watchdog does not see what a CUDA graph does."""
+
+    def __init__(self, store, rank: int, world: int):
+        self.store, self.rank, self.world = (store.clone() if hasattr(store, "clone") else store), rank, world
+        self.beats, self.ended = 0, threading.Event()
+        self.seen: dict[int, tuple[bytes, float]] = {}  # what each had told last, and since when
+        self.beat()
+        self.thread = threading.Thread(target=self.run, name="pulse", daemon=True)
+        self.thread.start()
+
+    def key(self, rank: int) -> str:
+        return f"pulse of rank {rank}"
+
+    def beat(self) -> None:
+        self.beats += 1
+        self.store.set(self.key(self.rank), str(self.beats))
+
+    def run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: the others find that out themselves
+            while not self.ended.wait(BEAT):
+                self.beat()
+
+    def silence(self) -> str | None:
+        """Who has told nothing for SILENT seconds, in which this was asked again and again; None: nobody."""
+        now = time.monotonic()
+        try:
+            for rank in range(self.world):
+                told = self.store.get(self.key(rank)) if self.store.check([self.key(rank)]) else b""
+                before, since = self.seen.get(rank, (None, now))
+                self.seen[rank] = (told, since if told == before else now)
+                if now - self.seen[rank][1] > SILENT:
+                    return f"rank {rank} has been silent for {SILENT:.0f} s"
+        except RuntimeError as error:
+            return str(error).strip().partition("\n")[0]
+        return None
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.thread.join(BEAT)
+
+
 # ---- replicated ----------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +428,14 @@ class Replicated(Ranks):
     """The whole model on each rank. Weights stay equal, bit for bit, since all get the same gradients and updates."""
 
     ddp = None  # before forward() each rank is on its own, to find out how large a batch it has memory for
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        if device.type == "cuda":
+            # CUDA's default stream cannot be recorded, and autograd adds up gradients where their parameters were first
+            # used: so all of this process's work is on another one
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(torch.cuda.Stream())
 
     def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return model.to(device)
@@ -341,6 +450,8 @@ class Replicated(Ranks):
                 newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
                 about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # they are equal: see sum_
                 self.ddp = DDP(model, **about)
+            self.ddp._set_ddp_runtime_logging_sample_rate(1 << 30)  # times that nobody reads, waiting for the device
+            self.graphs = not about["find_unused_parameters"]  # which unused ones are, DDP's host would ask the device
         compile_blocks(model, compiled == "blocks")
         torch._dynamo.config.optimize_ddp = False  # it cannot divide graphs with functions that bring their gradients
         return torch.compile(self.ddp, dynamic=False) if compiled is True else self.ddp
@@ -353,7 +464,10 @@ class Replicated(Ranks):
 
     clip = Alone.clip
     gather = Alone.gather
-    heard = Alone.heard
+
+    def renew(self) -> None:
+        self.ddp = None
+        gc.collect()  # it leaves the parameters only when nothing is left of it
 
     def spread(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
         """Each rank's share is contiguous in each stack; one gather brings all of them to all."""
@@ -405,11 +519,6 @@ class Sharded(Ranks):
     """
 
     sharded = True
-
-    def __init__(self, device: torch.device):
-        super().__init__(device)
-        # plain numbers that need not wait for the GPU
-        self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
 
     def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The model, built whole in the host's memory, is sharded block by block on its way to the device."""
@@ -507,12 +616,6 @@ class Sharded(Ranks):
         for name, buffer in model.named_buffers():
             plain.get_buffer(name).copy_(buffer)
         yield plain.eval()
-
-    def heard(self, number: int) -> int:
-        largest = torch.tensor([number])
-        with self.listening(certain=True):
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
-        return int(largest)
 
 
 PARALLEL = {"ddp": Replicated, "fsdp": Sharded}
