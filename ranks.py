@@ -30,6 +30,7 @@ All three have the same methods: train.py does not ask how many there are. Rank 
     graphs                          whether what they tell each other in a step can be part of a CUDA graph
     watch()                         from here on, wait() looks after the others
     wait(event)                     until the device has come there; Lost where another process keeps it from that
+    join_streams()                  what goes on beside the current stream ends before what comes next: so a graph ends
     renew()                         forget how a step began that was given up in the middle; then forward() anew
     listening()                     a context that makes Lost of what the back ends raise when a process is gone
     close()
@@ -148,9 +149,15 @@ def sharded_as(whole: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, sharded as `like` is; itself where that is not, or where it is a single number."""
     if whole.ndim == 0 or not hasattr(like, "to_local"):
         return whole
+    return shared(part_of(whole, like).to(like.device, copy=True), like)
+
+
+def shared(mine: Tensor, like: Tensor) -> Tensor:
+    """The sharded tensor of which this rank has `mine`, in the same memory; itself where `sharded_as` gives itself."""
+    if mine.ndim == 0 or not hasattr(like, "to_local"):
+        return mine
     from torch.distributed.tensor import DTensor
 
-    mine = part_of(whole, like).to(like.device, copy=True)
     return DTensor.from_local(mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
@@ -206,6 +213,9 @@ class Alone:
     def wait(self, event: torch.cuda.Event) -> None:
         event.synchronize()
 
+    def join_streams(self) -> None:
+        pass
+
     def renew(self) -> None:
         pass
 
@@ -258,6 +268,11 @@ class Ranks:
         # plain numbers that need not wait for the GPU
         self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
         self.pulse: Pulse | None = None
+        if device.type == "cuda":
+            # CUDA's default stream cannot be recorded, and autograd adds up gradients where their parameters were first
+            # used: so all of this process's work is on another one
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(torch.cuda.Stream())
 
     def targets(self, n: int | Tensor) -> int | Tensor:
         if isinstance(n, Tensor):
@@ -328,8 +343,7 @@ class Ranks:
                 raise Lost(f"another process of this run has ended or is out of reach ({gone or 'no answer'})")
             time.sleep(min(2e-4 + waited / 200, 0.05))
 
-    def renew(self) -> None:
-        pass
+    join_streams = Alone.join_streams
 
     def shares_of(self, shapes: list[tuple[int, int, int]]) -> list[list[range]]:
         """`share_out`, remembered: a step asks for the same each time."""
@@ -429,14 +443,6 @@ class Replicated(Ranks):
 
     ddp = None  # before forward() each rank is on its own, to find out how large a batch it has memory for
 
-    def __init__(self, device: torch.device):
-        super().__init__(device)
-        if device.type == "cuda":
-            # CUDA's default stream cannot be recorded, and autograd adds up gradients where their parameters were first
-            # used: so all of this process's work is on another one
-            torch.cuda.synchronize()
-            torch.cuda.set_stream(torch.cuda.Stream())
-
     def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return model.to(device)
 
@@ -532,7 +538,25 @@ class Sharded(Ranks):
             half = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
             narrow = dtype != torch.float32 and reads_by_products_alone(block)
             fully_shard(block, mesh=mesh, mp_policy=half if narrow else wide)
-        return fully_shard(model, mesh=mesh, mp_policy=wide)
+        # with dropout, what computes activations twice asks the device for the state of its random numbers
+        self.graphs = not any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
+        self.root = fully_shard(model, mesh=mesh, mp_policy=wide)
+        return self.root
+
+    def join_streams(self) -> None:
+        """What fully_shard gathers and reduces on streams of its own is waited for where it is used; that each of them
+        ends in the recorded one, a graph wants to be told."""
+        about = self.root._get_fsdp_state()._comm_ctx
+        for stream in (about.all_gather_copy_in_stream, about.all_gather_stream, about.reduce_scatter_stream):
+            with torch.cuda.stream(stream):
+                recorded = torch.cuda.is_current_stream_capturing()
+            if recorded:
+                torch.cuda.current_stream().wait_stream(stream)
+
+    def renew(self) -> None:
+        if not hasattr(self.root, "reset_iter_state"):
+            raise UserError(f"torch {torch.__version__} does not go on where a sharded step broke off; set record to false")
+        self.root.reset_iter_state()
 
     def forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
         """Blocks are always compiled one by one, between what puts them together and what takes them apart."""

@@ -588,6 +588,7 @@ class Recorded:
             # what other threads ask of CUDA meanwhile (NCCL's watchdog) does not disturb
             with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
                 self.step()
+                self.trainer.ranks.join_streams()
             self.optimizer.count(-self.called)
         self.optimizer.count(0)
         self.good.fill_(1.0)

@@ -285,7 +285,10 @@ def two(argv) -> None:
                              run("--checkpoints.path=recorded_turns", *more[:1], "--batch_size=3", "--max_iters=2"),
                              run("--checkpoints.path=recorded_dropout", *more),
                              run("--checkpoints.path=spoiled", "--parallel=ddp", trainer=Spoiled),
-                             run("--checkpoints.path=rolled", "--parallel=ddp", "--on_nan=rollback", trainer=Spoiled)]
+                             run("--checkpoints.path=rolled", "--parallel=ddp", "--on_nan=rollback", trainer=Spoiled),
+                             run("--checkpoints.path=recorded_fsdp", "--parallel=fsdp"),
+                             run("--checkpoints.path=rolled_fsdp", "--parallel=fsdp", "--on_nan=rollback",
+                                 trainer=Spoiled)]
         recorded, train.Recorded = train.Recorded, Unrecordable
         found["recorded"].append(run("--checkpoints.path=unrecordable", "--parallel=ddp"))
         train.Recorded = recorded
@@ -521,11 +524,12 @@ def test_a_signal_that_one_of_them_gets_stops_all_at_one_step(found):
 
 
 def test_steps_left_to_the_device_are_those_of_the_host(found):
-    assert [both["recorded"] for both in found[1]] == [[0, 0, 0, 3, 0, 0, 0]] * 2
+    assert [both["recorded"] for both in found[1]] == [[0, 0, 0, 3, 0, 0, 0, 0, 0]] * 2
     assert_same_curve("ddp", "recorded")
     assert_same_curve("turns_one", "recorded_turns")
     assert_same_curve("called_dropout", "recorded_dropout")
-    for called, recorded in (("ddp", "recorded"), ("called_dropout", "recorded_dropout")):
+    assert_same_curve("fsdp", "recorded_fsdp")
+    for called, recorded in (("ddp", "recorded"), ("called_dropout", "recorded_dropout"), ("fsdp", "recorded_fsdp")):
         (_, one), (_, many) = newest_state(called), newest_state(recorded)
         assert one.keys() == many.keys()
         for name in one:
@@ -544,8 +548,9 @@ def test_all_ranks_hear_of_a_loss_that_is_not_finite_in_one(found):
     assert timeless("spoiled/metrics.jsonl")[-1]["step"] == 6 and newest("spoiled").step == 4
     for rank in range(2):
         assert "error: step 7: the loss is inf" in read(f"log{rank}.txt")
-    lines = timeless("rolled/metrics.jsonl")
-    assert [line["from_step"] for line in lines if "rollback" in line] == [7] and lines[-1]["step"] == 10
+    for path in ("rolled", "rolled_fsdp"):
+        lines = timeless(f"{path}/metrics.jsonl")
+        assert [line["from_step"] for line in lines if "rollback" in line] == [7] and lines[-1]["step"] == 10
 
 
 def test_a_checkpoint_that_failed_is_tried_again_by_all(found):
