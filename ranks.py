@@ -554,9 +554,7 @@ class Sharded(Ranks):
                 torch.cuda.current_stream().wait_stream(stream)
 
     def renew(self) -> None:
-        if not hasattr(self.root, "reset_iter_state"):
-            raise UserError(f"torch {torch.__version__} does not go on where a sharded step broke off; set record to false")
-        self.root.reset_iter_state()
+        forget_step(self.root)
 
     def forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
         """Blocks are always compiled one by one, between what puts them together and what takes them apart."""
@@ -640,6 +638,32 @@ class Sharded(Ranks):
         for name, buffer in model.named_buffers():
             plain.get_buffer(name).copy_(buffer)
         yield plain.eval()
+
+
+def forget_step(root: nn.Module) -> None:
+    """Make a sharded model what it is between steps. What torch's reset_iter_state would wait for is dropped: events of
+    a recording that broke off never come."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    state = root._get_fsdp_state()
+    context, about = state._state_ctx, state._comm_ctx
+    context.iter_forward_root, context.post_backward_final_callback_queued = None, False
+    about.all_gather_state = about.reduce_scatter_state = None
+    for name in ("reduce_scatter_states", "_last_post_reduce_events", "post_forward_order"):  # some are torch 2.13's
+        getattr(about, name, []).clear()
+    for state in context.all_states:
+        state._training_state = TrainingState.IDLE
+        getattr(state, "_modules_to_run_forward", set()).clear()
+        for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+            if group is not None:
+                group._training_state = TrainingState.IDLE
+                group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
+                group._post_forward_indices.clear()
+                group._to_sharded()
+                for p in group.fsdp_params:
+                    p.unsharded_accumulated_grad = None
+                    if hasattr(p, "_unsharded_param"):
+                        p._unsharded_param.grad = None
 
 
 PARALLEL = {"ddp": Replicated, "fsdp": Sharded}

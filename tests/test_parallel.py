@@ -205,11 +205,26 @@ class Spoiled(Seen):
 
 
 class Unrecordable(train.Recorded):
-    """A GPU's recording that breaks off in one rank, where a gradient has been taken and none summed."""
+    """A GPU's recording that breaks off: with DDP in one rank, where DDP waits for gradients, with FSDP in the midst of
+    the backward pass."""
 
     def record(self, micro_batches):
-        if self.trainer.ranks.graphs and self.trainer.ranks.rank == 1:
-            self.trainer.ranks.ddp.reducer.prepare_for_backward([])
+        trainer, group = self.trainer, self.trainer.ranks
+        if group.graphs and group.sharded:
+            block, calls = next(ranks.blocks_of(trainer.model)), []
+            run = block.forward.run
+
+            def broken(*arguments):
+                calls.append(arguments)
+                if len(calls) == 2:  # the first is the forward pass, and this computes it anew
+                    block.forward.run = run
+                    raise RuntimeError("operation not permitted when stream is capturing")
+                return run(*arguments)
+
+            block.forward.run = broken
+            trainer.accumulate(micro_batches)
+        if group.graphs and group.rank == 1:
+            group.ddp.reducer.prepare_for_backward([])
             raise RuntimeError("operation not permitted when stream is capturing")
         super().record(micro_batches)
 
@@ -290,7 +305,7 @@ def two(argv) -> None:
                              run("--checkpoints.path=rolled_fsdp", "--parallel=fsdp", "--on_nan=rollback",
                                  trainer=Spoiled)]
         recorded, train.Recorded = train.Recorded, Unrecordable
-        found["recorded"].append(run("--checkpoints.path=unrecordable", "--parallel=ddp"))
+        found["recorded"] += [run(f"--checkpoints.path=unrecordable_{mode}", f"--parallel={mode}") for mode in MODES]
         train.Recorded = recorded
     found["recorded"].append(run("--checkpoints.path=called_dropout", *more))
     found["no sync"] = reduced(first)
@@ -524,7 +539,7 @@ def test_a_signal_that_one_of_them_gets_stops_all_at_one_step(found):
 
 
 def test_steps_left_to_the_device_are_those_of_the_host(found):
-    assert [both["recorded"] for both in found[1]] == [[0, 0, 0, 3, 0, 0, 0, 0, 0]] * 2
+    assert [both["recorded"] for both in found[1]] == [[0, 0, 0, 3, *[0] * 6]] * 2
     assert_same_curve("ddp", "recorded")
     assert_same_curve("turns_one", "recorded_turns")
     assert_same_curve("called_dropout", "recorded_dropout")
@@ -539,9 +554,10 @@ def test_steps_left_to_the_device_are_those_of_the_host(found):
 
 
 def test_where_one_rank_cannot_record_none_does(found):
-    assert_same(newest_state("unrecordable")[1], newest_state("recorded")[1])
+    assert_same(newest_state("unrecordable_ddp")[1], newest_state("recorded")[1])
+    assert_same(newest_state("unrecordable_fsdp")[1], newest_state("recorded_fsdp")[1])
     assert "steps cannot be recorded, so that they take longer (another process could not)" in read("log0.txt")
-    assert "(RuntimeError: operation not permitted when stream is capturing)" in read("log1.txt")
+    assert read("log1.txt").count("(RuntimeError: operation not permitted when stream is capturing)") == 2
 
 
 def test_all_ranks_hear_of_a_loss_that_is_not_finite_in_one(found):
