@@ -184,6 +184,33 @@ class Signalled(Seen):
             signal.raise_signal(signal.SIGTERM)
 
 
+class Together(Signalled):
+    """As on GPUs, which wait for each other where a host does not see it."""
+
+    def prepare(self):
+        super().prepare()
+        self.ranks.stop_together = True
+
+
+class Event:
+    """A device's: on one rank it has always come already, on the other only for who waits."""
+
+    def __init__(self, early: bool):
+        self.asked = 9 if early else 0
+
+    def query(self):
+        self.asked += 1
+        return self.asked > 3
+
+
+class Lagging(train.Recorded):
+    """Answers come as late as a GPU's may, and not equally late."""
+
+    def take(self, *arguments):
+        super().take(*arguments)
+        self.taken[-1] = self.taken[-1]._replace(there=Event(self.trainer.ranks.rank == 1))
+
+
 class Spoiled(Seen):
     """The seventh step's loss is not finite on one rank, of whose part the other sees nothing."""
 
@@ -304,7 +331,11 @@ def two(argv) -> None:
                              run("--checkpoints.path=recorded_fsdp", "--parallel=fsdp"),
                              run("--checkpoints.path=rolled_fsdp", "--parallel=fsdp", "--on_nan=rollback",
                                  trainer=Spoiled)]
-        recorded, train.Recorded = train.Recorded, Unrecordable
+        recorded, train.Recorded = train.Recorded, Lagging
+        rare = ["--parallel=ddp", "--log_interval=100", "--eval_interval=100"]
+        found["lagging"] = [run("--checkpoints.path=lagging", *rare, "--on_nan=rollback", trainer=Spoiled),
+                            run("--checkpoints.path=together", *rare[:1], "--max_iters=500", trainer=Together)]
+        train.Recorded = Unrecordable
         found["recorded"] += [run(f"--checkpoints.path=unrecordable_{mode}", f"--parallel={mode}") for mode in MODES]
         train.Recorded = recorded
     found["recorded"].append(run("--checkpoints.path=called_dropout", *more))
@@ -551,6 +582,13 @@ def test_steps_left_to_the_device_are_those_of_the_host(found):
             torch.testing.assert_close(one[name], many[name], rtol=1e-4, atol=1e-6, msg=name)
     states = [newest(path).load_state()["optimizer"]["muon_step"] for path in ("ddp", "recorded")]
     assert states[0] == states[1] == 10
+
+
+def test_all_ranks_hear_of_it_after_the_same_launch(found):
+    """One that heard of it sooner would go back alone."""
+    assert [both["lagging"] for both in found[1]] == [[0, 143]] * 2
+    assert_same(newest_state("lagging")[1], newest_state("rolled")[1])
+    assert newest("together").step == timeless("together/metrics.jsonl")[-1]["step"] == 3
 
 
 def test_where_one_rank_cannot_record_none_does(found):
