@@ -2313,7 +2313,8 @@ class ScaleTimer(Timer):
             "processes": self.ranks.world, "machine": machine(self.device), "torch": torch.__version__,
             "params": self.model.num_params(non_embedding=False), "tokens_per_step": self.tokens_per_step,
             "tokens_per_s": steps * self.tokens_per_step / seconds, "step_ms": 1e3 * seconds / steps,
-            "loss": self.loss, "memory": self.most_memory(), "compile": compiled, "recorded": bool(self.recorded),
+            "loss": self.loss, "memory": self.most_memory(), "compile": compiled,
+            "recorded": bool(self.recorded and self.recorded.graph),
             "link_bytes_per_s": self.link(),
         }  # fmt: skip
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from options import UserError
-from ranks import Alone, local, sharded_as
+from ranks import Alone, local, part_of, sharded_as, shared
 
 # Which role is decayed, and which Muon may take. Every role that a model may name is here.
 DECAYED = {"matrix", "residual", "embedding", "input"}
@@ -166,10 +166,11 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
     """
     named = parameters_by_role(model)
     rate = {"adamw": learning_rate, "muon": learning_rate if hyper.muon_lr is None else hyper.muon_lr}
-    groups = defaultdict(list)
-    for role, p in named.values():
+    groups, held = defaultdict(list), {}
+    for name, (role, p) in named.items():
         kind = "muon" if hyper.use_muon and role in HIDDEN and p.ndim == 2 else "adamw"
-        groups[kind, hyper.weight_decay if role in DECAYED else 0.0].append(p)
+        held[name] = p if kind == "muon" else own_part(p)
+        groups[kind, hyper.weight_decay if role in DECAYED else 0.0].append(held[name])
 
     def groups_of(wanted: str) -> list[dict]:
         return [
@@ -185,7 +186,13 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
         fused = device_type in ("cuda", "cpu", "mps")  # where torch has the fused kernel
         betas = (hyper.beta1, hyper.beta2)
         parts["adamw"] = torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=hyper.eps, fused=fused)
-    return Optimizer(parts, named)
+    return Optimizer(parts, named, held)
+
+
+def own_part(p: nn.Parameter) -> Tensor:
+    """What AdamW, to which each number is one of its own, works on: the parameter, or this rank's part of a sharded
+    one, in the same memory. To hand each operation a few hundred sharded tensors takes the host longer than a GPU."""
+    return p if local(p) is p else local(p).detach()
 
 
 def parameters_by_role(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
@@ -212,18 +219,22 @@ class Optimizer:
     `groups` says, one dict a row, which optimizer takes which role; `table()` is the same to be printed.
     """
 
-    def __init__(self, parts: dict[str, torch.optim.Optimizer], named: dict[str, tuple[str, nn.Parameter]]):
-        self.parts = parts
+    def __init__(self, parts: dict[str, torch.optim.Optimizer], named: dict[str, tuple[str, nn.Parameter]],
+                 held: dict[str, Tensor]):
+        """`held`: what the parts have of each parameter, the same tensor or one in the same memory."""
+        self.parts, self._held = parts, held
         self._params = {name: p for name, (_, p) in named.items()}
+        self._apart = [(p, held[name]) for name, p in self._params.items() if held[name] is not p]
         self._part_of = {id(p): kind for kind, part in parts.items() for g in part.param_groups for p in g["params"]}
-        self.groups = self._rows({id(p): role for role, p in named.values()})
+        self.groups = self._rows({id(held[name]): about for name, about in named.items()})
 
-    def _rows(self, role_of: dict[int, str]) -> list[dict]:
+    def _rows(self, named: dict[int, tuple[str, nn.Parameter]]) -> list[dict]:
         rows = {}
         for kind, part in self.parts.items():
             for group in part.param_groups:
-                for p in group["params"]:
-                    about = {"role": role_of[id(p)], "optimizer": kind}
+                for mine in group["params"]:
+                    role, p = named[id(mine)]
+                    about = {"role": role, "optimizer": kind}
                     about |= {"lr": group["base_lr"], "weight_decay": group["weight_decay"]}
                     row = rows.setdefault((about["role"], kind), about | {"tensors": 0, "parameters": 0})
                     row["tensors"] += 1
@@ -279,6 +290,9 @@ class Optimizer:
 
     def step(self) -> None:
         """Updates every parameter that has a gradient."""
+        with torch.no_grad():
+            for p, mine in self._apart:
+                mine.grad = None if p.grad is None else local(p.grad)
         for part in self.parts.values():
             part.step()
 
@@ -286,6 +300,8 @@ class Optimizer:
         """Drops all gradients."""
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
+        for p, _ in self._apart:
+            p.grad = None
 
     # ---- saving and restoring
 
@@ -295,26 +311,36 @@ class Optimizer:
         The tensors are the living ones, not copies. What the JSON says (rates, decay, betas) is left out: a resumed run
         follows its JSON, and its schedule sets the rate.
         """
-        state = {name: dict(self._part(name).state.get(p, {})) for name, p in self._params.items()}
-        kinds = {name: self._part_of[id(p)] for name, p in self._params.items()}
+        state = {name: dict(self._part(name).state.get(mine, {})) for name, mine in self._held.items()}
+        for name, p in self._params.items():
+            if self._held[name] is not p:
+                state[name] = {key: shared(t, p) for key, t in state[name].items()}
+        kinds = {name: self._part_of[id(mine)] for name, mine in self._held.items()}
         muon_step = self.parts["muon"].param_groups[0]["step"] if "muon" in self.parts else 0
         return {"kinds": kinds, "state": state, "muon_step": muon_step}
 
     def load_state_dict(self, saved: dict) -> None:
         """Restores what `state_dict` gave. Raises UserError, and changes nothing, where it belongs to another model."""
         self._check(saved)
-        name_of = {id(p): name for name, p in self._params.items()}
+        name_of = {id(mine): name for name, mine in self._held.items()}
         for part in self.parts.values():
             order = [p for group in part.param_groups for p in group["params"]]  # torch numbers them in this order
             state = {i: saved["state"][name_of[id(p)]] for i, p in enumerate(order)}
-            state = {i: {key: sharded_as(t, order[i]) for key, t in s.items()} for i, s in state.items()}
+            state = {i: {key: self._mine(t, name_of[id(order[i])]) for key, t in s.items()} for i, s in state.items()}
             groups = part.state_dict()["param_groups"]
             part.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
         if "muon" in self.parts:
             self.parts["muon"].param_groups[0]["step"] = saved["muon_step"]
 
     def _part(self, name: str) -> torch.optim.Optimizer:
-        return self.parts[self._part_of[id(self._params[name])]]
+        return self.parts[self._part_of[id(self._held[name])]]
+
+    def _mine(self, whole: Tensor, name: str) -> Tensor:
+        """What the part that has this parameter has of a tensor of its state."""
+        p = self._params[name]
+        if self._held[name] is p or not whole.ndim:
+            return sharded_as(whole, p)
+        return part_of(whole, p).to(p.device, copy=True)
 
     def _check(self, saved: dict) -> None:
         if not isinstance(saved, dict) or saved.keys() != {"kinds", "state", "muon_step"}:
@@ -322,7 +348,7 @@ class Optimizer:
         if differing := sorted(self._params.keys() ^ saved["kinds"].keys()):
             raise UserError(f"the optimizer state is of another model: only one of the two has {differing[0]}")
         for name, p in self._params.items():
-            now, then = self._part_of[id(p)], saved["kinds"][name]
+            now, then = self._part_of[id(self._held[name])], saved["kinds"][name]
             if now != then:
                 mend = "set optimizer_hyperparams.use_muon as it was"
                 raise UserError(f"{name} was trained with {then} and would go on with {now}: {mend}")

@@ -441,7 +441,7 @@ class Run:
         choices=["auto", "blocks"],
     )
     record: bool | str = option(
-        "auto", "a step as one CUDA graph, launched at once; auto: on one GPU; where it cannot be, training goes on "
+        "auto", "a step as one CUDA graph, launched at once; auto: on GPUs; where it cannot be, training goes on "
         "without", choices=["auto"]
     )
     img_path: str | None = option("img", "directory of the curves; null: none are drawn", path=True)

@@ -26,6 +26,12 @@ All three have the same methods: train.py does not ask how many there are. Rank 
     total(*numbers) -> list         the sum of each number over ranks
     agree(value) -> value           rank 0's value, plain data, for all; nobody returns before all have asked
     heard(number) -> number         the largest signal that any rank got, where they must stop at the same step
+    stop_together                   whether they must, since none can take back what it has begun with the others
+    graphs                          whether what they tell each other in a step can be part of a CUDA graph
+    watch()                         from here on, wait() looks after the others
+    wait(event)                     until the device has come there; Lost where another process keeps it from that
+    join_streams()                  what goes on beside the current stream ends before what comes next: so a graph ends
+    renew()                         forget how a step began that was given up in the middle; then forward() anew
     listening()                     a context that makes Lost of what the back ends raise when a process is gone
     close()
     vanish(code)                      ends a process whose peers may be gone
@@ -33,18 +39,22 @@ All three have the same methods: train.py does not ask how many there are. Rank 
 What a rank hears nothing from is gone: a dead process closes its connections, which the others see at once, and after
 TIMEOUT at the latest. They raise Lost.
 
-Index:  parts of a batch · sharded tensors · one process · several · replicated · sharded · blocks · Muon's work
+Index:  parts of a batch · sharded tensors · one process · several · signs of life · replicated · sharded · blocks ·
+        Muon's work
 """
 
 import contextlib
 import copy
 import dataclasses
 import datetime
+import gc
 import inspect
 import json
 import math
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -56,6 +66,9 @@ from options import UserError
 
 TIMEOUT = datetime.timedelta(minutes=30)  # longer than any evaluation or save for which the others wait
 BUCKET = 1 << 24  # numbers that travel as one tensor
+BEAT = 2.0  # seconds between two signs of life
+SILENT = 20.0  # seconds without one after which a process counts as gone, where a device waits for it
+PARTING = 5.0  # seconds in which a device may finish what it has begun with a process that is gone
 
 
 class Lost(Exception):
@@ -136,9 +149,15 @@ def sharded_as(whole: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, sharded as `like` is; itself where that is not, or where it is a single number."""
     if whole.ndim == 0 or not hasattr(like, "to_local"):
         return whole
+    return shared(part_of(whole, like).to(like.device, copy=True), like)
+
+
+def shared(mine: Tensor, like: Tensor) -> Tensor:
+    """The sharded tensor of which this rank has `mine`, in the same memory; itself where `sharded_as` gives itself."""
+    if mine.ndim == 0 or not hasattr(like, "to_local"):
+        return mine
     from torch.distributed.tensor import DTensor
 
-    mine = part_of(whole, like).to(like.device, copy=True)
     return DTensor.from_local(mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
@@ -147,7 +166,7 @@ def sharded_as(whole: Tensor, like: Tensor) -> Tensor:
 
 class Alone:
     rank, world, main, sharded, can_save = 0, 1, True, False, True
-    seed = None
+    seed, graphs, stop_together = None, True, False
 
     def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return model.to(device)
@@ -188,6 +207,18 @@ class Alone:
     def heard(self, number: int) -> int:
         return 0
 
+    def watch(self) -> None:
+        pass
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        event.synchronize()
+
+    def join_streams(self) -> None:
+        pass
+
+    def renew(self) -> None:
+        pass
+
     def listening(self):
         return contextlib.nullcontext()
 
@@ -212,7 +243,7 @@ def scale_down(grads: list[Tensor], norm: Tensor, limit: float) -> Tensor:
 class Ranks:
     """What replicated and sharded have in common. Over NCCL where each process has a GPU of its own, else over gloo."""
 
-    sharded, can_save = False, True
+    sharded, can_save, lost, graphs = False, True, False, False
 
     def __init__(self, device: torch.device):
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -233,9 +264,21 @@ class Ranks:
         self.main = self.rank == 0
         self.seed = torch.tensor(float(self.world), device=device)  # gradients are averaged, and are to be a sum
         self.shares: dict = {}
+        self.stop_together = self.sharded or device.type == "cuda"  # a GPU is some steps behind, waiting for the others
+        # plain numbers that need not wait for the GPU
+        self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
+        self.pulse: Pulse | None = None
+        if device.type == "cuda":
+            # CUDA's default stream cannot be recorded, and autograd adds up gradients where their parameters were first
+            # used: so all of this process's work is on another one
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(torch.cuda.Stream())
 
-    def targets(self, n: int) -> int | Tensor:
-        total = torch.full((), float(n), device=self.device)  # filled there: the host does not wait
+    def targets(self, n: int | Tensor) -> int | Tensor:
+        if isinstance(n, Tensor):
+            total = n.float()
+        else:
+            total = torch.full((), float(n), device=self.device)  # filled there: the host does not wait
         with self.listening(certain=True):
             dist.all_reduce(total)
         return total.clamp(min=1)
@@ -274,9 +317,33 @@ class Ranks:
         except RuntimeError as error:
             if not (certain or is_of_connection(error)):
                 raise
-            self.can_save = not self.sharded
+            self.can_save, self.lost = not self.sharded, True
             reason = str(error).strip().partition("\n")[0]
             raise Lost(f"another process of this run has ended or is out of reach ({reason})") from error
+
+    def heard(self, number: int) -> int:
+        largest = torch.tensor([number])
+        with self.listening(certain=True):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
+
+    def watch(self) -> None:
+        self.pulse = self.pulse or Pulse(dist.distributed_c10d._get_default_store(), self.rank, self.world)
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """A GPU that waits for a process that is gone waits for ever, and says nothing: so the host only looks."""
+        began, looked = time.monotonic(), 0.0
+        while not event.query():
+            waited = time.monotonic() - began
+            gone = "the device waits for it" if self.lost and waited > PARTING else None
+            if waited > looked + BEAT and not gone and self.pulse:
+                gone, looked = self.pulse.silence(), waited
+            if gone or waited > TIMEOUT.total_seconds():
+                self.can_save, self.lost = False, True  # what the device has begun cannot be undone
+                raise Lost(f"another process of this run has ended or is out of reach ({gone or 'no answer'})")
+            time.sleep(min(2e-4 + waited / 200, 0.05))
+
+    join_streams = Alone.join_streams
 
     def shares_of(self, shapes: list[tuple[int, int, int]]) -> list[list[range]]:
         """`share_out`, remembered: a step asks for the same each time."""
@@ -286,6 +353,8 @@ class Ranks:
         return self.shares[key]
 
     def close(self) -> None:
+        if self.pulse:
+            self.pulse.stop()
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -320,6 +389,52 @@ def is_of_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in told for sign in signs)
 
 
+# ---- signs of life -------------------------------------------------------------------------------------------------
+
+
+class Pulse:
+    """A thread that tells the others, in the store where they met, that this process is there: a number every BEAT
+    seconds. NCCL's own watchdog does not see what a CUDA graph does."""
+
+    def __init__(self, store, rank: int, world: int):
+        self.store, self.rank, self.world = (store.clone() if hasattr(store, "clone") else store), rank, world
+        self.beats, self.ended = 0, threading.Event()
+        self.seen: dict[int, tuple[bytes, float]] = {}  # what each had told last, and since when
+        self.beat()
+        self.thread = threading.Thread(target=self.run, name="pulse", daemon=True)
+        self.thread.start()
+
+    def key(self, rank: int) -> str:
+        return f"pulse of rank {rank}"
+
+    def beat(self) -> None:
+        self.beats += 1
+        self.store.set(self.key(self.rank), str(self.beats))
+
+    def run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: the others find that out themselves
+            while not self.ended.wait(BEAT):
+                self.beat()
+
+    def silence(self) -> str | None:
+        """Who has told nothing for SILENT seconds, in which this was asked again and again; None: nobody."""
+        now = time.monotonic()
+        try:
+            for rank in range(self.world):
+                told = self.store.get(self.key(rank)) if self.store.check([self.key(rank)]) else b""
+                before, since = self.seen.get(rank, (None, now))
+                self.seen[rank] = (told, since if told == before else now)
+                if now - self.seen[rank][1] > SILENT:
+                    return f"rank {rank} has been silent for {SILENT:.0f} s"
+        except RuntimeError as error:
+            return str(error).strip().partition("\n")[0]
+        return None
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.thread.join(BEAT)
+
+
 # ---- replicated ----------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +456,8 @@ class Replicated(Ranks):
                 newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
                 about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # they are equal: see sum_
                 self.ddp = DDP(model, **about)
+            self.ddp._set_ddp_runtime_logging_sample_rate(1 << 30)  # times that nobody reads, waiting for the device
+            self.graphs = not about["find_unused_parameters"]  # which unused ones are, DDP's host would ask the device
         compile_blocks(model, compiled == "blocks")
         torch._dynamo.config.optimize_ddp = False  # it cannot divide graphs with functions that bring their gradients
         return torch.compile(self.ddp, dynamic=False) if compiled is True else self.ddp
@@ -353,7 +470,10 @@ class Replicated(Ranks):
 
     clip = Alone.clip
     gather = Alone.gather
-    heard = Alone.heard
+
+    def renew(self) -> None:
+        self.ddp = None
+        gc.collect()  # it leaves the parameters only when nothing is left of it
 
     def spread(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
         """Each rank's share is contiguous in each stack; one gather brings all of them to all."""
@@ -406,11 +526,6 @@ class Sharded(Ranks):
 
     sharded = True
 
-    def __init__(self, device: torch.device):
-        super().__init__(device)
-        # plain numbers that need not wait for the GPU
-        self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
-
     def place(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The model, built whole in the host's memory, is sharded block by block on its way to the device."""
         from torch.distributed.device_mesh import init_device_mesh
@@ -423,7 +538,23 @@ class Sharded(Ranks):
             half = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
             narrow = dtype != torch.float32 and reads_by_products_alone(block)
             fully_shard(block, mesh=mesh, mp_policy=half if narrow else wide)
-        return fully_shard(model, mesh=mesh, mp_policy=wide)
+        # with dropout, what computes activations twice asks the device for the state of its random numbers
+        self.graphs = not any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
+        self.root = fully_shard(model, mesh=mesh, mp_policy=wide)
+        return self.root
+
+    def join_streams(self) -> None:
+        """What fully_shard gathers and reduces on streams of its own is waited for where it is used; that each of them
+        ends in the recorded one, a graph wants to be told."""
+        about = self.root._get_fsdp_state()._comm_ctx
+        for stream in (about.all_gather_copy_in_stream, about.all_gather_stream, about.reduce_scatter_stream):
+            with torch.cuda.stream(stream):
+                recorded = torch.cuda.is_current_stream_capturing()
+            if recorded:
+                torch.cuda.current_stream().wait_stream(stream)
+
+    def renew(self) -> None:
+        forget_step(self.root)
 
     def forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
         """Blocks are always compiled one by one, between what puts them together and what takes them apart."""
@@ -508,11 +639,31 @@ class Sharded(Ranks):
             plain.get_buffer(name).copy_(buffer)
         yield plain.eval()
 
-    def heard(self, number: int) -> int:
-        largest = torch.tensor([number])
-        with self.listening(certain=True):
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
-        return int(largest)
+
+def forget_step(root: nn.Module) -> None:
+    """Make a sharded model what it is between steps. What torch's reset_iter_state would wait for is dropped: events of
+    a recording that broke off never come."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    state = root._get_fsdp_state()
+    context, about = state._state_ctx, state._comm_ctx
+    context.iter_forward_root, context.post_backward_final_callback_queued = None, False
+    about.all_gather_state = about.reduce_scatter_state = None
+    for name in ("reduce_scatter_states", "_last_post_reduce_events", "post_forward_order"):  # some are torch 2.13's
+        getattr(about, name, []).clear()
+    for state in context.all_states:
+        state._training_state = TrainingState.IDLE
+        getattr(state, "_modules_to_run_forward", set()).clear()
+        for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+            if group is not None:
+                group._training_state = TrainingState.IDLE
+                group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
+                group._post_forward_indices.clear()
+                group._to_sharded()
+                for p in group.fsdp_params:
+                    p.unsharded_accumulated_grad = None
+                    if hasattr(p, "_unsharded_param"):
+                        p._unsharded_param.grad = None
 
 
 PARALLEL = {"ddp": Replicated, "fsdp": Sharded}

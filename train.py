@@ -413,8 +413,8 @@ def worth_compiling(run, device: torch.device) -> bool | str:
 
 
 def can_record(device: torch.device, world: int) -> bool:
-    """Whether a step can be one CUDA graph: processes that wait for each other are left to themselves."""
-    return device.type == "cuda" and world == 1
+    """Whether steps can be left to the device, as one CUDA graph or called one by one."""
+    return device.type == "cuda"
 
 
 def existing(folder: Path) -> Path:
@@ -555,18 +555,21 @@ class Recorded:
     step whose loss or gradient is not finite changes nothing, and nor does any step after it, so that the host may
     hear of it some steps late and still find all as it was before.
 
-    `step` is what is recorded; on a device other than CUDA it is simply called.
+    `step` is what is recorded; on a device other than CUDA, and where `graph` is False, it is simply called. Of several
+    ranks each launches its own graph, and their sums over NCCL are in it: all of them must launch the same steps.
     """
 
     WARM_UP = 2  # steps before the recording, which allocate and choose kernels
+    WARM_UP_TOGETHER = 11  # DDP forms its buckets in the second and takes times, waiting for the device, in ten
 
-    def __init__(self, trainer: "Trainer"):
+    def __init__(self, trainer: "Trainer", graph: bool = True):
         self.trainer, self.optimizer, device = trainer, trainer.optimizer, trainer.device
         self.good = torch.zeros((), device=device)  # 1.0 as long as everything has been finite
         self.bad = torch.ones((), device=device)
         self.answer = torch.zeros(3, device=device)
-        self.graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
+        self.graph = torch.cuda.CUDAGraph() if graph and device.type == "cuda" else None
         self.taken: collections.deque[Taken] = collections.deque()
+        self.called = 0  # step(), since the recording began
         self.done = False  # recording
 
     def record(self, micro_batches: list[Batch]) -> None:
@@ -574,15 +577,19 @@ class Recorded:
         self.inputs = [dataset.tensors(batch, torch.clone) for batch in micro_batches]
         self.optimizer.to_device(self.bad)
         if self.graph is not None:
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
+            warm_up = self.WARM_UP if self.trainer.ranks.world == 1 else self.WARM_UP_TOGETHER
+            here = torch.cuda.current_stream()
+            aside = torch.cuda.Stream() if here == torch.cuda.default_stream() else here
+            aside.wait_stream(here)
             with torch.cuda.stream(aside):
-                for _ in range(self.WARM_UP):
+                for _ in range(warm_up):
                     self.step()
-            torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(self.graph):
+            here.wait_stream(aside)
+            # what other threads ask of CUDA meanwhile (NCCL's watchdog) does not disturb
+            with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
                 self.step()
-            self.optimizer.count(-self.WARM_UP - 1)
+                self.trainer.ranks.join_streams()
+            self.optimizer.count(-self.called)
         self.optimizer.count(0)
         self.good.fill_(1.0)
         self.done = True
@@ -591,10 +598,12 @@ class Recorded:
         trainer = self.trainer
         self.optimizer.zero_grad()
         loss = trainer.accumulate([batch._replace(n_targets=(batch.y >= 0).sum()) for batch in self.inputs])
-        norm = trainer.clip()
+        trainer.ranks.sum_([loss, *trainer.loads])
+        norm = trainer.clip()  # the same on all ranks, as the loss now is: so all of them judge alike
         self.good *= torch.isfinite(loss + norm)
         self.bad.copy_(1 - self.good)
         self.optimizer.step()
+        self.called += 1
         trainer.model.after_step(self.good)
         self.answer.copy_(torch.stack((loss, norm, self.good)))
 
@@ -608,10 +617,12 @@ class Recorded:
         if self.graph is None:
             self.step()
             self.optimizer.count(0)
+        else:
+            self.graph.replay()
+            self.optimizer.count(1)
+        if not self.answer.is_cuda:
             self.taken.append(Taken(step, lr, self.answer.clone(), None))
             return
-        self.graph.replay()
-        self.optimizer.count(1)
         answer, there = torch.empty(3, pin_memory=True), torch.cuda.Event()
         answer.copy_(self.answer, non_blocking=True)
         there.record()
@@ -619,11 +630,15 @@ class Recorded:
 
     def heard(self, lag: int) -> Iterator[tuple[Taken, float, float]]:
         """(what was taken, loss, norm) of each step that is done, in order; waits until at most `lag` are on the way.
-        Raises NonFinite at the first that changed nothing."""
-        while self.taken and (len(self.taken) > lag or self.taken[0].there is None or self.taken[0].there.query()):
-            taken = self.taken.popleft()
+        Raises NonFinite at the first that changed nothing: of several ranks in all after the same launch, which is why
+        none of them looks whether an answer is there sooner."""
+        ranks = self.trainer.ranks
+        while self.taken and (len(self.taken) > lag or self.taken[0].there is None or (
+                ranks.world == 1 and self.taken[0].there.query())):  # fmt: skip
+            taken = self.taken[0]
             if taken.there is not None:
-                taken.there.synchronize()
+                ranks.wait(taken.there)
+            self.taken.popleft()
             loss, norm, good = taken.answer.tolist()
             if not good:
                 self.optimizer.count(-len(self.taken) - 1)
@@ -634,6 +649,8 @@ class Recorded:
 
     def close(self) -> None:
         """From here on, steps are taken by the host again."""
+        if self.called and not self.done:
+            self.optimizer.count(-self.called)
         self.optimizer.to_host()
         self.optimizer.zero_grad()
         if self.graph is not None and not self.done:  # torch's generator would wait for the recording's end for ever
@@ -930,19 +947,41 @@ class Trainer:
         run = self.run
         if run.record is False or self.recorded or not can_record(self.device, self.ranks.world):
             return
-        batch = make_batch(self.objective, self.corpus.train, run.seed, 0, run.batch_size, self.device)
-        recorded = Recorded(self)
+        ranks = self.ranks
+        rows, firsts = divide(run.batch_size, run.gradient_accumulation_steps, ranks.rank, ranks.world)
+        batches = [make_batch(self.objective, self.corpus.train, run.seed, 0, rows, self.device)] * len(firsts)
+        recorded, why = Recorded(self, ranks.graphs), ""
         try:
-            recorded.record([batch] * run.gradient_accumulation_steps)
+            with ranks.listening():
+                recorded.record(batches)
         except Exception as error:
             recorded.close()
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, Lost):
                 raise
             reason = str(error).strip().partition("\n")[0]
-            warn(f"steps cannot be recorded, so that they take longer ({type(error).__name__}: {reason})")
-            run.record = False
-        else:
+            why = f"{type(error).__name__}: {reason}"
+        if ranks.world > 1 and ranks.heard(bool(why)) and not why:  # all of them, or none
+            recorded.close()
+            why = "another process could not"
+        if not why:
             self.recorded = recorded
+            ranks.watch()
+            return
+        del recorded
+        warn(f"steps cannot be recorded, so that they take longer ({why})")
+        self.do_without_a_graph()
+
+    def do_without_a_graph(self) -> None:
+        """Of several ranks the steps are called one by one, and the host still waits for none. One process takes them
+        in the old way."""
+        if self.ranks.world == 1 or not self.ranks.graphs:
+            self.run.record = False
+            return
+        self.forward = self.model
+        self.ranks.renew()
+        self.rehearse(worth_compiling(self.run, self.device))
+        self.ranks.graphs = False
+        self.record_steps()
 
     def stop_recording(self) -> None:
         if self.recorded:
@@ -978,8 +1017,9 @@ class Trainer:
     # -- the steps
 
     def train(self) -> None:
-        # sharded ranks can only save together: a signal waits there until all have heard of it
-        held = self.signals.held() if self.ranks.sharded else contextlib.nullcontext()
+        # sharded ranks can only save together, and GPUs only take steps together: there a signal waits until all have
+        # heard of it
+        held = self.signals.held() if self.ranks.stop_together else contextlib.nullcontext()
         with self.ranks.listening(), held:
             if self.run.on_nan == "rollback" and self.saved < 0:
                 self.save()  # what there is to go back to before the first interval is over
@@ -991,8 +1031,8 @@ class Trainer:
             self.stop_together()
 
     def stop_together(self) -> None:
-        """Where ranks can only save together, a signal that one of them got is one for all, after the same step."""
-        if number := self.ranks.heard(self.signals.received or 0):
+        """Where ranks can only stop together, a signal that one of them got is one for all, after the same step."""
+        if self.ranks.stop_together and (number := self.ranks.heard(self.signals.received or 0)):
             self.signals.tell(number)
 
     def take_steps(self) -> None:
@@ -1069,7 +1109,7 @@ class Trainer:
         total = self.ranks.targets(sum(batch.n_targets for batch in micro_batches))
         loss = torch.zeros((), device=self.device)
         for i, batch in enumerate(micro_batches, 1):
-            if not self.ranks.sharded:
+            if not self.ranks.stop_together:
                 self.signals.give_up_late()  # nothing has changed yet
             with self.ranks.together(last=i == len(micro_batches)):
                 with self.autocast():
@@ -1282,7 +1322,8 @@ class Trainer:
         if self.claimed and self.ranks.can_save:
             for work in (self.settle, self.save):  # what was saved before a step that was not finite is as it was
                 try:
-                    work()
+                    if self.ranks.can_save:
+                        work()
                 except (NonFinite, Lost) as error:
                     warn(str(error))
         return self.claimed and self.saved >= 0
@@ -1296,6 +1337,8 @@ class Trainer:
         return f"step {self.saved:,} is saved in {self.root}"
 
     def close(self) -> None:
+        if self.recorded:
+            self.recorded.graph = None  # NCCL would wait for it
         self.ranks.close()
         self.release()
 

@@ -203,15 +203,12 @@ def gradients(model: torch.nn.Module, call, idx: torch.Tensor) -> torch.Tensor:
 # ---- whole training -------------------------------------------------------------------------------------------------
 
 
-def trainer_of(folder, monkeypatch, **keys):
-    """A trainer on the GPU, ready to train, of a small corpus in `folder`."""
+def words_of(folder, monkeypatch, **keys) -> list[str]:
+    """The command line of a short run on a small corpus, both in `folder`, which is then the working directory."""
     import numpy as np
 
     import encoder as encoders
     from dataset import TokenFileWriter
-    from model import CONFIGS
-    from options import load_run
-    from train import Signals, Trainer
 
     monkeypatch.chdir(folder)
     (folder / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz .")
@@ -220,7 +217,16 @@ def trainer_of(folder, monkeypatch, **keys):
     words = {"dataset.path": "data.bin", "encoder_path": "chars:text.txt", "device": "cuda", "seed": 1, "max_iters": 12,
              "warmup_iters": 2, "log_interval": 4, "eval_interval": 100, "eval_iters": 2, "sample_length": 0,
              "compile": "false", "model_hyperparams.vocab_size": 64} | keys  # fmt: skip
-    trainer = Trainer(load_run(["--config", "air.json", *(f"--{k}={v}" for k, v in words.items())], CONFIGS), Signals())
+    return ["--config", "air.json", *(f"--{key}={value}" for key, value in words.items())]
+
+
+def trainer_of(folder, monkeypatch, **keys):
+    """A trainer on the GPU, ready to train."""
+    from model import CONFIGS
+    from options import load_run
+    from train import Signals, Trainer
+
+    trainer = Trainer(load_run(words_of(folder, monkeypatch, **keys), CONFIGS), Signals())
     trainer.prepare()
     return trainer
 
@@ -300,3 +306,41 @@ def test_the_fused_head_is_the_plain_one(arch, monkeypatch):
     for a, b in zip(*found, strict=True):
         if a is not None:
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+
+
+# ---- several GPUs ----------------------------------------------------------------------------------------------------
+
+
+def train_on_two(folder, monkeypatch, **keys) -> tuple[list[dict], str]:
+    """(metrics.jsonl, what was said) of a run on two GPUs."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    import plot
+
+    folder.mkdir()
+    words = words_of(folder, monkeypatch, **keys)
+    script = Path(__file__).parent.parent / "train.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return plot.read_metrics(folder / "checkpoints" / "metrics.jsonl"), ended.stdout + ended.stderr
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two_gpus
+@pytest.mark.parametrize("keys", [
+    {"compile": "true"}, {"model_hyperparams.dropout": 0.1, "eval_interval": 5},
+    {"parallel": "fsdp"}, {"parallel": "fsdp", "optimizer_hyperparams.use_muon": "true"},
+    {"dtype": "float32", "optimizer_hyperparams.use_muon": "true", "gradient_accumulation_steps": 3},
+], ids=str)  # fmt: skip
+def test_recorded_training_on_two_gpus_is_training(tmp_path, monkeypatch, keys):
+    keys = {"checkpoints.path": "checkpoints", "batch_size": 8} | keys
+    runs = [train_on_two(tmp_path / record, monkeypatch, record=record, **keys) for record in ("auto", "false")]
+    for what in ("loss", "val_loss", "grad_norm"):
+        recorded, called = ([line[what] for line in lines if what in line] for lines, _ in runs)
+        assert recorded and recorded == pytest.approx(called, rel=2e-3 if what != "grad_norm" else 2e-2)
+    assert not any("cannot be recorded" in told for _, told in runs)

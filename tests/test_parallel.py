@@ -7,11 +7,14 @@ this one, computes meanwhile. tests/test_survival.py kills and signals such runs
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,6 +184,88 @@ class Signalled(Seen):
             signal.raise_signal(signal.SIGTERM)
 
 
+class Together(Signalled):
+    """As on GPUs, which wait for each other where a host does not see it."""
+
+    def prepare(self):
+        super().prepare()
+        self.ranks.stop_together = True
+
+
+class Event:
+    """A device's: on one rank it has always come already, on the other only for who waits."""
+
+    def __init__(self, early: bool):
+        self.asked = 9 if early else 0
+
+    def query(self):
+        self.asked += 1
+        return self.asked > 3
+
+
+class Lagging(train.Recorded):
+    """Answers come as late as a GPU's may, and not equally late."""
+
+    def take(self, *arguments):
+        super().take(*arguments)
+        self.taken[-1] = self.taken[-1]._replace(there=Event(self.trainer.ranks.rank == 1))
+
+
+class Spoiled(Seen):
+    """The seventh step's loss is not finite on one rank, of whose part the other sees nothing."""
+
+    def accumulate(self, micro_batches):
+        self.poisoned = self.ranks.rank == 1 and self.progress.position == 6
+        return super().accumulate(micro_batches)
+
+    def autocast(self):
+        if getattr(self, "poisoned", False):
+            self.poisoned, forward = False, self.forward
+
+            def once(*inputs, **more):
+                self.forward = forward
+                logits, loss = forward(*inputs, **more)
+                return logits, loss * math.inf
+
+            self.forward = once
+        return super().autocast()
+
+
+class Unrecordable(train.Recorded):
+    """A GPU's recording that breaks off: with DDP in one rank, where DDP waits for gradients, with FSDP in the midst of
+    the backward pass."""
+
+    def record(self, micro_batches):
+        trainer, group = self.trainer, self.trainer.ranks
+        if group.graphs and group.sharded:
+            block, calls = next(ranks.blocks_of(trainer.model)), []
+            run = block.forward.run
+
+            def broken(*arguments):
+                calls.append(arguments)
+                if len(calls) == 2:  # the first is the forward pass, and this computes it anew
+                    block.forward.run = run
+                    raise RuntimeError("operation not permitted when stream is capturing")
+                return run(*arguments)
+
+            block.forward.run = broken
+            trainer.accumulate(micro_batches)
+        if group.graphs and group.rank == 1:
+            group.ddp.reducer.prepare_for_backward([])
+            raise RuntimeError("operation not permitted when stream is capturing")
+        super().record(micro_batches)
+
+
+@contextlib.contextmanager
+def leaving_steps_to_the_device():
+    """What a GPU records is called here, by the same code."""
+    can_record, train.can_record = train.can_record, lambda device, world: True
+    try:
+        yield
+    finally:
+        train.can_record = can_record
+
+
 def run(*argv, trainer=Seen) -> int:
     train.Trainer = trainer
     return train.main(["--config", "run.json", *argv])
@@ -236,6 +321,24 @@ def two(argv) -> None:
     save, train.save_checkpoint = train.save_checkpoint, failing_once()
     found["full disk"] = run("--checkpoints.path=full", "--parallel=fsdp", *HALF)
     train.save_checkpoint = save
+    with leaving_steps_to_the_device():
+        more = ["--parallel=ddp", "--model_hyperparams.dropout=0.1"]
+        found["recorded"] = [run("--checkpoints.path=recorded", "--parallel=ddp"),
+                             run("--checkpoints.path=recorded_turns", *more[:1], "--batch_size=3", "--max_iters=2"),
+                             run("--checkpoints.path=recorded_dropout", *more),
+                             run("--checkpoints.path=spoiled", "--parallel=ddp", trainer=Spoiled),
+                             run("--checkpoints.path=rolled", "--parallel=ddp", "--on_nan=rollback", trainer=Spoiled),
+                             run("--checkpoints.path=recorded_fsdp", "--parallel=fsdp"),
+                             run("--checkpoints.path=rolled_fsdp", "--parallel=fsdp", "--on_nan=rollback",
+                                 trainer=Spoiled)]
+        recorded, train.Recorded = train.Recorded, Lagging
+        rare = ["--parallel=ddp", "--log_interval=100", "--eval_interval=100"]
+        found["lagging"] = [run("--checkpoints.path=lagging", *rare, "--on_nan=rollback", trainer=Spoiled),
+                            run("--checkpoints.path=together", *rare[:1], "--max_iters=500", trainer=Together)]
+        train.Recorded = Unrecordable
+        found["recorded"] += [run(f"--checkpoints.path=unrecordable_{mode}", f"--parallel={mode}") for mode in MODES]
+        train.Recorded = recorded
+    found["recorded"].append(run("--checkpoints.path=called_dropout", *more))
     found["no sync"] = reduced(first)
     torch.save(found, f"found{first.rank}.pt")
     dist.barrier()
@@ -466,6 +569,44 @@ def test_a_signal_that_one_of_them_gets_stops_all_at_one_step(found):
     assert newest("stopped").step == timeless("stopped/metrics.jsonl")[-1]["step"] == 3
 
 
+def test_steps_left_to_the_device_are_those_of_the_host(found):
+    assert [both["recorded"] for both in found[1]] == [[0, 0, 0, 3, *[0] * 6]] * 2
+    assert_same_curve("ddp", "recorded")
+    assert_same_curve("turns_one", "recorded_turns")
+    assert_same_curve("called_dropout", "recorded_dropout")
+    assert_same_curve("fsdp", "recorded_fsdp")
+    for called, recorded in (("ddp", "recorded"), ("called_dropout", "recorded_dropout"), ("fsdp", "recorded_fsdp")):
+        (_, one), (_, many) = newest_state(called), newest_state(recorded)
+        assert one.keys() == many.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], many[name], rtol=1e-4, atol=1e-6, msg=name)
+    states = [newest(path).load_state()["optimizer"]["muon_step"] for path in ("ddp", "recorded")]
+    assert states[0] == states[1] == 10
+
+
+def test_all_ranks_hear_of_it_after_the_same_launch(found):
+    """One that heard of it sooner would go back alone."""
+    assert [both["lagging"] for both in found[1]] == [[0, 143]] * 2
+    assert_same(newest_state("lagging")[1], newest_state("rolled")[1])
+    assert newest("together").step == timeless("together/metrics.jsonl")[-1]["step"] == 3
+
+
+def test_where_one_rank_cannot_record_none_does(found):
+    assert_same(newest_state("unrecordable_ddp")[1], newest_state("recorded")[1])
+    assert_same(newest_state("unrecordable_fsdp")[1], newest_state("recorded_fsdp")[1])
+    assert "steps cannot be recorded, so that they take longer (another process could not)" in read("log0.txt")
+    assert read("log1.txt").count("(RuntimeError: operation not permitted when stream is capturing)") == 2
+
+
+def test_all_ranks_hear_of_a_loss_that_is_not_finite_in_one(found):
+    assert timeless("spoiled/metrics.jsonl")[-1]["step"] == 6 and newest("spoiled").step == 4
+    for rank in range(2):
+        assert "error: step 7: the loss is inf" in read(f"log{rank}.txt")
+    for path in ("rolled", "rolled_fsdp"):
+        lines = timeless(f"{path}/metrics.jsonl")
+        assert [line["from_step"] for line in lines if "rollback" in line] == [7] and lines[-1]["step"] == 10
+
+
 def test_a_checkpoint_that_failed_is_tried_again_by_all(found):
     assert found[1][0]["full disk"] == 0
     assert "cannot save" in read("log0.txt") and newest("full").step == 5
@@ -536,6 +677,33 @@ def test_where_no_process_has_all_the_last_checkpoint_is_what_is_left(tmp_path, 
     step = newest("ck").step
     assert step % 4 == 0 and 0 <= timeless()[-1]["step"] - step < 4
     assert train.main(["--config", "run.json", RESUME, f"--max_iters={step + 1}"]) == 0
+
+
+class Never:
+    """An event of a device that waits for a process that is gone."""
+
+    def query(self):
+        return False
+
+
+def test_a_device_that_waits_for_a_process_that_is_gone_is_left(monkeypatch):
+    monkeypatch.setattr(ranks, "BEAT", 0.05)
+    monkeypatch.setattr(ranks, "SILENT", 0.5)
+    monkeypatch.setattr(ranks, "PARTING", 0.2)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    this, other = (ranks.Pulse(store, rank, 2) for rank in range(2))
+    group = ranks.Replicated.__new__(ranks.Replicated)
+    group.pulse = this
+    began = time.monotonic()
+    threading.Timer(1.5, other.stop).start()
+    with pytest.raises(ranks.Lost, match=r"ended or is out of reach \(rank 1 has been silent"):
+        group.wait(Never())
+    assert 1.5 < time.monotonic() - began < 4 and group.lost and not group.can_save
+    began = time.monotonic()
+    with pytest.raises(ranks.Lost):  # it is not asked again
+        group.wait(Never())
+    assert time.monotonic() - began < 0.5
+    this.stop()
 
 
 # ---- two machines --------------------------------------------------------------------------------------------------
