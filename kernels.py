@@ -9,6 +9,8 @@ it, which is the reference, and what runs where Triton or a GPU is missing.
     aft_conv          the same with positions by distance
     aft_local         the same with positions a_t · b_s within a window
     head_slopes       cross entropy and its gradient by the logits
+    transposed        a matrix of numbers of one byte, its columns as rows
+    bent, bent_back   what is between two products in 8 bits: gelu and the like, and their gradients
     grow              retention's update of a matrix for each chunk of each row; grow_backward
     turn              queries and keys of a joint projection, turned and normed, differentiable
 
@@ -432,53 +434,298 @@ def _(x, w, scale, bias):
 HEAD_WIDEST = 1 << 14  # logits of a token that fit a program's registers: at 50,304 it took twice as long as two passes
 
 
-def head_fits(logits: Tensor) -> bool:
-    """Whether `head_slopes` can take these logits."""
-    return usable(logits) and logits.size(1) <= HEAD_WIDEST
+def head_slopes(logits: Tensor, targets: Tensor, V: int, cap: float | None, scale: float = 1.0,
+                dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Cross entropies (N,) float32 and scale · their gradients by the logits (N, ≥ V), of which the first V count, in
+    the logits' type or another; targets (N,) int64, what is negative costs nothing. See `loss_and_slope` in model.py,
+    which is the reference. Only where `usable(logits)`.
 
-
-def head_slopes(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Cross entropies (N,) float32 and their gradients by the logits (N, ≥ V), of which the first V count; targets (N,)
-    int64, what is negative costs nothing. See `loss_and_slope` in model.py, which is the reference.
-
-    A program holds all logits of a token: they are read once and their gradients written once, which is the floor.
+    Up to HEAD_WIDEST logits a program holds all of a token: they are read once and their gradients written once, which
+    is the floor. Of more it reads them twice, the second time out of the cache, since few tokens are worked on at once.
     """
-    return torch.ops.strawberry.head_slopes(logits, targets, V, cap)
+    return torch.ops.strawberry.head_slopes(logits, targets, V, cap, scale, dtype or logits.dtype)
 
 
 @jit
-def head_kernel(logits, targets, slopes, nats, V, WIDTH, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    wanted = tl.load(targets + row)
-    z = tl.load(logits + row * WIDTH + c, mask=c < V, other=0.0).to(tl.float32)
+def head_logits(logits, c, V, WIDTH, cap, CAPPED: tl.constexpr, EVICT: tl.constexpr):
+    """WIDTH, unlike V, is known to be a multiple of 16, so that loads may be wide."""
+    z = tl.load(logits + c, mask=c < WIDTH, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if CAPPED:
         z = cap * (2.0 / (1.0 + tl.exp(-2.0 * z / cap)) - 1.0)  # cap · tanh(z / cap)
-    top = tl.max(tl.where(c < V, z, float("-inf")), axis=0)
-    e = tl.where(c < V, exp(z - top), 0.0)
-    total = tl.sum(e, axis=0)
-    slope = e / total - (c == wanted).to(tl.float32)
+    return tl.where(c < V, z, float("-inf"))
+
+
+@jit
+def head_slope(p, z, c, wanted, cap, scale, CAPPED: tl.constexpr):
+    slope = (p - (c == wanted).to(tl.float32)) * scale
     if CAPPED:
-        slope *= 1.0 - (z / cap) * (z / cap)
-    slope = tl.where(wanted >= 0, slope, 0.0)
+        slope = tl.where(p > 0, slope * (1.0 - (z / cap) * (z / cap)), 0.0)
+    return tl.where(wanted >= 0, slope, 0.0)
+
+
+@jit
+def head_kernel(logits, targets, slopes, nats, V, WIDTH, cap, scale, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    wanted = tl.load(targets + row)
+    z = head_logits(logits + row * WIDTH, c, V, WIDTH, cap, CAPPED, "evict_first")
+    top = tl.max(z, axis=0)
+    e = exp(z - top)
+    total = tl.sum(e, axis=0)
+    slope = head_slope(e / total, z, c, wanted, cap, scale, CAPPED)
     tl.store(slopes + row * WIDTH + c, slope.to(slopes.dtype.element_ty), mask=c < WIDTH)
     found = top + tl.log(total) - tl.sum(tl.where(c == wanted, z, 0.0), axis=0)
     tl.store(nats + row, tl.where(wanted >= 0, found, 0.0))
 
 
+@jit
+def head_wide_kernel(logits, targets, slopes, nats, V, WIDTH, cap, scale, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    wanted = tl.load(targets + row)
+    logits += row * WIDTH
+    top = head_logits(logits, lanes, V, WIDTH, cap, CAPPED, "evict_last")  # V ≥ BLOCK: each lane has a number
+    total = tl.full([BLOCK], 1.0, tl.float32)
+    for start in range(BLOCK, V, BLOCK):
+        z = head_logits(logits, start + lanes, V, WIDTH, cap, CAPPED, "evict_last")
+        higher = tl.maximum(top, z)
+        total = total * exp(top - higher) + exp(z - higher)
+        top = higher
+    highest = tl.max(top, axis=0)
+    log_sum = highest + tl.log(tl.sum(total * exp(top - highest), axis=0))
+    for start in range(0, WIDTH, BLOCK):
+        c = start + lanes
+        z = head_logits(logits, c, V, WIDTH, cap, CAPPED, "evict_first")
+        slope = head_slope(exp(z - log_sum), z, c, wanted, cap, scale, CAPPED)
+        tl.store(slopes + row * WIDTH + c, slope.to(slopes.dtype.element_ty), mask=c < WIDTH)
+    one = tl.maximum(wanted, 0) + tl.arange(0, 1)
+    found = log_sum - tl.sum(head_logits(logits, one, V, WIDTH, cap, CAPPED, "evict_first"), axis=0)
+    tl.store(nats + row, tl.where(wanted >= 0, found, 0.0))
+
+
 @torch.library.custom_op("strawberry::head_slopes", mutates_args=())
-def head_op(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
+def head_op(
+    logits: Tensor, targets: Tensor, V: int, cap: float | None, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     logits = logits.contiguous()
     N, width = logits.shape
-    slopes, nats = torch.empty_like(logits), torch.empty(N, dtype=torch.float32, device=logits.device)
+    slopes = torch.empty_like(logits, dtype=dtype)
+    nats = torch.empty(N, dtype=torch.float32, device=logits.device)
     block = power_of_2(width)
-    shape = {"CAPPED": cap is not None, "BLOCK": block, "num_warps": min(max(block // 2048, 4), 32)}
-    head_kernel[(N,)](logits, targets, slopes, nats, V, width, cap or 1.0, **shape)
+    shape = {"BLOCK": block, "num_warps": min(max(block // 2048, 4), 32)}
+    if width > HEAD_WIDEST:
+        shape = {"BLOCK": 4096, "num_warps": 16}
+    kernel = head_wide_kernel if width > HEAD_WIDEST else head_kernel
+    kernel[(N,)](logits, targets, slopes, nats, V, width, cap or 1.0, scale, CAPPED=cap is not None, **shape)
     return nats, slopes
 
 
 @head_op.register_fake
-def _(logits, targets, V, cap):
-    return logits.new_empty(logits.size(0), dtype=torch.float32), torch.empty_like(logits)
+def _(logits, targets, V, cap, scale, dtype):
+    return logits.new_empty(logits.size(0), dtype=torch.float32), torch.empty_like(logits, dtype=dtype)
+
+
+# ---- matrices of bytes -----------------------------------------------------------------------------------------------
+
+
+def transposed(x: Tensor) -> Tensor:
+    """x (n, m), one byte a number, as (m, n), contiguous."""
+    if not usable(x):
+        return x.t().contiguous()
+    return torch.ops.strawberry.transposed(x.view(torch.uint8)).view(x.dtype)
+
+
+@jit
+def transpose_kernel(x, y, ROWS, COLUMNS, TALL: tl.constexpr, WIDE: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL)
+    c = tl.program_id(1).to(tl.int64) * WIDE + tl.arange(0, WIDE)
+    here = (r < ROWS)[:, None] & (c < COLUMNS)[None, :]
+    tile = tl.load(x + r[:, None] * COLUMNS + c[None, :], mask=here, other=0)
+    tl.store(y + c[:, None] * ROWS + r[None, :], tl.trans(tile), mask=tl.trans(here))
+
+
+@torch.library.custom_op("strawberry::transposed", mutates_args=())
+def transposed_op(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    y, (grid, shape) = x.new_empty(x.size(1), x.size(0)), byte_tiles(*x.shape)
+    transpose_kernel[grid](x, y, *x.shape, **shape)
+    return y
+
+
+@transposed_op.register_fake
+def _(x):
+    return x.new_empty(x.size(1), x.size(0))
+
+
+def byte_tiles(rows: int, columns: int, wide: int = 128) -> tuple[tuple[int, int], dict]:
+    """A grid of tiles, and what a kernel over them is told. 128 bytes, turned: what memory takes at once."""
+    return (-(-rows // 128), -(-columns // wide)), {"TALL": 128, "WIDE": wide, "num_warps": 8}
+
+
+# What is between two products of a feed-forward: its values are wanted in 8 bits only, once as they lie, for the next
+# product, and once turned, for the gradient of its matrix; the gradients too. A kernel reads what there is once.
+
+
+def bent(h: Tensor, kind: str, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(scale · f(h), the same turned) in 8 bits, f as in BENT: h (n, m), or (n, 2m) for "swiglu"."""
+    if not usable(h):
+        y = in_bytes(BENT[kind][1](h.float()), scale, dtype)
+        return y, y.t().contiguous()
+    return tuple(y.view(dtype) for y in torch.ops.strawberry.bent(h, kind, scale, dtype))
+
+
+def bent_back(
+    h: Tensor, grad: Tensor, kind: str, scale: float, dtype: torch.dtype, more: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(scale · the gradient of h, the same turned) in 8 bits, `grad` (n, m) being that of f(h); `more`, shaped as h, is
+    the gradient that h has from elsewhere."""
+    if not usable(h, grad):
+        slope = BENT[kind][2](h.float(), grad.float())
+        y = in_bytes(slope if more is None else slope + more, scale, dtype)
+        return y, y.t().contiguous()
+    return tuple(y.view(dtype) for y in torch.ops.strawberry.bent_back(h, grad, more, kind, scale, dtype))
+
+
+def in_bytes(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    most = torch.finfo(dtype).max
+    return (x * scale).clamp(-most, most).to(dtype)
+
+
+def swiglu(h: Tensor) -> Tensor:
+    u, g = h.chunk(2, dim=-1)
+    return u * F.silu(g)
+
+
+def swiglu_back(h: Tensor, grad: Tensor) -> Tensor:
+    (u, g), s = h.chunk(2, dim=-1), h.chunk(2, dim=-1)[1].sigmoid()
+    return torch.cat((grad * g * s, grad * u * s * (1 + g * (1 - s))), dim=-1)
+
+
+def gelu_back(h: Tensor, grad: Tensor) -> Tensor:
+    return grad * (torch.special.ndtr(h) + h * (-h * h / 2).exp() / math.sqrt(2 * math.pi))
+
+
+BENT = {  # name: number that kernels know it by, plain paths of the values and of the gradient
+    "gelu": (0, F.gelu, gelu_back),
+    "relu": (1, F.relu, lambda h, grad: grad * (h > 0)),
+    "relu2": (2, lambda h: F.relu(h).square(), lambda h, grad: grad * 2 * F.relu(h)),
+    "swiglu": (3, swiglu, swiglu_back),
+}
+
+
+@jit
+def normal(x):
+    """Φ(x) within 1e-7 (Abramowitz and Stegun 7.1.26) and φ(x), of the normal distribution."""
+    z = tl.abs(x) * 0.7071067811865476
+    t, e = inverse(1.0 + 0.3275911 * z), exp(-z * z)
+    p = (((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592
+    tail = 0.5 * p * t * e
+    return tl.where(x >= 0, 1.0 - tail, tail), 0.3989422804014327 * e
+
+
+@jit
+def bent_value(x, g, KIND: tl.constexpr):
+    if KIND == 0:
+        return x * normal(x)[0]
+    if KIND == 3:
+        return x * g * inverse(1.0 + exp(-g))
+    x = tl.maximum(x, 0.0)
+    return x * x if KIND == 2 else x
+
+
+@jit
+def as_words(byte):
+    """The same bytes, four to a register. Left in the halves of registers that the conversion gives, ptxas 12.8 loses
+    some of them where they are transposed."""
+    if NATIVE:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4)
+    return byte
+
+
+@jit
+def store_turned(y, turned, value, r, c, ROWS, COLUMNS, here, most):
+    """A tile of `value`, cut at ± most, in 8 bits, into y (ROWS, COLUMNS) and into its transpose."""
+    byte = as_words(tl.minimum(tl.maximum(value, -most), most).to(y.dtype.element_ty).to(tl.int8, bitcast=True))
+    y, turned = y.to(tl.pointer_type(tl.int8)), turned.to(tl.pointer_type(tl.int8))
+    tl.store(y + r[:, None] * COLUMNS + c[None, :], byte, mask=here)
+    tl.store(turned + c[:, None] * ROWS + r[None, :], tl.trans(byte), mask=tl.trans(here))
+
+
+@jit
+def bent_kernel(h, y, turned, scale, most, ROWS, COLUMNS, KIND: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
+    r = tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL)
+    c = tl.program_id(1).to(tl.int64) * WIDE + tl.arange(0, WIDE)
+    here = (r < ROWS)[:, None] & (c < COLUMNS)[None, :]
+    at = h + r[:, None] * ((2 if KIND == 3 else 1) * COLUMNS) + c[None, :]
+    x = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    g = tl.load(at + COLUMNS, mask=here, other=0.0).to(tl.float32) if KIND == 3 else x
+    store_turned(y, turned, bent_value(x, g, KIND) * scale, r, c, ROWS, COLUMNS, here, most)
+
+
+@jit
+def bent_back_kernel(
+    h, grad, more, y, turned, scale, most, ROWS, COLUMNS, KIND: tl.constexpr, MORE: tl.constexpr, TALL: tl.constexpr,
+    WIDE: tl.constexpr
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL)
+    c = tl.program_id(1).to(tl.int64) * WIDE + tl.arange(0, WIDE)
+    here = (r < ROWS)[:, None] & (c < COLUMNS)[None, :]
+    WIDTH = (2 if KIND == 3 else 1) * COLUMNS
+    at = h + r[:, None] * WIDTH + c[None, :]
+    x = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    slope = tl.load(grad + r[:, None] * COLUMNS + c[None, :], mask=here, other=0.0).to(tl.float32) * scale
+    if KIND == 0:
+        below, density = normal(x)
+        slope *= below + x * density
+    elif KIND == 3:
+        g = tl.load(at + COLUMNS, mask=here, other=0.0).to(tl.float32)
+        s = inverse(1.0 + exp(-g))
+        other = slope * x * s * (1.0 + g * (1.0 - s))
+        if MORE:
+            at = more + r[:, None] * WIDTH + COLUMNS + c[None, :]
+            other += scale * tl.load(at, mask=here, other=0.0).to(tl.float32)
+        store_turned(y, turned, other, r, COLUMNS + c, ROWS, WIDTH, here, most)
+        slope *= g * s
+    elif KIND == 2:
+        slope *= 2.0 * tl.maximum(x, 0.0)
+    else:
+        slope = tl.where(x > 0, slope, 0.0)
+    if MORE:
+        slope += scale * tl.load(more + r[:, None] * WIDTH + c[None, :], mask=here, other=0.0).to(tl.float32)
+    store_turned(y, turned, slope, r, c, ROWS, WIDTH, here, most)
+
+
+@torch.library.custom_op("strawberry::bent", mutates_args=())
+def bent_op(h: Tensor, kind: str, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    h, number = h.contiguous(), BENT[kind][0]
+    y, turned = bent_empty(h, h.size(1) // (2 if kind == "swiglu" else 1), dtype)
+    grid, shape = byte_tiles(*y.shape, wide=64)
+    bent_kernel[grid](h, y, turned, scale, torch.finfo(dtype).max, *y.shape, KIND=number, **shape)
+    return y.view(torch.uint8), turned.view(torch.uint8)
+
+
+@torch.library.custom_op("strawberry::bent_back", mutates_args=())
+def bent_back_op(
+    h: Tensor, grad: Tensor, more: Tensor | None, kind: str, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    h, grad, other = h.contiguous(), grad.contiguous(), h if more is None else more.contiguous()
+    y, turned = bent_empty(h, h.size(1), dtype)
+    grid, shape = byte_tiles(*grad.shape, wide=64)
+    shape |= {"KIND": BENT[kind][0], "MORE": more is not None}
+    bent_back_kernel[grid](h, grad, other, y, turned, scale, torch.finfo(dtype).max, *grad.shape, **shape)
+    return y.view(torch.uint8), turned.view(torch.uint8)
+
+
+def bent_empty(h: Tensor, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.size(0), columns, dtype=dtype), h.new_empty(columns, h.size(0), dtype=dtype)
+
+
+@bent_op.register_fake
+def _(h, kind, scale, dtype):
+    return bent_empty(h, h.size(1) // (2 if kind == "swiglu" else 1), torch.uint8)
+
+
+@bent_back_op.register_fake
+def _(h, grad, more, kind, scale, dtype):
+    return bent_empty(h, h.size(1), torch.uint8)
 
 
 # ---- AFT simple ------------------------------------------------------------------------------------------------------
@@ -1761,6 +2008,42 @@ def measure_int8(bandwidth: float) -> bool:
     return right
 
 
+def measure_head(bandwidth: float) -> bool:
+    """Gradients by the logits of some tokens, in their type and in 8 bits; floor: logits read and gradients written."""
+    right = True
+    for N, V in ((8192, 50304), (32768, 8192)):
+        sets = [(2 * random(N, V), torch.randint(0, V, (N,), device="cuda"), V, None) for _ in range(2)]
+        exact = sets[0][0][:64].double().softmax(dim=-1)
+        exact[torch.arange(64), sets[0][1][:64]] -= 1
+        for scale, dtype, bound in ((1.0, torch.bfloat16, 1e-2), (2.0**15, torch.float8_e5m2, 8e-2)):
+            calls = [(*one, scale, dtype) for one in sets]
+            got = torch.ops.strawberry.head_slopes(*calls[0])[1][:64].double() / scale
+            seconds = timed(torch.ops.strawberry.head_slopes, calls)
+            name = f"head {N} x {V}, {str(dtype).removeprefix('torch.')}"
+            right &= line(name, error_of(got, exact), bound, seconds, N * V * (2 + dtype.itemsize) / bandwidth)
+    return right
+
+
+def measure_bytes(bandwidth: float) -> bool:
+    """What is between products in 8 bits; floor: each number read and written once."""
+    n, m, right, ops = 32768, 3072, True, torch.ops.strawberry
+    sets = [(random(n, m).to(torch.float8_e4m3fn).view(torch.uint8),) for _ in range(2)]
+    error = error_of(ops.transposed(*sets[0]), sets[0][0].t().double())
+    right &= line(f"transposed {n} x {m}", error, 1e-9, timed(ops.transposed, sets), 2 * n * m / bandwidth)
+    for kind in ("gelu", "swiglu"):
+        parts, dtypes = 2 if kind == "swiglu" else 1, (torch.float8_e4m3fn, torch.float8_e5m2)
+        sets = [(random(n, parts * m), random(n, m)) for _ in range(2)]
+        h, grad = (x[:256].double() for x in sets[0])
+        exact = BENT[kind][1](h), BENT[kind][2](h, grad)
+        calls = [(h, kind, 4.0, dtypes[0]) for h, _ in sets], [(h, g, None, kind, 4.0, dtypes[1]) for h, g in sets]
+        least = (2 * parts + 2) * n * m / bandwidth, (4 * parts + 2) * n * m / bandwidth
+        for i, (name, op) in enumerate(((f"bent {kind} {n} x {m}", ops.bent), ("  backward", ops.bent_back))):
+            got, transposed_too = op(*calls[i][0])
+            error = error_of(got.view(dtypes[i])[:256].double() / 4, exact[i])
+            right &= line(name, error, 8e-2, timed(op, calls[i]), least[i]) and torch.equal(got.t(), transposed_too)
+    return right
+
+
 def measure_grow(bandwidth: float) -> bool:
     """Each way's four products with (C, C), two and two; floor: the larger of bytes and operations, these at the speed
     of a large product. Plain: the same in PyTorch, compiled."""
@@ -1931,7 +2214,8 @@ def main() -> None:
     name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}: copies at {bandwidth / 1e12:.2f} TB/s")
     print(f"{'bfloat16':46} {'error':>8} {'µs':>9} {'floor µs':>9} {'floor':>6}")
-    measures = measure_decode, measure_int8, measure_aft, measure_positions, measure_grow, measure_turn
+    measures = (measure_decode, measure_int8, measure_aft, measure_positions, measure_head, measure_bytes, measure_grow,
+                measure_turn)  # fmt: skip
     right = [measure(bandwidth) for measure in measures]
     if not all(right):
         raise SystemExit("a kernel is wrong: its error is above its bound")

@@ -709,7 +709,7 @@ def test_models_turn_by_the_kernel(name, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cap", [None, 5.0])
-@pytest.mark.parametrize(("V", "width"), [(50, 64), (64, 64), (1000, 1024)])
+@pytest.mark.parametrize(("V", "width"), [(50, 64), (64, 64), (1000, 1024), (20_000, 20_032)])
 def test_head_slopes_are_the_gradient_of_the_cross_entropy(V, width, cap, dtype):
     logits = (4 * draw(9, width)).to(dtype)
     logits[2, 7], logits[3, 7] = 80.0, -80.0
@@ -723,3 +723,63 @@ def test_head_slopes_are_the_gradient_of_the_cross_entropy(V, width, cap, dtype)
     check(nats, wanted.detach(), 2e-6)
     check(slopes[:, :V], exact.grad, BOUND[dtype])
     assert not slopes[5].any() and not slopes[:, V:].any() and slopes.dtype == dtype
+
+
+@pytest.mark.parametrize(("V", "width"), [(50, 64), (20_000, 20_032)])
+def test_head_slopes_may_be_scaled_and_of_another_type(V, width):
+    logits = (4 * draw(9, width)).bfloat16()
+    targets = torch.randint(V, (9,), generator=torch.Generator().manual_seed(1))
+    nats, slopes = head_slopes(logits, targets, V, None)
+    again, scaled = head_slopes(logits, targets, V, None, 2.0**15, torch.float32)
+    assert torch.equal(nats, again) and scaled.dtype == torch.float32
+    check(scaled[:, :V] / 2**15, slopes[:, :V].double(), BOUND[torch.bfloat16])
+
+
+# ---- matrices of bytes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (128, 128), (200, 37), (1, 300)])
+def test_transposed_moves_bytes(shape):
+    x = draw(*shape).to(torch.float8_e4m3fn)
+    y = kernels.transposed(x)
+    assert y.is_contiguous() and y.dtype == x.dtype
+    assert torch.equal(y.view(torch.uint8), x.view(torch.uint8).t())
+
+
+BENT = {
+    "gelu": lambda h: h * (1 + torch.erf(h / 2**0.5)) / 2,
+    "relu": lambda h: h * (h > 0),
+    "relu2": lambda h: h * h * (h > 0),
+    "swiglu": lambda h: h.chunk(2, dim=-1)[0] * torch.nn.functional.silu(h.chunk(2, dim=-1)[1]),
+}
+
+
+def in_8_bits(got: torch.Tensor, turned: torch.Tensor, exact: torch.Tensor, scale: float) -> None:
+    """The interpreter's conversion forgets to carry, so that where rounding goes up to a power of two, some 3 numbers
+    of 100, it gives half of it."""
+    assert torch.equal(turned.view(torch.uint8), got.view(torch.uint8).t()) and turned.is_contiguous()
+    off = ((got.double() / scale - exact).abs() > 0.13 * exact.abs() + 2.0**-9 / scale).double().mean()
+    assert off < 0.06
+
+
+@pytest.mark.parametrize("rows_columns", [(128, 64), (200, 37), (16, 96)])
+@pytest.mark.parametrize("kind", list(BENT))
+def test_what_is_between_two_products(kind, rows_columns):
+    rows, columns = rows_columns
+    width = columns * (2 if kind == "swiglu" else 1)
+    h, grad = draw(rows, width).bfloat16(), draw(rows, columns, seed=1).bfloat16()
+    more = draw(rows, width, seed=2).bfloat16()
+    seen = h.double().requires_grad_()
+    exact = BENT[kind](seen)
+    (slope,) = torch.autograd.grad(exact, seen, grad.double())
+    in_8_bits(*kernels.bent(h, kind, 4.0, torch.float8_e4m3fn), exact.detach(), 4.0)
+    in_8_bits(*kernels.bent_back(h, grad, kind, 64.0, torch.float8_e5m2), slope, 64.0)
+    in_8_bits(*kernels.bent_back(h, grad, kind, 64.0, torch.float8_e5m2, more), slope + more.double(), 64.0)
+
+
+def test_bytes_are_ops_that_a_compiler_keeps():
+    h, grad, eight = draw(16, 32).bfloat16(), draw(16, 32).bfloat16(), torch.float8_e5m2
+    ops = torch.ops.strawberry
+    torch.library.opcheck(ops.transposed, (h.to(eight).view(torch.uint8),))
+    torch.library.opcheck(ops.bent, (h, "gelu", 4.0, eight))
+    torch.library.opcheck(ops.bent_back, (h, grad, None, "gelu", 4.0, eight))
