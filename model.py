@@ -3,10 +3,10 @@ it stands in its Config.
 
 Notation:  B rows · T tokens · S keys · V vocab_size · C n_embd · D n_qkv · H n_head · d = D / H · J chunks
 
-Index:  helpers · rotary positions · where tokens stand, and what layers carry · who sees whom · sums over chunks ·
-        mixers: softmax, AFT, LAM, expert attention · projections and feed-forward · attention layers · positions ·
-        repeating a stack · the head's loss · the language model · strawberry · strawberry-v0 · palm · tinystar ·
-        transformer · registry, initialisation · the stack as text (python model.py --config x.json)
+Index:  helpers · products in 8 bits · rotary positions · where tokens stand, and what layers carry · who sees whom ·
+        sums over chunks · mixers: softmax, AFT, LAM, expert attention · projections and feed-forward · attention ·
+        positions · repeating a stack · the head's loss · the language model · strawberry · strawberry-v0 · palm ·
+        tinystar · transformer · registry, initialisation · the stack as text (python model.py --config x.json)
 
 How it fits together: mixers mix q, k, v over time, projections make them, blocks wire, models stack. A mixer is a
 module with
@@ -88,6 +88,9 @@ def linear(x: Tensor, w: Tensor | Int8, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ (+ b), W (out, in)."""
     if bias is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return linear(x, w) + bias  # the compiler joins the sum to what follows, and a product of one row, too
+    if Float8.takes(x, w):
+        y = Float8Product.apply(activation(x).flatten(0, -2), w).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias.to(y.dtype)
     return kernels.int8_linear(x, w.w, w.scale, bias) if isinstance(w, Int8) else F.linear(x, w, bias)
 
 
@@ -107,6 +110,116 @@ def linear_scan(decay: Tensor, x: Tensor) -> Tensor:
     if even == x.size(1):
         return h
     return torch.cat((h, decay[:, even:] * h[:, -1:] + x[:, even:]), dim=1)
+
+
+# ---- products in 8 bits --------------------------------------------------------------------------------------------
+
+
+class Float8:
+    """Whether training multiplies large matrices in 8 bits, which GPUs since Hopper and Ada do at twice the speed
+    (arXiv 2209.05433). Weights, what flows between products, sums and updates keep their types.
+
+    A number is scaled into the range of its 8-bit type, rounded, and what overflows is cut. What goes forward has 3
+    bits of mantissa and numbers from 2⁻⁹ to 448, gradients 2 bits and 2⁻¹⁶ to 57,344, so that one scale does for all
+    activations, which norms keep near 1, and one for all gradients of a mean over a batch's tokens: no pass is made
+    to measure them. Matrices are few beside tokens and are measured.
+    """
+
+    FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
+    X, GRADIENT, SLOPE = 2.0**2, 2.0**20, 2.0**15  # activations are cut at ± 112, gradients of the loss at ± 0.055
+    WORTH = 512  # half the harmonic mean of rows and columns from which a product gains more than rounding costs
+
+    on = False
+    undo: dict[float, Tensor] = {}  # scale to 1 / scale, on the device
+
+    @classmethod
+    def use(cls, on: bool, device: torch.device) -> None:
+        """Set it, for this process. A tensor that is there before a step needs no launch in it."""
+        cls.on = on
+        cls.undo = {scale: torch.tensor(1 / scale, device=device) for scale in (cls.X, cls.GRADIENT, cls.SLOPE)}
+
+    @classmethod
+    def takes(cls, x: Tensor, w: Tensor | Int8, w2: Tensor | Int8 | None = None) -> bool:
+        """Whether x Wᵀ is such a product: x (…, in), W (out, in); or f(x Wᵀ) W₂ᵀ such a pair."""
+        if not (cls.on and torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type)):
+            return False
+        sizes = [x.numel() // x.size(-1), *w.shape, *(() if w2 is None else w2.shape)]
+        return w.size(0) * w.size(1) >= cls.WORTH * (w.size(0) + w.size(1)) and not any(n % 16 for n in sizes)
+
+
+def to_8_bits(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """scale · x, the scale a power of 2, which changes no digit."""
+    most = torch.finfo(dtype).max
+    return (x * scale).clamp(-most, most).to(dtype)
+
+
+def measured(w: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix in 8 bits, its largest number near the end of their range, and the float32 scale that undoes it."""
+    most = w.abs().amax().float().clamp(min=1e-12) / torch.finfo(Float8.FORWARD).max
+    undo = torch.exp2(torch.log2(most).ceil())
+    return to_8_bits(w, (1 / undo).to(w.dtype), Float8.FORWARD), undo
+
+
+def product_8(a: Tensor, b: Tensor, undo_a: Tensor, undo_b: Tensor, dtype: torch.dtype, quick: bool = False) -> Tensor:
+    """a Bᵀ, (n, k) and (m, k) in 8 bits, both contiguous, since the units take no other order. `quick`: sums are kept
+    in fewer bits than float32, which is enough for what goes forward."""
+    return torch._scaled_mm(a, b.t(), scale_a=undo_a, scale_b=undo_b, out_dtype=dtype, use_fast_accum=quick)
+
+
+class Float8Product(torch.autograd.Function):
+    """x Wᵀ with both gradients, all three products in 8 bits: x (n, in) in a half type, W (out, in)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
+        x8 = to_8_bits(x, Float8.X, Float8.FORWARD)
+        w8, undo = measured(w)
+        # turned here and not on the way back: a compiler would make x8 there once more, out of what x is made of
+        ctx.save_for_backward(kernels.transposed(x8), w8, undo)
+        ctx.types = x.dtype, w.dtype
+        return product_8(x8, w8, Float8.undo[Float8.X], undo, x.dtype, quick=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        turned_x, w8, undo = ctx.saved_tensors
+        g8 = to_8_bits(grad, Float8.GRADIENT, Float8.BACKWARD)
+        undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
+        dx = product_8(g8, kernels.transposed(w8), undo_g, undo, ctx.types[0])
+        return dx, product_8(kernels.transposed(g8), turned_x, undo_g, undo_x, ctx.types[1])
+
+
+class Float8FeedForward(torch.autograd.Function):
+    """(f(h) W₂ᵀ, h), h = x W₁ᵀ, all six products in 8 bits; f(h) is not wanted otherwise and is made in 8 bits at once:
+    x (n, in) in a half type, W₁ (hidden, in), W₂ (out, ·), f as `kernels.BENT` names it. `apart`: h is wanted, too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, kind: str, apart: bool) -> tuple[Tensor, Tensor]:
+        x8, (first, undo_1), (second, undo_2) = to_8_bits(x, Float8.X, Float8.FORWARD), measured(w1), measured(w2)
+        h = product_8(x8, first, Float8.undo[Float8.X], undo_1, x.dtype, quick=True)
+        y8, turned_y = kernels.bent(h, kind, Float8.X, Float8.FORWARD)
+        ctx.save_for_backward(kernels.transposed(x8), first, undo_1, h, turned_y, second, undo_2)
+        ctx.kind, ctx.types = kind, (x.dtype, w1.dtype, w2.dtype)
+        if not apart:  # else a gradient of zeros would be made for it
+            ctx.mark_non_differentiable(h)
+        ctx.apart = apart
+        return product_8(y8, second, Float8.undo[Float8.X], undo_2, x.dtype, quick=True), h
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, more: Tensor | None) -> tuple:
+        turned_x, first, undo_1, h, turned_y, second, undo_2 = ctx.saved_tensors
+        undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
+        g8 = to_8_bits(grad, Float8.GRADIENT, Float8.BACKWARD)
+        dy = product_8(g8, kernels.transposed(second), undo_g, undo_2, ctx.types[0])
+        dw2 = product_8(kernels.transposed(g8), turned_y, undo_g, undo_x, ctx.types[2])
+        more = more if ctx.apart else None
+        h8, turned_h = kernels.bent_back(h, dy, ctx.kind, Float8.GRADIENT, Float8.BACKWARD, more)
+        dx = product_8(h8, kernels.transposed(first), undo_g, undo_1, ctx.types[0])
+        return dx, product_8(turned_h, turned_x, undo_g, undo_x, ctx.types[1]), dw2, None, None
+
+
+def feed_8(x: Tensor, w1: Tensor, w2: Tensor, kind: str, apart: bool = False) -> tuple[Tensor, Tensor]:
+    """(f(h) W₂ᵀ, h), h = x W₁ᵀ, where `Float8.takes(x, w1, w2)`: x (B, T, in)."""
+    made = Float8FeedForward.apply(activation(x).flatten(0, -2), w1, w2, kind, apart)
+    return tuple(y.unflatten(0, x.shape[:-1]) for y in made)
 
 
 # ---- rotary positions ----------------------------------------------------------------------------------------------
@@ -696,12 +809,16 @@ def project(x: Tensor, w: Tensor | Int8 | Scaled | ByChunk, at: At) -> Tensor:
         scale = torch.cat((one.expand(len(x), 1, 1, 1), scale), dim=1)
         x = (to_chunks(x, at.slot) * scale).flatten(1, 2)[:, : x.size(1)].to(later.dtype)
         return ChunkProduct.apply(x, first.to(later.dtype), later, at.slot)
-    if isinstance(w, Scaled):  # one matrix for many tokens: the gradient of its scale is cheaper from it than from them
-        return linear(x, w.raw * w.scale)
+    w = matrix(w)
     if isinstance(w, Int8) or w.dim() == 2:
         return linear(x, w)
     y = to_chunks(x, at.slot) @ w.mT.to(x.dtype)  # (B, J, slot, out)
     return y.flatten(1, 2)[:, : x.size(1)]
+
+
+def matrix(w: Tensor | Int8 | Scaled) -> Tensor | Int8:
+    """One matrix for many tokens: the gradient of its scale is cheaper from it than from them."""
+    return w.raw * w.scale if isinstance(w, Scaled) else w
 
 
 class ChunkProduct(torch.autograd.Function):
@@ -1501,6 +1618,8 @@ class SwiGLU(nn.Module):
         self.w2 = Linear(n_ffn, c.n_embd, bias=c.bias, role=c.writes)
 
     def forward(self, x: Tensor, at: At) -> Tensor:
+        if self.w1.bias is None and Float8.takes(x, self.w1.weight, self.w2.weight):
+            return feed_8(x, self.w1.weight, self.w2.weight, "swiglu")[0]
         u, g = self.w1(x).chunk(2, dim=-1)
         return self.w2(u * F.silu(g))
 
@@ -1511,14 +1630,16 @@ class SwiGLU(nn.Module):
 class FeedForward(nn.Module):
     """activation(x W₁) W₂."""
 
-    def __init__(self, activation: Callable, c):
+    def __init__(self, kind: str, c):
         super().__init__()
         n_ffn = c.n_ffn or 4 * c.n_embd
-        self.activation = activation
+        self.kind, self.activation = kind, ACTIVATIONS[kind]
         self.w1 = Linear(c.n_embd, n_ffn, bias=c.bias)
         self.w2 = Linear(n_ffn, c.n_embd, bias=c.bias, role=c.writes)
 
     def forward(self, x: Tensor, at: At) -> Tensor:
+        if self.w1.bias is None and Float8.takes(x, self.w1.weight, self.w2.weight):
+            return feed_8(x, self.w1.weight, self.w2.weight, self.kind)[0]
         return self.w2(self.activation(self.w1(x)))
 
     def flops(self, T: int) -> float:
@@ -1528,6 +1649,9 @@ class FeedForward(nn.Module):
 def relu2(x: Tensor) -> Tensor:
     """Squared ReLU (arXiv 2109.08668)."""
     return F.relu(x).square()
+
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "relu2": relu2}
 
 
 class MoE(nn.Module):
@@ -1550,9 +1674,7 @@ class MoE(nn.Module):
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 FEED_FORWARDS = {
     "swiglu": SwiGLU,
-    "gelu": partial(FeedForward, F.gelu),
-    "relu": partial(FeedForward, F.relu),
-    "relu2": partial(FeedForward, relu2),
+    **{kind: partial(FeedForward, kind) for kind in ACTIVATIONS},
 }
 
 
@@ -1837,12 +1959,50 @@ def repeat(run: Callable, x: Tensor, at: At, states: list | None, n: int, depth:
 
 # ---- the head's loss -----------------------------------------------------------------------------------------------
 
-LOGITS_BYTES = 1 << 30  # of logits that exist at once
+LOGITS_BYTES = 1 << 30  # of logits that exist at once, at most
+FEW_BYTES = 1 << 27  # of logits that are not worth dividing further; else into four parts at least
 
 
 def fuses_head(x: Tensor) -> bool:
     """Whether training takes loss and gradients of the head at once. On a CPU torch's own cross entropy is quicker."""
     return x.is_cuda
+
+
+class HeadProducts:
+    """The head's three products, for a part of the tokens: x (n, C) in a type, W (V, C)."""
+
+    slope = 1.0, None  # times what the gradient of the logits is given, and in which type, if not theirs
+
+    def __init__(self, w: Tensor, dtype: torch.dtype):
+        V = w.size(0)  # a product whose rows do not begin at multiples of 16 bytes is slow
+        self.table = F.pad(w.to(dtype), (0, 0, 0, -V % 64 if V % 8 else 0))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return x @ self.table.mT
+
+    def back(self, slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of x and W from that of the logits."""
+        return slope @ self.table, slope.mT @ x
+
+
+class HeadProducts8(HeadProducts):
+    """The same in 8 bits. What the logits' gradient has below 2⁻³¹ is lost."""
+
+    slope = Float8.SLOPE, Float8.BACKWARD
+
+    def __init__(self, w: Tensor, dtype: torch.dtype):
+        super().__init__(w, dtype)
+        self.table, self.undo = measured(self.table)
+
+    def logits(self, x: Tensor) -> Tensor:
+        x8 = to_8_bits(x, Float8.X, Float8.FORWARD)
+        return product_8(x8, self.table, Float8.undo[Float8.X], self.undo, x.dtype, quick=True)
+
+    def back(self, slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        turned_x = kernels.transposed(to_8_bits(x, Float8.X, Float8.FORWARD))
+        undo, undo_x = Float8.undo[Float8.SLOPE], Float8.undo[Float8.X]
+        dx = product_8(slope, kernels.transposed(self.table), undo, self.undo, x.dtype)
+        return dx, product_8(kernels.transposed(slope), turned_x, undo, undo_x, torch.float32)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -1855,18 +2015,19 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-        V = w.size(0)
+    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, cap: float | None, in_8_bits: bool = False) -> Tensor:
         with full_precision(x):
-            # a product whose rows do not begin at multiples of 16 bytes is slow
-            table = F.pad(w.to(x.dtype), (0, 0, 0, -V % 64 if V % 8 else 0))
-            rows = -(-x.size(0) // -(-x.size(0) * table.size(0) * x.element_size() // LOGITS_BYTES))
+            products = (HeadProducts8 if in_8_bits else HeadProducts)(w, x.dtype)
+            size = x.size(0) * len(products.table) * x.element_size()
+            parts = max(-(-size // LOGITS_BYTES), min(4, size // FEW_BYTES))
+            rows = -(-x.size(0) // (16 * parts)) * 16
             total, dx, dw = 0.0, [], 0.0
             for some, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-                nats, slope = HeadLoss.of(some @ table.mT, wanted, V, cap)
+                nats, slope = HeadLoss.of(products.logits(some), wanted, w.size(0), cap, *products.slope)
                 total = total + nats
-                dx.append(slope @ table)
-                dw = dw + wide((slope.mT @ some)[:V])
+                back = products.back(slope, some)
+                dx.append(back[0])
+                dw = dw + wide(back[1][: w.size(0)])
         ctx.save_for_backward(torch.cat(dx), dw)
         ctx.dtype = w.dtype
         return total
@@ -1874,13 +2035,15 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), (dw * grad).to(ctx.dtype), None, None
+        return dx * grad.to(dx.dtype), (dw * grad).to(ctx.dtype), None, None, None
 
 
-def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Σ cross entropy over the targets ≥ 0, and its gradient by the logits (N, ≥ V), of which the first V count."""
-    if kernels.head_fits(logits):
-        nats, slope = kernels.head_slopes(logits, targets, V, cap)
+def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None, scale: float = 1.0,
+                   dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Σ cross entropy over the targets ≥ 0, and scale · its gradient by the logits (N, ≥ V), of which the first V
+    count, in the logits' type or another."""
+    if kernels.usable(logits):
+        nats, slope = kernels.head_slopes(logits, targets, V, cap, scale, dtype)
         return nats.sum(), slope
     wanted, real = targets.clamp(min=0).unsqueeze(-1), (targets >= 0).unsqueeze(-1)
     place = torch.arange(logits.size(1), device=logits.device)
@@ -1893,7 +2056,7 @@ def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None) -
     slope = (z - log_sum).exp() - (place == wanted).to(z.dtype)
     if cap is not None:
         slope = slope * (1 - (softcap(wide(logits), cap) / cap).square())
-    return torch.where(real, nats, 0.0).sum(), torch.where(real, slope, 0.0).to(logits.dtype)
+    return torch.where(real, nats, 0.0).sum(), (torch.where(real, slope, 0.0) * scale).to(dtype or logits.dtype)
 
 
 HeadLoss.of = staticmethod(loss_and_slope)
@@ -2025,7 +2188,8 @@ class LanguageModel(nn.Module):
         flat = targets.flatten()
         if self.training and torch.is_grad_enabled() and self.gives_last and fuses_head(x):
             x, w = self.last(x)
-            logits, loss = None, HeadLoss.apply(activation(x).flatten(0, 1), w, flat, self.cap)
+            x = activation(x).flatten(0, 1)
+            logits, loss = None, HeadLoss.apply(x, w, flat, self.cap, Float8.takes(x, w))
         else:
             logits = self.head(x)
             loss = F.cross_entropy(wide(logits).flatten(0, 1), flat, ignore_index=-1, reduction="sum")
@@ -2440,6 +2604,7 @@ class NoRetention:
     chunk = None
     causal = True
     apart = False  # whether torch.compile takes steps and updates each for themselves
+    sums = False  # whether it reads u and g
 
     def update(self, w: Weights, ug: Tensor, block: StrawberryBlock, at: At, state: None) -> Weights:
         return w
@@ -2455,6 +2620,7 @@ class BatchRetention(NoRetention):
     """The rule read literally: oa from all tokens of all rows. It sees the future and the other rows."""
 
     causal = False
+    sums = True
     apart = True  # its weights are few, so that what a pass over them costs is nothing beside what compiling takes
     shares = 8  # of the tokens, summed one beside the other
 
@@ -2479,6 +2645,7 @@ class CausalRetention:
 
     causal = True
     apart = False
+    sums = True
 
     def __init__(self, c):
         self.scale, self.chunk = c.retention_scale, c.retention_chunk
@@ -2569,22 +2736,34 @@ class StrawberryBlock(nn.Module):
         w = self.base()
         for i, kind in enumerate(self.steps):
             mixed, retained = (None, None) if states is None else states[i]
-            x, ug = self.step(getattr(self, kind), x, w, at, mixed)
+            x, ug = self.step(getattr(self, kind), x, w, at, mixed, i + 1 < len(self.steps))
             if i + 1 < len(self.steps):
                 w = self.retention.update(w, ug, self, at, retained)
         return x
 
-    def step(self, mixer: nn.Module, x: Tensor, w: Weights, at: At, state) -> tuple[Tensor, Tensor]:
-        """Mix and SwiGLU with the weights w; also its u and g side by side (B, T, 2C), which retention sums."""
+    def step(self, mixer: nn.Module, x: Tensor, w: Weights, at: At, state, retain: bool) -> tuple[Tensor, Tensor]:
+        """Mix and SwiGLU with the weights w; also its u and g side by side (B, T, 2C), which retention sums if it is to
+        `retain`."""
         q, k, v = ready(project(norm(x), w.qkv, at), self.widths, mixer, at)
-        ug = project(mixer(q, k, v, x, at, state), w.swiglu, at)
+        y = mixer(q, k, v, x, at, state)
+        plain = Float8.on and self.ffn_router is None and at.count is None and at.active is None
+        first, second = (matrix(w.swiglu), matrix(w.out)) if plain else (None, None)
+        if isinstance(first, Tensor) and first.dim() == 2 and Float8.takes(y, first, second):
+            out, ug = feed_8(y, first, second, "swiglu", retain and self.retention.sums)
+        else:
+            out, ug = self.feed(y, x, w, at)
+        return at.moved(x, x + self.drop(out)), ug
+
+    def feed(self, y: Tensor, x: Tensor, w: Weights, at: At) -> tuple[Tensor, Tensor]:
+        """SwiGLU of what was mixed; also its u and g side by side."""
+        ug = project(y, w.swiglu, at)
         u, g = ug.chunk(2, dim=-1)
         if self.ffn_router is not None:  # groups of channels, those not chosen at zero
             u = u * self.ffn_router(x, at).repeat_interleave(u.size(-1) // self.ffn_router.n, dim=-1)
-        new = x + self.drop(project(u * F.silu(g), w.out, at))
+        out = project(u * F.silu(g), w.out, at)
         if self.ffn_router is not None or at.count is not None or at.active is not None:
             ug = torch.cat((at.counted(u), g), dim=-1)
-        return at.moved(x, new), ug
+        return out, ug
 
     def open_chunks(self, states: list, rows) -> None:
         w = self.base()
@@ -2620,7 +2799,7 @@ def step_by_step(block: StrawberryBlock, x: Tensor, at: At) -> Tensor:
     """A block's forward."""
     w = block.base()
     for i, kind in enumerate(block.steps):
-        x, ug = block.step(getattr(block, kind), x, w, replace(at, masks={}), None)
+        x, ug = block.step(getattr(block, kind), x, w, replace(at, masks={}), None, i + 1 < len(block.steps))
         if i + 1 < len(block.steps):
             w = block.retention.update(w, ug, block, at, None)
     return x

@@ -433,7 +433,8 @@ class Run:
     )
     device: str = option("auto", "auto: cuda, else mps, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option(
-        "auto", "activations; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
+        "auto", "activations; auto: bfloat16 on cuda, float32 elsewhere; float8: bfloat16, and training's large matrix "
+        "products in 8 bits", choices=["auto", "float32", "bfloat16", "float8"]
     )
     compile: bool | str = option(
         "auto", "torch.compile; blocks: each block by itself; auto: on cuda, and on cpu from max_iters 5000 on where a "

@@ -59,7 +59,7 @@ import encoder as encoders
 import plot
 from checkpoint import Lock, newest, own_tensors, save_checkpoint, save_model, set_aside, write_model, write_state
 from dataset import Batch, Corpus, Loader, NextToken, Split
-from model import CONFIGS, build
+from model import CONFIGS, Float8, build
 from optimizer import build_optimizer, lr_at
 from options import UserError, atomic_write, load_run, run_cli, to_dict
 from ranks import Alone, Lost, Ranks, divide, join, local, parts
@@ -338,7 +338,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """What activations are computed in; weights, gradients and the optimizer's state are float32 anyway."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return getattr(torch, name)
+    if name == "float8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        about = f"{torch.cuda.get_device_name(device)} does not multiply in 8 bits"
+        raise UserError(f'dtype = "float8": {about}, which takes compute capability 8.9 or more; use "bfloat16"')
+    if name == "float8" and device.type not in ("cuda", "cpu"):
+        raise UserError(f'dtype = "float8": {device.type} does not multiply in 8 bits; use "bfloat16"')
+    return torch.bfloat16 if name == "float8" else getattr(torch, name)
 
 
 def load_data(run) -> tuple:
@@ -716,6 +721,7 @@ class Trainer:
         self.device = choose_device(run.device)
         self.dtype = choose_dtype(run.dtype, self.device)
         self.ranks = join(self.device, run.parallel)
+        Float8.use(run.dtype == "float8", self.device)
         if self.ranks.main and self.root.is_dir():
             self.lock = Lock(self.root)
         self.encoder, self.corpus = load_data(run)

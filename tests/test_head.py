@@ -41,7 +41,7 @@ def test_logits_exist_in_parts_only(monkeypatch):
     noted = staticmethod(lambda logits, *a: seen.append(logits.shape) or whole(logits, *a))
     monkeypatch.setattr(HeadLoss, "of", noted)
     HeadLoss.apply(*inputs(N=37, V=21), None)
-    assert [rows for rows, _ in seen] == [10, 10, 10, 7]
+    assert [rows for rows, _ in seen] == [16, 16, 5]
     assert {width for _, width in seen} == {64}  # padded, since 21 is no multiple of 8
 
 
