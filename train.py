@@ -951,9 +951,10 @@ class Trainer:
     def record_steps(self) -> None:
         """Have steps recorded from now on, where `record` asks for it and this machine can."""
         run = self.run
-        if run.record is False or self.recorded or not can_record(self.device, self.ranks.world):
-            return
         ranks = self.ranks
+        wanted = run.record is True or (run.record == "auto" and not ranks.sharded)
+        if not wanted or self.recorded or not can_record(self.device, ranks.world):
+            return
         rows, firsts = divide(run.batch_size, run.gradient_accumulation_steps, ranks.rank, ranks.world)
         batches = [make_batch(self.objective, self.corpus.train, run.seed, 0, rows, self.device)] * len(firsts)
         recorded, why = Recorded(self, ranks.graphs), ""
