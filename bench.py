@@ -634,7 +634,15 @@ class Timer(Trainer):
         speed = statistics.median(self.advance(steps, steps // 10))
         memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         compiled = self.forward is not self.model
-        return {"tokens_per_s": speed, "steps": steps, "memory": memory, "compiled": compiled}
+        return {"tokens_per_s": speed, "steps": steps, "memory": memory, "resident": resident(), "compiled": compiled}
+
+
+def resident() -> int | None:
+    """Bytes that this process had in memory at most, torch included; None where the system does not tell."""
+    with contextlib.suppress(OSError, AttributeError):
+        line = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        return int(line[1]) * 1024
+    return None
 
 
 def speed_child(argv: list[str]) -> None:
@@ -2165,6 +2173,8 @@ def growth_command(argv: list[str]) -> None:
             files = [write_quiet_config(Path(folder) / str(i), point["run"]) for i, point in enumerate(group)]
             for point, row in zip(group, in_turns("_speed", [[file] for file in files]), strict=True):
                 point |= row
+                if "why" not in point:  # on a CPU what the process had in memory
+                    point["memory"] = point["memory"] or point["resident"]
                 print(growth_line(point), flush=True)
     rows = [{key: value for key, value in point.items() if key != "run"} for point in points]
     write_growth(rows, arguments.out, command_line("python", "growth", argv))
@@ -2321,12 +2331,7 @@ class ScaleTimer(Timer):
     def most_memory(self) -> int | None:
         """Bytes at most, the rehearsal included: what a recorded step uses is counted when it is recorded, and only
         then. On a CPU all that the process had in memory, torch included."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        with contextlib.suppress(OSError, AttributeError):
-            line = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-            return int(line[1]) * 1024
-        return None
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident()
 
     def link(self) -> float | None:
         """Bytes per second on each process's way out, in a sum over all processes that goes around a ring: of n

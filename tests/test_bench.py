@@ -45,7 +45,7 @@ if os.path.exists(f"hang_{width}_{role}"):
 if role == "_speed":
     print("ready", flush=True)
     sys.stdin.readline()
-    print(json.dumps({"tokens_per_s": 1000.0, "steps": 10, "memory": None, "compiled": False}))
+    print(json.dumps({"tokens_per_s": 1000.0, "steps": 10, "memory": None, "resident": 3 << 30, "compiled": False}))
     sys.exit()
 os.makedirs(run["checkpoints"]["path"], exist_ok=True)
 with open(os.path.join(run["checkpoints"]["path"], "metrics.jsonl"), "w") as file:
@@ -473,6 +473,7 @@ def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys)
     ready, answer = capsys.readouterr().out.splitlines()
     found = json.loads(answer)
     assert ready == "ready" and found["tokens_per_s"] > 64 and found["steps"] >= 10 and found["memory"] is None
+    assert 2**26 < found["resident"] < 2**36
     steps = [line["step"] for line in plot.read_metrics("x/ck/metrics.jsonl") if "tokens_per_s" in line]
     assert steps[-1] == 10 + found["steps"] and not Path("x/model").exists()
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # the one who asked is gone
@@ -898,7 +899,7 @@ def test_growth_measures_each_window_and_width(workshop, capsys):
         (label, axis, value) for label in ("a attention_type=MHA batch_size=1", "b")
         for axis, value in (("T", 8), ("T", 16), ("C", 64))]
     assert len(calls("_speed")) == 6 and all(row["tokens_per_s"] == 1000 for row in rows)
-    assert "| b | C | 64 | 1,000 | – |" in Path("out/growth.md").read_text()
+    assert "| b | C | 64 | 1,000 | 3.00 |" in Path("out/growth.md").read_text()
 
 
 def test_growth_keeps_the_tokens_of_a_step(workshop):
