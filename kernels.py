@@ -556,16 +556,16 @@ def _(x):
 
 
 def byte_tiles(rows: int, columns: int, wide: int = 128) -> tuple[tuple[int, int], dict]:
-    """A grid of tiles, and what a kernel over them is told. 128 bytes, turned: what memory takes at once."""
+    """A grid of tiles, and what a kernel over them is told. 128 bytes, transposed: what memory takes at once."""
     return (-(-rows // 128), -(-columns // wide)), {"TALL": 128, "WIDE": wide, "num_warps": 8}
 
 
 # What is between two products of a feed-forward: its values are wanted in 8 bits only, once as they lie, for the next
-# product, and once turned, for the gradient of its matrix; the gradients too. A kernel reads what there is once.
+# product, and once transposed, for the gradient of its matrix; the gradients too. A kernel reads what there is once.
 
 
 def bent(h: Tensor, kind: str, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(scale · f(h), the same turned) in 8 bits, f as in BENT: h (n, m), or (n, 2m) for "swiglu"."""
+    """(scale · f(h), the same transposed) in 8 bits, f as in BENT: h (n, m), or (n, 2m) for "swiglu"."""
     if not usable(h):
         y = in_bytes(BENT[kind][1](h.float()), scale, dtype)
         return y, y.t().contiguous()
@@ -575,8 +575,8 @@ def bent(h: Tensor, kind: str, scale: float, dtype: torch.dtype) -> tuple[Tensor
 def bent_back(
     h: Tensor, grad: Tensor, kind: str, scale: float, dtype: torch.dtype, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(scale · the gradient of h, the same turned) in 8 bits, `grad` (n, m) being that of f(h); `more`, shaped as h, is
-    the gradient that h has from elsewhere."""
+    """(scale · the gradient of h, the same transposed) in 8 bits, `grad` (n, m) being that of f(h); `more`, shaped as
+    h, is the gradient that h has from elsewhere."""
     if not usable(h, grad):
         slope = BENT[kind][2](h.float(), grad.float())
         y = in_bytes(slope if more is None else slope + more, scale, dtype)
@@ -641,28 +641,28 @@ def as_words(byte):
 
 
 @jit
-def store_turned(y, turned, value, r, c, ROWS, COLUMNS, here, most):
+def store_both(y, flipped, value, r, c, ROWS, COLUMNS, here, most):
     """A tile of `value`, cut at ± most, in 8 bits, into y (ROWS, COLUMNS) and into its transpose."""
     byte = as_words(tl.minimum(tl.maximum(value, -most), most).to(y.dtype.element_ty).to(tl.int8, bitcast=True))
-    y, turned = y.to(tl.pointer_type(tl.int8)), turned.to(tl.pointer_type(tl.int8))
+    y, flipped = y.to(tl.pointer_type(tl.int8)), flipped.to(tl.pointer_type(tl.int8))
     tl.store(y + r[:, None] * COLUMNS + c[None, :], byte, mask=here)
-    tl.store(turned + c[:, None] * ROWS + r[None, :], tl.trans(byte), mask=tl.trans(here))
+    tl.store(flipped + c[:, None] * ROWS + r[None, :], tl.trans(byte), mask=tl.trans(here))
 
 
 @jit
-def bent_kernel(h, y, turned, scale, most, ROWS, COLUMNS, KIND: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
+def bent_kernel(h, y, flipped, scale, most, ROWS, COLUMNS, KIND: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL)
     c = tl.program_id(1).to(tl.int64) * WIDE + tl.arange(0, WIDE)
     here = (r < ROWS)[:, None] & (c < COLUMNS)[None, :]
     at = h + r[:, None] * ((2 if KIND == 3 else 1) * COLUMNS) + c[None, :]
     x = tl.load(at, mask=here, other=0.0).to(tl.float32)
     g = tl.load(at + COLUMNS, mask=here, other=0.0).to(tl.float32) if KIND == 3 else x
-    store_turned(y, turned, bent_value(x, g, KIND) * scale, r, c, ROWS, COLUMNS, here, most)
+    store_both(y, flipped, bent_value(x, g, KIND) * scale, r, c, ROWS, COLUMNS, here, most)
 
 
 @jit
 def bent_back_kernel(
-    h, grad, more, y, turned, scale, most, ROWS, COLUMNS, KIND: tl.constexpr, MORE: tl.constexpr, TALL: tl.constexpr,
+    h, grad, more, y, flipped, scale, most, ROWS, COLUMNS, KIND: tl.constexpr, MORE: tl.constexpr, TALL: tl.constexpr,
     WIDE: tl.constexpr
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL)
@@ -682,7 +682,7 @@ def bent_back_kernel(
         if MORE:
             at = more + r[:, None] * WIDTH + COLUMNS + c[None, :]
             other += scale * tl.load(at, mask=here, other=0.0).to(tl.float32)
-        store_turned(y, turned, other, r, COLUMNS + c, ROWS, WIDTH, here, most)
+        store_both(y, flipped, other, r, COLUMNS + c, ROWS, WIDTH, here, most)
         slope *= g * s
     elif KIND == 2:
         slope *= 2.0 * tl.maximum(x, 0.0)
@@ -690,16 +690,16 @@ def bent_back_kernel(
         slope = tl.where(x > 0, slope, 0.0)
     if MORE:
         slope += scale * tl.load(more + r[:, None] * WIDTH + c[None, :], mask=here, other=0.0).to(tl.float32)
-    store_turned(y, turned, slope, r, c, ROWS, WIDTH, here, most)
+    store_both(y, flipped, slope, r, c, ROWS, WIDTH, here, most)
 
 
 @torch.library.custom_op("strawberry::bent", mutates_args=())
 def bent_op(h: Tensor, kind: str, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     h, number = h.contiguous(), BENT[kind][0]
-    y, turned = bent_empty(h, h.size(1) // (2 if kind == "swiglu" else 1), dtype)
+    y, flipped = bent_empty(h, h.size(1) // (2 if kind == "swiglu" else 1), dtype)
     grid, shape = byte_tiles(*y.shape, wide=64)
-    bent_kernel[grid](h, y, turned, scale, torch.finfo(dtype).max, *y.shape, KIND=number, **shape)
-    return y.view(torch.uint8), turned.view(torch.uint8)
+    bent_kernel[grid](h, y, flipped, scale, torch.finfo(dtype).max, *y.shape, KIND=number, **shape)
+    return y.view(torch.uint8), flipped.view(torch.uint8)
 
 
 @torch.library.custom_op("strawberry::bent_back", mutates_args=())
@@ -707,11 +707,11 @@ def bent_back_op(
     h: Tensor, grad: Tensor, more: Tensor | None, kind: str, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     h, grad, other = h.contiguous(), grad.contiguous(), h if more is None else more.contiguous()
-    y, turned = bent_empty(h, h.size(1), dtype)
+    y, flipped = bent_empty(h, h.size(1), dtype)
     grid, shape = byte_tiles(*grad.shape, wide=64)
     shape |= {"KIND": BENT[kind][0], "MORE": more is not None}
-    bent_back_kernel[grid](h, grad, other, y, turned, scale, torch.finfo(dtype).max, *grad.shape, **shape)
-    return y.view(torch.uint8), turned.view(torch.uint8)
+    bent_back_kernel[grid](h, grad, other, y, flipped, scale, torch.finfo(dtype).max, *grad.shape, **shape)
+    return y.view(torch.uint8), flipped.view(torch.uint8)
 
 
 def bent_empty(h: Tensor, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

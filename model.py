@@ -173,18 +173,18 @@ class Float8Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
         x8 = to_8_bits(x, Float8.X, Float8.FORWARD)
         w8, undo = measured(w)
-        # turned here and not on the way back: a compiler would make x8 there once more, out of what x is made of
+        # transposed here and not on the way back: a compiler would make x8 there once more, out of what x is made of
         ctx.save_for_backward(kernels.transposed(x8), w8, undo)
         ctx.types = x.dtype, w.dtype
         return product_8(x8, w8, Float8.undo[Float8.X], undo, x.dtype, quick=True)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        turned_x, w8, undo = ctx.saved_tensors
+        x_t, w8, undo = ctx.saved_tensors
         g8 = to_8_bits(grad, Float8.GRADIENT, Float8.BACKWARD)
         undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
         dx = product_8(g8, kernels.transposed(w8), undo_g, undo, ctx.types[0])
-        return dx, product_8(kernels.transposed(g8), turned_x, undo_g, undo_x, ctx.types[1])
+        return dx, product_8(kernels.transposed(g8), x_t, undo_g, undo_x, ctx.types[1])
 
 
 class Float8FeedForward(torch.autograd.Function):
@@ -195,8 +195,8 @@ class Float8FeedForward(torch.autograd.Function):
     def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, kind: str, apart: bool) -> tuple[Tensor, Tensor]:
         x8, (first, undo_1), (second, undo_2) = to_8_bits(x, Float8.X, Float8.FORWARD), measured(w1), measured(w2)
         h = product_8(x8, first, Float8.undo[Float8.X], undo_1, x.dtype, quick=True)
-        y8, turned_y = kernels.bent(h, kind, Float8.X, Float8.FORWARD)
-        ctx.save_for_backward(kernels.transposed(x8), first, undo_1, h, turned_y, second, undo_2)
+        y8, y_t = kernels.bent(h, kind, Float8.X, Float8.FORWARD)
+        ctx.save_for_backward(kernels.transposed(x8), first, undo_1, h, y_t, second, undo_2)
         ctx.kind, ctx.types = kind, (x.dtype, w1.dtype, w2.dtype)
         if not apart:  # else a gradient of zeros would be made for it
             ctx.mark_non_differentiable(h)
@@ -205,15 +205,15 @@ class Float8FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, more: Tensor | None) -> tuple:
-        turned_x, first, undo_1, h, turned_y, second, undo_2 = ctx.saved_tensors
+        x_t, first, undo_1, h, y_t, second, undo_2 = ctx.saved_tensors
         undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
         g8 = to_8_bits(grad, Float8.GRADIENT, Float8.BACKWARD)
         dy = product_8(g8, kernels.transposed(second), undo_g, undo_2, ctx.types[0])
-        dw2 = product_8(kernels.transposed(g8), turned_y, undo_g, undo_x, ctx.types[2])
+        dw2 = product_8(kernels.transposed(g8), y_t, undo_g, undo_x, ctx.types[2])
         more = more if ctx.apart else None
-        h8, turned_h = kernels.bent_back(h, dy, ctx.kind, Float8.GRADIENT, Float8.BACKWARD, more)
+        h8, h_t = kernels.bent_back(h, dy, ctx.kind, Float8.GRADIENT, Float8.BACKWARD, more)
         dx = product_8(h8, kernels.transposed(first), undo_g, undo_1, ctx.types[0])
-        return dx, product_8(turned_h, turned_x, undo_g, undo_x, ctx.types[1]), dw2, None, None
+        return dx, product_8(h_t, x_t, undo_g, undo_x, ctx.types[1]), dw2, None, None
 
 
 def feed_8(x: Tensor, w1: Tensor, w2: Tensor, kind: str, apart: bool = False) -> tuple[Tensor, Tensor]:
@@ -1999,10 +1999,10 @@ class HeadProducts8(HeadProducts):
         return product_8(x8, self.table, Float8.undo[Float8.X], self.undo, x.dtype, quick=True)
 
     def back(self, slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        turned_x = kernels.transposed(to_8_bits(x, Float8.X, Float8.FORWARD))
+        x_t = kernels.transposed(to_8_bits(x, Float8.X, Float8.FORWARD))
         undo, undo_x = Float8.undo[Float8.SLOPE], Float8.undo[Float8.X]
         dx = product_8(slope, kernels.transposed(self.table), undo, self.undo, x.dtype)
-        return dx, product_8(kernels.transposed(slope), turned_x, undo, undo_x, torch.float32)
+        return dx, product_8(kernels.transposed(slope), x_t, undo, undo_x, torch.float32)
 
 
 class HeadLoss(torch.autograd.Function):

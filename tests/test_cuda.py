@@ -10,7 +10,7 @@ from test_decode import collect, every_model, made, requests_for
 
 import kernels
 from decode import Decoder, quantize
-from model import AFTS, At, View, aft_simple, as_is, attend, attend_blocks, build
+from model import AFTS, At, Float8, View, aft_simple, as_is, attend, attend_blocks, build
 
 pytestmark = pytest.mark.cuda
 
@@ -306,6 +306,45 @@ def test_the_fused_head_is_the_plain_one(arch, monkeypatch):
     for a, b in zip(*found, strict=True):
         if a is not None:
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="has no 8 bits")
+@pytest.mark.parametrize("hyper", [
+    {"arch": "tinystar", "ffn_type": "GELU", "norm_type": "RMSNorm"}, {"arch": "tinystar", "norm_type": "LayerNorm"},
+    {"retention": "none"}, {"retention_scope": "batch"},
+], ids=str)  # fmt: skip
+def test_training_in_8_bits_is_training(tmp_path, monkeypatch, hyper):
+    """The same losses as in bfloat16, also where all is compiled and recorded."""
+    import plot
+
+    monkeypatch.setattr(Float8, "WORTH", 16)
+    keys = {f"model_hyperparams.{key}": value for key, value in hyper.items()}
+    losses = []
+    for dtype in ("float8", "bfloat16"):
+        (tmp_path / dtype).mkdir()
+        trainer = trainer_of(tmp_path / dtype, monkeypatch, dtype=dtype, **keys)
+        trainer.train()
+        trainer.close()
+        losses.append([line["loss"] for line in plot.read_metrics(trainer.metrics.path) if "loss" in line])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="has no 8 bits")
+@pytest.mark.parametrize("kind", list(kernels.BENT))
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_bytes_are_those_of_the_plain_path_on_a_gpu(kind, dtype, monkeypatch):
+    width = 192 * (2 if kind == "swiglu" else 1)
+    h, grad, more = (torch.randn(1000, n, device="cuda").bfloat16() for n in (width, 192, width))
+    found = [kernels.bent(h, kind, 4.0, dtype), kernels.bent_back(h, grad, kind, 4.0, dtype),
+             kernels.bent_back(h, grad, kind, 4.0, dtype, more)]  # fmt: skip
+    flipped = kernels.transposed(found[0][0])
+    monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+    wanted = [kernels.bent(h, kind, 4.0, dtype), kernels.bent_back(h, grad, kind, 4.0, dtype),
+              kernels.bent_back(h, grad, kind, 4.0, dtype, more)]  # fmt: skip
+    assert torch.equal(flipped.view(torch.uint8), found[0][1].view(torch.uint8))
+    for (got, turned), (exact, _) in zip(found, wanted, strict=True):
+        assert torch.equal(got.view(torch.uint8).t(), turned.view(torch.uint8))
+        assert (got.float() != exact.float()).float().mean() < 1e-3
 
 
 # ---- several GPUs ----------------------------------------------------------------------------------------------------
