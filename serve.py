@@ -578,7 +578,8 @@ class Engine:
         except Exception as error:
             log.warning("cannot load %s: %s", self.path, error)
             failure = as_api_error(error) if isinstance(error, UserError) else self.failure(error)
-            failure.message, failure.param = f"model: {failure.message}", "model"
+            told = failure.message.replace(str(self.path), self.path.name)  # where it lies is no client's business
+            failure.message, failure.param = f"model: {told}", "model"
             self.ended = True
             self.tell_loop(self.fail_loading, failure)
             return

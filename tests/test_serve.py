@@ -363,6 +363,11 @@ def test_models_come_change_and_go(start, folder, tmp_path):
     error_of(server.complete(model="broken.strawberry"), 404)
 
 
+def test_errors_do_not_tell_where_models_lie(running, folder):
+    message = error_of(running.complete(model="masked.transformer"), 400)["message"]
+    assert "masked.transformer" in message and str(folder) not in message
+
+
 def test_idle_models_make_room(start, tmp_path):
     for name in ("air.strawberry", "learned.tinystar", "future.strawberry"):
         make_model(tmp_path / name)
