@@ -144,7 +144,16 @@ class Float8:
         if not (cls.on and torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type)):
             return False
         sizes = [x.numel() // x.size(-1), *w.shape, *(() if w2 is None else w2.shape)]
-        return w.size(0) * w.size(1) >= cls.WORTH * (w.size(0) + w.size(1)) and not any(n % 16 for n in sizes)
+        return cls.large(*w.shape) and not any(n % 16 for n in sizes)
+
+    @classmethod
+    def large(cls, m: int, n: int) -> bool:
+        return m * n >= cls.WORTH * (m + n)
+
+    @classmethod
+    def helps(cls, model: nn.Module) -> bool:
+        """Whether a model has a matrix that is large enough, alone or as one of q's, k's and v's three."""
+        return any(p.ndim == 2 and cls.large(3 * p.size(0), p.size(1)) for p in model.parameters())
 
 
 def to_8_bits(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:

@@ -744,6 +744,9 @@ class Trainer:
         if found:
             self.restore(found)
         self.choose_batch_size()
+        if Float8.on and not Float8.helps(self.model):
+            warn(f'dtype = "float8": this model has no matrix (m, n) with m · n ≥ {Float8.WORTH} · (m + n), so that it '
+                 'trains as with "bfloat16"')  # fmt: skip
         self.introduce()
 
     def check_paths(self) -> None:
@@ -880,6 +883,7 @@ class Trainer:
         pattern = f" of {' → '.join(blocks[0].steps)}" if hasattr(blocks[0], "steps") else ""
         threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
         name = f" ({torch.cuda.get_device_name()})" if self.device.type == "cuda" else threads
+        dtype = "float8" if Float8.on else str(self.dtype).removeprefix("torch.")
         rows = {
             "model": f"{model.config.arch}, {len(blocks)} blocks{pattern}",
             "parameters": f"{model.num_params(non_embedding=False):,}, {model.num_params():,} without embeddings",
@@ -888,7 +892,7 @@ class Trainer:
             "objective": run.objective + self.cut_short(),
             "step": f"{accumulation} × {run.batch_size} rows of {T} = {self.tokens_per_step:,} tokens of "
                     f"{model.flops_per_token(T) / 1e6:,.2f} MFLOP each",
-            "machine": f"{self.device.type}{name}, {str(self.dtype).removeprefix('torch.')}" + (
+            "machine": f"{self.device.type}{name}, {dtype}" + (
                 f"; {self.ranks.world} processes, {run.parallel}" if self.ranks.world > 1 else ""),
             "seed": str(run.seed),
             "checkpoints": f"{self.root}, every {run.checkpoints.interval:,} steps"

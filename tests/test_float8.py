@@ -180,14 +180,28 @@ def test_a_compiler_makes_the_same_of_it():
     assert torch.equal(eager, compiled)
 
 
-def test_training_in_8_bits(workshop):  # noqa: F811
+def test_training_in_8_bits(workshop, capfd):  # noqa: F811
     write_config(model_hyperparams={"n_embd": 32, "n_qkv": 32})
     assert run("--dtype=float8") == 0
+    told = capfd.readouterr()
+    assert "float8" in told.out and "no matrix" not in told.err
     eight = [line["loss"] for line in metrics() if "loss" in line]
     assert run("--dtype=bfloat16", "--checkpoints.path=half") == 0
     assert not Float8.on
     sixteen = [line["loss"] for line in metrics("half/metrics.jsonl") if "loss" in line]
     assert eight != sixteen and eight == pytest.approx(sixteen, rel=2e-2)
+
+
+def test_a_model_too_small_for_it_is_told_so(workshop, capfd, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Float8, "WORTH", 512)
+    write_config()
+    assert run("--dtype=float8", "--max_iters=2") == 0
+    told = capfd.readouterr()
+    assert 'dtype = "float8": this model has no matrix (m, n) with m · n ≥ 512 · (m + n)' in told.err
+    eight = [line["loss"] for line in metrics() if "loss" in line]
+    assert run("--dtype=bfloat16", "--max_iters=2", "--checkpoints.path=half") == 0
+    assert "float8" not in capfd.readouterr().err
+    assert eight == [line["loss"] for line in metrics("half/metrics.jsonl") if "loss" in line]
 
 
 def test_machines_that_cannot_are_told_so(monkeypatch):
