@@ -567,7 +567,7 @@ def byte_tiles(rows: int, columns: int, wide: int = 128) -> tuple[tuple[int, int
 def bent(h: Tensor, kind: str, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(scale · f(h), the same transposed) in 8 bits, f as in BENT: h (n, m), or (n, 2m) for "swiglu"."""
     if not usable(h):
-        y = in_bytes(BENT[kind][1](h.float()), scale, dtype)
+        y = to_8_bits(BENT[kind][1](h.float()), scale, dtype)
         return y, y.t().contiguous()
     return tuple(y.view(dtype) for y in torch.ops.strawberry.bent(h, kind, scale, dtype))
 
@@ -579,12 +579,13 @@ def bent_back(
     h, is the gradient that h has from elsewhere."""
     if not usable(h, grad):
         slope = BENT[kind][2](h.float(), grad.float())
-        y = in_bytes(slope if more is None else slope + more, scale, dtype)
+        y = to_8_bits(slope if more is None else slope + more, scale, dtype)
         return y, y.t().contiguous()
     return tuple(y.view(dtype) for y in torch.ops.strawberry.bent_back(h, grad, more, kind, scale, dtype))
 
 
-def in_bytes(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def to_8_bits(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """scale · x, the scale a power of 2, which changes no digit; what is beyond the type's numbers is cut."""
     most = torch.finfo(dtype).max
     return (x * scale).clamp(-most, most).to(dtype)
 

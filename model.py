@@ -139,12 +139,15 @@ class Float8:
         cls.undo = {scale: torch.tensor(1 / scale, device=device) for scale in (cls.X, cls.GRADIENT, cls.SLOPE)}
 
     @classmethod
-    def takes(cls, x: Tensor, w: Tensor | Int8, w2: Tensor | Int8 | None = None) -> bool:
-        """Whether x Wᵀ is such a product: x (…, in), W (out, in); or f(x Wᵀ) W₂ᵀ such a pair."""
+    def takes(cls, x: Tensor, *matrices) -> bool:
+        """Whether x Wᵀ is such a product: x (…, in), W (out, in); or f(x Wᵀ) W₂ᵀ such a pair. Not by Int8, nor by a
+        matrix for each chunk."""
         if not (cls.on and torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type)):
             return False
-        sizes = [x.numel() // x.size(-1), *w.shape, *(() if w2 is None else w2.shape)]
-        return cls.large(*w.shape) and not any(n % 16 for n in sizes)
+        if not all(isinstance(w, Tensor) and w.dim() == 2 for w in matrices):
+            return False
+        sizes = [x.numel() // x.size(-1), *(n for w in matrices for n in w.shape)]
+        return cls.large(*matrices[0].shape) and not any(n % 16 for n in sizes)
 
     @classmethod
     def large(cls, m: int, n: int) -> bool:
@@ -156,17 +159,11 @@ class Float8:
         return any(p.ndim == 2 and cls.large(3 * p.size(0), p.size(1)) for p in model.parameters())
 
 
-def to_8_bits(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """scale · x, the scale a power of 2, which changes no digit."""
-    most = torch.finfo(dtype).max
-    return (x * scale).clamp(-most, most).to(dtype)
-
-
 def measured(w: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix in 8 bits, its largest number near the end of their range, and the float32 scale that undoes it."""
     most = w.abs().amax().float().clamp(min=1e-12) / torch.finfo(Float8.FORWARD).max
     undo = torch.exp2(torch.log2(most).ceil())
-    return to_8_bits(w, (1 / undo).to(w.dtype), Float8.FORWARD), undo
+    return kernels.to_8_bits(w, (1 / undo).to(w.dtype), Float8.FORWARD), undo
 
 
 def product_8(a: Tensor, b: Tensor, undo_a: Tensor, undo_b: Tensor, dtype: torch.dtype, quick: bool = False) -> Tensor:
@@ -180,7 +177,7 @@ class Float8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
-        x8 = to_8_bits(x, Float8.X, Float8.FORWARD)
+        x8 = kernels.to_8_bits(x, Float8.X, Float8.FORWARD)
         w8, undo = measured(w)
         # transposed here and not on the way back: a compiler would make x8 there once more, out of what x is made of
         ctx.save_for_backward(kernels.transposed(x8), w8, undo)
@@ -190,7 +187,7 @@ class Float8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         x_t, w8, undo = ctx.saved_tensors
-        g8 = to_8_bits(grad, Float8.GRADIENT, Float8.BACKWARD)
+        g8 = kernels.to_8_bits(grad, Float8.GRADIENT, Float8.BACKWARD)
         undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
         dx = product_8(g8, kernels.transposed(w8), undo_g, undo, ctx.types[0])
         return dx, product_8(kernels.transposed(g8), x_t, undo_g, undo_x, ctx.types[1])
@@ -202,7 +199,8 @@ class Float8FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, kind: str, apart: bool) -> tuple[Tensor, Tensor]:
-        x8, (first, undo_1), (second, undo_2) = to_8_bits(x, Float8.X, Float8.FORWARD), measured(w1), measured(w2)
+        x8 = kernels.to_8_bits(x, Float8.X, Float8.FORWARD)
+        (first, undo_1), (second, undo_2) = measured(w1), measured(w2)
         h = product_8(x8, first, Float8.undo[Float8.X], undo_1, x.dtype, quick=True)
         y8, y_t = kernels.bent(h, kind, Float8.X, Float8.FORWARD)
         ctx.save_for_backward(kernels.transposed(x8), first, undo_1, h, y_t, second, undo_2)
@@ -216,7 +214,7 @@ class Float8FeedForward(torch.autograd.Function):
     def backward(ctx, grad: Tensor, more: Tensor | None) -> tuple:
         x_t, first, undo_1, h, y_t, second, undo_2 = ctx.saved_tensors
         undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
-        g8 = to_8_bits(grad, Float8.GRADIENT, Float8.BACKWARD)
+        g8 = kernels.to_8_bits(grad, Float8.GRADIENT, Float8.BACKWARD)
         dy = product_8(g8, kernels.transposed(second), undo_g, undo_2, ctx.types[0])
         dw2 = product_8(kernels.transposed(g8), y_t, undo_g, undo_x, ctx.types[2])
         more = more if ctx.apart else None
@@ -825,8 +823,8 @@ def project(x: Tensor, w: Tensor | Int8 | Scaled | ByChunk, at: At) -> Tensor:
     return y.flatten(1, 2)[:, : x.size(1)]
 
 
-def matrix(w: Tensor | Int8 | Scaled) -> Tensor | Int8:
-    """One matrix for many tokens: the gradient of its scale is cheaper from it than from them."""
+def matrix(w: Tensor | Int8 | Scaled | ByChunk) -> Tensor | Int8 | ByChunk:
+    """What is scaled, multiplied: for many tokens, the gradient of the scale is cheaper from it than from them."""
     return w.raw * w.scale if isinstance(w, Scaled) else w
 
 
@@ -2004,11 +2002,11 @@ class HeadProducts8(HeadProducts):
         self.table, self.undo = measured(self.table)
 
     def logits(self, x: Tensor) -> Tensor:
-        x8 = to_8_bits(x, Float8.X, Float8.FORWARD)
+        x8 = kernels.to_8_bits(x, Float8.X, Float8.FORWARD)
         return product_8(x8, self.table, Float8.undo[Float8.X], self.undo, x.dtype, quick=True)
 
     def back(self, slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        x_t = kernels.transposed(to_8_bits(x, Float8.X, Float8.FORWARD))
+        x_t = kernels.transposed(kernels.to_8_bits(x, Float8.X, Float8.FORWARD))
         undo, undo_x = Float8.undo[Float8.SLOPE], Float8.undo[Float8.X]
         dx = product_8(slope, kernels.transposed(self.table), undo, self.undo, x.dtype)
         return dx, product_8(kernels.transposed(slope), x_t, undo, undo_x, torch.float32)
@@ -2754,22 +2752,19 @@ class StrawberryBlock(nn.Module):
         """Mix and SwiGLU with the weights w; also its u and g side by side (B, T, 2C), which retention sums if it is to
         `retain`."""
         q, k, v = ready(project(norm(x), w.qkv, at), self.widths, mixer, at)
-        y = mixer(q, k, v, x, at, state)
-        plain = Float8.on and self.ffn_router is None and at.count is None and at.active is None
-        first, second = (matrix(w.swiglu), matrix(w.out)) if plain else (None, None)
-        if isinstance(first, Tensor) and first.dim() == 2 and Float8.takes(y, first, second):
-            out, ug = feed_8(y, first, second, "swiglu", retain and self.retention.sums)
-        else:
-            out, ug = self.feed(y, x, w, at)
+        out, ug = self.feed(mixer(q, k, v, x, at, state), x, w, at, retain and self.retention.sums)
         return at.moved(x, x + self.drop(out)), ug
 
-    def feed(self, y: Tensor, x: Tensor, w: Weights, at: At) -> tuple[Tensor, Tensor]:
-        """SwiGLU of what was mixed; also its u and g side by side."""
-        ug = project(y, w.swiglu, at)
+    def feed(self, y: Tensor, x: Tensor, w: Weights, at: At, apart: bool) -> tuple[Tensor, Tensor]:
+        """SwiGLU of what was mixed; also its u and g side by side, which have gradients of their own if `apart`."""
+        pair = matrix(w.swiglu), matrix(w.out)
+        if self.ffn_router is None and at.count is None and at.active is None and Float8.takes(y, *pair):
+            return feed_8(y, *pair, "swiglu", apart)
+        ug = project(y, pair[0], at)
         u, g = ug.chunk(2, dim=-1)
         if self.ffn_router is not None:  # groups of channels, those not chosen at zero
             u = u * self.ffn_router(x, at).repeat_interleave(u.size(-1) // self.ffn_router.n, dim=-1)
-        out = project(u * F.silu(g), w.out, at)
+        out = project(u * F.silu(g), pair[1], at)
         if self.ffn_router is not None or at.count is not None or at.active is not None:
             ug = torch.cat((at.counted(u), g), dim=-1)
         return out, ug
