@@ -417,7 +417,7 @@ def worth_compiling(run, device: torch.device) -> bool | str:
     return True
 
 
-def can_record(device: torch.device, world: int) -> bool:
+def can_record(device: torch.device) -> bool:
     """Whether steps can be left to the device, as one CUDA graph or called one by one."""
     return device.type == "cuda"
 
@@ -744,7 +744,7 @@ class Trainer:
         if found:
             self.restore(found)
         self.choose_batch_size()
-        if Float8.on and not Float8.helps(self.model):
+        if Float8.on and self.ranks.main and not Float8.helps(self.model):
             warn(f'dtype = "float8": this model has no matrix (m, n) with m · n ≥ {Float8.WORTH} · (m + n), so that it '
                  'trains as with "bfloat16"')  # fmt: skip
         self.introduce()
@@ -957,7 +957,7 @@ class Trainer:
         run = self.run
         ranks = self.ranks
         wanted = run.record is True or (run.record == "auto" and not ranks.sharded)
-        if not wanted or self.recorded or not can_record(self.device, ranks.world):
+        if not wanted or self.recorded or not can_record(self.device):
             return
         rows, firsts = divide(run.batch_size, run.gradient_accumulation_steps, ranks.rank, ranks.world)
         batches = [make_batch(self.objective, self.corpus.train, run.seed, 0, rows, self.device)] * len(firsts)

@@ -30,7 +30,7 @@ import ranks
 import train
 from checkpoint import newest, own_tensors
 from dataset import Batch
-from model import CONFIGS, build
+from model import CONFIGS, Float8, build
 from optimizer import build_optimizer, newton_schulz
 from options import OptimizerHyperparams, UserError, load_run
 
@@ -259,11 +259,20 @@ class Unrecordable(train.Recorded):
 @contextlib.contextmanager
 def leaving_steps_to_the_device():
     """What a GPU records is called here, by the same code."""
-    can_record, train.can_record = train.can_record, lambda device, world: True
+    can_record, train.can_record = train.can_record, lambda device: True
     try:
         yield
     finally:
         train.can_record = can_record
+
+
+@contextlib.contextmanager
+def small_matrices_in_8_bits():
+    worth, Float8.WORTH = Float8.WORTH, 4
+    try:
+        yield
+    finally:
+        Float8.WORTH = worth
 
 
 def run(*argv, trainer=Seen) -> int:
@@ -317,6 +326,9 @@ def two(argv) -> None:
         found["checks"] = [run("--check", f"--parallel={mode}", "--checkpoints.path=none") for mode in MODES]
     found["told"] = told.getvalue()
     found["half"] = run("--checkpoints.path=narrow", "--parallel=fsdp", "--dtype=bfloat16", *HALF)
+    with small_matrices_in_8_bits():
+        found["eight"] = [run(f"--checkpoints.path=eight_{mode}", f"--parallel={mode}", "--dtype=float8", *HALF)
+                          for mode in MODES]  # fmt: skip
     found["stopped"] = run("--checkpoints.path=stopped", "--parallel=fsdp", "--max_iters=500", trainer=Signalled)
     save, train.save_checkpoint = train.save_checkpoint, failing_once()
     found["full disk"] = run("--checkpoints.path=full", "--parallel=fsdp", *HALF)
@@ -375,6 +387,8 @@ def compute(there: Path) -> None:
         run("--checkpoints.path=one")
         run("--checkpoints.path=turns_one", "--batch_size=3", "--max_iters=2")
         run("--checkpoints.path=narrow_one", "--dtype=bfloat16", *HALF)
+        with small_matrices_in_8_bits():
+            run("--checkpoints.path=eight_one", "--dtype=float8", *HALF)
         alone = {name: steps(ranks.Alone(), hyper, T, 2 if name == "parameters without a gradient" else 1)
                  for name, (hyper, T) in models().items()}  # fmt: skip
         codes = [finish(child, 300) for child in children]
@@ -563,6 +577,13 @@ def test_what_rows_cannot_be_divided_by_batches_are(found, mode):
 def test_half_precision_is_that_of_one_process(found):
     assert found[1][0]["half"] == 0
     assert_same_curve("narrow_one", "narrow", rtol=2e-2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_multiply_in_8_bits_as_one(found, mode):
+    assert [both["eight"] for both in found[1]] == [[0, 0]] * 2
+    assert_same_curve("eight_one", f"eight_{mode}", rtol=2e-2)
+    assert losses("eight_one") != losses("narrow_one")
 
 
 def test_a_signal_that_one_of_them_gets_stops_all_at_one_step(found):
