@@ -712,7 +712,7 @@ def test_models_turn_by_the_kernel(name, monkeypatch):
 @pytest.mark.parametrize(("V", "width"), [(50, 64), (64, 64), (1000, 1024), (20_000, 20_032)])
 def test_head_slopes_are_the_gradient_of_the_cross_entropy(V, width, cap, dtype):
     logits = (4 * draw(9, width)).to(dtype)
-    logits[2, 7], logits[3, 7] = 80.0, -80.0
+    logits[2, 7], logits[3, 7], logits[4, V - 3] = 80.0, -80.0, 120.0  # the last beyond what exp has room for
     targets = torch.randint(V, (9,), generator=torch.Generator().manual_seed(1))
     targets[5] = -1
     exact = logits[:, :V].double().requires_grad_()

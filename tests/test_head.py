@@ -45,6 +45,17 @@ def test_logits_exist_in_parts_only(monkeypatch):
     assert {width for _, width in seen} == {64}  # padded, since 21 is no multiple of 8
 
 
+def test_few_logits_are_divided_too(monkeypatch):
+    """So that what comes and goes is small beside what is kept, but no product is."""
+    seen, whole = [], models.loss_and_slope
+    monkeypatch.setattr(HeadLoss, "of", staticmethod(lambda z, *a: seen.append(len(z)) or whole(z, *a)))
+    monkeypatch.setattr(models, "FEW_BYTES", 8 * 64 * 16)
+    for N, rows in ((31, [31]), (32, [16, 16]), (160, [48, 48, 48, 16])):
+        seen.clear()
+        HeadLoss.apply(*inputs(N=N, V=64), None)
+        assert seen == rows
+
+
 def test_targets_that_are_all_ignored_cost_nothing():
     x, w, targets = inputs()
     loss = HeadLoss.apply(x, w, torch.full_like(targets, -1), None)
