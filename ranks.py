@@ -45,6 +45,7 @@ Index:  parts of a batch · sharded tensors · one process · several · signs o
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import gc
@@ -355,6 +356,8 @@ class Ranks:
     def close(self) -> None:
         if self.pulse:
             self.pulse.stop()
+        for thing in (dist.group.WORLD, getattr(self, "ddp", None)):
+            never_taken_apart(thing)
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -365,6 +368,12 @@ class Ranks:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+
+
+def never_taken_apart(thing) -> None:
+    """One reference more than there is. A back end's thread may be about to drop what it has just sent, for which it
+    waits for Python's lock; if Python takes the back end apart meanwhile, it waits for that thread, for ever."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
