@@ -10,6 +10,7 @@ it, which is the reference, and what runs where Triton or a GPU is missing.
     aft_local         the same with positions a_t · b_s within a window
     head_slopes       cross entropy and its gradient by the logits
     transposed        a matrix of numbers of one byte, its columns as rows
+    joined            gradients side by side in 8 bits, as they lie and transposed
     bent, bent_back   what is between two products in 8 bits: gelu and the like, and their gradients
     grow              retention's update of a matrix for each chunk of each row; grow_backward
     turn              queries and keys of a joint projection, turned and normed, differentiable
@@ -24,6 +25,7 @@ the bandwidth at which the machine copies.
 
 import math
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -40,7 +42,7 @@ try:
     jit = triton.jit
     NATIVE, PER_LOG2 = tl.constexpr(not INTERPRETED), tl.constexpr(LOG2E)
 except ImportError:  # macOS, Windows: the plain paths alone
-    triton, tl = None, SimpleNamespace(constexpr=None)
+    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
 
     def jit(function):
         return function
@@ -431,6 +433,7 @@ def _(x, w, scale, bias):
 
 # ---- the head's loss -------------------------------------------------------------------------------------------------
 
+FAR = tl.constexpr(60.0)
 HEAD_WIDEST = 1 << 14  # logits of a token that fit a program's registers: at 50,304 it took twice as long as two passes
 
 
@@ -483,14 +486,19 @@ def head_wide_kernel(logits, targets, slopes, nats, V, WIDTH, cap, scale, CAPPED
     wanted = tl.load(targets + row)
     logits += row * WIDTH
     top = head_logits(logits, lanes, V, WIDTH, cap, CAPPED, "evict_last")  # V ≥ BLOCK: each lane has a number
-    total = tl.full([BLOCK], 1.0, tl.float32)
+    middle = tl.max(top, axis=0)
+    total = exp(top - middle)
     for start in range(BLOCK, V, BLOCK):
         z = head_logits(logits, start + lanes, V, WIDTH, cap, CAPPED, "evict_last")
-        higher = tl.maximum(top, z)
-        total = total * exp(top - higher) + exp(z - higher)
-        top = higher
+        total += exp(z - middle)
+        top = tl.maximum(top, z)
     highest = tl.max(top, axis=0)
-    log_sum = highest + tl.log(tl.sum(total * exp(top - highest), axis=0))
+    if highest > middle + FAR:  # the first lanes told too little of the others: exp overflows at 88
+        middle = highest
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, V, BLOCK):
+            total += exp(head_logits(logits, start + lanes, V, WIDTH, cap, CAPPED, "evict_last") - middle)
+    log_sum = middle + tl.log(tl.sum(total, axis=0))
     for start in range(0, WIDTH, BLOCK):
         c = start + lanes
         z = head_logits(logits, c, V, WIDTH, cap, CAPPED, "evict_first")
@@ -512,7 +520,7 @@ def head_op(
     block = power_of_2(width)
     shape = {"BLOCK": block, "num_warps": min(max(block // 2048, 4), 32)}
     if width > HEAD_WIDEST:
-        shape = {"BLOCK": 4096, "num_warps": 16}
+        shape = {"BLOCK": 8192, "num_warps": 16}
     kernel = head_wide_kernel if width > HEAD_WIDEST else head_kernel
     kernel[(N,)](logits, targets, slopes, nats, V, width, cap or 1.0, scale, CAPPED=cap is not None, **shape)
     return nats, slopes
@@ -584,6 +592,15 @@ def bent_back(
     return tuple(y.view(dtype) for y in torch.ops.strawberry.bent_back(h, grad, more, kind, scale, dtype))
 
 
+def joined(parts: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(scale · the parts side by side, the same transposed) in 8 bits: three (n, ·), of widths that are multiples of
+    64."""
+    if not usable(*parts):
+        y = to_8_bits(torch.cat(parts, dim=1).float(), scale, dtype)
+        return y, y.t().contiguous()
+    return tuple(y.view(dtype) for y in torch.ops.strawberry.joined(*parts, scale, dtype))
+
+
 def to_8_bits(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
     """scale · x, the scale a power of 2, which changes no digit; what is beyond the type's numbers is cut."""
     most = torch.finfo(dtype).max
@@ -609,6 +626,7 @@ BENT = {  # name: number that kernels know it by, plain paths of the values and 
     "relu": (1, F.relu, lambda h, grad: grad * (h > 0)),
     "relu2": (2, lambda h: F.relu(h).square(), lambda h, grad: grad * 2 * F.relu(h)),
     "swiglu": (3, swiglu, swiglu_back),
+    "as is": (4, lambda h: h, lambda h, grad: grad),
 }
 
 
@@ -628,6 +646,8 @@ def bent_value(x, g, KIND: tl.constexpr):
         return x * normal(x)[0]
     if KIND == 3:
         return x * g * inverse(1.0 + exp(-g))
+    if KIND == 4:
+        return x
     x = tl.maximum(x, 0.0)
     return x * x if KIND == 2 else x
 
@@ -687,11 +707,29 @@ def bent_back_kernel(
         slope *= g * s
     elif KIND == 2:
         slope *= 2.0 * tl.maximum(x, 0.0)
-    else:
+    elif KIND == 1:
         slope = tl.where(x > 0, slope, 0.0)
     if MORE:
         slope += scale * tl.load(more + r[:, None] * WIDTH + c[None, :], mask=here, other=0.0).to(tl.float32)
     store_both(y, flipped, slope, r, c, ROWS, WIDTH, here, most)
+
+
+@jit
+def joined_kernel(
+    first, second, third, y, flipped, scale, most, ROWS, A, B, C, a_row, b_row, c_row, TALL: tl.constexpr,
+    WIDE: tl.constexpr
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL)
+    begin = tl.program_id(1) * WIDE  # within one of the three
+    c = begin.to(tl.int64) + tl.arange(0, WIDE)
+    here = (r < ROWS)[:, None] & (c < A + B + C)[None, :]
+    if begin < A:
+        value = tl.load(first + r[:, None] * a_row + c[None, :], mask=here, other=0.0)
+    elif begin < A + B:
+        value = tl.load(second + r[:, None] * b_row + (c - A)[None, :], mask=here, other=0.0)
+    else:
+        value = tl.load(third + r[:, None] * c_row + (c - A - B)[None, :], mask=here, other=0.0)
+    store_both(y, flipped, value.to(tl.float32) * scale, r, c, ROWS, A + B + C, here, most)
 
 
 @torch.library.custom_op("strawberry::bent", mutates_args=())
@@ -713,6 +751,24 @@ def bent_back_op(
     shape |= {"KIND": BENT[kind][0], "MORE": more is not None}
     bent_back_kernel[grid](h, grad, other, y, flipped, scale, torch.finfo(dtype).max, *grad.shape, **shape)
     return y.view(torch.uint8), flipped.view(torch.uint8)
+
+
+@torch.library.custom_op("strawberry::joined", mutates_args=())
+def joined_op(
+    first: Tensor, second: Tensor, third: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    parts = [part if part.stride(1) == 1 else part.contiguous() for part in (first, second, third)]
+    widths = [part.size(1) for part in parts]
+    y, flipped = bent_empty(first, sum(widths), dtype)
+    grid, shape = byte_tiles(*y.shape, wide=64)
+    rows = [part.stride(0) for part in parts]
+    joined_kernel[grid](*parts, y, flipped, scale, torch.finfo(dtype).max, y.size(0), *widths, *rows, **shape)
+    return y.view(torch.uint8), flipped.view(torch.uint8)
+
+
+@joined_op.register_fake
+def _(first, second, third, scale, dtype):
+    return bent_empty(first, first.size(1) + second.size(1) + third.size(1), torch.uint8)
 
 
 def bent_empty(h: Tensor, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

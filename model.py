@@ -193,6 +193,22 @@ class Float8Product(torch.autograd.Function):
         return dx, product_8(kernels.transposed(g8), x_t, undo_g, undo_x, ctx.types[1])
 
 
+class Float8Joint(torch.autograd.Function):
+    """x Wᵀ in three parts of these widths. Their gradients are joined on the way into 8 bits, without a pass for it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, *widths: int) -> tuple[Tensor, ...]:
+        return Float8Product.forward(ctx, x, w).split(widths, dim=1)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple:
+        x_t, w8, undo = ctx.saved_tensors
+        g8, g_t = kernels.joined(grads, Float8.GRADIENT, Float8.BACKWARD)
+        undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
+        dx = product_8(g8, kernels.transposed(w8), undo_g, undo, ctx.types[0])
+        return dx, product_8(g_t, x_t, undo_g, undo_x, ctx.types[1]), None, None, None
+
+
 class Float8FeedForward(torch.autograd.Function):
     """(f(h) W₂ᵀ, h), h = x W₁ᵀ, all six products in 8 bits; f(h) is not wanted otherwise and is made in 8 bits at once:
     x (n, in) in a half type, W₁ (hidden, in), W₂ (out, ·), f as `kernels.BENT` names it. `apart`: h is wanted, too."""
@@ -214,9 +230,9 @@ class Float8FeedForward(torch.autograd.Function):
     def backward(ctx, grad: Tensor, more: Tensor | None) -> tuple:
         x_t, first, undo_1, h, y_t, second, undo_2 = ctx.saved_tensors
         undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
-        g8 = kernels.to_8_bits(grad, Float8.GRADIENT, Float8.BACKWARD)
+        g8, g_t = kernels.bent(grad, "as is", Float8.GRADIENT, Float8.BACKWARD)
         dy = product_8(g8, kernels.transposed(second), undo_g, undo_2, ctx.types[0])
-        dw2 = product_8(kernels.transposed(g8), y_t, undo_g, undo_x, ctx.types[2])
+        dw2 = product_8(g_t, y_t, undo_g, undo_x, ctx.types[2])
         more = more if ctx.apart else None
         h8, h_t = kernels.bent_back(h, dy, ctx.kind, Float8.GRADIENT, Float8.BACKWARD, more)
         dx = product_8(h8, kernels.transposed(first), undo_g, undo_1, ctx.types[0])
@@ -1543,13 +1559,17 @@ class Linear(nn.Module):
         return 2 * self.weight.numel()
 
 
-def together(x: Tensor, *layers: Linear) -> Tensor | list[Tensor]:
+def together(x: Tensor, *layers: Linear, apart: bool = False) -> Tensor | Sequence[Tensor]:
     """Several linear maps of one x. In training they are one product, so that x's gradient is one product, too: what
-    they make is then one tensor, side by side."""
+    they make is then one tensor, side by side. `apart`: or several, if that is cheaper."""
     if not torch.is_grad_enabled():
         return [layer(x) for layer in layers]
+    w, widths = torch.cat([layer.weight for layer in layers]), [layer.weight.size(0) for layer in layers]
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return linear(x, torch.cat([layer.weight for layer in layers]), bias)
+    if apart and bias is None and len(widths) == 3 and not any(n % 64 for n in widths) and Float8.takes(x, w):
+        parts = Float8Joint.apply(activation(x).flatten(0, -2), w, *widths)
+        return [part.unflatten(0, x.shape[:-1]) for part in parts]
+    return linear(x, w, bias)
 
 
 class LowRank(nn.Module):
@@ -1706,7 +1726,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, at: At, state) -> Tensor:
         layers = [w for w in (self.wq, self.wk, self.wv) if w is not None]
-        q, k, v = ready(together(x, *layers), [w.weight.size(0) for w in layers], self.mixer, at)
+        apart = self.mixer.prepare is as_is
+        q, k, v = ready(together(x, *layers, apart=apart), [w.weight.size(0) for w in layers], self.mixer, at)
         return self.wo(self.mixer(q, k, v, x, at, state))
 
     def new_state(self, batch: int, max_length: int, device, dtype):
@@ -1967,7 +1988,7 @@ def repeat(run: Callable, x: Tensor, at: At, states: list | None, n: int, depth:
 # ---- the head's loss -----------------------------------------------------------------------------------------------
 
 LOGITS_BYTES = 1 << 30  # of logits that exist at once, at most
-FEW_BYTES = 1 << 27  # of logits that are not worth dividing further; else into four parts at least
+FEW_BYTES = 1 << 26  # of logits that are not worth dividing; what is more is divided into eight parts at most
 
 
 def fuses_head(x: Tensor) -> bool:
@@ -2026,7 +2047,7 @@ class HeadLoss(torch.autograd.Function):
         with full_precision(x):
             products = (HeadProducts8 if in_8_bits else HeadProducts)(w, x.dtype)
             size = x.size(0) * len(products.table) * x.element_size()
-            parts = max(-(-size // LOGITS_BYTES), min(4, size // FEW_BYTES))
+            parts = max(1, min(8, size // FEW_BYTES)) if size <= LOGITS_BYTES else -(-size // LOGITS_BYTES)
             rows = -(-x.size(0) // (16 * parts)) * 16
             total, dx, dw = 0.0, [], 0.0
             for some, wanted in zip(x.split(rows), targets.split(rows), strict=True):

@@ -750,6 +750,7 @@ BENT = {
     "gelu": lambda h: h * (1 + torch.erf(h / 2**0.5)) / 2,
     "relu": lambda h: h * (h > 0),
     "relu2": lambda h: h * h * (h > 0),
+    "as is": lambda h: h,
     "swiglu": lambda h: h.chunk(2, dim=-1)[0] * torch.nn.functional.silu(h.chunk(2, dim=-1)[1]),
 }
 
@@ -775,6 +776,14 @@ def test_what_is_between_two_products(kind, rows_columns):
     in_8_bits(*kernels.bent(h, kind, 4.0, torch.float8_e4m3fn), exact.detach(), 4.0)
     in_8_bits(*kernels.bent_back(h, grad, kind, 64.0, torch.float8_e5m2), slope, 64.0)
     in_8_bits(*kernels.bent_back(h, grad, kind, 64.0, torch.float8_e5m2, more), slope + more.double(), 64.0)
+
+
+@pytest.mark.parametrize("rows", [128, 37])
+def test_gradients_are_joined(rows):
+    wide = draw(rows, 320).bfloat16()
+    parts = wide[:, :64], draw(rows, 128, seed=1).bfloat16(), wide[:, 192:256]  # two of them with rows between theirs
+    in_8_bits(*kernels.joined(parts, 64.0, torch.float8_e5m2), torch.cat(parts, dim=1).double(), 64.0)
+    torch.library.opcheck(torch.ops.strawberry.joined, (*parts, 64.0, torch.float8_e5m2))
 
 
 def test_bytes_are_ops_that_a_compiler_keeps():
