@@ -1895,13 +1895,11 @@ def turn_forward(
 
 
 @jit
-def turn_part_back(
-    grad, s_row, s_token, qkv, cos, sin, d_qkv, heads, tokens, T, places, width,
-    TURNED: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+def turn_gradient(
+    grad, its, qkv, at, cos, sin, token, places, here,
+    TURNED: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    token, column, here = turn_place(heads, tokens, HALF, ROWS)
-    at = token.to(tl.int64) * width + column
-    its = (token // T).to(tl.int64) * s_row + (token % T).to(tl.int64) * s_token + column
+    """Both halves of rows of the gradient of qkv, at `at` in it, from that of what was made of them, at `its`."""
     a, b = turn_load(grad, its, here, HALF)
     if TURNED:
         c, s = turn_angle(cos, sin, token, places, here, HALF)
@@ -1911,6 +1909,18 @@ def turn_part_back(
             root = turn_root(x, y, HALF, EPS)
             share = tl.sum(a * x + b * y, axis=1)[:, None] * root * root * (0.5 / HALF)
             a, b = root * (a - x * share), root * (b - y * share)
+    return a, b
+
+
+@jit
+def turn_part_back(
+    grad, s_row, s_token, qkv, cos, sin, d_qkv, heads, tokens, T, places, width,
+    TURNED: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    token, column, here = turn_place(heads, tokens, HALF, ROWS)
+    at = token.to(tl.int64) * width + column
+    its = (token // T).to(tl.int64) * s_row + (token % T).to(tl.int64) * s_token + column
+    a, b = turn_gradient(grad, its, qkv, at, cos, sin, token, places, here, TURNED, NORMED, EPS, HALF)
     turn_store(d_qkv, at, here, a, b, HALF)
 
 
@@ -1935,6 +1945,34 @@ def turn_back(
         turn_part_back(
             dv, sv_row, sv_token, qkv, cos, sin, d_qkv + k + kv_heads * (2 * HALF), kv_heads, tokens, T, places, width,
             False, NORMED, EPS, HALF, ROWS)  # fmt: skip
+
+
+@jit
+def turn_bytes_kernel(
+    dq, dk, dv, qkv, cos, sin, y, flipped, scale, most, heads, kv_heads, tokens, T, places, width,
+    sq_row, sk_row, sv_row, sq_token, sk_token, sv_token,
+    NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    """One head of q, of k, or of v of some tokens: what `turn_back` writes, in 8 bits."""
+    head, k = tl.program_id(1), heads * (2 * HALF)
+    token = (tl.program_id(0) * TALL + tl.arange(0, TALL))[:, None]
+    column = head * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    here, row, t = token < tokens, (token // T).to(tl.int64), (token % T).to(tl.int64)
+    at = token.to(tl.int64) * width + column
+    if head < heads:
+        its = row * sq_row + t * sq_token + column
+        a, b = turn_gradient(dq, its, qkv, at, cos, sin, token, places, here, True, NORMED, EPS, HALF)
+    elif head < heads + kv_heads:
+        its = row * sk_row + t * sk_token + column - k
+        a, b = turn_gradient(dk, its, qkv, at, cos, sin, token, places, here, True, NORMED, EPS, HALF)
+    else:
+        its = row * sv_row + t * sv_token + column - k - kv_heads * (2 * HALF)
+        a, b = turn_gradient(dv, its, qkv, at, cos, sin, token, places, here, False, NORMED, EPS, HALF)
+    r = tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL)
+    c = head.to(tl.int64) * (2 * HALF) + tl.arange(0, HALF)
+    there = (r < tokens)[:, None] & (c < width)[None, :]
+    store_both(y, flipped, a * scale, r, c, tokens, width, there, most)
+    store_both(y, flipped, b * scale, r, HALF + c, tokens, width, there, most)
 
 
 def turn_launch(tokens: int, heads: int, cos: Tensor, parts: int, normed: bool) -> tuple[tuple[int, int], dict]:
@@ -1980,6 +2018,36 @@ def turn_backward_op(
 @turn_backward_op.register_fake
 def _(dq, dk, dv, qkv, cos, sin):
     return dq.new_empty(*dq.shape[:2], dq.size(-1) + 2 * dk.size(-1))
+
+
+def turn_bytes(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor, scale: float,
+               dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `turn_backward` gives, (B · T, Dq + 2·Dk), times `scale` in 8 bits, and the same transposed."""
+    found = torch.ops.strawberry.turn_bytes(dq, dk, dv, qkv, cos, sin, scale, dtype)
+    return tuple(y.view(dtype) for y in found)
+
+
+@torch.library.custom_op("strawberry::turn_bytes", mutates_args=())
+def turn_bytes_op(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    grads = [x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv)]
+    read, cos, sin = (dq if qkv is None else qkv).contiguous(), cos.contiguous(), sin.contiguous()
+    (B, T, n_q), n_k, d = dq.shape, dk.size(-1), 2 * cos.size(-1)
+    width = n_q + 2 * n_k
+    y, flipped = dq.new_empty(B * T, width, dtype=dtype), dq.new_empty(width, B * T, dtype=dtype)
+    sizes = (n_q // d, n_k // d, B * T, T, cos.size(0) * T, width)
+    strides = [x.stride(axis) for axis in (0, 1) for x in grads]
+    shape = {"NORMED": qkv is not None, "EPS": TURN_EPS, "HALF": d // 2, "TALL": 128, "num_warps": 8}
+    turn_bytes_kernel[(-(-B * T // 128), width // d)](
+        *grads, read, cos, sin, y, flipped, scale, torch.finfo(dtype).max, *sizes, *strides, **shape)  # fmt: skip
+    return y.view(torch.uint8), flipped.view(torch.uint8)
+
+
+@turn_bytes_op.register_fake
+def _(dq, dk, dv, qkv, cos, sin, scale, dtype):
+    tokens, width = dq.size(0) * dq.size(1), dq.size(-1) + 2 * dk.size(-1)
+    return dq.new_empty(tokens, width, dtype=torch.uint8), dq.new_empty(width, tokens, dtype=torch.uint8)
 
 
 # ---- checks and times on a GPU ---------------------------------------------------------------------------------------

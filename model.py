@@ -177,20 +177,30 @@ class Float8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
-        x8 = kernels.to_8_bits(x, Float8.X, Float8.FORWARD)
-        w8, undo = measured(w)
-        # transposed here and not on the way back: a compiler would make x8 there once more, out of what x is made of
-        ctx.save_for_backward(kernels.transposed(x8), w8, undo)
+        y, kept = Float8Product.made(x, w)
+        ctx.save_for_backward(*kept)
         ctx.types = x.dtype, w.dtype
-        return product_8(x8, w8, Float8.undo[Float8.X], undo, x.dtype, quick=True)
+        return y
+
+    @staticmethod
+    def made(x: Tensor, w: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x Wᵀ, and what `back` wants of it. x is transposed here and not on the way back: a compiler would make x8
+        there once more, out of what x is made of."""
+        x8, (w8, undo) = kernels.to_8_bits(x, Float8.X, Float8.FORWARD), measured(w)
+        y = product_8(x8, w8, Float8.undo[Float8.X], undo, x.dtype, quick=True)
+        return y, (kernels.transposed(x8), w8, undo)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x_t, w8, undo = ctx.saved_tensors
         g8 = kernels.to_8_bits(grad, Float8.GRADIENT, Float8.BACKWARD)
+        return Float8Product.back(g8, kernels.transposed(g8), *ctx.saved_tensors, ctx.types)
+
+    @staticmethod
+    def back(g8: Tensor, g_t: Tensor, x_t: Tensor, w8: Tensor, undo: Tensor, types: tuple) -> tuple[Tensor, Tensor]:
+        """Both gradients from that of x Wᵀ, in 8 bits, and the same transposed."""
         undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
-        dx = product_8(g8, kernels.transposed(w8), undo_g, undo, ctx.types[0])
-        return dx, product_8(kernels.transposed(g8), x_t, undo_g, undo_x, ctx.types[1])
+        dx = product_8(g8, kernels.transposed(w8), undo_g, undo, types[0])
+        return dx, product_8(g_t, x_t, undo_g, undo_x, types[1])
 
 
 class Float8Joint(torch.autograd.Function):
@@ -198,15 +208,36 @@ class Float8Joint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, *widths: int) -> tuple[Tensor, ...]:
-        return Float8Product.forward(ctx, x, w).split(widths, dim=1)
+        y, kept = Float8Product.made(x, w)
+        ctx.save_for_backward(*kept)
+        ctx.types = x.dtype, w.dtype
+        return y.split(widths, dim=1)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
-        x_t, w8, undo = ctx.saved_tensors
         g8, g_t = kernels.joined(grads, Float8.GRADIENT, Float8.BACKWARD)
-        undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
-        dx = product_8(g8, kernels.transposed(w8), undo_g, undo, ctx.types[0])
-        return dx, product_8(g_t, x_t, undo_g, undo_x, ctx.types[1]), None, None, None
+        return *Float8Product.back(g8, g_t, *ctx.saved_tensors, ctx.types), None, None, None
+
+
+class Float8Turned(torch.autograd.Function):
+    """q, k and v of x Wᵀ, of these widths, q and k turned by `kernels.turn`: x (B, T, in). The gradients go through the
+    turn on their way into 8 bits."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, widths: tuple, cos: Tensor, sin: Tensor, normed: bool) -> tuple:
+        y, kept = Float8Product.made(x.flatten(0, 1), w)
+        qkv = y.unflatten(0, x.shape[:2])
+        ctx.save_for_backward(*kept, qkv if normed else None, cos, sin)
+        ctx.types = x.dtype, w.dtype
+        q, k = torch.ops.strawberry.turn(qkv, cos, sin, widths[0], widths[1], normed)
+        return q, k, qkv[..., widths[0] + widths[1] :]
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple:
+        *kept, qkv, cos, sin = ctx.saved_tensors
+        g8, g_t = kernels.turn_bytes(*grads, qkv, cos, sin, Float8.GRADIENT, Float8.BACKWARD)
+        dx, dw = Float8Product.back(g8, g_t, *kept, ctx.types)
+        return dx.unflatten(0, grads[0].shape[:2]), dw, None, None, None, None
 
 
 class Float8FeedForward(torch.autograd.Function):
@@ -766,6 +797,20 @@ def ready(qkv: Tensor | Sequence[Tensor], widths: Sequence[int], mixer: nn.Modul
         qkv = qkv.split(widths, dim=-1)
     *q, k, v = qkv
     return *prepare(q[0] if q else k, k, at), v
+
+
+def joint(x: Tensor, w: Tensor | Int8 | Scaled | ByChunk, widths: Sequence[int], mixer: nn.Module, at: At) -> Sequence:
+    """q, k and v as the mixer reads them, out of one product x Wᵀ, W (Σ widths, in); in 8 bits the gradients, too, are
+    made one in them."""
+    whole = matrix(w) if Float8.on else w
+    if isinstance(whole, Tensor) and whole.dim() == 2 and len(widths) == 3 and Float8.takes(x, whole):
+        x = activation(x)
+        if mixer.prepare in TURNED and kernels.turnable(x, tuple(widths), at.rope[0]):
+            return Float8Turned.apply(x, whole, tuple(widths), *at.rope, TURNED[mixer.prepare])
+        if not any(n % 64 for n in widths):
+            parts = Float8Joint.apply(x.flatten(0, -2), whole, *widths)
+            return ready([part.unflatten(0, x.shape[:-1]) for part in parts], widths, mixer, at)
+    return ready(project(x, w, at), widths, mixer, at)
 
 
 def as_is(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
@@ -1559,19 +1604,6 @@ class Linear(nn.Module):
         return 2 * self.weight.numel()
 
 
-def together(x: Tensor, *layers: Linear, apart: bool = False) -> Tensor | Sequence[Tensor]:
-    """Several linear maps of one x. In training they are one product, so that x's gradient is one product, too: what
-    they make is then one tensor, side by side. `apart`: or several, if that is cheaper."""
-    if not torch.is_grad_enabled():
-        return [layer(x) for layer in layers]
-    w, widths = torch.cat([layer.weight for layer in layers]), [layer.weight.size(0) for layer in layers]
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    if apart and bias is None and len(widths) == 3 and not any(n % 64 for n in widths) and Float8.takes(x, w):
-        parts = Float8Joint.apply(activation(x).flatten(0, -2), w, *widths)
-        return [part.unflatten(0, x.shape[:-1]) for part in parts]
-    return linear(x, w, bias)
-
-
 class LowRank(nn.Module):
     """A linear map through `rank` numbers: in → rank → out."""
 
@@ -1726,9 +1758,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, at: At, state) -> Tensor:
         layers = [w for w in (self.wq, self.wk, self.wv) if w is not None]
-        apart = self.mixer.prepare is as_is
-        q, k, v = ready(together(x, *layers, apart=apart), [w.weight.size(0) for w in layers], self.mixer, at)
+        q, k, v = self.joined(x, layers, [layer.weight.size(0) for layer in layers], at)
         return self.wo(self.mixer(q, k, v, x, at, state))
+
+    def joined(self, x: Tensor, layers: list[Linear], widths: list[int], at: At) -> Sequence[Tensor]:
+        """q, k and v. In training they are one product, so that x's gradient is one product, too."""
+        if not torch.is_grad_enabled():
+            return ready([layer(x) for layer in layers], widths, self.mixer, at)
+        w = torch.cat([layer.weight for layer in layers])
+        if layers[0].bias is None:
+            return joint(x, w, widths, self.mixer, at)
+        return ready(linear(x, w, torch.cat([layer.bias for layer in layers])), widths, self.mixer, at)
 
     def new_state(self, batch: int, max_length: int, device, dtype):
         return self.mixer.new_state(batch, max_length, device, dtype)
@@ -2772,7 +2812,7 @@ class StrawberryBlock(nn.Module):
     def step(self, mixer: nn.Module, x: Tensor, w: Weights, at: At, state, retain: bool) -> tuple[Tensor, Tensor]:
         """Mix and SwiGLU with the weights w; also its u and g side by side (B, T, 2C), which retention sums if it is to
         `retain`."""
-        q, k, v = ready(project(norm(x), w.qkv, at), self.widths, mixer, at)
+        q, k, v = joint(norm(x), w.qkv, self.widths, mixer, at)
         out, ug = self.feed(mixer(q, k, v, x, at, state), x, w, at, retain and self.retention.sums)
         return at.moved(x, x + self.drop(out)), ug
 

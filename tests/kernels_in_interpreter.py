@@ -792,3 +792,40 @@ def test_bytes_are_ops_that_a_compiler_keeps():
     torch.library.opcheck(ops.transposed, (h.to(eight).view(torch.uint8),))
     torch.library.opcheck(ops.bent, (h, "gelu", 4.0, eight))
     torch.library.opcheck(ops.bent_back, (h, grad, None, "gelu", 4.0, eight))
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+def test_turned_gradients_in_8_bits(normed, heads):
+    """What turn_backward gives, which is tested above, in bytes."""
+    B, T, d = 2, 67, 16
+    n_q, n_k = (n * d for n in heads)
+    qkv = draw(B, T, n_q + 2 * n_k).bfloat16()
+    wide = draw(B, T, n_q + 2 * n_k, seed=1).bfloat16()
+    grads = wide[..., :n_q], draw(B, T, n_k, seed=2).bfloat16(), wide[..., n_q + n_k :]
+    angle = draw(1, T, 1, d // 2, seed=3)
+    about = (*grads, qkv if normed else None, angle.cos(), angle.sin())
+    exact = torch.ops.strawberry.turn_backward(*(x if x is None else x.double().float() for x in about))
+    in_8_bits(*kernels.turn_bytes(*about, 64.0, torch.float8_e5m2), exact.flatten(0, 1).double(), 64.0)
+    torch.library.opcheck(torch.ops.strawberry.turn_bytes, (*about, 64.0, torch.float8_e5m2))
+
+
+def test_a_turned_product_in_8_bits():
+    from model import Float8, Float8Product, Float8Turned
+
+    Float8.use(False, torch.device("cpu"))  # the scales
+    B, T, d = 2, 64, 16
+    x, w = draw(B, T, 64).bfloat16().requires_grad_(), (draw(192, 64, seed=1) / 8).requires_grad_()
+    angle, widths = draw(1, T, 1, d // 2, seed=2), (64, 64, 64)
+    tables = angle.cos(), angle.sin()
+    got = Float8Turned.apply(x, w, widths, *tables, True)
+    whole = torch.compile(lambda x, w: Float8Turned.apply(x, w, widths, *tables, True), backend="aot_eager",
+                          fullgraph=True)(x, w)  # fmt: skip
+    wanted = kernels.turn(Float8Product.apply(x.flatten(0, 1), w).unflatten(0, (B, T)), widths, *tables, True)
+    grads = [draw(B, T, 64, seed=i).bfloat16() * 2**-15 for i in (3, 4, 5)]
+    for a, b, c in zip(got, wanted, whole, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    pairs = [torch.autograd.grad(y, (x, w), grads) for y in (got, wanted, whole)]
+    for a, b, c in zip(*pairs, strict=True):  # the interpreter's conversion and torch's differ: see in_8_bits
+        check(a, b.double(), 0.2)
+        assert torch.equal(a, c)

@@ -196,9 +196,11 @@ def test_gradients_of_a_model_point_where_they_should(shape, fused, products, mo
     assert torch.cosine_similarity(eight, sixteen, dim=0) > 0.96
 
 
-def test_a_compiler_makes_the_same_of_it():
+@pytest.mark.parametrize("shape", [{"arch": "tinystar", "ffn_type": "GELU"}, *(
+    {"arch": "strawberry", "n_layer": 1, **keys} for keys in ({"retention": "none"}, {}))], ids=str)  # fmt: skip
+def test_a_compiler_makes_the_same_of_it_in_one_graph(shape):
     torch.manual_seed(0)
-    model = build({**SHAPE, "arch": "tinystar", "ffn_type": "GELU"}).train()
+    model = build({**SHAPE, **shape}).train()
     loss, eager = gradients(model, model)
     again, compiled = gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False))
     torch._dynamo.reset()  # these sizes are nothing to later tests
