@@ -186,7 +186,7 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
         fused = device_type in ("cuda", "cpu", "mps")  # where torch has the fused kernel
         betas = (hyper.beta1, hyper.beta2)
         parts["adamw"] = torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=hyper.eps, fused=fused)
-    return Optimizer(parts, named, held)
+    return Optimizer(parts, named, held, in_passing=device_type == "cuda")
 
 
 def own_part(p: nn.Parameter) -> Tensor:
@@ -220,9 +220,10 @@ class Optimizer:
     """
 
     def __init__(self, parts: dict[str, torch.optim.Optimizer], named: dict[str, tuple[str, nn.Parameter]],
-                 held: dict[str, Tensor]):
-        """`held`: what the parts have of each parameter, the same tensor or one in the same memory."""
-        self.parts, self._held = parts, held
+                 held: dict[str, Tensor], in_passing: bool = False):
+        """`held`: what the parts have of each parameter, the same tensor or one in the same memory. `in_passing`:
+        AdamW clips where it reads the gradients, which a GPU need not go through once more for it."""
+        self.parts, self._held, self._in_passing = parts, held, in_passing
         self._params = {name: p for name, (_, p) in named.items()}
         self._apart = [(p, held[name]) for name, p in self._params.items() if held[name] is not p]
         self._part_of = {id(p): kind for kind, part in parts.items() for g in part.param_groups for p in g["params"]}
@@ -288,11 +289,29 @@ class Optimizer:
                 group["step"] += steps
                 muon.lerp.fill_(1 - momentum_at(group))
 
+    @torch.no_grad()
+    def clip(self, norm: Tensor, limit: float) -> None:
+        """Brings the gradients, whose norm () is given, to `limit` where that is larger; 0 is no limit. Those that are
+        clipped in passing are so after `step`."""
+        if not limit:
+            return
+        self._bring_grads()
+        for kind, part in self.parts.items():
+            if kind == "adamw" and self._in_passing:  # torch divides by it, as its own gradient scaler has it do
+                part.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0).float()
+                continue
+            grads = [local(p.grad) for group in part.param_groups for p in group["params"] if p.grad is not None]
+            if grads := [grad for grad in grads if grad.numel()]:
+                torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))  # torch's clip_grads_with_norm_
+
+    def _bring_grads(self) -> None:
+        for p, mine in self._apart:
+            mine.grad = None if p.grad is None else local(p.grad)
+
+    @torch.no_grad()
     def step(self) -> None:
         """Updates every parameter that has a gradient."""
-        with torch.no_grad():
-            for p, mine in self._apart:
-                mine.grad = None if p.grad is None else local(p.grad)
+        self._bring_grads()
         for part in self.parts.values():
             part.step()
 
@@ -300,6 +319,7 @@ class Optimizer:
         """Drops all gradients."""
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
+            part.grad_scale = None
         for p, _ in self._apart:
             p.grad = None
 

@@ -18,7 +18,7 @@ All three have the same methods: train.py does not ask how many there are. Rank 
     together(last)                  a context for one micro-batch's two passes: what is reduced, when it is the last
     targets(n)                      the targets of all ranks, n being this one's; a tensor where there are several
     seed                            the gradient of a loss, such that the average over ranks is the sum of losses
-    clip(parameters, limit)         the norm of all gradients, which are scaled down to `limit` (0: not)
+    norm(parameters)                the norm of all gradients together
     spread(stacks, shapes, work)    work(stack) of stacks of matrices, each rank doing its share
     gather(tree)                    on rank 0, whole tensors in the place of sharded ones
     whole(model)                    a context with the whole model on rank 0, None elsewhere
@@ -182,9 +182,8 @@ class Alone:
     def targets(self, n: int | Tensor) -> int | Tensor:
         return n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1)
 
-    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        return scale_down(grads, nn.utils.get_total_norm(grads), limit)
+    def norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def spread(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
         return map(work, stacks)
@@ -228,14 +227,6 @@ class Alone:
 
     def vanish(self, code: int) -> None:
         pass
-
-
-@torch.no_grad()
-def scale_down(grads: list[Tensor], norm: Tensor, limit: float) -> Tensor:
-    """The norm, after the gradients were brought to `limit` where it is larger: torch's clip_grads_with_norm_."""
-    if limit and grads:
-        torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
-    return norm
 
 
 # ---- several -------------------------------------------------------------------------------------------------------
@@ -477,7 +468,7 @@ class Replicated(Ranks):
     def targets(self, n: int) -> int | Tensor:
         return max(n, 1) if self.ddp is None else super().targets(n)
 
-    clip = Alone.clip
+    norm = Alone.norm
     gather = Alone.gather
 
     def renew(self) -> None:
@@ -574,7 +565,7 @@ class Sharded(Ranks):
         return contextlib.nullcontext()
 
     @torch.no_grad()
-    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
+    def norm(self, parameters: list[nn.Parameter]) -> Tensor:
         grads = [local(p.grad) for p in parameters if p.grad is not None]
         grads = [grad for grad in grads if grad.numel()]
         square = torch.zeros((), device=self.device)
@@ -582,7 +573,7 @@ class Sharded(Ranks):
             square = torch.stack(torch._foreach_norm(grads)).square().sum()
         with self.listening(certain=True):
             dist.all_reduce(square)
-        return scale_down(grads, square.sqrt(), limit)
+        return square.sqrt()
 
     def spread(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
         """Stacks (n, this rank's rows, columns) of matrices whose whole shapes are given. Each matrix is put together

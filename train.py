@@ -1110,8 +1110,10 @@ class Trainer:
         return tuple(torch.stack((loss, norm)).tolist())
 
     def clip(self) -> Tensor:
-        """Clip the gradients; their norm before it."""
-        return self.ranks.clip(list(self.model.parameters()), self.run.grad_clip)
+        """The norm of the gradients, which the optimizer will bring to `grad_clip`."""
+        norm = self.ranks.norm(list(self.model.parameters()))
+        self.optimizer.clip(norm, self.run.grad_clip)
+        return norm
 
     def accumulate(self, micro_batches: list[Batch]) -> Tensor:
         """The gradients of the mean loss over all targets of all micro-batches, as one large batch would give them:

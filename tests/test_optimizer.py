@@ -333,3 +333,32 @@ def test_the_state_of_another_model_is_refused_by_name():
     reshaped = copy.deepcopy(good)
     reshaped["state"]["c"]["momentum_buffer"] = torch.zeros(6, 7)
     refused(reshaped, r"of c has shape \(6, 7\), the parameter \(6, 8\)")
+
+
+# ---- clipping --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_muon", [False, True])
+@pytest.mark.parametrize("in_passing", [False, True])
+def test_clipping_is_torchs(use_muon, in_passing):
+    """Done in a pass of its own or by AdamW in passing, as on a GPU; and none is left over for a step that has none."""
+    runs = []
+    for ours in (True, False):
+        torch.manual_seed(1)
+        model = Small()
+        optimizer = build_optimizer(model, hyper(use_muon=use_muon, eps=1e-2), 1e-2, "cpu")
+        optimizer._in_passing = in_passing
+        for step, limit in enumerate((0.01, 1e9, 0.02, 0, None)):
+            optimizer.zero_grad()
+            model.loss(step).backward()
+            grads = [p.grad for p in model.parameters()]
+            if limit is not None and ours:
+                optimizer.clip(nn.utils.get_total_norm(grads), limit)
+            elif limit:
+                nn.utils.clip_grad_norm_(list(model.parameters()), limit)
+            optimizer.step()
+            if limit in (0.01, 0.02):
+                assert nn.utils.get_total_norm(grads).item() == pytest.approx(limit, rel=1e-3)
+        runs.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

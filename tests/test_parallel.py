@@ -112,7 +112,9 @@ def steps(group, hyper: dict, T: int, n: int = 1) -> dict:
         found.setdefault("loads", [load.clone() for load in loads])
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.setdefault("grads", {name: g.clone() for name, g in group.gather(grads).items() if g is not None})
-        found["norms"].append(group.clip(list(model.parameters()), 0.1).item())
+        norm = group.norm(list(model.parameters()))
+        optimizer.clip(norm, 0.1)
+        found["norms"].append(norm.item())
         found["losses"].append(loss.item())
         optimizer.step()
         model.after_step()
@@ -132,7 +134,7 @@ def memory(group) -> dict[str, float]:
 
     def step():
         forward(given.x, given.y)[1].backward(group.seed)
-        group.clip(list(model.parameters()), 1.0)
+        optimizer.clip(group.norm(list(model.parameters())), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
