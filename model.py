@@ -184,11 +184,11 @@ class Float8Product(torch.autograd.Function):
 
     @staticmethod
     def made(x: Tensor, w: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x Wᵀ, and what `back` wants of it. x is transposed here and not on the way back: a compiler would make x8
-        there once more, out of what x is made of."""
+        """x Wᵀ, and what `back` wants of it. Both are transposed here and not on the way back: a compiler would make
+        their bytes there once more, out of what they are made of."""
         x8, (w8, undo) = kernels.to_8_bits(x, Float8.X, Float8.FORWARD), measured(w)
         y = product_8(x8, w8, Float8.undo[Float8.X], undo, x.dtype, quick=True)
-        return y, (kernels.transposed(x8), w8, undo)
+        return y, (kernels.transposed(x8), kernels.transposed(w8), undo)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,10 +196,10 @@ class Float8Product(torch.autograd.Function):
         return Float8Product.back(g8, kernels.transposed(g8), *ctx.saved_tensors, ctx.types)
 
     @staticmethod
-    def back(g8: Tensor, g_t: Tensor, x_t: Tensor, w8: Tensor, undo: Tensor, types: tuple) -> tuple[Tensor, Tensor]:
+    def back(g8: Tensor, g_t: Tensor, x_t: Tensor, w_t: Tensor, undo: Tensor, types: tuple) -> tuple[Tensor, Tensor]:
         """Both gradients from that of x Wᵀ, in 8 bits, and the same transposed."""
         undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
-        dx = product_8(g8, kernels.transposed(w8), undo_g, undo, types[0])
+        dx = product_8(g8, w_t, undo_g, undo, types[0])
         return dx, product_8(g_t, x_t, undo_g, undo_x, types[1])
 
 
@@ -250,7 +250,8 @@ class Float8FeedForward(torch.autograd.Function):
         (first, undo_1), (second, undo_2) = measured(w1), measured(w2)
         h = product_8(x8, first, Float8.undo[Float8.X], undo_1, x.dtype, quick=True)
         y8, y_t = kernels.bent(h, kind, Float8.X, Float8.FORWARD)
-        ctx.save_for_backward(kernels.transposed(x8), first, undo_1, h, y_t, second, undo_2)
+        turned = kernels.transposed(first), kernels.transposed(second)
+        ctx.save_for_backward(kernels.transposed(x8), h, y_t, *turned, undo_1, undo_2)
         ctx.kind, ctx.types = kind, (x.dtype, w1.dtype, w2.dtype)
         if not apart:  # else a gradient of zeros would be made for it
             ctx.mark_non_differentiable(h)
@@ -259,14 +260,14 @@ class Float8FeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, more: Tensor | None) -> tuple:
-        x_t, first, undo_1, h, y_t, second, undo_2 = ctx.saved_tensors
+        x_t, h, y_t, first_t, second_t, undo_1, undo_2 = ctx.saved_tensors
         undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
         g8, g_t = kernels.bent(grad, "as is", Float8.GRADIENT, Float8.BACKWARD)
-        dy = product_8(g8, kernels.transposed(second), undo_g, undo_2, ctx.types[0])
+        dy = product_8(g8, second_t, undo_g, undo_2, ctx.types[0])
         dw2 = product_8(g_t, y_t, undo_g, undo_x, ctx.types[2])
         more = more if ctx.apart else None
         h8, h_t = kernels.bent_back(h, dy, ctx.kind, Float8.GRADIENT, Float8.BACKWARD, more)
-        dx = product_8(h8, kernels.transposed(first), undo_g, undo_1, ctx.types[0])
+        dx = product_8(h8, first_t, undo_g, undo_1, ctx.types[0])
         return dx, product_8(h_t, x_t, undo_g, undo_x, ctx.types[1]), dw2, None, None
 
 
@@ -749,7 +750,14 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], at:
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # cast first: the other way round it would be a copy
     mask = BlockMask((T, T), *at.masks[key][1:], (128, 128), near(at.masks[key][0]))
-    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    tiles = TILES if q.size(-1) == v.size(-1) == 64 and dtype.itemsize == 2 else None
+    y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=tiles)
+    return y.transpose(1, 2)
+
+
+# of heads of 64 numbers in half types, whose windows are some blocks long; FlexAttention's own are made for long ones
+TILES = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64,
+         "bwd_BLOCK_N2": 32, "num_warps": 4, "num_stages": 3}  # fmt: skip
 
 
 def near(window: Tensor) -> Callable:
@@ -2061,6 +2069,7 @@ class HeadProducts8(HeadProducts):
     def __init__(self, w: Tensor, dtype: torch.dtype):
         super().__init__(w, dtype)
         self.table, self.undo = measured(self.table)
+        self.turned = kernels.transposed(self.table)
 
     def logits(self, x: Tensor) -> Tensor:
         x8 = kernels.to_8_bits(x, Float8.X, Float8.FORWARD)
@@ -2069,7 +2078,7 @@ class HeadProducts8(HeadProducts):
     def back(self, slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         x_t = kernels.transposed(kernels.to_8_bits(x, Float8.X, Float8.FORWARD))
         undo, undo_x = Float8.undo[Float8.SLOPE], Float8.undo[Float8.X]
-        dx = product_8(slope, kernels.transposed(self.table), undo, self.undo, x.dtype)
+        dx = product_8(slope, self.turned, undo, self.undo, x.dtype)
         return dx, product_8(kernels.transposed(slope), x_t, undo, undo_x, torch.float32)
 
 
@@ -2229,6 +2238,7 @@ class LanguageModel(nn.Module):
     chunk: int | None = None  # tokens that share weights, where weights change along the row
     max_positions: int | None = None  # where learned positions end
     cap: float | None = None  # of `softcap`, for the logits
+    in_parts = False  # whether torch.compile makes several graphs of it, so that some gradients are there before others
     part = 2048  # tokens that a cache takes at once: masks stay small however long the prompt is
 
     def __init__(self, config):
@@ -2882,6 +2892,7 @@ class Strawberry(LanguageModel):
         self.blocks = nn.ModuleList(StrawberryBlock(c) for _ in range(c.n_layer))
         self.depth = Router(c.n_embd, c.recursions, 1) if c.adaptive else None
         self.rope = Rope(rope_frequencies(c.n_qkv // c.n_head, c.rope_scaling, c.block_size)[0])
+        self.in_parts = len(self.blocks) > 1
         retention = self.blocks[0].retention
         self.causal, self.chunk, self.cap = retention.causal, retention.chunk, c.logit_softcap
         self.max_positions = c.block_size if c.aft in ENDS and self.blocks[0].aft is not None else None
@@ -2893,7 +2904,7 @@ class Strawberry(LanguageModel):
         return repeat(self.once, x, at, states, self.config.recursions, self.depth)
 
     def once(self, x: Tensor, at: At, states: list | None) -> Tensor:
-        if states is None and len(self.blocks) > 1 and torch.compiler.is_compiling():
+        if states is None and self.in_parts and torch.compiler.is_compiling():
             return one_by_one(self.blocks, x, at)
         for i, block in enumerate(self.blocks):
             x = block(x, at, None if states is None else states[i])
