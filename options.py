@@ -442,8 +442,8 @@ class Run:
         choices=["auto", "blocks"],
     )
     record: bool | str = option(
-        "auto", "a step as one CUDA graph, launched at once; auto: on GPUs, but not with "
-        "fsdp; where it cannot be, training goes on without", choices=["auto"]
+        "auto", "a step as one CUDA graph, launched at once; auto: on GPUs; where it cannot be, training goes on "
+        "without", choices=["auto"]
     )
     img_path: str | None = option("img", "directory of the curves; null: none are drawn", path=True)
     sample_length: int = option(200, "tokens of the sample at each evaluation; 0: no sample", low=0, high=2**20)

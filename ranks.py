@@ -453,6 +453,8 @@ class Replicated(Ranks):
             DDP = nn.parallel.DistributedDataParallel
             with self.listening():
                 about = {"gradient_as_bucket_view": True, "find_unused_parameters": idle()}
+                if compiled is True and not model.in_parts:  # all at once: the fewer parcels, the sooner they are there
+                    about["bucket_cap_mb"] = 1 << 10
                 newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
                 about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # they are equal: see sum_
                 self.ddp = DDP(model, **about)

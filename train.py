@@ -956,8 +956,7 @@ class Trainer:
         """Have steps recorded from now on, where `record` asks for it and this machine can."""
         run = self.run
         ranks = self.ranks
-        wanted = run.record is True or (run.record == "auto" and not ranks.sharded)
-        if not wanted or self.recorded or not can_record(self.device):
+        if not run.record or self.recorded or not can_record(self.device):
             return
         rows, firsts = divide(run.batch_size, run.gradient_accumulation_steps, ranks.rank, ranks.world)
         batches = [make_batch(self.objective, self.corpus.train, run.seed, 0, rows, self.device)] * len(firsts)

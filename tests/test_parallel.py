@@ -342,7 +342,7 @@ def two(argv) -> None:
                              run("--checkpoints.path=recorded_dropout", *more),
                              run("--checkpoints.path=spoiled", "--parallel=ddp", trainer=Spoiled),
                              run("--checkpoints.path=rolled", "--parallel=ddp", "--on_nan=rollback", trainer=Spoiled),
-                             run("--checkpoints.path=recorded_fsdp", "--parallel=fsdp", "--record=true"),
+                             run("--checkpoints.path=recorded_fsdp", "--parallel=fsdp"),
                              run("--checkpoints.path=rolled_fsdp", "--parallel=fsdp", "--on_nan=rollback",
                                  trainer=Spoiled)]
         recorded, train.Recorded = train.Recorded, Lagging
@@ -350,7 +350,7 @@ def two(argv) -> None:
         found["lagging"] = [run("--checkpoints.path=lagging", *rare, "--on_nan=rollback", trainer=Spoiled),
                             run("--checkpoints.path=together", *rare[:1], "--max_iters=500", trainer=Together)]
         train.Recorded = Unrecordable
-        found["recorded"] += [run(f"--checkpoints.path=unrecordable_{mode}", f"--parallel={mode}", "--record=true")
+        found["recorded"] += [run(f"--checkpoints.path=unrecordable_{mode}", f"--parallel={mode}")
                           for mode in MODES]  # fmt: skip
         train.Recorded = recorded
     found["recorded"].append(run("--checkpoints.path=called_dropout", *more))
