@@ -203,7 +203,7 @@ def gradients(model: torch.nn.Module, call, idx: torch.Tensor) -> torch.Tensor:
 # ---- whole training -------------------------------------------------------------------------------------------------
 
 
-def words_of(folder, monkeypatch, **keys) -> list[str]:
+def words_of(folder, monkeypatch, config: str = "air.json", **keys) -> list[str]:
     """The command line of a short run on a small corpus, both in `folder`, which is then the working directory."""
     import numpy as np
 
@@ -217,16 +217,16 @@ def words_of(folder, monkeypatch, **keys) -> list[str]:
     words = {"dataset.path": "data.bin", "encoder_path": "chars:text.txt", "device": "cuda", "seed": 1, "max_iters": 12,
              "warmup_iters": 2, "log_interval": 4, "eval_interval": 100, "eval_iters": 2, "sample_length": 0,
              "compile": "false", "model_hyperparams.vocab_size": 64} | keys  # fmt: skip
-    return ["--config", "air.json", *(f"--{key}={value}" for key, value in words.items())]
+    return ["--config", config, *(f"--{key}={value}" for key, value in words.items())]
 
 
-def trainer_of(folder, monkeypatch, **keys):
+def trainer_of(folder, monkeypatch, config: str = "air.json", **keys):
     """A trainer on the GPU, ready to train."""
     from model import CONFIGS
     from options import load_run
     from train import Signals, Trainer
 
-    trainer = Trainer(load_run(words_of(folder, monkeypatch, **keys), CONFIGS), Signals())
+    trainer = Trainer(load_run(words_of(folder, monkeypatch, config, **keys), CONFIGS), Signals())
     trainer.prepare()
     return trainer
 
@@ -309,11 +309,12 @@ def test_the_fused_head_is_the_plain_one(arch, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="has no 8 bits")
-@pytest.mark.parametrize("hyper", [
-    {"arch": "tinystar", "ffn_type": "GELU", "norm_type": "RMSNorm"}, {"arch": "tinystar", "norm_type": "LayerNorm"},
-    {"retention": "none"}, {"retention_scope": "batch"},
+@pytest.mark.parametrize(("config", "hyper"), [
+    ("tinystar-v0.1-baseline.json", {"norm_type": "RMSNorm", "n_layer": 2, "block_size": 64}),
+    ("tinystar-v0.2-modernbase.json", {"n_layer": 2, "block_size": 64}),
+    ("air.json", {"retention": "none"}), ("air.json", {"retention_scope": "batch"}),
 ], ids=str)  # fmt: skip
-def test_training_in_8_bits_is_training(tmp_path, monkeypatch, hyper):
+def test_training_in_8_bits_is_training(tmp_path, monkeypatch, config, hyper):
     """The same losses as in bfloat16, also where all is compiled and recorded."""
     import plot
 
@@ -322,7 +323,7 @@ def test_training_in_8_bits_is_training(tmp_path, monkeypatch, hyper):
     losses = []
     for dtype in ("float8", "bfloat16"):
         (tmp_path / dtype).mkdir()
-        trainer = trainer_of(tmp_path / dtype, monkeypatch, dtype=dtype, **keys)
+        trainer = trainer_of(tmp_path / dtype, monkeypatch, config, dtype=dtype, **keys)
         trainer.train()
         trainer.close()
         losses.append([line["loss"] for line in plot.read_metrics(trainer.metrics.path) if "loss" in line])
