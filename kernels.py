@@ -553,7 +553,7 @@ def transpose_kernel(x, y, ROWS, COLUMNS, TALL: tl.constexpr, WIDE: tl.constexpr
 @torch.library.custom_op("strawberry::transposed", mutates_args=())
 def transposed_op(x: Tensor) -> Tensor:
     x = x.contiguous()
-    y, (grid, shape) = x.new_empty(x.size(1), x.size(0)), byte_tiles(*x.shape)
+    y, (grid, shape) = x.new_empty(x.size(1), x.size(0)), byte_tiles(*x.shape, 64, 128)
     transpose_kernel[grid](x, y, *x.shape, **shape)
     return y
 
@@ -563,9 +563,9 @@ def _(x):
     return x.new_empty(x.size(1), x.size(0))
 
 
-def byte_tiles(rows: int, columns: int, wide: int = 128) -> tuple[tuple[int, int], dict]:
-    """A grid of tiles, and what a kernel over them is told. 128 bytes, transposed: what memory takes at once."""
-    return (-(-rows // 128), -(-columns // wide)), {"TALL": 128, "WIDE": wide, "num_warps": 8}
+def byte_tiles(rows: int, columns: int, tall: int = 128, wide: int = 64) -> tuple[tuple[int, int], dict]:
+    """A grid of tiles, and what a kernel over them is told. The larger side is what memory takes at once."""
+    return (-(-rows // tall), -(-columns // wide)), {"TALL": tall, "WIDE": wide, "num_warps": 8}
 
 
 # What is between two products of a feed-forward: its values are wanted in 8 bits only, once as they lie, for the next
@@ -736,7 +736,7 @@ def joined_kernel(
 def bent_op(h: Tensor, kind: str, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     h, number = h.contiguous(), BENT[kind][0]
     y, flipped = bent_empty(h, h.size(1) // (2 if kind == "swiglu" else 1), dtype)
-    grid, shape = byte_tiles(*y.shape, wide=64)
+    grid, shape = byte_tiles(*y.shape)
     bent_kernel[grid](h, y, flipped, scale, torch.finfo(dtype).max, *y.shape, KIND=number, **shape)
     return y.view(torch.uint8), flipped.view(torch.uint8)
 
@@ -747,7 +747,7 @@ def bent_back_op(
 ) -> tuple[Tensor, Tensor]:
     h, grad, other = h.contiguous(), grad.contiguous(), h if more is None else more.contiguous()
     y, flipped = bent_empty(h, h.size(1), dtype)
-    grid, shape = byte_tiles(*grad.shape, wide=64)
+    grid, shape = byte_tiles(*grad.shape)
     shape |= {"KIND": BENT[kind][0], "MORE": more is not None}
     bent_back_kernel[grid](h, grad, other, y, flipped, scale, torch.finfo(dtype).max, *grad.shape, **shape)
     return y.view(torch.uint8), flipped.view(torch.uint8)
@@ -760,7 +760,7 @@ def joined_op(
     parts = [part if part.stride(1) == 1 else part.contiguous() for part in (first, second, third)]
     widths = [part.size(1) for part in parts]
     y, flipped = bent_empty(first, sum(widths), dtype)
-    grid, shape = byte_tiles(*y.shape, wide=64)
+    grid, shape = byte_tiles(*y.shape)
     rows = [part.stride(0) for part in parts]
     joined_kernel[grid](*parts, y, flipped, scale, torch.finfo(dtype).max, y.size(0), *widths, *rows, **shape)
     return y.view(torch.uint8), flipped.view(torch.uint8)

@@ -5,7 +5,7 @@ Notation:  B rows · T tokens · S keys · V vocab_size · C n_embd · D n_qkv �
 
 Index:  helpers · products in 8 bits · rotary positions · where tokens stand, and what layers carry · who sees whom ·
         sums over chunks · mixers: softmax, AFT, LAM, expert attention · projections and feed-forward · attention ·
-        positions · repeating a stack · the head's loss · the language model · strawberry · strawberry-v0 · palm ·
+        positions · a stack · the head's loss · the language model · strawberry · strawberry-v0 · palm ·
         tinystar · transformer · registry, initialisation · the stack as text (python model.py --config x.json)
 
 How it fits together: mixers mix q, k, v over time, projections make them, blocks wire, models stack. A mixer is a
@@ -242,16 +242,21 @@ class Float8Turned(torch.autograd.Function):
 
 class Float8FeedForward(torch.autograd.Function):
     """(f(h) W₂ᵀ, h), h = x W₁ᵀ, all six products in 8 bits; f(h) is not wanted otherwise and is made in 8 bits at once:
-    x (n, in) in a half type, W₁ (hidden, in), W₂ (out, ·), f as `kernels.BENT` names it. `apart`: h is wanted, too."""
+    x (n, in) in a half type, W₁ (hidden, in), W₂ (out, ·), f as `kernels.BENT` names it. `apart`: h is wanted, too;
+    `alone`: x comes out of a kernel that a compiler adds nothing to, so that its bytes take a pass of their own."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, kind: str, apart: bool) -> tuple[Tensor, Tensor]:
-        x8 = kernels.to_8_bits(x, Float8.X, Float8.FORWARD)
+    def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, kind: str, apart: bool, alone: bool) -> tuple[Tensor, Tensor]:
+        if alone:
+            x8, x_t = kernels.bent(x, "as is", Float8.X, Float8.FORWARD)
+        else:
+            x8 = kernels.to_8_bits(x, Float8.X, Float8.FORWARD)
+            x_t = kernels.transposed(x8)
         (first, undo_1), (second, undo_2) = measured(w1), measured(w2)
         h = product_8(x8, first, Float8.undo[Float8.X], undo_1, x.dtype, quick=True)
         y8, y_t = kernels.bent(h, kind, Float8.X, Float8.FORWARD)
         turned = kernels.transposed(first), kernels.transposed(second)
-        ctx.save_for_backward(kernels.transposed(x8), h, y_t, *turned, undo_1, undo_2)
+        ctx.save_for_backward(x_t, h, y_t, *turned, undo_1, undo_2)
         ctx.kind, ctx.types = kind, (x.dtype, w1.dtype, w2.dtype)
         if not apart:  # else a gradient of zeros would be made for it
             ctx.mark_non_differentiable(h)
@@ -268,12 +273,12 @@ class Float8FeedForward(torch.autograd.Function):
         more = more if ctx.apart else None
         h8, h_t = kernels.bent_back(h, dy, ctx.kind, Float8.GRADIENT, Float8.BACKWARD, more)
         dx = product_8(h8, first_t, undo_g, undo_1, ctx.types[0])
-        return dx, product_8(h_t, x_t, undo_g, undo_x, ctx.types[1]), dw2, None, None
+        return dx, product_8(h_t, x_t, undo_g, undo_x, ctx.types[1]), dw2, None, None, None
 
 
-def feed_8(x: Tensor, w1: Tensor, w2: Tensor, kind: str, apart: bool = False) -> tuple[Tensor, Tensor]:
+def feed_8(x: Tensor, w1: Tensor, w2: Tensor, kind: str, apart: bool = False, alone: bool = False) -> tuple:
     """(f(h) W₂ᵀ, h), h = x W₁ᵀ, where `Float8.takes(x, w1, w2)`: x (B, T, in)."""
-    made = Float8FeedForward.apply(activation(x).flatten(0, -2), w1, w2, kind, apart)
+    made = Float8FeedForward.apply(activation(x).flatten(0, -2), w1, w2, kind, apart, alone)
     return tuple(y.unflatten(0, x.shape[:-1]) for y in made)
 
 
@@ -2008,7 +2013,24 @@ def rope_of(c) -> Rope:
     return Rope(rope_frequencies(dim, c.rope_scaling, c.block_size)[0])
 
 
-# ---- repeating a stack ---------------------------------------------------------------------------------------------
+# ---- a stack -------------------------------------------------------------------------------------------------------
+
+
+def through(blocks: Sequence[nn.Module], x: Tensor, at: At, states: list | None) -> Tensor:
+    """x (B, T, C) through all blocks."""
+    for i, block in enumerate(blocks):
+        x = block(x, at, None if states is None else states[i])
+    return x
+
+
+@torch.compiler.disable(recursive=False)
+def in_pieces(blocks: nn.ModuleList, x: Tensor, at: At, n: int) -> Tensor:
+    """The same, torch.compile taking each n-th of the blocks for itself."""
+    blocks = list(blocks)
+    size = -(-len(blocks) // n)
+    for i in range(0, len(blocks), size):  # each with masks of its own, as in one_by_one
+        x = through(blocks[i : i + size], x, replace(at, masks={}), None)
+    return x
 
 
 def repeat(run: Callable, x: Tensor, at: At, states: list | None, n: int, depth: Router | None) -> Tensor:
@@ -2079,7 +2101,7 @@ class HeadProducts8(HeadProducts):
         x_t = kernels.transposed(kernels.to_8_bits(x, Float8.X, Float8.FORWARD))
         undo, undo_x = Float8.undo[Float8.SLOPE], Float8.undo[Float8.X]
         dx = product_8(slope, self.turned, undo, self.undo, x.dtype)
-        return dx, product_8(kernels.transposed(slope), x_t, undo, undo_x, torch.float32)
+        return dx, product_8(kernels.transposed(slope), x_t, undo, undo_x, x.dtype)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -2238,7 +2260,7 @@ class LanguageModel(nn.Module):
     chunk: int | None = None  # tokens that share weights, where weights change along the row
     max_positions: int | None = None  # where learned positions end
     cap: float | None = None  # of `softcap`, for the logits
-    in_parts = False  # whether torch.compile makes several graphs of it, so that some gradients are there before others
+    pieces = 1  # graphs that torch.compile makes of the blocks: see `divide`
     part = 2048  # tokens that a cache takes at once: masks stay small however long the prompt is
 
     def __init__(self, config):
@@ -2248,6 +2270,11 @@ class LanguageModel(nn.Module):
         self.gives_last = type(self).head is LanguageModel.head  # a head of a family's own may be of any kind
         self.drop = nn.Dropout(config.dropout)
         self.register_buffer("here", torch.empty(0), persistent=False)  # tells the device and the activations' dtype
+
+    def divide(self, n: int) -> bool:
+        """Have torch.compile make about n graphs of the blocks where it would make one of all: on the way back the last
+        one's gradients are there, and can travel, before the others'. Whether it does; most families cannot."""
+        return self.pieces > 1
 
     # -- one call
 
@@ -2830,7 +2857,7 @@ class StrawberryBlock(nn.Module):
         """SwiGLU of what was mixed; also its u and g side by side, which have gradients of their own if `apart`."""
         pair = matrix(w.swiglu), matrix(w.out)
         if self.ffn_router is None and at.count is None and at.active is None and Float8.takes(y, *pair):
-            return feed_8(y, *pair, "swiglu", apart)
+            return feed_8(y, *pair, "swiglu", apart, alone=True)
         ug = project(y, pair[0], at)
         u, g = ug.chunk(2, dim=-1)
         if self.ffn_router is not None:  # groups of channels, those not chosen at zero
@@ -2892,7 +2919,7 @@ class Strawberry(LanguageModel):
         self.blocks = nn.ModuleList(StrawberryBlock(c) for _ in range(c.n_layer))
         self.depth = Router(c.n_embd, c.recursions, 1) if c.adaptive else None
         self.rope = Rope(rope_frequencies(c.n_qkv // c.n_head, c.rope_scaling, c.block_size)[0])
-        self.in_parts = len(self.blocks) > 1
+        self.pieces = len(self.blocks)
         retention = self.blocks[0].retention
         self.causal, self.chunk, self.cap = retention.causal, retention.chunk, c.logit_softcap
         self.max_positions = c.block_size if c.aft in ENDS and self.blocks[0].aft is not None else None
@@ -2904,11 +2931,9 @@ class Strawberry(LanguageModel):
         return repeat(self.once, x, at, states, self.config.recursions, self.depth)
 
     def once(self, x: Tensor, at: At, states: list | None) -> Tensor:
-        if states is None and self.in_parts and torch.compiler.is_compiling():
+        if states is None and self.pieces > 1 and torch.compiler.is_compiling():
             return one_by_one(self.blocks, x, at)
-        for i, block in enumerate(self.blocks):
-            x = block(x, at, None if states is None else states[i])
-        return x
+        return through(self.blocks, x, at, states)
 
     def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return norm(x), self.embed.weight
@@ -3308,10 +3333,14 @@ class TinyStar(LanguageModel):
     def embed_tokens(self, idx: Tensor, at: At) -> Tensor:
         return self.positions(self.embed(idx), at)
 
+    def divide(self, n: int) -> bool:
+        self.pieces = min(n, len(self.blocks))
+        return self.pieces > 1
+
     def trunk(self, x: Tensor, at: At, states: list | None) -> Tensor:
-        for i, block in enumerate(self.blocks):
-            x = block(x, at, None if states is None else states[i])
-        return x
+        if states is None and self.pieces > 1 and torch.compiler.is_compiling():
+            return in_pieces(self.blocks, x, at, self.pieces)
+        return through(self.blocks, x, at, states)
 
     def last(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.norm(x), (self.unembed or self.embed).weight
@@ -3432,9 +3461,7 @@ class TransformerStack(nn.Module):
         return self.norm(repeat(self.once, x, at, states, self.recursions, self.depth))
 
     def once(self, x: Tensor, at: At, states: list | None) -> Tensor:
-        for i, block in enumerate(self.blocks):
-            x = block(x, at, None if states is None else states[i])
-        return x
+        return through(self.blocks, x, at, states)
 
     def new_states(self, *args) -> list:
         return [[block.new_states(*args) for block in self.blocks] for _ in range(self.recursions)]

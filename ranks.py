@@ -67,6 +67,7 @@ from options import UserError
 
 TIMEOUT = datetime.timedelta(minutes=30)  # longer than any evaluation or save for which the others wait
 BUCKET = 1 << 24  # numbers that travel as one tensor
+PIECES = 3  # graphs of a compiled model: gradients of one travel while those of the next are computed
 BEAT = 2.0  # seconds between two signs of life
 SILENT = 20.0  # seconds without one after which a process counts as gone, where a device waits for it
 PARTING = 5.0  # seconds in which a device may finish what it has begun with a process that is gone
@@ -453,7 +454,7 @@ class Replicated(Ranks):
             DDP = nn.parallel.DistributedDataParallel
             with self.listening():
                 about = {"gradient_as_bucket_view": True, "find_unused_parameters": idle()}
-                if compiled is True and not model.in_parts:  # all at once: the fewer parcels, the sooner they are there
+                if compiled is True and not model.divide(PIECES):  # all come at once: few parcels are there sooner
                     about["bucket_cap_mb"] = 1 << 10
                 newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
                 about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # they are equal: see sum_

@@ -108,13 +108,14 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("kind", list(FUNCTIONS))
-def test_a_feed_forward_is_that_of_the_rounded_numbers(kind, apart):
+def test_a_feed_forward_is_that_of_the_rounded_numbers(kind, alone, apart):
     hidden, width = (64, 32) if kind == "swiglu" else (64, 64)
     x, w1, w2 = draw(48, 64).bfloat16(), draw(hidden, 64, seed=1).float() / 8, draw(48, width, seed=2).float() / 8
     grad, more = draw(48, 48, seed=3).bfloat16() * 2**-15, draw(48, hidden, seed=4).bfloat16() * 2**-15 * apart
     inputs = x.requires_grad_(), w1.requires_grad_(), w2.requires_grad_()
-    y, h = Float8FeedForward.apply(*inputs, kind, apart)
+    y, h = Float8FeedForward.apply(*inputs, kind, apart, alone)
     assert h.requires_grad == apart
     got = torch.autograd.grad((y, h) if apart else (y,), inputs, (grad, more) if apart else (grad,))
     x8, first, second = rounded(x.detach(), 4, FORWARD), rounded_matrix(w1.detach()), rounded_matrix(w2.detach())

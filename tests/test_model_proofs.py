@@ -741,6 +741,26 @@ def test_one_compilation_serves_all_blocks(scope):
     assert compiled[2] == compiled[5] < 9
 
 
+def test_a_stack_in_pieces_is_the_stack():
+    """One graph for equal pieces; the same loss and gradients."""
+    compiled = []
+    for n_layer, n in ((6, 3), (6, 1)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = build({**CASES["tinystar()"], "n_layer": n_layer})
+        loss, grads = step_of(model, model)
+        assert model.divide(n) == (n > 1)
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled_loss, compiled_grads = step_of(torch.compile(model, backend=counter, dynamic=False), model)
+        torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
+        for mine, its in zip(compiled_grads, grads, strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
+        compiled.append((counter.frame_count, counter.op_count))
+    torch._dynamo.reset()
+    (pieces, of_two), (whole, of_six) = compiled
+    assert whole == 1 < pieces <= 4 and of_two < 0.6 * of_six
+
+
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_it_compiles_to_code():
     check_compiled("tinystar()", "inductor")
