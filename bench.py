@@ -1828,7 +1828,7 @@ class StepTimer(Timer):
         found |= {"step_ms": 1e3 * self.tokens_per_step / found["tokens_per_s"], "recorded": bool(self.recorded),
                   "tokens_per_step": self.tokens_per_step, "kernels": self.kernels() if profile else []}  # fmt: skip
         found["parts_ms"] = self.parts()
-        flops = self.model.flops_per_token(self.run.model_hyperparams.block_size)
+        flops = self.model.flops_per_token(self.run.model_hyperparams.block_size, self.rows)
         found |= {"params": self.model.num_params(non_embedding=False), "flops_per_token": flops}
         ceiling = matrix_ceiling(self.device, self.dtype)
         found |= {"flops_per_s": flops * found["tokens_per_s"], "ceiling": ceiling}

@@ -823,7 +823,7 @@ def joint(x: Tensor, w: Tensor | Int8 | Scaled | ByChunk, widths: Sequence[int],
         if not any(n % 64 for n in widths):
             parts = Float8Joint.apply(x.flatten(0, -2), whole, *widths)
             return ready([part.unflatten(0, x.shape[:-1]) for part in parts], widths, mixer, at)
-    return ready(project(x, w, at), widths, mixer, at)
+    return ready(project(x, whole, at), widths, mixer, at)
 
 
 def as_is(q: Tensor, k: Tensor, at: At) -> tuple[Tensor, Tensor]:
@@ -2058,7 +2058,7 @@ def repeat(run: Callable, x: Tensor, at: At, states: list | None, n: int, depth:
 # ---- the head's loss -----------------------------------------------------------------------------------------------
 
 LOGITS_BYTES = 1 << 30  # of logits that exist at once, at most
-FEW_BYTES = 1 << 26  # of logits that are not worth dividing; what is more is divided into eight parts at most
+FEW_BYTES = 1 << 26  # of logits that are not worth dividing; more, up to LOGITS_BYTES, are divided into eight at most
 
 
 def fuses_head(x: Tensor) -> bool:
@@ -2486,10 +2486,14 @@ class LanguageModel(nn.Module):
         roles = self.roles()
         return sum(p.numel() for name, p in self.named_parameters() if roles[name] not in left_out)
 
-    def flops_per_token(self, T: int) -> float:
-        """Floating-point operations of the matrix products in one training step over windows of T tokens, per token:
-        forward 1, backward 2. Attention is counted full, T² without a causal or window discount."""
-        return 3 * self.flops(T)
+    def flops_per_token(self, T: int, rows: int = 1) -> float:
+        """Floating-point operations of the matrix products in one training step over `rows` windows of T tokens, per
+        token: forward 1, backward 2. Attention is counted full, T² without a causal or window discount."""
+        return 3 * (self.flops(T) - (1 - 1 / rows) * self.flops_at_once() / T)
+
+    def flops_at_once(self) -> float:
+        """The part of T · flops(T) that all rows have in common."""
+        return 0.0
 
     def routers(self) -> dict[str, Router]:
         return {name: m for name, m in self.named_modules() if isinstance(m, Router)}
@@ -2720,6 +2724,10 @@ class NoRetention:
     def flops(self, w: Weights, T: int) -> float:
         return 0
 
+    def flops_at_once(self, w: Weights) -> float:
+        """The part of T · flops that all rows have in common."""
+        return 0
+
 
 class BatchRetention(NoRetention):
     """The rule read literally: oa from all tokens of all rows. It sees the future and the other rows."""
@@ -2741,7 +2749,10 @@ class BatchRetention(NoRetention):
 
     def flops(self, w: Weights, T: int) -> float:
         C = w.out.size(-1)
-        return 2 * C * C + reweigh_flops(w) / T
+        return 2 * C * C + self.flops_at_once(w) / T
+
+    def flops_at_once(self, w: Weights) -> float:
+        return reweigh_flops(w)
 
 
 class CausalRetention:
@@ -2782,6 +2793,9 @@ class CausalRetention:
     def flops(self, w: Weights, T: int) -> float:
         C, later = w.out.size(-1), -(-T // self.chunk) - 1  # chunk 0 needs no products
         return (self.summed(T, self.chunk) * 2 * C * C * self.chunk + later * reweigh_flops(w)) / T
+
+    def flops_at_once(self, w: Weights) -> float:
+        return 0
 
     @staticmethod
     def summed(T: int, slot: int) -> int:
@@ -2885,6 +2899,9 @@ class StrawberryBlock(nn.Module):
         routed = len(self.steps) * self.ffn_router.flops(T) if self.ffn_router else 0
         return steps + routed + (len(self.steps) - 1) * self.retention.flops(w, T)
 
+    def flops_at_once(self) -> float:
+        return (len(self.steps) - 1) * self.retention.flops_at_once(self.base())
+
 
 @torch.compiler.disable(recursive=False)
 def one_by_one(blocks: Sequence[StrawberryBlock], x: Tensor, at: At) -> Tensor:
@@ -2952,6 +2969,9 @@ class Strawberry(LanguageModel):
         depth = self.depth.flops(T) if self.depth else 0
         return self.config.recursions * once + depth + 2 * self.embed.weight.numel()
 
+    def flops_at_once(self) -> float:
+        return self.config.recursions * sum(block.flops_at_once() for block in self.blocks)
+
 
 # ---- strawberry-v0 -------------------------------------------------------------------------------------------------
 
@@ -3016,7 +3036,10 @@ class BatchCompaction(nn.Module):
         return None
 
     def flops(self, T: int) -> float:
-        return 2 * 4 * self.wo.numel() + 2 * self.wo.numel() * len(self.wo) / T
+        return 2 * 4 * self.wo.numel() + self.flops_at_once() / T
+
+    def flops_at_once(self) -> float:
+        return 2 * self.wo.numel() * len(self.wo)
 
 
 class CausalCompaction(nn.Module):
@@ -3123,6 +3146,10 @@ class StrawberryV0(LanguageModel):
 
     def flops(self, T: int) -> float:
         return self.config.r_layer * sum(b.flops(T) for b in self.blocks) + 2 * self.embed.weight.numel()
+
+    def flops_at_once(self) -> float:
+        shared = (b.compaction.flops_at_once() for b in self.blocks if b.compaction is not None and not self.causal)
+        return self.config.r_layer * sum(shared)
 
 
 def repeated_states(blocks: nn.ModuleList, repeats: int, *args) -> list:

@@ -537,6 +537,20 @@ def lam_by_products(causal: bool):
     return mix
 
 
+@pytest.mark.parametrize(("case", "common"), [
+    ("strawberry()", False), ("strawberry(retention_scope=batch)", True),
+    ("strawberry-v0(compaction=True,compaction_scope=batch)", True),
+])  # fmt: skip
+def test_what_rows_have_in_common_is_counted_once(case, common):
+    """What a batch's retention or compaction makes of its sums, however many the rows are."""
+    model = build({**sized(case), "aft": "simple"})
+    n = model.config.block_size
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens(3, n))
+    assert model.flops_per_token(n, rows=3) * 3 * n == pytest.approx(3 * counter.get_total_flops(), rel=1e-9)
+    assert (model.flops_per_token(n, rows=3) < model.flops_per_token(n)) == common
+
+
 @every_case
 def test_flops_per_token_are_those_counted(case, monkeypatch):
     """A training step's matrix products over one row of block_size tokens, as torch counts them on explicit T²
@@ -742,12 +756,12 @@ def test_one_compilation_serves_all_blocks(scope):
 
 
 def test_a_stack_in_pieces_is_the_stack():
-    """One graph for equal pieces; the same loss and gradients."""
+    """One graph for equal pieces, each with masks of its own; the same loss and gradients."""
     compiled = []
-    for n_layer, n in ((6, 3), (6, 1)):
+    for n_layer, n in ((7, 3), (6, 3), (6, 1)):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = build({**CASES["tinystar()"], "n_layer": n_layer})
+        model = build({**CASES["tinystar()"], "attention_type": "MHA-SWA", "n_layer": n_layer})
         loss, grads = step_of(model, model)
         assert model.divide(n) == (n > 1)
         counter = torch._dynamo.testing.CompileCounter()
@@ -757,8 +771,8 @@ def test_a_stack_in_pieces_is_the_stack():
             torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
         compiled.append((counter.frame_count, counter.op_count))
     torch._dynamo.reset()
-    (pieces, of_two), (whole, of_six) = compiled
-    assert whole == 1 < pieces <= 4 and of_two < 0.6 * of_six
+    (uneven, _), (pieces, of_two), (whole, of_six) = compiled
+    assert whole == 1 < pieces <= 4 and uneven == pieces + 1 and of_two < 0.6 * of_six
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
