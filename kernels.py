@@ -14,6 +14,7 @@ it, which is the reference, and what runs where Triton or a GPU is missing.
     bent, bent_back   what is between two products in 8 bits: gelu and the like, and their gradients
     grow              retention's update of a matrix for each chunk of each row; grow_backward
     turn              queries and keys of a joint projection, turned and normed, differentiable
+    turn_bytes        the gradient of that projection in 8 bits, as it lies and transposed
 
 The kernels are registered with torch.library, so torch.compile keeps them whole and a CUDA graph may record them:
 nothing on the host depends on what is in a tensor. With TRITON_INTERPRET=1 in the environment they run on the CPU,
@@ -444,7 +445,8 @@ def head_slopes(logits: Tensor, targets: Tensor, V: int, cap: float | None, scal
     which is the reference. Only where `usable(logits)`.
 
     Up to HEAD_WIDEST logits a program holds all of a token: they are read once and their gradients written once, which
-    is the floor. Of more it reads them twice, the second time out of the cache, since few tokens are worked on at once.
+    is the floor. Of more it reads them twice, the second time out of the cache, since few tokens are worked on at once;
+    and once more where the first of them are smaller than the largest by more than exp has room for.
     """
     return torch.ops.strawberry.head_slopes(logits, targets, V, cap, scale, dtype or logits.dtype)
 
@@ -759,6 +761,8 @@ def joined_op(
 ) -> tuple[Tensor, Tensor]:
     parts = [part if part.stride(1) == 1 else part.contiguous() for part in (first, second, third)]
     widths = [part.size(1) for part in parts]
+    if any(n % 64 for n in widths):  # a tile would lie in two parts
+        raise ValueError(f"widths {widths}: each must be a multiple of 64")
     y, flipped = bent_empty(first, sum(widths), dtype)
     grid, shape = byte_tiles(*y.shape)
     rows = [part.stride(0) for part in parts]
@@ -2032,7 +2036,7 @@ def turn_bytes_op(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     grads = [x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv)]
-    read, cos, sin = (dq if qkv is None else qkv).contiguous(), cos.contiguous(), sin.contiguous()
+    read, cos, sin = dq if qkv is None else qkv.contiguous(), cos.contiguous(), sin.contiguous()
     (B, T, n_q), n_k, d = dq.shape, dk.size(-1), 2 * cos.size(-1)
     width = n_q + 2 * n_k
     y, flipped = dq.new_empty(B * T, width, dtype=dtype), dq.new_empty(width, B * T, dtype=dtype)
@@ -2155,6 +2159,11 @@ def measure_bytes(bandwidth: float) -> bool:
     sets = [(random(n, m).to(torch.float8_e4m3fn).view(torch.uint8),) for _ in range(2)]
     error = error_of(ops.transposed(*sets[0]), sets[0][0].t().double())
     right &= line(f"transposed {n} x {m}", error, 1e-9, timed(ops.transposed, sets), 2 * n * m / bandwidth)
+    thirds = [(*(random(n, m // 3) for _ in range(3)), 4.0, torch.float8_e5m2) for _ in range(2)]
+    got, transposed_too = ops.joined(*thirds[0])
+    error = error_of(got.view(torch.float8_e5m2).double() / 4, torch.cat(thirds[0][:3], dim=1).double())
+    right &= line(f"joined {n} x {m}", error, 8e-2, timed(ops.joined, thirds), 4 * n * m / bandwidth)
+    right &= torch.equal(got.t(), transposed_too)
     for kind in ("gelu", "swiglu"):
         parts, dtypes = 2 if kind == "swiglu" else 1, (torch.float8_e4m3fn, torch.float8_e5m2)
         sets = [(random(n, parts * m), random(n, m)) for _ in range(2)]
@@ -2252,6 +2261,12 @@ def measure_turn(bandwidth: float) -> bool:
                 got = (got,) if isinstance(got, Tensor) else got
                 error = max(error_of(x[:1], y) for x, y in zip(got, its, strict=True))
                 right &= line(label, error, 6e-3, timed(way, calls), nbytes / bandwidth)
+        eight = [(*its, one[0] if normed else None, *tables, 4.0, torch.float8_e5m2)
+                 for its, one in zip(slopes, forward)]  # fmt: skip
+        got, flipped = turn_bytes(*eight[0])
+        error = error_of(got[:T].double() / 4, exact[1][0].flatten(0, 1))
+        right &= line("  backward in 8 bits", error, 8e-2, timed(turn_bytes, eight), back / bandwidth)
+        right &= torch.equal(got.view(torch.uint8).t(), flipped.view(torch.uint8))
     return right
 
 

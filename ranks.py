@@ -448,13 +448,13 @@ class Replicated(Ranks):
         return model.to(device)
 
     def forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
-        """`idle`: whether a step leaves parameters without a gradient, for which DDP would otherwise wait. A model that
-        is compiled as a whole gives all gradients at once, at the end: nothing is left to go on while they travel."""
+        """`idle`: whether a step leaves parameters without a gradient, for which DDP would otherwise wait. Gradients
+        travel while others are computed where a compiled model comes as several graphs; one gives all at its end."""
         if self.ddp is None:
             DDP = nn.parallel.DistributedDataParallel
             with self.listening():
                 about = {"gradient_as_bucket_view": True, "find_unused_parameters": idle()}
-                if compiled is True and not model.divide(PIECES):  # all come at once: few parcels are there sooner
+                if compiled is True and not model.divide(PIECES):  # all come at once: few parcels take less time
                     about["bucket_cap_mb"] = 1 << 10
                 newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
                 about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # they are equal: see sum_

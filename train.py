@@ -1385,7 +1385,8 @@ class Trainer:
                 'set batch_size to "auto", or lower'
             )
         sizes = (f"model_hyperparams.{key} ({getattr(hyper, key)})" for key in ("block_size", "n_embd", "n_layer"))
-        return f"{mend} {', '.join(sizes)}."
+        free = ", or set record to false" if run.record and can_record(self.device) else ""  # a recorded step's memory
+        return f"{mend} {', '.join(sizes)}{free}."
 
     # -- checking
 

@@ -784,6 +784,8 @@ def test_gradients_are_joined(rows):
     parts = wide[:, :64], draw(rows, 128, seed=1).bfloat16(), wide[:, 192:256]  # two of them with rows between theirs
     in_8_bits(*kernels.joined(parts, 64.0, torch.float8_e5m2), torch.cat(parts, dim=1).double(), 64.0)
     torch.library.opcheck(torch.ops.strawberry.joined, (*parts, 64.0, torch.float8_e5m2))
+    with pytest.raises(ValueError, match="64"):
+        kernels.joined((wide[:, :32], *parts[1:]), 64.0, torch.float8_e5m2)
 
 
 def test_bytes_are_ops_that_a_compiler_keeps():
@@ -829,3 +831,37 @@ def test_a_turned_product_in_8_bits():
     for a, b, c in zip(*pairs, strict=True):  # the interpreter's conversion and torch's differ: see in_8_bits
         check(a, b.double(), 0.2)
         assert torch.equal(a, c)
+
+
+IN_8_BITS = {  # and how often the gradients of q, k and v are turned, with or without the norm, or joined
+    "strawberry": ({"arch": "strawberry", "retention": "none", "r_layer": 1}, {"normed": 1, "joined": 1}),
+    "grouped": ({"arch": "tinystar", "attention_type": "GQA", "n_kv_head": 1, "pos_encoding": "RoPE"}, {"turned": 1}),
+    "learned": ({"arch": "tinystar", "attention_type": "MHA", "pos_encoding": "Learned"}, {"joined": 1}),
+    "narrow": ({"arch": "tinystar", "attention_type": "GQA", "n_kv_head": 1, "pos_encoding": "Learned"}, {}),
+}
+
+
+@pytest.mark.parametrize("name", IN_8_BITS)
+def test_models_join_their_gradients_in_8_bits(name, monkeypatch):
+    from model import Float8
+
+    hyper, wanted = IN_8_BITS[name]
+    torch.manual_seed(0)
+    model = build({"n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 64, "block_size": 32} | hyper)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    taken, turn, join = [], kernels.turn_bytes, kernels.joined
+    monkeypatch.setattr(kernels, "joined", lambda *args: taken.append("joined") or join(*args))
+    kind = {True: "turned", False: "normed"}
+    monkeypatch.setattr(kernels, "turn_bytes", lambda *args: taken.append(kind[args[3] is None]) or turn(*args))
+    monkeypatch.setattr(Float8, "WORTH", 4)
+    idx, found = torch.randint(64, (2, 32)), []
+    for on in (True, False):
+        Float8.use(on, torch.device("cpu"))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(idx, idx)[1]
+        found.append(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True, allow_unused=True))
+    assert {kind: taken.count(kind) for kind in taken} == wanted
+    for p, a, b in zip(model.parameters(), *found, strict=True):
+        if p.ndim == 2 and b.any():  # the interpreter rounds some numbers to half of what they are: see in_8_bits
+            assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.8

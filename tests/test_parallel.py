@@ -91,6 +91,7 @@ def steps(group, hyper: dict, T: int, n: int = 1) -> dict:
     model = group.place(perturbed(hyper), CPU, torch.float32).train()
     about = OptimizerHyperparams(use_muon=True, eps=1e-2)  # so that AdamW's first step is no mere sign of a gradient
     optimizer = build_optimizer(model, about, 1e-2, "cpu", group)
+    optimizer._in_passing = True  # as on a GPU
     given = batches(model, T, group.rank, group.world)
 
     def idle() -> bool:
@@ -591,6 +592,30 @@ def test_two_processes_multiply_in_8_bits_as_one(found, mode):
 def test_a_signal_that_one_of_them_gets_stops_all_at_one_step(found):
     assert [both["stopped"] for both in found[1]] == [143, 143]
     assert newest("stopped").step == timeless("stopped/metrics.jsonl")[-1]["step"] == 3
+
+
+@pytest.mark.parametrize(("hyper", "compiled", "pieces", "parcel"), [
+    ({"arch": "tinystar", "n_layer": 6}, True, 3, None), ({"arch": "tinystar", "n_layer": 1}, True, 1, 1024),
+    ({"arch": "strawberry", "n_layer": 2}, True, 2, None), ({"arch": "strawberry", "n_layer": 1}, True, 1, 1024),
+    ({"arch": "palm", "n_layer": 2}, True, 1, 1024), ({"arch": "tinystar", "n_layer": 6}, "blocks", 1, None),
+    ({"arch": "tinystar", "n_layer": 6}, False, 1, None),
+], ids=str)  # fmt: skip
+def test_gradients_travel_in_large_parcels_where_all_come_at_once(hyper, compiled, pieces, parcel, monkeypatch):
+    about = {}
+
+    class DDP(torch.nn.Module):
+        def __init__(self, model, **keys):
+            super().__init__()
+            about.update(keys)
+
+        def _set_ddp_runtime_logging_sample_rate(self, n):
+            pass
+
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", DDP)
+    monkeypatch.setattr(ranks.Replicated, "listening", lambda self: contextlib.nullcontext())
+    model = build({"n_embd": 16, "n_head": 2, "vocab_size": 16, "block_size": 16} | hyper)
+    object.__new__(ranks.Replicated).forward(model, compiled, lambda: False)
+    assert (model.pieces, about.get("bucket_cap_mb")) == (pieces, parcel)
 
 
 def test_steps_left_to_the_device_are_those_of_the_host(found):

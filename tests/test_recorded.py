@@ -18,8 +18,20 @@ EXPERTS = {"n_experts": 2, "n_ffn_experts": 2}
 
 @pytest.fixture
 def recording(monkeypatch):
-    """Steps are `Recorded`."""
+    """Steps are `Recorded`, and AdamW clips as on a GPU."""
+    record(monkeypatch)
+
+
+def record(monkeypatch):
+    build = train.build_optimizer
+
+    def build_for_a_gpu(*arguments):
+        optimizer = build(*arguments)
+        optimizer._in_passing = True
+        return optimizer
+
     monkeypatch.setattr(train, "can_record", lambda device: True)
+    monkeypatch.setattr(train, "build_optimizer", build_for_a_gpu)
 
 
 def close(a: dict, b: dict):
@@ -34,7 +46,7 @@ def test_recorded_steps_train_as_others_do(workshop, monkeypatch, muon, accumula
     write_config(model_hyperparams=EXPERTS | {"dropout": 0.1})
     keys = [f"--optimizer_hyperparams.use_muon={muon}", f"--gradient_accumulation_steps={accumulation}"]
     assert run(*keys, "--checkpoints.path=plain") == 0
-    monkeypatch.setattr(train, "can_record", lambda device: True)
+    record(monkeypatch)
     assert run(*keys) == 0
     plain, recorded = weights_and_state("plain"), weights_and_state("ck")
     assert plain[0] == recorded[0] == 10
