@@ -742,6 +742,11 @@ def flexes(q: Tensor, dropout: float) -> bool:
             and q.size(1) >= 256 and q.size(-1) >= 16)  # fmt: skip
 
 
+# of heads of 64 numbers in half types, whose windows are some blocks long; FlexAttention's own are made for long ones
+TILES = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64,
+         "bwd_BLOCK_N2": 32, "num_warps": 4, "num_stages": 3}  # fmt: skip
+
+
 def attend_blocks(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], at: At, *, scale: float) -> Tensor:
     """FlexAttention (arXiv 2412.05496) where each head sees the newest `windows[h]` tokens; one number is for all.
 
@@ -758,11 +763,6 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], at:
     tiles = TILES if q.size(-1) == v.size(-1) == 64 and dtype.itemsize == 2 else None
     y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=tiles)
     return y.transpose(1, 2)
-
-
-# of heads of 64 numbers in half types, whose windows are some blocks long; FlexAttention's own are made for long ones
-TILES = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64,
-         "bwd_BLOCK_N2": 32, "num_warps": 4, "num_stages": 3}  # fmt: skip
 
 
 def near(window: Tensor) -> Callable:
@@ -816,7 +816,7 @@ def joint(x: Tensor, w: Tensor | Int8 | Scaled | ByChunk, widths: Sequence[int],
     """q, k and v as the mixer reads them, out of one product x Wᵀ, W (Σ widths, in); in 8 bits the gradients, too, are
     made one in them."""
     whole = matrix(w) if Float8.on else w
-    if isinstance(whole, Tensor) and whole.dim() == 2 and len(widths) == 3 and Float8.takes(x, whole):
+    if len(widths) == 3 and Float8.takes(x, whole):
         x = activation(x)
         if mixer.prepare in TURNED and kernels.turnable(x, tuple(widths), at.rope[0]):
             return Float8Turned.apply(x, whole, tuple(widths), *at.rope, TURNED[mixer.prepare])

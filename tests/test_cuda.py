@@ -13,6 +13,8 @@ from decode import Decoder, quantize
 from model import AFTS, At, Float8, View, aft_simple, as_is, attend, attend_blocks, build
 
 pytestmark = pytest.mark.cuda
+eight_bits = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="has no 8 bits")  # fmt: skip
 
 SMALL = {"vocab_size": 64, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64}
 MODELS = [
@@ -316,7 +318,7 @@ def test_the_fused_head_is_the_plain_one(arch, monkeypatch):
             torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="has no 8 bits")
+@eight_bits
 @pytest.mark.parametrize(("config", "hyper"), [
     ("tinystar-v0.1-baseline.json", {"norm_type": "RMSNorm", "n_layer": 2, "block_size": 64}),
     ("tinystar-v0.2-modernbase.json", {"n_layer": 2, "block_size": 64}),
@@ -356,7 +358,7 @@ def directions(hyper: dict, device: str, backend: str) -> dict[str, float]:
             for name, a, b in zip(names, *found, strict=True) if a.ndim == 2 and b.any()}  # fmt: skip
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="has no 8 bits")
+@eight_bits
 @pytest.mark.parametrize("hyper", [*TURNING, {"arch": "tinystar", "pos_encoding": "Learned"}], ids=str)
 def test_gradients_in_8_bits_point_where_those_in_bfloat16_do(hyper, monkeypatch):
     monkeypatch.setattr(Float8, "WORTH", 4)
@@ -364,7 +366,7 @@ def test_gradients_in_8_bits_point_where_those_in_bfloat16_do(hyper, monkeypatch
     assert min(found.values()) > 0.95, found
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="has no 8 bits")
+@eight_bits
 def test_joined_gradients_are_those_of_the_plain_path_on_a_gpu(monkeypatch):
     wide = torch.randn(1000, 2304, device="cuda").bfloat16()
     parts = wide[:, :768], torch.randn(1000, 256, device="cuda").bfloat16(), wide[:, 1536:]
@@ -375,7 +377,7 @@ def test_joined_gradients_are_those_of_the_plain_path_on_a_gpu(monkeypatch):
     assert torch.equal(got.view(torch.uint8).t(), turned.view(torch.uint8))
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="has no 8 bits")
+@eight_bits
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("d", [16, 64, 128, 256])
 def test_turned_gradients_are_those_of_the_wider_kernel_on_a_gpu(d, normed):
@@ -391,7 +393,7 @@ def test_turned_gradients_are_those_of_the_wider_kernel_on_a_gpu(d, normed):
     assert (got.float() != exact.float()).float().mean() < 2e-3
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="has no 8 bits")
+@eight_bits
 @pytest.mark.parametrize("kind", list(kernels.BENT))
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_bytes_are_those_of_the_plain_path_on_a_gpu(kind, dtype, monkeypatch):
