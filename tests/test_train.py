@@ -686,6 +686,13 @@ def test_out_of_memory_says_which_keys_to_lower(workshop, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Trainer, "accumulate", full)
-    with pytest.raises(UserError, match="Halve batch_size and double gradient_accumulation_steps"):
+    with pytest.raises(UserError, match="Halve batch_size and double gradient_accumulation_steps") as told:
         run()
+    assert "record" not in str(told.value)
+    monkeypatch.setattr(train, "can_record", lambda device: True)
+    with pytest.raises(UserError, match="or set record to false"):
+        run()
+    with pytest.raises(UserError, match="Halve") as told:
+        run("--record=false")
+    assert "record" not in str(told.value)
     assert not Path("ck").exists()
