@@ -820,6 +820,15 @@ def test_train_tells_what_a_step_is_made_of(real, capsys):
     assert "neither compiled nor recorded" in told and "one after another, not recorded: data" in told
 
 
+def test_train_counts_what_rows_have_in_common_once(real):
+    hyper = SMALL | {"arch": "strawberry", "n_embd": 16, "r_layer": 1, "retention_scope": "batch"}
+    config = json.loads(Path("a.json").read_text()) | {"model_hyperparams": hyper}
+    Path("c.json").write_text(json.dumps(config))
+    bench.main(["train", "--config", "c.json", "--json", "t.json"])
+    (row,), model = json.loads(Path("t.json").read_text()), build(hyper)
+    assert row["flops_per_token"] == model.flops_per_token(16, rows=4) < model.flops_per_token(16)
+
+
 def test_parts_are_what_lies_between_marks(monkeypatch):
     ticks = iter([0.0, 0.001, 0.004, 10.0, 10.001, 10.004, 20.0, 20.009, 20.010])
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
