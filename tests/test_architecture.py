@@ -1,0 +1,113 @@
+"""The structure of the code: which room may import which, and that model.py holds architectures only.
+
+KNOWN lists today's violations, and a test fails when one of them is gone but still listed: the lists only shrink.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# Rooms from the bottom up. A module may import from its own room and from rooms below it.
+ROOMS = [
+    ("common", ("strawberry.common", "strawberry.config", "options")),
+    ("ops.triton", ("strawberry.ops.triton", "kernels")),
+    ("ops", ("strawberry.ops",)),
+    ("cache", ("strawberry.cache", "strawberry.context", "strawberry.compile", "strawberry.sharding")),
+    ("model", ("model", "optimizer", "encoder")),
+    ("model files", ("strawberry.config_docs", "strawberry.summary", "strawberry.model_file")),
+    ("data, inference", ("strawberry.data", "strawberry.inference", "dataset", "assemble", "decode")),
+    ("training", ("strawberry.training", "checkpoint", "ranks", "plot")),
+    ("train", ("train",)),
+    ("serving, bench", ("strawberry.serving", "strawberry.bench", "jobs")),
+    ("scripts", ("sample", "prepare", "serve", "bench")),
+]
+
+# importer → imported, against the direction of ROOMS
+KNOWN_IMPORTS = {
+    "assemble → prepare",
+    "dataset → ranks",
+    "jobs → sample",
+    "optimizer → ranks",
+    "options → model",
+    "serve → sample",
+}
+# modules that reach themselves through their imports
+KNOWN_CIRCLES = {"checkpoint", "model", "options", "ranks"}
+# questions about the implementation in model.py: how often each is asked
+KNOWN_QUESTIONS = {"compiling": 4, "device": 4, "quantized": 3, "float8": 54, "kernels": 42}
+QUESTIONS = {
+    "compiling": r"is_compiling",
+    "device": r"\.is_cuda",
+    "quantized": r"isinstance\([^)]*Int8",
+    "float8": r"Float8\.\w+",
+    "kernels": r"kernels\.\w+",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Module name → file, of all that the project ships."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("strawberry/**/*.py")]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}
+    return {name: path for path, name in names.items()}
+
+
+def imports_of(path: Path, known: set[str]) -> set[str]:
+    """The project's modules that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            raise AssertionError(f"{path} imports relatively: write the module's whole name")
+    return found & known
+
+
+def edges() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports_of(path, set(known)) - {name} for name, path in known.items()}
+
+
+def room_of(module: str) -> int:
+    found = [(len(prefix), i) for i, (_, prefixes) in enumerate(ROOMS) for prefix in prefixes
+             if module == prefix or module.startswith(prefix + ".")]  # fmt: skip
+    assert found or module == "strawberry", f"{module} is in no room: give it one in ROOMS"
+    return max(found)[1] if found else 0
+
+
+def test_imports_go_down():
+    """From scripts to common code, never up, and no script is imported."""
+    scripts = len(ROOMS) - 1
+    wrong = {
+        f"{name} → {other}"
+        for name, others in edges().items()
+        for other in others
+        if room_of(other) > room_of(name) or (room_of(other) == scripts and name != other)
+    }
+    assert wrong == KNOWN_IMPORTS
+
+
+def test_no_module_imports_itself_through_others():
+    graph = edges()
+
+    def reaches(start: str) -> set[str]:
+        found, todo = set(), [start]
+        while todo:
+            for other in graph[todo.pop()] - found:
+                found.add(other)
+                todo.append(other)
+        return found
+
+    circles = {name for name in graph if name in reaches(name)}
+    assert circles == KNOWN_CIRCLES
+
+
+def test_model_asks_for_no_implementation():
+    """model.py calls operations; which implementation runs is chosen in strawberry/ops."""
+    text = (ROOT / "model.py").read_text("utf-8")
+    asked = {name: len(re.findall(pattern, text)) for name, pattern in QUESTIONS.items()}
+    assert {name: n for name, n in asked.items() if n} == KNOWN_QUESTIONS
