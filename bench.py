@@ -107,7 +107,7 @@ MIN_LR = 0.1  # the learning rate at the end, as a share of the highest
 TOLERANCE = 0.02  # of --match params
 FORMAT = 1  # of the files in runs/: those of another are not read
 POLL_SECONDS = 0.3  # between looks at the children
-CODE = ("model.py", "kernels.py", "optimizer.py", "dataset.py", "train.py")  # what a run's result depends on
+CODE = ("model.py", "optimizer.py", "dataset.py", "train.py", "strawberry/**/*.py")  # what a run's result depends on
 
 # Keys that are the same for all, as the first config has them: what is seen, in which portions, and how it is judged.
 SHARED = ("dataset.path", "dataset.load_from_file", "dataset.data_division", "encoder_path",
@@ -442,7 +442,7 @@ def meaning(source: str) -> str:
 
 def code_fingerprint() -> str:
     """SHA-256 of the code that trains."""
-    paths = [Path(__file__).resolve().parent / name for name in CODE]
+    paths = sorted(path for name in CODE for path in Path(__file__).resolve().parent.glob(name))
     texts = [meaning(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
@@ -2465,11 +2465,20 @@ def served_text(found: list[tuple], alone: list[str], arguments: argparse.Namesp
             "that their clients get alone")
 
 
+def kernels_command(argv: list[str]) -> int:
+    """Each Triton kernel against float64 on a GPU, and against its floor."""
+    from strawberry.bench import kernels
+
+    if argv:
+        raise UserError(f"bench.py kernels takes no arguments, not {' '.join(argv)}")
+    return kernels.main()
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "compare": compare, "train": train_command, "growth": growth_command, "scale": scale_command,
-    "decode": decode_command, "nanogpt": nanogpt, "serve": serve_command}  # fmt: skip
+    "decode": decode_command, "nanogpt": nanogpt, "serve": serve_command, "kernels": kernels_command}  # fmt: skip
 CHILDREN: dict[str, Callable[[list[str]], int | None]] = {
     "_train": train_child, "_speed": speed_child, "_step": step_child, "_race": race_child, "_nanogpt": nanogpt_child,
     "_scale": scale_child,

@@ -28,9 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import kernels
 from model import Int8, LanguageModel, sample, wide
 from options import UserError
+from strawberry.ops.linear import quantize_int8
 
 # ---- requests ------------------------------------------------------------------------------------------------------
 
@@ -576,5 +576,5 @@ def quantize(model: LanguageModel, kind: str = "int8") -> LanguageModel:
             weight = getattr(module, name)
             if module.roles[name] != "input":  # of which a token reads one row
                 delattr(module, name)
-                setattr(module, name, Int8(*kernels.quantize_int8(weight)))
+                setattr(module, name, Int8(*quantize_int8(weight)))
     return model

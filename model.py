@@ -35,8 +35,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-import kernels
 from options import UserError, check, load_run, nearest, option, run_cli
+from strawberry.ops import float8
+from strawberry.ops.attention import decode_attention
+from strawberry.ops.float8 import quantize_fp8, transpose_fp8
+from strawberry.ops.linear import int8_linear
+from strawberry.ops.retention import gated_update, gated_update_backward
+from strawberry.ops.triton import aft as aft_kernels
+from strawberry.ops.triton import aft_positional as aft_positional_kernels
+from strawberry.ops.triton import common as kernels
+from strawberry.ops.triton import rope as rope_kernels
+from strawberry.ops.triton.common import HALF_DTYPES
+from strawberry.ops.triton.cross_entropy import fused_cross_entropy
+from strawberry.ops.triton.retention import can_fuse_update
 
 # ---- helpers -------------------------------------------------------------------------------------------------------
 
@@ -91,7 +102,7 @@ def linear(x: Tensor, w: Tensor | Int8, bias: Tensor | None = None) -> Tensor:
     if Float8.takes(x, w):
         y = Float8Product.apply(activation(x).flatten(0, -2), w).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias.to(y.dtype)
-    return kernels.int8_linear(x, w.w, w.scale, bias) if isinstance(w, Int8) else F.linear(x, w, bias)
+    return int8_linear(x, w.w, w.scale, bias) if isinstance(w, Int8) else F.linear(x, w, bias)
 
 
 def linear_scan(decay: Tensor, x: Tensor) -> Tensor:
@@ -163,7 +174,7 @@ def measured(w: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix in 8 bits, its largest number near the end of their range, and the float32 scale that undoes it."""
     most = w.abs().amax().float().clamp(min=1e-12) / torch.finfo(Float8.FORWARD).max
     undo = torch.exp2(torch.log2(most).ceil())
-    return kernels.to_8_bits(w, (1 / undo).to(w.dtype), Float8.FORWARD), undo
+    return quantize_fp8(w, (1 / undo).to(w.dtype), Float8.FORWARD), undo
 
 
 def product_8(a: Tensor, b: Tensor, undo_a: Tensor, undo_b: Tensor, dtype: torch.dtype, quick: bool = False) -> Tensor:
@@ -186,14 +197,14 @@ class Float8Product(torch.autograd.Function):
     def made(x: Tensor, w: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x Wᵀ, and what `back` wants of it. Both are transposed here and not on the way back: a compiler would make
         their bytes there once more, out of what they are made of."""
-        x8, (w8, undo) = kernels.to_8_bits(x, Float8.X, Float8.FORWARD), measured(w)
+        x8, (w8, undo) = quantize_fp8(x, Float8.X, Float8.FORWARD), measured(w)
         y = product_8(x8, w8, Float8.undo[Float8.X], undo, x.dtype, quick=True)
-        return y, (kernels.transposed(x8), kernels.transposed(w8), undo)
+        return y, (transpose_fp8(x8), transpose_fp8(w8), undo)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        g8 = kernels.to_8_bits(grad, Float8.GRADIENT, Float8.BACKWARD)
-        return Float8Product.back(g8, kernels.transposed(g8), *ctx.saved_tensors, ctx.types)
+        g8 = quantize_fp8(grad, Float8.GRADIENT, Float8.BACKWARD)
+        return Float8Product.back(g8, transpose_fp8(g8), *ctx.saved_tensors, ctx.types)
 
     @staticmethod
     def back(g8: Tensor, g_t: Tensor, x_t: Tensor, w_t: Tensor, undo: Tensor, types: tuple) -> tuple[Tensor, Tensor]:
@@ -215,7 +226,7 @@ class Float8Joint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
-        g8, g_t = kernels.joined(grads, Float8.GRADIENT, Float8.BACKWARD)
+        g8, g_t = float8.concat_quantize(grads, Float8.GRADIENT, Float8.BACKWARD)
         return *Float8Product.back(g8, g_t, *ctx.saved_tensors, ctx.types), None, None, None
 
 
@@ -229,13 +240,13 @@ class Float8Turned(torch.autograd.Function):
         qkv = y.unflatten(0, x.shape[:2])
         ctx.save_for_backward(*kept, qkv if normed else None, cos, sin)
         ctx.types = x.dtype, w.dtype
-        q, k = torch.ops.strawberry.turn(qkv, cos, sin, widths[0], widths[1], normed)
+        q, k = torch.ops.strawberry.qk_rope_norm(qkv, cos, sin, widths[0], widths[1], normed)
         return q, k, qkv[..., widths[0] + widths[1] :]
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple:
         *kept, qkv, cos, sin = ctx.saved_tensors
-        g8, g_t = kernels.turn_bytes(*grads, qkv, cos, sin, Float8.GRADIENT, Float8.BACKWARD)
+        g8, g_t = rope_kernels.qkv_grad_quantize(*grads, qkv, cos, sin, Float8.GRADIENT, Float8.BACKWARD)
         dx, dw = Float8Product.back(g8, g_t, *kept, ctx.types)
         return dx.unflatten(0, grads[0].shape[:2]), dw, None, None, None, None
 
@@ -248,14 +259,14 @@ class Float8FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor, kind: str, apart: bool, alone: bool) -> tuple[Tensor, Tensor]:
         if alone:
-            x8, x_t = kernels.bent(x, "as is", Float8.X, Float8.FORWARD)
+            x8, x_t = float8.act_quantize(x, "identity", Float8.X, Float8.FORWARD)
         else:
-            x8 = kernels.to_8_bits(x, Float8.X, Float8.FORWARD)
-            x_t = kernels.transposed(x8)
+            x8 = quantize_fp8(x, Float8.X, Float8.FORWARD)
+            x_t = transpose_fp8(x8)
         (first, undo_1), (second, undo_2) = measured(w1), measured(w2)
         h = product_8(x8, first, Float8.undo[Float8.X], undo_1, x.dtype, quick=True)
-        y8, y_t = kernels.bent(h, kind, Float8.X, Float8.FORWARD)
-        turned = kernels.transposed(first), kernels.transposed(second)
+        y8, y_t = float8.act_quantize(h, kind, Float8.X, Float8.FORWARD)
+        turned = transpose_fp8(first), transpose_fp8(second)
         ctx.save_for_backward(x_t, h, y_t, *turned, undo_1, undo_2)
         ctx.kind, ctx.types = kind, (x.dtype, w1.dtype, w2.dtype)
         if not apart:  # else a gradient of zeros would be made for it
@@ -267,11 +278,11 @@ class Float8FeedForward(torch.autograd.Function):
     def backward(ctx, grad: Tensor, more: Tensor | None) -> tuple:
         x_t, h, y_t, first_t, second_t, undo_1, undo_2 = ctx.saved_tensors
         undo_g, undo_x = Float8.undo[Float8.GRADIENT], Float8.undo[Float8.X]
-        g8, g_t = kernels.bent(grad, "as is", Float8.GRADIENT, Float8.BACKWARD)
+        g8, g_t = float8.act_quantize(grad, "identity", Float8.GRADIENT, Float8.BACKWARD)
         dy = product_8(g8, second_t, undo_g, undo_2, ctx.types[0])
         dw2 = product_8(g_t, y_t, undo_g, undo_x, ctx.types[2])
         more = more if ctx.apart else None
-        h8, h_t = kernels.bent_back(h, dy, ctx.kind, Float8.GRADIENT, Float8.BACKWARD, more)
+        h8, h_t = float8.act_quantize_backward(h, dy, ctx.kind, Float8.GRADIENT, Float8.BACKWARD, more)
         dx = product_8(h8, first_t, undo_g, undo_1, ctx.types[0])
         return dx, product_8(h_t, x_t, undo_g, undo_x, ctx.types[1]), dw2, None, None, None
 
@@ -805,8 +816,8 @@ def ready(qkv: Tensor | Sequence[Tensor], widths: Sequence[int], mixer: nn.Modul
     with two widths, k's and v's, q is k."""
     prepare = mixer.prepare
     if isinstance(qkv, Tensor):
-        if prepare in TURNED and kernels.turnable(qkv, tuple(widths), at.rope[0]):
-            return kernels.turn(qkv, tuple(widths), *at.rope, normed=TURNED[prepare])
+        if prepare in TURNED and rope_kernels.can_fuse_rope(qkv, tuple(widths), at.rope[0]):
+            return rope_kernels.fused_qk_rope_norm(qkv, tuple(widths), *at.rope, normed=TURNED[prepare])
         qkv = qkv.split(widths, dim=-1)
     *q, k, v = qkv
     return *prepare(q[0] if q else k, k, at), v
@@ -818,7 +829,7 @@ def joint(x: Tensor, w: Tensor | Int8 | Scaled | ByChunk, widths: Sequence[int],
     whole = matrix(w) if Float8.on else w
     if len(widths) == 3 and Float8.takes(x, whole):
         x = activation(x)
-        if mixer.prepare in TURNED and kernels.turnable(x, tuple(widths), at.rope[0]):
+        if mixer.prepare in TURNED and rope_kernels.can_fuse_rope(x, tuple(widths), at.rope[0]):
             return Float8Turned.apply(x, whole, tuple(widths), *at.rope, TURNED[mixer.prepare])
         if not any(n % 64 for n in widths):
             parts = Float8Joint.apply(x.flatten(0, -2), whole, *widths)
@@ -1063,7 +1074,7 @@ class ChunkSums(torch.autograd.Function):
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a b, (B, J, ·, ·) each, in float32 or wider."""
     with full_precision(a):
-        if a.is_cuda and a.dtype in kernels.HALVES:
+        if a.is_cuda and a.dtype in HALF_DTYPES:
             y = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
             return y.unflatten(0, a.shape[:2])
         return wide(a) @ wide(b)
@@ -1089,7 +1100,7 @@ class Softmax(nn.Module):
         self.scale = self.d**-0.5 * rope_attention(c, prepare)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: Ring | None) -> Tensor:
-        if state is not None and at.stepping and type(self.view) is View and kernels.usable(q):
+        if state is not None and at.stepping and type(self.view) is View and kernels.can_run(q):
             return self.one(q, k, v, at, state)
         if state is not None:
             k, v = state.extend(at, k, v)
@@ -1103,7 +1114,7 @@ class Softmax(nn.Module):
         """One token of each row, by a kernel that reads of the ring what is there."""
         (q, k, v), pos = (x.squeeze(1) for x in (q, k, v)), at.pos.squeeze(1)
         q = q.unflatten(-1, (-1, self.d))
-        y = kernels.decode_attention(q, state.k, state.v, pos, state.size, self.scale, new_k=k, new_v=v)
+        y = decode_attention(q, state.k, state.v, pos, state.size, self.scale, new_k=k, new_v=v)
         return y.flatten(1).unsqueeze(1).to(v.dtype)
 
     def new_state(self, batch: int, max_length: int, device, dtype) -> Ring:
@@ -1180,8 +1191,8 @@ class AFTSimpleFunction(torch.autograd.Function):
 def aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """σ(q_t) ⊙ o_t, (B, T, D) in v's dtype: by the kernel where there is one for these tensors, else in plain
     PyTorch."""
-    if kernels.usable(q, k, v):
-        return kernels.aft_simple(q, k, v)
+    if kernels.can_run(q, k, v):
+        return aft_kernels.fused_aft_simple(q, k, v)
     return (torch.sigmoid(wide(q)) * AFTSimpleFunction.apply(wide(k), wide(v))).to(v.dtype)
 
 
@@ -1264,7 +1275,7 @@ class AFTPositional(nn.Module):
         self.width, self.window, self.prepare = c.n_qkv, window, prepare
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, at: At, state: list | None) -> Tensor:
-        if at.causal and state is None and kernels.usable(q, k, v, *self.parameters()):
+        if at.causal and state is None and kernels.can_run(q, k, v, *self.parameters()):
             return self.fused(q, k, v)
         with full_precision(x):
             if not at.causal:
@@ -1415,7 +1426,7 @@ class AFTFull(AFTPositional):
         return p if self.window is None else torch.where((t - s).abs() < self.window, p, 0.0)
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return kernels.aft_local(q, k, v, self.a, self.b, self.window or k.size(1))
+        return aft_positional_kernels.fused_aft_local(q, k, v, self.a, self.b, self.window or k.size(1))
 
     def flops(self, T: int) -> float:
         return 4 * T * self.width + 2 * T * self.a.size(1)
@@ -1436,7 +1447,7 @@ class AFTConv(AFTPositional):
         return torch.where(distance < self.window, wide(self.kernel)[:, distance.clamp(max=self.window - 1)], 0.0)
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return kernels.aft_conv(q, k, v, self.kernel)
+        return aft_positional_kernels.fused_aft_conv(q, k, v, self.kernel)
 
 
 def aft_local(c, prepare: Callable) -> AFTFull:
@@ -2091,17 +2102,17 @@ class HeadProducts8(HeadProducts):
     def __init__(self, w: Tensor, dtype: torch.dtype):
         super().__init__(w, dtype)
         self.table, self.undo = measured(self.table)
-        self.turned = kernels.transposed(self.table)
+        self.turned = transpose_fp8(self.table)
 
     def logits(self, x: Tensor) -> Tensor:
-        x8 = kernels.to_8_bits(x, Float8.X, Float8.FORWARD)
+        x8 = quantize_fp8(x, Float8.X, Float8.FORWARD)
         return product_8(x8, self.table, Float8.undo[Float8.X], self.undo, x.dtype, quick=True)
 
     def back(self, slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        x_t = kernels.transposed(kernels.to_8_bits(x, Float8.X, Float8.FORWARD))
+        x_t = transpose_fp8(quantize_fp8(x, Float8.X, Float8.FORWARD))
         undo, undo_x = Float8.undo[Float8.SLOPE], Float8.undo[Float8.X]
         dx = product_8(slope, self.turned, undo, self.undo, x.dtype)
-        return dx, product_8(kernels.transposed(slope), x_t, undo, undo_x, x.dtype)
+        return dx, product_8(transpose_fp8(slope), x_t, undo, undo_x, x.dtype)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -2141,8 +2152,8 @@ def loss_and_slope(logits: Tensor, targets: Tensor, V: int, cap: float | None, s
                    dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Σ cross entropy over the targets ≥ 0, and scale · its gradient by the logits (N, ≥ V), of which the first V
     count, in the logits' type or another."""
-    if kernels.usable(logits):
-        nats, slope = kernels.head_slopes(logits, targets, V, cap, scale, dtype)
+    if kernels.can_run(logits):
+        nats, slope = fused_cross_entropy(logits, targets, V, cap, scale, dtype)
         return nats.sum(), slope
     wanted, real = targets.clamp(min=0).unsqueeze(-1), (targets >= 0).unsqueeze(-1)
     place = torch.arange(logits.size(1), device=logits.device)
@@ -2641,7 +2652,7 @@ def grown(w: Weights, oa: Tensor | None, block: StrawberryBlock) -> Weights:
         deviations = [wide(raw).std(dim=(-2, -1)) for raw in raws]
     else:
         raws, scales = [raw.to(oa.dtype) for raw in raws], [scale.expand(*oa.shape[:2], 1, 1) for scale in scales]
-        grow = grow_each if kernels.growable(raws[0], oa) else grow_together
+        grow = grow_each if can_fuse_update(raws[0], oa) else grow_together
         raws, deviations = grow(Weights(*raws), scales, oa, block.out.to(oa.dtype))
     sizes = (w.qkv.raw.size(-1), w.swiglu.raw.size(-1), w.out.raw.size(-1))
     gains = [gain * n**-0.5 for gain, n in zip(block.tao[0].abs(), sizes, strict=True)]
@@ -2684,7 +2695,7 @@ class Grow(torch.autograd.Function):
     @staticmethod
     def forward(ctx, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> tuple[Tensor, Tensor]:
         with full_precision(raw):
-            new, z, mean, variance = kernels.grow(raw, scale, oa, out, viewed)
+            new, z, mean, variance = gated_update(raw, scale, oa, out, viewed)
         ctx.save_for_backward(raw, scale, oa, out, z, new, mean, variance)
         ctx.viewed = viewed
         return new, variance.sqrt()
@@ -2695,7 +2706,7 @@ class Grow(torch.autograd.Function):
         slope = torch.where(variance > 0, grad_deviation * variance.rsqrt(), 0.0) / (new[0, 0].numel() - 1)
         grad = (wide(grad) + slope * (wide(new) - mean)).to(new.dtype)
         with full_precision(raw):
-            d_raw, *others = kernels.grow_backward(grad, raw, scale, oa, out, z, ctx.viewed)
+            d_raw, *others = gated_update_backward(grad, raw, scale, oa, out, z, ctx.viewed)
         if raw.dim() == 2:
             d_raw = wide(d_raw).sum(dim=(0, 1)).to(raw.dtype)
         return d_raw, *others, None

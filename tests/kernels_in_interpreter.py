@@ -1,7 +1,7 @@
-"""The kernels of kernels.py in Triton's interpreter, on the CPU. tests/test_kernels.py runs this file in processes of
-its own, with TRITON_INTERPRET=1, so that no other test's Triton is changed.
+"""The kernels of strawberry/ops/triton in Triton's interpreter, on the CPU. tests/test_kernels.py runs this file in
+processes of its own, with TRITON_INTERPRET=1, so that no other test's Triton is changed.
 
-References are written out in float64 and share no code with kernels.py.
+References are written out in float64 and share no code with them.
 """
 
 import copy
@@ -12,12 +12,23 @@ import pytest
 import torch
 from test_decode import by_generate, collect, made, requests_for
 
-import kernels
 from decode import Decoder
-from kernels import aft_conv, aft_local, aft_simple, decode_attention, head_slopes, int8_linear, quantize_int8
 from model import AFTS, At, Grow, build, channel_norm
+from strawberry.ops import float8
+from strawberry.ops.attention import decode_attention
+from strawberry.ops.float8 import act_quantize, act_quantize_backward, concat_quantize, transpose_fp8
+from strawberry.ops.linear import int8_linear, quantize_int8
+from strawberry.ops.triton import aft, aft_positional, rope
+from strawberry.ops.triton import common as kernels
+from strawberry.ops.triton.aft import fused_aft_simple, is_chained, segment_size
+from strawberry.ops.triton.aft_positional import fused_aft_conv, fused_aft_local
+from strawberry.ops.triton.common import INTERPRETED
+from strawberry.ops.triton.cross_entropy import fused_cross_entropy
+from strawberry.ops.triton.decode_attention import num_splits
+from strawberry.ops.triton.retention import can_fuse_update
+from strawberry.ops.triton.rope import can_fuse_rope, fused_qk_rope_norm, qkv_grad_quantize
 
-assert kernels.INTERPRETED, "run by tests/test_kernels.py, or with TRITON_INTERPRET=1"
+assert INTERPRETED, "run by tests/test_kernels.py, or with TRITON_INTERPRET=1"
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +139,7 @@ def test_decoder_through_kernels_makes_the_texts_that_generate_makes(name, monke
     model = made(name).float()
     requests = requests_for(model, 4)
     got = collect(Decoder(model, 2, 64), requests)
-    monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+    monkeypatch.setattr(kernels, "can_run", lambda *tensors: False)
     for request, (tokens, _) in zip(requests, got, strict=True):
         assert tokens == by_generate(model, request)
 
@@ -168,11 +179,11 @@ def test_a_rows_result_does_not_depend_on_its_company():
 
 def test_short_contexts_are_not_split(monkeypatch):
     """And long ones are, into no more parts than there are programs to run."""
-    monkeypatch.setattr(kernels, "processors", lambda x: 132)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda x: 132)
     q, short, long = torch.zeros(1, 12, 64), torch.zeros(1, 257, 768), torch.zeros(1, 8193, 768)
-    assert kernels.decode_splits(q, short, 256) == 1
-    assert 16 <= kernels.decode_splits(q, long, 8192) <= 128
-    assert kernels.decode_splits(torch.zeros(512, 12, 64), long.expand(512, -1, -1), 8192) == 1
+    assert num_splits(q, short, 256) == 1
+    assert 16 <= num_splits(q, long, 8192) <= 128
+    assert num_splits(torch.zeros(512, 12, 64), long.expand(512, -1, -1), 8192) == 1
 
 
 # ---- int8 ------------------------------------------------------------------------------------------------------------
@@ -273,9 +284,9 @@ def check_aft(q, k, v, bound: float) -> None:
 @pytest.fixture(params=["chained", "not chained"])
 def small_tiles(request, monkeypatch):
     """More tiles of fewer tokens: the interpreter is slow."""
-    sizes = {"AFT_ROWS": 8, "AFT_CHAINED_ROWS": 4, "AFT_SEGMENT": 8, "AFT_SHORTEST": 8, "AFT_GROUP": 2}
-    for name, value in (sizes | {"AFT_FILL": 10**9 if request.param == "chained" else 0}).items():
-        monkeypatch.setattr(kernels, name, value)
+    sizes = {"AFT_ROWS": 8, "AFT_CHAINED_ROWS": 4, "AFT_SEGMENT": 8, "AFT_MIN_SEGMENT": 8, "AFT_GROUP": 2}
+    for name, value in (sizes | {"AFT_MIN_PROGRAMS": 10**9 if request.param == "chained" else 0}).items():
+        monkeypatch.setattr(aft, name, value)
 
 
 @pytest.mark.parametrize("keys", KEYS)
@@ -292,7 +303,7 @@ def test_aft_of_any_length(T, small_tiles):
 
 
 def test_aft_over_256_tokens():
-    """As many as the interpreter has time for; `python kernels.py` goes to 65,536 on a GPU."""
+    """As many as the interpreter has time for; `python bench.py kernels` goes to 65,536 on a GPU."""
     check_aft(*(draw(1, 256, 2, seed=s) for s in range(3)), 2e-6)
 
 
@@ -310,33 +321,33 @@ def test_aft_takes_thirds_of_a_projection(small_tiles):
 def test_aft_never_waits_for_what_is_not_a_number(small_tiles):
     """NaN goes where it must, and no further: to later tokens of its channel and row."""
     q, k, v = (draw(2, 40, 5, seed=s) for s in range(3))
-    y = aft_simple(q, k, v)
+    y = fused_aft_simple(q, k, v)
     k[0, 11, 3] = math.nan
-    bad = aft_simple(q, k, v)
+    bad = fused_aft_simple(q, k, v)
     hit = torch.zeros(2, 40, 5, dtype=torch.bool)
     hit[0, 11:, 3] = True
     assert not torch.isfinite(bad[hit]).any() and torch.equal(bad[~hit], y[~hit])
 
 
 def test_aft_chains_segments_only_where_programs_are_few(monkeypatch):
-    monkeypatch.setattr(kernels, "processors", lambda x: 132)
-    chained = [kernels.aft_chained(torch.empty(B, T, 768, device="meta"))
+    monkeypatch.setattr(kernels, "multiprocessors", lambda x: 132)
+    chained = [is_chained(torch.empty(B, T, 768, device="meta"))
                for B, T in [(32, 1024), (22, 1024), (8, 4096), (1, 65536), (1, 128), (1, 32)]]  # fmt: skip
     assert chained == [False, False, True, True, True, False]
-    assert [kernels.aft_segment(torch.empty(4, T, D, device="meta")) for T, D in [(256, 256), (8192, 256)]] == [32, 128]
+    assert [segment_size(torch.empty(4, T, D, device="meta")) for T, D in [(256, 256), (8192, 256)]] == [32, 128]
 
 
 def test_aft_looks_back_only():
     q, k, v = (draw(1, 40, 8, seed=s) for s in range(3))
-    y = aft_simple(q, k, v)
+    y = fused_aft_simple(q, k, v)
     k[:, 21:], v[:, 21:] = math.nan, math.nan
-    assert torch.equal(aft_simple(q, k, v)[:, :21], y[:, :21])
+    assert torch.equal(fused_aft_simple(q, k, v)[:, :21], y[:, :21])
 
 
 def test_aft_rows_do_not_depend_on_each_other():
     q, k, v = (draw(3, 20, 8, seed=s) for s in range(3))
-    y = aft_simple(q, k, v)
-    assert torch.equal(torch.cat([aft_simple(*(x[b : b + 1] for x in (q, k, v))) for b in range(3)]), y)
+    y = fused_aft_simple(q, k, v)
+    assert torch.equal(torch.cat([fused_aft_simple(*(x[b : b + 1] for x in (q, k, v))) for b in range(3)]), y)
 
 
 # ---- AFT with positions ----------------------------------------------------------------------------------------------
@@ -369,7 +380,7 @@ def check_positional(kind, q, k, v, p, window: int, bound: float) -> None:
     expected = positional_by_pairs(*exact[:3], pairs_of(kind, exact[3:], v.size(1), window))
     (expected * weight.double()).sum().backward()
     ours = [x.detach().requires_grad_() for x in (q, k, v, *p)]
-    got = aft_conv(*ours) if kind == "conv" else aft_local(*ours, window)
+    got = fused_aft_conv(*ours) if kind == "conv" else fused_aft_local(*ours, window)
     assert got.dtype == v.dtype
     (got * weight).sum().backward()
     check(got, expected.detach(), bound)
@@ -386,7 +397,7 @@ def positions(kind: str, T: int, groups: int, window: int) -> list[torch.Tensor]
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(kernels, "AFT_BLOCK", 16)
+    monkeypatch.setattr(aft_positional, "AFT_BLOCK", 16)
 
 
 @pytest.mark.parametrize("kind", ["conv", "local"])
@@ -431,9 +442,10 @@ def test_mixers_go_by_kernels_and_agree_with_their_plain_path(kind, dtype, small
     expected = plain(*channel_norm(*exact[:2], at), exact[2], exact[0], at, None)
     expected.backward(slope.double())
     ours, taken = [x.requires_grad_() for x in (q, k, v)], []
-    for name in ("aft_simple", "aft_conv", "aft_local"):
-        fused = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *args, fused=fused: taken.append(1) or fused(*args))
+    names = (aft, "fused_aft_simple"), (aft_positional, "fused_aft_conv"), (aft_positional, "fused_aft_local")
+    for room, name in names:
+        fused = getattr(room, name)
+        monkeypatch.setattr(room, name, lambda *args, fused=fused: taken.append(1) or fused(*args))
     got = mix(*channel_norm(*ours[:2], at), ours[2], ours[0], at, None)
     got.backward(slope)
     assert taken
@@ -461,7 +473,7 @@ def test_a_model_with_kernels_compiles_as_one_graph(kind, small_blocks, monkeypa
     torch._dynamo.reset()
     got = step(torch.compile(model, fullgraph=True, backend="aot_eager"))
     torch._dynamo.reset()
-    monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+    monkeypatch.setattr(kernels, "can_run", lambda *tensors: False)
     torch.testing.assert_close(got, step(model), rtol=1e-3, atol=1e-5)
 
 
@@ -477,10 +489,10 @@ def test_the_operators_are_registered_as_pytorch_wants_them(small_blocks):
     qkv = [draw(1, 3, 2, seed=s).requires_grad_() for s in range(3)]
     torch.library.opcheck(torch.ops.strawberry.aft_simple.default, (*qkv, True))
     cos, sin = angles(1, 3, 16)
-    torch.library.opcheck(torch.ops.strawberry.turn.default, (draw(2, 3, 64), cos, sin, 32, 16, True))
+    torch.library.opcheck(torch.ops.strawberry.qk_rope_norm.default, (draw(2, 3, 64), cos, sin, 32, 16, True))
     grads = draw(2, 3, 32), draw(2, 3, 16, seed=1), draw(2, 3, 48, seed=2)[..., 16:32]
     for qkv_or_none in (draw(2, 3, 64), None):
-        torch.library.opcheck(torch.ops.strawberry.turn_backward.default, (*grads, qkv_or_none, cos, sin))
+        torch.library.opcheck(torch.ops.strawberry.qk_rope_norm_backward.default, (*grads, qkv_or_none, cos, sin))
     weight, most = torch.rand(1, 1, 1, 16, 16).requires_grad_(), torch.zeros(1, 1, 16)
     torch.library.opcheck(torch.ops.strawberry.aft_positional.default, (*qkv, weight, most))
 
@@ -500,7 +512,8 @@ def test_compile_differentiates_aft(small_blocks):
     qkv = [draw(1, 20, 3, seed=s).requires_grad_() for s in range(3)]
 
     def loss(q, k, v):
-        y = aft_conv(q, aft_simple(q * 2, k, v), v, torch.ones(1, 7)) + aft_local(q, k, v, v[0], k[0], 5)
+        local = fused_aft_local(q, k, v, v[0], k[0], 5)
+        y = fused_aft_conv(q, fused_aft_simple(q * 2, k, v), v, torch.ones(1, 7)) + local
         return (y**2).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -548,7 +561,7 @@ def test_grow(case, dtype):
     ours = [x.clone().requires_grad_() for x in (raw, scale, oa, out)]
     each = scale.expand(B, n, rows, C)  # a scale for each number, since in the sum of their gradients much cancels
     exact = [x.double().requires_grad_() for x in (raw, each, oa, out)]
-    assert kernels.growable(raw, oa)
+    assert can_fuse_update(raw, oa)
     got, want = Grow.apply(*ours, viewed), grown(*exact, viewed)
     for new, deviation in got, want:
         slope = 40 * draw(B, n, 1, 1, seed=5).double()
@@ -635,8 +648,8 @@ def test_turned_queries_and_keys_and_their_gradients(shape, normed, dtype):
     ]
     wanted = torch.autograd.grad(expected, exact, [x.double() for x in slopes])[0]
     ours = qkv.requires_grad_()
-    assert kernels.turnable(ours, widths, cos)
-    got = kernels.turn(ours, widths, cos, sin, normed)
+    assert can_fuse_rope(ours, widths, cos)
+    got = fused_qk_rope_norm(ours, widths, cos, sin, normed)
     grad = torch.autograd.grad(got, ours, slopes)[0]
     bound = {torch.float32: 5e-7, torch.bfloat16: BOUND[torch.bfloat16], torch.float16: 1e-3}[dtype]
     assert got[2].data_ptr() == ours[..., sum(widths[:2]) :].data_ptr()  # no copy
@@ -651,21 +664,21 @@ def test_turned_queries_and_keys_and_their_gradients(shape, normed, dtype):
 
 def test_turning_over_two_rows_of_programs(monkeypatch):
     """Rows of programs that end amid a token; what is not there is not written."""
-    monkeypatch.setattr(kernels, "TURN_TILE", 64)
+    monkeypatch.setattr(rope, "ROPE_TILE", 64)
     test_turned_queries_and_keys_and_their_gradients("heads of 16", True, torch.float32)
 
 
 def test_what_turns_by_its_kernel():
     qkv, (cos, _) = draw(2, 5, 144).requires_grad_(), angles(1, 5, 16)
     thirds = (48, 48, 48)
-    assert kernels.turnable(qkv, thirds, cos) and kernels.turnable(qkv, (112, 16, 16), cos)
+    assert can_fuse_rope(qkv, thirds, cos) and can_fuse_rope(qkv, (112, 16, 16), cos)
     with torch.no_grad():
-        assert not kernels.turnable(qkv, thirds, cos)
-    assert not kernels.turnable(qkv.detach(), thirds, cos)
-    assert not kernels.turnable(qkv.detach().double().requires_grad_(), thirds, cos)
-    assert not kernels.turnable(qkv, (72, 72), cos)  # KV attention
+        assert not can_fuse_rope(qkv, thirds, cos)
+    assert not can_fuse_rope(qkv.detach(), thirds, cos)
+    assert not can_fuse_rope(qkv.detach().double().requires_grad_(), thirds, cos)
+    assert not can_fuse_rope(qkv, (72, 72), cos)  # KV attention
     for d in (8, 24):
-        assert not kernels.turnable(qkv, thirds, angles(1, 5, d)[0])
+        assert not can_fuse_rope(qkv, thirds, angles(1, 5, d)[0])
 
 
 TURNING = {
@@ -690,8 +703,8 @@ def test_models_turn_by_the_kernel(name, monkeypatch):
     idx, learned = torch.randint(32, (2, 41)), list(model.parameters())
     exact = model(idx, idx)[1]
     wanted = torch.autograd.grad(exact, learned, allow_unused=True)
-    turn, taken = kernels.turn, []
-    monkeypatch.setattr(kernels, "turn", lambda *args, **kw: taken.append(1) or turn(*args, **kw))
+    turn, taken = fused_qk_rope_norm, []
+    monkeypatch.setattr(rope, "fused_qk_rope_norm", lambda *args, **kw: taken.append(1) or turn(*args, **kw))
     model.float()
     torch._dynamo.reset()
     for call in (model, torch.compile(model, backend="aot_eager")):
@@ -719,7 +732,7 @@ def test_head_slopes_are_the_gradient_of_the_cross_entropy(V, width, cap, dtype)
     z = exact if cap is None else cap * torch.tanh(exact / cap)
     wanted = torch.nn.functional.cross_entropy(z, targets, ignore_index=-1, reduction="none")
     wanted.sum().backward()
-    nats, slopes = head_slopes(logits, targets, V, cap)
+    nats, slopes = fused_cross_entropy(logits, targets, V, cap)
     check(nats, wanted.detach(), 2e-6)
     check(slopes[:, :V], exact.grad, BOUND[dtype])
     assert not slopes[5].any() and not slopes[:, V:].any() and slopes.dtype == dtype
@@ -729,8 +742,8 @@ def test_head_slopes_are_the_gradient_of_the_cross_entropy(V, width, cap, dtype)
 def test_head_slopes_may_be_scaled_and_of_another_type(V, width):
     logits = (4 * draw(9, width)).bfloat16()
     targets = torch.randint(V, (9,), generator=torch.Generator().manual_seed(1))
-    nats, slopes = head_slopes(logits, targets, V, None)
-    again, scaled = head_slopes(logits, targets, V, None, 2.0**15, torch.float32)
+    nats, slopes = fused_cross_entropy(logits, targets, V, None)
+    again, scaled = fused_cross_entropy(logits, targets, V, None, 2.0**15, torch.float32)
     assert torch.equal(nats, again) and scaled.dtype == torch.float32
     check(scaled[:, :V] / 2**15, slopes[:, :V].double(), BOUND[torch.bfloat16])
 
@@ -741,7 +754,7 @@ def test_head_slopes_may_be_scaled_and_of_another_type(V, width):
 @pytest.mark.parametrize("shape", [(16, 16), (128, 128), (200, 37), (1, 300)])
 def test_transposed_moves_bytes(shape):
     x = draw(*shape).to(torch.float8_e4m3fn)
-    y = kernels.transposed(x)
+    y = transpose_fp8(x)
     assert y.is_contiguous() and y.dtype == x.dtype
     assert torch.equal(y.view(torch.uint8), x.view(torch.uint8).t())
 
@@ -750,7 +763,7 @@ BENT = {
     "gelu": lambda h: h * (1 + torch.erf(h / 2**0.5)) / 2,
     "relu": lambda h: h * (h > 0),
     "relu2": lambda h: h * h * (h > 0),
-    "as is": lambda h: h,
+    "identity": lambda h: h,
     "swiglu": lambda h: h.chunk(2, dim=-1)[0] * torch.nn.functional.silu(h.chunk(2, dim=-1)[1]),
 }
 
@@ -773,27 +786,27 @@ def test_what_is_between_two_products(kind, rows_columns):
     seen = h.double().requires_grad_()
     exact = BENT[kind](seen)
     (slope,) = torch.autograd.grad(exact, seen, grad.double())
-    in_8_bits(*kernels.bent(h, kind, 4.0, torch.float8_e4m3fn), exact.detach(), 4.0)
-    in_8_bits(*kernels.bent_back(h, grad, kind, 64.0, torch.float8_e5m2), slope, 64.0)
-    in_8_bits(*kernels.bent_back(h, grad, kind, 64.0, torch.float8_e5m2, more), slope + more.double(), 64.0)
+    in_8_bits(*act_quantize(h, kind, 4.0, torch.float8_e4m3fn), exact.detach(), 4.0)
+    in_8_bits(*act_quantize_backward(h, grad, kind, 64.0, torch.float8_e5m2), slope, 64.0)
+    in_8_bits(*act_quantize_backward(h, grad, kind, 64.0, torch.float8_e5m2, more), slope + more.double(), 64.0)
 
 
 @pytest.mark.parametrize("rows", [128, 37])
 def test_gradients_are_joined(rows):
     wide = draw(rows, 320).bfloat16()
     parts = wide[:, :64], draw(rows, 128, seed=1).bfloat16(), wide[:, 192:256]  # two of them with rows between theirs
-    in_8_bits(*kernels.joined(parts, 64.0, torch.float8_e5m2), torch.cat(parts, dim=1).double(), 64.0)
-    torch.library.opcheck(torch.ops.strawberry.joined, (*parts, 64.0, torch.float8_e5m2))
+    in_8_bits(*concat_quantize(parts, 64.0, torch.float8_e5m2), torch.cat(parts, dim=1).double(), 64.0)
+    torch.library.opcheck(torch.ops.strawberry.concat_quantize, (*parts, 64.0, torch.float8_e5m2))
     with pytest.raises(ValueError, match="64"):
-        kernels.joined((wide[:, :32], *parts[1:]), 64.0, torch.float8_e5m2)
+        concat_quantize((wide[:, :32], *parts[1:]), 64.0, torch.float8_e5m2)
 
 
 def test_bytes_are_ops_that_a_compiler_keeps():
     h, grad, eight = draw(16, 32).bfloat16(), draw(16, 32).bfloat16(), torch.float8_e5m2
     ops = torch.ops.strawberry
-    torch.library.opcheck(ops.transposed, (h.to(eight).view(torch.uint8),))
-    torch.library.opcheck(ops.bent, (h, "gelu", 4.0, eight))
-    torch.library.opcheck(ops.bent_back, (h, grad, None, "gelu", 4.0, eight))
+    torch.library.opcheck(ops.transpose_fp8, (h.to(eight).view(torch.uint8),))
+    torch.library.opcheck(ops.act_quantize, (h, "gelu", 4.0, eight))
+    torch.library.opcheck(ops.act_quantize_backward, (h, grad, None, "gelu", 4.0, eight))
 
 
 @pytest.mark.parametrize("normed", [True, False])
@@ -807,9 +820,9 @@ def test_turned_gradients_in_8_bits(normed, heads):
     grads = wide[..., :n_q], draw(B, T, n_k, seed=2).bfloat16(), wide[..., n_q + n_k :]
     angle = draw(1, T, 1, d // 2, seed=3)
     about = (*grads, qkv if normed else None, angle.cos(), angle.sin())
-    exact = torch.ops.strawberry.turn_backward(*(x if x is None else x.double().float() for x in about))
-    in_8_bits(*kernels.turn_bytes(*about, 64.0, torch.float8_e5m2), exact.flatten(0, 1).double(), 64.0)
-    torch.library.opcheck(torch.ops.strawberry.turn_bytes, (*about, 64.0, torch.float8_e5m2))
+    exact = torch.ops.strawberry.qk_rope_norm_backward(*(x if x is None else x.double().float() for x in about))
+    in_8_bits(*qkv_grad_quantize(*about, 64.0, torch.float8_e5m2), exact.flatten(0, 1).double(), 64.0)
+    torch.library.opcheck(torch.ops.strawberry.qkv_grad_quantize, (*about, 64.0, torch.float8_e5m2))
 
 
 def test_a_turned_product_in_8_bits():
@@ -823,7 +836,7 @@ def test_a_turned_product_in_8_bits():
     got = Float8Turned.apply(x, w, widths, *tables, True)
     whole = torch.compile(lambda x, w: Float8Turned.apply(x, w, widths, *tables, True), backend="aot_eager",
                           fullgraph=True)(x, w)  # fmt: skip
-    wanted = kernels.turn(Float8Product.apply(x.flatten(0, 1), w).unflatten(0, (B, T)), widths, *tables, True)
+    wanted = fused_qk_rope_norm(Float8Product.apply(x.flatten(0, 1), w).unflatten(0, (B, T)), widths, *tables, True)
     grads = [draw(B, T, 64, seed=i).bfloat16() * 2**-15 for i in (3, 4, 5)]
     for a, b, c in zip(got, wanted, whole, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
@@ -850,10 +863,10 @@ def test_models_join_their_gradients_in_8_bits(name, monkeypatch):
     model = build({"n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 64, "block_size": 32} | hyper)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    taken, turn, join = [], kernels.turn_bytes, kernels.joined
-    monkeypatch.setattr(kernels, "joined", lambda *args: taken.append("joined") or join(*args))
+    taken, turn, join = [], qkv_grad_quantize, concat_quantize
+    monkeypatch.setattr(float8, "concat_quantize", lambda *args: taken.append("joined") or join(*args))
     kind = {True: "turned", False: "normed"}
-    monkeypatch.setattr(kernels, "turn_bytes", lambda *args: taken.append(kind[args[3] is None]) or turn(*args))
+    monkeypatch.setattr(rope, "qkv_grad_quantize", lambda *args: taken.append(kind[args[3] is None]) or turn(*args))
     monkeypatch.setattr(Float8, "WORTH", 4)
     idx, found = torch.randint(64, (2, 32)), []
     for on in (True, False):

@@ -8,9 +8,13 @@ import torch
 from test_decode import SMALL as TINY
 from test_decode import collect, every_model, made, requests_for
 
-import kernels
 from decode import Decoder, quantize
 from model import AFTS, At, Float8, View, aft_simple, as_is, attend, attend_blocks, build
+from strawberry.ops.activations import ACTIVATIONS
+from strawberry.ops.float8 import act_quantize, act_quantize_backward, concat_quantize, quantize_fp8, transpose_fp8
+from strawberry.ops.triton import common as kernels
+from strawberry.ops.triton import rope
+from strawberry.ops.triton.rope import can_fuse_rope, fused_qk_rope_norm, qkv_grad_quantize
 
 pytestmark = pytest.mark.cuda
 eight_bits = pytest.mark.skipif(
@@ -183,12 +187,12 @@ def test_turned_by_the_kernel_gradients_are_the_plain_ones(hyper, monkeypatch):
     torch.manual_seed(0)
     model = build({"vocab_size": 64, "block_size": 512, "n_layer": 2, "n_head": 4, "n_embd": 128} | hyper).cuda()
     idx, plain = torch.randint(64, (4, 512), device="cuda"), copy.deepcopy(model).double()
-    turnable, turn, errors, taken = kernels.turnable, kernels.turn, [], []
-    monkeypatch.setattr(kernels, "turn", lambda *args, **rest: taken.append(1) or turn(*args, **rest))
+    turnable, turn, errors, taken = can_fuse_rope, fused_qk_rope_norm, [], []
+    monkeypatch.setattr(rope, "fused_qk_rope_norm", lambda *args, **rest: taken.append(1) or turn(*args, **rest))
     exact = gradients(plain, plain, idx)
     assert not taken
     for by_kernel in (True, False):
-        monkeypatch.setattr(kernels, "turnable", turnable if by_kernel else lambda *args: False)
+        monkeypatch.setattr(rope, "can_fuse_rope", turnable if by_kernel else lambda *args: False)
         taken.clear()
         torch._dynamo.reset()
         with torch.autocast("cuda", torch.bfloat16):
@@ -370,9 +374,9 @@ def test_gradients_in_8_bits_point_where_those_in_bfloat16_do(hyper, monkeypatch
 def test_joined_gradients_are_those_of_the_plain_path_on_a_gpu(monkeypatch):
     wide = torch.randn(1000, 2304, device="cuda").bfloat16()
     parts = wide[:, :768], torch.randn(1000, 256, device="cuda").bfloat16(), wide[:, 1536:]
-    got, turned = kernels.joined(parts, 4.0, torch.float8_e5m2)
-    monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
-    exact, _ = kernels.joined(parts, 4.0, torch.float8_e5m2)
+    got, turned = concat_quantize(parts, 4.0, torch.float8_e5m2)
+    monkeypatch.setattr(kernels, "can_run", lambda *tensors: False)
+    exact, _ = concat_quantize(parts, 4.0, torch.float8_e5m2)
     assert torch.equal(got.view(torch.uint8), exact.view(torch.uint8))
     assert torch.equal(got.view(torch.uint8).t(), turned.view(torch.uint8))
 
@@ -386,25 +390,25 @@ def test_turned_gradients_are_those_of_the_wider_kernel_on_a_gpu(d, normed):
     grads = wide[..., :n_q], torch.randn(B, T, n_k, device="cuda").bfloat16(), wide[..., n_q + n_k :]
     angle = torch.randn(1, T, 1, d // 2, device="cuda")
     about = (*grads, qkv if normed else None, angle.cos(), angle.sin())
-    got, turned = kernels.turn_bytes(*about, 4.0, torch.float8_e5m2)
-    exact = torch.ops.strawberry.turn_backward(*(x if x is None else x.float() for x in about)).flatten(0, 1)
-    exact = kernels.to_8_bits(exact, 4.0, torch.float8_e5m2)
+    got, turned = qkv_grad_quantize(*about, 4.0, torch.float8_e5m2)
+    exact = torch.ops.strawberry.qk_rope_norm_backward(*(x if x is None else x.float() for x in about)).flatten(0, 1)
+    exact = quantize_fp8(exact, 4.0, torch.float8_e5m2)
     assert torch.equal(got.view(torch.uint8).t(), turned.view(torch.uint8))
     assert (got.float() != exact.float()).float().mean() < 2e-3
 
 
 @eight_bits
-@pytest.mark.parametrize("kind", list(kernels.BENT))
+@pytest.mark.parametrize("kind", list(ACTIVATIONS))
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_bytes_are_those_of_the_plain_path_on_a_gpu(kind, dtype, monkeypatch):
     width = 192 * (2 if kind == "swiglu" else 1)
     h, grad, more = (torch.randn(1000, n, device="cuda").bfloat16() for n in (width, 192, width))
-    found = [kernels.bent(h, kind, 4.0, dtype), kernels.bent_back(h, grad, kind, 4.0, dtype),
-             kernels.bent_back(h, grad, kind, 4.0, dtype, more)]  # fmt: skip
-    flipped = kernels.transposed(found[0][0])
-    monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
-    wanted = [kernels.bent(h, kind, 4.0, dtype), kernels.bent_back(h, grad, kind, 4.0, dtype),
-              kernels.bent_back(h, grad, kind, 4.0, dtype, more)]  # fmt: skip
+    found = [act_quantize(h, kind, 4.0, dtype), act_quantize_backward(h, grad, kind, 4.0, dtype),
+             act_quantize_backward(h, grad, kind, 4.0, dtype, more)]  # fmt: skip
+    flipped = transpose_fp8(found[0][0])
+    monkeypatch.setattr(kernels, "can_run", lambda *tensors: False)
+    wanted = [act_quantize(h, kind, 4.0, dtype), act_quantize_backward(h, grad, kind, 4.0, dtype),
+              act_quantize_backward(h, grad, kind, 4.0, dtype, more)]  # fmt: skip
     assert torch.equal(flipped.view(torch.uint8), found[0][1].view(torch.uint8))
     for (got, turned), (exact, _) in zip(found, wanted, strict=True):
         assert torch.equal(got.view(torch.uint8).t(), turned.view(torch.uint8))

@@ -8,12 +8,13 @@ import pytest
 import torch
 from test_train import metrics, run, workshop, write_config  # noqa: F401
 
-import kernels
 import model as models
 import train
-from kernels import to_8_bits
 from model import Float8, Float8FeedForward, Float8Joint, Float8Product, HeadLoss, build, measured
 from options import UserError
+from strawberry.ops import float8
+from strawberry.ops.activations import ACTIVATIONS
+from strawberry.ops.float8 import act_quantize, quantize_fp8
 
 FORWARD, BACKWARD = (3, -6, 448.0), (2, -14, 57344.0)  # mantissa bits, smallest normal exponent, largest number
 
@@ -61,9 +62,9 @@ def near(got: torch.Tensor, exact: torch.Tensor, bound: float) -> None:
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.float8_e4m3fn, FORWARD), (torch.float8_e5m2, BACKWARD)])
 def test_rounding_is_to_the_nearest_and_cuts(dtype, kind):
     x = torch.cat((draw(4000), draw(4000) * 1e-3, draw(100) * 1e6, torch.tensor([0.0, 1e9, -1e9, math.inf])))
-    got = to_8_bits(x.float(), 4.0, dtype)
+    got = quantize_fp8(x.float(), 4.0, dtype)
     assert torch.equal(got.double() / 4, rounded(x.float(), 4.0, kind))
-    assert to_8_bits(torch.tensor([math.nan]), 4.0, dtype).isnan().all()
+    assert quantize_fp8(torch.tensor([math.nan]), 4.0, dtype).isnan().all()
 
 
 def test_a_matrix_is_measured():
@@ -184,13 +185,13 @@ def gradients(model, way) -> tuple[float, torch.Tensor]:
 @pytest.mark.parametrize("shape", ARCHITECTURES, ids=str)
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_of_a_model_point_where_they_should(shape, fused, products, monkeypatch):
-    bends, bent = [], kernels.bent
-    monkeypatch.setattr(kernels, "bent", lambda h, kind, *a: bends.append(kind) or bent(h, kind, *a))
+    bends, bent = [], act_quantize
+    monkeypatch.setattr(float8, "act_quantize", lambda h, kind, *a: bends.append(kind) or bent(h, kind, *a))
     monkeypatch.setattr(models, "fuses_head", lambda x: fused)
     torch.manual_seed(0)
     model = build({**SHAPE, **shape}).train()
     loss, eight = gradients(model, model)
-    assert products and len(bends) - bends.count("as is") == FED[json.dumps(shape)]
+    assert products and len(bends) - bends.count("identity") == FED[json.dumps(shape)]
     Float8.on = False
     exact, sixteen = gradients(model, model)
     assert loss == pytest.approx(exact, rel=2e-3)
@@ -245,7 +246,7 @@ def test_machines_that_cannot_are_told_so(monkeypatch):
 
 def test_plain_paths_are_the_gradients_of_what_they_are_beside():
     for name in FUNCTIONS:
-        _, f, back = kernels.BENT[name]
+        f, back = ACTIVATIONS[name]
         h, grad = draw(8, 64).requires_grad_(), draw(8, 32 if name == "swiglu" else 64, seed=1)
         torch.testing.assert_close(back(h.detach(), grad), torch.autograd.grad(f(h), h, grad)[0], msg=name)
         torch.testing.assert_close(f(h.detach()), FUNCTIONS[name](h.detach()), msg=name)

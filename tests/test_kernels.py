@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
+from strawberry.ops.triton import common as kernels
+from strawberry.ops.triton.common import INTERPRETED
 
 ROOT = Path(__file__).parents[1]
 GROUPS = [
@@ -34,7 +35,7 @@ def test_kernels_in_the_interpreter(group):
 
 
 def test_other_tests_do_not_see_the_interpreter():
-    assert not kernels.INTERPRETED and not kernels.usable(torch.zeros(1))
+    assert not INTERPRETED and not kernels.can_run(torch.zeros(1))
 
 
 def test_without_triton_the_plain_paths_serve():
@@ -43,12 +44,15 @@ def test_without_triton_the_plain_paths_serve():
         """
 import sys
 sys.modules["triton"] = None
-import torch, kernels
+import torch
+from strawberry.ops.attention import decode_attention
+from strawberry.ops.linear import int8_linear
+from strawberry.ops.triton.common import can_run
 x, w = torch.eye(3), torch.tensor([[3, 4, 5]], dtype=torch.int8)
-assert not kernels.usable(x)
-assert kernels.int8_linear(x, w, torch.tensor([2.0])).flatten().tolist() == [6, 8, 10]
+assert not can_run(x)
+assert int8_linear(x, w, torch.tensor([2.0])).flatten().tolist() == [6, 8, 10]
 k = torch.ones(1, 5, 3)
-assert kernels.decode_attention(x[None], k, k * 7, torch.tensor([1]), 4, 1.0).flatten().tolist() == [7.0] * 9
+assert decode_attention(x[None], k, k * 7, torch.tensor([1]), 4, 1.0).flatten().tolist() == [7.0] * 9
 """,
     )
     assert run.returncode == 0, run.stderr
@@ -57,5 +61,5 @@ assert kernels.decode_attention(x[None], k, k * 7, torch.tensor([1]), 4, 1.0).fl
 @pytest.mark.cuda
 def test_kernels_on_a_gpu():
     """Each against float64; what it prints of times is not judged."""
-    run = python("kernels.py")
+    run = python("bench.py", "kernels")
     assert run.returncode == 0, run.stdout + run.stderr

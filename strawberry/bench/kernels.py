@@ -1,0 +1,353 @@
+"""`python bench.py kernels`: hold each Triton kernel against float64 on a GPU, and time it against its floor: the bytes
+that it must move over the bandwidth at which the machine copies.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from options import UserError
+from strawberry.ops.activations import ACTIVATIONS
+from strawberry.ops.attention import decode_attention, decode_attention_plain
+from strawberry.ops.linear import int8_linear, quantize_int8
+from strawberry.ops.retention import gated_update_backward_plain, gated_update_plain
+from strawberry.ops.rope import qk_rope_norm_backward_plain, qk_rope_norm_plain
+from strawberry.ops.triton.aft_positional import AFT_BLOCK, fused_aft_conv, fused_aft_local
+from strawberry.ops.triton.common import triton
+from strawberry.ops.triton.rope import qkv_grad_quantize
+
+
+def time_graph(call, sets: list[tuple]) -> float:
+    """Seconds of one call(*set), the median of seven replays of a CUDA graph that takes every set in turn: more sets
+    than the cache holds, so that each reads its inputs from memory."""
+    call(*sets[0])  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for one in sets:
+            call(*one)
+    times = []
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / len(sets))
+    return sorted(times[3:])[3]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written each second by a large copy on the device."""
+    x = torch.randn(2**28, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / time_graph(lambda a, b: b.copy_(a), [(x, y)] * 3)
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def random_tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def print_row(name: str, error: float, bound: float, seconds: float, floor: float) -> bool:
+    """Prints a row of the table; whether the error is within its bound."""
+    right = error < bound
+    print(
+        f"{name:46} {error:8.1e} {seconds * 1e6:9.1f} {floor * 1e6:9.1f} {floor / seconds:6.0%}",
+        "" if right else "WRONG",
+    )
+    return right
+
+
+def num_input_sets(nbytes: float) -> int:
+    """How many sets of inputs are more than the cache holds."""
+    return max(2, min(64, int(3e8 / nbytes) + 1))
+
+
+def measure_decode(bandwidth: float) -> bool:
+    right = True
+    for B, H, Hkv, d, context, size in [
+        (1, 12, 12, 64, 128, 256), (1, 12, 12, 64, 1000, 1024), (1, 12, 12, 64, 1000, 32768),
+        (1, 12, 12, 64, 8192, 32768), (1, 12, 12, 64, 32768, 32768), (64, 12, 12, 64, 1024, 1024),
+        (64, 12, 4, 64, 1024, 1024), (8, 32, 8, 128, 8192, 8192), (1, 12, 6, 64, 8192, 8192), (4, 8, 1, 80, 4096, 4096),
+    ]:  # fmt: skip
+        nbytes = 4 * B * context * Hkv * d
+        pos = torch.full((B,), context - 1, device="cuda")
+        rest = pos, size, d**-0.5
+        sets = [
+            (random_tensor(B, H, d), *(random_tensor(B, size + 1, Hkv * d) for _ in "kv"), *rest)
+            for _ in range(num_input_sets(nbytes))
+        ]
+        error = relative_error(
+            decode_attention(*sets[0]), decode_attention_plain(*(x.double() for x in sets[0][:3]), *rest)
+        )
+        seconds = time_graph(decode_attention, sets)
+        name = f"decode B {B} heads {H}/{Hkv} of {d}, {context} of {size}"
+        right &= print_row(name, error, 6e-3, seconds, nbytes / bandwidth)
+    return right
+
+
+def measure_int8(bandwidth: float) -> bool:
+    right = True
+    for M, N, K in [
+        (1, 2304, 768), (1, 768, 3072), (1, 50304, 768), (1, 4096, 4096), (4, 2304, 768), (8, 2304, 768),
+        (64, 2304, 768), (64, 50304, 768),
+    ]:  # fmt: skip
+        sets = [(random_tensor(M, K), *quantize_int8(random_tensor(N, K))) for _ in range(num_input_sets(N * K))]
+        x, w, scale = sets[0]
+        error = relative_error(int8_linear(x, w, scale), x.double() @ (w.double() * scale.double().unsqueeze(1)).T)
+        right &= print_row(
+            f"int8_linear {M} x {K} to {N}", error, 6e-3, time_graph(int8_linear, sets), N * K / bandwidth
+        )
+    return right
+
+
+def measure_cross_entropy(bandwidth: float) -> bool:
+    """Gradients by the logits of some tokens, in their type and in 8 bits; floor: logits read and gradients written."""
+    right = True
+    for N, V in ((8192, 50304), (32768, 8192)):
+        sets = [(2 * random_tensor(N, V), torch.randint(0, V, (N,), device="cuda"), V, None) for _ in range(2)]
+        exact = sets[0][0][:64].double().softmax(dim=-1)
+        exact[torch.arange(64), sets[0][1][:64]] -= 1
+        for scale, dtype, bound in ((1.0, torch.bfloat16, 1e-2), (2.0**15, torch.float8_e5m2, 8e-2)):
+            calls = [(*one, scale, dtype) for one in sets]
+            got = torch.ops.strawberry.cross_entropy_fwd_bwd(*calls[0])[1][:64].double() / scale
+            seconds = time_graph(torch.ops.strawberry.cross_entropy_fwd_bwd, calls)
+            name = f"cross_entropy {N} x {V}, {str(dtype).removeprefix('torch.')}"
+            right &= print_row(
+                name, relative_error(got, exact), bound, seconds, N * V * (2 + dtype.itemsize) / bandwidth
+            )
+    return right
+
+
+def measure_float8(bandwidth: float) -> bool:
+    """What is between products in 8 bits; floor: each number read and written once."""
+    n, m, right, ops = 32768, 3072, True, torch.ops.strawberry
+    sets = [(random_tensor(n, m).to(torch.float8_e4m3fn).view(torch.uint8),) for _ in range(2)]
+    error = relative_error(ops.transpose_fp8(*sets[0]), sets[0][0].t().double())
+    right &= print_row(
+        f"transpose_fp8 {n} x {m}", error, 1e-9, time_graph(ops.transpose_fp8, sets), 2 * n * m / bandwidth
+    )
+    thirds = [(*(random_tensor(n, m // 3) for _ in range(3)), 4.0, torch.float8_e5m2) for _ in range(2)]
+    got, transposed_too = ops.concat_quantize(*thirds[0])
+    error = relative_error(got.view(torch.float8_e5m2).double() / 4, torch.cat(thirds[0][:3], dim=1).double())
+    right &= print_row(
+        f"concat_quantize {n} x {m}", error, 8e-2, time_graph(ops.concat_quantize, thirds), 4 * n * m / bandwidth
+    )
+    right &= torch.equal(got.t(), transposed_too)
+    for kind in ("gelu", "swiglu"):
+        parts, dtypes = 2 if kind == "swiglu" else 1, (torch.float8_e4m3fn, torch.float8_e5m2)
+        sets = [(random_tensor(n, parts * m), random_tensor(n, m)) for _ in range(2)]
+        h, grad = (x[:256].double() for x in sets[0])
+        exact = ACTIVATIONS[kind][0](h), ACTIVATIONS[kind][1](h, grad)
+        calls = [(h, kind, 4.0, dtypes[0]) for h, _ in sets], [(h, g, None, kind, 4.0, dtypes[1]) for h, g in sets]
+        least = (2 * parts + 2) * n * m / bandwidth, (4 * parts + 2) * n * m / bandwidth
+        for i, (name, op) in enumerate(
+            ((f"act_quantize {kind} {n} x {m}", ops.act_quantize), ("  backward", ops.act_quantize_backward))
+        ):
+            got, transposed_too = op(*calls[i][0])
+            error = relative_error(got.view(dtypes[i])[:256].double() / 4, exact[i])
+            right &= print_row(name, error, 8e-2, time_graph(op, calls[i]), least[i]) and torch.equal(
+                got.t(), transposed_too
+            )
+    return right
+
+
+def measure_retention(bandwidth: float) -> bool:
+    """Each way's four products with (C, C), two and two; floor: the larger of bytes and operations, these at the speed
+    of a large product. Plain: the same in PyTorch, compiled."""
+    a, right = random_tensor(8192, 8192), True
+    ceiling = 2 * 8192**3 / time_graph(torch.mm, [(a, a)] * 2)
+    for n, M, N, C, viewed in [
+        (32, 2304, 768, 768, False), (32, 768, 1536, 768, True), (24, 768, 256, 256, False), (24, 256, 512, 256, True),
+    ]:  # fmt: skip
+        sets = []
+        for _ in range(num_input_sets(8 * n * M * N)):
+            raw, grad, oa, out = (
+                random_tensor(n, 1, M, N),
+                random_tensor(n, 1, M, N),
+                random_tensor(n, 1, C, C),
+                random_tensor(C, C),
+            )
+            sets.append((raw, torch.ones(n, 1, 1, 1, device="cuda"), oa * C**-0.5, out * C**-0.5, viewed, grad))
+        forward = [one[:5] for one in sets]
+        z = [torch.ops.strawberry.gated_update(*one)[1] for one in forward]
+        backward = [(one[5], *one[1:4], its, viewed) for one, its in zip(sets, z)]
+        floor = 4 * n * M * N * C / ceiling
+        for name, op, plain, calls, passes, checked in [
+            (
+                f"gated_update {n} x {M} x {N}, C {C}",
+                torch.ops.strawberry.gated_update,
+                gated_update_plain,
+                forward,
+                12,
+                (0, 1),
+            ),
+            (
+                "  backward",
+                torch.ops.strawberry.gated_update_backward,
+                gated_update_backward_plain,
+                backward,
+                14,
+                (0, 2, 3),
+            ),
+        ]:
+            double = [x[:1].double() if x.dim() == 4 else x.double() for x in calls[0][:-1]]
+            exact, least = plain(*double, viewed), max(floor, passes * n * M * N / bandwidth)
+            for label, way in ((name, op), ("    plain, compiled", torch.compile(plain, dynamic=False))):
+                got = way(*calls[0])
+                error = max(relative_error(got[i][:1], exact[i]) for i in checked)
+                right &= print_row(label, error, 1e-2, time_graph(way, calls), least)
+    return right
+
+
+def measure_rope(bandwidth: float) -> bool:
+    """q and k of a training step, with and without the norm; heads that share keys; heads of 128. Plain: the same in
+    PyTorch, compiled."""
+    right = True
+    for B, T, H, Hkv, d, normed in [
+        (32, 1024, 12, 12, 64, True), (32, 1024, 12, 12, 64, False), (8, 4096, 32, 8, 128, True),
+    ]:  # fmt: skip
+        n_q, n_k = H * d, Hkv * d
+        angle = torch.arange(T)[None, :, None, None] * 1e4 ** -torch.linspace(0, 1, d // 2)
+        tables = (angle.cos().cuda(), angle.sin().cuda())
+        sets = range(num_input_sets(4 * B * T * (n_q + n_k)))
+        forward = [(random_tensor(B, T, n_q + 2 * n_k), *tables, n_q, n_k, normed) for _ in sets]
+        slopes = [[random_tensor(B, T, n) for n in (n_q, n_k, n_k)] for _ in sets]
+        backward = [(*its, one[0], *tables) for its, one in zip(slopes, forward)]
+        double = [x[:1].double() for x in (*slopes[0], forward[0][0])], [x.double() for x in tables]
+        exact = (
+            qk_rope_norm_plain(double[0][-1], *double[1], n_q, n_k, normed),
+            (qk_rope_norm_backward_plain(*double[0], *double[1], normed),),
+        )
+
+        def op_back(dq, dk, dv, qkv, cos, sin, normed=normed):
+            return torch.ops.strawberry.qk_rope_norm_backward(dq, dk, dv, qkv if normed else None, cos, sin)
+
+        def plain_back(*args, normed=normed):
+            return qk_rope_norm_backward_plain(*args, normed)
+
+        there, back = 4 * B * T * (n_q + n_k), 4 * B * T * (n_q + 2 * n_k) + 2 * B * T * (n_q + n_k) * normed
+        for name, op, plain, calls, its, nbytes in [
+            (f"qk_rope_norm {B} x {T} x {H}/{Hkv} of {d}{', normed' * normed}", torch.ops.strawberry.qk_rope_norm,
+             qk_rope_norm_plain, forward, exact[0], there),
+            ("  backward", op_back, plain_back, backward, exact[1], back),
+        ]:  # fmt: skip
+            for label, way in ((name, op), ("    plain, compiled", torch.compile(plain, dynamic=False))):
+                got = way(*calls[0])
+                got = (got,) if isinstance(got, Tensor) else got
+                error = max(relative_error(x[:1], y) for x, y in zip(got, its, strict=True))
+                right &= print_row(label, error, 6e-3, time_graph(way, calls), nbytes / bandwidth)
+        eight = [(*its, one[0] if normed else None, *tables, 4.0, torch.float8_e5m2)
+                 for its, one in zip(slopes, forward)]  # fmt: skip
+        got, flipped = qkv_grad_quantize(*eight[0])
+        error = relative_error(got[:T].double() / 4, exact[1][0].flatten(0, 1))
+        right &= print_row("  backward in 8 bits", error, 8e-2, time_graph(qkv_grad_quantize, eight), back / bandwidth)
+        right &= torch.equal(got.view(torch.uint8).t(), flipped.view(torch.uint8))
+    return right
+
+
+def exact_aft(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """AFT simple in float64, which carries e^±80."""
+    q, k, v = q.double(), k.double(), v.double()
+    return torch.sigmoid(q) * (k.exp() * v).cumsum(1) / k.exp().cumsum(1)
+
+
+def measure_aft(bandwidth: float) -> bool:
+    """Forward with what the way back needs, then backward; each error the largest of result and gradients."""
+    right = True
+    for B, T, D, spread in [(32, 1024, 768, 1), (8, 4096, 768, 1), (1, 65536, 768, 80), (4, 256, 256, 1)]:
+        sets = [[random_tensor(B, T, D) for _ in range(4)] for _ in range(num_input_sets(8 * B * T * D))]
+        for one in sets:
+            one[1] = one[1].sign() * spread if spread > 1 else one[1]  # keys of ±80
+        forward = [(*one[:3], True) for one in sets]
+        states = [torch.ops.strawberry.aft_simple(*args)[1] for args in forward]
+        backward = [(one[3], *one[:3], its) for one, its in zip(sets, states)]
+        exact = [x[:1, :, :64].double().requires_grad_() for x in sets[0][:3]]
+        y = exact_aft(*exact)
+        y.backward(sets[0][3][:1, :, :64].double())
+        error = relative_error(torch.ops.strawberry.aft_simple(*forward[0])[0][:1, :, :64], y.detach())
+        floor = 8 * B * T * D / bandwidth
+        seconds = time_graph(torch.ops.strawberry.aft_simple, forward)
+        right &= print_row(f"aft_simple {B} x {T} x {D}", error, 6e-3, seconds, floor)
+        got = torch.ops.strawberry.aft_simple_backward(*backward[0])
+        error = max(relative_error(g[:1, :, :64], x.grad) for g, x in zip(got, exact))
+        seconds = time_graph(torch.ops.strawberry.aft_simple_backward, backward)
+        right &= print_row("  backward", error, 1e-2, seconds, floor * 14 / 8)
+    return right
+
+
+def measure_aft_positional(bandwidth: float) -> bool:
+    """Forward and backward of a module's call, result and gradients of one group of channels against float64."""
+    right = True
+    product = (random_tensor(8192, 8192), random_tensor(8192, 8192))
+    arithmetic = 2 * 8192**3 / time_graph(torch.matmul, [product] * 3)
+    for kind, window in [("conv", 256), ("conv", 1024), ("local", 256)]:
+        B, T, D, G = 32, 1024, 768, 12
+        qkv = [random_tensor(B, T, D).requires_grad_() for _ in range(3)]
+        p = [torch.randn(*shape, device="cuda").mul(0.1).requires_grad_()
+             for shape in ([(G, window)] if kind == "conv" else [(T, 128)] * 2)]  # fmt: skip
+        slope = random_tensor(B, T, D)
+
+        def forward(*args, kind=kind, window=window):
+            return fused_aft_conv(*args) if kind == "conv" else fused_aft_local(*args, window)
+
+        def both(*args, forward=forward, slope=slope):
+            return torch.autograd.grad(forward(*args), args, slope)
+
+        small = [x.detach()[:2, :, :64].requires_grad_() for x in qkv] + [
+            x.detach()[:1] if kind == "conv" else x for x in p
+        ]
+        small = [x.detach().requires_grad_() for x in small]
+        exact = [x.detach().double().requires_grad_() for x in small]
+        y = exact_aft_positional(*exact, window)
+        expected = [y, *torch.autograd.grad(y, exact, slope[:2, :, :64].double())]
+        got = forward(*small)
+        got = [got, *torch.autograd.grad(got, small, slope[:2, :, :64])]
+        error = max(relative_error(g, e) for g, e in zip(got, expected))
+        operations = 4 * B * T * D * (min(window, T // 2) + AFT_BLOCK)
+        floor = max(8 * B * T * D / bandwidth, operations / arithmetic)
+        seconds = time_graph(forward, [(*qkv, *p)] * 2)
+        right &= print_row(f"aft_{kind} {B} x {T} x {D}, window {window}", error, 2e-2, seconds, floor)
+        floor = max(22 * B * T * D / bandwidth, 3 * operations / arithmetic)
+        right &= print_row("  forward and backward", error, 2e-2, time_graph(both, [(*qkv, *p)] * 2), floor)
+    return right
+
+
+def exact_aft_positional(q: Tensor, k: Tensor, v: Tensor, *p_window) -> Tensor:
+    """AFT by all pairs, for one group of channels, in what types the tensors have."""
+    *p, window = p_window
+    i = torch.arange(v.size(1), device=v.device)
+    away = i[:, None] - i
+    p = p[0][0, away.clamp(0, window - 1)] if len(p) == 1 else p[0] @ p[1].T
+    weight = torch.where(away < window, p, 0.0).exp() * (away >= 0)
+    return torch.sigmoid(q) * (weight @ (k.exp() * v)) / (weight @ k.exp())
+
+
+MEASURES = (
+    measure_decode,
+    measure_int8,
+    measure_aft,
+    measure_aft_positional,
+    measure_cross_entropy,
+    measure_float8,
+    measure_retention,
+    measure_rope,
+)
+
+
+def main() -> int:
+    """Print the table; 1 where a kernel's error is above its bound."""
+    if triton is None or not torch.cuda.is_available():
+        raise UserError("bench.py kernels times the kernels on a GPU; there is no GPU with Triton here")
+    bandwidth = copy_bandwidth()
+    name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"{name}, {versions}: copies at {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'bfloat16':46} {'error':>8} {'µs':>9} {'floor µs':>9} {'floor':>6}")
+    right = [measure(bandwidth) for measure in MEASURES]
+    if not all(right):
+        print("a kernel is wrong: its error is above its bound", file=sys.stderr)
+    return 0 if all(right) else 1

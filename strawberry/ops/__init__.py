@@ -1,0 +1,1 @@
+"""One module per operation: signature, plain PyTorch, dispatch."""

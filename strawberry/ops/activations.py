@@ -1,0 +1,36 @@
+"""Activations of feed-forwards, with their gradients in plain PyTorch."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """u ⊙ silu(g) for h = (u, g) side by side (arXiv 2002.05202)."""
+    u, g = h.chunk(2, dim=-1)
+    return u * F.silu(g)
+
+
+def swiglu_backward(h: Tensor, grad: Tensor) -> Tensor:
+    (u, g), s = h.chunk(2, dim=-1), h.chunk(2, dim=-1)[1].sigmoid()
+    return torch.cat((grad * g * s, grad * u * s * (1 + g * (1 - s))), dim=-1)
+
+
+def gelu_backward(h: Tensor, grad: Tensor) -> Tensor:
+    return grad * (torch.special.ndtr(h) + h * (-h * h / 2).exp() / math.sqrt(2 * math.pi))
+
+
+def relu2(x: Tensor) -> Tensor:
+    """Squared ReLU (arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {  # name: f, and its gradient from (h, the gradient of f(h))
+    "gelu": (F.gelu, gelu_backward),
+    "relu": (F.relu, lambda h, grad: grad * (h > 0)),
+    "relu2": (relu2, lambda h, grad: grad * 2 * F.relu(h)),
+    "swiglu": (swiglu, swiglu_backward),
+    "identity": (lambda h: h, lambda h, grad: grad),
+}

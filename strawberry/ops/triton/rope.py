@@ -1,0 +1,272 @@
+"""Rotary positions and RMS norm of queries and keys, in the layout that a joint projection writes."""
+
+import torch
+from torch import Tensor
+
+from strawberry.ops.triton import common as kernels
+from strawberry.ops.triton.common import jit, tl
+from strawberry.ops.triton.float8 import store_with_transpose
+
+ROPE_TILE = 2048  # numbers of a program: for each thread 16 bytes of either half of a row in the half types
+NORM_EPS = 1e-6  # of the RMS norm
+
+
+def fused_qk_rope_norm(
+    qkv: Tensor, widths: tuple[int, ...], cos: Tensor, sin: Tensor, normed: bool
+) -> tuple[Tensor, ...]:
+    """Queries and keys as attention reads them: the pairs of each head turned by rotary positions, and the head, if
+    `normed`, divided by its root mean square.
+
+    qkv (B, T, Dq + 2·Dk), what a joint projection makes, and widths (Dq, Dk, Dk); cos and sin (B or 1, T, 1, d/2), for
+    heads of d. Returns q and k, (B, T, Dq) and (B, T, Dk) in qkv's dtype, and v, a view of qkv. Differentiable in qkv.
+    Only where `can_fuse_rope`.
+
+    One pass each way. The gradient of qkv is written where it belongs, once, where plain PyTorch makes those of q, k
+    and v and then joins them; what the norm was is computed again from qkv, which attention keeps for v's sake.
+
+    Bytes moved in half types, D = Dq = Dk: forward 8 for each of B·T·D, backward 12, and 4 more if normed.
+    """
+    return QKRopeNorm.apply(qkv, widths, cos, sin, normed)
+
+
+def can_fuse_rope(qkv: Tensor, widths: tuple[int, ...], cos: Tensor) -> bool:
+    """Whether the kernels take it: in training, q, k and v of one product, the whole of each head turned."""
+    d = 2 * cos.size(-1)
+    fits = 16 <= d <= 256 and d & (d - 1) == 0 and len(widths) == 3 and widths[1] == widths[2]
+    taken = fits and kernels.can_run(qkv, cos) and qkv.dtype.is_floating_point and cos.size(1) == qkv.size(1)
+    return taken and qkv.numel() > 0 and torch.is_grad_enabled() and qkv.requires_grad
+
+
+class QKRopeNorm(torch.autograd.Function):
+    """`fused_qk_rope_norm`. An autograd function, since an operator of torch.library may not return a view, as v is."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, widths: tuple[int, ...], cos: Tensor, sin: Tensor, normed: bool) -> tuple:
+        ctx.save_for_backward(qkv if normed else None, cos, sin)
+        ctx.normed = normed
+        q, k = torch.ops.strawberry.qk_rope_norm(qkv, cos, sin, widths[0], widths[1], normed)
+        return q, k, qkv[..., widths[0] + widths[1] :]
+
+    @staticmethod
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:
+        qkv, cos, sin = ctx.saved_tensors
+        return torch.ops.strawberry.qk_rope_norm_backward(dq, dk, dv, qkv, cos, sin), None, None, None, None
+
+
+@jit
+def program_rows(heads, tokens, HALF: tl.constexpr, ROWS: tl.constexpr):
+    """The program's rows, each a head of a token: its token; where it lies among the token's; which are there."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    return row // heads, row % heads * (2 * HALF) + tl.arange(0, HALF)[None, :], row < tokens * heads
+
+
+@jit
+def load_halves(x, at, here, HALF: tl.constexpr):
+    """Both halves of rows."""
+    first = tl.load(x + at, mask=here, other=0.0)
+    return first.to(tl.float32), tl.load(x + at + HALF, mask=here, other=0.0).to(tl.float32)
+
+
+@jit
+def store_halves(x, at, here, first, second, HALF: tl.constexpr):
+    tl.store(x + at, first.to(x.dtype.element_ty), mask=here)
+    tl.store(x + at + HALF, second.to(x.dtype.element_ty), mask=here)
+
+
+@jit
+def load_cos_sin(cos, sin, token, places, here, HALF: tl.constexpr):
+    """Cosines and sines of the rows' tokens; `places` of them are in the tables, T or B · T."""
+    at = token % places * HALF + tl.arange(0, HALF)[None, :]
+    c, s = tl.load(cos + at, mask=here, other=0.0), tl.load(sin + at, mask=here, other=0.0)
+    return c.to(tl.float32), s.to(tl.float32)
+
+
+@jit
+def rms_reciprocal(first, second, HALF: tl.constexpr, EPS: tl.constexpr):
+    """One over the root mean square of each row; turned or not, it is the same."""
+    return tl.rsqrt(tl.sum(first * first + second * second, axis=1)[:, None] * (0.5 / HALF) + EPS)
+
+
+@jit
+def rope_norm_part(
+    qkv, cos, sin, y, heads, tokens, places, width,
+    NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    token, column, here = program_rows(heads, tokens, HALF, ROWS)
+    a, b = load_halves(qkv, token.to(tl.int64) * width + column, here, HALF)
+    c, s = load_cos_sin(cos, sin, token, places, here, HALF)
+    if NORMED:
+        root = rms_reciprocal(a, b, HALF, EPS)
+        a, b = a * root, b * root
+    at = token.to(tl.int64) * (heads * 2 * HALF) + column
+    store_halves(y, at, here, a * c + b * s, b * c - a * s, HALF)
+
+
+@jit
+def rope_norm_kernel(
+    qkv, cos, sin, q, k, heads, kv_heads, tokens, places, width,
+    NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows of q, or of k: some heads of some tokens, which lie one after another."""
+    if tl.program_id(1) == 0:
+        rope_norm_part(qkv, cos, sin, q, heads, tokens, places, width, NORMED, EPS, HALF, ROWS)
+    else:
+        k_part = qkv + heads * (2 * HALF)
+        rope_norm_part(k_part, cos, sin, k, kv_heads, tokens, places, width, NORMED, EPS, HALF, ROWS)
+
+
+@jit
+def rope_norm_gradient(
+    grad, its, qkv, at, cos, sin, token, places, here,
+    TURNED: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Both halves of rows of the gradient of qkv, at `at` in it, from that of what was made of them, at `its`."""
+    a, b = load_halves(grad, its, here, HALF)
+    if TURNED:
+        c, s = load_cos_sin(cos, sin, token, places, here, HALF)
+        a, b = a * c - b * s, b * c + a * s
+        if NORMED:
+            x, y = load_halves(qkv, at, here, HALF)
+            root = rms_reciprocal(x, y, HALF, EPS)
+            share = tl.sum(a * x + b * y, axis=1)[:, None] * root * root * (0.5 / HALF)
+            a, b = root * (a - x * share), root * (b - y * share)
+    return a, b
+
+
+@jit
+def rope_norm_part_backward(
+    grad, s_row, s_token, qkv, cos, sin, d_qkv, heads, tokens, T, places, width,
+    TURNED: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    token, column, here = program_rows(heads, tokens, HALF, ROWS)
+    at = token.to(tl.int64) * width + column
+    its = (token // T).to(tl.int64) * s_row + (token % T).to(tl.int64) * s_token + column
+    a, b = rope_norm_gradient(grad, its, qkv, at, cos, sin, token, places, here, TURNED, NORMED, EPS, HALF)
+    store_halves(d_qkv, at, here, a, b, HALF)
+
+
+@jit
+def rope_norm_backward_kernel(
+    dq, dk, dv, qkv, cos, sin, d_qkv, heads, kv_heads, tokens, T, places, width,
+    sq_row, sk_row, sv_row, sq_token, sk_token, sv_token,
+    NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of rows of q, of k, or of v, whose own is copied."""
+    part = tl.program_id(1)
+    k = heads * (2 * HALF)
+    if part == 0:
+        rope_norm_part_backward(
+            dq, sq_row, sq_token, qkv, cos, sin, d_qkv, heads, tokens, T, places, width,
+            True, NORMED, EPS, HALF, ROWS)  # fmt: skip
+    elif part == 1:
+        rope_norm_part_backward(
+            dk, sk_row, sk_token, qkv + k, cos, sin, d_qkv + k, kv_heads, tokens, T, places, width,
+            True, NORMED, EPS, HALF, ROWS)  # fmt: skip
+    else:
+        rope_norm_part_backward(
+            dv, sv_row, sv_token, qkv, cos, sin, d_qkv + k + kv_heads * (2 * HALF), kv_heads, tokens, T, places, width,
+            False, NORMED, EPS, HALF, ROWS)  # fmt: skip
+
+
+@jit
+def qkv_grad_quantize_kernel(
+    dq, dk, dv, qkv, cos, sin, y, flipped, scale, most, heads, kv_heads, tokens, T, places, width,
+    sq_row, sk_row, sv_row, sq_token, sk_token, sv_token,
+    NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    """One head of q, of k, or of v of some tokens: what `rope_norm_backward_kernel` writes, in 8 bits."""
+    head, k = tl.program_id(1), heads * (2 * HALF)
+    token = (tl.program_id(0) * TALL + tl.arange(0, TALL))[:, None]
+    column = head * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    here, row, t = token < tokens, (token // T).to(tl.int64), (token % T).to(tl.int64)
+    at = token.to(tl.int64) * width + column
+    if head < heads:
+        its = row * sq_row + t * sq_token + column
+        a, b = rope_norm_gradient(dq, its, qkv, at, cos, sin, token, places, here, True, NORMED, EPS, HALF)
+    elif head < heads + kv_heads:
+        its = row * sk_row + t * sk_token + column - k
+        a, b = rope_norm_gradient(dk, its, qkv, at, cos, sin, token, places, here, True, NORMED, EPS, HALF)
+    else:
+        its = row * sv_row + t * sv_token + column - k - kv_heads * (2 * HALF)
+        a, b = rope_norm_gradient(dv, its, qkv, at, cos, sin, token, places, here, False, NORMED, EPS, HALF)
+    r = tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL)
+    c = head.to(tl.int64) * (2 * HALF) + tl.arange(0, HALF)
+    there = (r < tokens)[:, None] & (c < width)[None, :]
+    store_with_transpose(y, flipped, a * scale, r, c, tokens, width, there, most)
+    store_with_transpose(y, flipped, b * scale, r, HALF + c, tokens, width, there, most)
+
+
+def rope_launch_config(tokens: int, heads: int, cos: Tensor, parts: int, normed: bool) -> tuple[tuple[int, int], dict]:
+    """Programs over rows and parts; constants."""
+    half = cos.size(-1)
+    rows = ROPE_TILE // (2 * half)
+    shape = {"NORMED": normed, "EPS": NORM_EPS, "HALF": half, "ROWS": rows, "num_warps": 4}
+    return (-(-tokens * heads // rows), parts), shape
+
+
+@torch.library.custom_op("strawberry::qk_rope_norm", mutates_args=())
+def qk_rope_norm_op(qkv: Tensor, cos: Tensor, sin: Tensor, n_q: int, n_k: int, normed: bool) -> tuple[Tensor, Tensor]:
+    qkv, cos, sin = (x.contiguous() for x in (qkv, cos, sin))
+    (B, T, width), d = qkv.shape, 2 * cos.size(-1)
+    q, k = (torch.empty(B, T, n, dtype=qkv.dtype, device=qkv.device) for n in (n_q, n_k))
+    grid, shape = rope_launch_config(B * T, max(n_q, n_k) // d, cos, 2, normed)
+    rope_norm_kernel[grid](qkv, cos, sin, q, k, n_q // d, n_k // d, B * T, cos.size(0) * T, width, **shape)
+    return q, k
+
+
+@qk_rope_norm_op.register_fake
+def _(qkv, cos, sin, n_q, n_k, normed):
+    return tuple(qkv.new_empty(*qkv.shape[:2], n) for n in (n_q, n_k))
+
+
+@torch.library.custom_op("strawberry::qk_rope_norm_backward", mutates_args=())
+def qk_rope_norm_backward_op(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """The gradient of qkv, (B, T, Dq + 2·Dk), from those of q, k and v; qkv where q and k were normed."""
+    normed = qkv is not None
+    grads = [x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv)]
+    qkv, cos, sin = (x if x is None else x.contiguous() for x in (qkv, cos, sin))
+    (B, T, n_q), n_k, d = dq.shape, dk.size(-1), 2 * cos.size(-1)
+    d_qkv = torch.empty(B, T, n_q + 2 * n_k, dtype=dq.dtype, device=dq.device)
+    grid, shape = rope_launch_config(B * T, max(n_q, n_k) // d, cos, 3, normed)
+    sizes = (n_q // d, n_k // d, B * T, T, cos.size(0) * T, d_qkv.size(-1))
+    strides = [x.stride(axis) for axis in (0, 1) for x in grads]
+    rope_norm_backward_kernel[grid](*grads, qkv if normed else d_qkv, cos, sin, d_qkv, *sizes, *strides, **shape)
+    return d_qkv
+
+
+@qk_rope_norm_backward_op.register_fake
+def _(dq, dk, dv, qkv, cos, sin):
+    return dq.new_empty(*dq.shape[:2], dq.size(-1) + 2 * dk.size(-1))
+
+
+def qkv_grad_quantize(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What `turn_backward` gives, (B · T, Dq + 2·Dk), times `scale` in 8 bits, and the same transposed."""
+    found = torch.ops.strawberry.qkv_grad_quantize(dq, dk, dv, qkv, cos, sin, scale, dtype)
+    return tuple(y.view(dtype) for y in found)
+
+
+@torch.library.custom_op("strawberry::qkv_grad_quantize", mutates_args=())
+def qkv_grad_quantize_op(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    grads = [x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv)]
+    read, cos, sin = dq if qkv is None else qkv.contiguous(), cos.contiguous(), sin.contiguous()
+    (B, T, n_q), n_k, d = dq.shape, dk.size(-1), 2 * cos.size(-1)
+    width = n_q + 2 * n_k
+    y, flipped = dq.new_empty(B * T, width, dtype=dtype), dq.new_empty(width, B * T, dtype=dtype)
+    sizes = (n_q // d, n_k // d, B * T, T, cos.size(0) * T, width)
+    strides = [x.stride(axis) for axis in (0, 1) for x in grads]
+    shape = {"NORMED": qkv is not None, "EPS": NORM_EPS, "HALF": d // 2, "TALL": 128, "num_warps": 8}
+    qkv_grad_quantize_kernel[(-(-B * T // 128), width // d)](
+        *grads, read, cos, sin, y, flipped, scale, torch.finfo(dtype).max, *sizes, *strides, **shape)  # fmt: skip
+    return y.view(torch.uint8), flipped.view(torch.uint8)
+
+
+@qkv_grad_quantize_op.register_fake
+def _(dq, dk, dv, qkv, cos, sin, scale, dtype):
+    tokens, width = dq.size(0) * dq.size(1), dq.size(-1) + 2 * dk.size(-1)
+    return dq.new_empty(tokens, width, dtype=torch.uint8), dq.new_empty(width, tokens, dtype=torch.uint8)
