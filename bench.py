@@ -87,19 +87,11 @@ import plot
 import train
 from checkpoint import load_model, save_model
 from dataset import Corpus
-from model import (
-    CONFIGS,
-    Cache,
-    ChunkState,
-    Embedding,
-    Int8,
-    LanguageModel,
-    LearnedPositions,
-    build,
-    states_in,
-)
+from model import CONFIGS, Embedding, LanguageModel, LearnedPositions, build
 from optimizer import build_optimizer
 from options import OptimizerHyperparams, Run, UserError, atomic_write, declared, load_run, nearest, run_cli, to_dict
+from strawberry.cache import Cache, ChunkCache, iter_layer_caches
+from strawberry.ops.linear import Int8Weight
 from train import Signals, Trainer
 
 EVALUATIONS = 20  # in each run: the points of its curve
@@ -1307,7 +1299,7 @@ def weight_bytes(model: LanguageModel, rows: int) -> int:
     for module in model.modules():
         table = isinstance(module, Embedding) and module.roles["weight"] == "input"
         looked_up = table or isinstance(module, LearnedPositions)
-        in_8_bits = [t for value in vars(module).values() if isinstance(value, Int8) for t in value]  # with its scales
+        in_8_bits = [t for value in vars(module).values() if isinstance(value, Int8Weight) for t in value]  # with its scales
         for t in (*module.parameters(recurse=False), *in_8_bits):
             total += rows * t.size(-1) * t.element_size() if looked_up else t.nbytes
     return total
@@ -1329,8 +1321,8 @@ def cache_bytes(config, dtype: torch.dtype, length: int) -> int:
 def cache_bytes_read(config, dtype: torch.dtype, length: int) -> int:
     """Bytes of them that a step has to read: all but the sums over finished chunks, which only a border asks for."""
     cache = empty_cache(config, dtype, length)
-    states = states_in(cache.layers if cache else None)
-    return sum(state.nbytes() - (state.finished.nbytes if isinstance(state, ChunkState) else 0) for state in states)
+    states = iter_layer_caches(cache.layers if cache else None)
+    return sum(state.nbytes() - (state.finished.nbytes if isinstance(state, ChunkCache) else 0) for state in states)
 
 
 def cache_line(config, dtype: torch.dtype, length: int) -> tuple[float, float]:

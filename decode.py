@@ -28,9 +28,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model import Int8, LanguageModel, sample, wide
+from model import LanguageModel
 from options import UserError
-from strawberry.ops.linear import quantize_int8
+from strawberry.ops.common import to_accum_dtype
+from strawberry.ops.linear import Int8Weight, quantize_int8
+from strawberry.ops.sampling import sample
 
 # ---- requests ------------------------------------------------------------------------------------------------------
 
@@ -125,30 +127,30 @@ class Through:
     """Logits through a cache: each token is computed once."""
 
     def __init__(self, model: LanguageModel, rows: int, max_length: int, max_source: int):
-        self.model, self.step, self.parts = model, model.step, {}
+        self.model, self.step, self.parts = model, model.decode_step, {}
         self.room = min(max_length, model.max_positions or max_length)
         self.cache = model.new_cache(rows, self.room, max_source=max_source if model.takes_source else None)
-        self.cache.pos[:] = -1  # nobody's
+        self.cache.positions[:] = -1  # nobody's
 
     def begin(self, row: int, tokens: list[int], source: list[int] | None) -> Tensor:
         """Logits (1, V) after a prompt, which the row reads from its start."""
         self.cache.reset(row)
-        mine, device = self.cache.part(slice(row, row + 1)), self.cache.pos.device
+        mine, device = self.cache.slice(slice(row, row + 1)), self.cache.positions.device
         if source is not None:
-            self.model.read(torch.tensor([source], device=device), mine)
-        logits = self.model.after(torch.tensor([tokens], device=device), mine)
-        self.cache.length[row] = len(tokens)
+            self.model.set_source(torch.tensor([source], device=device), mine)
+        logits = self.model.logits_after(torch.tensor([tokens], device=device), mine)
+        self.cache.lengths[row] = len(tokens)
         return logits
 
     def full(self, row: int) -> bool:
-        return self.cache.length[row] >= self.room
+        return self.cache.lengths[row] >= self.room
 
     def ready(self, rows: list[int]) -> int:
         """To be called before a step of these rows: those at a border get their next chunk's weights. Returns how many
         tokens a row holds before the step, at most."""
-        length, chunk = self.cache.length, self.model.chunk
+        length, chunk = self.cache.lengths, self.model.chunk_size
         if chunk and (border := [row for row in rows if length[row] % chunk == 0]):
-            self.model.open_chunks(self.cache, border)
+            self.model.begin_chunks(self.cache, border)
         held = max(length[row] for row in rows)
         for row in rows:
             length[row] += 1
@@ -158,24 +160,24 @@ class Through:
         """Logits (n, V) after one more token (n,) of the first n rows."""
         n = len(token)
         if n not in self.parts:
-            self.parts[n] = self.cache.part(slice(0, n))
+            self.parts[n] = self.cache.slice(slice(0, n))
         return self.step(token, self.parts[n], held)
 
     def advance(self, live: Tensor) -> None:
-        self.cache.pos[: len(live)] += live
+        self.cache.positions[: len(live)] += live
 
     def end(self, row: int) -> None:
-        self.cache.pos[row], self.cache.length[row] = -1, 0
+        self.cache.positions[row], self.cache.lengths[row] = -1, 0
 
     def stands_after(self, row: int, tokens: list[int]) -> bool:
         """Whether a row that has read these tokens is still somebody's."""
-        return self.cache.length[row] == len(tokens)
+        return self.cache.lengths[row] == len(tokens)
 
     def copy(self, source: int, target: int) -> None:
-        self.cache.move(source, target)
+        self.cache.copy_row(source, target)
 
     def move(self, source: int, target: int) -> None:
-        self.cache.move(source, target)
+        self.cache.copy_row(source, target)
         self.end(source)
 
 
@@ -194,7 +196,7 @@ class Anew:
 
     def of(self, row: int) -> Tensor:
         newest = self.texts[row][-self.model.config.block_size :]
-        return wide(self.model(torch.tensor([newest], device=self.model.here.device))[0][:, -1])
+        return to_accum_dtype(self.model(torch.tensor([newest], device=self.model.device))[0][:, -1])
 
     def full(self, row: int) -> bool:
         return False
@@ -310,7 +312,7 @@ class Decoder:
                  compile: bool = False, shrink: bool = True, max_source: int | None = None):
         if not model.generates:
             raise UserError(f"a {model.config.arch} of kind encoder predicts masked tokens; it does not continue text")
-        device = model.here.device
+        device = model.device
         self.model, self.rows, self.slides = model, rows, on_full == "slide"
         way = Through if model.causal else Anew
         self.logits = way(model, rows, max_length, max_source or model.config.block_size)
@@ -576,5 +578,5 @@ def quantize(model: LanguageModel, kind: str = "int8") -> LanguageModel:
             weight = getattr(module, name)
             if module.roles[name] != "input":  # of which a token reads one row
                 delattr(module, name)
-                setattr(module, name, Int8(*quantize_int8(weight)))
+                setattr(module, name, Int8Weight(*quantize_int8(weight)))
     return model

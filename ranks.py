@@ -44,9 +44,7 @@ Index:  parts of a batch · sharded tensors · one process · several · signs o
 """
 
 import contextlib
-import copy
 import ctypes
-import dataclasses
 import datetime
 import gc
 import inspect
@@ -454,7 +452,7 @@ class Replicated(Ranks):
             DDP = nn.parallel.DistributedDataParallel
             with self.listening():
                 about = {"gradient_as_bucket_view": True, "find_unused_parameters": idle()}
-                if compiled is True and not model.divide(PIECES):  # all come at once: few parcels take less time
+                if compiled is True and not model.set_compile_partitions(PIECES):  # all come at once: few parcels take less time
                     about["bucket_cap_mb"] = 1 << 10
                 newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
                 about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # they are equal: see sum_
@@ -683,9 +681,7 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
 
 def compile_blocks(model: nn.Module, wanted: bool) -> None:
     """Compile each block by itself, and the head's loss, or undo it. Equal blocks are compiled once."""
-    from model import HeadLoss, loss_and_slope
-
-    HeadLoss.of = staticmethod(torch.compile(loss_and_slope, dynamic=False) if wanted else loss_and_slope)
+    model.compile_loss = wanted
     for block in blocks_of(model):
         plain = type(block).forward.__get__(block)
         run = torch.compile(plain, dynamic=False) if wanted else plain
@@ -711,8 +707,7 @@ def reads_by_products_alone(block: nn.Module) -> bool:
 class Recomputed:
     """Takes the place of a block's forward: what it keeps for the way back is its input, and it computes the rest anew.
 
-    Where tokens stand (At) is copied, since a model changes it from pass to pass, and what routers count is counted
-    once.
+    What routers count is counted once.
     """
 
     def __init__(self, block: nn.Module):
@@ -723,7 +718,6 @@ class Recomputed:
     def __call__(self, *args):
         if not torch.is_grad_enabled():
             return self.run(*args)
-        args = [copy.copy(arg) if dataclasses.is_dataclass(arg) else arg for arg in args]
         contexts = {"context_fn": lambda: (contextlib.nullcontext(), self.uncounted())}
         return checkpoint(self.run, *args, use_reentrant=False, preserve_rng_state=self.has_dropout, **contexts)
 

@@ -369,7 +369,7 @@ class Work:
 
 
 def make_decoder(model, settings: Settings, work: Work) -> Decoder:
-    on_cuda = model.here.is_cuda
+    on_cuda = model.device.type == "cuda"
     compiled = settings.compile == "true" or (settings.compile == "auto" and on_cuda and work.tokens >= MANY_TOKENS)
     return Decoder(model, rows_at_once(model, settings, work.texts), work.longest, on_full=settings.on_full,
                    compile=compiled, max_source=work.longest_source or None)  # fmt: skip
@@ -377,7 +377,7 @@ def make_decoder(model, settings: Settings, work: Work) -> Decoder:
 
 def rows_at_once(model, settings: Settings, n: int) -> int:
     """How many of n texts are made at once."""
-    return min(n, settings.batch or (64 if model.here.is_cuda else 8))
+    return min(n, settings.batch or (64 if model.device.type == "cuda" else 8))
 
 
 Piece = tuple[Text, str, str | None]  # what can be printed of a text now, and why it ended if it did
@@ -728,7 +728,7 @@ def origin_of(settings: Settings, path: Path, model, seed: int) -> dict:
     """All that the texts depend on."""
     files = {"prompts_file": file_hash(settings.prompts_file), "model": file_hash(path)}
     options = {name: getattr(settings, name) for name in (*OWN, "source", "on_full", "quantize")}
-    dtype = dtype_name(settings, model.here.device.type)
+    dtype = dtype_name(settings, model.device.type)
     return {**files, "seed": seed, "dtype": dtype, **options}
 
 
@@ -797,7 +797,7 @@ def score(model, encoder, text: str, stride: int = 0, source: list[int] | None =
         raise UserError(f"--stride {stride}: exceeds the model's block_size {size}, so tokens would be left out")
     if not text:
         raise UserError("there is nothing to score: the text is empty")
-    ids = torch.tensor([[encoder.eot, *encode(encoder, text)]], device=model.here.device)
+    ids = torch.tensor([[encoder.eot, *encode(encoder, text)]], device=model.device)
     n, total = ids.size(1) - 1, 0.0
     given = None if source is None else torch.tensor([source], device=ids.device)
     with tqdm(total=n, desc="scoring", unit=" tokens", leave=False, disable=None) as bar, clear_errors(size):

@@ -64,7 +64,6 @@ from checkpoint import Lock, read_about
 from dataset import spell
 from decode import Decoder
 from encoder import EOT, PAD
-from model import wide
 from options import UserError, check, declared, nearest, object_schema, option, run_cli, show, to_dict
 from sample import (
     MODEL_SUFFIXES,
@@ -80,6 +79,7 @@ from sample import (
     rows_at_once,
     windows,
 )
+from strawberry.ops.common import to_accum_dtype
 
 # ---- errors --------------------------------------------------------------------------------------------------------
 
@@ -784,7 +784,7 @@ class Scores:
 @torch.no_grad()
 def scores(model, tokens: list[int], source: list[int] | None, k: int) -> Scores:
     """Log probabilities (nats) of the tokens, each after those before it, by one pass over all."""
-    ids = torch.tensor([tokens], device=model.here.device)
+    ids = torch.tensor([tokens], device=model.device)
     found = Scores([None], [[]])
     for logits, targets in logits_of(model, ids, source):
         logp = logits.log_softmax(dim=-1).clamp(min=-9999.0)  # JSON knows no infinity
@@ -803,10 +803,10 @@ def logits_of(model, ids: torch.Tensor, source: list[int] | None) -> Iterator[tu
     if model.causal:
         logits = model(ids[:, :-1], source=given)[0][0] if ids.size(1) > 1 else ids.new_zeros(0, 1)
         for begin in range(0, len(logits), 256):
-            yield wide(logits[begin : begin + 256]), ids[0, begin + 1 : begin + 257]
+            yield to_accum_dtype(logits[begin : begin + 256]), ids[0, begin + 1 : begin + 257]
     else:
         for begin, done, end in windows(ids.size(1) - 1, model.config.block_size, 1, causal=False):
-            yield wide(model(ids[:, begin:end])[0][0, done - end :]), ids[0, done + 1 : end + 1]
+            yield to_accum_dtype(model(ids[:, begin:end])[0][0, done - end :]), ids[0, done + 1 : end + 1]
 
 
 # ---- models --------------------------------------------------------------------------------------------------------

@@ -59,10 +59,12 @@ import encoder as encoders
 import plot
 from checkpoint import Lock, newest, own_tensors, save_checkpoint, save_model, set_aside, write_model, write_state
 from dataset import Batch, Corpus, Loader, NextToken, Split
-from model import CONFIGS, Float8, build
+from model import CONFIGS, build
 from optimizer import build_optimizer, lr_at
 from options import UserError, atomic_write, load_run, run_cli, to_dict
 from ranks import Alone, Lost, Ranks, divide, join, local, parts
+from strawberry import ops
+from strawberry.ops import float8
 
 METRICS = "metrics.jsonl"
 EVAL_SEED = 0  # of the windows that evaluations read: the same whatever the run's seed is
@@ -721,7 +723,6 @@ class Trainer:
         self.device = choose_device(run.device)
         self.dtype = choose_dtype(run.dtype, self.device)
         self.ranks = join(self.device, run.parallel)
-        Float8.use(run.dtype == "float8", self.device)
         if self.ranks.main and self.root.is_dir():
             self.lock = Lock(self.root)
         self.encoder, self.corpus = load_data(run)
@@ -733,6 +734,7 @@ class Trainer:
         model = build(run.model_hyperparams)
         if run.pretrained:
             start_from(run.pretrained, model, self.encoder)
+        ops.prepare_weights(model, "float8" if run.dtype == "float8" else None, self.device)
         self.model = self.ranks.place(model, self.device, self.dtype).train()
         self.forward = self.model
         self.loads = [router.load for router in self.model.routers().values()]
@@ -744,8 +746,8 @@ class Trainer:
         if found:
             self.restore(found)
         self.choose_batch_size()
-        if Float8.on and self.ranks.main and not Float8.helps(self.model):
-            warn(f'dtype = "float8": this model has no matrix (m, n) with m · n ≥ {Float8.WORTH} · (m + n), so that it '
+        if run.dtype == "float8" and self.ranks.main and not float8.has_eligible_weight(self.model):
+            warn(f'dtype = "float8": this model has no matrix (m, n) with m · n ≥ {float8.MIN_DIM} · (m + n), so that it '
                  'trains as with "bfloat16"')  # fmt: skip
         self.introduce()
 
@@ -883,7 +885,7 @@ class Trainer:
         pattern = f" of {' → '.join(blocks[0].steps)}" if hasattr(blocks[0], "steps") else ""
         threads = f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else ""
         name = f" ({torch.cuda.get_device_name()})" if self.device.type == "cuda" else threads
-        dtype = "float8" if Float8.on else str(self.dtype).removeprefix("torch.")
+        dtype = "float8" if run.dtype == "float8" else str(self.dtype).removeprefix("torch.")
         rows = {
             "model": f"{model.config.arch}, {len(blocks)} blocks{pattern}",
             "parameters": f"{model.num_params(non_embedding=False):,}, {model.num_params():,} without embeddings",

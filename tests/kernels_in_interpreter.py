@@ -13,11 +13,14 @@ import torch
 from test_decode import by_generate, collect, made, requests_for
 
 from decode import Decoder
-from model import AFTS, At, Grow, build, channel_norm
+from model import AFTS, build
+from strawberry.context import ForwardContext
 from strawberry.ops import float8
 from strawberry.ops.attention import decode_attention
 from strawberry.ops.float8 import act_quantize, act_quantize_backward, concat_quantize, transpose_fp8
-from strawberry.ops.linear import int8_linear, quantize_int8
+from strawberry.ops.linear import int8_linear, prepare_weights, quantize_int8
+from strawberry.ops.qkv import norm_channels
+from strawberry.ops.retention import GatedUpdate
 from strawberry.ops.triton import aft, aft_positional, rope
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.aft import fused_aft_simple, is_chained, segment_size
@@ -433,20 +436,20 @@ def test_positional_aft_in_whole_blocks_and_bfloat16(kind):
 def test_mixers_go_by_kernels_and_agree_with_their_plain_path(kind, dtype, small_blocks, monkeypatch):
     """Result and gradients, the plain path in float64, which no kernel takes."""
     torch.manual_seed(0)
-    mix = AFTS[kind](SimpleNamespace(n_qkv=6, n_head=2, window=19, block_size=50), channel_norm)
+    mix = AFTS[kind](SimpleNamespace(n_qkv=6, n_head=2, window=19, block_size=50), norm_channels)
     for p in mix.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    plain, at = copy.deepcopy(mix).double(), At(torch.arange(45)[None])
+    plain, at = copy.deepcopy(mix).double(), ForwardContext(torch.arange(45)[None])
     q, k, v, slope = (draw(2, 45, 6, seed=s, dtype=dtype) for s in range(4))
     exact = [x.double().requires_grad_() for x in (q, k, v)]
-    expected = plain(*channel_norm(*exact[:2], at), exact[2], exact[0], at, None)
+    expected = plain(*norm_channels(*exact[:2], at), exact[2], exact[0], at, None)
     expected.backward(slope.double())
     ours, taken = [x.requires_grad_() for x in (q, k, v)], []
     names = (aft, "fused_aft_simple"), (aft_positional, "fused_aft_conv"), (aft_positional, "fused_aft_local")
     for room, name in names:
         fused = getattr(room, name)
         monkeypatch.setattr(room, name, lambda *args, fused=fused: taken.append(1) or fused(*args))
-    got = mix(*channel_norm(*ours[:2], at), ours[2], ours[0], at, None)
+    got = mix(*norm_channels(*ours[:2], at), ours[2], ours[0], at, None)
     got.backward(slope)
     assert taken
     bound = 2e-5 if dtype == torch.float32 else 3e-2
@@ -562,7 +565,7 @@ def test_grow(case, dtype):
     each = scale.expand(B, n, rows, C)  # a scale for each number, since in the sum of their gradients much cancels
     exact = [x.double().requires_grad_() for x in (raw, each, oa, out)]
     assert can_fuse_update(raw, oa)
-    got, want = Grow.apply(*ours, viewed), grown(*exact, viewed)
+    got, want = GatedUpdate.apply(*ours, viewed), grown(*exact, viewed)
     for new, deviation in got, want:
         slope = 40 * draw(B, n, 1, 1, seed=5).double()
         ((new.double() * grad.double()).sum() + (deviation.double() * slope).sum()).backward()
@@ -593,7 +596,7 @@ def test_grow_is_compiled_whole():
     raw, scale, oa, out = draw(2, 2, 24, 24), torch.ones(2, 2, 1, 1), draw(2, 2, 24, 24, seed=1), draw(24, 24, seed=2)
 
     def total(*x):
-        return sum(y.square().sum() for y in Grow.apply(*x, False))
+        return sum(y.square().sum() for y in GatedUpdate.apply(*x, False))
 
     ways = total, torch.compile(total, fullgraph=True, backend="aot_eager")
     a, b = (torch.autograd.grad(way(*(xs := [x.requires_grad_() for x in (raw, scale, oa, out)])), xs) for way in ways)
@@ -826,17 +829,17 @@ def test_turned_gradients_in_8_bits(normed, heads):
 
 
 def test_a_turned_product_in_8_bits():
-    from model import Float8, Float8Product, Float8Turned
+    from strawberry.ops.float8 import Float8Linear, Float8QKVRope, prepare
 
-    Float8.use(False, torch.device("cpu"))  # the scales
+    prepare(torch.device("cpu"))
     B, T, d = 2, 64, 16
     x, w = draw(B, T, 64).bfloat16().requires_grad_(), (draw(192, 64, seed=1) / 8).requires_grad_()
     angle, widths = draw(1, T, 1, d // 2, seed=2), (64, 64, 64)
     tables = angle.cos(), angle.sin()
-    got = Float8Turned.apply(x, w, widths, *tables, True)
-    whole = torch.compile(lambda x, w: Float8Turned.apply(x, w, widths, *tables, True), backend="aot_eager",
+    got = Float8QKVRope.apply(x, w, widths, *tables, True)
+    whole = torch.compile(lambda x, w: Float8QKVRope.apply(x, w, widths, *tables, True), backend="aot_eager",
                           fullgraph=True)(x, w)  # fmt: skip
-    wanted = fused_qk_rope_norm(Float8Product.apply(x.flatten(0, 1), w).unflatten(0, (B, T)), widths, *tables, True)
+    wanted = fused_qk_rope_norm(Float8Linear.apply(x.flatten(0, 1), w).unflatten(0, (B, T)), widths, *tables, True)
     grads = [draw(B, T, 64, seed=i).bfloat16() * 2**-15 for i in (3, 4, 5)]
     for a, b, c in zip(got, wanted, whole, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
@@ -856,8 +859,6 @@ IN_8_BITS = {  # and how often the gradients of q, k and v are turned, with or w
 
 @pytest.mark.parametrize("name", IN_8_BITS)
 def test_models_join_their_gradients_in_8_bits(name, monkeypatch):
-    from model import Float8
-
     hyper, wanted = IN_8_BITS[name]
     torch.manual_seed(0)
     model = build({"n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 64, "block_size": 32} | hyper)
@@ -867,10 +868,10 @@ def test_models_join_their_gradients_in_8_bits(name, monkeypatch):
     monkeypatch.setattr(float8, "concat_quantize", lambda *args: taken.append("joined") or join(*args))
     kind = {True: "turned", False: "normed"}
     monkeypatch.setattr(rope, "qkv_grad_quantize", lambda *args: taken.append(kind[args[3] is None]) or turn(*args))
-    monkeypatch.setattr(Float8, "WORTH", 4)
+    monkeypatch.setattr(float8, "MIN_DIM", 4)
     idx, found = torch.randint(64, (2, 32)), []
     for on in (True, False):
-        Float8.use(on, torch.device("cpu"))
+        prepare_weights(model, "float8" if on else None, torch.device("cpu"))
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(idx, idx)[1]
         found.append(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True, allow_unused=True))

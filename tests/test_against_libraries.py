@@ -6,6 +6,7 @@ whatever the weights are, so there the bound is that of float32.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 
 import model as model_file
+from strawberry.context import ForwardContext, Mode
+from strawberry.ops.rope import RopeScaling
+from strawberry.ops.rope import rope_frequencies as our_frequencies
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nested.tensor:UserWarning")
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -82,7 +86,7 @@ def check_frequencies(theirs, dim, scaling, block_size=256):
 
 
 def model_frequencies(dim, scaling, block_size):
-    return model_file.rope_frequencies(dim, model_file.RopeScaling(**scaling), block_size)
+    return our_frequencies(dim, RopeScaling(**scaling), block_size)
 
 
 def test_linear_frequencies():
@@ -238,7 +242,7 @@ def test_deepseek_latent_attention(yarn):
     torch.testing.assert_close(as_tensor(got), expected, **FLOAT32)
     layer, at = attention_layer(cfg, ours, T)
     torch.testing.assert_close(layer(x[None], at, None)[0], expected, **FLOAT32)
-    cached = layer.new_state(1, T, "cpu", torch.float64)  # and as it is computed from the latents alone
+    cached = layer.new_cache(1, T, "cpu", torch.float64)  # and as it is computed from the latents alone
     torch.testing.assert_close(layer(x[None], at, cached)[0], expected, **FLOAT32)
 
 
@@ -248,7 +252,7 @@ def attention_layer(cfg, params, T):
     model = model_file.build({k: v for k, v in cfg.items() if v is not None}).double().eval().requires_grad_(False)
     layer, pos = model.decoder.blocks[0].attn, torch.arange(T)[None]
     layer.load_state_dict({name.removeprefix("attn."): tensor for name, tensor in params.items()})
-    return layer, model_file.At(pos, rope=model.rope(pos))
+    return layer, ForwardContext(pos, rope=model.rope(pos))
 
 
 # ---- torch.nn.MultiheadAttention and torch.nn.Transformer ------------------------------------------------------------
@@ -279,7 +283,7 @@ def test_multihead_attention(causal, n_padding):
     torch.testing.assert_close(as_tensor(got), expected, **EXACT)
     layer, at = attention_layer(cfg, params, T)
     if not causal:  # a decoder needs no mask for padding: it stands at the end, where nobody looks
-        at.causal, at.padding = False, padding[None]
+        at = replace(at, mode=Mode.ENCODE, padding_mask=padding[None])
     real = T - n_padding if causal else T
     torch.testing.assert_close(layer(x[None], at, None)[0, :real], expected[:real], **EXACT)
 

@@ -9,9 +9,22 @@ from test_decode import SMALL as TINY
 from test_decode import collect, every_model, made, requests_for
 
 from decode import Decoder, quantize
-from model import AFTS, At, Float8, View, aft_simple, as_is, attend, attend_blocks, build
+from model import AFTS, build
+from strawberry.context import ForwardContext
+from strawberry.ops import cross_entropy, float8
 from strawberry.ops.activations import ACTIVATIONS
-from strawberry.ops.float8 import act_quantize, act_quantize_backward, concat_quantize, quantize_fp8, transpose_fp8
+from strawberry.ops.aft import aft_simple
+from strawberry.ops.attention import flex_sliding_window, sdpa
+from strawberry.ops.float8 import (
+    act_quantize,
+    act_quantize_backward,
+    concat_quantize,
+    quantize_fp8,
+    transpose_fp8,
+)
+from strawberry.ops.linear import prepare_weights
+from strawberry.ops.masks import AttentionPattern
+from strawberry.ops.qkv import no_transform
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton import rope
 from strawberry.ops.triton.rope import can_fuse_rope, fused_qk_rope_norm, qkv_grad_quantize
@@ -113,7 +126,7 @@ def mixed_twice(mix, shape: tuple[int, ...], keys: float, dtype: torch.dtype) ->
     torch.manual_seed(0)
     q, k, v, slope = (torch.randn(shape, device="cuda").to(dtype) for _ in range(4))
     k = k.sign() * keys if keys > 1 else k
-    at, results = At(torch.arange(shape[1], device="cuda")[None]), []
+    at, results = ForwardContext(torch.arange(shape[1], device="cuda")[None]), []
     for mixer, kind in [(mix, dtype), (copy.deepcopy(mix).double(), torch.float64)]:
         inputs = [x.to(kind).requires_grad_() for x in (q, k, v)]
         y = mixer(*inputs, inputs[0], at, None)
@@ -126,7 +139,7 @@ def mixed_twice(mix, shape: tuple[int, ...], keys: float, dtype: torch.dtype) ->
     (80, (1, 65536, 40)), (1, (1, 65536, 40)), (1, (3, 1027, 100)), (1, (40, 300, 768)),
 ])  # fmt: skip
 def test_aft_simple_by_its_kernel(shape, keys, dtype, bound):
-    mix = AFTS["simple"](SimpleNamespace(n_qkv=shape[-1], n_head=2), as_is)
+    mix = AFTS["simple"](SimpleNamespace(n_qkv=shape[-1], n_head=2), no_transform)
     for got, exact in mixed_twice(mix, shape, keys, dtype):
         assert got.dtype == dtype and relative(got, exact) < bound
 
@@ -134,7 +147,7 @@ def test_aft_simple_by_its_kernel(shape, keys, dtype, bound):
 @pytest.mark.parametrize("kind", ["conv", "local", "full"])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)], ids=str)
 def test_aft_with_positions_by_its_kernel(kind, dtype, bound):
-    mix = AFTS[kind](SimpleNamespace(n_qkv=48, n_head=2, window=300, block_size=1100), as_is).cuda()
+    mix = AFTS[kind](SimpleNamespace(n_qkv=48, n_head=2, window=300, block_size=1100), no_transform).cuda()
     for p in mix.parameters():
         torch.nn.init.normal_(p, std=0.2)
     for got, exact in mixed_twice(mix, (2, 1030, 48), 1, dtype):
@@ -159,13 +172,13 @@ def test_blocks_are_windows_on_a_gpu(T, windows, kv_heads, d, dtype, bound):
     torch.manual_seed(0)
     about = {"device": "cuda", "dtype": dtype}
     q, k, v = (torch.randn(2, T, n, d, **about, requires_grad=True) for n in (4, kv_heads, kv_heads))
-    at, slope = At(torch.arange(T, device="cuda")[None]), torch.randn(2, T, 4, d, **about)
-    mask = torch.cat([View(w).sees(at.pos, at.pos) for w in windows * (4 // len(windows))], dim=1)
+    at, slope = ForwardContext(torch.arange(T, device="cuda")[None]), torch.randn(2, T, 4, d, **about)
+    mask = torch.cat([AttentionPattern(w).mask(at.positions, at.positions) for w in windows * (4 // len(windows))], dim=1)
     torch._dynamo.reset()
-    by_blocks = torch.compile(lambda *qkv: attend_blocks(*qkv, windows, At(at.pos), scale=0.2), fullgraph=True)
+    by_blocks = torch.compile(lambda *qkv: flex_sliding_window(*qkv, windows, ForwardContext(at.positions), scale=0.2), fullgraph=True)
     y = by_blocks(q, k, v)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = attend(*exact, mask, scale=0.2)
+    expected = sdpa(*exact, mask, scale=0.2)
     assert relative(y, expected) < bound  # TF32 or not
     for got, its in zip(torch.autograd.grad(y, (q, k, v), slope), torch.autograd.grad(expected, exact, slope.double())):
         assert relative(got, its) < bound
@@ -306,14 +319,13 @@ def test_what_cannot_be_recorded_leaves_everything_usable(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("arch", [{}, {"arch": "palm"}, {"arch": "tinystar"}, {"logit_softcap": 5.0}], ids=str)
 def test_the_fused_head_is_the_plain_one(arch, monkeypatch):
-    import model as models
 
     torch.manual_seed(0)
     net = build(SMALL | {"vocab_size": 61} | arch).cuda().train()
     idx = torch.randint(61, (4, 64), device="cuda")
     found = []
     for fused in (True, False):
-        monkeypatch.setattr(models, "fuses_head", lambda x, fused=fused: fused)
+        monkeypatch.setattr(cross_entropy, "should_fuse", lambda x, fused=fused: fused)
         loss = net(idx, idx)[1]
         learned = [p for p in net.parameters() if p.requires_grad]
         found.append([loss, *torch.autograd.grad(loss, learned, allow_unused=True)])
@@ -332,7 +344,7 @@ def test_training_in_8_bits_is_training(tmp_path, monkeypatch, config, hyper):
     """The same losses as in bfloat16, where steps are recorded."""
     import plot
 
-    monkeypatch.setattr(Float8, "WORTH", 16)
+    monkeypatch.setattr(float8, "MIN_DIM", 16)
     keys = {f"model_hyperparams.{key}": value for key, value in hyper.items()}
     losses = []
     for dtype in ("float8", "bfloat16"):
@@ -353,7 +365,7 @@ def directions(hyper: dict, device: str, backend: str) -> dict[str, float]:
             torch.nn.init.normal_(p, std=0.1)
     idx, found = torch.randint(64, (4, 512), device=device), []
     for on in (True, False):
-        Float8.use(on, torch.device(device))
+        prepare_weights(model, "float8" if on else None, torch.device(device))
         torch._dynamo.reset()
         with torch.autocast(device, torch.bfloat16):
             found.append(gradients_of(model, torch.compile(model, dynamic=False, backend=backend), idx))
@@ -365,7 +377,7 @@ def directions(hyper: dict, device: str, backend: str) -> dict[str, float]:
 @eight_bits
 @pytest.mark.parametrize("hyper", [*TURNING, {"arch": "tinystar", "pos_encoding": "Learned"}], ids=str)
 def test_gradients_in_8_bits_point_where_those_in_bfloat16_do(hyper, monkeypatch):
-    monkeypatch.setattr(Float8, "WORTH", 4)
+    monkeypatch.setattr(float8, "MIN_DIM", 4)
     found = directions(hyper, "cuda", "inductor")
     assert min(found.values()) > 0.95, found
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from decode import Decoder, Request, quantize, texts
-from model import build, sample, states_in
+from model import build
 from options import UserError
+from strawberry.cache import iter_layer_caches
+from strawberry.ops.sampling import sample
 
 SMALL = {"vocab_size": 31, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32}
 MODELS = {
@@ -200,8 +202,8 @@ def test_a_released_row_is_free_at_once_and_disturbs_nobody():
 def test_few_busy_rows_cost_few_rows(monkeypatch):
     """Eight texts, seven of which end soon: the last is computed alone."""
     model = made("strawberry, experts, two passes")
-    sizes, step = [], model.step
-    monkeypatch.setattr(model, "step", lambda token, *args: sizes.append(len(token)) or step(token, *args))
+    sizes, step = [], model.decode_step
+    monkeypatch.setattr(model, "decode_step", lambda token, *args: sizes.append(len(token)) or step(token, *args))
     requests = [Request([1 + i], 40 if i == 6 else 3, seed=i) for i in range(8)]
     results = collect(Decoder(model, 8, 64), requests)
     assert sizes == [8] * 2 + [1] * 37
@@ -214,7 +216,7 @@ def test_the_cache_is_allocated_once():
     decoder = Decoder(model, 4, 64)
 
     def addresses() -> list[int]:
-        return [getattr(s, n).data_ptr() for s in states_in(decoder.logits.cache.layers) for n in s.start]
+        return [getattr(s, n).data_ptr() for s in iter_layer_caches(decoder.logits.cache.layers) for n in s.initial]
 
     before = addresses()
     collect(decoder, requests_for(model, 9))

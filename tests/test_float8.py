@@ -8,24 +8,30 @@ import pytest
 import torch
 from test_train import metrics, run, workshop, write_config  # noqa: F401
 
-import model as models
 import train
-from model import Float8, Float8FeedForward, Float8Joint, Float8Product, HeadLoss, build, measured
+from model import build
 from options import UserError
-from strawberry.ops import float8
+from strawberry.ops import cross_entropy, float8
 from strawberry.ops.activations import ACTIVATIONS
-from strawberry.ops.float8 import act_quantize, quantize_fp8
+from strawberry.ops.cross_entropy import FusedLinearCrossEntropy
+from strawberry.ops.float8 import (
+    Float8Linear,
+    Float8MLP,
+    Float8SplitLinear,
+    act_quantize,
+    quantize_fp8,
+    quantize_fp8_dynamic,
+)
+from strawberry.ops.linear import prepare_weights
 
 FORWARD, BACKWARD = (3, -6, 448.0), (2, -14, 57344.0)  # mantissa bits, smallest normal exponent, largest number
 
 
 @pytest.fixture(autouse=True)
 def in_8_bits(monkeypatch):
-    """On, also for small matrices; off again afterwards."""
-    monkeypatch.setattr(Float8, "WORTH", 4)
-    Float8.use(True, torch.device("cpu"))
-    yield
-    Float8.use(False, torch.device("cpu"))
+    """Also for small matrices."""
+    monkeypatch.setattr(float8, "MIN_DIM", 4)
+    float8.prepare(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -69,7 +75,7 @@ def test_rounding_is_to_the_nearest_and_cuts(dtype, kind):
 
 def test_a_matrix_is_measured():
     for w in (draw(32, 48).float() * 3e-4, draw(32, 48).float() * 1e5, torch.zeros(16, 16)):
-        w8, undo = measured(w)
+        w8, undo = quantize_fp8_dynamic(w)
         assert torch.log2(undo) == torch.log2(undo).round() and w8.float().isfinite().all()
         if w.any():
             near(w8.double() * undo, w.double(), 0.03)
@@ -79,7 +85,7 @@ def test_a_matrix_is_measured():
 def test_a_product_is_that_of_the_rounded_numbers():
     x, w, grad = draw(48, 64).bfloat16(), draw(32, 64, seed=1).float() * 0.02, draw(48, 32, seed=2).bfloat16() * 2**-15
     inputs = x.requires_grad_(), w.requires_grad_()
-    y = Float8Product.apply(*inputs)
+    y = Float8Linear.apply(*inputs)
     dx, dw = torch.autograd.grad(y, inputs, grad)
     x8, w8, g8 = rounded(x.detach(), 4, FORWARD), rounded_matrix(w.detach()), rounded(grad, 2**20, BACKWARD)
     assert (y.dtype, dx.dtype, dw.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
@@ -93,7 +99,7 @@ def test_a_joint_product_is_a_product_in_parts():
     x, w = draw(48, 64).bfloat16(), draw(192, 64, seed=1).float() * 0.02
     grad = draw(48, 192, seed=2).bfloat16() * 2**-15
     inputs = x.requires_grad_(), w.requires_grad_()
-    whole, parts = Float8Product.apply(*inputs), Float8Joint.apply(*inputs, 64, 64, 64)
+    whole, parts = Float8Linear.apply(*inputs), Float8SplitLinear.apply(*inputs, 64, 64, 64)
     assert torch.equal(torch.cat(parts, dim=1), whole)
     wanted = torch.autograd.grad(whole, inputs, grad)
     for a, b in zip(torch.autograd.grad(parts, inputs, grad.split(64, dim=1)), wanted, strict=True):
@@ -116,7 +122,7 @@ def test_a_feed_forward_is_that_of_the_rounded_numbers(kind, alone, apart):
     x, w1, w2 = draw(48, 64).bfloat16(), draw(hidden, 64, seed=1).float() / 8, draw(48, width, seed=2).float() / 8
     grad, more = draw(48, 48, seed=3).bfloat16() * 2**-15, draw(48, hidden, seed=4).bfloat16() * 2**-15 * apart
     inputs = x.requires_grad_(), w1.requires_grad_(), w2.requires_grad_()
-    y, h = Float8FeedForward.apply(*inputs, kind, apart, alone)
+    y, h = Float8MLP.apply(*inputs, kind, apart, alone)
     assert h.requires_grad == apart
     got = torch.autograd.grad((y, h) if apart else (y,), inputs, (grad, more) if apart else (grad,))
     x8, first, second = rounded(x.detach(), 4, FORWARD), rounded_matrix(w1.detach()), rounded_matrix(w2.detach())
@@ -132,31 +138,28 @@ def test_a_feed_forward_is_that_of_the_rounded_numbers(kind, alone, apart):
 
 
 def test_which_products_are_taken(monkeypatch):
-    monkeypatch.setattr(Float8, "WORTH", 512)
+    monkeypatch.setattr(float8, "MIN_DIM", 512)
     x = torch.zeros(2, 24, 768)
     takes = [(3072, 768), (1536, 768)]
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(Float8.takes(x, torch.zeros(shape)) for shape in takes)
-        assert not Float8.takes(x, torch.zeros(768, 768))  # what it gains, rounding costs
-        assert not Float8.takes(x, torch.zeros(3000, 768))  # no multiple of 16
-        assert not Float8.takes(torch.zeros(1, 9, 768), torch.zeros(3072, 768))
-        assert Float8.takes(x, torch.zeros(3072, 768), torch.zeros(768, 3072))
-        assert not Float8.takes(x, torch.zeros(3072, 768), torch.zeros(760, 3072))
+        assert all(float8.is_eligible(x, torch.zeros(shape)) for shape in takes)
+        assert not float8.is_eligible(x, torch.zeros(768, 768))  # what it gains, rounding costs
+        assert not float8.is_eligible(x, torch.zeros(3000, 768))  # no multiple of 16
+        assert not float8.is_eligible(torch.zeros(1, 9, 768), torch.zeros(3072, 768))
+        assert float8.is_eligible(x, torch.zeros(3072, 768), torch.zeros(768, 3072))
+        assert not float8.is_eligible(x, torch.zeros(3072, 768), torch.zeros(760, 3072))
         with torch.no_grad():
-            assert not Float8.takes(x, torch.zeros(3072, 768))
-    assert not Float8.takes(x, torch.zeros(3072, 768))
-    Float8.use(False, torch.device("cpu"))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not Float8.takes(x, torch.zeros(3072, 768))
+            assert not float8.is_eligible(x, torch.zeros(3072, 768))
+    assert not float8.is_eligible(x, torch.zeros(3072, 768))
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_the_head_in_8_bits_is_near_the_head(cap, products):
     x, w = draw(160, 64).bfloat16().requires_grad_(), (draw(100, 64, seed=1).float() / 8).requires_grad_()
     targets = torch.arange(160) % 101 - 1
-    exact = HeadLoss.apply(x, w, targets, cap, False)
+    exact = FusedLinearCrossEntropy.apply(x, w, targets, cap, False)
     assert not products
-    got = HeadLoss.apply(x, w, targets, cap, True)
+    got = FusedLinearCrossEntropy.apply(x, w, targets, cap, True)
     assert len(products) == 3
     assert got.item() == pytest.approx(exact.item(), rel=2e-3)
     for a, b in zip(torch.autograd.grad(got, (x, w)), torch.autograd.grad(exact, (x, w)), strict=True):
@@ -187,12 +190,13 @@ def gradients(model, way) -> tuple[float, torch.Tensor]:
 def test_gradients_of_a_model_point_where_they_should(shape, fused, products, monkeypatch):
     bends, bent = [], act_quantize
     monkeypatch.setattr(float8, "act_quantize", lambda h, kind, *a: bends.append(kind) or bent(h, kind, *a))
-    monkeypatch.setattr(models, "fuses_head", lambda x: fused)
+    monkeypatch.setattr(cross_entropy, "should_fuse", lambda x: fused)
     torch.manual_seed(0)
     model = build({**SHAPE, **shape}).train()
+    prepare_weights(model, "float8", model.device)
     loss, eight = gradients(model, model)
     assert products and len(bends) - bends.count("identity") == FED[json.dumps(shape)]
-    Float8.on = False
+    prepare_weights(model, None, model.device)
     exact, sixteen = gradients(model, model)
     assert loss == pytest.approx(exact, rel=2e-3)
     assert torch.cosine_similarity(eight, sixteen, dim=0) > 0.96
@@ -203,6 +207,7 @@ def test_gradients_of_a_model_point_where_they_should(shape, fused, products, mo
 def test_a_compiler_makes_the_same_of_it_in_one_graph(shape):
     torch.manual_seed(0)
     model = build({**SHAPE, **shape}).train()
+    prepare_weights(model, "float8", model.device)
     loss, eager = gradients(model, model)
     again, compiled = gradients(model, torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False))
     torch._dynamo.reset()  # these sizes are nothing to later tests
@@ -217,13 +222,12 @@ def test_training_in_8_bits(workshop, capfd):  # noqa: F811
     assert "float8" in told.out and "no matrix" not in told.err
     eight = [line["loss"] for line in metrics() if "loss" in line]
     assert run("--dtype=bfloat16", "--checkpoints.path=half") == 0
-    assert not Float8.on
     sixteen = [line["loss"] for line in metrics("half/metrics.jsonl") if "loss" in line]
     assert eight != sixteen and eight == pytest.approx(sixteen, rel=2e-2)
 
 
 def test_a_model_too_small_for_it_is_told_so(workshop, capfd, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(Float8, "WORTH", 512)
+    monkeypatch.setattr(float8, "MIN_DIM", 512)
     write_config()
     assert run("--dtype=float8", "--max_iters=2") == 0
     told = capfd.readouterr()

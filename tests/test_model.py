@@ -194,7 +194,7 @@ def test_chunking_is_invisible(case):
     for pieces in ([1] * T, *(random_pieces(2 * seed + 1, seed) for seed in (1, 2, 3))):
         worst = (through_cache(model, idx, pieces, source) - full).abs().max().item()
         assert worst < 1e-9, f"pieces {pieces}: {worst}"
-        model.part = 9  # and in parts that the cache takes at once
+        model.max_prefill = 9  # and in parts that the cache takes at once
 
 
 @causal_cases
@@ -204,19 +204,19 @@ def test_steps_of_rows_that_stand_apart(case):
     model = shaken(case)
     idx, source = tokens(3, T), source_for(model, 3)
     full, cache = model(idx, source=source)[0], model.new_cache(3, T, source)
-    cache.pos[:], cache.length = -1, [1] * 3
+    cache.positions[:], cache.lengths = -1, [1] * 3
     for row, n in ((0, 20), (2, 9)):
-        cache.pos[row] = cache.length[row] = 0
+        cache.positions[row] = cache.lengths[row] = 0
         model(idx[row : row + 1, :n], cache=cache.part(slice(row, row + 1)))
-        cache.length[row] = n
+        cache.lengths[row] = n
     for _ in range(T - 20):
-        if model.chunk and (rows := [row for row in (0, 2) if cache.length[row] % model.chunk == 0]):
-            model.open_chunks(cache, rows)
-        at = cache.pos.clone()
-        logits = model.step(idx[range(3), at.clamp(min=0)], cache)
+        if model.chunk_size and (rows := [row for row in (0, 2) if cache.lengths[row] % model.chunk_size == 0]):
+            model.begin_chunks(cache, rows)
+        at = cache.positions.clone()
+        logits = model.decode_step(idx[range(3), at.clamp(min=0)], cache)
         for row in (0, 2):
-            cache.pos[row] += 1
-            cache.length[row] += 1
+            cache.positions[row] += 1
+            cache.lengths[row] += 1
             torch.testing.assert_close(logits[row], full[row, at[row]], rtol=0, atol=1e-9)
 
 

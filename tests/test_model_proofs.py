@@ -22,9 +22,21 @@ from torch.utils.flop_counter import FlopCounterMode
 import encoder
 import model as model_file
 from checkpoint import load_model, save_model
-from model import AFTS, CONFIGS, LAM, MODELS, START, AFTPositional, AFTSimpleFunction, At, as_is, build, init_weights
+from model import AFTS, CONFIGS, INITIALIZERS, LAM, MODELS, build, init_weights
 from optimizer import DECAYED, HIDDEN, ROLES, build_optimizer
 from options import OptimizerHyperparams, check
+from strawberry.context import ForwardContext
+from strawberry.ops import aft_positional
+from strawberry.ops.aft import AFTSimpleScan, SoftmaxState
+from strawberry.ops.chunks import (
+    chunk_sums,
+    chunked_matmul,
+    chunked_matmul_backward,
+    chunked_matmul_backward_plain,
+    chunked_matmul_plain,
+)
+from strawberry.ops.qkv import no_transform
+from strawberry.ops.retention import BlockWeights, GatedUpdate, rescale_std, update_concatenated, update_separately
 
 torch.set_num_threads(1)
 
@@ -55,7 +67,7 @@ SHAPES = ["either", "anything", "first one high", "high, then low", "low, then h
 def mixer(kind: str, n: int, window: int = 40) -> nn.Module:
     """An AFT in float32 for n tokens, its positions normal."""
     torch.manual_seed(0)
-    mix = AFTS[kind](SimpleNamespace(n_qkv=WIDTH, n_head=2, window=window, block_size=n), as_is)
+    mix = AFTS[kind](SimpleNamespace(n_qkv=WIDTH, n_head=2, window=window, block_size=n), no_transform)
     for p in mix.parameters():
         nn.init.normal_(p, std=0.3)
     return mix.requires_grad_(False)
@@ -63,7 +75,7 @@ def mixer(kind: str, n: int, window: int = 40) -> nn.Module:
 
 def mixed(mix: nn.Module, q, k, v) -> np.ndarray:
     q, k, v = (torch.tensor(x, dtype=torch.float32)[None] for x in (q, k, v))
-    y = mix(q, k, v, v, At(torch.arange(q.size(1))[None]), None)
+    y = mix(q, k, v, v, ForwardContext(torch.arange(q.size(1))[None]), None)
     assert y.dtype == torch.float32
     return y[0].double().numpy()
 
@@ -137,7 +149,7 @@ def test_gradients_over_65536_tokens_reach_the_first(shape):
     e = exact[0].exp()
     ((e * exact[1]).cumsum(1) / e.cumsum(1) * weight).sum().backward()
     ours = [x.float().requires_grad_() for x in (k, v)]
-    (AFTSimpleFunction.apply(*ours) * weight.float()).sum().backward()
+    (AFTSimpleScan.apply(*ours) * weight.float()).sum().backward()
     for mine, its in zip(ours, exact, strict=True):
         assert (mine.grad - its.grad).abs().max() < 5e-6 * its.grad.abs().max()
         torch.testing.assert_close(mine.grad[0, 0].double(), its.grad[0, 0], rtol=2e-4, atol=1e-5)
@@ -153,18 +165,19 @@ def test_the_hand_written_backward_of_aft_simple(keys, length):
     k = torch.randn(2, length, 3, dtype=torch.float64, generator=generator)
     k = k.sign() * keys if keys > 1 else k
     v = torch.randn(2, length, 3, dtype=torch.float64, generator=generator)
-    assert torch.autograd.gradcheck(AFTSimpleFunction.apply, (k.requires_grad_(), v.requires_grad_()))
+    assert torch.autograd.gradcheck(AFTSimpleScan.apply, (k.requires_grad_(), v.requires_grad_()))
 
 
 @pytest.mark.parametrize("kind", ["full", "local", "conv", "lam"])
-def test_gradients_of_mixers(kind):
+def test_gradients_of_mixers(kind, monkeypatch):
     """Through q, k, v and positions, over several blocks or segments."""
     torch.manual_seed(0)
     c = SimpleNamespace(n_qkv=4, n_head=2, window=5, block_size=12)
-    mix = (LAM(c, as_is) if kind == "lam" else AFTS[kind](c, as_is)).double()
-    mix.block = mix.segment = 3
+    mix = (LAM(c, no_transform) if kind == "lam" else AFTS[kind](c, no_transform)).double()
+    mix.segment = 3
+    monkeypatch.setattr(aft_positional, "BLOCK", 3)
     names = [name for name, _ in mix.named_parameters()]
-    at = At(torch.arange(11)[None])
+    at = ForwardContext(torch.arange(11)[None])
     qkv = [torch.randn(2, 11, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     positions = [torch.randn(p.shape, dtype=torch.float64, requires_grad=True) for p in mix.parameters()]
 
@@ -187,7 +200,7 @@ def test_gradients_of_retention(scope):
     params = [(p + 0.3 * torch.randn_like(p)).detach().requires_grad_() for p in block.parameters()]
     x = torch.randn(2, 11, 3, dtype=torch.float64, requires_grad=True)
     pos = torch.arange(11)[None]
-    at = At(pos, rope=model.rope(pos), slot=3 if scope == "causal" else 11)
+    at = ForwardContext(pos, rope=model.rope(pos), chunk_size=3 if scope == "causal" else 11)
 
     def output(x, *p):
         return torch.func.functional_call(block, dict(zip(names, p, strict=True)), (x, at, None))
@@ -205,10 +218,10 @@ def test_matrices_grow_alike_together_and_each(shared):
         return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
 
     lead = () if shared else n
-    raws = model_file.Weights(draw(*lead, 3 * D, C), draw(*lead, 2 * C, D), draw(*lead, C, C))
+    raws = BlockWeights(draw(*lead, 3 * D, C), draw(*lead, 2 * C, D), draw(*lead, C, C))
     scales, oa, out = [draw(*n, 1, 1) for _ in range(3)], draw(*n, C, C), draw(C, C)
     inputs, results = [*raws, *scales, oa, out], []
-    for grow in (model_file.grow_together, model_file.grow_each):
+    for grow in (update_concatenated, update_separately):
         new, deviations = grow(raws, scales, oa, out)
         made = [*new, *deviations]
         loss = sum((i + y.cos()).prod(dim=-1).sum() for i, y in enumerate(made))
@@ -217,7 +230,7 @@ def test_matrices_grow_alike_together_and_each(shared):
         torch.testing.assert_close(together, each)
     view = raws.swiglu.unflatten(-2, (C, 2)).flatten(-2).detach().requires_grad_()
     for raw, viewed in ((raws.qkv, False), (view, True)):
-        assert torch.autograd.gradcheck(lambda *x, v=viewed: model_file.Grow.apply(*x, v), (raw, scales[0], oa, out))
+        assert torch.autograd.gradcheck(lambda *x, v=viewed: GatedUpdate.apply(*x, v), (raw, scales[0], oa, out))
 
 
 @pytest.mark.parametrize("T", [6, 11, 12, 23])
@@ -235,9 +248,9 @@ def test_products_chunk_by_chunk(rows, T):
                      for b in range(rows)])  # fmt: skip
     wanted = torch.autograd.grad(y, (x, first, w), grad)
     args = [z.detach() for z in (x, first, w)]
-    for product in (model_file.chunk_product, model_file.chunk_product_plain):
+    for product in (chunked_matmul, chunked_matmul_plain):
         torch.testing.assert_close(product(*args, slot), y.detach())
-    for gradients in (model_file.chunk_gradients, model_file.chunk_gradients_plain):
+    for gradients in (chunked_matmul_backward, chunked_matmul_backward_plain):
         for got, exact in zip(gradients(grad, *args, slot), wanted, strict=True):
             torch.testing.assert_close(got, exact)
 
@@ -263,7 +276,7 @@ def learning(case: str) -> nn.Module:
 def test_every_parameter_receives_its_gradient(case):
     """T = 3 chunks + 5. None is zero, and along a random direction they say what the loss does, within 1e-5."""
     model = learning(case)
-    n = 3 * (model.chunk or 16) + 5
+    n = 3 * (model.chunk_size or 16) + 5
     idx, targets, source = tokens(2, n), tokens(2, n, seed=1), source_for(model, 2)
     model(idx, targets, source=source)[1].backward()
     sizes = {name: p.grad.abs().max().item() for name, p in model.named_parameters()}
@@ -307,14 +320,14 @@ def difference(model: nn.Module, logits: torch.Tensor, exact: torch.Tensor) -> f
 def test_sums_over_bfloat16_are_float32(kind):
     """2,000 tokens, where sums in bfloat16 would stand still from the 256th on: only the result is rounded, 2^−8."""
     c = SimpleNamespace(n_qkv=WIDTH, n_head=2, window=40, block_size=2000)
-    mix = LAM(c, as_is) if kind == "lam" else mixer(kind, 2000)
-    mix, at = mix.bfloat16(), At(torch.arange(2000)[None])
+    mix = LAM(c, no_transform) if kind == "lam" else mixer(kind, 2000)
+    mix, at = mix.bfloat16(), ForwardContext(torch.arange(2000)[None])
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2000, WIDTH, generator=generator).bfloat16() for _ in range(3))
     v = v + 2
-    state = mix.new_state(1, 2000, "cpu", torch.bfloat16)
+    state = mix.new_cache(1, 2000, "cpu", torch.bfloat16)
     pieces = [(0, 300), (300, 301)] if kind in ("full", "local", "conv") else [(0, 300), (300, 301), (301, 2000)]
-    cached = torch.cat([mix(*(x[:, a:b] for x in (q, k, v, v)), At(torch.arange(a, b)[None]), state)
+    cached = torch.cat([mix(*(x[:, a:b] for x in (q, k, v, v)), ForwardContext(torch.arange(a, b)[None]), state)
                         for a, b in pieces], dim=1)  # fmt: skip
     exact = copy.deepcopy(mix).float()(q.float(), k.float(), v.float(), v, at, None)
     for y in (mix(q, k, v, v, at, None), cached):
@@ -326,18 +339,18 @@ def test_deviations_routing_and_chunk_sums_are_float32():
     """What a bfloat16 model sums in float32: std, router probabilities, Σ uᵀ v."""
     torch.manual_seed(0)
     w = (torch.randn(300, 300) + 0.25).bfloat16()
-    torch.testing.assert_close(model_file.std(w, 300).float().std(), torch.tensor(300**-0.5), rtol=2e-3, atol=0)
+    torch.testing.assert_close(rescale_std(w, 300).float().std(), torch.tensor(300**-0.5), rtol=2e-3, atol=0)
     router, x = model_file.Router(16, 4, 2), torch.randn(1, 5, 16).bfloat16()
     init_weights_of(router)
-    p = router.bfloat16().choose(x, At(torch.arange(5)[None]))[0]
+    p = router.bfloat16().choose(x, ForwardContext(torch.arange(5)[None]))[0]
     assert p.dtype == torch.float32 and (p.sum(-1) - 1).abs().max() < 1e-6
     u, v = ((torch.randn(2, 600, 8) + 1).bfloat16() for _ in range(2))
-    sums = model_file.chunk_sums(u, v, 300)
+    sums = chunk_sums(u, v, 300)
     assert sums.dtype == torch.float32
     exact = u.double()[:, :300].mT @ v.double()[:, :300]
     torch.testing.assert_close(sums[:, 0].double(), exact, rtol=1e-5, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model_file.chunk_sums(u.float(), v.float(), 300), sums)
+        torch.testing.assert_close(chunk_sums(u.float(), v.float(), 300), sums)
 
 
 @every_case
@@ -515,15 +528,15 @@ def test_default_widths_are_those_of_the_specification():
 # ---- operations ----------------------------------------------------------------------------------------------------
 
 
-def aft_by_products(self, k, v):
-    """AFTPositional.whole as two (T, T) products, without blocks."""
+def aft_by_products(k, v, bias):
+    """`positional_states` as two (T, T) products, without blocks."""
     i = torch.arange(k.size(1))
-    p = self.positions(i[:, None], i[None, :]).masked_fill(i > i[:, None], -torch.inf)  # (G, T, S)
+    p = bias(i[:, None], i[None, :]).masked_fill(i > i[:, None], -torch.inf)  # (G, T, S)
     weight, e = (p - p.amax(dim=-1, keepdim=True)).exp(), (k - k.amax(dim=1, keepdim=True)).exp()
     above, below = (
-        torch.einsum("gts,bsgd->btgd", weight, x.unflatten(-1, (self.groups, -1))).flatten(2) for x in (e * v, e)
+        torch.einsum("gts,bsgd->btgd", weight, x.unflatten(-1, (bias.groups, -1))).flatten(2) for x in (e * v, e)
     )
-    return above / below
+    return SoftmaxState(None, above, below)
 
 
 def lam_by_products(causal: bool):
@@ -562,9 +575,9 @@ def test_flops_per_token_are_those_counted(case, monkeypatch):
         nn.init.normal_(p, std=0.3)
     idx, source = tokens(1, n), tokens(1, n, seed=1) if model.takes_source else None
     in_blocks = model(idx, source=source)[0]
-    monkeypatch.setattr(AFTPositional, "whole", aft_by_products)
-    monkeypatch.setattr(LAM, "running", lam_by_products(True))
-    monkeypatch.setattr(LAM, "of_all", lam_by_products(False))
+    monkeypatch.setattr(aft_positional, "positional_states", aft_by_products)
+    monkeypatch.setattr(LAM, "forward_causal", lam_by_products(True))
+    monkeypatch.setattr(LAM, "forward_bidirectional", lam_by_products(False))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         logits, loss = model(idx, tokens(1, n, seed=2), source=source)
         forward = counter.get_total_flops()
@@ -593,7 +606,7 @@ def table() -> dict[str, tuple[str, str, str]]:
 
 
 def test_the_table_names_every_role():
-    assert table().keys() == START.keys() == set(ROLES)
+    assert table().keys() == INITIALIZERS.keys() == set(ROLES)
     assert {role for role, (_, _, decay) in table().items() if decay == "yes"} == DECAYED
     assert {decay for _, _, decay in table().values()} == {"yes", "no"}
     assert {role for role, (_, by, _) in table().items() if by == "Muon where asked, or AdamW"} == HIDDEN
@@ -763,7 +776,7 @@ def test_a_stack_in_pieces_is_the_stack():
         torch.manual_seed(0)
         model = build({**CASES["tinystar()"], "attention_type": "MHA-SWA", "n_layer": n_layer})
         loss, grads = step_of(model, model)
-        assert model.divide(n) == (n > 1)
+        assert model.set_compile_partitions(n) == (n > 1)
         counter = torch._dynamo.testing.CompileCounter()
         compiled_loss, compiled_grads = step_of(torch.compile(model, backend=counter, dynamic=False), model)
         torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
@@ -874,16 +887,16 @@ def test_the_window_of_each_expert_ends_where_it_should(cached):
     torch.manual_seed(0)
     windows = [3, 1, 8, 5]
     c = build({"n_qkv": 32, "n_head": 8, "n_experts": 4, "a_experts": 4, "windows": windows, "block_size": 32}).config
-    tea = model_file.ExpertAttention(c, as_is).eval()
+    tea = model_file.ExpertAttention(c, no_transform).eval()
     init_weights_of(tea)
     q, k, v, x = (torch.randn(1, 20, n) for n in (32, 32, 32, c.n_embd))
 
     def parts(k, v):
-        at, state = At(torch.arange(20)[None]), None
+        at, state = ForwardContext(torch.arange(20)[None]), None
         if not cached:
             return tea(q, k, v, x, at, None)[0].chunk(4, dim=-1)
-        state = tea.new_state(1, 20, "cpu", torch.float32)
-        steps = [tea(*(z[:, a:b] for z in (q, k, v, x)), At(torch.arange(a, b)[None]), state)
+        state = tea.new_cache(1, 20, "cpu", torch.float32)
+        steps = [tea(*(z[:, a:b] for z in (q, k, v, x)), ForwardContext(torch.arange(a, b)[None]), state)
                  for a, b in [(0, 9), (9, 10), (10, 11), (11, 17), (17, 18), (18, 19), (19, 20)]]  # fmt: skip
         return torch.cat(steps, dim=1)[0].chunk(4, dim=-1)
 

@@ -30,9 +30,10 @@ import ranks
 import train
 from checkpoint import newest, own_tensors
 from dataset import Batch
-from model import CONFIGS, Float8, build
+from model import CONFIGS, build
 from optimizer import build_optimizer, newton_schulz
 from options import OptimizerHyperparams, UserError, load_run
+from strawberry.ops import float8
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are forked")
 PRESETS = sorted(path.stem for path in (torture.ROOT / "config").glob("*.json") if path.name != "schema.json")
@@ -271,11 +272,11 @@ def leaving_steps_to_the_device():
 
 @contextlib.contextmanager
 def small_matrices_in_8_bits():
-    worth, Float8.WORTH = Float8.WORTH, 4
+    before, float8.MIN_DIM = float8.MIN_DIM, 4
     try:
         yield
     finally:
-        Float8.WORTH = worth
+        float8.MIN_DIM = before
 
 
 def run(*argv, trainer=Seen) -> int:

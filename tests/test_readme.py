@@ -9,6 +9,7 @@ import torch
 import model
 from model import CONFIGS
 from options import table
+from strawberry.ops import cross_entropy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +37,7 @@ def test_the_architecture_that_the_readme_adds_keeps_the_promises(monkeypatch):
     assert torch.equal(mean(other)[0][:, :20], full[:, :20])
     assert mean.generate(idx, 5).shape == (2, 45)
     whole = mean.train()(idx, idx)[1].item()
-    monkeypatch.setattr(model, "fuses_head", lambda x: True)
+    monkeypatch.setattr(cross_entropy, "should_fuse", lambda x: True)
     logits, loss = mean(idx, idx)
     assert logits is None and loss.item() == pytest.approx(whole, rel=1e-12)
 

@@ -26,6 +26,7 @@ import sample
 from dataset import spell
 from decode import Request
 from options import UserError, run_cli
+from strawberry.ops import sampling
 
 PROGRAM = Path(sample.__file__)
 ALPHABET = "abcdefgh \n"
@@ -157,7 +158,7 @@ def test_settings_reach_the_decoder():
     options = sample.read_settings(["--temperature=1e-40"])  # too small to divide by
     assert a_text(options, prompt=[1]).request == Request([1], 256, 0.0, None, None, None, 0, frozenset({256, 257}))
     options = sample.read_settings(["--top_p=1e-300"])  # in float32 it would be 0, which leaves no token
-    assert models.sample(torch.tensor([[0.0, 5.0, 1.0]]), torch.tensor([0.9]), 1.0, None, a_text(options, prompt=[1])
+    assert sampling.sample(torch.tensor([[0.0, 5.0, 1.0]]), torch.tensor([0.9]), 1.0, None, a_text(options, prompt=[1])
                          .request.top_p).item() == 1  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Attention within windows in its three ways, by a mask, by bands and by FlexAttention's blocks: one function, exactly
 causal, its work by the window. The reference is a loop over tokens in float64."""
 
+import importlib
 import warnings
 
 import pytest
@@ -8,9 +9,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_file
-from model import At, View, attend_bands, attend_blocks, attend_whole, blocks_near, build
+from model import build
+from strawberry.context import ForwardContext, Mode
+from strawberry.ops.attention import (
+    block_local_attention,
+    can_use_flex_attention,
+    flex_sliding_window,
+    prefill_attention,
+    sdpa,
+)
+from strawberry.ops.masks import AttentionPattern, sliding_window_block_mask
 
+attention = importlib.import_module("strawberry.ops.attention")  # ops.attention is its function
 B, D = 2, 16
 
 
@@ -31,8 +41,8 @@ def by_token(q, k, v, windows: list[int], scale: float) -> torch.Tensor:
     return y
 
 
-def here(T: int) -> At:
-    return At(torch.arange(T).unsqueeze(0))
+def here(T: int) -> ForwardContext:
+    return ForwardContext(torch.arange(T).unsqueeze(0))
 
 
 # ---- bands -----------------------------------------------------------------------------------------------------------
@@ -43,27 +53,27 @@ def here(T: int) -> At:
 def test_bands_are_the_window(T, window, kv_heads):
     q, k, v = draw(T, 4, kv_heads)
     expected = by_token(q, k, v, [window] * 4, 0.3)
-    torch.testing.assert_close(attend_bands(q, k, v, window, scale=0.3), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(block_local_attention(q, k, v, window, scale=0.3), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [30, 70])
 def test_gradients_through_bands_are_those_through_a_mask(window):
     qkv = [x.requires_grad_() for x in draw(290, 2, 1)]
     at, slope = here(290), draw(290, 2, 2, seed=1)[0]
-    by_mask = model_file.attend(*qkv, View(window).sees(at.pos, at.pos), scale=0.3)
+    by_mask = sdpa(*qkv, AttentionPattern(window).mask(at.positions, at.positions), scale=0.3)
     expected = torch.autograd.grad(by_mask, qkv, slope)
-    got = torch.autograd.grad(attend_bands(*qkv, window, scale=0.3), qkv, slope)
+    got = torch.autograd.grad(block_local_attention(*qkv, window, scale=0.3), qkv, slope)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 def test_long_texts_go_by_bands(monkeypatch):
     """And short ones, wide windows and encoders by a mask."""
     taken = []
-    monkeypatch.setattr(model_file, "attend_bands", lambda *args, **options: taken.append(args[3]))
+    monkeypatch.setattr(attention, "block_local_attention", lambda *args, **options: taken.append(args[3]))
     for T, window in [(300, 75), (300, 76), (255, 3), (256, 3), (300, 300)]:
-        attend_whole(*draw(T, 2, 2), View(window), here(T), scale=1.0, dropout=0.0)
-    at = At(here(300).pos, causal=False)
-    attend_whole(*draw(300, 2, 2), View(75), at, scale=1.0, dropout=0.0)
+        prefill_attention(*draw(T, 2, 2), AttentionPattern(window), here(T), scale=1.0, dropout=0.0)
+    at = ForwardContext(here(300).positions, Mode.ENCODE)
+    prefill_attention(*draw(300, 2, 2), AttentionPattern(75), at, scale=1.0, dropout=0.0)
     assert taken == [75, 3]
 
 
@@ -72,7 +82,7 @@ def test_work_goes_by_the_window():
     for T in (512, 1024, 4096):
         q, k, v = (x.float() for x in draw(T, 2, 2))
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            attend_whole(q, k, v, View(128), here(T), scale=1.0, dropout=0.0)
+            prefill_attention(q, k, v, AttentionPattern(128), here(T), scale=1.0, dropout=0.0)
         products = counter.get_total_flops() / (4 * B * 2 * D)  # of a query and a key
         assert products == (T - 128) * 256 + 128 * 128
 
@@ -110,7 +120,7 @@ def test_whole_models_keep_the_promises_in_bands(name, monkeypatch):
     cache = model.new_cache(2, T)
     parts = [model(part, cache=cache)[0] for part in idx.split([280, 1, 19], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), y, rtol=0, atol=1e-9)
-    monkeypatch.setattr(model_file, "BAND", 10**9)
+    monkeypatch.setattr(attention, "MIN_BLOCK", 10**9)
     assert (model(idx)[0] - y).abs().max() < 1e-11
 
 
@@ -130,7 +140,7 @@ def dense(count: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def test_the_tables_of_blocks_say_what_the_window_sees(length):
     """Each block of 16 queries and 16 keys: seen in part, whole or not at all, found by looking at every pair."""
     n, windows = 16, (1, 2, 15, 16, 17, 18, 31, 32, 33, 33, 48, 64, 100, 200)
-    window, *tables = blocks_near(length, windows, "cpu", n)
+    window, *tables = sliding_window_block_mask(length, windows, "cpu", n)
     assert tuple(window.tolist()) == windows
     J = -(-length // n)
     t = torch.arange(J * n)
@@ -148,15 +158,15 @@ def test_blocks_are_the_windows_of_each_head(windows, kv_heads):
     q, k, v = draw(290, 4, kv_heads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # called without torch.compile it is slow, and says so
-        got = attend_blocks(q, k, v, windows, here(290), scale=0.3)
+        got = flex_sliding_window(q, k, v, windows, here(290), scale=0.3)
     expected = by_token(q, k, v, list(windows) * (4 // len(windows)), 0.3)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 def test_blocks_are_for_compiled_code_on_a_gpu():
     q = draw(300, 2, 2)[0].float()
-    assert not model_file.flexes(q, 0.0)
-    assert not torch.compile(lambda q: model_file.flexes(q, 0.0), backend="eager", fullgraph=True)(q)
+    assert not can_use_flex_attention(q, 0.0)
+    assert not torch.compile(lambda q: can_use_flex_attention(q, 0.0), backend="eager", fullgraph=True)(q)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -167,9 +177,9 @@ def test_the_compiler_takes_blocks_whole(name, monkeypatch):
     idx = torch.randint(29, (2, T), generator=torch.Generator().manual_seed(1))
     expected = model(idx)[0]
     taken = []
-    blocks = model_file.attend_blocks
-    monkeypatch.setattr(model_file, "flexes", lambda q, dropout: True)
-    monkeypatch.setattr(model_file, "attend_blocks", lambda *args, **rest: taken.append(1) or blocks(*args, **rest))
+    blocks = flex_sliding_window
+    monkeypatch.setattr(attention, "can_use_flex_attention", lambda q, dropout: True)
+    monkeypatch.setattr(attention, "flex_sliding_window", lambda *args, **rest: taken.append(1) or blocks(*args, **rest))
     torch._dynamo.reset()
     got = torch.compile(model, fullgraph=True, backend="aot_eager")(idx)[0]
     torch._dynamo.reset()

@@ -1,1 +1,34 @@
-"""One module per operation: signature, plain PyTorch, dispatch."""
+# ruff: noqa: F401
+"""One module per operation: its signature, plain PyTorch that reads like the formula, and the choice of what runs.
+
+model.py calls operations as `ops.name`, and never asks which implementation they choose. What the fast versions compute
+is what the plain ones compute, which float64, the CPU and small inputs take.
+"""
+
+from strawberry.ops.activations import ACTIVATIONS, relu2, swiglu
+from strawberry.ops.aft import aft_simple, new_state_cache
+from strawberry.ops.aft_positional import ConvBias, LowRankBias, aft_positional, new_positional_cache
+from strawberry.ops.attention import attention, grouped_attention, prefill_attention, sdpa, sdpa_with_empty_rows
+from strawberry.ops.chunks import build_per_chunk, chunked_linear
+from strawberry.ops.cross_entropy import linear_cross_entropy, plain_cross_entropy
+from strawberry.ops.linear import embedding, linear, prepare_weights
+from strawberry.ops.mlp import mlp, swiglu_mlp
+from strawberry.ops.qkv import (
+    fused_qkv_projection,
+    no_transform,
+    norm_channels,
+    qkv_projection,
+    rotary,
+    rotary_qk_norm,
+    split_qkv_apply_rope,
+)
+from strawberry.ops.retention import (
+    BlockWeights,
+    batch_retention_update,
+    causal_retention_update,
+    num_summed_chunks,
+    retention_update,
+)
+from strawberry.ops.rope import RopeScaling, apply_rope, rope_frequencies
+from strawberry.ops.sampling import sample, uniform_numbers
+

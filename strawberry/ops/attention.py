@@ -1,8 +1,22 @@
-"""Softmax attention."""
+"""Softmax attention: over whole sequences, through a cache, and for one new token per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from strawberry.cache import RingKVCache
+from strawberry.context import ForwardContext, Mode
+from strawberry.ops.masks import (
+    AttentionPattern,
+    sliding_window_block_mask,
+    sliding_window_mask,
+    sliding_window_mask_mod,
+)
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.decode_attention import num_splits
 
@@ -50,3 +64,135 @@ def decode_attention_plain(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, size: i
     weight = score.masked_fill(~seen[:, None, None], -1e30).softmax(-1) * (pos >= 0)[:, None, None, None]
     v = v.masked_fill(~seen[:, :, None, None], 0.0)  # what an unwritten slot holds may be anything
     return torch.einsum("bhgs,bshd->bhgd", weight, v).flatten(1, 2).to(q.dtype)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, dropout: float = 0.0) -> Tensor:
+    """softmax(q kᵀ · scale + mask) v. q (B, T, H, d), k and v (B, S, Hkv, ·) to (B, T, H, ·); no mask: causal, T = S,
+    or one query that sees all.
+
+    SDPA's own causal mask is only right where queries and keys begin together, so a cache brings a mask.
+    """
+    B, T, H, kv = *q.shape[:3], k.size(2)
+    if kv != H and T == 1 and (mask is None or mask.size(1) == 1):  # heads that share keys, as queries in a row
+        q = q.reshape(B, kv, H // kv, -1).transpose(1, 2)
+    elif kv != H:
+        k, v = (x.repeat_interleave(H // kv, dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(
+        q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=mask is None and T > 1, scale=scale,
+        dropout_p=dropout)  # fmt: skip
+    return y.transpose(1, 2) if kv == H or T > 1 else y.reshape(B, T, H, -1)
+
+
+def sdpa_with_empty_rows(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """`sdpa` where padding may leave a token nothing to see: it mixes to zero, where softmax alone would give NaN."""
+    blind = ~mask.any(dim=-1, keepdim=True)  # (B, H or 1, T or 1, 1)
+    y = sdpa(q, k, v, mask | blind, scale=scale, dropout=dropout)
+    return y.masked_fill(blind.transpose(1, 2), 0.0)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, d: int, pattern: AttentionPattern, ctx: ForwardContext,
+    cache: RingKVCache | None = None, *, scale: float, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Softmax attention by a pattern: q (B, T, H·d), k and v (B, T, Hkv·d) to (B, T, H·d). With a cache, k and v join
+    those that it holds."""
+    if cache is not None and ctx.mode is Mode.DECODE and type(pattern) is AttentionPattern and kernels.can_run(q):
+        y = decode_attention(
+            q.squeeze(1).unflatten(-1, (-1, d)), cache.k, cache.v, ctx.positions.squeeze(1), cache.size, scale,
+            new_k=k.squeeze(1), new_v=v.squeeze(1))  # fmt: skip
+        return y.flatten(1).unsqueeze(1).to(v.dtype)
+    if cache is not None:
+        k, v = cache.update(ctx, k, v)
+    q, k, v = (x.unflatten(-1, (-1, d)) for x in (q, k, v))
+    if cache is None or ctx.num_cached == 0:
+        return prefill_attention(q, k, v, pattern, ctx, scale=scale, dropout=dropout).flatten(2)
+    mask = ctx.cached_attention_mask(pattern, cache)
+    return sdpa(q, k, v, mask, scale=scale, dropout=dropout).flatten(2)
+
+
+def grouped_attention(
+    q: Tensor, k: Tensor, v: Tensor, d: int, patterns: Sequence[AttentionPattern], ctx: ForwardContext,
+    caches: Sequence[RingKVCache] | None = None, *, scale: float, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Attention whose heads are cut, in order, into as many groups as there are patterns, each with its window. Without
+    a cache, one FlexAttention kernel computes all groups where it can be used."""
+    q4, n = q.unflatten(-1, (-1, d)), len(patterns)
+    windows = tuple(pattern.size for pattern in patterns for _ in range(q4.size(2) // n))
+    if caches is None and ctx.causal and min(windows) < q.size(1) and can_use_flex_attention(q4, dropout):
+        k4, v4 = (x.unflatten(-1, (-1, d)) for x in (k, v))
+        return flex_sliding_window(q4, k4, v4, windows, ctx, scale=scale).flatten(2)
+    groups = zip(*(x.chunk(n, dim=-1) for x in (q, k, v)), patterns, caches or [None] * n, strict=True)
+    parts = [attention(*qkv, d, pattern, ctx, cache, scale=scale, dropout=dropout) for *qkv, pattern, cache in groups]
+    return torch.cat(parts, dim=-1)
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, ctx: ForwardContext, *, scale: float, dropout: float
+) -> Tensor:
+    """`sdpa` over whole sequences by a pattern. A sliding window costs O(T · window): in FlexAttention's blocks, where
+    the compiler makes a kernel of it, or in blocks of our own."""
+    T = q.size(1)
+    if not ctx.causal:
+        return sdpa_with_empty_rows(q, k, v, ctx.attention_mask(pattern), scale=scale, dropout=dropout)
+    if type(pattern) is AttentionPattern and not pattern.is_full(T):
+        if can_use_flex_attention(q, dropout):
+            return flex_sliding_window(q, k, v, (pattern.size,), ctx, scale=scale)
+        if 4 * max(pattern.size, MIN_BLOCK) <= T:
+            return block_local_attention(q, k, v, pattern.size, scale=scale, dropout=dropout)
+    return sdpa(q, k, v, ctx.attention_mask(pattern), scale=scale, dropout=dropout)
+
+
+MIN_BLOCK = 64  # queries in a block, at least
+
+
+def block_local_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Queries in blocks of n ≥ window tokens, each of which attends to its own block of keys and the one before.
+
+    q (B, T, H, d), k and v (B, T, Hkv, ·) to (B, T, H, ·). Work and memory are T · 2n.
+    """
+    T, n = q.size(1), max(window, MIN_BLOCK)
+    first = sdpa(
+        *(x[:, :n] for x in (q, k, v)), sliding_window_mask(n, 0, window, q.device), scale=scale, dropout=dropout
+    )
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -T % n)).unflatten(1, (-1, n)) for x in (q, k, v))  # (B, J, n, heads, ·)
+    J = q.size(1)
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1) for x in (k, v))  # (B · (J − 1), 2n, heads, ·)
+    rest = sdpa(q[:, 1:].flatten(0, 1), k, v, sliding_window_mask(n, n, window, q.device), scale=scale, dropout=dropout)
+    return torch.cat((first, rest.unflatten(0, (-1, J - 1)).flatten(1, 2)), dim=1)[:, :T]
+
+
+def can_use_flex_attention(q: Tensor, dropout: float) -> bool:
+    """Whether FlexAttention may be used: only under torch.compile, which makes one kernel of it; in eager mode it takes
+    T² work."""
+    return (torch.compiler.is_compiling() and q.is_cuda and q.dtype != torch.float64 and dropout == 0
+            and q.size(1) >= 256 and q.size(-1) >= 16)  # fmt: skip
+
+
+# for heads of 64 channels in half types and windows of a few blocks; FlexAttention's defaults suit long ones
+FLEX_TILES = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64,
+         "bwd_BLOCK_N2": 32, "num_warps": 4, "num_stages": 3}  # fmt: skip
+
+
+def flex_sliding_window(
+    q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], ctx: ForwardContext, *, scale: float
+) -> Tensor:
+    """FlexAttention (arXiv 2412.05496) where each head sees the newest `windows[h]` tokens; one number is for all.
+
+    q (B, T, H, d), k and v (B, T, Hkv, ·) to (B, T, H, ·). Blocks of 128 keys that no query of a block sees are not
+    read; which they are is made once for all layers.
+    """
+    T, grouped = q.size(1), k.size(2) != q.size(2)
+    key = ("blocks", windows)
+    if key not in ctx.mask_cache:
+        ctx.mask_cache[key] = sliding_window_block_mask(T, windows, q.device)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # cast first: the other way round it would be a copy
+    mask = BlockMask((T, T), *ctx.mask_cache[key][1:], (128, 128), sliding_window_mask_mod(ctx.mask_cache[key][0]))
+    tiles = FLEX_TILES if q.size(-1) == v.size(-1) == 64 and dtype.itemsize == 2 else None
+    y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=tiles)
+    return y.transpose(1, 2)

@@ -1,9 +1,32 @@
 """Small functions that all operations share."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from strawberry.ops.triton.common import HALF_DTYPES
 
 
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last axis, without a learned scale."""
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
 def to_accum_dtype(x: Tensor) -> Tensor:
+    """Float32 for the half types: sums, softmax and deviations are accumulated in it. float64 stays."""
     return x.float() if x.dtype in HALF_DTYPES else x
+
+
+def no_autocast(x: Tensor):
+    """A context in which matrix products are not cast down by autocast."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """Under autocast, x in autocast's type: what flows from block to block then takes half the bytes, too."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -1,9 +1,15 @@
-"""Linear maps."""
+"""Linear maps, and the precision that travels with a model's weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from strawberry.ops import float8
+from strawberry.ops.common import to_autocast_dtype
 from strawberry.ops.triton import common as kernels
 
 
@@ -31,3 +37,41 @@ def int8_linear(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None = None)
         y = F.linear(x, w.to(x.dtype)) * scale
         return (y if bias is None else y + bias).to(x.dtype)
     return torch.ops.strawberry.int8_linear(x.reshape(rows, -1), w, scale, bias).view(*x.shape[:-1], -1)
+
+
+class Int8Weight(NamedTuple):
+    """A matrix (out, in) in 8 bits, with a float32 scale for each row; see `quantize_int8`."""
+
+    w: Tensor  # int8
+    scale: Tensor  # (out,)
+
+    def size(self, axis: int) -> int:
+        return self.w.size(axis)
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return (self.w[index] * self.scale[index].unsqueeze(-1)).to(dtype)
+
+
+def linear(x: Tensor, w: Tensor | Int8Weight, bias: Tensor | None = None, precision: str | None = None) -> Tensor:
+    """x Wᵀ (+ b), W (out, in); with precision "float8" in FP8, where it is worth it."""
+    if bias is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return linear(x, w) + bias  # the compiler fuses the sum with what follows, and with a product of one row, too
+    if precision == "float8" and float8.is_eligible(x, w):
+        y = float8.Float8Linear.apply(to_autocast_dtype(x).flatten(0, -2), w).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias.to(y.dtype)
+    return int8_linear(x, w.w, w.scale, bias) if isinstance(w, Int8Weight) else F.linear(x, w, bias)
+
+
+def embedding(idx: Tensor, w: Tensor | Int8Weight, dtype: torch.dtype) -> Tensor:
+    """Rows of a table, (B, T) int64 to (B, T, C); those of an int8 table in `dtype`."""
+    return w.rows(idx, dtype) if isinstance(w, Int8Weight) else F.embedding(idx, w)
+
+
+def prepare_weights(model: nn.Module, precision: str | None, device: torch.device) -> None:
+    """Set how a model multiplies by its matrices in training: in FP8 where that is worth it ("float8"), or as autocast
+    has it (None). Modules that own matrices carry it as `precision`, and pass it to the operations."""
+    if precision == "float8":
+        float8.prepare(device)
+    for module in model.modules():
+        if hasattr(module, "precision"):
+            module.precision = precision

@@ -19,6 +19,7 @@ try:
     NATIVE, PER_LOG2 = tl.constexpr(not INTERPRETED), tl.constexpr(LOG2E)
 except ImportError:  # macOS, Windows: the plain paths alone
     triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
+    NATIVE, PER_LOG2 = False, LOG2E
 
     def jit(function):
         return function

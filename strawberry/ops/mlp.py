@@ -1,0 +1,44 @@
+"""Feed-forwards: f(x W₁ᵀ) W₂ᵀ, in one call so that activation and quantization can be fused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from strawberry.context import ForwardContext
+from strawberry.ops import float8
+from strawberry.ops.activations import ACTIVATIONS, swiglu
+from strawberry.ops.chunks import Weight, chunked_linear, materialize
+from strawberry.ops.linear import linear
+
+
+def mlp(x: Tensor, w1: Tensor, w2: Tensor, activation: str, b1: Tensor | None = None, b2: Tensor | None = None,
+        precision: str | None = None) -> Tensor:  # fmt: skip
+    """f(x W₁ᵀ + b₁) W₂ᵀ + b₂, f by its name in ACTIVATIONS: x (B, T, in), W₁ (hidden, in), W₂ (out, hidden); for
+    "swiglu" W₁ has u's rows, then g's."""
+    if b1 is None and precision == "float8" and float8.is_eligible(x, w1, w2):
+        return float8.float8_mlp(x, w1, w2, activation)[0]
+    f = ACTIVATIONS[activation][0]
+    return linear(f(linear(x, w1, b1, precision)), w2, b2, precision)
+
+
+def swiglu_mlp(y: Tensor, w1: Weight, w2: Weight, ctx: ForwardContext, gate: Tensor | None = None,
+               precision: str | None = None, return_hidden: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(u ⊙ silu(g)) W₂ᵀ with (u, g) = y W₁ᵀ, and (u, g) side by side, (B, T, 2C), for retention to sum.
+
+    W₁ (2C, D) and W₂ (C, C) may differ from chunk to chunk. `gate` (B, T, C) multiplies u. In the second result u is
+    zero where a token does not count; its gradient is only asked for with `return_hidden`.
+    """
+    w1, w2 = materialize(w1), materialize(w2)
+    whole = gate is None and ctx.lengths is None and ctx.active is None
+    if whole and precision == "float8" and float8.is_eligible(y, w1, w2):
+        return float8.float8_mlp(y, w1, w2, "swiglu", return_hidden, input_is_opaque=True)
+    ug = chunked_linear(y, w1, ctx, precision)
+    if gate is not None:
+        u, g = ug.chunk(2, dim=-1)
+        ug = torch.cat((u * gate, g), dim=-1)
+    out = chunked_linear(swiglu(ug), w2, ctx, precision)
+    if not whole:
+        u, g = ug.chunk(2, dim=-1)
+        ug = torch.cat((ctx.mask_invalid(u), g), dim=-1)
+    return out, ug

@@ -1,0 +1,67 @@
+"""A model as text: modules, shapes, parameters, work per token, cache."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+def summarize(model: nn.Module) -> str:
+    """The model as a tree: modules, shapes, parameters, forward FLOPs per token; then what its cache holds."""
+    T = model.config.block_size
+    total, inner = model.num_params(non_embedding=False), model.num_params()
+    lines = [
+        f"{model.config.arch}: {total:,} parameters, {inner:,} without embeddings; "
+        f"{model.flops_per_token(T) / 1e6:,.2f} MFLOP per token in a training step at T = {T}",
+        *summarize_children(model, T, ""),
+    ]
+    if model.causal:
+        lines.append(describe_cache(model))
+    return "\n".join(lines)
+
+
+def summarize_children(module: nn.Module, T: int, indent: str) -> Iterator[str]:
+    """A line for each child, its parameters' shapes on it; children that are alike are shown once."""
+    if hasattr(module, "steps"):
+        yield f"{indent}  steps: {' → '.join(module.steps)}"
+    children = [(name, child) for name, child in module.named_children() if is_shown(child)]
+    groups = [[pair] for pair in children]
+    if isinstance(module, nn.ModuleList):
+        groups = [list(group) for _, group in itertools.groupby(children, key=lambda pair: describe(pair[1], T))]
+    for group in groups:
+        (name, child), last = group[0], group[-1][0]
+        yield f"{indent}  {name if len(group) == 1 else f'{name} … {last}'}: {describe(child, T)}"
+        yield from summarize_children(child, T, indent + "    ")
+
+
+def is_shown(module: nn.Module) -> bool:
+    return not isinstance(module, (nn.Dropout, nn.Identity)) and type(module).__name__ != "Rope"
+
+
+def describe(module: nn.Module, T: int) -> str:
+    """One line: what it is, how large, how much work for a token."""
+    if isinstance(module, nn.ModuleList):
+        return f"{len(module)}, one after the other"
+    words = [type(module).__name__]
+    if hasattr(module, "n_head") and hasattr(module, "d"):
+        words.append(f"{module.n_head} heads of {module.d}")
+    patterns = getattr(module, "patterns", None) or [getattr(module, "pattern", None)]
+    windows = [str(pattern.size) for pattern in patterns if pattern is not None and pattern.size]
+    if windows:
+        words.append(f"window {', '.join(windows)}")
+    words += [f"{name} {tuple(p.shape)}" for name, p in module.named_parameters(recurse=False)]
+    if hasattr(module, "flops"):
+        words.append(f"{module.flops(T) / 1e3:,.1f} kFLOP")
+    return ", ".join(words)
+
+
+def describe_cache(model: nn.Module) -> str:
+    """Bytes for each row: what does not depend on the text's length, and what each token of context adds."""
+    T = model.config.block_size
+    source = torch.zeros(1, 1, dtype=torch.int64) if model.takes_source else None
+    half, whole = (model.new_cache(1, n, source).nbytes() for n in (T // 2, T))
+    each = (whole - half) / (T - T // 2)
+    return f"cache of a row in float32: {whole - each * T:,.0f} bytes, and {each:,.0f} for each token up to {T}"
