@@ -51,6 +51,11 @@ def run_cli(main: Callable[[list[str]], int | None]) -> None:
     sys.exit(code)
 
 
+def temporary_path(target: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+
 def atomic_write(path: str | os.PathLike, data: bytes | Callable) -> None:
     """Replace the file at `path` with `data`, or with what `data(file)` writes, wholly or not at all, through power
     cuts too. Makes missing folders.
@@ -58,7 +63,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | Callable) -> None:
     Raises UserError, naming the path, where it cannot be written.
     """
     target = Path(os.path.realpath(path))  # through a symbolic link, which stays one
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(target)
     if target.exists() and not target.is_file():
         raise UserError(f"cannot write {path}: it is there and is not a regular file; name another path")
     try:

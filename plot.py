@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from options import UserError, atomic_write, run_cli
+from strawberry.common import Input, Output, check_outputs, has_kind
 
 # Okabe and Ito's colours, which the colour-blind tell apart too (https://jfly.uni-koeln.de/color/)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -203,15 +204,33 @@ SHEETS: dict[str, Callable] = {
 def curves(metrics: str | os.PathLike | Iterable[str | os.PathLike], out: str | os.PathLike, x: str = "step") -> None:
     """Draw every sheet into the directory `out`, for one metrics.jsonl or for several on the same sheets.
 
-    x: "step", "tokens" or "seconds". Raises UserError where a file cannot be read or written.
+    x: "step", "tokens" or "seconds". Raises UserError where a file cannot be read or written, or has nothing to draw;
+    the pictures that are there are then as they were.
     """
     paths = [Path(metrics)] if isinstance(metrics, (str, os.PathLike)) else [Path(path) for path in metrics]
     try:
         runs = dict(zip(run_names(paths), map(read_points, paths), strict=True))
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; train.py writes metrics.jsonl") from error
-    for name, sheet in SHEETS.items():
-        save(sheet(runs, x), Path(out) / name)
+    for path, lines in zip(paths, runs.values(), strict=True):
+        check_points(path, lines, x)
+    pictures = {name: png(sheet(runs, x)) for name, sheet in SHEETS.items()}
+    for name, data in pictures.items():
+        atomic_write(Path(out) / name, data)
+
+
+def check_points(path: Path, lines: list[dict], x: str) -> None:
+    """Raises UserError where a file holds no loss that can be drawn."""
+    if any(series(lines, x, loss)[0] for loss in ("loss", "train_loss", "val_loss")):
+        return
+    if path.stat().st_size and not has_kind(path, "metrics"):
+        raise UserError(f"{path} holds no metrics of a training run; name the metrics.jsonl in its checkpoints.path")
+    raise UserError(f"{path} holds no loss at any {AXES[x]}; draw it once train.py has logged a step (log_interval)")
+
+
+def picture_outputs(option: str, out: str | os.PathLike) -> list[Output]:
+    """The pictures that `curves` writes into the directory `out`, which an option names."""
+    return [Output(option, Path(out) / name, "picture") for name in SHEETS]
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -223,6 +242,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default="img", help="directory of the pictures (default img)")
     parser.add_argument("--x", choices=list(AXES), default="step", help="what the curves are drawn against")
     arguments = parser.parse_args(argv)
+    check_outputs(picture_outputs("--out", arguments.out), [Input("metrics", path) for path in arguments.metrics])
     curves(arguments.metrics, arguments.out, arguments.x)
     print(f"{', '.join(SHEETS)} are in {arguments.out}")
 

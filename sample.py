@@ -37,6 +37,7 @@ from dataset import read_spelled, spell
 from decode import Decoder, Request
 from model import MODELS
 from options import UserError, atomic_write, check, declared, nearest, option, parse_arguments, run_cli, show
+from strawberry.common import Input, Output, check_outputs
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 
@@ -735,6 +736,8 @@ def origin_of(settings: Settings, path: Path, model, seed: int) -> dict:
 def bulk(settings: Settings) -> None:
     """Make the texts of --prompts_file that are not in --out yet."""
     results, path = Results(settings.out), find_model(settings.model)
+    outputs = [Output("--out", results.path, "texts"), Output("--out", results.beside, "texts origin")]
+    check_outputs(outputs, [Input("--prompts_file", settings.prompts_file), Input("--model", path)])
     before = results.origin()
     model, encoder, record = load(path, settings)
     seed = settings.seed if settings.seed is not None else before["seed"] if before else drawn_seed()

@@ -61,8 +61,9 @@ from checkpoint import Lock, newest, own_tensors, save_checkpoint, save_model, s
 from dataset import Batch, Corpus, Loader, NextToken, Split
 from model import CONFIGS, Float8, build
 from optimizer import build_optimizer, lr_at
-from options import UserError, atomic_write, load_run, run_cli, to_dict
+from options import UserError, atomic_write, find_config, load_run, parse_arguments, run_cli, to_dict
 from ranks import Alone, Lost, Ranks, divide, join, local, parts
+from strawberry.common import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
 
 METRICS = "metrics.jsonl"
 EVAL_SEED = 0  # of the windows that evaluations read: the same whatever the run's seed is
@@ -439,6 +440,26 @@ def check_writable(key: str, path: str, folder: Path) -> None:
         raise UserError(f"{key} = {path}: {reason}; name another path, or change the rights")
 
 
+def list_outputs(run) -> list[Output]:
+    """Every file that a run writes, and the directory of its checkpoints."""
+    root = Path(run.checkpoints.path)
+    files = {METRICS: "metrics", checkpoint.LOCK: "lock", checkpoint.LATEST: "latest"}
+    outputs = [Output("model_path", run.model_path, "model"), Output("checkpoints.path", root, CHECKPOINTS)]
+    outputs += [Output("checkpoints.path", root / name, kind) for name, kind in files.items()]
+    return outputs + ([] if run.img_path is None else plot.picture_outputs("img_path", run.img_path))
+
+
+def list_inputs(run, config: str | None = None) -> list[Input]:
+    """Every file that a run reads, its --config among them. A model that is trained further into its own path is one of
+    the outputs."""
+    inputs = [Input("--config", find_config(config))] if config else []
+    inputs += [Input("dataset.path", path) for path in dataset.token_files(run.dataset)]
+    inputs += encoder_inputs("encoder_path", run.encoder_path)
+    if run.pretrained and not is_same_file(run.pretrained, run.model_path):
+        inputs.append(Input("init_from", run.pretrained))
+    return inputs
+
+
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 STATE_BYTES = {"adamw": 8, "muon": 4}  # of an optimizer's state, for each parameter
@@ -691,8 +712,8 @@ class Progress:
 class Trainer:
     """A run, from its configuration to its model file: prepare(), train(), finish(), close()."""
 
-    def __init__(self, run, signals: Signals):
-        self.run, self.signals = run, signals
+    def __init__(self, run, signals: Signals, config: str | None = None):
+        self.run, self.signals, self.config = run, signals, config
         self.root = Path(run.checkpoints.path)
         self.metrics = Metrics(self.root / METRICS)
         self.ranks: Alone | Ranks = Alone()
@@ -755,6 +776,7 @@ class Trainer:
             raise UserError(f"model_path = {run.model_path}: is a directory; name a file")
         check_writable("model_path", run.model_path, Path(run.model_path).parent)
         check_writable("checkpoints.path", run.checkpoints.path, self.root)
+        check_outputs(list_outputs(run), list_inputs(run, self.config))
 
     def choose_batch_size(self) -> None:
         """Check that the batch can be divided among the ranks; where it is "auto", find the largest that fits."""
@@ -1480,7 +1502,7 @@ def main(argv: list[str], last: bool = False) -> int:
 
 def carry_out(argv: list[str], last: bool) -> int:
     checking, argv = "--check" in argv, [word for word in argv if word != "--check"]
-    trainer = Trainer(load_run(argv, CONFIGS), Signals())
+    trainer = Trainer(load_run(argv, CONFIGS), Signals(), parse_arguments(argv)[0])
     try:
         with trainer.signals:
             if checking:

@@ -78,13 +78,51 @@ def test_names_are_as_long_as_they_must_be(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", '{"step": 1, "loss": 3.0}\n', '{"step": 1, "loss": null}\n{"step": 2, "lo', "[]\n7\n"]
+    "text",
+    ['{"step": 1, "loss": 3.0}\n', '{"step": 1, "val_loss": 3.0}\n{"step": 2, "lo', '[]\n7\n{"step":1,"loss":2}'],
 )
 def test_short_and_broken_files_are_drawn_as_far_as_they_go(tmp_path, text):
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
     plot.curves(path, tmp_path)
     assert (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("text,told", [
+    ("", "holds no loss at any step"),
+    ('{"step": 1, "loss": null}\n{"step": 2, "lo', "holds no loss at any step"),
+    ('{"step": 1, "lr": 0.1}\n', "holds no loss at any step"),
+    ("[]\n7\n", "holds no metrics of a training run"),
+    ("Once upon a time,\nin a book.\n", "holds no metrics of a training run"),
+    ('{"text": "a document"}\n', "holds no metrics of a training run"),
+])  # fmt: skip
+def test_what_has_nothing_to_draw_leaves_the_last_pictures(tmp_path, text, told):
+    good, other = write_run(tmp_path / "a" / "metrics.jsonl"), tmp_path / "other.txt"
+    other.write_text(text)
+    plot.main([str(good), "--out", str(tmp_path / "img")])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "img").iterdir()}
+    for paths in ([other], [good, other]):
+        with pytest.raises(UserError, match=f"other.txt {told}"):
+            plot.main([*map(str, paths), "--out", str(tmp_path / "img")])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "img").iterdir()} == before
+
+
+def test_seconds_that_no_line_has_are_no_axis(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "val_loss": 3.0}\n')
+    with pytest.raises(UserError, match="holds no loss at any time in training steps"):
+        plot.main([str(path), "--out", str(tmp_path / "img"), "--x", "seconds"])
+
+
+def test_a_sheet_that_fails_leaves_all_of_the_last_pictures(tmp_path, monkeypatch):
+    path = write_run(tmp_path / "a" / "metrics.jsonl")
+    plot.curves(path, tmp_path / "img")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "img").iterdir()}
+    write_run(path, slope=3)
+    monkeypatch.setitem(plot.SHEETS, "throughput.png", lambda runs, x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plot.curves(path, tmp_path / "img")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "img").iterdir()} == before
 
 
 def test_a_missing_file_is_named(tmp_path):

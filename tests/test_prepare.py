@@ -274,10 +274,12 @@ def test_what_is_up_to_date_is_left_alone_and_nothing_else_is(tmp_path, bpe, cap
 def test_other_peoples_files_are_not_overwritten(tmp_path, bpe):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "mine.md").write_text("precious")
-    with pytest.raises(UserError, match=r"mine\.md is there and is not a token file"):
-        run("--input", tmp_path / "a.txt", "--output", tmp_path / "mine.md", "--encoder", bpe)
-    assert (tmp_path / "mine.md").read_text() == "precious"
-    run("--input", tmp_path / "a.txt", "--output", tmp_path / "mine.md", "--encoder", bpe, "--force")
+    for force in ([], ["--force"]):
+        with pytest.raises(UserError, match=r"mine\.md is there and is not a token file"):
+            run("--input", tmp_path / "a.txt", "--output", tmp_path / "mine.md", "--encoder", bpe, *force)
+        assert (tmp_path / "mine.md").read_text() == "precious"
+    (tmp_path / "mine.md").unlink()
+    run("--input", tmp_path / "a.txt", "--output", tmp_path / "mine.md", "--encoder", bpe)
     assert documents(tmp_path / "mine.md", bpe) == ["text"]
 
 

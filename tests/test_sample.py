@@ -1022,11 +1022,15 @@ def test_an_out_that_is_no_result_of_ours_is_left_alone(desk, capsys, monkeypatc
     desk({"prompt": "a"}, {"prompt": "b"})
     argv = ["--model", desk.model, *BULK]
     Path("texts.jsonl").write_text("my diary\n")
-    assert "texts.jsonl is there, but texts.jsonl.from.json, which would say" in fails(capsys, monkeypatch, *argv)
+    assert "texts.jsonl is there and is not a file of texts that sample.py wrote" in fails(capsys, monkeypatch, *argv)
     assert Path("texts.jsonl").read_text() == "my diary\n"
     Path("texts.jsonl").unlink()
     bulk(desk)
     data = Path("texts.jsonl").read_text()
+    Path("texts.jsonl.from.json").rename("aside")
+    assert "texts.jsonl is there, but texts.jsonl.from.json, which would say" in fails(capsys, monkeypatch, *argv)
+    assert Path("texts.jsonl").read_text() == data
+    Path("aside").rename("texts.jsonl.from.json")
     Path("texts.jsonl").write_text(data + "more\n")
     assert "texts.jsonl, line 3: is no text that sample.py wrote" in fails(capsys, monkeypatch, *argv)
     Path("texts.jsonl").unlink()
