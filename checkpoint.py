@@ -190,8 +190,9 @@ def _tidy(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.rename(path, successor)
-    for path in root.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for name in ("step_*", "remove_step_*"):
+        for path in root.glob(UNFINISHED + name):
+            shutil.rmtree(path, ignore_errors=True)
     for path in root.glob(f".{LATEST}.*.tmp"):
         path.unlink(missing_ok=True)
 

@@ -76,7 +76,8 @@ class Shelf:
         self.root, self.kind, self.what = root, kind, what
         root.mkdir(parents=True, exist_ok=True)
         for path in root.glob(".tmp_*"):  # what a killed server left
-            shutil.rmtree(path, ignore_errors=True)
+            if re.fullmatch(r"\.tmp_[0-9a-f]+", path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def folder(self, name: str, param: str | None = None) -> Path:
         """The directory of that id. Raises Refused (404) for everything else, whatever it looks like."""

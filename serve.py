@@ -60,7 +60,7 @@ import decode
 import jobs
 import plot
 from assemble import Recipe
-from checkpoint import Lock, read_about
+from checkpoint import LOCK, Lock, read_about
 from dataset import spell
 from decode import Decoder
 from encoder import EOT, PAD
@@ -80,6 +80,7 @@ from sample import (
     rows_at_once,
     windows,
 )
+from strawberry.common import Output, check_outputs
 
 # ---- errors --------------------------------------------------------------------------------------------------------
 
@@ -1488,6 +1489,7 @@ class Factory:
                 Path(name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {error.filename}: {error.strerror}; name another directory") from error
+        check_outputs([Output("--data", Path(self.settings.data) / LOCK, "lock")])
         self.lock = Lock(self.settings.data, "--data")
 
     async def start(self) -> None:

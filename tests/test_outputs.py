@@ -20,9 +20,11 @@ import bench
 import checkpoint
 import dataset
 import encoder as encoders
+import jobs
 import plot
 import prepare
 import sample
+import serve
 import train
 from model import build
 from options import UserError, run_cli
@@ -281,7 +283,7 @@ def test_the_property_covers_every_command_that_writes():
     scripts = {getattr(command.main, "__module__", "") for command in COMMANDS.values()} | {"assemble"}
     root = Path(train.__file__).parent
     guarded = {path.stem for path in root.glob("*.py") if "check_outputs(" in path.read_text("utf-8")}
-    assert guarded - {"serve"} == scripts - {__name__}
+    assert guarded - {"serve"} == scripts - {__name__}  # serve.py: test_a_lock_never_takes_the_place_of_a_file
 
 
 # ---- two outputs, and places that cannot be written ------------------------------------------------------------------
@@ -528,6 +530,30 @@ def test_a_million_inputs_take_a_look_each(workshop, monkeypatch):
     assert looks.count("base.txt") == 0
     check_outputs([Output("--output", "base.bin", "tokens"), Output("--encoder", "base.enc", "encoder")], inputs)
     assert looks.count("base.txt") == 1000
+
+
+def test_a_lock_never_takes_the_place_of_a_file(workshop):
+    """A run's and a server's lock is a file that is emptied when it is taken, and removed when it is given back."""
+    for folder, main, words in (
+        ("ck", train.main, ["--config", "run.json", "--checkpoints.path=ck", "--check"]),
+        ("data", serve.main, ["--data", "data", "--models", "bin", "--port", "0"]),
+    ):
+        os.mkdir(folder)
+        Path(folder, "lock").write_text("the words to my lock\n")
+        code, told = call(main, *words)
+        assert code == 2 and f"{folder}/lock is there and is not the lock of a run" in told, told
+        assert Path(folder, "lock").read_text() == "the words to my lock\n"
+
+
+def test_only_what_was_left_unfinished_is_removed(workshop):
+    mine = [Path(folder, name) for folder in ("ck", "files") for name in (".tmp_mine", ".tmp_", "tmp_step_1")]
+    left = [Path("ck/.tmp_step_00000002_77"), Path("ck/.tmp_remove_step_00000001"), Path("files/.tmp_0123456789abcdef")]
+    for path in (*mine, *left):
+        path.mkdir(parents=True)
+        (path / "file").write_text("x")
+    checkpoint.save_checkpoint("ck", 3, {"model": lambda file: file.write(b"x")})
+    jobs.Shelf(Path("files"), "file", "file")
+    assert all((path / "file").exists() for path in mine) and not any(path.exists() for path in left)
 
 
 def test_a_checkpoint_is_no_place_for_another_file(workshop):
