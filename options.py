@@ -35,8 +35,7 @@ class UserError(Exception):
 def run_cli(main: Callable[[list[str]], int | None]) -> None:
     """Run `main(argv)` as a program and exit: 2 with `error: …` on a UserError, 130 on Ctrl-C, else what it returns."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows "?" instead of a traceback
-            stream.reconfigure(errors="replace")
+        set_encoding(stream)
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
@@ -54,6 +53,13 @@ def run_cli(main: Callable[[list[str]], int | None]) -> None:
 def temporary_path(target: Path) -> Path:
     """Where a file is written before it gets its name."""
     return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+
+def set_encoding(stream: Any) -> None:
+    """UTF-8 for what goes to a file or a pipe, whatever the locale or PYTHONIOENCODING says. A terminal keeps its own
+    encoding, and shows "?" for a character that it lacks."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | Callable) -> None:
@@ -498,7 +504,8 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
 
     Every problem of file and command line is in one UserError. `--help` prints every key and exits.
     """
-    config, overrides, problems = parse_arguments(argv)
+    names = set().union(*(dotted_names(run_class(archs, arch)) for arch in archs))
+    config, overrides, problems = parse_arguments(argv, names)
     raw: dict[str, Any] = {}
     if config is not None:
         try:
@@ -508,7 +515,7 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
     raw.pop("$schema", None)  # for editors
     texts = set().union(*(_text_keys(run_class(archs, arch)) for arch in archs))
     problems += apply_overrides(raw, overrides, texts) + _repeated(raw)
-    if "--help" in argv or "-h" in argv:
+    if asks_for_help(argv, names):
         arch, _ = _take_arch(raw, archs)
         print(help_text(run_class(archs, arch), arch, archs))
         raise SystemExit(0)
@@ -524,25 +531,58 @@ def make_run(raw: dict, archs: dict[str, type], problems: Iterable[str] = (), so
     return run
 
 
-def parse_arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], list[str]]:
-    """(config file, overrides as (dotted name, text), problems) of `--name=value` and `--name value`."""
-    config, overrides, problems, rest = None, [], [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word in ("-h", "--help"):
+def parse_arguments(argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = ()) -> tuple:
+    """(config file, overrides as (dotted name, text), problems) of `--name=value` and `--name value`.
+
+    `names` are the options that there are, `flags` those of them that take no value. In `--name value` any word is a
+    value, with dashes at its start too, unless it is one of the options.
+    """
+    config, overrides, problems = None, [], []
+    for word, name, text in split_arguments(argv, names, flags):
+        if name in HELP:
             continue
-        name, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not name:
+        if name is None:
             mend = f"--config {word}" if word.endswith(".json") else "--key=value"
             problems.append(f"{show(word)} on the command line: must be an option; write {mend}")
-        elif not equals and (not rest or rest[0].startswith("--")):
-            problems.append(f"--{name}: has no value; write --{name}=value")
+        elif text is None:
+            problems.append(f"{word}: has no value; write {word}=value")
         elif name == "config":
             problems += [f"--config {config}: given twice; keep one"] if config is not None else []
-            config = text if equals else rest.pop(0)
+            config = text
         else:
-            overrides.append((name, text if equals else rest.pop(0)))
+            overrides.append((name, text))
     return config, overrides, problems
+
+
+HELP = ("-h", "--help")
+
+
+def asks_for_help(argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = ()) -> bool:
+    """Whether -h or --help is an option of the command line, not the value of one."""
+    return any(name in HELP for _, name, _ in split_arguments(argv, names, flags))
+
+
+def split_arguments(
+    argv: list[str], names: Iterable[str], flags: Iterable[str]
+) -> Iterator[tuple[str, str | None, str | None]]:
+    """(word, option's name, value) of a command line: name None for a word that is no option, value None where it is
+    missing. The name of -h and --help is the word itself."""
+    names, flags, rest = {*names, *flags, "config"}, set(flags), list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if word in HELP:
+            yield word, word, None
+        elif not word.startswith("--") or not name:
+            yield word, None, None
+        elif equals:
+            yield word, name, text
+        elif name in flags:
+            yield word, name, "true"
+        elif not rest or (rest[0].startswith("--") and rest[0][2:].partition("=")[0] in names):
+            yield word, name, None
+        else:
+            yield word, name, rest.pop(0)
 
 
 def find_config(name: str) -> Path:

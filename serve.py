@@ -65,7 +65,7 @@ from dataset import spell
 from decode import Decoder
 from encoder import EOT, PAD
 from model import wide
-from options import UserError, check, declared, nearest, object_schema, option, run_cli, show, to_dict
+from options import UserError, asks_for_help, check, declared, nearest, object_schema, option, run_cli, show, to_dict
 from sample import (
     MODEL_SUFFIXES,
     Text,
@@ -606,7 +606,7 @@ class Engine:
     def make_decoder(self) -> None:
         """Rows of one shape, whoever is in them, so that a text is exactly what it would be alone."""
         self.decoder = None  # its memory first
-        self.decoder = Decoder(self.model, self.rows, self.settings.context, shrink=False,
+        self.decoder = Decoder(self.model, self.rows, self.settings.context, batch_invariant=True,
                                compile=self.settings.compile == "true")  # fmt: skip
 
     @property
@@ -2296,7 +2296,7 @@ def check_free(host: str, port: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if "--help" in argv or "-h" in argv:
+    if asks_for_help(argv, declared(Settings)):
         print(help_text("serve.py", Settings, f"{KEY_VARIABLE} in the environment holds keys too."))
         return
     settings = read_command(argv)

@@ -94,6 +94,40 @@ def program(body, *argv, cwd=None, **pipes):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=not pipes, text=True, timeout=60, **pipes)
 
 
+@pytest.mark.parametrize("env", [
+    {"PYTHONIOENCODING": "cp1252"}, {"PYTHONIOENCODING": "ascii:strict"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+])  # fmt: skip
+def test_what_goes_to_a_pipe_is_utf_8(env):
+    text = "'\\xe9\\u2605\\U0001f600'"  # in ASCII, which any locale can pass on
+    code = f"import sys, options\noptions.run_cli(lambda argv: print({text}) or print({text}, file=sys.stderr))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", **env}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60)
+    assert [ran.returncode, *(out.decode("utf-8").strip() for out in (ran.stdout, ran.stderr))] == [0, "é★😀", "é★😀"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark():
+    import pty
+
+    ours, theirs = pty.openpty()
+    code = "import options\noptions.run_cli(lambda argv: print('a\\u2605'))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, stdout=theirs, stderr=subprocess.PIPE, timeout=60)
+    os.close(theirs)
+    assert (ran.returncode, ran.stderr, os.read(ours, 100)) == (0, b"", b"a?\r\n")
+    os.close(ours)
+
+
+PROGRAMS = ("assemble", "bench", "dataset", "encoder", "plot", "prepare", "sample", "serve", "train")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_runs_through_run_cli(name):
+    """Which sets the encoding."""
+    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    assert "run_cli(" in text.partition('if __name__ == "__main__":')[2]
+
+
 @pytest.mark.parametrize(
     ("body", "code", "stderr"),
     [
@@ -269,6 +303,17 @@ REFUSED = {
 @pytest.mark.parametrize("argument", REFUSED)
 def test_a_problem_names_key_value_and_what_is_allowed(argument):
     assert problems_of(argument) == [REFUSED[argument]]
+
+
+@pytest.mark.parametrize("value", ["-h", "--help", "-1", "--", "--unknown"])
+def test_a_value_that_begins_with_a_dash_is_a_value(value):
+    assert load_run(["--config", "air.json", "--sample_prompt", value], ARCHS).sample_prompt == value
+    assert load_run([f"--sample_prompt={value}", "--seed", "3"], ARCHS).sample_prompt == value
+
+
+def test_an_option_is_no_value_of_another():
+    for word in ("--seed", "--dataset.path=x", "--config"):
+        assert "--sample_prompt: has no value; write --sample_prompt=value" in problems_of("--sample_prompt", word)
 
 
 def test_rollback_needs_checkpoints():

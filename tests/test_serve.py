@@ -154,7 +154,7 @@ def alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
     """The text that the model makes with nobody else there, in a decoder of the server's shape."""
     model, encoder, _ = checkpoint.load_model(folder / name)
     settings = sample.Settings(length=n, **{"temperature": 1.0, **options})
-    decoder = Decoder(model, ROWS, 4096, shrink=False)
+    decoder = Decoder(model, ROWS, 4096, batch_invariant=True)
     request = sample.make_request(settings, encoder, encoder.encode(prompt), None, seed)
     made = sample.make(decoder, [sample.Text(encoder, request, settings.stop)])
     return serve.clean("".join(piece for _, piece, _ in made))
@@ -219,7 +219,7 @@ def test_rows_keep_one_shape(running):
     """On which it rests that an answer is to the bit what it would be alone."""
     running.complete()
     decoder = running.service.models.loaded["air.strawberry"].decoder
-    assert decoder.shrink is False and decoder.rows == ROWS
+    assert decoder.batch_invariant and decoder.rows == ROWS
 
 
 def test_stop_strings_end_a_text_before_them(running, folder):
