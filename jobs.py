@@ -491,7 +491,8 @@ def is_published(encoder: str) -> bool:
 
 # The keys of the JSON that a client can't set: those that name paths, and those that would say what the path is of.
 OWN_KEYS = {*options.path_names(options.Run), "dataset.load_from_file", "checkpoints.create_checkpoints"}
-LEFT_TO_US = ("n_epochs", "learning_rate_multiplier")  # OpenAI's, which some clients send as "auto"
+# OpenAI's hyperparameters that train.py does not have → the values that change nothing, which some clients send
+NEUTRAL = {"n_epochs": ("auto", 1), "learning_rate_multiplier": ("auto", 1)}
 
 
 def training_work(jobs: Jobs, job: Job) -> Work | None:
@@ -536,7 +537,8 @@ def nested(hyperparameters: dict) -> dict:
     """{"a.b": 1} and {"a": {"b": 1}} as the latter. Raises Refused where a key is given in both ways."""
     raw: dict = {}
     for name, value in hyperparameters.items():
-        if name in LEFT_TO_US and value == "auto":
+        if name in NEUTRAL:
+            check_neutral(name, value)
             continue
         *sections, last = name.split(".")
         target = raw
@@ -548,6 +550,15 @@ def nested(hyperparameters: dict) -> dict:
             raise Refused(400, f"hyperparameters.{name}: given twice; keep one", "hyperparameters")
         target[last] = {**target[last], **value} if last in target else value
     return raw
+
+
+def check_neutral(name: str, value) -> None:
+    """Raises Refused unless a key of NEUTRAL has a value that changes nothing."""
+    if value is not None and (isinstance(value, bool) or value not in NEUTRAL[name]):
+        instead = {"n_epochs": "max_iters says how long a run trains", "learning_rate_multiplier": "set learning_rate"}
+        values = " or ".join(map(show, NEUTRAL[name]))
+        raise Refused(400, f"hyperparameters.{name} = {show(value)}: is not supported; {instead[name]}; leave it out, "
+                      f"or send {values}, which changes nothing", f"hyperparameters.{name}")
 
 
 def merged(below: dict, above: dict) -> dict:

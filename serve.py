@@ -224,14 +224,29 @@ def checked(data: bytes, cls: type) -> Any:
     raw = parse_json(data)
     if not isinstance(raw, dict):
         raise ApiError(400, f"the body is {show(raw)}; it must be an object, {{ … }}")
-    known = declared(cls)
-    given = {name: value for name, value in raw.items() if value is not None or name not in known}
+    known, neutral = declared(cls), getattr(cls, "neutral", {})
+    unsupported = [name for name in raw if name in neutral and not is_neutral(raw[name], neutral[name])]
+    given = {name: value for name, value in raw.items()
+             if name not in neutral and (value is not None or name not in known)}  # fmt: skip
     body, problems = check(cls, given)
     missing = [name for name in getattr(cls, "required", ()) if name not in given]
     problems = [f"{name} = null: must be given" for name in missing] + problems
+    problems += [f"{name} = {show(raw[name])}: is not supported; {neutral_values(neutral[name])}"
+                 for name in unsupported]  # fmt: skip
     if problems:
         raise ApiError(400, "; ".join(problems[:20]), problems[0].partition(" = ")[0])
     return body
+
+
+def is_neutral(value: Any, allowed: tuple) -> bool:
+    """Whether a field's value is null or one of `allowed`. JSON's true is not 1, though Python's is."""
+    return value is None or any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
+
+
+def neutral_values(allowed: tuple) -> str:
+    """What to do about a field that takes only these values and null, in words."""
+    values = " or ".join(show(value) for value in allowed)
+    return f"leave it out, or send {values}, which changes nothing" if values else "leave it out"
 
 
 async def read_bytes(request: Request, limit: int) -> bytes:
@@ -999,9 +1014,33 @@ MOST_PROMPTS, MOST_SAMPLES, MOST_STOPS, MOST_LOGPROBS = 64, 32, 16, 5
 TOKENS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 
 
+# What OpenAI's and vLLM's clients may send to completions and nothing here implements, with the values besides null
+# that ask for nothing: many clients send these defaults with every request. Other values are refused by name.
+UNSUPPORTED_FIELDS: dict[str, tuple] = {
+    # https://platform.openai.com/docs/api-reference/completions/create
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "suffix": ("",),
+    # vLLM's CompletionRequest: sampling
+    "use_beam_search": (False,), "early_stopping": (False,), "length_penalty": (1,), "repetition_penalty": (1,),
+    "min_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],), "bad_words": ([],), "allowed_token_ids": (),
+    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "truncate_prompt_tokens": (),
+    "spaces_between_special_tokens": (True, False), "truncation_side": (), "logits_processors": ([],),
+    "repetition_detection": (), "thinking_token_budget": (),
+    # vLLM's: what is read and answered
+    "add_special_tokens": (True, False), "prompt_embeds": (), "prompt_logprobs": (), "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,), "return_token_offsets": (False,),
+    "request_id": (), "priority": (0,), "cache_salt": (), "vllm_xargs": ({},),
+    "kv_transfer_params": ({},), "ec_transfer_params": ({},),
+    # vLLM's: structured output
+    "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
+    "guided_choice": (), "guided_grammar": (), "guided_decoding_backend": (), "guided_whitespace_pattern": (),
+}  # fmt: skip
+
+
 @dataclass
 class StreamOptions:
     include_usage: bool | None = option(None, "whether a last piece tells how many tokens it were")
+    include_obfuscation: bool | None = option(None, "of no effect: no piece is padded")
+    continuous_usage_stats: bool | None = option(False, "whether, with include_usage, every piece tells it too")
 
 
 @dataclass
@@ -1012,10 +1051,10 @@ class CompletionBody:
     max_tokens: int | None = option(16, "tokens to make at most; a text ends sooner where the context does", low=0)
     temperature: float | None = option(1.0, "0 takes the likeliest token each time", low=0, high=100)
     top_p: float | None = option(1.0, "draw from the likeliest tokens that make up this probability", above=0, high=1)
-    top_k: int | None = option(0, "draw from the k likeliest tokens; 0: from all", low=0, high=2**20)
+    top_k: int | None = option(0, "draw from the k likeliest tokens; 0 or -1: from all", low=-1, high=2**20)
     min_p: float | None = option(0.0, "draw from tokens at least so often as likely as the likeliest", low=0, high=1)
     n: int | None = option(1, "texts for each prompt; text i is drawn with seed + i", low=1, high=MOST_SAMPLES)
-    seed: int | None = option(None, "the same seed makes the same text; default: drawn", low=0,
+    seed: int | None = option(None, "the same seed makes the same text; default, or -1: drawn", low=-1,
                               high=2**53 - 1)  # fmt: skip
     stop: Any = option(None, f"text that ends a text and is not part of it, or a list of at most {MOST_STOPS}")
     echo: bool | None = option(False, "whether the prompt is given back before what continues it")
@@ -1025,19 +1064,20 @@ class CompletionBody:
     stream_options: StreamOptions | None = option(None, "of a stream")
     timeout: float | None = option(None, "seconds until it is given up; the server's --timeout holds too", low=5)
     user: str | None = option("", "who asks; of no effect")
-    presence_penalty: float | None = option(0.0, "only 0 is supported", low=0, high=0)
-    frequency_penalty: float | None = option(0.0, "only 0 is supported", low=0, high=0)
-    best_of: Any = option(None, "is not supported: take n, and choose")
-    suffix: Any = option(None, "is not supported")
-    logit_bias: Any = option(None, "is not supported")
+    best_of: int | None = option(None, "n, or 1, which is n: all texts are sent, and none is chosen among", low=1)
 
     required: ClassVar = ("model", "prompt")
+    neutral: ClassVar = UNSUPPORTED_FIELDS
     schemas: ClassVar = {
         "prompt": lambda: prompt_schema(TOKENS),
         "stop": {"anyOf": [{"type": "null"}, {"type": "string", "minLength": 1},
                            {"type": "array", "maxItems": MOST_STOPS, "items": {"type": "string", "minLength": 1}}]},
-        "best_of": {"type": "null"}, "suffix": {"type": "null"}, "logit_bias": {"type": "null"},
+        "best_of": {"enum": [None, 1]},
     }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self.top_k = 0 if self.top_k == -1 else self.top_k
+        self.seed = None if self.seed == -1 else self.seed
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not (isinstance(self.prompt, str) or is_tokens(self.prompt) or self.is_list()):
@@ -1045,9 +1085,8 @@ class CompletionBody:
         stops = self.stops
         if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
             yield "stop", f"must be text, not empty, or a list of at most {MOST_STOPS} of it"
-        for name in ("best_of", "suffix", "logit_bias"):
-            if getattr(self, name) is not None:
-                yield name, f"{declared(type(self))[name].doc}; leave it out"
+        if self.best_of not in (None, 1, self.n):
+            yield "best_of", "is not supported; ask for n texts and choose, or leave it out"
 
     def is_list(self) -> bool:
         """Whether the prompt is a list of texts or a list of lists of tokens."""
@@ -1245,7 +1284,7 @@ class Stream(Response):
     async def data(self, receive: Receive) -> AsyncIterator[bytes]:
         order, options = self.order, self.order.body.stream_options
         tells_usage = bool(options and options.include_usage)
-        more, ended = {"usage": None} if tells_usage else {}, 0
+        continuous, ended = tells_usage and options.continuous_usage_stats, 0
         async with aclosing(events(order, receive)) as batches:
             begun = False
             async for batch in batches:
@@ -1256,6 +1295,7 @@ class Stream(Response):
                 for answer, piece in batch:
                     chunks.append(choice(order, answer, piece or "", piece is None))
                     ended += piece is None
+                more = {"usage": usage(order) if continuous else None} if tells_usage else {}
                 yield b"".join(event({**self.told, "choices": [chunk], **more}) for chunk in chunks)
         if ended == len(order.answers):
             if tells_usage:
@@ -1373,6 +1413,7 @@ class TokenizeBody:
     add_special_tokens: bool | None = option(False, "of no effect: there are none to add")
 
     required: ClassVar = ("prompt",)
+    neutral: ClassVar = {"return_token_strs": (False,)}
     schemas: ClassVar = {"prompt": {"type": "string"}}
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -1837,7 +1878,7 @@ class Train:
     model: str = option("tiny", "a preset of config/, such as tiny, or a model, which is trained further")
     training_file: str = option("none", "id of a file or of a dataset")
     hyperparameters: Any = option(None, "any key of the JSON that train.py takes, nested or dotted, but for paths")
-    suffix: str | None = option(None, "part of the name of the model that is made: letters, digits, - and _")
+    suffix: str | None = option("", "part of the name of the model that is made: letters, digits, - and _")
     seed: int | None = option(None, "of weights, batches and dropout; null: drawn", low=0, high=2**31 - 1)
     metadata: Any = option(None, "up to 16 texts, kept with the run")
     method: Any = option(None, 'OpenAI\'s other place for hyperparameters: {"type": "supervised", "supervised": …}')
@@ -1854,8 +1895,11 @@ class Train:
                 "hyperparameters": {"type": ["object", "null"]}}}}},
         "validation_file": {"type": "null"},
         "integrations": {"type": ["array", "null"], "maxItems": 0},
-        "suffix": {"type": ["string", "null"], "pattern": "^[A-Za-z0-9_-]{1,64}$"},
+        "suffix": {"type": ["string", "null"], "pattern": "^[A-Za-z0-9_-]{0,64}$"},
     }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self.suffix = self.suffix or None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name in ("hyperparameters", "method", "integrations", "metadata"):
@@ -1864,8 +1908,8 @@ class Train:
                 return
         if self.hyperparameters is not None and not isinstance(self.hyperparameters, dict):
             yield "hyperparameters", "must be an object, { … }"
-        if self.suffix is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.suffix, re.ASCII):
-            yield "suffix", "must be 1 to 64 letters, digits, - and _"
+        if self.suffix is not None and not re.fullmatch(r"[A-Za-z0-9_-]{0,64}", self.suffix, re.ASCII):
+            yield "suffix", "must be at most 64 letters, digits, - and _"
         if not is_metadata(self.metadata):
             yield "metadata", "must be an object of at most 16 texts of up to 512 characters"
         if self.method is not None and not isinstance(self.supervised, dict):
@@ -2257,6 +2301,8 @@ def body_schema(cls: type) -> dict:
         schema["properties"][name].pop("default", None)
     for name, own in getattr(cls, "schemas", {}).items():
         schema["properties"][name] = (own() if callable(own) else own) | {"description": declared(cls)[name].doc}
+    for name, values in getattr(cls, "neutral", {}).items():
+        schema["properties"][name] = {"enum": [None, *values], "description": "is not supported; this changes nothing"}
     return schema | {"required": required}
 
 

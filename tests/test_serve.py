@@ -576,14 +576,20 @@ def test_a_model_may_be_wider_than_its_encoder(start, tmp_path, monkeypatch):
 WRONG = {
     "max_tokens": [-1, 1e9, 1.5, "5", True, [1], 2**70],
     "temperature": [math.nan, math.inf, -1, 1e9, "hot", {}],
-    "top_p": [0, 1.1, math.nan], "top_k": [-1, 0.5], "min_p": [-0.1, 2],
+    "top_p": [0, 1.1, math.nan], "top_k": [-2, 0.5], "min_p": [-0.1, 2],
     "n": [0, 10**6, -1, 1.5, "2"],
-    "seed": [-1, 2**63, "x"],
+    "seed": [-2, 2**63, "x"],
     "stop": ["", ["a", ""], ["a"] * 17, 5, [["a"]]],
     "prompt": [[], [[]], 5, {}, [1.5], [-1], [258], ["a", 1], [[1], "a"], [True], ["a"] * 65, "a" * 5000, "\ud800",
                None, [2**40], [[1, 2**31]]],
     "echo": ["yes", 1], "logprobs": [6, -1, True], "stream": ["yes"], "stream_options": [5, {"x": 1}],
-    "best_of": [1, 2], "suffix": ["x"], "logit_bias": [{"1": 5}], "presence_penalty": [0.5],
+    "best_of": [0, 2, True, [1]], "suffix": ["x", 0, False], "logit_bias": [{"1": 5}, [], 0],
+    "presence_penalty": [0.5, False, "0", {}], "frequency_penalty": [-2], "repetition_penalty": [1.1, True, 0],
+    "length_penalty": [0.5], "min_tokens": [3, False], "ignore_eos": [True, 0], "stop_token_ids": [[5], {}],
+    "bad_words": [["a"]], "allowed_token_ids": [[1]], "use_beam_search": [True], "skip_special_tokens": [False, 1],
+    "include_stop_str_in_output": [True], "truncate_prompt_tokens": [5], "prompt_logprobs": [0, 1],
+    "response_format": [{"type": "json_object"}, {}], "structured_outputs": [{"regex": "a"}], "guided_regex": ["a"],
+    "prompt_embeds": ["AAAA"], "return_token_ids": [True], "priority": [1], "request_id": ["x"],
     "timeout": [0, -5, math.inf],
     "model": [5, None, "../air.strawberry", "%2e%2e/x", "x" * 300, "a\0b", "/etc/passwd", "masked.transformer"],
     "unheard_of": [1], "max_tokns": [4],
@@ -602,6 +608,61 @@ def test_hostile_values_name_their_field(running, field):
 def test_nulls_are_left_out(running):
     fields = {name: None for name in WRONG if name not in ("model", "prompt", "unheard_of", "max_tokns")}
     assert running.complete(**fields)[2]["usage"]["completion_tokens"] <= 16
+
+
+# What vLLM's CompletionRequest and OpenAI's create() document as defaults, written out: clients send them unasked.
+VLLM_DEFAULTS = {
+    "echo": False, "frequency_penalty": 0.0, "logit_bias": None, "logprobs": None, "max_tokens": 16, "n": 1,
+    "presence_penalty": 0.0, "seed": None, "stop": [], "stream": False, "stream_options": None, "suffix": None,
+    "temperature": None, "top_p": None, "user": None, "use_beam_search": False, "top_k": None, "min_p": None,
+    "repetition_penalty": None, "length_penalty": 1.0, "stop_token_ids": [], "include_stop_str_in_output": False,
+    "ignore_eos": False, "min_tokens": 0, "skip_special_tokens": True, "spaces_between_special_tokens": True,
+    "truncate_prompt_tokens": None, "truncation_side": None, "allowed_token_ids": None, "prompt_logprobs": None,
+    "bad_words": [], "prompt_embeds": None, "add_special_tokens": True, "response_format": None,
+    "structured_outputs": None, "priority": 0, "return_tokens_as_token_ids": None, "return_token_ids": None,
+    "return_token_offsets": False, "cache_salt": None, "kv_transfer_params": None, "ec_transfer_params": None,
+    "vllm_xargs": None, "repetition_detection": None, "thinking_token_budget": None,
+}  # fmt: skip
+SPELLED_OUT = {
+    "best_of": 1, "suffix": "", "logit_bias": {}, "top_k": -1, "repetition_penalty": 1.0, "min_p": 0.0, "top_p": 1.0,
+    "temperature": 1.0, "presence_penalty": 0, "user": "", "response_format": {"type": "text"},
+}  # fmt: skip
+
+
+def test_fields_that_change_nothing_are_accepted(running):
+    """All that clients send by default, at once and one by one: the text is the same."""
+    create, asked = running.client.completions.create, {"model": "air.strawberry", "prompt": "the cat", "seed": 7}
+    text = create(**asked).choices[0].text
+    for fields in (VLLM_DEFAULTS, SPELLED_OUT, VLLM_DEFAULTS | SPELLED_OUT, {"top_k": 0}, {"best_of": 1.0}):
+        body = {name: value for name, value in fields.items() if name != "seed"}
+        assert create(**asked, extra_body=body).choices[0].text == text
+    openais = {"best_of": 1, "echo": False, "frequency_penalty": 0, "logit_bias": {}, "n": 1, "presence_penalty": 0,
+               "suffix": "", "temperature": 1, "top_p": 1, "user": "me", "stop": None, "logprobs": None}  # fmt: skip
+    assert create(**asked, **openais).choices[0].text == text
+    three = create(**asked, n=3, best_of=3).choices
+    assert len(three) == 3 and three[0].text == text
+    drawn = {create(**asked | {"seed": -1}).choices[0].text for _ in range(2)}
+    assert len(drawn) == 2
+    schema = running.send("GET", "/openapi.json")[2]
+    body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert VLLM_DEFAULTS.keys() | SPELLED_OUT.keys() <= body["properties"].keys()
+
+
+def test_a_field_that_is_not_supported_is_refused_with_what_is_accepted(running):
+    message = error_of(running.complete(min_tokens=3), 400)["message"]
+    assert "min_tokens = 3" in message and "leave it out" in message and "0" in message
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        running.client.completions.create(model="air.strawberry", prompt="a", logit_bias={"5": 10})
+
+
+def test_each_piece_of_a_stream_can_tell_the_usage(running):
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
+    chunks = list(running.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=5, temperature=0,
+                                                    stream=True, stream_options=options))  # fmt: skip
+    usages = [chunk.usage for chunk in chunks]
+    assert all(usage.prompt_tokens == 3 for usage in usages) and usages[-1].completion_tokens == 5
+    counts = [usage.completion_tokens for usage in usages]
+    assert counts == sorted(counts)
 
 
 def test_hostile_bodies(running):

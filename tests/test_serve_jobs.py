@@ -486,6 +486,11 @@ def test_hyperparameters_are_nested_or_dotted_and_never_paths():
     for bad in ({"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}):
         with pytest.raises(jobs.Refused):
             jobs.nested(bad)
+    for name in ("n_epochs", "learning_rate_multiplier"):
+        assert [jobs.nested({name: value, "a": 1}) for value in ("auto", 1, 1.0, None)] == [{"a": 1}] * 4
+        for value in (3, True, "1", {}, [1]):
+            with pytest.raises(jobs.Refused, match=f"hyperparameters.{name} = .*leave it out"):
+                jobs.nested({name: value})
     paths = {"model_path", "encoder_path", "init_from", "img_path", "dataset.path", "checkpoints.path"}
     assert paths <= jobs.OWN_KEYS
     for key in jobs.OWN_KEYS:
@@ -987,6 +992,16 @@ def test_keys_are_judged_as_on_the_command_line(site, story):
                  {"model": "tiny", "training_file": story, "method": {"type": "dpo"}},
                  {"model": "tiny", "training_file": story, "hyperparameters": {"sample_prompt": "x" * 99_999}}):
         assert site.raw("POST", "/v1/fine_tuning/jobs", body)[0] == 400
+
+
+def test_hyperparameters_of_openai_that_change_nothing_are_accepted(site, story):
+    asked = {"model": "tiny", "training_file": story}
+    job = site.client.fine_tuning.jobs.create(**asked, suffix="", validation_file=None, integrations=[],
+                                              hyperparameters={"n_epochs": 1, "learning_rate_multiplier": 1.0})
+    site.client.fine_tuning.jobs.cancel(job.id)
+    with pytest.raises(openai.BadRequestError, match="hyperparameters.n_epochs = 3: .*max_iters") as caught:
+        site.client.fine_tuning.jobs.create(**asked, hyperparameters={"n_epochs": 3})
+    assert caught.value.body["param"] == "hyperparameters.n_epochs"
 
 
 @pytest.mark.parametrize("depth", [20, 200, 330, 500, 900, 990, 10_000])
