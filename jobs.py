@@ -670,6 +670,30 @@ class Jobs:
             return encoders.load(made_of.folder / assemble.ENCODER)
         return checkpoint.read_encoder(self.model_file(name, "encoder"))
 
+    # -- models
+
+    def remove_model(self, name: str) -> None:
+        """Delete a model's file. Raises Refused where a job that is not over writes it or reads it."""
+        path = self.model_file(name)
+        with self.lock:
+            if job := self.uses_model(name):
+                raise Refused(409, f"the model {name} is needed by the job {job.id}, which is {job.status}; cancel "
+                              "that first", "model", "model_in_use")
+            try:
+                path.unlink()
+            except OSError as error:
+                raise Refused(500, f"the model {name} cannot be deleted: {error.strerror or 'the system refuses'}",
+                              "model") from error
+
+    def uses_model(self, name: str) -> Job | None:
+        """A job that is not over and trains into that model, starts from it, or takes its encoder."""
+        for job in self.jobs.values():
+            request = job.request
+            needed = [request["recipe"]["encoder"]] if job.kind == "ds" else [job.about["model"], request["base"]]
+            if job.status not in FINAL and name in needed:
+                return job
+        return None
+
     # -- making
 
     def new(self, kind: str, request: dict, name: str | None = None, **about) -> Job:

@@ -139,8 +139,35 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server failed at this; its log says why", code="internal_error")
 
 
+NO_CHAT = ("the models here are base models, which continue a text and are not trained to chat: send the text as "
+           "`prompt` to POST /v1/completions (client.completions.create)")  # fmt: skip
+NO_ROUTE = {  # how an address begins that clients may ask for and that is not there → what to do instead
+    "/v1/chat": NO_CHAT, "/v1/responses": NO_CHAT, "/v1/conversations": NO_CHAT, "/v1/messages": NO_CHAT,
+    "/v1/assistants": NO_CHAT, "/v1/threads": NO_CHAT,
+    "/v1/embeddings": "the models here make no embeddings; POST /v1/completions continues a text",
+}  # fmt: skip
+
+
+def advise_route(path: str) -> ApiError | None:
+    """What a client is told who asks for an address of OpenAI's that is not here, or leaves out the /v1 of those that
+    are, or repeats it; None for other addresses."""
+    full = "/v1/" + path.removeprefix("/v1").removeprefix("/v1").lstrip("/")
+    for start, advice in NO_ROUTE.items():
+        if full == start or full.startswith(f"{start}/"):
+            return ApiError(404, advice, "model")
+    known = {route.path.split("/")[2] for route in ROUTES if route.path.startswith("/v1/")}
+    if full != path and full.split("/")[2] in known:
+        return ApiError(404, f"there is nothing at this address; {show(full)} may be meant: a client's base_url ends "
+                        "in /v1, once")  # fmt: skip
+    return None
+
+
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    answer = as_api_error(error).response()
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        error = advise_route(request.url.path) or error
+    told = as_api_error(error)
+    told.message = told.message.replace(f"{Path(request.app.state.service.settings.models).resolve()}{os.sep}", "")
+    answer = told.response()
     if answer.status_code == 405:  # the framework names the methods of one route, and an address may have several
         same = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
         answer.headers["Allow"] = ", ".join(sorted(set().union(*(route.methods or () for route in same))))
@@ -524,9 +551,10 @@ class Engine:
 
     PATIENCE = 0.2  # seconds that prompts are read for while texts under way wait
 
-    def __init__(self, path: Path, stamp: tuple, settings: Settings, metrics: Metrics, after: list["Engine"]):
-        self.path, self.stamp, self.settings, self.metrics = path, stamp, settings, metrics
-        self.bytes = path.stat().st_size  # an estimate, until it is loaded
+    def __init__(self, file: "ModelFile", settings: Settings, metrics: Metrics, after: list["Engine"]):
+        self.name, self.path, self.stamp, self.settings, self.metrics = (
+            file.name, file.path, file.stamp, settings, metrics)  # fmt: skip
+        self.bytes = file.stamp[1]  # an estimate, until it is loaded
         self.loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self.loop.create_future()
         self.users = 0  # requests that are about to order; counted in the event loop's thread
@@ -538,7 +566,7 @@ class Engine:
         self.pace = 1.0  # seconds that an order takes, about
         on_cuda = pick_device(settings.device) == "cuda"
         self.alone: Any = ONE_AT_A_TIME if on_cuda else nullcontext()
-        self.thread = threading.Thread(target=self.work, args=(after,), name=f"engine of {path.name}", daemon=True)
+        self.thread = threading.Thread(target=self.work, args=(after,), name=f"engine of {file.name}", daemon=True)
         self.thread.start()
 
     # -- called from the event loop's thread
@@ -592,11 +620,8 @@ class Engine:
                 self.load()
         except Exception as error:
             log.warning("cannot load %s: %s", self.path, error)
-            failure = as_api_error(error) if isinstance(error, UserError) else self.failure(error)
-            told = failure.message.replace(str(self.path), self.path.name)  # where it lies is no client's business
-            failure.message, failure.param = f"model: {told}", "model"
             self.ended = True
-            self.tell_loop(self.fail_loading, failure)
+            self.tell_loop(self.fail_loading, self.loading_failure(error))
             return
         self.tell_loop(self.ready.set_result, None)
         end = ApiError(503, "the server stops; come again", headers={"Retry-After": "10"})
@@ -735,6 +760,16 @@ class Engine:
             return ApiError(503, told, headers={"Retry-After": "5"})
         return ApiError(500, str(error)) if isinstance(error, UserError) else as_api_error(error)
 
+    def loading_failure(self, error: Exception) -> ApiError:
+        """What whoever waits for a model that cannot be loaded is answered."""
+        if not self.path.exists():
+            return ApiError(404, f"model = {show(self.name)}: was deleted", "model", "model_not_found")
+        if isinstance(error, UserError) and str(self.path) in str(error):
+            return DamagedFile(self.name, self.stamp, without_path(str(error), self.path, self.name)).error()
+        failure = ApiError(500, str(error)) if isinstance(error, UserError) else self.failure(error)
+        failure.message, failure.param = f"model = {show(self.name)}: {failure.message}", "model"
+        return failure
+
     def fail(self, order: Order, error: ApiError) -> None:
         order.gone = True
         self.mail.append((order, error))
@@ -829,6 +864,7 @@ def logits_of(model, ids: torch.Tensor, source: list[int] | None) -> Iterator[tu
 
 @dataclass
 class ModelFile:
+    name: str  # as clients call it; for a checkpoint that is not the name of its file
     path: Path
     stamp: tuple  # another one when the file is
     hyperparams: dict
@@ -842,12 +878,47 @@ class ModelFile:
         return self.hyperparams.get("kind") != "encoder"
 
 
+@dataclass
+class DamagedFile:
+    """A file that has a model's suffix and cannot be read as a model."""
+
+    name: str
+    stamp: tuple
+    reason: str
+
+    def error(self) -> "ApiError":
+        return ApiError(500, f"model = {show(self.name)}: its file is damaged, or is no model file: {self.reason}; "
+                        "restore it, or train it again", "model", "model_damaged",
+                        {"x-should-retry": "false"})  # fmt: skip
+
+
+def read_model_file(name: str, path: Path, stamp: tuple) -> ModelFile | DamagedFile:
+    """What the file's header says of the model; its weights are left unread."""
+    try:
+        hyperparams = read_about(path)[0]
+        for key, kind in (("arch", str), ("vocab_size", int), ("block_size", int)):
+            if not isinstance(hyperparams.get(key), kind):
+                raise UserError(f"{path}: its hyperparameters have no {key}")
+    except UserError as error:
+        return DamagedFile(name, stamp, without_path(str(error), path, name))
+    return ModelFile(name, path, stamp, hyperparams)
+
+
+def without_path(text: str, path: Path, name: str) -> str:
+    """The text with the model's name in place of its file's path, which is no business of clients."""
+    return text.replace(str(path.resolve()), name).replace(str(path), name)
+
+
+def stamp_of(about: os.stat_result) -> tuple:
+    return (about.st_mtime_ns, about.st_size, about.st_ino)
+
+
 class Models:
     """The model files of the folder, and those of them that are in memory."""
 
     def __init__(self, service: "Service"):
         self.service, self.settings = service, service.settings
-        self.files: dict[str, ModelFile | tuple] = {}  # by name; of a file that is no model, its stamp
+        self.files: dict[str, ModelFile | DamagedFile] = {}  # by name
         self.scanning = threading.Lock()
         self.loaded: dict[str, Engine] = {}  # the one that was asked last is last
         self.limit = self.settings.memory * 2**30 or memory(pick_device(self.settings.device)) / 2  # bytes
@@ -891,27 +962,68 @@ class Models:
             self.files = found
             return {name: file for name, file in found.items() if isinstance(file, ModelFile)}
 
-    def look(self, entry: os.DirEntry) -> ModelFile | tuple:
-        about, known = entry.stat(), self.files.get(entry.name)
-        stamp = (about.st_mtime_ns, about.st_size, about.st_ino)
-        if known is not None and stamp == (known.stamp if isinstance(known, ModelFile) else known):
+    def look(self, entry: os.DirEntry) -> ModelFile | DamagedFile:
+        stamp, known = stamp_of(entry.stat()), self.files.get(entry.name)
+        if known is not None and stamp == known.stamp:
             return known
-        try:
-            return ModelFile(Path(entry.path), stamp, read_about(entry.path)[0])
-        except UserError as error:
-            log.warning("%s", error)
-            return stamp
+        found = read_model_file(entry.name, Path(entry.path), stamp)
+        if isinstance(found, DamagedFile):
+            log.warning("%s cannot be served: %s", entry.path, found.reason)
+        return found
 
     async def find(self, name: str) -> ModelFile:
-        files = await self.all()
-        if name in files:
-            return files[name]
-        if (path := self.service.factory.checkpoint(name)) is not None:
-            about = path.stat()
-            hyperparams, _ = await asyncio.to_thread(read_about, path)
-            return ModelFile(path, (about.st_mtime_ns, about.st_size, about.st_ino), hyperparams)
-        raise ApiError(404, f"model = {show(name)}: there is no such model{nearest(name, files)}; /v1/models lists "
-                       "them", "model", "model_not_found")  # fmt: skip
+        """The model of that name, of the folder or a run's checkpoint; the suffix may be left out where one model alone
+        has the name. Raises ApiError where there is none, or its file is damaged."""
+        await self.all()
+        found = self.files.get(name) or await asyncio.to_thread(self.checkpoint, name)
+        if found is None:
+            candidates = self.with_stem(name)
+            if len(candidates) > 1:
+                raise ApiError(404, f"model = {show(name)}: may be {' or '.join(map(show, candidates))}; write the "
+                               "suffix too", "model", "model_not_found")  # fmt: skip
+            found = self.files[candidates[0]] if candidates else None
+        if found is None:
+            raise self.not_found(name)
+        if isinstance(found, DamagedFile):
+            raise found.error()
+        return found
+
+    def checkpoint(self, name: str) -> ModelFile | DamagedFile | None:
+        path = self.service.factory.checkpoint(name)
+        with suppress(OSError):  # removed meanwhile
+            return path and read_model_file(name, path, stamp_of(path.stat()))
+        return None
+
+    def with_stem(self, name: str) -> list[str]:
+        """The files that are called so but for their suffix."""
+        return [file for file in self.files if Path(file).stem == name]
+
+    def not_found(self, name: str) -> ApiError:
+        there = [file.name for file in self.files.values() if isinstance(file, ModelFile)]
+        return ApiError(404, f"model = {show(name)}: there is no such model{nearest(name, there)}; /v1/models lists "
+                        "them", "model", "model_not_found")  # fmt: skip
+
+    async def delete(self, name: str) -> None:
+        """Remove a model from the folder and from memory. Raises ApiError or Refused where it is none of the folder's,
+        where it is generating, and where a job writes or reads it."""
+        await self.all()
+        found = self.files.get(name)
+        if found is None and self.service.factory.checkpoint(name) is not None:
+            raise ApiError(400, f"model = {show(name)}: is a checkpoint of a run, and goes when its run is deleted",
+                           "model")  # fmt: skip
+        if found is None and (candidates := self.with_stem(name)):
+            raise ApiError(404, f"model = {show(name)}: a model is deleted by its whole name, such as "
+                           f"{show(candidates[0])}", "model", "model_not_found")  # fmt: skip
+        if found is None:
+            raise self.not_found(name)
+        if isinstance(found, DamagedFile):  # perhaps it is somebody's file of another kind
+            raise found.error()
+        engine = self.loaded.get(name)
+        if engine is not None and engine.busy:
+            raise ApiError(409, f"the model {name} is generating; try again when it has ended", "model", "model_in_use")
+        await run_in_threadpool(self.service.factory.jobs.remove_model, name)
+        if (engine := self.loaded.pop(name, None)) is not None:
+            engine.retire()
 
     async def newest(self) -> str:
         """The name of the newest model, as sample.py takes it."""
@@ -924,12 +1036,16 @@ class Models:
     async def use(self, name: str) -> AsyncIterator[Engine]:
         """The engine of a model, loaded, which stays while it is used."""
         file = await self.find(name)
+        name = file.name
+        if not file.generates:
+            raise ApiError(400, f"model = {show(name)}: this {file.hyperparams['arch']} is an encoder: it predicts "
+                           "masked tokens and makes no text", "model")  # fmt: skip
         engine = self.loaded.pop(name, None)
         if engine is not None and (engine.stamp != file.stamp or engine.ended):
             engine.retire()
             engine = None
         if engine is None:
-            engine = Engine(file.path, file.stamp, self.settings, self.service.metrics, self.make_room(file.stamp[1]))
+            engine = Engine(file, self.settings, self.service.metrics, self.make_room(file.stamp[1]))
         self.loaded[name] = engine
         engine.users += 1
         try:
@@ -1158,7 +1274,7 @@ async def completions(body: CompletionBody, request: Request, service: TheServic
         async with asyncio.timeout_at(until):
             order = await place_order(body, service)
             told = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
-                    "model": body.model}  # fmt: skip
+                    "model": order.engine.name}  # fmt: skip
             if body.stream:
                 return Stream(order, told, until, limit)
             async for _ in events(order, request.receive):
@@ -1330,10 +1446,18 @@ def logprobs(order: Order, answer: Answer) -> dict:
         offsets.append(at)
         at += len(decoder.push(token)) if token < encoder.vocab_size else 0
     own, best = scored.logprobs[begin:], scored.best[begin:]
-    top = [None if p is None else {token_text(encoder, t): q for t, q in [(token, p), *reversed(likely)]}
+    top = [None if p is None else by_likelihood(encoder, [*likely, (token, p)])
            for token, p, likely in zip(tokens, own, best, strict=True)]  # fmt: skip
     return {"tokens": [token_text(encoder, token) for token in tokens], "token_logprobs": own, "top_logprobs": top,
             "text_offset": offsets}  # fmt: skip
+
+
+def by_likelihood(encoder, tokens: list[tuple[int, float]]) -> dict[str, float]:
+    """Each token's text and log probability, the likeliest first; of tokens with the same text, the likeliest."""
+    found: dict[str, float] = {}
+    for token, logprob in sorted(tokens, key=lambda item: -item[1]):
+        found.setdefault(token_text(encoder, token), logprob)
+    return found
 
 
 def text_of(encoder, tokens: list[int]) -> str:
@@ -1378,7 +1502,8 @@ class Model:
     arch: str
     vocab_size: int
     block_size: int
-    size: int  # bytes of the file
+    bytes: int  # on disk
+    size: int  # the older name of `bytes`
     loaded: bool
 
 
@@ -1398,12 +1523,17 @@ async def retrieve_model(model: str, service: TheService) -> Model:
     return model_answer(service, await service.models.find(model))
 
 
+async def delete_model(model: str, service: TheService) -> "Deleted":
+    """Delete a model of the folder --models: its file, and what of it is in memory. While it is generating, or a job
+    that is not over writes or reads it, the answer is 409. A checkpoint goes with its run."""
+    await service.models.delete(model)
+    return Deleted(model, "model")
+
+
 def model_answer(service: Service, file: ModelFile) -> Model:
-    h, name = file.hyperparams, file.path.name
-    return Model(name, "model", file.created, "strawberry", str(h["arch"]), int(h["vocab_size"]), int(h["block_size"]),
-                 file.stamp[1], name in service.models.loaded)  # fmt: skip
-
-
+    h, size = file.hyperparams, file.stamp[1]
+    return Model(file.name, "model", file.created, "strawberry", h["arch"], h["vocab_size"], h["block_size"], size,
+                 size, file.name in service.models.loaded)  # fmt: skip
 
 
 @dataclass
@@ -1477,9 +1607,8 @@ async def detokenize(body: DetokenizeBody, service: TheService) -> Detokenized:
 
 async def tokenizer_info(service: TheService, model: str | None = None) -> TokenizerInfo:
     """A model's encoder, the newest one's by default."""
-    name = model or await service.models.newest()
-    async with service.models.use(name) as engine:
-        return TokenizerInfo(name, engine.encoder.vocab_size, EOT, EOT, PAD)
+    async with service.models.use(model or await service.models.newest()) as engine:
+        return TokenizerInfo(engine.name, engine.encoder.vocab_size, EOT, EOT, PAD)
 
 
 def tokenize_here(service: Service, properties: dict) -> None:
@@ -2201,6 +2330,7 @@ ROUTES = [
     Route("GET", "/tokenizer_info", tokenizer_info, TokenizerInfo),
     Route("GET", "/v1/models", list_models, ModelList),
     Route("GET", "/v1/models/{model}", retrieve_model, Model),
+    Route("DELETE", "/v1/models/{model}", delete_model, Deleted),
     Route("POST", "/v1/files", create_file, StoredFile, "files", extra=UPLOAD_FORM),
     Route("GET", "/v1/files", list_files, FileList, "files"),
     Route("GET", "/v1/files/{file_id}", retrieve_file, StoredFile, "files"),

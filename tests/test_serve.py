@@ -262,12 +262,29 @@ def test_logprobs_are_the_models(running, folder):
             own = min(range(258), key=lambda t: abs(logp[t].item() - told.token_logprobs[i]))
             tokens.append(own)
         assert math.isclose(logp[own].item(), told.token_logprobs[i], abs_tol=1e-4)
-        best = sorted(told.top_logprobs[i].values(), reverse=True)[:2]
+        best = list(told.top_logprobs[i].values())[:2]
         assert best == pytest.approx(logp.topk(2).values.tolist(), abs=1e-4)
         assert serve.token_text(encoder, own) == told.tokens[i]
     assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
     assert told.tokens[:3] == ["a", "bytes:\\xc3", "bytes:\\xa9"] and told.text_offset[:4] == [0, 1, 1, 2]
     assert serve.clean(encoder.decode(tokens)) == got.choices[0].text
+
+
+def test_top_logprobs_are_in_the_order_of_probability(running, folder):
+    """The likeliest token first, whichever was drawn; the drawn one is among them or after them."""
+    asked = {"model": "air.strawberry", "prompt": "ab", "seed": 3, "max_tokens": 12, "temperature": 2, "logprobs": 4}
+    for stream in (False, True):
+        got = running.client.completions.create(**asked, echo=True, stream=stream)
+        choice = [chunk.choices[0] for chunk in (got if stream else [got])][-1]
+        own, best = choice.logprobs.token_logprobs[1:], [list(top.items()) for top in choice.logprobs.top_logprobs[1:]]
+        assert len(own) == 13 and {len(top) for top in best} == {4, 5}
+        for token, logprob, top in zip(choice.logprobs.tokens[1:], own, best, strict=True):
+            values = [value for _, value in top]
+            assert values == sorted(values, reverse=True) and dict(top)[token] == logprob
+    model, encoder, _ = checkpoint.load_model(folder / "air.strawberry")
+    with torch.no_grad():
+        likeliest = model(torch.tensor([encoder.encode("a")]))[0][0, -1].topk(4).indices.tolist()
+    assert [text for text, _ in best[0]][:4] == [serve.token_text(encoder, token) for token in likeliest]
 
 
 def test_scores_alone(running):
@@ -340,6 +357,7 @@ def test_models_are_listed(running, folder):
     got = running.client.models.retrieve("air.strawberry")
     assert (got.id, got.object, got.arch, got.vocab_size) == ("air.strawberry", "model", "strawberry", 258)
     assert got.created == int((folder / "air.strawberry").stat().st_mtime)
+    assert {model.id: model.bytes for model in listed} == {name: (folder / name).stat().st_size for name in MODELS}
     with pytest.raises(openai.NotFoundError) as told:
         running.client.models.retrieve("air.strawbery")
     assert told.value.code == "model_not_found" and "did you mean 'air.strawberry'" in str(told.value)
@@ -360,7 +378,149 @@ def test_models_come_change_and_go(start, folder, tmp_path):
     server.wait_for("models_loaded", 1)
     (tmp_path / "air.strawberry").unlink()
     error_of(server.complete(), 404)
-    error_of(server.complete(model="broken.strawberry"), 404)
+    error_of(server.complete(model="broken.strawberry"), 500)
+
+
+def damage(path, kind):
+    """Writes a model file that is damaged in one of the ways that disks and copies damage files."""
+    make_model(path)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    about = header["__metadata__"]
+    if kind == "shape":
+        about["model_hyperparams"] = json.dumps(json.loads(about["model_hyperparams"]) | {"n_embd": 64})
+    elif kind == "no arch":
+        about["model_hyperparams"] = json.dumps({"vocab_size": 258})
+    elif kind == "encoder":
+        about["encoder"] = about["encoder"][: len(about["encoder"]) // 2]
+    spelled = json.dumps(header).encode()
+    rest = data[8 + size :]
+    if kind == "nan":
+        rest = b"\xff" * len(rest)
+    whole = len(spelled).to_bytes(8, "little") + spelled + rest
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "zeros": bytes(len(data)), "text": b"no model",
+                      "header": data[: size // 2], "pickle": b"\x80\x04" + data[2:]}.get(kind, whole))  # fmt: skip
+
+
+DAMAGED = ["cut", "empty", "zeros", "text", "header", "pickle", "shape", "no arch", "encoder", "nan"]
+
+
+def test_a_damaged_model_file_is_said_to_be_damaged(start, tmp_path):
+    """Whatever the damage and whoever asks: the file is named, its folder is not, and a retry is not asked for."""
+    folder = tmp_path / "secret"
+    folder.mkdir()
+    make_model(folder / "learned.tinystar")
+    server = start(folder)
+    client = server.client.with_options(max_retries=2)
+    for kind in DAMAGED:
+        damage(folder / "air.strawberry", kind)
+        for model in ("air.strawberry", "air"):
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.completions.create(model=model, prompt="a")
+            error = caught.value.body
+            assert (error["param"], error["code"], error["type"]) == ("model", "model_damaged", "server_error"), kind
+            assert "damaged" in error["message"] and '"air.strawberry"' in error["message"], (kind, error)
+            assert "secret" not in str(caught.value) and str(tmp_path) not in str(caught.value), (kind, error)
+        status, headers, body = server.send("POST", "/tokenize", {"model": "air.strawberry", "prompt": "a"})
+        assert (status, headers["x-should-retry"], body["error"]["code"]) == (500, "false", "model_damaged")
+    text = server.send("GET", "/metrics")[2].decode()
+    assert f'route="/v1/completions",status="500"}} {2 * len(DAMAGED):.1f}\n' in text  # each was sent once
+    damage(folder / "air.strawberry", "cut")
+    assert error_of(server.send("GET", "/v1/models/air.strawberry"), 500)["code"] == "model_damaged"
+    assert [model.id for model in client.models.list().data] == ["learned.tinystar"]
+    assert server.complete(model="learned.tinystar")[0] == 200
+    make_model(folder / "air.strawberry")
+    assert server.complete()[0] == 200  # restored
+
+
+def test_a_model_is_found_without_its_suffix(start, tmp_path):
+    for name in ("air.strawberry", "future.strawberry", "learned.tinystar"):
+        make_model(tmp_path / name)
+    server = start(tmp_path)
+    create, retrieve = server.client.completions.create, server.client.models.retrieve
+    short, whole = (create(model=name, prompt="a", seed=1) for name in ("air", "air.strawberry"))
+    assert short.choices[0].text == whole.choices[0].text and short.model == "air.strawberry"
+    assert list(server.service.models.loaded) == ["air.strawberry"]  # in memory once
+    assert {chunk.model for chunk in create(model="air", prompt="a", stream=True)} == {"air.strawberry"}
+    assert retrieve("learned").id == "learned.tinystar" and retrieve("air").loaded
+    assert server.send("POST", "/tokenize", {"model": "air", "prompt": "abc"})[2]["count"] == 3
+    assert server.send("GET", "/tokenizer_info?model=air")[2]["model"] == "air.strawberry"
+    (tmp_path / "air.tinystar").write_bytes((tmp_path / "learned.tinystar").read_bytes())
+    with pytest.raises(openai.NotFoundError) as caught:
+        create(model="air", prompt="a")
+    assert caught.value.code == "model_not_found"
+    assert '"air.strawberry"' in str(caught.value) and '"air.tinystar"' in str(caught.value)
+    assert create(model="air.tinystar", prompt="a").model == "air.tinystar"
+    for name in ("ai", "air.", "air.straw", "future.strawberry.x"):
+        with pytest.raises(openai.NotFoundError):
+            create(model=name, prompt="a")
+
+
+def test_a_model_is_deleted_from_disk_and_memory(start, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("air.strawberry", "learned.tinystar"):
+        make_model(tmp_path / name)
+    server = start(tmp_path)
+    models = server.client.models
+    server.complete()
+    thread = server.service.models.loaded["air.strawberry"].thread
+    busy = server.client.completions.create(model="air.strawberry", prompt="a", **LONG, stream=True)
+    next(busy)
+    with pytest.raises(openai.ConflictError, match="generating"):
+        models.delete("air.strawberry")
+    assert (tmp_path / "air.strawberry").exists() and next(busy).choices[0].text  # it goes on
+    busy.close()
+    server.wait_for("rows_busy", 0)
+    told = models.delete("air.strawberry")
+    assert (told.id, told.object, told.deleted) == ("air.strawberry", "model", True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["learned.tinystar", "notes.txt"]
+    assert server.gauge("models_loaded") == 0
+    thread.join(10)
+    assert not thread.is_alive()
+    assert [model.id for model in models.list().data] == ["learned.tinystar"]
+    for again in (lambda: models.delete("air.strawberry"), lambda: models.retrieve("air.strawberry"),
+                  lambda: server.client.completions.create(model="air.strawberry", prompt="a")):  # fmt: skip
+        with pytest.raises(openai.NotFoundError):
+            again()
+    assert models.delete("learned.tinystar").deleted  # never loaded
+
+
+def test_only_models_of_the_folder_are_deleted_and_by_their_whole_name(start, tmp_path):
+    outside, folder = tmp_path / "outside.strawberry", tmp_path / "models"
+    folder.mkdir()
+    make_model(folder / "air.strawberry")
+    outside.write_bytes((folder / "air.strawberry").read_bytes())
+    (folder / "notes.txt").write_text("mine")
+    (folder / "other.safetensors").write_bytes(b"a file of another kind")
+    (folder / "folder.strawberry").mkdir()
+    server = start(folder)
+    for name in ("air", "notes.txt", "..%2foutside.strawberry", "%2e%2e%2foutside.strawberry", "folder.strawberry",
+                 "none.strawberry", "*", "air.strawberry%00", "%2fetc%2fpasswd"):  # fmt: skip
+        error_of(server.send("DELETE", f"/v1/models/{name}"), 404)
+    assert "air.strawberry" in error_of(server.send("DELETE", "/v1/models/air"), 404)["message"]
+    assert error_of(server.send("DELETE", "/v1/models/other.safetensors"), 500)["code"] == "model_damaged"
+    there = sorted(path.name for path in folder.iterdir())
+    assert outside.exists() and there == ["air.strawberry", "folder.strawberry", "notes.txt", "other.safetensors"]
+    link = folder / "linked.strawberry"
+    link.symlink_to(outside)
+    assert server.client.models.delete("linked.strawberry").deleted
+    assert not link.is_symlink() and outside.exists()
+    keyed = start(folder, api_key=["k"])
+    error_of(keyed.send("DELETE", "/v1/models/air.strawberry"), 401)
+    assert (folder / "air.strawberry").exists()
+
+
+def test_a_model_that_is_deleted_while_it_is_loaded_is_gone(start, tmp_path, monkeypatch):
+    make_model(tmp_path / "air.strawberry")
+    server, real = start(tmp_path), serve.load
+
+    def load_late(path, settings):
+        path.unlink()
+        return real(path, settings)
+
+    monkeypatch.setattr(serve, "load", load_late)
+    assert error_of(server.complete(), 404)["code"] == "model_not_found"
 
 
 def test_errors_do_not_tell_where_models_lie(running, folder):
@@ -680,6 +840,44 @@ def test_hostile_bodies(running):
     error_of(running.send("GET", "/v1/models/..%2f..%2fetc%2fpasswd"), 404)
     error_of(running.send("GET", "/v1/models/" + "x" * 300), 404)
     assert running.complete()[0] == 200
+
+
+def test_chat_is_told_that_the_models_continue_texts(running):
+    """By every method of OpenAI's client that would chat, and by curl."""
+    client, hello = running.client, [{"role": "user", "content": "Hello"}]
+    asked = {"model": "air.strawberry", "messages": hello}
+    calls = [lambda: client.chat.completions.create(**asked),
+             lambda: client.chat.completions.create(**asked, stream=True),
+             lambda: client.chat.completions.parse(**asked),
+             lambda: client.chat.completions.retrieve("chatcmpl-1"),
+             lambda: client.chat.completions.update("chatcmpl-1", metadata={}),
+             lambda: client.chat.completions.list(),
+             lambda: client.chat.completions.delete("chatcmpl-1"),
+             lambda: client.responses.create(model="air.strawberry", input="Hello"),
+             lambda: client.with_options(base_url=running.url).chat.completions.create(**asked)]  # fmt: skip
+    for call in calls:
+        with pytest.raises(openai.NotFoundError) as caught:
+            call()
+        assert "base models" in str(caught.value) and "/v1/completions" in str(caught.value)
+        assert caught.value.body["param"] == "model"
+    done = subprocess.run(["curl", "-s", "-w", "%{http_code}", f"{running.url}/v1/chat/completions", "-H",
+                           "Content-Type: application/json", "-d", json.dumps(asked)],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stdout.endswith("404") and "/v1/completions" in json.loads(done.stdout[:-3])["error"]["message"]
+    for method in ("PUT", "PATCH", "OPTIONS"):
+        assert "base models" in error_of(running.send(method, "/v1/chat/completions"), 404)["message"]
+
+
+def test_a_base_url_without_v1_or_with_two_is_told(running):
+    for base in (running.url, f"{running.url}/v1/v1"):
+        client = running.client.with_options(base_url=base)
+        with pytest.raises(openai.NotFoundError, match="base_url ends in /v1"):
+            client.models.list()
+        with pytest.raises(openai.NotFoundError, match="base_url ends in /v1"):
+            client.completions.create(model="air.strawberry", prompt="a")
+    with pytest.raises(openai.NotFoundError, match="embeddings"):
+        running.client.embeddings.create(model="air.strawberry", input="a")
+    assert "base_url" not in error_of(running.send("GET", "/nothing"), 404)["message"]
 
 
 def test_fields_that_are_given_twice_are_refused(running):
