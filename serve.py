@@ -17,6 +17,7 @@ import base64
 import copy
 import dataclasses
 import hashlib
+import heapq
 import hmac
 import ipaddress
 import json
@@ -546,6 +547,52 @@ class Order:
         self.engine.wake()
 
 
+class QueueTime:
+    """How long an order that comes now would wait for its first row, from measured times.
+
+    It follows Engine.fill: an order keeps a row until all its texts are done, and gives up any others; a row that it
+    gives up goes to the oldest order that has none. A text takes a step for each of its tokens; how many of those that
+    were asked for it makes is measured too.
+    """
+
+    def __init__(self):
+        self.step_seconds, self.steps = 0.0, 0  # of a token for each row, the prompts read meanwhile included
+        self.share, self.texts = 1.0, 0  # of the tokens asked for, how many a text has in the end
+
+    def record_step(self, seconds: float) -> None:
+        weight = max(0.01, 1 / max(self.steps, 1))  # the first step warms up: the second one replaces it
+        self.step_seconds += weight * (seconds - self.step_seconds)
+        self.steps += 1
+
+    def record_text(self, answer: Answer) -> None:
+        if answer.request.max_new_tokens:
+            self.texts += 1
+            self.share += max(0.05, 1 / self.texts) * (answer.made / answer.request.max_new_tokens - self.share)
+
+    def steps_waiting(self, order: Order) -> float:
+        """Of the texts that have no row yet; all of an order are of about one length."""
+        return self.share * len(order.waiting) * order.answers[0].request.max_new_tokens
+
+    def estimate(self, running: list[tuple[Order, Answer]], orders: list[Order], rows: int) -> float:
+        """Seconds until an order behind those begins."""
+        taken: dict[int, list[float]] = {}
+        for order, answer in running:
+            left = self.share * (answer.request.max_new_tokens - answer.made)
+            taken.setdefault(id(order), []).append(left)
+        free_after, queue = [0.0] * (rows - len(running)), []  # in steps
+        for order in orders:
+            if id(order) in taken:
+                *others, last = sorted(taken[id(order)])
+                free_after += [*others, last + self.steps_waiting(order)]
+            else:
+                queue.append(self.steps_waiting(order))
+        free_after = free_after or [0.0]
+        heapq.heapify(free_after)
+        for steps in queue:
+            heapq.heapreplace(free_after, free_after[0] + steps)
+        return free_after[0] * self.step_seconds
+
+
 class Engine:
     """A model in memory and the thread that makes its texts."""
 
@@ -563,7 +610,7 @@ class Engine:
         self.running: dict[int, tuple[Order, Answer]] = {}  # handle → what is made in that row
         self.scoring: deque[tuple[Order, Answer]] = deque()
         self.mail: list[tuple[Order, Any]] = []
-        self.pace = 1.0  # seconds that an order takes, about
+        self.queue_time = QueueTime()
         on_cuda = pick_device(settings.device) == "cuda"
         self.alone: Any = ONE_AT_A_TIME if on_cuda else nullcontext()
         self.thread = threading.Thread(target=self.work, args=(after,), name=f"engine of {file.name}", daemon=True)
@@ -582,9 +629,10 @@ class Engine:
 
     def check_room(self) -> None:
         """Raises ApiError where as many orders wait as may."""
-        free = self.rows - len(self.running)
+        running = list(self.running.values())
+        free = self.rows - len(running)
         if (queued := self.queued) >= self.settings.queue + free:
-            wait = max(1, math.ceil(self.pace * queued / self.rows))
+            wait = max(1, math.ceil(self.queue_time.estimate(running, list(self.orders), self.rows)))
             raise ApiError(429, f"{queued} completions wait already (--queue {self.settings.queue}); come again in "
                            f"{wait} s", code="queue_full", headers={"Retry-After": str(wait)})  # fmt: skip
 
@@ -659,15 +707,19 @@ class Engine:
             self.awake.wait_for(lambda: self.orders or self.stopping or (self.retired and not self.users))
             if self.stopping or not self.orders:
                 return False
+        began, stepped = time.perf_counter(), False
         with self.alone:
             try:
                 self.sweep()
                 self.fill()
+                stepped = bool(self.running)
                 self.advance()
                 self.score()
             except Exception as error:
                 self.fail_all(self.failure(error))
                 self.make_decoder()
+        if stepped:
+            self.queue_time.record_step(time.perf_counter() - began)
         self.post()
         return True
 
@@ -724,6 +776,7 @@ class Engine:
         self.metrics.step.observe(time.perf_counter() - began)
 
     def finish(self, order: Order, answer: Answer) -> None:
+        self.queue_time.record_text(answer)
         if order.body.logprobs is None:
             self.done(order, answer)
         else:
@@ -744,7 +797,6 @@ class Engine:
         order.active, order.left = order.active - 1, order.left - 1
         self.mail.append((order, (answer, None)))
         if not order.left:
-            self.pace += 0.1 * (time.perf_counter() - order.began - self.pace)
             self.forget(order)
 
     def forget(self, order: Order) -> None:

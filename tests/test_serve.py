@@ -1,11 +1,13 @@
 """What serve.py promises to clients that nobody here wrote, to many at once, and to those who mean no good."""
 
+import asyncio
 import base64
 import concurrent.futures
 import contextlib
 import http.client
 import json
 import math
+import random
 import re
 import signal
 import socket
@@ -569,6 +571,104 @@ def test_many_clients_get_their_own_texts_or_are_told_to_come_again(start, folde
     assert served == {i: solo[i] for i in served}
     assert all(error.code == "queue_full" and int(error.response.headers["Retry-After"]) >= 1 for error in refused)
     assert server.complete()[0] == 200
+
+
+class StepByStep:
+    """An engine without its thread, whose steps take time of a clock of their own: the test calls its turns."""
+
+    def __init__(self, folder, monkeypatch, step=0.5, prompt=0.0, ends=None, **settings):
+        self.now, self.ends, self.made = 1000.0, ends, {}
+        monkeypatch.setattr(serve.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(serve.Engine, "work", lambda *_: None)
+        file = serve.read_model_file("air.strawberry", folder / "air.strawberry", (0, 0, 0))
+        settings = serve.Settings(device="cpu", **settings)
+
+        async def make():
+            return serve.Engine(file, settings, serve.Metrics(), [])
+
+        self.engine = asyncio.run(make())
+        self.engine.load()
+        self.decoder, self.step, self.prompt = self.engine.decoder, step, prompt
+        self.real_step, self.real_admit = self.decoder.step, self.decoder.admit
+        monkeypatch.setattr(self.decoder, "step", self.take_step)
+        monkeypatch.setattr(self.decoder, "admit", self.read_prompt)
+
+    def read_prompt(self, request):
+        self.now += self.prompt
+        return self.real_admit(request)
+
+    def take_step(self):
+        """A token of each row; where texts have `ends`, they end after that share of what was asked for."""
+        self.now += self.step
+        arrived = []
+        for handle, token, why in self.real_step():
+            self.made[handle] = self.made.get(handle, 0) + 1
+            asked = self.engine.running[handle][1].request.max_new_tokens
+            if self.ends and not why and self.made[handle] >= self.ends * asked:
+                self.decoder.release(handle)
+                why = "stop"
+            arrived.append((handle, token, why))
+        return arrived
+
+    def submit(self, max_tokens, n=1):
+        body = serve.CompletionBody(model="air.strawberry", prompt="a", max_tokens=max_tokens, n=n, temperature=0)
+        order = serve.read_order(body, self.engine)
+        self.engine.submit(order)
+        return order
+
+
+@pytest.mark.parametrize("kind", ["equal", "mixed", "several texts", "slow prompts", "texts that end early"])
+def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind):
+    """By a clock of which each step takes half a second: the time until an order at the queue's end has begun."""
+    more = {"slow prompts": {"prompt": 3.0}, "texts that end early": {"ends": 0.3}}.get(kind, {})
+    server = StepByStep(folder, monkeypatch, batch=ROWS, queue=6, **more)
+    dice, engine, ratios = random.Random(kind), server.engine, []
+
+    def asked():
+        tokens = 30 if kind == "equal" else dice.randint(10, 50)
+        return {"max_tokens": tokens, "n": dice.randint(1, 3) if kind == "several texts" else 1}
+
+    for _ in range(12):
+        refused = None
+        while refused is None:  # until as many wait as may
+            try:
+                server.submit(**asked())
+            except serve.ApiError as error:
+                refused = error
+            for _ in range(dice.randint(0, 2)):
+                engine.turn()
+        assert (refused.status, refused.code) == (429, "queue_full")
+        began = server.now
+        while engine.queued >= engine.settings.queue:
+            engine.turn()
+        last = server.submit(**asked())
+        while not last.active:
+            engine.turn()
+        ratios.append(int(refused.headers["Retry-After"]) / (server.now - began))
+    assert all(1 / 2 <= ratio <= 2 for ratio in ratios[1:]), ratios  # the first came before anything was measured
+    assert 0.7 < sum(ratios[1:]) / len(ratios[1:]) < 1.4, ratios
+
+
+def test_retry_after_is_told_to_clients(start):
+    """By the official client: 10 and 20 tokens of 2 seconds each are to be made before a third text begins."""
+    server = start(batch=1, queue=1)
+    server.complete()
+    engine, go = server.service.models.loaded["air.strawberry"], threading.Event()
+    step = engine.decoder.step
+    engine.decoder.step = lambda: go.wait(30) and step()
+    engine.queue_time.step_seconds, engine.queue_time.share = 2.0, 1.0
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(server.complete, max_tokens=10, temperature=0)]
+        server.wait_for("rows_busy", 1)
+        answers.append(pool.submit(server.complete, max_tokens=20, temperature=0))
+        server.wait_for("queue", 1)
+        try:
+            with pytest.raises(openai.RateLimitError) as caught:
+                server.client.completions.create(model="air.strawberry", prompt="a")
+        finally:
+            go.set()
+        assert [answer.result()[0] for answer in answers] == [200, 200]
+    assert caught.value.response.headers["Retry-After"] == "60" and "in 60 s" in str(caught.value)
 
 
 @pytest.mark.cuda
