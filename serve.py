@@ -2503,9 +2503,28 @@ class Server(uvicorn.Server):
         self.service.closing.set()
 
 
+POLLED = re.compile(r"/health|/metrics|/v1/models|/v1/files|/v1/(datasets|fine_tuning/jobs)(/.*)?")
+
+
+def is_worth_logging(record: logging.LogRecord) -> bool:
+    """Whether a line of the access log is written: not for what pages, clients and monitors ask again and again, as
+    long as it succeeds. uvicorn's arguments: address, method, path and query, HTTP version, status."""
+    _, method, path, _, status = record.args
+    return method != "GET" or status >= 400 or not POLLED.fullmatch(path.partition("?")[0])
+
+
+def log_config() -> dict:
+    """uvicorn's, with the access log filtered."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["filters"] = {"worth logging": {"()": lambda: is_worth_logging}}
+    config["handlers"]["access"]["filters"] = ["worth logging"]
+    return config
+
+
 def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(app, settings.host, settings.port, http=Protocol, ws="none", log_level="info",
-                          server_header=False, timeout_graceful_shutdown=math.ceil(settings.grace))  # fmt: skip
+                          log_config=log_config(), server_header=False,
+                          timeout_graceful_shutdown=math.ceil(settings.grace))  # fmt: skip
 
 
 def check_free(host: str, port: int) -> None:

@@ -1219,6 +1219,39 @@ def test_the_command_serves_until_it_is_told_to_stop(folder):
         child.kill()
 
 
+def test_polling_does_not_fill_the_console(folder, tmp_path):
+    """What the page asks every two seconds is not written down while it succeeds; all else is, errors above all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(tmp_path / "data")]
+    child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        while "Uvicorn running" not in (lines or [""])[-1]:
+            lines.append(child.stdout.readline())
+            assert child.poll() is None, lines
+        polled = ["/v1/models", "/v1/files?limit=100", "/v1/datasets?limit=100", "/v1/fine_tuning/jobs?limit=100",
+                  "/health", "/metrics"]  # fmt: skip
+        for path in polled * 3:
+            curl = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"http://127.0.0.1:{port}{path}"]
+            assert subprocess.run(curl, capture_output=True, text=True).stdout == "200"
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0)
+        client.completions.create(model="air.strawberry", prompt="a", max_tokens=1)
+        for call in (lambda: client.models.retrieve("none"), lambda: client.fine_tuning.jobs.retrieve("ftjob-none"),
+                     lambda: client.files.list(after="none"), lambda: client.files.delete("file-none")):  # fmt: skip
+            with pytest.raises(openai.NotFoundError):
+                call()
+        subprocess.run(["curl", "-s", "-o", "/dev/null", f"http://127.0.0.1:{port}/"])
+    finally:
+        child.send_signal(signal.SIGTERM)
+        lines += child.communicate(timeout=60)[0].splitlines()
+    logged = [re.search(r'"(\S+ \S+) HTTP/1.1" (\d+)', line) for line in lines]
+    assert [match.groups() for match in logged if match] == [
+        ("POST /v1/completions", "200"), ("GET /v1/models/none", "404"), ("GET /v1/fine_tuning/jobs/ftjob-none", "404"),
+        ("GET /v1/files?after=none", "404"), ("DELETE /v1/files/file-none", "404"), ("GET /", "200")]  # fmt: skip
+
+
 def test_training_and_sampling_need_nothing_of_this():
     code = ("import sys, train, sample; bad = {'fastapi', 'uvicorn', 'starlette', 'prometheus_client', 'serve'} & "
             "set(sys.modules); sys.exit(str(bad) if bad else 0)")  # fmt: skip
