@@ -166,9 +166,9 @@ def advise_route(path: str) -> ApiError | None:
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.status_code == 404:
         error = advise_route(request.url.path) or error
-    told = as_api_error(error)
-    told.message = told.message.replace(f"{Path(request.app.state.service.settings.models).resolve()}{os.sep}", "")
-    answer = told.response()
+    failure, models = as_api_error(error), Path(request.app.state.service.settings.models).resolve()
+    failure.message = failure.message.replace(f"{models}{os.sep}", "")  # where it is, is no business of clients
+    answer = failure.response()
     if answer.status_code == 405:  # the framework names the methods of one route, and an address may have several
         same = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
         answer.headers["Allow"] = ", ".join(sorted(set().union(*(route.methods or () for route in same))))
@@ -575,14 +575,14 @@ class QueueTime:
 
     def estimate(self, running: list[tuple[Order, Answer]], orders: list[Order], rows: int) -> float:
         """Seconds until an order behind those begins."""
-        taken: dict[int, list[float]] = {}
+        remaining: dict[int, list[float]] = {}  # of each order's running texts, in steps
         for order, answer in running:
-            left = self.share * (answer.request.max_new_tokens - answer.made)
-            taken.setdefault(id(order), []).append(left)
+            steps = self.share * (answer.request.max_new_tokens - answer.made)
+            remaining.setdefault(id(order), []).append(steps)
         free_after, queue = [0.0] * (rows - len(running)), []  # in steps
         for order in orders:
-            if id(order) in taken:
-                *others, last = sorted(taken[id(order)])
+            if id(order) in remaining:
+                *others, last = sorted(remaining[id(order)])
                 free_after += [*others, last + self.steps_waiting(order)]
             else:
                 queue.append(self.steps_waiting(order))
@@ -1069,7 +1069,8 @@ class Models:
         if found is None:
             raise self.not_found(name)
         if isinstance(found, DamagedFile):  # perhaps it is somebody's file of another kind
-            raise found.error()
+            raise ApiError(409, f"model = {show(name)}: is damaged, or is no model file, and the server deletes models "
+                           f"only: {found.reason}; remove it on disk", "model", "model_damaged")  # fmt: skip
         engine = self.loaded.get(name)
         if engine is not None and engine.busy:
             raise ApiError(409, f"the model {name} is generating; try again when it has ended", "model", "model_in_use")
