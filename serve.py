@@ -938,7 +938,7 @@ class DamagedFile:
     stamp: tuple
     reason: str
 
-    def error(self) -> "ApiError":
+    def error(self) -> ApiError:
         return ApiError(500, f"model = {show(self.name)}: its file is damaged, or is no model file: {self.reason}; "
                         "restore it, or train it again", "model", "model_damaged",
                         {"x-should-retry": "false"})  # fmt: skip
