@@ -492,7 +492,8 @@ def is_published(encoder: str) -> bool:
 
 # The keys of the JSON that a client can't set: those that name paths, and those that would say what the path is of.
 OWN_KEYS = {*options.path_names(options.Run), "dataset.load_from_file", "checkpoints.create_checkpoints"}
-LEFT_TO_US = ("n_epochs", "learning_rate_multiplier")  # OpenAI's, which some clients send as "auto"
+# OpenAI's hyperparameters that train.py does not have → the values that change nothing, which some clients send
+NEUTRAL = {"n_epochs": ("auto", 1), "learning_rate_multiplier": ("auto", 1)}
 
 
 def training_work(jobs: Jobs, job: Job) -> Work | None:
@@ -537,7 +538,8 @@ def nested(hyperparameters: dict) -> dict:
     """{"a.b": 1} and {"a": {"b": 1}} as the latter. Raises Refused where a key is given in both ways."""
     raw: dict = {}
     for name, value in hyperparameters.items():
-        if name in LEFT_TO_US and value == "auto":
+        if name in NEUTRAL:
+            check_neutral(name, value)
             continue
         *sections, last = name.split(".")
         target = raw
@@ -549,6 +551,15 @@ def nested(hyperparameters: dict) -> dict:
             raise Refused(400, f"hyperparameters.{name}: given twice; keep one", "hyperparameters")
         target[last] = {**target[last], **value} if last in target else value
     return raw
+
+
+def check_neutral(name: str, value) -> None:
+    """Raises Refused unless a key of NEUTRAL has a value that changes nothing."""
+    if value is not None and (isinstance(value, bool) or value not in NEUTRAL[name]):
+        instead = {"n_epochs": "max_iters says how long a run trains", "learning_rate_multiplier": "set learning_rate"}
+        values = " or ".join(map(show, NEUTRAL[name]))
+        raise Refused(400, f"hyperparameters.{name} = {show(value)}: is not supported; {instead[name]}; leave it out, "
+                      f"or send {values}, which changes nothing", f"hyperparameters.{name}")
 
 
 def merged(below: dict, above: dict) -> dict:
@@ -659,6 +670,30 @@ class Jobs:
                 raise Refused(409, f"encoder = {show(name)}: that dataset is {made_of.status}, not ready", "encoder")
             return encoders.load(made_of.folder / assemble.ENCODER)
         return checkpoint.read_encoder(self.model_file(name, "encoder"))
+
+    # -- models
+
+    def remove_model(self, name: str) -> None:
+        """Delete a model's file. Raises Refused where a job that is not over writes it or reads it."""
+        path = self.model_file(name)
+        with self.lock:
+            if job := self.uses_model(name):
+                raise Refused(409, f"the model {name} is needed by the job {job.id}, which is {job.status}; cancel "
+                              "that first", "model", "model_in_use")
+            try:
+                path.unlink()
+            except OSError as error:
+                raise Refused(500, f"the model {name} cannot be deleted: {error.strerror or 'the system refuses'}",
+                              "model") from error
+
+    def uses_model(self, name: str) -> Job | None:
+        """A job that is not over and trains into that model, starts from it, or takes its encoder."""
+        for job in self.jobs.values():
+            request = job.request
+            needed = [request["recipe"]["encoder"]] if job.kind == "ds" else [job.about["model"], request["base"]]
+            if job.status not in FINAL and name in needed:
+                return job
+        return None
 
     # -- making
 

@@ -93,8 +93,11 @@ def test_lm_eval_gets_the_scores_that_sample_gives(folder, tmp_path):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("schemathesis"), reason="schemathesis is not installed")
-def test_schemathesis_finds_nothing(folder, tmp_path):
-    running = Running(folder, context=128, batch=64)
+def test_schemathesis_finds_nothing(tmp_path):
+    models = tmp_path / "models"  # its own, which it may delete
+    models.mkdir()
+    make_model(models / "air.strawberry")
+    running = Running(models, context=128, batch=64)
     try:
         phases = "examples,coverage,fuzzing,stateful"
         argv = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{running.url}/openapi.json", "--mode",

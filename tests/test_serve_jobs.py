@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -486,6 +487,11 @@ def test_hyperparameters_are_nested_or_dotted_and_never_paths():
     for bad in ({"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}):
         with pytest.raises(jobs.Refused):
             jobs.nested(bad)
+    for name in ("n_epochs", "learning_rate_multiplier"):
+        assert [jobs.nested({name: value, "a": 1}) for value in ("auto", 1, 1.0, None)] == [{"a": 1}] * 4
+        for value in (3, True, "1", {}, [1]):
+            with pytest.raises(jobs.Refused, match=f"hyperparameters.{name} = .*leave it out"):
+                jobs.nested({name: value})
     paths = {"model_path", "encoder_path", "init_from", "img_path", "dataset.path", "checkpoints.path"}
     assert paths <= jobs.OWN_KEYS
     for key in jobs.OWN_KEYS:
@@ -929,7 +935,10 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     assert points[0].metrics.full_valid_loss == pytest.approx(done.progress["val_loss"])
     name = points[0].fine_tuned_model_checkpoint
     same = site.client.completions.create(model=name, prompt="the", max_tokens=4, seed=1)
-    assert same.choices[0].text == text.choices[0].text
+    assert same.choices[0].text == text.choices[0].text and same.model == name
+    assert site.client.models.retrieve(name).id == name
+    with pytest.raises(openai.BadRequestError, match="checkpoint"):
+        site.client.models.delete(name)
     with pytest.raises(openai.NotFoundError):
         site.client.models.retrieve(name.replace("800", "799"))
     lines = json.loads(site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/metrics")[1])["data"]
@@ -949,6 +958,31 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     begin = [next(event.data["train_loss"] for event in tuning.list_events(run.id) if event.data.get("step") == 1)
              for run in (job, more)]
     assert begin[1] < begin[0] - 0.2  # it went on from what was learned
+
+
+def test_a_model_that_a_job_needs_is_not_deleted(site, story):
+    """Neither the one that a run starts from, nor the one that it writes, nor one whose encoder a dataset takes."""
+    client, tuning = site.client, site.client.fine_tuning.jobs
+    base = finished(client, tuning.create(model=PRESET, training_file=story, hyperparameters=TINY)).fine_tuned_model
+    more = tuning.create(model=base, training_file=story, hyperparameters=ENDLESS | {"model_hyperparams": {}})
+    begun(client, more)
+    all_jobs = site.service.factory.jobs
+    own = all_jobs.jobs[more.id].about["model"]
+    shutil.copy(site.models / base, site.models / own)  # as when it has just been written
+    for model in (base, own):
+        with pytest.raises(openai.ConflictError, match=f"{more.id}, which is running"):
+            client.models.delete(model)
+    (site.models / own).unlink()
+    tuning.pause(more.id)
+    with pytest.raises(openai.ConflictError, match=f"{more.id}, which is paused"):
+        client.models.delete(base)
+    tuning.cancel(more.id)
+    with all_jobs.lock:  # so that it does not begin
+        waiting = all_jobs.assemble(Recipe(files=[story], encoder=base, validation_share=0.3))
+        with pytest.raises(jobs.Refused, match=f"{waiting.id}, which is queued"):
+            all_jobs.remove_model(base)
+    until(lambda: waiting.status == "succeeded", 60, "the dataset")
+    assert client.models.delete(base).deleted and not (site.models / base).exists()
 
 
 @pytest.mark.parametrize("hyperparameters, param", [
@@ -987,6 +1021,16 @@ def test_keys_are_judged_as_on_the_command_line(site, story):
                  {"model": "tiny", "training_file": story, "method": {"type": "dpo"}},
                  {"model": "tiny", "training_file": story, "hyperparameters": {"sample_prompt": "x" * 99_999}}):
         assert site.raw("POST", "/v1/fine_tuning/jobs", body)[0] == 400
+
+
+def test_hyperparameters_of_openai_that_change_nothing_are_accepted(site, story):
+    asked = {"model": "tiny", "training_file": story}
+    job = site.client.fine_tuning.jobs.create(**asked, suffix="", validation_file=None, integrations=[],
+                                              hyperparameters={"n_epochs": 1, "learning_rate_multiplier": 1.0})
+    site.client.fine_tuning.jobs.cancel(job.id)
+    with pytest.raises(openai.BadRequestError, match="hyperparameters.n_epochs = 3: .*max_iters") as caught:
+        site.client.fine_tuning.jobs.create(**asked, hyperparameters={"n_epochs": 3})
+    assert caught.value.body["param"] == "hyperparameters.n_epochs"
 
 
 @pytest.mark.parametrize("depth", [20, 200, 330, 500, 900, 990, 10_000])
