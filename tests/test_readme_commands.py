@@ -47,7 +47,7 @@ from pathlib import Path
 
 import pytest
 import test_readme
-from machine import require_program
+from machine import require, require_program
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import bench
@@ -265,8 +265,10 @@ exec "{sys.executable}" "$@"
 
 def copy_repository(folder: Path) -> None:
     """The tracked files, and an installed .venv whose python adds what README_TRAIN and README_SERVE say."""
-    names = subprocess.run([require_program("git"), "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout
-    for name in filter(None, names.split("\0")):
+    command = [require_program("git"), "-c", "safe.directory=*", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    require(listed.returncode == 0, "a git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
@@ -428,6 +430,8 @@ def runs(title: str) -> bool:
 
 @pytest.mark.parametrize("title", [title for title in SECTIONS if runs(title)])
 def test_commands_of_a_section(tmp_path, title):
+    for program in ("bash", "curl", "make"):
+        require_program(program)
     copy_repository(tmp_path)
     run_section(SECTIONS[title], tmp_path)
 
