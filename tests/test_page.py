@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -20,8 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine import require_module, require_program
 
-pytest.importorskip("fastapi")
+require_module("fastapi", whole_file=True)
 from test_serve import Running  # noqa: E402
 
 import checkpoint  # noqa: E402
@@ -150,18 +150,16 @@ def test_it_is_served_as_a_page(site):
 
 # ---- a browser -----------------------------------------------------------------------------------------------------
 
-CHROMIUM = shutil.which("chromium")
-
 
 class Browser:
     """Chromium, and one page in it."""
 
-    def __init__(self, folder):
+    def __init__(self, program, folder):
         theirs_in, self.out = os.pipe()
         self.back, theirs_out = os.pipe()
         flags = ("--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --mute-audio "
                  f"--disable-background-networking --remote-debugging-pipe --user-data-dir={folder}")  # fmt: skip
-        shell = f"exec {CHROMIUM} {flags} about:blank 3<&{theirs_in} 4>&{theirs_out}"
+        shell = f"exec {program} {flags} about:blank 3<&{theirs_in} 4>&{theirs_out}"
         self.process = subprocess.Popen(["bash", "-c", shell], pass_fds=(theirs_in, theirs_out),
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         os.close(theirs_in)
@@ -277,10 +275,9 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser():
-    if not CHROMIUM:
-        pytest.skip("needs chromium")
+    program = require_program("chromium")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        browser = Browser(folder)
+        browser = Browser(program, folder)
         yield browser
         browser.stop()
 

@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from machine import require_module
 
 import plot
 from options import UserError
 
-pytest.importorskip("matplotlib")
+require_module("matplotlib", whole_file=True)
 
 
 def write_run(path, steps=40, slope=1.0, strict=False):

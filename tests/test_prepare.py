@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import require
 
 import dataset
 import encoder
@@ -650,8 +651,8 @@ for name in sys.argv[2:]:
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_is_constant_whatever_the_inputs_size(tmp_path, bpe):
+    require(Path("/proc/self/status").exists(), "/proc, from which peak memory is read")
     line = " ".join(WORDS * 4)
     sizes = {"small": 5_000, "large": 35_000}  # 1 and 7 MB
     for name, n in sizes.items():

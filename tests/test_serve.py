@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine import require_module
 from torture import count
 
 import checkpoint
@@ -29,7 +30,7 @@ import sample
 from decode import Decoder
 from options import UserError
 
-pytest.importorskip("fastapi")
+require_module("fastapi", whole_file=True)
 import openai  # noqa: E402
 
 import serve  # noqa: E402
