@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from options import UserError, atomic_write, nearest, run_cli
+from options import UserError, atomic_write, check_path_arguments, nearest, run_cli
 
 EOT, PAD = "<|eot|>", "<|pad|>"  # the end of a text, and what fills ragged rows; every encoder has both
 GPT4_PATTERN = (  # tiktoken's cl100k_base: contractions, words, up to 3 digits, punctuation, four cases of whitespace
@@ -591,6 +591,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", default="bin/cl8k.bin", help="the encoder file (default bin/cl8k.bin)")
     parser.add_argument("--special", nargs="+", action="extend", default=[], help=f"more specials than {EOT} and {PAD}")
     args = parser.parse_args(argv)
+    check_path_arguments(args, "input", "output")
     if Path(args.output).is_dir():
         raise UserError(f"--output {args.output!r} is a folder; name a file")
     start = time.perf_counter()

@@ -130,11 +130,13 @@ def has_control_character(path: str) -> bool:
     return CONTROL.search(path) is not None
 
 
-def path_argument(text: str) -> str:
-    """A path from the command line, the `type=` of an argparse argument. Raises UserError."""
-    if has_control_character(text):
-        raise UserError(f"{show(text)}: {NO_PATH}")
-    return text
+def check_path_arguments(given: Any, *names: str) -> None:
+    """Raises UserError where an option of an argparse namespace, or one of its texts, cannot be a path."""
+    for name in names:
+        value = getattr(given, name)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and has_control_character(text):
+                raise UserError(f"--{name} {show(text)}: {NO_PATH}")
 
 
 # ---- declaring -----------------------------------------------------------------------------------------------------

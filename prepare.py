@@ -50,7 +50,7 @@ from tqdm import tqdm
 import dataset
 import options
 from encoder import Encoder, load, segments, train
-from options import UserError
+from options import UserError, check_path_arguments
 
 PIECE = 1 << 20  # bytes of a text file that are read at a time
 RECORD = 1 << 28  # bytes: the longest entry of a .json or .jsonl
@@ -751,6 +751,7 @@ def get_source(given: argparse.Namespace) -> tuple[Source, str]:
 
 def main(argv: list[str]) -> None:
     given = parse(argv)
+    check_path_arguments(given, "input", "verify", "pairs", "output", "encoder")
     if given.verify:
         verify(given.verify)
         return

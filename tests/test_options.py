@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -342,6 +343,20 @@ def set_key(raw, dotted, value):
     for section in sections:
         raw = raw.setdefault(section, {})
     raw[name] = value
+
+
+@pytest.mark.parametrize(("command", "option"), [
+    *(("prepare", option) for option in ("--input", "--verify", "--pairs", "--output", "--encoder")),
+    ("encoder", "--input"), ("encoder", "--output"), ("plot", "--out"),
+    *(("sample", option) for option in ("--model", "--prompt_file", "--prompts_file", "--out", "--score")),
+])  # fmt: skip
+def test_every_command_refuses_control_characters_in_paths(tmp_path, monkeypatch, command, option):
+    monkeypatch.chdir(tmp_path)
+    needed = {"encoder": ["--input", "a"], "plot": ["a"]}.get(command, []) if option != "--input" else []
+    with pytest.raises(UserError) as refused:
+        importlib.import_module(command).main([*needed, option, "C:\table\new"])
+    told = f'{option}( =)? "C:\\\\table\\\\new": a path has no control characters'
+    assert re.search(told, str(refused.value)) and os.listdir() == []
 
 
 def test_paths_with_spaces_backslashes_and_letters_of_any_script_pass():
