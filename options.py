@@ -552,7 +552,7 @@ class Run:
         for key, path in {**taken, "checkpoints.path": self.checkpoints.path}.items():
             if os.path.normpath(self.model_path) == os.path.normpath(path):
                 yield "model_path", f"is {key} too, which the trained model would replace; name another file"
-        if self.img_path and (problem := picture_problem(self.img_path)):
+        if self.img_path and (problem := explain_picture_path(self.img_path)):
             yield "img_path", problem
 
     def warnings(self) -> Iterator[str]:
@@ -587,7 +587,7 @@ PICTURES = (".png", ".svg", ".pdf")
 OTHER_PICTURES = (".bmp", ".eps", ".gif", ".jpeg", ".jpg", ".ps", ".tif", ".tiff", ".webp")
 
 
-def picture_problem(path: str) -> str | None:
+def explain_picture_path(path: str) -> str | None:
     """What is wrong with a path for pictures: a directory, or a file that ends in one of PICTURES."""
     suffix = Path(path).suffix.lower()
     allowed = f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}"

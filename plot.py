@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from options import PICTURES, UserError, atomic_write, check_path_arguments, picture_problem, run_cli
+from options import PICTURES, UserError, atomic_write, check_path_arguments, explain_picture_path, run_cli
 
 # Okabe and Ito's colours, which the colour-blind tell apart too (https://jfly.uni-koeln.de/color/)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -92,7 +92,7 @@ def smooth(values: list[float]) -> list[float]:
 
 def run_names(paths: list[Path]) -> list[str]:
     """A name for each run: that of its model file, or as much of its directory's path as tells it from the others."""
-    names = [model_name(path) for path in paths]
+    names = [read_model_name(path) for path in paths]
     if None not in names and len(set(names)) == len(names):
         return names
     for depth in range(1, max(len(path.resolve().parts) for path in paths)):
@@ -102,7 +102,7 @@ def run_names(paths: list[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def model_name(metrics: Path) -> str | None:
+def read_model_name(metrics: Path) -> str | None:
     """The name of the model that a run makes, which its newest checkpoint knows, or the job that it is of."""
     manifests = sorted(metrics.parent.glob("*step_*/manifest.json"), reverse=True)
     for path in (*manifests[:1], metrics.parent.parent / "about.json"):
@@ -136,14 +136,14 @@ def style_axes(ax, title: str, x: str, ylabel: str) -> None:
     ax.xaxis.set_major_formatter(short_number)
 
 
-def run_style(number: int) -> dict:
+def choose_style(number: int) -> dict:
     """Colour, marker and dashes of a run; they differ for the first 21."""
     again = number // len(COLOURS)
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number + again) % len(MARKERS)],
             "linestyle": ("-", "--", "-.")[again % 3], "markersize": 4}  # fmt: skip
 
 
-def legend_names(names: Iterable[str]) -> list[str]:
+def shorten_names(names: Iterable[str]) -> list[str]:
     """Names as a legend can show them: not too long, and without what matplotlib takes for a formula or leaves out."""
     names = list(names)
     half = LONGEST // 2
@@ -170,10 +170,10 @@ def short_number(value: float, position=None) -> str:
 
 
 def png(fig) -> bytes:
-    return picture(fig, "png")
+    return render(fig, "png")
 
 
-def picture(fig, kind: str) -> bytes:
+def render(fig, kind: str) -> bytes:
     """The figure as a file of that kind: png, svg or pdf."""
     data = io.BytesIO()
     with warnings.catch_warnings():
@@ -183,7 +183,7 @@ def picture(fig, kind: str) -> bytes:
 
 
 def save(fig, path: Path) -> None:
-    atomic_write(path, picture(fig, path.suffix[1:].lower()))
+    atomic_write(path, render(fig, path.suffix[1:].lower()))
 
 
 def add_legend(ax) -> None:
@@ -237,7 +237,7 @@ def draw_figure(sheets: list[Sheet], runs: dict[str, list[dict]], x: str):
     FigureCanvasAgg(fig)
     for ax, sheet in zip(fig.subplots(len(sheets), squeeze=False)[:, 0], sheets, strict=True):
         style_axes(ax, sheet.title, x, sheet.ylabel)
-        sheet.draw(ax, dict(zip(legend_names(runs), runs.values(), strict=True)), x)
+        sheet.draw(ax, dict(zip(shorten_names(runs), runs.values(), strict=True)), x)
         finish_axes(ax, x)
     return fig
 
@@ -250,7 +250,7 @@ def draw_loss(ax, runs: dict[str, list[dict]], x: str) -> None:
     else:
         ax.set_title("with markers: validation; without: batch, smoothed", loc="right", fontsize=9, color="0.4")
         for i, (name, lines) in enumerate(runs.items()):
-            draw_loss_of_many(ax, name, lines, x, run_style(i))
+            draw_loss_of_many(ax, name, lines, x, choose_style(i))
     log_ticks(ax)
 
 
@@ -299,7 +299,7 @@ def log_ticks(ax) -> None:
 def draw_learning_rate(ax, runs: dict[str, list[dict]], x: str) -> None:
     """Each run narrower than the one before it, since runs often have the same schedule."""
     for i, (name, lines) in enumerate(runs.items()):
-        style, width = run_style(i), 1.6 + min(len(runs) - 1 - i, 4)
+        style, width = choose_style(i), 1.6 + min(len(runs) - 1 - i, 4)
         draw_line(ax, *series(lines, x, "lr"), color=style["color"], linestyle=style["linestyle"], linewidth=width,
                   label=name)  # fmt: skip
     ax.set_ylim(bottom=0)
@@ -309,7 +309,7 @@ def draw_learning_rate(ax, runs: dict[str, list[dict]], x: str) -> None:
 def draw_throughput(ax, runs: dict[str, list[dict]], x: str) -> None:
     """Tokens per second from zero, with the median, which a slow moment does not move."""
     for i, (name, lines) in enumerate(runs.items()):
-        colour, single = run_style(i)["color"], len(runs) == 1
+        colour, single = choose_style(i)["color"], len(runs) == 1
         xs, ys = series(lines, x, "tokens_per_s")
         draw_line(ax, xs, ys, color=colour, linewidth=1, alpha=0.6, label="measured" if single else "_measured")
         if ys:
@@ -327,7 +327,7 @@ SHEETS = {  # by the file that each is in a directory
 }
 
 
-def pictures(out: str | os.PathLike) -> dict[Path, list[Sheet]]:
+def list_pictures(out: str | os.PathLike) -> dict[Path, list[Sheet]]:
     """The files that `out` stands for, and the sheets in each. A directory has a PNG of each sheet; a .png, .svg or
     .pdf file has the sheet that it is named after (loss.svg), else all of them."""
     out = Path(out)
@@ -338,7 +338,7 @@ def pictures(out: str | os.PathLike) -> dict[Path, list[Sheet]]:
 
 
 def curves(metrics: str | os.PathLike | Iterable[str | os.PathLike], out: str | os.PathLike, x: str = "step") -> None:
-    """Draw the sheets of `out` (see `pictures`), for one metrics.jsonl or for several on the same sheets.
+    """Draw the sheets of `out` (see `list_pictures`), for one metrics.jsonl or for several on the same sheets.
 
     x: "step", "tokens" or "seconds". Raises UserError where a file cannot be read or written.
     """
@@ -347,7 +347,7 @@ def curves(metrics: str | os.PathLike | Iterable[str | os.PathLike], out: str | 
         runs = dict(zip(run_names(paths), map(read_points, paths), strict=True))
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; train.py writes metrics.jsonl") from error
-    for path, sheets in pictures(out).items():
+    for path, sheets in list_pictures(out).items():
         save(draw_figure(sheets, runs, x), path)
 
 
@@ -362,10 +362,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--x", choices=list(AXES), default="step", help="what the curves are drawn against")
     arguments = parser.parse_args(argv)
     check_path_arguments(arguments, "metrics", "out")
-    if problem := picture_problem(arguments.out):
+    if problem := explain_picture_path(arguments.out):
         raise UserError(f"--out {arguments.out}: {problem}")
     curves(arguments.metrics, arguments.out, arguments.x)
-    print("\n".join(map(str, pictures(arguments.out))))
+    print("\n".join(map(str, list_pictures(arguments.out))))
 
 
 if __name__ == "__main__":

@@ -231,19 +231,19 @@ class Console:
         now = time.monotonic()
         remaining = (now - self.resumed) / max(step - self.first_step, 1) * (total - step)
         times = (tqdm.format_interval(seconds) for seconds in (now - self.began, remaining))
-        cells = (f"{step:,}", decimal(loss), f"{lr:.2e}", decimal(grad_norm), f"{speed:,.0f}", *times)
+        cells = (f"{step:,}", format_decimal(loss), f"{lr:.2e}", format_decimal(grad_norm), f"{speed:,.0f}", *times)
         if self.since_header >= HEADER_EVERY:
-            self.print(table_row(COLUMNS))
+            self.print(format_row(COLUMNS))
             self.since_header = 0
-        self.print(table_row(cells))
+        self.print(format_row(cells))
 
 
-def table_row(cells: Iterable[str]) -> str:
+def format_row(cells: Iterable[str]) -> str:
     """One line of the table, each cell at the right end of its column."""
     return "  ".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True))
 
 
-def decimal(value: float) -> str:
+def format_decimal(value: float) -> str:
     """Four decimals, or four digits where these would not show the number: 0.1234, 1.234e-05"""
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1000 else f"{value:.3g}"
 
@@ -1474,6 +1474,8 @@ class Trainer:
             "first batch": f"loss {loss:.3f}, after {seconds:.2f} s, not compiled",
         }
         print("\n".join(f"{key:<12} {text}" for key, text in lines.items()))
+        for message in run.warnings() if self.ranks.main else ():
+            warn(message)
         if total > free:
             warn(f"that may be more memory than there is. {self.lower()}")
         if wanted > disk.free:
@@ -1539,7 +1541,7 @@ def carry_out(argv: list[str], last: bool) -> int:
     checking, argv = "--check" in argv, [word for word in argv if word != "--check"]
     run = load_run([word for word in argv if word != "--quiet"], CONFIGS)
     trainer = Trainer(run, Signals(), quiet="--quiet" in argv)
-    for message in run.warnings() if os.environ.get("RANK", "0") == "0" else ():
+    for message in run.warnings() if os.environ.get("RANK", "0") == "0" and not checking else ():
         warn(message)
     try:
         with trainer.signals:

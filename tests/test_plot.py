@@ -215,12 +215,12 @@ def test_names_keep_their_signs_and_what_tells_them_apart(tmp_path):
     ax.figure.canvas.draw()
     shown = [text.get_text() for text in ax.get_legend().get_texts()]
     assert shown == [" _run", r"\$a\$", "x" * 80, *long]
-    assert len(plot.legend_names(["x" * 80])[0]) == plot.LONGEST
-    assert plot.legend_names(["air", "y" * 35]) == ["air", "y" * 16 + "…" + "y" * 17]
+    assert len(plot.shorten_names(["x" * 80])[0]) == plot.LONGEST
+    assert plot.shorten_names(["air", "y" * 35]) == ["air", "y" * 16 + "…" + "y" * 17]
 
 
 def test_many_runs_can_be_told_apart():
-    styles = [tuple(sorted(plot.run_style(i).items())) for i in range(21)]
+    styles = [tuple(sorted(plot.choose_style(i).items())) for i in range(21)]
     assert len(set(styles)) == 21
 
 
@@ -236,7 +236,7 @@ def test_the_extension_says_which_kind_of_file_is_written(tmp_path, suffix, caps
         out = tmp_path / "new" / name
         plot.main([str(run), "--out", str(out)])
         assert capsys.readouterr().out == f"{out}\n" and out.read_bytes().startswith(BEGINS[suffix])
-        (drawn,) = plot.pictures(out).values()
+        (drawn,) = plot.list_pictures(out).values()
         assert len(drawn) == sheets
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(
         [f"loss{suffix}", f"ALL{suffix.upper()}"])  # fmt: skip
@@ -244,7 +244,7 @@ def test_the_extension_says_which_kind_of_file_is_written(tmp_path, suffix, caps
 
 def test_one_file_has_all_sheets_one_below_the_other(tmp_path):
     run = write_run(tmp_path / "a" / "metrics.jsonl")
-    (sheets,) = plot.pictures("all.svg").values()
+    (sheets,) = plot.list_pictures("all.svg").values()
     axes = plot.draw_figure(sheets, {"a": plot.read_metrics(run)}, "step").axes
     assert [ax.get_title(loc="left") for ax in axes] == ["Loss", "Learning rate", "Throughput"]
 
@@ -257,7 +257,7 @@ def test_other_kinds_of_pictures_are_refused_and_directories_with_dots_are_not(t
         plot.main([str(run), "--out", "a\tb"])
     (tmp_path / "folder.png").mkdir()
     for folder in ("v0.1", "folder.png"):
-        assert list(plot.pictures(tmp_path / folder)) == [tmp_path / folder / name for name in plot.SHEETS]
+        assert list(plot.list_pictures(tmp_path / folder)) == [tmp_path / folder / name for name in plot.SHEETS]
 
 
 @pytest.mark.parametrize("value,text", [(0, "0"), (950, "950"), (2000, "2k"), (12_500_000, "12.5M"), (3e9, "3B")])
