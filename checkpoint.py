@@ -578,6 +578,20 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
     return model.to(device).eval(), encoder, record
 
 
+def find_model(path, option: str) -> Path:
+    """`path` itself where it is no directory, else the model file of that checkpoint, or of the newest good checkpoint
+    in it. Raises UserError, naming the option that the path was given by, where the directory has none."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if (path / MODEL).is_file():
+        return path / MODEL
+    if not any(path.glob("*step_*")):
+        mend = "name a model file or a run's checkpoints"
+        raise UserError(f"{option}: {path} is a directory without checkpoints; {mend}")
+    return newest(path).path / MODEL
+
+
 def read_about(path) -> tuple[dict, dict]:
     """(hyperparameters, training record) of a model file, whose tensors are left unread. Raises UserError."""
     with _open_tensors(path) as file:

@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from options import UserError, atomic_write, nearest, run_cli
+from options import UserError, atomic_write, check_path_arguments, nearest, run_cli
 from strawberry.common import Input, Output, check_outputs, find_previous, is_same_file
 
 EOT, PAD = "<|eot|>", "<|pad|>"  # the end of a text, and what fills ragged rows; every encoder has both
@@ -592,6 +592,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", default="bin/cl8k.bin", help="the encoder file (default bin/cl8k.bin)")
     parser.add_argument("--special", nargs="+", action="extend", default=[], help=f"more specials than {EOT} and {PAD}")
     args = parser.parse_args(argv)
+    check_path_arguments(args, "input", "output")
     start = time.perf_counter()
     files, outputs = TextFiles(args.input), [Output("--output", args.output, "encoder")]
     if previous := find_previous(outputs):

@@ -762,6 +762,8 @@ class Jobs:
             job = self.new("ftjob", request, name, status="validating_files", model=model, key=asked.key,
                            body=asked.body, max_iters=run.max_iters, seed=raw["seed"])
             job.tell("created")
+            for message in run.warnings():
+                job.tell(message, "warn")
             return job
 
     def find_data(self, name: str) -> None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -40,7 +42,7 @@ def run_cli(main: Callable[[list[str]], int | None]) -> None:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(str(error))
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -60,6 +62,33 @@ def set_encoding(stream: Any) -> None:
     encoding, and shows "?" for a character that it lacks."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+
+
+def report_error(message: str) -> None:
+    """Print `error: message` on stderr. Of several processes of torchrun that find the same error, one prints it."""
+    if is_first_to_report(message):
+        print(f"error: {message}", file=sys.stderr)
+
+
+def is_first_to_report(message: str) -> bool:
+    """Whether no other process that this machine's torchrun has started has reported the message before this one.
+
+    Every rank finds the same mistake in a config, but a full GPU may be an error of one rank alone, and torchrun ends
+    all ranks when the first one fails. So the first one to find an error reports it, and torchrun's own store counts.
+    """
+    env = os.environ
+    if env.get("WORLD_SIZE", "1") == "1" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        from torch.distributed import TCPStore
+
+        limit = datetime.timedelta(seconds=5)
+        store = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), wait_for_workers=False, timeout=limit)
+        launch = f"{env.get('GROUP_RANK')}/{env.get('TORCHELASTIC_RESTART_COUNT')}"
+        digest = hashlib.sha256(message.encode("utf-8", "backslashreplace")).hexdigest()
+        return store.add(f"strawberry/error/{launch}/{digest}", 1) == 1
+    except Exception:  # without the store, an error printed twice is better than one that nobody sees
+        return True
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | Callable) -> None:
@@ -101,6 +130,24 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     by_lower = {str(v).lower(): str(v) for v in valid}
     close = difflib.get_close_matches(str(name).lower()[:200], by_lower, n=1, cutoff=0.6)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+NO_PATH = "a path has no control characters, which \\n and \\t in quotes are; write / or \\\\ instead of \\"
+
+
+def has_control_character(path: str) -> bool:
+    r"""Whether a path has a character that none has on purpose; "C:\table" in JSON has one, for \t is a tab."""
+    return CONTROL.search(path) is not None
+
+
+def check_path_arguments(given: Any, *names: str) -> None:
+    """Raises UserError where an option of an argparse namespace, or one of its texts, cannot be a path."""
+    for name in names:
+        value = getattr(given, name)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and has_control_character(text):
+                raise UserError(f"--{name} {show(text)}: {NO_PATH}")
 
 
 # ---- declaring -----------------------------------------------------------------------------------------------------
@@ -229,7 +276,10 @@ def _parse(path: str | os.PathLike) -> dict:
             data = file.read(MAX_CONFIG_BYTES + 1)
         if len(data) > MAX_CONFIG_BYTES:
             raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, so it is no config; name a JSON file")
-        raw = json5.loads(data.decode("utf-8"), object_pairs_hook=_Object)
+        text = data.decode("utf-8")
+        if found := _find_bad_escape(text):
+            raise UserError(f"{path}, line {found[0]}: {found[1]}")
+        raw = json5.loads(text, object_pairs_hook=_Object)
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else error.strerror or error
         raise UserError(f"cannot read {path}: {reason}; name a JSON file") from error
@@ -242,6 +292,21 @@ def _parse(path: str | os.PathLike) -> dict:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds {show(raw)}, but a config is an object, {{ … }}")
     return raw
+
+
+_COMMENT_OR_STRING = re.compile(r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""", re.DOTALL)
+_ESCAPE = re.compile(r"""\\(?:["'\\/bfnrtv0\n\r]|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|(?P<bad>.))""", re.DOTALL)
+
+
+def _find_bad_escape(text: str) -> tuple[int, str] | None:
+    r"""(line, message) of the first backslash in a string of JSON5 that escapes nothing and that JSON5 would drop, as
+    "C:\data" has; None where there is none."""
+    for token in _COMMENT_OR_STRING.finditer(text):
+        for escape in _ESCAPE.finditer(token[0]) if token[0][0] in "\"'" else ():
+            if escape["bad"]:
+                line = text.count("\n", 0, token.start() + escape.start()) + 1
+                return line, f"\\{escape['bad']} is no escape; write / or \\\\ instead of \\"
+    return None
 
 
 def _repeated(raw: Any, prefix: str = "") -> list[str]:
@@ -260,6 +325,7 @@ def show(value: Any) -> str:
     except (TypeError, ValueError, RecursionError):
         text = repr(value)
     text = text.encode("utf-8", "backslashreplace").decode()
+    text = CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # those that JSON does not escape
     return text if len(text) <= 80 else text[:77] + "…"
 
 
@@ -302,7 +368,7 @@ def _check(cls: type, raw: Any, prefix: str, names: list[str]) -> tuple[Any, lis
         else:
             values[name] = next((fit for kind in key.kinds if (fit := _fit(value, kind, key)) is not _WRONG), _WRONG)
             values[name] = value if not key.kinds else values[name]
-            found = [f"{label}: must be {_must_be(value, key)}"] if values[name] is _WRONG else []
+            found = [f"{label}: {_explain(value, key)}"] if values[name] is _WRONG else []
         problems += found
         wrong |= {name} if found else set()
     config = cls(**{name: value for name, value in values.items() if name not in wrong})
@@ -343,7 +409,17 @@ def _good_text(value: str, key: Option) -> bool:
         os.fsencode(value)  # half a surrogate pair is neither text nor a path
     except UnicodeEncodeError:
         return False
+    if key.path and has_control_character(value):
+        return False
     return "\0" not in value and (value != "" or key.default == "")  # empty only where that is the default
+
+
+def _explain(value: Any, key: Option) -> str:
+    """Why a value is refused."""
+    items = value if isinstance(value, list) else [value]
+    if key.path and any(isinstance(item, str) and has_control_character(item) for item in items):
+        return NO_PATH
+    return f"must be {_must_be(value, key)}"
 
 
 def _must_be(value: Any, key: Option) -> str:
@@ -404,8 +480,8 @@ class Run:
     )
     encoder_path: str = option("bin/cl8k.bin", "encoder file, or tiktoken:<name>, or chars:<text file>", path=True)
     init_from: str = option(
-        "scratch", 'scratch; "<path>,pretrained": start from that model\'s weights; resume: newest good checkpoint',
-        path=True,
+        "scratch", 'scratch; "<path>,pretrained": start from the weights of that model file or checkpoint directory; '
+        "resume: newest good checkpoint", path=True,
     )
     objective: str = option(
         "auto",
@@ -456,7 +532,9 @@ class Run:
         "auto", "a step as one CUDA graph, launched at once; auto: on GPUs; where it cannot be, training goes on "
         "without", choices=["auto"]
     )
-    img_path: str | None = option("img", "directory of the curves; null: none are drawn", path=True)
+    img_path: str | None = option(
+        "img", "directory of the curves, or a file for all of them, ending in .png, .svg or .pdf; null: none", path=True
+    )
     sample_length: int = option(200, "tokens of the sample at each evaluation; 0: no sample", low=0, high=2**20)
     sample_prompt: str = option(
         "", "text that the sample continues, or an encoder-decoder's source; empty: a document's start, or a source of "
@@ -485,6 +563,46 @@ class Run:
         for key, path in {**taken, "checkpoints.path": self.checkpoints.path}.items():
             if os.path.normpath(self.model_path) == os.path.normpath(path):
                 yield "model_path", f"is {key} too, which the trained model would replace; name another file"
+        if self.img_path and (problem := explain_picture_path(self.img_path)):
+            yield "img_path", problem
+
+    def warnings(self) -> Iterator[str]:
+        """What is allowed and hardly intended: a schedule that does not fit max_iters. Each names keys and values that
+        would do."""
+        warmup, decay, end = self.warmup_iters, self.lr_decay_iters, self.max_iters
+        if end <= warmup:
+            yield self._short_warmup_warning()
+        elif self.decay_lr and decay <= warmup:
+            yield (f"lr_decay_iters = {decay}: the learning rate drops to min_lr right after the warm-up "
+                   f"(warmup_iters = {warmup}); set lr_decay_iters to {end}, or warmup_iters to {decay // 20}")
+        elif self.decay_lr and self.cooldown_frac and decay > end:
+            falls = max(warmup, (1 - self.cooldown_frac) * decay) < end - 1
+            yield (f"max_iters = {end}: the run ends {'while' if falls else 'before'} the learning rate falls "
+                   f"(lr_decay_iters = {decay}); set lr_decay_iters to {end}, or max_iters to {decay}")  # fmt: skip
+        if self.checkpoints.create_checkpoints and self.checkpoints.interval > end:
+            yield (f"checkpoints.interval = {self.checkpoints.interval}: more than max_iters ({end}), so that a crash "
+                   f"before the last step loses the whole run; set checkpoints.interval to {max(1, end // 10)}")
+
+    def _short_warmup_warning(self) -> str:
+        warmup, decay, end = self.warmup_iters, self.lr_decay_iters, self.max_iters
+        shorter, longer = f"warmup_iters to {end // 20}", f"max_iters to {10 * warmup}"
+        if self.decay_lr:
+            shorter += f" and lr_decay_iters to {end}" if decay != end else ""
+            longer = f"max_iters to {decay}" if decay > warmup else f"max_iters and lr_decay_iters to {10 * warmup}"
+        reached = f"{100 * end / (warmup + 1):.2g}"
+        return (f"max_iters = {end}: the run ends during its warm-up (warmup_iters = {warmup}), at {reached} % of "
+                f"learning_rate; set {shorter}, or {longer}")  # fmt: skip
+
+
+PICTURES = (".png", ".svg", ".pdf")
+OTHER_PICTURES = (".bmp", ".eps", ".gif", ".jpeg", ".jpg", ".ps", ".tif", ".tiff", ".webp")
+
+
+def explain_picture_path(path: str) -> str | None:
+    """What is wrong with a path for pictures: a directory, or a file that ends in one of PICTURES."""
+    suffix = Path(path).suffix.lower()
+    allowed = f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
+    return f"cannot be drawn as {suffix}; name a directory or a {allowed} file" if suffix in OTHER_PICTURES else None
 
 
 def run_class(archs: dict[str, type], arch: str) -> type[Run]:
@@ -607,14 +725,18 @@ def apply_overrides(raw: dict, overrides: list[tuple[str, str]], text_keys: set[
         for section in sections:
             target = target.setdefault(section, {}) if isinstance(target, dict) else None
         if isinstance(target, dict):
-            target[name] = _value(text, dotted in text_keys)
+            try:
+                target[name] = _value(text, dotted in text_keys)
+            except UserError as error:
+                problems.append(f"{dotted} = {text}: {error}")
         else:
             problems.append(f"{dotted} = {text}: {'.'.join(sections)} is a value, not a section")
     return problems
 
 
 def _value(text: str, is_text: bool) -> Any:
-    """A command line's value: JSON, else the text itself. Keys that hold text only keep `123` and `true` as text."""
+    """A command line's value: JSON, else the text itself. Keys that hold text only keep `123` and `true` as text.
+    Raises UserError for JSON with a backslash that escapes nothing."""
     import json5
 
     if text in ("True", "False", "None") and not is_text:  # Python's spelling comes easily to the fingers
@@ -622,9 +744,12 @@ def _value(text: str, is_text: bool) -> Any:
     if is_text and not text.startswith('"') and text != "null":
         return text
     try:
-        return json5.loads(text, object_pairs_hook=_Object)
+        value = json5.loads(text, object_pairs_hook=_Object)
     except (ValueError, RecursionError):
         return text
+    if found := _find_bad_escape(text):
+        raise UserError(found[1])
+    return value
 
 
 def _text_keys(cls: type, prefix: str = "") -> set[str]:
@@ -662,9 +787,10 @@ def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, str, dict[str, 
 def help_text(cls: type, arch: str, archs: dict[str, type]) -> str:
     """What `train.py --help` prints: every key with its default, what is allowed, and its meaning."""
     lines = [
-        f"usage: {Path(sys.argv[0]).name} [--check] [--config FILE] [--key=value …]",
+        f"usage: {Path(sys.argv[0]).name} [--check] [--quiet] [--config FILE] [--key=value …]",
         "",
         "--check says in seconds whether the run would work, and writes nothing.",
+        "--quiet prints nothing but warnings and errors.",
         "FILE is JSON, comments and trailing commas welcome; it is looked for here, then in config/.",
         "Any key can be given on the command line too: --learning_rate=1e-3 --model_hyperparams.n_layer=4",
     ]
@@ -731,7 +857,10 @@ def _kind_schema(kind: Any, key: Option) -> dict:
     if typing.get_origin(kind) is list:
         return {"type": "array", "items": _kind_schema(typing.get_args(kind)[0], key)}
     if kind is str:
-        return {"enum": list(key.choices)} if key.choices else {"type": "string", "minLength": int(key.default != "")}
+        if key.choices:
+            return {"enum": list(key.choices)}
+        shape = {"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"} if key.path else {}
+        return {"type": "string", "minLength": int(key.default != ""), **shape}
     if kind in (bool, type(None)):
         return {"type": "boolean" if kind is bool else "null"}
     bounds = {"minimum": key.low, "maximum": key.high, "exclusiveMinimum": key.above, "exclusiveMaximum": key.below}

@@ -50,7 +50,7 @@ from tqdm import tqdm
 import dataset
 import options
 from encoder import Encoder, load, segments, train
-from options import UserError
+from options import UserError, check_path_arguments
 from strawberry.common import Input, Output, check_outputs, encoder_inputs, find_previous
 
 PIECE = 1 << 20  # bytes of a text file that are read at a time
@@ -757,6 +757,7 @@ def check_files(given: argparse.Namespace, source: Source, output: str) -> None:
 
 def main(argv: list[str]) -> None:
     given = parse(argv)
+    check_path_arguments(given, "input", "verify", "pairs", "output", "encoder")
     if given.verify:
         verify(given.verify)
         return

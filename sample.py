@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import decode
-from checkpoint import MODEL, load_model, newest
+from checkpoint import load_model
 from dataset import read_spelled, spell
 from decode import Decoder, Request
 from model import MODELS
@@ -56,13 +57,13 @@ from strawberry.common import Input, Output, check_outputs
 
 @dataclass
 class Settings:
-    model: str | None = option(None, "model file or checkpoint directory; default: the newest model in bin/")
+    model: str | None = option(None, "model file or checkpoint directory; default: the newest model in bin/", path=True)
     prompt: Any = option(None, 'text to continue; "" starts a new text')
     source: Any = option(
         None, "what an encoder-decoder reads; a prompt then begins its answer. Where it learned spans, <|0|>, <|1|>, … "
         "stand for what is missing"
     )
-    prompt_file: str | None = option(None, "file that holds the prompt; - is standard input")
+    prompt_file: str | None = option(None, "file that holds the prompt; - is standard input", path=True)
     length: int = option(256, "tokens to make at most", low=1, high=2**20)
     temperature: float = option(0.8, "0 takes the likeliest token each time; higher is more surprising", low=0)
     top_k: int = option(0, "draw from the k likeliest tokens; 0: from all", low=0)
@@ -80,10 +81,12 @@ class Settings:
     )
     prompts_file: str | None = option(
         None, 'JSON lines {"prompt": …} of texts to make many at once, into --out; beside the prompt a line may have '
-        "source, id, max_tokens, temperature, top_k, top_p, min_p, seed, stop: its own, in place of the command's"
+        "source, id, max_tokens, temperature, top_k, top_p, min_p, seed, stop: its own, in place of the command's",
+        path=True,
     )
     out: str | None = option(
-        None, "file for a line of JSON of each finished text of --prompts_file; the same command goes on where it was"
+        None, "file for a line of JSON of each finished text of --prompts_file; the same command goes on where it was",
+        path=True,
     )
     batch: int | None = option(
         None, "texts made at once at most; default: 64 on cuda, 8 elsewhere. A --prompts_file on a CPU without --fast "
@@ -93,7 +96,9 @@ class Settings:
         False, "with --prompts_file on a CPU: compute only the rows and the part of the cache that are in use, "
         "and as many rows as --batch says. A text may then differ with --batch, the other prompts and an interruption"
     )
-    score: str | None = option(None, "file whose loss and bits per byte are printed, instead of samples; - is stdin")
+    score: str | None = option(
+        None, "file whose loss and bits per byte are printed, instead of samples; - is stdin", path=True
+    )
     stride: int = option(0, "tokens that --score's window moves each time; 0: half the model's block_size", low=0)
     device: str = option("auto", "auto: cuda, else mps, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option(
@@ -303,14 +308,7 @@ def find_model(name: str | None) -> Path:
             raise UserError("there is no model in bin/; train one (python train.py --config tiny.json), or name "
                             "a model file or a checkpoint directory with --model")
         return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
-    path = Path(name)
-    if not path.is_dir():
-        return path
-    if (path / MODEL).is_file():
-        return path / MODEL
-    if not any(path.glob("*step_*")):
-        raise UserError(f"--model {name} is a directory without checkpoints; name a model file or a run's checkpoints")
-    return newest(path).path / MODEL
+    return checkpoint.find_model(name, "--model")
 
 
 def pick_device(name: str) -> str:

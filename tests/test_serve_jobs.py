@@ -1077,6 +1077,17 @@ def test_queueing_idempotency_and_cancelling(site, story):
     assert [event.message for event in tuning.list_events(waiting.id)] == ["cancelled", "created"]
 
 
+def test_a_schedule_that_does_not_fit_is_an_event_of_the_job(site, story):
+    tuning = site.client.fine_tuning.jobs
+    short = {**TINY, "warmup_iters": 40, "checkpoints.interval": 20}
+    job = tuning.create(model=PRESET, training_file=story, hyperparameters=short)
+    tuning.cancel(job.id)
+    events = [event for event in tuning.list_events(job.id) if event.level == "warn"]
+    assert len(events) == 1
+    assert events[0].message.startswith("max_iters = 20: the run ends during its warm-up (warmup_iters = 40)")
+    assert "set warmup_iters to 1, or max_iters" in events[0].message
+
+
 @pytest.fixture(scope="module")
 def undisturbed(site, story, tmp_path_factory):
     """The weights of the run of LONG with seed 3, as train.py makes them at one go, in this process."""
