@@ -129,7 +129,15 @@ def write_about(folder: Path, about: dict) -> None:
 
 # ---- uploads -------------------------------------------------------------------------------------------------------
 
-SUFFIXES = (".txt", ".json", ".jsonl")
+# What may be uploaded, by the end of its name: a document, or a list of documents. This is the only place that knows.
+TEXT_KINDS = """
+    txt text md markdown rst adoc org tex log srt html htm xml css toml yaml yml ini cfg sql
+    py pyi js mjs ts jsx tsx c h cc cpp cxx hh hpp hxx cu cuh cs java kt scala go rs swift rb php pl lua r jl hs ml ex
+    erl clj lisp el vim sh bash zsh ps1 bat
+"""
+TEXT_SUFFIXES = tuple(f".{kind}" for kind in TEXT_KINDS.split())
+LIST_SUFFIXES = {".json": ".json", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".jsonlines": ".jsonl"}  # → stored as
+SUFFIXES = (*TEXT_SUFFIXES, *LIST_SUFFIXES)
 MAX_NAME = 255  # characters
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 
@@ -190,14 +198,18 @@ def clean_name(name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """The suffixes by which prepare.py will know what is in it; a name without any is a text's."""
-    lower = name.lower() if "." in name else f"{name}.txt"
-    for suffix in SUFFIXES:
-        for packed in (suffix, f"{suffix}.gz"):
-            if lower.endswith(packed):
-                return packed
-    allowed = ", ".join(SUFFIXES)
-    raise Refused(400, f"the file's name {show(name)} must end in {allowed}, or in one of these and .gz", "file")
+    """The suffixes by which prepare.py will know what is in it; a name without any is a text's.
+
+    >>> kind_of("notes.MD"), kind_of("chat.ndjson.gz"), kind_of("LICENSE")
+    ('.md', '.jsonl.gz', '.txt')
+    """
+    lower = name.lower()
+    stem, packed = (lower.removesuffix(".gz"), ".gz") if lower.endswith(".gz") else (lower, "")
+    suffix = Path(stem).suffix or ".txt"
+    if suffix not in SUFFIXES:
+        allowed = f"must end in {', '.join(SUFFIXES)}, or in one of these and .gz, or have no ending"
+        raise Refused(400, f"the file's name {show(name)} {allowed}; rename it if it is text", "file", "file_kind")
+    return LIST_SUFFIXES.get(suffix, suffix) + packed
 
 
 def check_gzip(path: Path, limit: int) -> None:
@@ -740,7 +752,8 @@ class Jobs:
         known, stem = presets(), name.removesuffix(".json")
         if stem in known:
             raw = json.loads(json.dumps(read_json(known[stem])))
-            raw.pop("$schema", None)
+            for name in ("$schema", "seed"):  # a preset's seed is that of its published run
+                raw.pop(name, None)
             return None, without_own(raw)
         try:
             path = self.model_file(name)

@@ -1625,7 +1625,8 @@ class Form:
 
 
 async def create_file(request: Request, service: TheService) -> StoredFile:
-    """Upload a .txt, .json or .jsonl, gzipped or not, as a document, a list of documents, or a document a line."""
+    """Upload a text, such as .txt, .md or .py, as a document, a .json as a list of documents, or a .jsonl as a document
+    a line; gzipped or not."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary, limit = options.get(b"boundary", b""), service.factory.uploads.limit
     if kind != b"multipart/form-data" or not 1 <= len(boundary) <= 70:
@@ -2108,7 +2109,7 @@ IDEMPOTENCY = {"parameters": [{"name": "Idempotency-Key", "in": "header", "requi
 UPLOAD_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
     "type": "object", "required": ["file"], "properties": {
         "file": {"type": "string", "contentMediaType": "text/plain",
-                 "description": ".txt, .json or .jsonl, or one of these and .gz"},
+                 "description": f"its name ends in one of {', '.join(jobs.SUFFIXES)}, or in one of these and .gz"},
         "purpose": {"enum": list(jobs.PURPOSES), "default": "fine-tune"},
     }}}}}}  # fmt: skip
 

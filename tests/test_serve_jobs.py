@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -620,6 +621,45 @@ def test_upload_list_retrieve_content_delete(site):
     assert not (site.data / "files" / made["a.txt"].id).exists()
 
 
+def curl(site, *argv):
+    """What curl prints, as JSON."""
+    command = ["curl", "-s", "--max-time", "60", *argv[:-1], f"http://127.0.0.1:{site.port}{argv[-1]}"]
+    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def assembled(site, **wishes):
+    """The dataset once it is done, or has failed."""
+    made = json.loads(site.raw("POST", "/v1/datasets", {"encoder": "chars", **wishes})[1])
+
+    def look():
+        found = json.loads(site.raw("GET", f"/v1/datasets/{made['id']}")[1])
+        return found if found["status"] not in ("queued", "running") else None
+
+    return until(look, what="the dataset")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_every_kind_of_text_can_be_uploaded_and_read(site, tmp_path):
+    names = [f"x{suffix}" for suffix in jobs.TEXT_SUFFIXES] + ["NOTES.MD", "Makefile", ".profile", "y.rst.gz"]
+    contents = {name: f"{i} is the text of {name}\n" for i, name in enumerate(names)}
+    lists = {"a.jsonl": '"one"\n', "b.ndjson": '{"text": "two"}\n', "c.JSONLINES.gz": '"three"\n', "d.json": '["four"]'}
+    ids = []
+    for name, text in {**contents, **lists}.items():
+        data = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+        (tmp_path / name).write_bytes(data)
+        ids.append(curl(site, "-F", "purpose=fine-tune", "-F", f"file=@{tmp_path / name}", "/v1/files")["id"])
+    done = assembled(site, files=ids)
+    assert done["status"] == "succeeded", done
+    found = sum(documents(site.data / "datasets" / done["id"]), [])
+    assert sorted(found) == sorted([*contents.values(), "one", "two", "three", "four"])
+    for name in ("x.exe", "thesis.pdf", "photo.png.gz", "a.zip", "b.docx"):
+        (tmp_path / name).write_bytes(b"x")
+        error = curl(site, "-F", "purpose=fine-tune", "-F", f"file=@{tmp_path / name}", "/v1/files")["error"]
+        assert (error["param"], error["code"]) == ("file", "file_kind")
+        assert name in error["message"]
+        assert all(f"{suffix}," in error["message"] for suffix in jobs.SUFFIXES)
+
+
 @pytest.mark.parametrize("name", ["../../x.txt", "/etc/passwd.txt", "..\\..\\x.txt", "a/../../b.txt"])
 def test_names_are_only_shown(site, name):
     before = snapshot(site.data.parent.parent)
@@ -949,6 +989,22 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     begin = [next(event.data["train_loss"] for event in tuning.list_events(run.id) if event.data.get("step") == 1)
              for run in (job, more)]
     assert begin[1] < begin[0] - 0.2  # it went on from what was learned
+
+
+def test_a_seed_is_drawn_and_recorded_unless_one_is_given(site, story):
+    tuning, asked = site.client.fine_tuning.jobs, {"model": PRESET, "training_file": story}
+    assert options.read_json(ROOT / "config" / f"{PRESET}.json")["seed"] == 1
+    drawn = [tuning.create(**asked, hyperparameters=ENDLESS | more) for more in ({}, {}, {"seed": "auto"})]
+    drawn += [tuning.create(**{**asked, "model": "tiny"}, hyperparameters=ENDLESS)]
+    given = [tuning.create(**asked, hyperparameters={**ENDLESS, "seed": 7}),
+             tuning.create(**asked, hyperparameters=ENDLESS, seed=7)]
+    assert len({*(job.seed for job in drawn), 1}) == 5
+    assert [job.seed for job in given] == [7, 7]
+    config = site.data / "runs" / drawn[0].id / "run.json"  # what train.py is to read
+    until(config.exists, what="the run")
+    assert json.loads(config.read_text())["seed"] == drawn[0].seed
+    for job in [*given, *drawn[::-1]]:
+        assert tuning.cancel(job.id).seed == job.seed
 
 
 @pytest.mark.parametrize("hyperparameters, param", [
