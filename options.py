@@ -41,7 +41,8 @@ def run_cli(main: Callable[[list[str]], int | None]) -> None:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a log on a full disk
+            print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -1710,9 +1710,7 @@ async def retrieve_file_content(file_id: str, service: TheService) -> FileRespon
 
 async def delete_file(file_id: str, service: TheService) -> Deleted:
     """Delete a file. Datasets that were made of it stay."""
-    if job := service.factory.jobs.uses(file_id):
-        raise ApiError(409, f"the file {file_id} is needed by the dataset {job.id}, which is {job.status}", "file_id")
-    await run_in_threadpool(service.factory.uploads.remove, file_id)
+    await run_in_threadpool(service.factory.jobs.remove_file, file_id)
     return Deleted(file_id, "file")
 
 
@@ -1773,6 +1771,7 @@ class DatasetAnswer:
     progress: Phase
     result: dict[str, Any] | None
     error: JobError | None
+    bytes: int  # on disk
     object: str = "dataset"
 
 
@@ -1794,7 +1793,7 @@ def dataset_answer(job: jobs.Job) -> dict:
             phase, result = {"phase": "ready", "done": 1.0}, json.loads((job.folder / assemble.RESULT).read_bytes())
     return {"id": job.id, "object": "dataset", "created_at": int(job.about["created"]), "name": job.request["name"],
             "status": job.status, "recipe": job.request["recipe"], "progress": phase, "result": result,
-            "error": job.about["error"]}  # fmt: skip
+            "error": job.about["error"], "bytes": jobs.disk_use(job.folder)}  # fmt: skip
 
 
 async def create_dataset(body: Assemble, service: TheService) -> DatasetAnswer:
@@ -1821,6 +1820,12 @@ def dataset_job(service: Service, name: str) -> jobs.Job:
 async def retrieve_dataset(dataset_id: str, service: TheService) -> DatasetAnswer:
     """A dataset: how far it is, or what came of it."""
     return dataset_answer(dataset_job(service, dataset_id))
+
+
+async def delete_dataset(dataset_id: str, service: TheService) -> Deleted:
+    """Delete a dataset. Runs that were trained on it stay, but none can be resumed without it; files stay."""
+    await run_in_threadpool(service.factory.jobs.remove, dataset_job(service, dataset_id))
+    return Deleted(dataset_id, "dataset")
 
 
 async def cancel_dataset(dataset_id: str, service: TheService) -> DatasetAnswer:
@@ -1937,6 +1942,7 @@ class RunAnswer:
     dataset: str
     result_files: list[str]
     integrations: list[str]
+    bytes: int  # on disk, the model not included
     validation_file: str | None = None
     organization_id: str = "local"
     object: str = "fine_tuning.job"
@@ -1964,7 +1970,8 @@ def run_answer(job: jobs.Job) -> dict:
         "fine_tuned_model": about["model"] if done else None,
         "finished_at": int(about["finished"]) if about["finished"] else None, "estimated_finish": estimate,
         "trained_tokens": latest.get("tokens"), "error": about["error"], "metadata": request["metadata"],
-        "progress": progress, "result_files": [], "integrations": [], "organization_id": "local",
+        "progress": progress, "bytes": jobs.disk_use(job.folder), "result_files": [], "integrations": [],
+        "organization_id": "local",
     }  # fmt: skip
 
 
@@ -1996,6 +2003,12 @@ def run_job(service: Service, name: str) -> jobs.Job:
 async def retrieve_run(job_id: str, service: TheService) -> RunAnswer:
     """A run: its status, how far it is, and once it has succeeded the name of its model."""
     return run_answer(run_job(service, job_id))
+
+
+async def delete_run(job_id: str, service: TheService) -> Deleted:
+    """Delete a run that does not run: its checkpoints, events and curves. Its model and its dataset stay."""
+    await run_in_threadpool(service.factory.jobs.remove, run_job(service, job_id))
+    return Deleted(job_id, "fine_tuning.job")
 
 
 async def cancel_run(job_id: str, service: TheService) -> RunAnswer:
@@ -2167,10 +2180,12 @@ ROUTES = [
     Route("POST", "/v1/datasets", create_dataset, DatasetAnswer, "datasets"),
     Route("GET", "/v1/datasets", list_datasets, DatasetList, "datasets"),
     Route("GET", "/v1/datasets/{dataset_id}", retrieve_dataset, DatasetAnswer, "datasets"),
+    Route("DELETE", "/v1/datasets/{dataset_id}", delete_dataset, Deleted, "datasets"),
     Route("POST", "/v1/datasets/{dataset_id}/cancel", cancel_dataset, DatasetAnswer, "datasets"),
     Route("POST", "/v1/fine_tuning/jobs", create_run, RunAnswer, "training", here=create_run_here, extra=IDEMPOTENCY),
     Route("GET", "/v1/fine_tuning/jobs", list_runs, RunList, "training"),
     Route("GET", "/v1/fine_tuning/jobs/{job_id}", retrieve_run, RunAnswer, "training"),
+    Route("DELETE", "/v1/fine_tuning/jobs/{job_id}", delete_run, Deleted, "training"),
     Route("POST", "/v1/fine_tuning/jobs/{job_id}/cancel", cancel_run, RunAnswer, "training"),
     Route("POST", "/v1/fine_tuning/jobs/{job_id}/pause", pause_run, RunAnswer, "training"),
     Route("POST", "/v1/fine_tuning/jobs/{job_id}/resume", resume_run, RunAnswer, "training"),

@@ -63,6 +63,7 @@ from model import CONFIGS, Float8, build
 from optimizer import build_optimizer, lr_at
 from options import UserError, atomic_write, load_run, run_cli, to_dict
 from ranks import Alone, Lost, Ranks, divide, join, local, parts
+from strawberry import status_file
 
 METRICS = "metrics.jsonl"
 EVAL_SEED = 0  # of the windows that evaluations read: the same whatever the run's seed is
@@ -74,6 +75,7 @@ GRACE = 3.0  # seconds after a signal in which a step may still be finished
 LAG = 4  # recorded steps that a GPU may be behind the host
 CPU_TOKENS = 4096  # in a batch, at most, that batch_size "auto" makes on a CPU: more makes no token cheaper there
 VERIFIED = 2 << 30  # bytes of token file that --check reads whole: seconds
+STATUS = status_file.StatusFile(os.environ.get(status_file.VARIABLE))  # of a run that serve.py has started
 
 # ---- signals -------------------------------------------------------------------------------------------------------
 
@@ -192,12 +194,17 @@ def plain(value):
 
 
 class Sturdy:
-    """A stream whose full disk ends no run: what cannot be written is lost, or comes when there is room again."""
+    """A stream whose full disk ends no run: what cannot be written is lost, or comes when there is room again.
+
+    Warnings, and that the stream cannot be written, go to STATUS too.
+    """
 
     def __init__(self, stream):
         self.stream = stream
 
     def write(self, text: str) -> int:
+        if text.startswith("warning: "):
+            STATUS.warn(text.removeprefix("warning: ").strip())
         with self.sparing():
             self.stream.write(text)
         return len(text)
@@ -213,8 +220,8 @@ class Sturdy:
             yield
         except BrokenPipeError:  # its reader left on purpose
             raise
-        except OSError:
-            pass
+        except OSError as error:
+            STATUS.warn(f"cannot write the log ({error.strerror}); lines of it are lost")
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -1301,6 +1308,7 @@ class Trainer:
             except UserError as error:
                 self.save_failed = True
                 warn(f"{error}; trying again later")
+        STATUS.update(step=step, saved=self.saved)
 
     def check_weights(self) -> None:
         found = torch.stack([(~torch.isfinite(local(p))).any() for p in self.model.parameters()]).float()
@@ -1502,8 +1510,9 @@ def carry_out(argv: list[str], last: bool) -> int:
         if trainer.saved > 0:
             print(f"    {command(argv, resume=True)}", file=sys.stderr)
         return 3
-    except UserError:
+    except UserError as error:
         trainer.save_where_it_stands()
+        STATUS.update(error=str(error)[:status_file.MAX_LENGTH])
         raise
     except Exception as error:  # out of memory, perhaps in the middle of an update: what there is, is not saved
         if is_out_of_memory(error):
