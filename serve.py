@@ -2012,12 +2012,14 @@ async def delete_run(job_id: str, service: TheService) -> Deleted:
 
 
 async def cancel_run(job_id: str, service: TheService) -> RunAnswer:
-    """End a run. It finishes its step and saves it, so that it can be resumed all the same."""
+    """End a run. It finishes its step and saves it, so that it can be resumed all the same. Where it could not save,
+    the answer has an `error` of the code not_saved, which says what is lost."""
     return run_answer(await stopped(service, run_job(service, job_id), "cancelled"))
 
 
 async def pause_run(job_id: str, service: TheService) -> RunAnswer:
-    """Let a run save where it is and wait until it is resumed."""
+    """Let a run save where it is and wait until it is resumed. Where it could not save, the answer has an `error` of
+    the code not_saved, which says what is lost."""
     return run_answer(await stopped(service, run_job(service, job_id), "paused"))
 
 
@@ -2058,7 +2060,8 @@ class EventList:
 
 
 async def list_run_events(job_id: str, service: TheService, after: After = None, limit: Limit = 20) -> EventList:
-    """What happened to a run, the newest first; its losses are of type metrics."""
+    """What happened to a run, the newest first; its losses are of type metrics, and what it could not save or warns of
+    is of level warn."""
     return jobs.page(await run_in_threadpool(run_job(service, job_id).events), after, limit)
 
 

@@ -22,7 +22,6 @@ import pytest
 import torch
 
 pytest.importorskip("fastapi")
-import openai  # noqa: E402
 from test_serve import Running  # noqa: E402
 
 import checkpoint  # noqa: E402
@@ -277,10 +276,6 @@ class Browser:
             told = [m["params"] for m in self.told if m["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
         return [t for t in told if not re.search("status of 40[01]", t.get("entry", {}).get("text", ""))]
 
-    def clear_problems(self):
-        with self.news:
-            self.told = []
-
     def stop(self):
         self.session = None
         with contextlib.suppress(OSError):
@@ -477,47 +472,6 @@ def test_a_run_is_paused_resumed_and_cancelled(page, site):
     assert not page.problems()
 
 
-def test_runs_and_datasets_show_their_size_and_are_deleted_when_that_is_confirmed(page, site):
-    client = site.client.with_options(api_key=site.settings.api_key[0])
-    file = client.files.create(file=("tales.md", (WORDS * 200).encode()), purpose="fine-tune").id
-    make = {"files": [file], "encoder": "chars", "name": "to delete"}
-    dataset = client.post("/datasets", body=make, cast_to=dict)["id"]
-    endless = {**HYPER, "max_iters": 10**6, "eval_interval": 10**6}
-    asked = {"model": "tinystar-v0.1-baseline", "training_file": dataset, "hyperparameters": endless}
-    run = client.fine_tuning.jobs.create(**asked).id
-    parts = {name: f"parts([...$('{name}').children].find(e => e.dataset.id === '{id}'))"
-             for name, id in (("datasets", dataset), ("runs", run))}
-    page.js("go()")
-    page.until(f"[...$('runs').children].some(e => e.dataset.id === '{run}')")
-    page.until(f"{parts['runs']}.state.innerText === 'running' && {parts['datasets']}.state.innerText === 'done'", 60)
-    assert not page.js(f"{parts['runs']}.delete.checkVisibility()")
-
-    # in use: the server's words are on the page
-    page.click_and_answer(f"{parts['datasets']}.delete", accept=True)
-    page.until(f"/needed by the fine-tuning job {run}, which is running/.test({parts['datasets']}.error.innerText)")
-    page.js(f"{parts['runs']}.cancel.click()")
-    page.until(f"{parts['runs']}.state.innerText === 'cancelled'")
-    page.js(f"{parts['runs']}.details.open = true")
-    page.until(f"{parts['runs']}.events.children.length > 1")
-    pictures(page, "deleting")
-    for name, path in (("runs", f"/fine_tuning/jobs/{run}"), ("datasets", f"/datasets/{dataset}")):
-        size = client.get(path, cast_to=dict)["bytes"]
-        assert size > 1000
-        assert page.js(f"bytes({size})") + " on disk" in page.js(f"{parts[name]}.facts.innerText")
-        title = page.js(f"{parts[name]}.title.innerText")
-        assert page.click_and_answer(f"{parts[name]}.delete", accept=False).startswith(f"Delete {title}? ")
-        assert client.get(path, cast_to=dict)["id"] in (run, dataset), "it was deleted though nobody confirmed it"
-        page.click_and_answer(f"{parts[name]}.delete", accept=True)
-        page.until(f"![...$('{name}').children].some(e => ['{run}', '{dataset}'].includes(e.dataset.id))")
-        assert page.js("document.activeElement !== document.body"), "the focus is lost"
-        with pytest.raises(openai.NotFoundError):
-            client.get(path, cast_to=dict)
-    client.files.delete(file)
-    page.js("go()")
-    assert not [problem for problem in page.problems() if not re.search("status of 40[49]", str(problem))]
-    page.clear_problems()
-
-
 def test_it_fits_a_phone_and_is_done_by_keyboard(page, site):
     for width, height in ((360, 740), (1200, 900)):
         for scheme in ("light", "dark"):
@@ -559,3 +513,45 @@ def test_text_can_be_read(page, site, scheme):
     page.size(1200, 900, scheme)
     worst = contrast(page)
     assert worst[0] >= 4.5, worst
+
+
+def test_runs_and_datasets_show_their_size_and_are_deleted_when_that_is_confirmed(page, site):
+    import openai
+
+    client = site.client.with_options(api_key=site.settings.api_key[0])
+    file = client.files.create(file=("tales.md", (WORDS * 200).encode()), purpose="fine-tune").id
+    make = {"files": [file], "encoder": "chars", "name": "to delete"}
+    dataset = client.post("/datasets", body=make, cast_to=dict)["id"]
+    endless = {**HYPER, "max_iters": 10**6, "eval_interval": 10**6}
+    asked = {"model": "tinystar-v0.1-baseline", "training_file": dataset, "hyperparameters": endless}
+    run = client.fine_tuning.jobs.create(**asked).id
+    parts = {name: f"parts([...$('{name}').children].find(e => e.dataset.id === '{id}'))"
+             for name, id in (("datasets", dataset), ("runs", run))}
+    page.js("go()")
+    page.until(f"[...$('runs').children].some(e => e.dataset.id === '{run}')")
+    page.until(f"{parts['runs']}.state.innerText === 'running' && {parts['datasets']}.state.innerText === 'done'", 60)
+    assert not page.js(f"{parts['runs']}.delete.checkVisibility()")
+
+    # in use: the server's words are on the page
+    page.click_and_answer(f"{parts['datasets']}.delete", accept=True)
+    page.until(f"/needed by the fine-tuning job {run}, which is running/.test({parts['datasets']}.error.innerText)")
+    page.js(f"{parts['runs']}.cancel.click()")
+    page.until(f"{parts['runs']}.state.innerText === 'cancelled'")
+    page.js(f"{parts['runs']}.details.open = true")
+    page.until(f"{parts['runs']}.events.children.length > 1")
+    pictures(page, "deleting")
+    for name, path in (("runs", f"/fine_tuning/jobs/{run}"), ("datasets", f"/datasets/{dataset}")):
+        size = client.get(path, cast_to=dict)["bytes"]
+        assert size > 1000
+        assert page.js(f"bytes({size})") + " on disk" in page.js(f"{parts[name]}.facts.innerText")
+        title = page.js(f"{parts[name]}.title.innerText")
+        assert page.click_and_answer(f"{parts[name]}.delete", accept=False).startswith(f"Delete {title}? ")
+        assert client.get(path, cast_to=dict)["id"] in (run, dataset), "it was deleted though nobody confirmed it"
+        page.click_and_answer(f"{parts[name]}.delete", accept=True)
+        page.until(f"![...$('{name}').children].some(e => ['{run}', '{dataset}'].includes(e.dataset.id))")
+        assert page.js("document.activeElement !== document.body"), "the focus is lost"
+        with pytest.raises(openai.NotFoundError):
+            client.get(path, cast_to=dict)
+    client.files.delete(file)
+    page.js("go()")
+    assert not [problem for problem in page.problems() if not re.search("status of 40[49]", str(problem))]
