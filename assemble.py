@@ -417,7 +417,8 @@ def assemble(recipe: Recipe, folder: Path, recipe_file: str | None = None) -> di
         times[kept] = copies(np.array(gatherer.sources)[kept], recipe.weights or [1.0] * len(found), recipe.seed)
         if not times.any():
             told = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in gatherer.left_out.items() if n)
-            raise UserError(f"no text is left of the files (left out: {told or 'nothing; they are empty'})")
+            names = ", ".join(recipe.files[:5]) + (", …" if len(recipe.files) > 5 else "")
+            raise UserError(f"no text is left of the files (left out: {told or 'nothing; they are empty'}): {names}")
         taken = np.flatnonzero(times)
         progress.begin("making the encoder")
         encoder = get_encoder(recipe, texts, taken, folder)

@@ -42,7 +42,8 @@ def run_cli(main: Callable[[list[str]], int | None]) -> None:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except UserError as error:
-        report_error(str(error))
+        with contextlib.suppress(OSError):  # a log on a full disk
+            report_error(str(error))
         code = 2
     except KeyboardInterrupt:
         code = 130

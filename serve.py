@@ -1850,7 +1850,8 @@ class Form:
 
 
 async def create_file(request: Request, service: TheService) -> StoredFile:
-    """Upload a .txt, .json or .jsonl, gzipped or not, as a document, a list of documents, or a document a line."""
+    """Upload a text, such as .txt, .md or .py, as a document, a .json as a list of documents, or a .jsonl as a document
+    a line; gzipped or not."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary, limit = options.get(b"boundary", b""), service.factory.uploads.limit
     if kind != b"multipart/form-data" or not 1 <= len(boundary) <= 70:
@@ -1934,9 +1935,7 @@ async def retrieve_file_content(file_id: str, service: TheService) -> FileRespon
 
 async def delete_file(file_id: str, service: TheService) -> Deleted:
     """Delete a file. Datasets that were made of it stay."""
-    if job := service.factory.jobs.uses(file_id):
-        raise ApiError(409, f"the file {file_id} is needed by the dataset {job.id}, which is {job.status}", "file_id")
-    await run_in_threadpool(service.factory.uploads.remove, file_id)
+    await run_in_threadpool(service.factory.jobs.remove_file, file_id)
     return Deleted(file_id, "file")
 
 
@@ -1997,6 +1996,7 @@ class DatasetAnswer:
     progress: Phase
     result: dict[str, Any] | None
     error: JobError | None
+    bytes: int  # on disk
     object: str = "dataset"
 
 
@@ -2018,7 +2018,7 @@ def dataset_answer(job: jobs.Job) -> dict:
             phase, result = {"phase": "ready", "done": 1.0}, json.loads((job.folder / assemble.RESULT).read_bytes())
     return {"id": job.id, "object": "dataset", "created_at": int(job.about["created"]), "name": job.request["name"],
             "status": job.status, "recipe": job.request["recipe"], "progress": phase, "result": result,
-            "error": job.about["error"]}  # fmt: skip
+            "error": job.about["error"], "bytes": jobs.disk_use(job.folder)}  # fmt: skip
 
 
 async def create_dataset(body: Assemble, service: TheService) -> DatasetAnswer:
@@ -2045,6 +2045,12 @@ def dataset_job(service: Service, name: str) -> jobs.Job:
 async def retrieve_dataset(dataset_id: str, service: TheService) -> DatasetAnswer:
     """A dataset: how far it is, or what came of it."""
     return dataset_answer(dataset_job(service, dataset_id))
+
+
+async def delete_dataset(dataset_id: str, service: TheService) -> Deleted:
+    """Delete a dataset. Runs that were trained on it stay, but none can be resumed without it; files stay."""
+    await run_in_threadpool(service.factory.jobs.remove, dataset_job(service, dataset_id))
+    return Deleted(dataset_id, "dataset")
 
 
 async def cancel_dataset(dataset_id: str, service: TheService) -> DatasetAnswer:
@@ -2164,6 +2170,7 @@ class RunAnswer:
     dataset: str
     result_files: list[str]
     integrations: list[str]
+    bytes: int  # on disk, the model not included
     validation_file: str | None = None
     organization_id: str = "local"
     object: str = "fine_tuning.job"
@@ -2191,7 +2198,8 @@ def run_answer(job: jobs.Job) -> dict:
         "fine_tuned_model": about["model"] if done else None,
         "finished_at": int(about["finished"]) if about["finished"] else None, "estimated_finish": estimate,
         "trained_tokens": latest.get("tokens"), "error": about["error"], "metadata": request["metadata"],
-        "progress": progress, "result_files": [], "integrations": [], "organization_id": "local",
+        "progress": progress, "bytes": jobs.disk_use(job.folder), "result_files": [], "integrations": [],
+        "organization_id": "local",
     }  # fmt: skip
 
 
@@ -2225,13 +2233,21 @@ async def retrieve_run(job_id: str, service: TheService) -> RunAnswer:
     return run_answer(run_job(service, job_id))
 
 
+async def delete_run(job_id: str, service: TheService) -> Deleted:
+    """Delete a run that does not run: its checkpoints, events and curves. Its model and its dataset stay."""
+    await run_in_threadpool(service.factory.jobs.remove, run_job(service, job_id))
+    return Deleted(job_id, "fine_tuning.job")
+
+
 async def cancel_run(job_id: str, service: TheService) -> RunAnswer:
-    """End a run. It finishes its step and saves it, so that it can be resumed all the same."""
+    """End a run. It finishes its step and saves it, so that it can be resumed all the same. Where it could not save,
+    the answer has an `error` of the code not_saved, which says what is lost."""
     return run_answer(await stopped(service, run_job(service, job_id), "cancelled"))
 
 
 async def pause_run(job_id: str, service: TheService) -> RunAnswer:
-    """Let a run save where it is and wait until it is resumed."""
+    """Let a run save where it is and wait until it is resumed. Where it could not save, the answer has an `error` of
+    the code not_saved, which says what is lost."""
     return run_answer(await stopped(service, run_job(service, job_id), "paused"))
 
 
@@ -2272,7 +2288,8 @@ class EventList:
 
 
 async def list_run_events(job_id: str, service: TheService, after: After = None, limit: Limit = 20) -> EventList:
-    """What happened to a run, the newest first; its losses are of type metrics."""
+    """What happened to a run, the newest first; its losses are of type metrics, and what it could not save or warns of
+    is of level warn."""
     return jobs.page(await run_in_threadpool(run_job(service, job_id).events), after, limit)
 
 
@@ -2336,7 +2353,7 @@ IDEMPOTENCY = {"parameters": [{"name": "Idempotency-Key", "in": "header", "requi
 UPLOAD_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
     "type": "object", "required": ["file"], "properties": {
         "file": {"type": "string", "contentMediaType": "text/plain",
-                 "description": ".txt, .json or .jsonl, or one of these and .gz"},
+                 "description": f"its name ends in one of {', '.join(jobs.SUFFIXES)}, or in one of these and .gz"},
         "purpose": {"enum": list(jobs.PURPOSES), "default": "fine-tune"},
     }}}}}}  # fmt: skip
 
@@ -2395,10 +2412,12 @@ ROUTES = [
     Route("POST", "/v1/datasets", create_dataset, DatasetAnswer, "datasets"),
     Route("GET", "/v1/datasets", list_datasets, DatasetList, "datasets"),
     Route("GET", "/v1/datasets/{dataset_id}", retrieve_dataset, DatasetAnswer, "datasets"),
+    Route("DELETE", "/v1/datasets/{dataset_id}", delete_dataset, Deleted, "datasets"),
     Route("POST", "/v1/datasets/{dataset_id}/cancel", cancel_dataset, DatasetAnswer, "datasets"),
     Route("POST", "/v1/fine_tuning/jobs", create_run, RunAnswer, "training", here=create_run_here, extra=IDEMPOTENCY),
     Route("GET", "/v1/fine_tuning/jobs", list_runs, RunList, "training"),
     Route("GET", "/v1/fine_tuning/jobs/{job_id}", retrieve_run, RunAnswer, "training"),
+    Route("DELETE", "/v1/fine_tuning/jobs/{job_id}", delete_run, Deleted, "training"),
     Route("POST", "/v1/fine_tuning/jobs/{job_id}/cancel", cancel_run, RunAnswer, "training"),
     Route("POST", "/v1/fine_tuning/jobs/{job_id}/pause", pause_run, RunAnswer, "training"),
     Route("POST", "/v1/fine_tuning/jobs/{job_id}/resume", resume_run, RunAnswer, "training"),

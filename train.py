@@ -74,6 +74,7 @@ from options import (
     to_dict,
 )
 from ranks import Alone, Lost, Ranks, divide, join, local, parts
+from strawberry import status_file
 from strawberry.common import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
 
 METRICS = "metrics.jsonl"
@@ -86,6 +87,7 @@ GRACE = 3.0  # seconds after a signal in which a step may still be finished
 LAG = 4  # recorded steps that a GPU may be behind the host
 CPU_TOKENS = 4096  # in a batch, at most, that batch_size "auto" makes on a CPU: more makes no token cheaper there
 VERIFIED = 2 << 30  # bytes of token file that --check reads whole: seconds
+STATUS = status_file.StatusFile(os.environ.get(status_file.VARIABLE))  # of a run that serve.py has started
 
 # ---- signals -------------------------------------------------------------------------------------------------------
 
@@ -259,12 +261,17 @@ def format_decimal(value: float) -> str:
 
 
 class Sturdy:
-    """A stream whose full disk ends no run: what cannot be written is lost, or comes when there is room again."""
+    """A stream whose full disk ends no run: what cannot be written is lost, or comes when there is room again.
+
+    Warnings, and that the stream cannot be written, go to STATUS too.
+    """
 
     def __init__(self, stream):
         self.stream = stream
 
     def write(self, text: str) -> int:
+        if text.startswith("warning: "):
+            STATUS.warn(text.removeprefix("warning: ").strip())
         with self.sparing():
             self.stream.write(text)
         return len(text)
@@ -280,8 +287,8 @@ class Sturdy:
             yield
         except BrokenPipeError:  # its reader left on purpose
             raise
-        except OSError:
-            pass
+        except OSError as error:
+            STATUS.warn(f"cannot write the log ({error.strerror}); lines of it are lost")
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -1389,6 +1396,7 @@ class Trainer:
             except UserError as error:
                 self.save_failed = True
                 warn(f"{error}; trying again later")
+        STATUS.update(step=step, saved=self.saved)
 
     def check_weights(self) -> None:
         found = torch.stack([(~torch.isfinite(local(p))).any() for p in self.model.parameters()]).float()
@@ -1598,8 +1606,9 @@ def carry_out(argv: list[str], last: bool) -> int:
         if is_first_to_report(message):
             print(message, file=sys.stderr)
         return 3
-    except UserError:
+    except UserError as error:
         trainer.save_where_it_stands()
+        STATUS.update(error=str(error)[:status_file.MAX_LENGTH])
         raise
     except BrokenPipeError:  # the reader of stdout left: `train.py … | head`
         if not trainer.ranks.sharded:  # sharded ranks only save together, and the others know nothing of it

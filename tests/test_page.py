@@ -235,6 +235,18 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", **told, **more)
         self.send("Input.dispatchKeyEvent", type="keyUp", **told)
 
+    def click_and_answer(self, button, accept):
+        """Clicks what asks a question, answers it, and gives the question."""
+        with self.news:
+            self.told = [m for m in self.told if m["method"] != "Page.javascriptDialogOpening"]
+        self.post("Runtime.evaluate", expression=f"{button}.click()")
+        asked = lambda: [m for m in self.told if m["method"] == "Page.javascriptDialogOpening"]  # noqa: E731
+        with self.news:
+            assert self.news.wait_for(asked, 10), f"{button} asks nothing"
+            question = asked()[0]["params"]["message"]
+        self.send("Page.handleJavaScriptDialog", accept=accept)
+        return question
+
     def write(self, selector, text):
         """Types into a field that the keyboard is at after focus()."""
         self.js(f"document.querySelector({json.dumps(selector)}).focus()")
@@ -334,11 +346,7 @@ def test_a_person_brings_data_trains_and_writes(page, site, tmp_path):
     page.js("$('upload-button').click()")
     page.until("$('files').children.length === 2")
     assert "<img src=x onerror=alert(1)>.txt" in page.js("$('files').innerText")
-    page.send("Page.enable")
-    page.post("Runtime.evaluate", expression="parts($('files').children[1]).delete.click()")
-    with page.news:
-        assert page.news.wait_for(lambda: any("javascriptDialogOpening" in m["method"] for m in page.told), 10)
-    page.send("Page.handleJavaScriptDialog", accept=True)
+    assert "Delete <img" in page.click_and_answer("parts($('files').children[1]).delete", accept=True)
     page.until("$('files').children.length === 1")
 
     # a dataset of what is left; of no file it is refused in words
@@ -551,3 +559,45 @@ def test_text_can_be_read(page, site, scheme):
     page.size(1200, 900, scheme)
     worst = contrast(page)
     assert worst[0] >= 4.5, worst
+
+
+def test_runs_and_datasets_show_their_size_and_are_deleted_when_that_is_confirmed(page, site):
+    import openai
+
+    client = site.client.with_options(api_key=site.settings.api_key[0])
+    file = client.files.create(file=("tales.md", (WORDS * 200).encode()), purpose="fine-tune").id
+    make = {"files": [file], "encoder": "chars", "name": "to delete"}
+    dataset = client.post("/datasets", body=make, cast_to=dict)["id"]
+    endless = {**HYPER, "max_iters": 10**6, "eval_interval": 10**6}
+    asked = {"model": "tinystar-v0.1-baseline", "training_file": dataset, "hyperparameters": endless}
+    run = client.fine_tuning.jobs.create(**asked).id
+    parts = {name: f"parts([...$('{name}').children].find(e => e.dataset.id === '{id}'))"
+             for name, id in (("datasets", dataset), ("runs", run))}
+    page.js("go()")
+    page.until(f"[...$('runs').children].some(e => e.dataset.id === '{run}')")
+    page.until(f"{parts['runs']}.state.innerText === 'running' && {parts['datasets']}.state.innerText === 'done'", 60)
+    assert not page.js(f"{parts['runs']}.delete.checkVisibility()")
+
+    # in use: the server's words are on the page
+    page.click_and_answer(f"{parts['datasets']}.delete", accept=True)
+    page.until(f"/needed by the fine-tuning job {run}, which is running/.test({parts['datasets']}.error.innerText)")
+    page.js(f"{parts['runs']}.cancel.click()")
+    page.until(f"{parts['runs']}.state.innerText === 'cancelled'")
+    page.js(f"{parts['runs']}.details.open = true")
+    page.until(f"{parts['runs']}.events.children.length > 1")
+    pictures(page, "deleting")
+    for name, path in (("runs", f"/fine_tuning/jobs/{run}"), ("datasets", f"/datasets/{dataset}")):
+        size = client.get(path, cast_to=dict)["bytes"]
+        assert size > 1000
+        assert page.js(f"bytes({size})") + " on disk" in page.js(f"{parts[name]}.facts.innerText")
+        title = page.js(f"{parts[name]}.title.innerText")
+        assert page.click_and_answer(f"{parts[name]}.delete", accept=False).startswith(f"Delete {title}? ")
+        assert client.get(path, cast_to=dict)["id"] in (run, dataset), "it was deleted though nobody confirmed it"
+        page.click_and_answer(f"{parts[name]}.delete", accept=True)
+        page.until(f"![...$('{name}').children].some(e => ['{run}', '{dataset}'].includes(e.dataset.id))")
+        assert page.js("document.activeElement !== document.body"), "the focus is lost"
+        with pytest.raises(openai.NotFoundError):
+            client.get(path, cast_to=dict)
+    client.files.delete(file)
+    page.js("go()")
+    assert not [problem for problem in page.problems() if not re.search("status of 40[49]", str(problem))]
