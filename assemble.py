@@ -36,8 +36,10 @@ import encoder as encoders
 import options
 import prepare
 from options import UserError, atomic_write, option
+from strawberry.common import Input, Output, check_outputs, encoder_inputs, find_previous
 
 TOKENS, ENCODER, RESULT, PROGRESS = "tokens.bin", "encoder.bin", "result.json", "progress.json"
+KINDS = {TOKENS: "tokens", ENCODER: "encoder", RESULT: "dataset result", PROGRESS: "progress"}
 VERSION = 1  # of what a recipe comes to: raised whenever the same recipe gives other bytes
 
 # ---- the recipe ----------------------------------------------------------------------------------------------------
@@ -382,10 +384,21 @@ class Progress:
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def assemble(recipe: Recipe, folder: Path) -> dict:
+def check_files(recipe: Recipe, paths: Iterable[Path], folder: Path, recipe_file: str | None) -> None:
+    """Raises UserError where the dataset would cost one of the files that it is made from, or another one."""
+    outputs = [Output("FOLDER", folder / name, kind) for name, kind in KINDS.items()]
+    inputs = [Input("files", path) for path in paths] + encoder_inputs("encoder", recipe.encoder or "chars")
+    check_outputs(outputs, inputs + [Input("RECIPE.json", recipe_file)] * bool(recipe_file))
+
+
+def assemble(recipe: Recipe, folder: Path, recipe_file: str | None = None) -> dict:
     """Make the dataset in `folder`; returns what result.json says, which is written last."""
     began, progress = time.perf_counter(), Progress(folder / PROGRESS)
-    found = [[path for _, path in prepare.find([name], "files")] for name in recipe.files]
+    previous = find_previous(Output("FOLDER", folder / name, kind) for name, kind in KINDS.items())
+    found = [[path for _, path in prepare.find([name], "files", leave_out=previous)] for name in recipe.files]
+    check_files(recipe, (path for paths in found for path in paths), folder, recipe_file)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
     with contextlib.ExitStack() as stack:
         texts = stack.enter_context(contextlib.closing(Texts(folder)))
         alike = None
@@ -404,7 +417,8 @@ def assemble(recipe: Recipe, folder: Path) -> dict:
         times[kept] = copies(np.array(gatherer.sources)[kept], recipe.weights or [1.0] * len(found), recipe.seed)
         if not times.any():
             told = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in gatherer.left_out.items() if n)
-            raise UserError(f"no text is left of the files (left out: {told or 'nothing; they are empty'})")
+            names = ", ".join(recipe.files[:5]) + (", …" if len(recipe.files) > 5 else "")
+            raise UserError(f"no text is left of the files (left out: {told or 'nothing; they are empty'}): {names}")
         taken = np.flatnonzero(times)
         progress.begin("making the encoder")
         encoder = get_encoder(recipe, texts, taken, folder)
@@ -412,6 +426,14 @@ def assemble(recipe: Recipe, folder: Path) -> dict:
     result |= {"left_out": gatherer.left_out, "seconds": round(time.perf_counter() - began, 2)}
     atomic_write(folder / RESULT, json.dumps(result, indent=1).encode())
     return result
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a call that was killed had not finished."""
+    for name in KINDS:
+        for path in folder.glob(f".{name}.*.tmp"):
+            if path.name.removeprefix(f".{name}.").removesuffix(".tmp").isdigit():
+                path.unlink()
 
 
 def get_encoder(recipe: Recipe, texts: Texts, taken: np.ndarray, folder: Path) -> encoders.Encoder:
@@ -498,10 +520,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{argv[0]}: " + "\n  ".join(problems))
     folder = Path(argv[1])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(".*.tmp"):  # of one that was killed
-            path.unlink()
-        result = assemble(recipe, folder)
+        result = assemble(recipe, folder, argv[0])
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror or error}") from error
     left_out = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in result["left_out"].items() if n)

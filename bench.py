@@ -89,8 +89,20 @@ from checkpoint import load_model, save_model
 from dataset import Corpus
 from model import CONFIGS, Embedding, LanguageModel, LearnedPositions, build
 from optimizer import build_optimizer
-from options import OptimizerHyperparams, Run, UserError, atomic_write, declared, load_run, nearest, run_cli, to_dict
+from options import (
+    OptimizerHyperparams,
+    Run,
+    UserError,
+    atomic_write,
+    declared,
+    find_config,
+    load_run,
+    nearest,
+    run_cli,
+    to_dict,
+)
 from strawberry.cache import Cache, ChunkCache, iter_layer_caches
+from strawberry.common import Input, Output, check_outputs
 from strawberry.ops.linear import Int8Weight
 from train import Signals, Trainer
 
@@ -187,6 +199,26 @@ def parse_override(text: str) -> tuple[str, str]:
     if name in FIXED or name in ("eval_interval", "log_interval") or name.startswith("checkpoints."):
         raise UserError(f"{text!r}: compare sets {name} itself; leave it out")
     return name, value.strip()
+
+
+def list_results(name: str, out: Path, table: Path | None = None) -> list[Output]:
+    """What a command writes into the directory --out; `table`: another place for its JSON, which --json names."""
+    json_file = Output("--out", out / f"{name}.json", "benchmark") if table is None else json_output(table)[0]
+    return [json_file, Output("--out", out / f"{name}.md", "report"), Output("--out", out / f"{name}.png", "picture")]
+
+
+def json_output(path: Path | None) -> list[Output]:
+    """The file of --json, where it is given."""
+    return [] if path is None else [Output("--json", path, "benchmark")]
+
+
+def list_read(option: str, specs: Iterable[str], runs: Iterable[Run] = ()) -> list[Input]:
+    """The files that a command reads: the configs and models that an option names, and what the runs train on."""
+    inputs = []
+    for spec in specs:
+        match = re.fullmatch(r"(.+?\.json5?)(?::(.*))?", spec, re.DOTALL)
+        inputs.append(Input(option, find_config(match[1]) if match else spec))
+    return inputs + [given for run in runs for given in train.list_inputs(run)]
 
 
 # ---- configs -------------------------------------------------------------------------------------------------------
@@ -1177,6 +1209,8 @@ def compare(argv: list[str]) -> int | None:
     entries = load_entries(arguments.configs, common)
     if arguments.match:
         match_params(entries, arguments.params or entries[0].params, common)
+    read = list_read("configs", (entry.file for entry in entries), (entry.run for entry in entries))
+    check_outputs(list_results("compare", arguments.out), read)
     plan = make_plan(arguments, entries)
     contest = Contest(entries, plan)
     introduce(entries, contest)
@@ -1652,6 +1686,7 @@ def decode_command(argv: list[str]) -> None:
         against_nanogpt(arguments)
         return
     subjects = read_subjects(arguments.models)
+    check_outputs(list_results("decode", arguments.out, arguments.json), list_read("models", arguments.models))
     bench = make_bench(arguments)
     print(f"{machine(bench.device)} copies {bench.bandwidth / 1e9:,.1f} GB/s", flush=True)
     rows, command = [], command_line("python", "decode", argv)
@@ -1871,6 +1906,9 @@ def train_command(argv: list[str]) -> int | None:
     """Measure how fast configs train: whole steps and their parts, arithmetic, memory."""
     arguments = train_arguments(argv)
     if arguments.against:
+        names = ("train.py", "model.py", "configurator.py")
+        checked = [Input("--nanogpt_path", arguments.nanogpt_path / name) for name in names]
+        check_outputs(json_output(arguments.json), checked)
         found = train_beside_nanogpt(arguments)
     else:
         found = measured_steps(arguments)
@@ -1901,6 +1939,7 @@ def measured_steps(arguments: argparse.Namespace) -> list[dict]:
     """A row for each config, measured in a process of its own and printed."""
     common = [changed_key(text) for text in arguments.set]
     runs, rows = [loaded(spec, common) for spec in arguments.config], []
+    check_outputs(json_output(arguments.json), list_read("--config", arguments.config, runs))
     for first in range(0, len(runs), arguments.jobs):
         specs = arguments.config[first : first + arguments.jobs]
         with tempfile.TemporaryDirectory() as folder:
@@ -2159,6 +2198,8 @@ def growth_command(argv: list[str]) -> None:
     """Measure how training's speed and memory change with window and width; draw them."""
     arguments = growth_arguments(argv)
     points = growth_points(arguments)
+    read = list_read("configs", arguments.configs, (point["run"] for point in points))
+    check_outputs(list_results("growth", arguments.out), read)
     for first in range(0, len(points), arguments.jobs):
         group = points[first : first + arguments.jobs]
         with tempfile.TemporaryDirectory() as folder:
@@ -2253,10 +2294,12 @@ def scale_command(argv: list[str]) -> None:
     words = [changed_key(text) for text in (*arguments.set, *(split_list(changes) if changes else ()))]
     words = [f"--{key}={value}" for key, value in words]
     rows: list[dict] = []
+    config = f"{file}.json" if changes else file
+    read = list_read("--config", [config], [load_run(["--config", config, *words], CONFIGS)])
+    check_outputs(json_output(arguments.json), read)
     for n, parallel in itertools.product(arguments.processes, arguments.parallel):
         if n == 1 and any(row["processes"] == 1 for row in rows):
             continue  # one process divides nothing
-        config = f"{file}.json" if changes else file
         run = load_run(["--config", config, *words, f"--parallel={parallel}"], CONFIGS)
         if not arguments.same_batch and run.batch_size != "auto":
             run.batch_size *= n

@@ -190,8 +190,9 @@ def _tidy(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.rename(path, successor)
-    for path in root.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for name in ("step_*", "remove_step_*"):
+        for path in root.glob(UNFINISHED + name):
+            shutil.rmtree(path, ignore_errors=True)
     for path in root.glob(f".{LATEST}.*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -575,6 +576,20 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
         _check_encoder(encoder, model, meta["encoder_fingerprint"], path)
         _copy_into(model, file, path)
     return model.to(device).eval(), encoder, record
+
+
+def find_model(path, option: str) -> Path:
+    """`path` itself where it is no directory, else the model file of that checkpoint, or of the newest good checkpoint
+    in it. Raises UserError, naming the option that the path was given by, where the directory has none."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if (path / MODEL).is_file():
+        return path / MODEL
+    if not any(path.glob("*step_*")):
+        mend = "name a model file or a run's checkpoints"
+        raise UserError(f"{option}: {path} is a directory without checkpoints; {mend}")
+    return newest(path).path / MODEL
 
 
 def read_about(path) -> tuple[dict, dict]:

@@ -152,7 +152,7 @@ class TokenFileWriter:
         self.n_tokens = self.n_documents = 0
         self._hash = hashlib.sha256()
         target = Path(os.path.realpath(path))
-        self._temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        self._temporary = options.temporary_path(target)
         if target.exists() and not target.is_file():
             raise UserError(f"cannot write {path}: it is there and is not a regular file; name another path")
         try:

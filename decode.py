@@ -6,8 +6,8 @@
 
 A text sits in a row of one cache that is allocated once. A new one joins at the next token, wherever the others stand,
 and its row is free again when it ends. A row draws from numbers of its own seed, reads its prompt by itself, and is
-computed apart from the others: its text depends on nobody else's. (Exactly, at equal batch shapes, as decoder.shrink =
-False keeps them; else within rounding, since matrix products of other shapes add up in another order.)
+computed apart from the others, so its text depends on no other text: within rounding, since matrix products and sums of
+other shapes add up in another order; exactly with batch_invariant, which gives every step one shape.
 
 On CUDA, a step for all rows, the draw included, is recorded once as a graph and then replayed: one launch for a token
 of each row, no decision on the host, no memory allocated. The device works one step ahead of what the host has read.
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from model import LanguageModel
 from options import UserError
+from strawberry.cache import RingKVCache, iter_layer_caches
 from strawberry.ops.common import to_accum_dtype
 from strawberry.ops.linear import Int8Weight, quantize_int8
 from strawberry.ops.sampling import sample
@@ -123,13 +124,22 @@ class Draws:
 # ---- how logits come about -----------------------------------------------------------------------------------------
 
 
+ALIGNMENT = 64  # cache slots: a multiple of every vector's length, so that sums over slots end alike
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
 class Through:
     """Logits through a cache: each token is computed once."""
 
-    def __init__(self, model: LanguageModel, rows: int, max_length: int, max_source: int):
-        self.model, self.step, self.parts = model, model.decode_step, {}
+    def __init__(self, model: LanguageModel, rows: int, max_length: int, max_source: int, batch_invariant: bool):
+        self.model, self.step, self.parts, self.batch_invariant = model, model.decode_step, {}, batch_invariant
         self.room = min(max_length, model.max_positions or max_length)
-        self.cache = model.new_cache(rows, self.room, max_source=max_source if model.takes_source else None)
+        size = round_up(self.room, ALIGNMENT) if batch_invariant else self.room
+        size = min(size, model.max_positions or size)
+        self.cache = model.new_cache(rows, size, max_source=max_source if model.takes_source else None)
         self.cache.positions[:] = -1  # nobody's
 
     def begin(self, row: int, tokens: list[int], source: list[int] | None) -> Tensor:
@@ -142,6 +152,13 @@ class Through:
         self.cache.lengths[row] = len(tokens)
         return logits
 
+    def smallest_bucket(self, smallest: int) -> int:
+        """`smallest`, doubled until a ring whose size is no multiple of ALIGNMENT is read whole from the first step."""
+        sizes = [state.size for state in iter_layer_caches(self.cache.layers) if isinstance(state, RingKVCache)]
+        while smallest < max((size for size in sizes if size % ALIGNMENT), default=0):
+            smallest *= 2
+        return smallest
+
     def full(self, row: int) -> bool:
         return self.cache.lengths[row] >= self.room
 
@@ -150,7 +167,8 @@ class Through:
         tokens a row holds before the step, at most."""
         length, chunk = self.cache.lengths, self.model.chunk_size
         if chunk and (border := [row for row in rows if length[row] % chunk == 0]):
-            self.model.begin_chunks(self.cache, border)
+            for some in [[row] for row in border] if self.batch_invariant else [border]:
+                self.model.begin_chunks(self.cache, some)
         held = max(length[row] for row in rows)
         for row in rows:
             length[row] += 1
@@ -187,7 +205,7 @@ class Anew:
 
     room = 2**62
 
-    def __init__(self, model: LanguageModel, rows: int, max_length: int, max_source: int):
+    def __init__(self, model: LanguageModel, rows: int, max_length: int, max_source: int, batch_invariant: bool):
         self.model, self.texts = model, {}
 
     def begin(self, row: int, tokens: list[int], source: None) -> Tensor:
@@ -197,6 +215,9 @@ class Anew:
     def of(self, row: int) -> Tensor:
         newest = self.texts[row][-self.model.config.block_size :]
         return to_accum_dtype(self.model(torch.tensor([newest], device=self.model.device))[0][:, -1])
+
+    def smallest_bucket(self, smallest: int) -> int:
+        return smallest
 
     def full(self, row: int) -> bool:
         return False
@@ -297,7 +318,17 @@ class Decoder:
     model: in eval mode, on its device and in its dtype. rows: texts at once. max_length: tokens of a prompt and what
     follows it, at most. on_full says what happens where learned positions end: the text stops ("full"), or ("slide")
     its newest block_size / 2 tokens are read anew and it goes on. compile makes a CUDA step faster, and takes up to a
-    minute. shrink: when few rows are busy, only as many are computed (a power of two).
+    minute. When few rows are busy, only as many are computed (a power of two), and of the cache only what the longest
+    row has filled.
+
+    batch_invariant: a text is bit for bit the same whatever the other rows hold, on a CPU with a given number of
+    threads. Every step computes all rows, reads a multiple of ALIGNMENT slots of the cache, opens the chunks of one row
+    at a time, and draws for each kind of filters separately. The number of rows and of slots still counts: compare
+    texts of decoders with equal rows, max_length, max_source and smallest.
+
+    smallest: cached tokens that a step of fixed shape (one that is recorded, or batch_invariant) reads at least; then
+    twice as many, and so on. With batch_invariant, smallest = max_length makes all steps equal by construction; a lower
+    one relies on kernels for which masked slots at the end change nothing, as tests show for every family.
 
     >>> decoder = Decoder(model, rows=2, max_length=64)
     >>> handle = decoder.admit(Request([5, 6, 7], max_new_tokens=3))
@@ -305,17 +336,17 @@ class Decoder:
     ...     for handle, token, ended in decoder.step(): ...      # ended: None, "stop", "length" or "full"
     """
 
-    smallest = 256  # tokens held that a recorded step is made for; then twice as many, and so on
-
     @torch.no_grad()
     def __init__(self, model: LanguageModel, rows: int, max_length: int, *, on_full: str = "stop",
-                 compile: bool = False, shrink: bool = True, max_source: int | None = None):
+                 compile: bool = False, batch_invariant: bool = False, smallest: int = 256,
+                 max_source: int | None = None):  # fmt: skip
         if not model.generates:
             raise UserError(f"a {model.config.arch} of kind encoder predicts masked tokens; it does not continue text")
         device = model.device
         self.model, self.rows, self.slides = model, rows, on_full == "slide"
         way = Through if model.causal else Anew
-        self.logits = way(model, rows, max_length, max_source or model.config.block_size)
+        self.batch_invariant = batch_invariant and device.type == "cpu"
+        self.logits = way(model, rows, max_length, max_source or model.config.block_size, self.batch_invariant)
         self.draws = Draws(rows, model.config.vocab_size, device)
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # the newest of each row
         self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)  # the same, but −1 for NaN
@@ -323,7 +354,8 @@ class Decoder:
         self.at: list[Row | None] = [None] * rows
         self.handles, self.under_way = itertools.count(1), deque()
         self.forget()
-        self.shrink, self.launch, self.ahead, self.bucket = shrink, self.run, 0, None
+        self.shrink, self.launch, self.ahead, self.smallest = not batch_invariant, self.run, 0, smallest
+        self.bucket = self.logits.smallest_bucket(smallest) if self.batch_invariant else None
         if model.causal and device.type == "cuda":
             self.record(compile)
 
@@ -511,7 +543,11 @@ class Decoder:
         self.forget()
         held = self.logits.ready(places)
         n = 1 << max(places).bit_length() if self.shrink else self.rows
-        self.launch(*self.kind(min(n, self.rows), held, [row.request for row in rows]))
+        kind = self.kind(min(n, self.rows), held, [row.request for row in rows])
+        if self.batch_invariant:
+            self.run_batch_invariant(kind[1], places)
+        else:
+            self.launch(*kind)
         owners = []
         for place, row in zip(places, rows, strict=True):
             row.asked += 1
@@ -521,14 +557,29 @@ class Decoder:
 
     def kind(self, n: int, held: int, requests: list[Request]) -> tuple:
         """What a recorded step is made for: how many rows, tokens held, filters."""
-        if self.bucket is not None:
+        if self.batch_invariant:
+            held = (self.bucket << (held // self.bucket).bit_length()) - 1  # the step's own token makes it a bucket
+        elif self.bucket is not None:
             held = min(self.bucket << (held // self.bucket).bit_length(), self.logits.room)
         return n, held, self.draws.filters(requests)
 
     def run(self, n: int, held: int, filters: tuple) -> None:
         """A step of the first n rows: nothing in it depends on what the host knows."""
-        live = self.live[:n]
         token = self.draws.draw(self.logits.after(self.token[:n], held), slice(0, n), filters)
+        self.finish_step(n, token)
+
+    def run_batch_invariant(self, held: int, places: list[int]) -> None:
+        """A step of all rows in which each is drawn as its own filters alone would have it."""
+        logits, token = self.logits.after(self.token, held), torch.zeros_like(self.token)
+        groups: dict[tuple, list[int]] = {}
+        for place in places:
+            groups.setdefault(self.draws.filters([self.at[place].request]), []).append(place)
+        for filters, some in groups.items():
+            token[some] = self.draws.draw(logits, slice(0, self.rows), filters)[some]
+        self.finish_step(self.rows, token)
+
+    def finish_step(self, n: int, token: Tensor) -> None:
+        live = self.live[:n]
         self.settle(slice(0, n), token)
         self.logits.advance(live)
         self.draws.count[:n] += live

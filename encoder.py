@@ -39,7 +39,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from options import UserError, atomic_write, nearest, run_cli
+from options import UserError, atomic_write, check_path_arguments, nearest, run_cli
+from strawberry.common import Input, Output, check_outputs, find_previous, is_same_file
 
 EOT, PAD = "<|eot|>", "<|pad|>"  # the end of a text, and what fills ragged rows; every encoder has both
 GPT4_PATTERN = (  # tiktoken's cl100k_base: contractions, words, up to 3 digits, punctuation, four cases of whitespace
@@ -591,10 +592,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", default="bin/cl8k.bin", help="the encoder file (default bin/cl8k.bin)")
     parser.add_argument("--special", nargs="+", action="extend", default=[], help=f"more specials than {EOT} and {PAD}")
     args = parser.parse_args(argv)
-    if Path(args.output).is_dir():
-        raise UserError(f"--output {args.output!r} is a folder; name a file")
+    check_path_arguments(args, "input", "output")
     start = time.perf_counter()
-    files = TextFiles(args.input)
+    files, outputs = TextFiles(args.input), [Output("--output", args.output, "encoder")]
+    if previous := find_previous(outputs):
+        files.paths = [path for path in files.paths if not is_same_file(path, previous[0])]
+    check_outputs(outputs, [Input("--input", path) for path in files.paths])
     print(f"training {args.vocab_size} tokens on {len(files.paths)} files …", file=sys.stderr, flush=True)
     encoder = train(files, args.vocab_size, args.special)
     encoder.save(args.output)

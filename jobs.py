@@ -14,14 +14,17 @@ its child writes last and in one piece; everything else is a failure that can be
 A new kind of job is a function and a line in KINDS: the function says which command to run, and which file is there
 once all is done. It queues, survives, and is stopped and resumed as the others are.
 
-Index:  refusals · ids · uploads · child processes · a job · the kinds: datasets, runs · all jobs
+Index:  refusals · ids · uploads · child processes · a job · the kinds: datasets, runs · names in place of paths ·
+        all jobs
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -46,9 +49,10 @@ import options
 from model import CONFIGS
 from options import UserError, atomic_write, nearest, read_json, show
 from sample import MODEL_SUFFIXES
+from strawberry import status_file
 
 HERE = Path(__file__).resolve().parent
-ABOUT, LOG, EVENTS, PID = "about.json", "log.txt", "events.jsonl", "pid.json"
+ABOUT, LOG, EVENTS, PID, STATUS = "about.json", "log.txt", "events.jsonl", "pid.json", "status.json"
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
@@ -76,7 +80,8 @@ class Shelf:
         self.root, self.kind, self.what = root, kind, what
         root.mkdir(parents=True, exist_ok=True)
         for path in root.glob(".tmp_*"):  # what a killed server left
-            shutil.rmtree(path, ignore_errors=True)
+            if re.fullmatch(r"\.tmp_[0-9a-f]+", path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def folder(self, name: str, param: str | None = None) -> Path:
         """The directory of that id. Raises Refused (404) for everything else, whatever it looks like."""
@@ -100,11 +105,27 @@ class Shelf:
         os.rename(temporary, self.root / name)
         return self.root / name
 
-    def remove(self, name: str) -> None:
-        """At once as far as anybody sees, whatever happens on the way."""
+    def set_aside(self, name: str) -> Path:
+        """Take its name from a directory, in one step; what is to be removed then, the next start removes too."""
         doomed = self.root / f".tmp_{secrets.token_hex(8)}"
-        os.rename(self.folder(name), doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            os.rename(self.folder(name), doomed)
+        except OSError as error:
+            raise Refused(507, f"the {self.what} {name} cannot be deleted: {error.strerror or error}", "id") from error
+        return doomed
+
+    def remove(self, name: str) -> None:
+        shutil.rmtree(self.set_aside(name), ignore_errors=True)
+
+
+def disk_use(folder: Path) -> int:
+    """Bytes of all files in it. What goes away meanwhile is not counted."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total
 
 
 def page(items: list[dict], after: str | None, limit: int) -> dict:
@@ -124,12 +145,24 @@ def read_about(folder: Path) -> dict:
 
 
 def write_about(folder: Path, about: dict) -> None:
-    atomic_write(folder / ABOUT, json.dumps(about, indent=1).encode())
+    """Raises OSError where it cannot be written."""
+    try:
+        atomic_write(folder / ABOUT, json.dumps(about, indent=1).encode())
+    except UserError as error:  # which names the path
+        raise error.__cause__ or OSError("it is no file") from error
 
 
 # ---- uploads -------------------------------------------------------------------------------------------------------
 
-SUFFIXES = (".txt", ".json", ".jsonl")
+# What may be uploaded, by the end of its name: a document, or a list of documents. This is the only place that knows.
+TEXT_KINDS = """
+    txt text md markdown rst adoc org tex log srt html htm xml css toml yaml yml ini cfg sql
+    py pyi js mjs ts jsx tsx c h cc cpp cxx hh hpp hxx cu cuh cs java kt scala go rs swift rb php pl lua r jl hs ml ex
+    erl clj lisp el vim sh bash zsh ps1 bat
+"""
+TEXT_SUFFIXES = tuple(f".{kind}" for kind in TEXT_KINDS.split())
+LIST_SUFFIXES = {".json": ".json", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".jsonlines": ".jsonl"}  # → stored as
+SUFFIXES = (*TEXT_SUFFIXES, *LIST_SUFFIXES)
 MAX_NAME = 255  # characters
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 
@@ -139,8 +172,11 @@ class Upload:
 
     def __init__(self, uploads: Uploads):
         self.uploads, self.size, self.hash = uploads, 0, hashlib.sha256()
-        self.folder = uploads.shelf.temporary()
-        self.file = open(self.folder / "content", "xb")  # noqa: SIM115 (closed by finish and abort)
+        try:
+            self.folder = uploads.shelf.temporary()
+            self.file = open(self.folder / "content", "xb")  # noqa: SIM115 (closed by finish and abort)
+        except OSError as error:
+            raise Refused(507, f"the file cannot be stored: {error.strerror}") from error
 
     def write(self, data: bytes) -> None:
         self.size += len(data)
@@ -190,14 +226,18 @@ def clean_name(name: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """The suffixes by which prepare.py will know what is in it; a name without any is a text's."""
-    lower = name.lower() if "." in name else f"{name}.txt"
-    for suffix in SUFFIXES:
-        for packed in (suffix, f"{suffix}.gz"):
-            if lower.endswith(packed):
-                return packed
-    allowed = ", ".join(SUFFIXES)
-    raise Refused(400, f"the file's name {show(name)} must end in {allowed}, or in one of these and .gz", "file")
+    """The suffixes by which prepare.py will know what is in it; a name without any is a text's.
+
+    >>> kind_of("notes.MD"), kind_of("chat.ndjson.gz"), kind_of("LICENSE")
+    ('.md', '.jsonl.gz', '.txt')
+    """
+    lower = name.lower()
+    stem, packed = (lower.removesuffix(".gz"), ".gz") if lower.endswith(".gz") else (lower, "")
+    suffix = Path(stem).suffix or ".txt"
+    if suffix not in SUFFIXES:
+        allowed = f"must end in {', '.join(SUFFIXES)}, or in one of these and .gz, or have no ending"
+        raise Refused(400, f"the file's name {show(name)} {allowed}; rename it if it is text", "file", "file_kind")
+    return LIST_SUFFIXES.get(suffix, suffix) + packed
 
 
 def check_gzip(path: Path, limit: int) -> None:
@@ -288,12 +328,14 @@ class Child:
             self.pid, self.born = int(known["pid"]), str(known["born"])
 
     def start(self, argv: list[str]) -> None:
-        """Run `python argv…` in the job's folder, its output at the end of LOG."""
+        """Run `python argv…` in the job's folder, its output at the end of LOG, its reports in STATUS."""
         (self.folder / PID).unlink(missing_ok=True)
+        status_file.allocate(self.folder / STATUS)
         command = [sys.executable, "-c", LAUNCH, str(self.folder / PID), *argv]
+        env = {**os.environ, status_file.VARIABLE: str(self.folder / STATUS)}
         with open(self.folder / LOG, "ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                            cwd=self.folder, start_new_session=True)  # fmt: skip
+                                            cwd=self.folder, env=env, start_new_session=True)  # fmt: skip
         self.pid = self.process.pid
 
     def alive(self) -> bool:
@@ -349,6 +391,10 @@ class Job:
     def __init__(self, folder: Path, about: dict):
         self.folder, self.about, self.child = folder, about, Child(folder)
         self.metrics = Tail(folder / "checkpoints" / "metrics.jsonl")
+        self.n_warnings = 0  # of the child that were looked at
+        self.warned: set[str] = set()  # those that were events before this server saw the child give them
+        self.unwritten: list[bytes] = []  # events that a full disk did not take
+        self.is_stored = True  # whether `about` is on disk
         self.asked_at = math.inf  # time.monotonic() of the signal
         self.n_events, whole = 0, True
         with contextlib.suppress(OSError), open(folder / EVENTS, "rb+") as file:
@@ -373,34 +419,61 @@ class Job:
         return self.about["request"]
 
     def set(self, **changes) -> None:
+        """Change what is known, on disk before it shows. What a full disk doesn't take shows all the same, and is
+        written by a later store(): a job can be stopped when the disk is full."""
         changed = self.about | changes
-        write_about(self.folder, changed)  # before it shows, so that nobody sees what a crash would undo
+        try:
+            write_about(self.folder, changed)
+            self.is_stored = True
+        except OSError:
+            self.is_stored = False
         self.about = changed
 
     def tell(self, message: str, level: str = "info", data: dict | None = None) -> None:
-        """One more event. A full disk costs the event, not the job."""
+        """One more event. What a full disk doesn't take is kept in memory, and written by a later store()."""
         self.n_events += 1
         event = {"id": f"ftevent-{self.id.rpartition('-')[2]}-{self.n_events}", "created_at": int(time.time())}
         event |= {"level": level, "message": message, "object": "fine_tuning.job.event"}
         event |= {"type": "metrics" if data else "message", "data": data or {}}
+        self.unwritten.append(json.dumps(event).encode() + b"\n")
+        self.store_events()
+
+    def store_events(self) -> None:
         with contextlib.suppress(OSError), open(self.folder / EVENTS, "ab") as file:
-            file.write(json.dumps(event).encode() + b"\n")
+            end = file.tell()
+            try:
+                file.write(b"".join(self.unwritten))
+                file.flush()
+            except OSError:
+                file.truncate(end)  # no half line
+                raise
+            self.unwritten = []
+
+    def store(self) -> None:
+        """Try again to write what a full disk did not take."""
+        if self.unwritten:
+            self.store_events()
+        if not self.is_stored:
+            self.set()
 
     def events(self) -> list[dict]:
         """The newest first."""
-        found = []
+        found, unwritten = [], list(self.unwritten)
         with contextlib.suppress(OSError):
             for line in (self.folder / EVENTS).read_bytes().splitlines():
                 with contextlib.suppress(ValueError):  # what a kill left half written
                     found.append(json.loads(line))
-        return found[::-1]
+        found += map(json.loads, unwritten)
+        return list({event["id"]: event for event in found}.values())[::-1]  # some may have been written meanwhile
 
     def catch_up(self) -> None:
         """After a start of the server: tell no step again, and none too few of a child that ran on without it."""
         if self.status != "running":
             self.metrics.read()
             return
-        told = next((event["data"] for event in self.events() if event.get("type") == "metrics"), None)
+        events = self.events()
+        self.warned = {event["message"] for event in events if event["level"] == "warn"}
+        told = next((event["data"] for event in events if event.get("type") == "metrics"), None)
         if told:
             self.metrics.seen = (told["step"], "full_valid_loss" in told, 0)
 
@@ -417,14 +490,45 @@ class Job:
                 for found in checkpoint.listed(self.folder / "checkpoints")]
 
     def last_words(self) -> str:
-        """The error that the child's output ends with, if it does; without the names of directories."""
+        """The error that the child's output ends with, if it does, or that it has reported."""
         with contextlib.suppress(OSError), open(self.folder / LOG, "rb") as file:
             file.seek(max(self.about.get("log_start", 0), os.fstat(file.fileno()).st_size - 65536))
             text = file.read().decode("utf-8", "replace").replace("\r", "\n")
             found = re.findall(r"^(?:error: |\w*(?:Error|Exception): )(.*(?:\n  .*)*)", text, re.MULTILINE)
             if found:
-                return found[-1].strip()[:2000].replace(f"{self.folder}{os.sep}", "").replace(f"{HERE}{os.sep}", "")
-        return ""
+                return found[-1].strip()[:2000]
+        return str(self.report().get("error", ""))
+
+    def report(self) -> dict:
+        """What the child says in STATUS."""
+        return status_file.read(self.folder / STATUS)
+
+    def new_warnings(self) -> list[str]:
+        """Those of the child that were not given before."""
+        found = []
+        for number, text in self.report().get("warnings", []):
+            if number > self.n_warnings:
+                self.n_warnings = number
+                found.append(text)
+        return found
+
+    def first_warnings(self) -> set[str]:
+        """Those that were events before the job first ran, which its child gives again."""
+        before = itertools.takewhile(lambda event: event["message"] != "started", reversed(self.events()))
+        return {event["message"] for event in before if event["level"] == "warn"}
+
+    def unsaved(self) -> str:
+        """Which steps of the child that has ended no checkpoint holds, in a sentence; empty where there are none."""
+        report = self.report()
+        reached = max(report.get("step", 0), self.metrics.latest.get("step", 0))
+        saved = next((found.step for found in checkpoint.listed(self.folder / "checkpoints")), 0)
+        if saved >= reached:
+            return ""
+        what = f"steps {saved + 1:,} to {reached:,} were not saved, resuming goes on from step {saved:,}"
+        if not saved:
+            what = f"nothing was saved of {reached:,} steps, resuming starts again"
+        why = [text.partition(";")[0] for _, text in report.get("warnings", []) if text.startswith("cannot save")]
+        return f"{what}: {why[-1]}" if why else what
 
 
 class Tail:
@@ -491,7 +595,8 @@ def is_published(encoder: str) -> bool:
 
 # The keys of the JSON that a client can't set: those that name paths, and those that would say what the path is of.
 OWN_KEYS = {*options.path_names(options.Run), "dataset.load_from_file", "checkpoints.create_checkpoints"}
-LEFT_TO_US = ("n_epochs", "learning_rate_multiplier")  # OpenAI's, which some clients send as "auto"
+# OpenAI's hyperparameters that train.py does not have → the values that change nothing, which some clients send
+NEUTRAL = {"n_epochs": ("auto", 1), "learning_rate_multiplier": ("auto", 1)}
 
 
 def training_work(jobs: Jobs, job: Job) -> Work | None:
@@ -536,7 +641,8 @@ def nested(hyperparameters: dict) -> dict:
     """{"a.b": 1} and {"a": {"b": 1}} as the latter. Raises Refused where a key is given in both ways."""
     raw: dict = {}
     for name, value in hyperparameters.items():
-        if name in LEFT_TO_US and value == "auto":
+        if name in NEUTRAL:
+            check_neutral(name, value)
             continue
         *sections, last = name.split(".")
         target = raw
@@ -548,6 +654,15 @@ def nested(hyperparameters: dict) -> dict:
             raise Refused(400, f"hyperparameters.{name}: given twice; keep one", "hyperparameters")
         target[last] = {**target[last], **value} if last in target else value
     return raw
+
+
+def check_neutral(name: str, value) -> None:
+    """Raises Refused unless a key of NEUTRAL has a value that changes nothing."""
+    if value is not None and (isinstance(value, bool) or value not in NEUTRAL[name]):
+        instead = {"n_epochs": "max_iters says how long a run trains", "learning_rate_multiplier": "set learning_rate"}
+        values = " or ".join(map(show, NEUTRAL[name]))
+        raise Refused(400, f"hyperparameters.{name} = {show(value)}: is not supported; {instead[name]}; leave it out, "
+                      f"or send {values}, which changes nothing", f"hyperparameters.{name}")
 
 
 def merged(below: dict, above: dict) -> dict:
@@ -586,6 +701,57 @@ KINDS = {  # by what its ids begin with
     "ftjob": Kind("runs", "fine-tuning job", training_work),
 }
 
+# ---- names in place of paths ---------------------------------------------------------------------------------------
+
+
+class PathNames:
+    """Rewrites messages that name paths of this server in names that a client knows.
+
+    An uploaded file is its name and line, a dataset's token file the dataset, and a file in the folder of a job, or a
+    model, what it is called there. Of any other path of this machine its last part is left.
+
+        /srv/data/files/file-0123…/content.jsonl:2 is not JSON    →    book.jsonl, line 2 is not JSON
+    """
+
+    OTHER = re.compile(r"(?<![\w/.:])(?:/[\w.@%+-]+)+/[\w.@%+-]*")  # two names at least
+
+    def __init__(self, jobs: Jobs, data: Path):
+        self.jobs = jobs
+        start, digits = r"(?<![\w.@%+-])", "[0-9a-f]{24}"
+        root = start + re.escape(str(data))
+        self.file = re.compile(rf"{root}/files/(file-{digits})(?:/[\w.-]*\w)*(?::(\d+)\b)?")
+        self.dataset = re.compile(rf"{root}/datasets/(ds-{digits})/(tokens|encoder|given)\.bin\b")
+        self.config = re.compile(rf"^(?:{root}/runs/ftjob-{digits}/run|recipe)\.json: ")
+        within = sorted(map(str, (data, jobs.models, HERE)), key=len, reverse=True)  # one may be in another
+        folders = (rf"{root}/(?:runs/ftjob|datasets/ds)-{digits}", *(start + re.escape(path) for path in within))
+        self.folders = re.compile(f"(?:{'|'.join(folders)})/")
+
+    def rewrite(self, text: str) -> str:
+        text = self.file.sub(self.name_file, text)
+        text = self.dataset.sub(self.name_dataset, text)
+        text = self.folders.sub("", self.config.sub("", text))
+        return self.OTHER.sub(self.shorten, text)
+
+    def name_file(self, found: re.Match) -> str:
+        name = self.jobs.uploads.known.get(found[1], {}).get("filename", found[1])
+        return f"{name}, line {int(found[2]):,}" if found[2] else name
+
+    def name_dataset(self, found: re.Match) -> str:
+        job = self.jobs.jobs.get(found[1])
+        name = job.request.get("name", "") if job else ""
+        if job and not name and len(files := job.request.get("recipe", {}).get("files", ())) == 1:
+            name = self.jobs.uploads.known.get(files[0], {}).get("filename", "")
+        what = {"tokens": "", "encoder": "the encoder of "}
+        if found[2] in what:
+            return f"{what[found[2]]}the dataset {name or found[1]}"
+        return f"the encoder of {job.request['recipe']['encoder']}" if job else "the encoder"
+
+    @staticmethod
+    def shorten(found: re.Match) -> str:
+        path = found[0]
+        return os.path.basename(path.rstrip("/")) if os.path.exists(os.path.dirname(path.rstrip("/"))) else path
+
+
 # ---- all jobs ------------------------------------------------------------------------------------------------------
 
 TICK = 0.2  # seconds between two looks at all children
@@ -604,6 +770,7 @@ class Jobs:
         self.lock = threading.RLock()
         self.jobs: dict[str, Job] = {}
         self.keys: dict[str, str] = {}  # of idempotency → job
+        self.names = PathNames(self, data)
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="jobs", daemon=True)
         for shelf in self.shelves.values():
@@ -659,19 +826,44 @@ class Jobs:
             return encoders.load(made_of.folder / assemble.ENCODER)
         return checkpoint.read_encoder(self.model_file(name, "encoder"))
 
+    # -- models
+
+    def remove_model(self, name: str) -> None:
+        """Delete a model's file. Raises Refused where a job that is not over writes it or reads it."""
+        path = self.model_file(name)
+        with self.lock:
+            if job := self.uses_model(name):
+                raise Refused(409, f"the model {name} is needed by the job {job.id}, which is {job.status}; cancel "
+                              "that first", "model", "model_in_use")
+            try:
+                path.unlink()
+            except OSError as error:
+                raise Refused(500, f"the model {name} cannot be deleted: {error.strerror or 'the system refuses'}",
+                              "model") from error
+
+    def uses_model(self, name: str) -> Job | None:
+        """A job that is not over and trains into that model, starts from it, or takes its encoder."""
+        for job in self.jobs.values():
+            request = job.request
+            needed = [request["recipe"]["encoder"]] if job.kind == "ds" else [job.about["model"], request["base"]]
+            if job.status not in FINAL and name in needed:
+                return job
+        return None
+
     # -- making
 
     def new(self, kind: str, request: dict, name: str | None = None, **about) -> Job:
         """A job that waits for its turn."""
-        shelf = self.shelves[kind]
-        folder = shelf.temporary()
+        shelf, folder = self.shelves[kind], None
         about = {"id": name or new_id(kind), "status": "queued", "created": time.time(), "started": None,
                  "finished": None, "wanted": None, "error": None, "request": request, **about}  # fmt: skip
         try:
+            folder = shelf.temporary()
             write_about(folder, about)
             job = Job(shelf.place(folder, about["id"]), about)
         except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
             raise Refused(507, f"the job cannot be stored: {error.strerror or error}") from error
         self.take(job)
         return job
@@ -679,16 +871,16 @@ class Jobs:
     def assemble(self, recipe: assemble.Recipe, name: str = "") -> Job:
         """The dataset of a recipe of ids: the one that is there, where what it is made of is the same."""
         raw = options.to_dict(recipe)
-        files = [self.uploads.get(file, "files") for file in recipe.files]
-        _, problems = options.check(assemble.Recipe, raw)
-        if problems:
-            raise Refused(400, "; ".join(problems), problems[0].partition(" = ")[0])
-        given = recipe.encoder
-        if given is not None and not is_published(given):
-            given = self.encoder_of(given).fingerprint
-        content = {**raw, "encoder": given, "files": [[file["sha256"], file["suffix"]] for file in files]}
-        digest = hashlib.sha256(json.dumps([assemble.VERSION, content], sort_keys=True).encode()).hexdigest()
-        with self.lock:
+        with self.lock, self.naming():
+            files = [self.uploads.get(file, "files") for file in recipe.files]
+            _, problems = options.check(assemble.Recipe, raw)
+            if problems:
+                raise Refused(400, "; ".join(problems), problems[0].partition(" = ")[0])
+            given = recipe.encoder
+            if given is not None and not is_published(given):
+                given = self.encoder_of(given).fingerprint
+            content = {**raw, "encoder": given, "files": [[file["sha256"], file["suffix"]] for file in files]}
+            digest = hashlib.sha256(json.dumps([assemble.VERSION, content], sort_keys=True).encode()).hexdigest()
             job = self.jobs.get(f"ds-{digest[:24]}")
             if job is None:
                 return self.new("ds", {"recipe": raw, "name": name, "hash": digest}, f"ds-{digest[:24]}")
@@ -696,9 +888,19 @@ class Jobs:
                 job.set(status="queued", error=None, request={**job.request, "recipe": raw})
             return job
 
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """What is wrong is said without this server's paths."""
+        try:
+            yield
+        except Refused:
+            raise
+        except UserError as error:
+            raise Refused(400, self.names.rewrite(str(error))) from error
+
     def train(self, asked: Training) -> Job:
         """The run that was asked for: the one that is there, where it was asked for with the same key."""
-        with self.lock:
+        with self.lock, self.naming():
             if asked.key in self.keys:
                 job = self.jobs[self.keys[asked.key]]
                 if job.about["body"] != asked.body:
@@ -726,6 +928,8 @@ class Jobs:
             job = self.new("ftjob", request, name, status="validating_files", model=model, key=asked.key,
                            body=asked.body, max_iters=run.max_iters, seed=raw["seed"])
             job.tell("created")
+            for message in run.warnings():
+                job.tell(message, "warn")
             return job
 
     def find_data(self, name: str) -> None:
@@ -740,7 +944,8 @@ class Jobs:
         known, stem = presets(), name.removesuffix(".json")
         if stem in known:
             raw = json.loads(json.dumps(read_json(known[stem])))
-            raw.pop("$schema", None)
+            for name in ("$schema", "seed"):  # a preset's seed is that of its published run
+                raw.pop(name, None)
             return None, without_own(raw)
         try:
             path = self.model_file(name)
@@ -785,6 +990,7 @@ class Jobs:
     def stop(self, job: Job, wanted: str) -> None:
         """Ask a job to become "cancelled" or "paused". A running one does so once its child has saved and ended."""
         with self.lock:
+            self.check_there(job)
             if job.status in WAITING or (job.status == "paused" and wanted == "cancelled"):
                 job.tell(wanted)
                 job.set(status=wanted, finished=time.time() if wanted == "cancelled" else None)
@@ -804,16 +1010,58 @@ class Jobs:
     def resume(self, job: Job) -> None:
         """Let a job that is paused, cancelled or failed go on from where it was saved."""
         with self.lock:
+            self.check_there(job)
             if job.status == "running" and job.about["wanted"]:
                 raise Refused(409, f"the job {job.id} is still saving; try again in a moment", "id", "still_running")
             if job.status == "succeeded":
                 raise Refused(409, f"the job {job.id} has succeeded: there is nothing to resume", "id", "not_paused")
             if job.status not in (*WAITING, "running"):
-                made_of = self.jobs.get(job.request.get("dataset", ""))
+                made_of = self.jobs.get(needed := job.request.get("dataset", ""))
+                if needed and not made_of:
+                    told = f"the job {job.id} needs the dataset {needed}, which was deleted; make it again of the same"
+                    raise Refused(409, f"{told} files, and it has the same id", "id", "dataset_deleted")
                 if made_of and made_of.status in ("failed", "cancelled"):
                     made_of.set(status="queued", error=None, finished=None)
                 job.tell("resumed")
                 job.set(status="queued", error=None, finished=None, wanted=None)
+
+    # -- deleting
+
+    def check_there(self, job: Job) -> None:
+        """Raises Refused (404) where it was deleted since it was found."""
+        if self.jobs.get(job.id) is not job:
+            raise Refused(404, f"there is no {self.shelves[job.kind].what} {show(job.id)}", "id", "not_found")
+
+    def remove(self, job: Job) -> None:
+        """Delete a job and all in its folder. Raises Refused (409) while it runs or what it made is needed."""
+        what = self.shelves[job.kind].what
+        with self.lock:
+            self.check_there(job)
+            if job.status in RUNNING or job.child.alive():
+                raise Refused(409, f"the {what} {job.id} is {job.status}; cancel it first", "id", "still_running")
+            if reader := self.reader_of(job):
+                told = f"is needed by the {self.shelves[reader.kind].what} {reader.id}, which is {reader.status}"
+                raise Refused(409, f"the {what} {job.id} {told}; cancel or delete that first", "id", "in_use")
+            doomed = self.shelves[job.kind].set_aside(job.id)
+            del self.jobs[job.id]
+            self.keys = {key: name for key, name in self.keys.items() if name != job.id}
+        shutil.rmtree(doomed, ignore_errors=True)  # a kill in the middle: the next server removes what is left
+
+    def reader_of(self, made_of: Job) -> Job | None:
+        """A job that is still to read that dataset: a run on it, or a dataset that takes its encoder."""
+        for job in self.all("ftjob"):
+            if job.request.get("dataset") == made_of.id and job.status in (*WAITING, *RUNNING, "paused"):
+                return job
+        waiting = (job for job in self.all("ds") if job.status in WAITING)
+        return next((job for job in waiting if job.request["recipe"]["encoder"] == made_of.id), None)
+
+    def remove_file(self, name: str) -> None:
+        """Delete an uploaded file. Raises Refused (409) while a dataset is still to be made of it."""
+        with self.lock:
+            if job := self.uses(name):
+                told = f"the file {name} is needed by the dataset {job.id}, which is {job.status}"
+                raise Refused(409, told, "file_id", "in_use")
+            self.uploads.remove(name)
 
     def uses(self, file: str) -> Job | None:
         """A dataset that is still to be made of that file."""
@@ -860,10 +1108,13 @@ class Jobs:
             self.closing.wait(TICK) if not self.closing.is_set() else time.sleep(TICK)
 
     def tick(self) -> None:
+        for job in list(self.jobs.values()):
+            job.store()
         for job in self.running():
+            ended = not job.child.alive()  # before the last look at what it has told
             self.tell_metrics(job)
-            if not job.child.alive():
-                self.tell_metrics(job)
+            self.tell_warnings(job)
+            if ended:
                 self.judge(job)
             elif time.monotonic() - job.asked_at > PATIENCE:
                 job.tell(f"did not end within {PATIENCE} seconds and was killed", "warn")
@@ -885,7 +1136,8 @@ class Jobs:
         try:
             work = KINDS[job.kind].work(self, job)
         except (UserError, OSError) as error:
-            job.fail(str(error), getattr(error, "code", None) or "invalid_request")
+            message = self.names.rewrite(str(error))
+            job.fail(message, getattr(error, "code", None) or error_code(message))
             return False
         if work is None:
             return False
@@ -893,7 +1145,7 @@ class Jobs:
         job.asked_at = math.inf
         job.set(status="running", wanted=None, told=False, result=str(work.result), started=time.time(),
                 log_start=log.stat().st_size if log.exists() else 0)
-        job.child = Child(job.folder)
+        job.child, job.n_warnings, job.warned = Child(job.folder), 0, job.first_warnings()
         try:
             job.child.start(work.argv)
         except OSError as error:
@@ -909,15 +1161,24 @@ class Jobs:
             job.tell("succeeded")
             job.set(status="succeeded", wanted=None, finished=time.time())
         elif wanted:
+            unsaved = self.names.rewrite(job.unsaved())
+            if unsaved:
+                job.tell(unsaved, "warn")
             job.tell("stopped with the server, to go on with the next one" if wanted == "queued" else wanted)
-            job.set(status=wanted, wanted=None, finished=time.time() if wanted == "cancelled" else None)
+            job.set(status=wanted, wanted=None, finished=time.time() if wanted == "cancelled" else None,
+                    error={"message": unsaved, "code": "not_saved"} if unsaved and wanted != "queued" else None)
         else:
             ended = "ended while no server was there to see it" if code is None else f"ended with code {code}"
             if code is not None and code < 0:
                 ended = f"was killed by {signal.Signals(-code).name}"
-            words = job.last_words() if code is None or code > 0 else ""
+            words = self.names.rewrite(job.last_words()) if code is None or code > 0 else ""
             job.fail(words or f"the process {ended} before its work was done; it can be resumed",
-                     "invalid_request" if words and code == 2 else "interrupted")
+                     error_code(words) if words and code == 2 else "interrupted")
+
+    def tell_warnings(self, job: Job) -> None:
+        for text in map(self.names.rewrite, job.new_warnings()):
+            if text not in job.warned:
+                job.tell(text, "warn")
 
     def tell_metrics(self, job: Job) -> None:
         for line in job.metrics.read():
@@ -930,6 +1191,12 @@ class Jobs:
             level = "warn" if "rollback" in line else "info"
             what = f"rollback: {line['why']}" if "rollback" in line else told
             job.tell(f"step {line['step']:,}/{job.about['max_iters']:,}: {what}", level, data)
+
+
+def error_code(message: str) -> str:
+    """Whether an error is of this server's disk or of what was asked for."""
+    disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    return "server_error" if any(os.strerror(number) in message for number in disk) else "invalid_request"
 
 
 def without_own(raw: dict, prefix: str = "") -> dict:

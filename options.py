@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -35,13 +37,13 @@ class UserError(Exception):
 def run_cli(main: Callable[[list[str]], int | None]) -> None:
     """Run `main(argv)` as a program and exit: 2 with `error: …` on a UserError, 130 on Ctrl-C, else what it returns."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows "?" instead of a traceback
-            stream.reconfigure(errors="replace")
+        set_encoding(stream)
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a log on a full disk
+            report_error(str(error))
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -51,6 +53,45 @@ def run_cli(main: Callable[[list[str]], int | None]) -> None:
     sys.exit(code)
 
 
+def temporary_path(target: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+
+def set_encoding(stream: Any) -> None:
+    """UTF-8 for what goes to a file or a pipe, whatever the locale or PYTHONIOENCODING says. A terminal keeps its own
+    encoding, and shows "?" for a character that it lacks."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+
+
+def report_error(message: str) -> None:
+    """Print `error: message` on stderr. Of several processes of torchrun that find the same error, one prints it."""
+    if is_first_to_report(message):
+        print(f"error: {message}", file=sys.stderr)
+
+
+def is_first_to_report(message: str) -> bool:
+    """Whether no other process that this machine's torchrun has started has reported the message before this one.
+
+    Every rank finds the same mistake in a config, but a full GPU may be an error of one rank alone, and torchrun ends
+    all ranks when the first one fails. So the first one to find an error reports it, and torchrun's own store counts.
+    """
+    env = os.environ
+    if env.get("WORLD_SIZE", "1") == "1" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        from torch.distributed import TCPStore
+
+        limit = datetime.timedelta(seconds=5)
+        store = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), wait_for_workers=False, timeout=limit)
+        launch = f"{env.get('GROUP_RANK')}/{env.get('TORCHELASTIC_RESTART_COUNT')}"
+        digest = hashlib.sha256(message.encode("utf-8", "backslashreplace")).hexdigest()
+        return store.add(f"strawberry/error/{launch}/{digest}", 1) == 1
+    except Exception:  # without the store, an error printed twice is better than one that nobody sees
+        return True
+
+
 def atomic_write(path: str | os.PathLike, data: bytes | Callable) -> None:
     """Replace the file at `path` with `data`, or with what `data(file)` writes, wholly or not at all, through power
     cuts too. Makes missing folders.
@@ -58,7 +99,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | Callable) -> None:
     Raises UserError, naming the path, where it cannot be written.
     """
     target = Path(os.path.realpath(path))  # through a symbolic link, which stays one
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(target)
     if target.exists() and not target.is_file():
         raise UserError(f"cannot write {path}: it is there and is not a regular file; name another path")
     try:
@@ -90,6 +131,24 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     by_lower = {str(v).lower(): str(v) for v in valid}
     close = difflib.get_close_matches(str(name).lower()[:200], by_lower, n=1, cutoff=0.6)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+NO_PATH = "a path has no control characters, which \\n and \\t in quotes are; write / or \\\\ instead of \\"
+
+
+def has_control_character(path: str) -> bool:
+    r"""Whether a path has a character that none has on purpose; "C:\table" in JSON has one, for \t is a tab."""
+    return CONTROL.search(path) is not None
+
+
+def check_path_arguments(given: Any, *names: str) -> None:
+    """Raises UserError where an option of an argparse namespace, or one of its texts, cannot be a path."""
+    for name in names:
+        value = getattr(given, name)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and has_control_character(text):
+                raise UserError(f"--{name} {show(text)}: {NO_PATH}")
 
 
 # ---- declaring -----------------------------------------------------------------------------------------------------
@@ -218,7 +277,10 @@ def _parse(path: str | os.PathLike) -> dict:
             data = file.read(MAX_CONFIG_BYTES + 1)
         if len(data) > MAX_CONFIG_BYTES:
             raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, so it is no config; name a JSON file")
-        raw = json5.loads(data.decode("utf-8"), object_pairs_hook=_Object)
+        text = data.decode("utf-8")
+        if found := _find_bad_escape(text):
+            raise UserError(f"{path}, line {found[0]}: {found[1]}")
+        raw = json5.loads(text, object_pairs_hook=_Object)
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else error.strerror or error
         raise UserError(f"cannot read {path}: {reason}; name a JSON file") from error
@@ -231,6 +293,21 @@ def _parse(path: str | os.PathLike) -> dict:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds {show(raw)}, but a config is an object, {{ … }}")
     return raw
+
+
+_COMMENT_OR_STRING = re.compile(r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""", re.DOTALL)
+_ESCAPE = re.compile(r"""\\(?:["'\\/bfnrtv0\n\r]|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|(?P<bad>.))""", re.DOTALL)
+
+
+def _find_bad_escape(text: str) -> tuple[int, str] | None:
+    r"""(line, message) of the first backslash in a string of JSON5 that escapes nothing and that JSON5 would drop, as
+    "C:\data" has; None where there is none."""
+    for token in _COMMENT_OR_STRING.finditer(text):
+        for escape in _ESCAPE.finditer(token[0]) if token[0][0] in "\"'" else ():
+            if escape["bad"]:
+                line = text.count("\n", 0, token.start() + escape.start()) + 1
+                return line, f"\\{escape['bad']} is no escape; write / or \\\\ instead of \\"
+    return None
 
 
 def _repeated(raw: Any, prefix: str = "") -> list[str]:
@@ -249,6 +326,7 @@ def show(value: Any) -> str:
     except (TypeError, ValueError, RecursionError):
         text = repr(value)
     text = text.encode("utf-8", "backslashreplace").decode()
+    text = CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # those that JSON does not escape
     return text if len(text) <= 80 else text[:77] + "…"
 
 
@@ -291,7 +369,7 @@ def _check(cls: type, raw: Any, prefix: str, names: list[str]) -> tuple[Any, lis
         else:
             values[name] = next((fit for kind in key.kinds if (fit := _fit(value, kind, key)) is not _WRONG), _WRONG)
             values[name] = value if not key.kinds else values[name]
-            found = [f"{label}: must be {_must_be(value, key)}"] if values[name] is _WRONG else []
+            found = [f"{label}: {_explain(value, key)}"] if values[name] is _WRONG else []
         problems += found
         wrong |= {name} if found else set()
     config = cls(**{name: value for name, value in values.items() if name not in wrong})
@@ -332,7 +410,17 @@ def _good_text(value: str, key: Option) -> bool:
         os.fsencode(value)  # half a surrogate pair is neither text nor a path
     except UnicodeEncodeError:
         return False
+    if key.path and has_control_character(value):
+        return False
     return "\0" not in value and (value != "" or key.default == "")  # empty only where that is the default
+
+
+def _explain(value: Any, key: Option) -> str:
+    """Why a value is refused."""
+    items = value if isinstance(value, list) else [value]
+    if key.path and any(isinstance(item, str) and has_control_character(item) for item in items):
+        return NO_PATH
+    return f"must be {_must_be(value, key)}"
 
 
 def _must_be(value: Any, key: Option) -> str:
@@ -393,8 +481,8 @@ class Run:
     )
     encoder_path: str = option("bin/cl8k.bin", "encoder file, or tiktoken:<name>, or chars:<text file>", path=True)
     init_from: str = option(
-        "scratch", 'scratch; "<path>,pretrained": start from that model\'s weights; resume: newest good checkpoint',
-        path=True,
+        "scratch", 'scratch; "<path>,pretrained": start from the weights of that model file or checkpoint directory; '
+        "resume: newest good checkpoint", path=True,
     )
     objective: str = option(
         "auto",
@@ -445,7 +533,9 @@ class Run:
         "auto", "a step as one CUDA graph, launched at once; auto: on GPUs; where it cannot be, training goes on "
         "without", choices=["auto"]
     )
-    img_path: str | None = option("img", "directory of the curves; null: none are drawn", path=True)
+    img_path: str | None = option(
+        "img", "directory of the curves, or a file for all of them, ending in .png, .svg or .pdf; null: none", path=True
+    )
     sample_length: int = option(200, "tokens of the sample at each evaluation; 0: no sample", low=0, high=2**20)
     sample_prompt: str = option(
         "", "text that the sample continues, or an encoder-decoder's source; empty: a document's start, or a source of "
@@ -474,6 +564,46 @@ class Run:
         for key, path in {**taken, "checkpoints.path": self.checkpoints.path}.items():
             if os.path.normpath(self.model_path) == os.path.normpath(path):
                 yield "model_path", f"is {key} too, which the trained model would replace; name another file"
+        if self.img_path and (problem := explain_picture_path(self.img_path)):
+            yield "img_path", problem
+
+    def warnings(self) -> Iterator[str]:
+        """What is allowed and hardly intended: a schedule that does not fit max_iters. Each names keys and values that
+        would do."""
+        warmup, decay, end = self.warmup_iters, self.lr_decay_iters, self.max_iters
+        if end <= warmup:
+            yield self._short_warmup_warning()
+        elif self.decay_lr and decay <= warmup:
+            yield (f"lr_decay_iters = {decay}: the learning rate drops to min_lr right after the warm-up "
+                   f"(warmup_iters = {warmup}); set lr_decay_iters to {end}, or warmup_iters to {decay // 20}")
+        elif self.decay_lr and self.cooldown_frac and decay > end:
+            falls = max(warmup, (1 - self.cooldown_frac) * decay) < end - 1
+            yield (f"max_iters = {end}: the run ends {'while' if falls else 'before'} the learning rate falls "
+                   f"(lr_decay_iters = {decay}); set lr_decay_iters to {end}, or max_iters to {decay}")  # fmt: skip
+        if self.checkpoints.create_checkpoints and self.checkpoints.interval > end:
+            yield (f"checkpoints.interval = {self.checkpoints.interval}: more than max_iters ({end}), so that a crash "
+                   f"before the last step loses the whole run; set checkpoints.interval to {max(1, end // 10)}")
+
+    def _short_warmup_warning(self) -> str:
+        warmup, decay, end = self.warmup_iters, self.lr_decay_iters, self.max_iters
+        shorter, longer = f"warmup_iters to {end // 20}", f"max_iters to {10 * warmup}"
+        if self.decay_lr:
+            shorter += f" and lr_decay_iters to {end}" if decay != end else ""
+            longer = f"max_iters to {decay}" if decay > warmup else f"max_iters and lr_decay_iters to {10 * warmup}"
+        reached = f"{100 * end / (warmup + 1):.2g}"
+        return (f"max_iters = {end}: the run ends during its warm-up (warmup_iters = {warmup}), at {reached} % of "
+                f"learning_rate; set {shorter}, or {longer}")  # fmt: skip
+
+
+PICTURES = (".png", ".svg", ".pdf")
+OTHER_PICTURES = (".bmp", ".eps", ".gif", ".jpeg", ".jpg", ".ps", ".tif", ".tiff", ".webp")
+
+
+def explain_picture_path(path: str) -> str | None:
+    """What is wrong with a path for pictures: a directory, or a file that ends in one of PICTURES."""
+    suffix = Path(path).suffix.lower()
+    allowed = f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
+    return f"cannot be drawn as {suffix}; name a directory or a {allowed} file" if suffix in OTHER_PICTURES else None
 
 
 def run_class(archs: dict[str, type], arch: str) -> type[Run]:
@@ -493,7 +623,8 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
 
     Every problem of file and command line is in one UserError. `--help` prints every key and exits.
     """
-    config, overrides, problems = parse_arguments(argv)
+    names = set().union(*(dotted_names(run_class(archs, arch)) for arch in archs))
+    config, overrides, problems = parse_arguments(argv, names)
     raw: dict[str, Any] = {}
     if config is not None:
         try:
@@ -503,8 +634,8 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
     raw.pop("$schema", None)  # for editors
     texts = set().union(*(_text_keys(run_class(archs, arch)) for arch in archs))
     problems += apply_overrides(raw, overrides, texts) + _repeated(raw)
-    if "--help" in argv or "-h" in argv:
-        arch, _ = _take_arch(raw, archs)
+    if asks_for_help(argv, names):
+        arch, _ = take_arch(raw, archs)
         print(help_text(run_class(archs, arch), arch, archs))
         raise SystemExit(0)
     return make_run(raw, archs, problems, f"{config}: " if raw and not overrides else "")
@@ -512,32 +643,65 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
 
 def make_run(raw: dict, archs: dict[str, type], problems: Iterable[str] = (), source: str = "") -> Run:
     """The run that plain data describes. Raises UserError with every problem, those known before included."""
-    arch, arch_problems = _take_arch(raw, archs)
+    arch, arch_problems = take_arch(raw, archs)
     run, found = check(run_class(archs, arch), raw)
     if problems := [*problems, *arch_problems, *found]:
         raise UserError(_message(problems, source))
     return run
 
 
-def parse_arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, str]], list[str]]:
-    """(config file, overrides as (dotted name, text), problems) of `--name=value` and `--name value`."""
-    config, overrides, problems, rest = None, [], [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word in ("-h", "--help"):
+def parse_arguments(argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = ()) -> tuple:
+    """(config file, overrides as (dotted name, text), problems) of `--name=value` and `--name value`.
+
+    `names` are the options that there are, `flags` those of them that take no value. In `--name value` any word is a
+    value, with dashes at its start too, unless it is one of the options.
+    """
+    config, overrides, problems = None, [], []
+    for word, name, text in split_arguments(argv, names, flags):
+        if name in HELP:
             continue
-        name, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not name:
+        if name is None:
             mend = f"--config {word}" if word.endswith(".json") else "--key=value"
             problems.append(f"{show(word)} on the command line: must be an option; write {mend}")
-        elif not equals and (not rest or rest[0].startswith("--")):
-            problems.append(f"--{name}: has no value; write --{name}=value")
+        elif text is None:
+            problems.append(f"{word}: has no value; write {word}=value")
         elif name == "config":
             problems += [f"--config {config}: given twice; keep one"] if config is not None else []
-            config = text if equals else rest.pop(0)
+            config = text
         else:
-            overrides.append((name, text if equals else rest.pop(0)))
+            overrides.append((name, text))
     return config, overrides, problems
+
+
+HELP = ("-h", "--help")
+
+
+def asks_for_help(argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = ()) -> bool:
+    """Whether -h or --help is an option of the command line, not the value of one."""
+    return any(name in HELP for _, name, _ in split_arguments(argv, names, flags))
+
+
+def split_arguments(
+    argv: list[str], names: Iterable[str], flags: Iterable[str]
+) -> Iterator[tuple[str, str | None, str | None]]:
+    """(word, option's name, value) of a command line: name None for a word that is no option, value None where it is
+    missing. The name of -h and --help is the word itself."""
+    names, flags, rest = {*names, *flags, "config"}, set(flags), list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if word in HELP:
+            yield word, word, None
+        elif not word.startswith("--") or not name:
+            yield word, None, None
+        elif equals:
+            yield word, name, text
+        elif name in flags:
+            yield word, name, "true"
+        elif not rest or (rest[0].startswith("--") and rest[0][2:].partition("=")[0] in names):
+            yield word, name, None
+        else:
+            yield word, name, rest.pop(0)
 
 
 def find_config(name: str) -> Path:
@@ -562,14 +726,18 @@ def apply_overrides(raw: dict, overrides: list[tuple[str, str]], text_keys: set[
         for section in sections:
             target = target.setdefault(section, {}) if isinstance(target, dict) else None
         if isinstance(target, dict):
-            target[name] = _value(text, dotted in text_keys)
+            try:
+                target[name] = _value(text, dotted in text_keys)
+            except UserError as error:
+                problems.append(f"{dotted} = {text}: {error}")
         else:
             problems.append(f"{dotted} = {text}: {'.'.join(sections)} is a value, not a section")
     return problems
 
 
 def _value(text: str, is_text: bool) -> Any:
-    """A command line's value: JSON, else the text itself. Keys that hold text only keep `123` and `true` as text."""
+    """A command line's value: JSON, else the text itself. Keys that hold text only keep `123` and `true` as text.
+    Raises UserError for JSON with a backslash that escapes nothing."""
     import json5
 
     if text in ("True", "False", "None") and not is_text:  # Python's spelling comes easily to the fingers
@@ -577,9 +745,12 @@ def _value(text: str, is_text: bool) -> Any:
     if is_text and not text.startswith('"') and text != "null":
         return text
     try:
-        return json5.loads(text, object_pairs_hook=_Object)
+        value = json5.loads(text, object_pairs_hook=_Object)
     except (ValueError, RecursionError):
         return text
+    if found := _find_bad_escape(text):
+        raise UserError(found[1])
+    return value
 
 
 def _text_keys(cls: type, prefix: str = "") -> set[str]:
@@ -590,7 +761,7 @@ def _text_keys(cls: type, prefix: str = "") -> set[str]:
     return names
 
 
-def _take_arch(raw: dict, archs: dict[str, type]) -> tuple[str, list[str]]:
+def take_arch(raw: dict, archs: dict[str, type]) -> tuple[str, list[str]]:
     """(the arch that the model's keys are judged by, problems)."""
     default = DEFAULT_ARCH if DEFAULT_ARCH in archs else next(iter(archs))
     model = raw.get("model_hyperparams", {})
@@ -602,7 +773,7 @@ def _take_arch(raw: dict, archs: dict[str, type]) -> tuple[str, list[str]]:
     return default, [f"model_hyperparams.arch = {show(arch)}: {allowed}"]
 
 
-# ---- help, table and schema ----------------------------------------------------------------------------------------
+# ---- help and schema ----------------------------------------------------------------------------------------------
 
 
 def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, str, dict[str, Option]]]:
@@ -617,9 +788,10 @@ def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, str, dict[str, 
 def help_text(cls: type, arch: str, archs: dict[str, type]) -> str:
     """What `train.py --help` prints: every key with its default, what is allowed, and its meaning."""
     lines = [
-        f"usage: {Path(sys.argv[0]).name} [--check] [--config FILE] [--key=value …]",
+        f"usage: {Path(sys.argv[0]).name} [--check] [--quiet] [--config FILE] [--key=value …]",
         "",
         "--check says in seconds whether the run would work, and writes nothing.",
+        "--quiet prints nothing but warnings and errors.",
         "FILE is JSON, comments and trailing commas welcome; it is looked for here, then in config/.",
         "Any key can be given on the command line too: --learning_rate=1e-3 --model_hyperparams.n_layer=4",
     ]
@@ -631,41 +803,6 @@ def help_text(cls: type, arch: str, archs: dict[str, type]) -> str:
             lines += textwrap.indent(textwrap.fill(f"{key.doc} [{key.allowed}]", 92), " " * 8).splitlines()
     lines += ["", f"The keys of another model: --help --model_hyperparams.arch=NAME, one of {', '.join(archs)}"]
     return "\n".join(lines)
-
-
-def table(archs: dict[str, type]) -> str:
-    """The README's table, in Markdown: one table for each object of the JSON, model_hyperparams once for each arch."""
-
-    def rows(title: str, keys: dict[str, Option]) -> list[str]:
-        lines = [f"**{title}**", "", "| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
-        for name, key in keys.items():
-            cells = (f"`{name}`", f"`{show(key.default)}`", key.allowed, key.doc)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
-        return [*lines, ""]
-
-    lines = []
-    for prefix, doc, keys in sections(Run):
-        plain = {name: key for name, key in keys.items() if name != "model_hyperparams"}
-        lines += rows(f"`{prefix.rstrip('.')}`: {doc}" if prefix else "The run", plain)
-    for arch, cls in archs.items():
-        for prefix, doc, keys in sections(cls, "model_hyperparams."):
-            lines += rows(f"`{prefix.rstrip('.')}` of arch `{arch}`" + (f": {doc}" if doc else ""), keys)
-    return "\n".join(lines)
-
-
-def schema(archs: dict[str, type]) -> dict:
-    """A JSON schema (draft 2020-12) of the config files: editors complete, explain and check with it."""
-    default, _ = _take_arch({}, archs)
-    root = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A training run", **object_schema(Run)}
-    root["properties"]["$schema"] = {"type": "string", "description": "where this schema is, for editors"}
-    model = {"type": "object", "description": declared(Run)["model_hyperparams"].doc}
-    model["properties"] = {"arch": {"enum": list(archs), "default": default}}
-    model["allOf"] = []
-    for arch, cls in archs.items():
-        is_arch = {"properties": {"arch": {"const": arch}}, "required": [] if arch == default else ["arch"]}
-        model["allOf"].append({"if": is_arch, "then": object_schema(cls)})
-    root["properties"]["model_hyperparams"] = model
-    return root
 
 
 def object_schema(cls: type) -> dict:
@@ -686,29 +823,12 @@ def _kind_schema(kind: Any, key: Option) -> dict:
     if typing.get_origin(kind) is list:
         return {"type": "array", "items": _kind_schema(typing.get_args(kind)[0], key)}
     if kind is str:
-        return {"enum": list(key.choices)} if key.choices else {"type": "string", "minLength": int(key.default != "")}
+        if key.choices:
+            return {"enum": list(key.choices)}
+        shape = {"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"} if key.path else {}
+        return {"type": "string", "minLength": int(key.default != ""), **shape}
     if kind in (bool, type(None)):
         return {"type": "boolean" if kind is bool else "null"}
     bounds = {"minimum": key.low, "maximum": key.high, "exclusiveMinimum": key.above, "exclusiveMaximum": key.below}
     limits = {word: limit for word, limit in bounds.items() if limit is not None}
     return {"type": "integer" if kind is int else "number", **limits}
-
-
-def main(argv: list[str]) -> int:
-    """`python options.py --schema` writes config/schema.json; `--table` prints the README's table."""
-    import model  # the architectures; only this command needs them here
-
-    if argv == ["--schema"]:
-        text = json.dumps(schema(model.CONFIGS), indent=2, ensure_ascii=False) + "\n"
-        atomic_write(CONFIG_FOLDER / "schema.json", text.encode())
-    elif argv == ["--table"]:
-        print(table(model.CONFIGS))
-    else:
-        raise UserError(f"{' '.join(argv) or 'nothing'} given; write --schema or --table")
-    return 0
-
-
-if __name__ == "__main__":
-    import options  # this file under the name that model.py knows, so that there is one UserError
-
-    options.run_cli(options.main)

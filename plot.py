@@ -2,6 +2,7 @@
 
     python plot.py bin/ck/metrics.jsonl                                    # into img/
     python plot.py bin/ck_a/metrics.jsonl bin/ck_b/metrics.jsonl --out img/compare --x tokens
+    python plot.py bin/ck/metrics.jsonl --out loss.pdf                     # the loss alone; any other name: all sheets
 
 train.py calls `curves` at each evaluation. matplotlib is imported by the functions that draw, so that nothing else
 needs it, and draws with Agg, which needs no screen.
@@ -14,11 +15,15 @@ import contextlib
 import io
 import json
 import os
+import re
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from options import UserError, atomic_write, run_cli
+from options import PICTURES, UserError, atomic_write, check_path_arguments, explain_picture_path, run_cli
+from strawberry.common import Input, Output, check_outputs, has_kind
 
 # Okabe and Ito's colours, which the colour-blind tell apart too (https://jfly.uni-koeln.de/color/)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -70,8 +75,27 @@ def series(lines: list[dict], x: str, y: str) -> tuple[list[float], list[float]]
     return xs, ys
 
 
+def smooth(values: list[float]) -> list[float]:
+    """Running means with Gaussian weights, over some 8 % of the points. Near the beginning, where a loss falls fastest,
+    they reach as far ahead as back; near the end only back."""
+    import numpy as np
+
+    ys, n = np.asarray(values, dtype=float), len(values)
+    reach = min(n // 8, max(2, n // 25))  # points to either side
+    weights = np.exp(-((np.arange(-reach, reach + 1) / max(reach, 1)) ** 2))
+    means = []
+    for i in range(n):
+        back, ahead = min(i, reach), min(i, reach, n - 1 - i)
+        w = weights[reach - back : reach + ahead + 1]
+        means.append(float(w @ ys[i - back : i + ahead + 1] / w.sum()))
+    return means
+
+
 def run_names(paths: list[Path]) -> list[str]:
-    """A short name for each run: its directory's, or as much of the path as tells it from the others."""
+    """A name for each run: that of its model file, or as much of its directory's path as tells it from the others."""
+    names = [read_model_name(path) for path in paths]
+    if None not in names and len(set(names)) == len(names):
+        return names
     for depth in range(1, max(len(path.resolve().parts) for path in paths)):
         names = ["/".join(path.resolve().parent.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
@@ -79,17 +103,28 @@ def run_names(paths: list[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
+def read_model_name(metrics: Path) -> str | None:
+    """The name of the model that a run makes, which its newest checkpoint knows, or the job that it is of."""
+    manifests = sorted(metrics.parent.glob("*step_*/manifest.json"), reverse=True)
+    for path in (*manifests[:1], metrics.parent.parent / "about.json"):
+        with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+            about = json.loads(path.read_bytes())
+            name = about["model"] if path.name == "about.json" else about["meta"]["run"]["model_path"]
+            return re.sub(r"\.[A-Za-z]\w*$", "", re.split(r"[/\\]", name)[-1]) or None
+    return None
+
+
 # ---- style ---------------------------------------------------------------------------------------------------------
 
 
-def figure(title: str, x: str, ylabel: str):
-    """(figure, axes) in the look that all sheets share."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+WIDTH, HEIGHT = 6.4, 4.0  # of a sheet without its legend, in inches
+LONGEST = 34  # characters of a name
 
-    fig = Figure(figsize=(6.4, 4.0), dpi=200, layout="constrained")
-    FigureCanvasAgg(fig)
-    ax = fig.add_subplot()
+
+def style_axes(ax, title: str, x: str, ylabel: str) -> None:
+    """The look that all sheets share."""
+    from matplotlib.ticker import MaxNLocator
+
     ax.set_title(title, fontsize=12, loc="left")
     ax.set_xlabel(AXES[x], fontsize=11)
     ax.set_ylabel(ylabel, fontsize=11)
@@ -98,8 +133,33 @@ def figure(title: str, x: str, ylabel: str):
     ax.spines[["left", "bottom"]].set_color("0.5")
     ax.grid(axis="y", color="0.9", linewidth=0.8)
     ax.set_axisbelow(True)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 2.5, 5, 10], integer=x != "seconds"))
     ax.xaxis.set_major_formatter(short_number)
-    return fig, ax
+
+
+def choose_style(number: int) -> dict:
+    """Colour, marker and dashes of a run; they differ for the first 21."""
+    again = number // len(COLOURS)
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number + again) % len(MARKERS)],
+            "linestyle": ("-", "--", "-.")[again % 3], "markersize": 4}  # fmt: skip
+
+
+def shorten_names(names: Iterable[str]) -> list[str]:
+    """Names as a legend can show them: not too long, and without what matplotlib takes for a formula or leaves out."""
+    names = list(names)
+    half = LONGEST // 2
+    short = [name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}" for name in names]
+    if len(set(short)) < len(names):  # what tells them apart is in the middle
+        short = names
+    return [re.sub("^_", " _", name.replace("$", r"\$")) for name in short]
+
+
+def draw_line(ax, xs: list[float], ys: list[float], **style) -> None:
+    """A curve; where it has one point, a marker, for a line of one point cannot be seen."""
+    if len(xs) == 1:
+        style = {"marker": "o", "markersize": 5, **style}
+    if xs:
+        ax.plot(xs, ys, **style)
 
 
 def short_number(value: float, position=None) -> str:
@@ -111,42 +171,113 @@ def short_number(value: float, position=None) -> str:
 
 
 def png(fig) -> bytes:
+    return render(fig, "png")
+
+
+def render(fig, kind: str) -> bytes:
+    """The figure as a file of that kind: png, svg or pdf."""
     data = io.BytesIO()
-    fig.savefig(data, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
+        fig.savefig(data, format=kind)
     return data.getvalue()
 
 
 def save(fig, path: Path) -> None:
-    atomic_write(path, png(fig))
+    atomic_write(path, render(fig, path.suffix[1:].lower()))
 
 
-def legend(ax, place: str = "best") -> None:
-    if len(ax.get_legend_handles_labels()[1]) > 1:
-        ax.legend(fontsize=10, facecolor="white", edgecolor="none", framealpha=0.9, loc=place)
+def add_legend(ax) -> None:
+    """Beside the curves, in room of its own: the figure grows by it."""
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) < 2:
+        return
+    fig = ax.figure
+    legend = ax.legend(handles, labels, fontsize=10, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1),
+                       borderaxespad=0)  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        width = legend.get_window_extent(fig.canvas.get_renderer()).width / fig.dpi
+    fig.set_figwidth(max(fig.get_figwidth(), WIDTH + width + 0.1))
+
+
+def finish_axes(ax, x: str) -> None:
+    """What depends on the curves: the limits of a single point, the legend; without curves, a word instead of axes."""
+    if not ax.lines:
+        ax.set_axis_off()
+        ax.set_title(ax.get_title(loc="left"), fontsize=12, loc="left")
+        ax.text(0.5, 0.5, "nothing is logged yet", transform=ax.transAxes, ha="center", fontsize=11, color="0.4")
+        return
+    found = {value for line in ax.lines if line.get_transform() == ax.transData for value in line.get_xdata()}
+    if len(found) == 1:
+        (only,) = found
+        ax.set_xlim(0, 2 * only) if only > 0 else ax.set_xlim(-1, 1)
+    add_legend(ax)
 
 
 # ---- the three sheets ----------------------------------------------------------------------------------------------
 
 
-def loss_sheet(runs: dict[str, list[dict]], x: str):
-    """Loss against x, on a log scale: every logged step faint, both evaluations bold, the strict loss dotted."""
-    fig, ax = figure("Loss", x, "cross-entropy (nats per token)")
-    single = len(runs) == 1
-    for i, (name, lines) in enumerate(runs.items()):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        of = "" if single else f"{name}, "
-        ax.plot(*series(lines, x, "loss"), color=colour, alpha=0.35, linewidth=0.8, label="batch" if single else None)
-        if single:
-            ax.plot(*series(lines, x, "train_loss"), color=colour, marker="s", markersize=4, label="training")
-            colour = COLOURS[1]
-        ax.plot(*series(lines, x, "val_loss"), color=colour, marker=marker, markersize=4, label=f"{of}validation")
-        strict = series(lines, x, "strict_loss")
-        if strict[0]:
-            style = {"color": colour, "linestyle": ":", "marker": "x", "markersize": 5}
-            ax.plot(*strict, label=f"{of}validation, strict", **style)
-    log_ticks(ax)
-    legend(ax)
+class Sheet(NamedTuple):
+    """One kind of curves. Called with {name: lines of metrics.jsonl}, it gives a figure of them."""
+
+    title: str
+    ylabel: str
+    draw: Callable  # (axes, runs, x)
+
+    def __call__(self, runs: dict[str, list[dict]], x: str):
+        return draw_figure([self], runs, x)
+
+
+def draw_figure(sheets: list[Sheet], runs: dict[str, list[dict]], x: str):
+    """Sheets, one below the other, of one run or of several."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(WIDTH, HEIGHT * len(sheets)), dpi=200, layout="constrained")
+    FigureCanvasAgg(fig)
+    for ax, sheet in zip(fig.subplots(len(sheets), squeeze=False)[:, 0], sheets, strict=True):
+        style_axes(ax, sheet.title, x, sheet.ylabel)
+        sheet.draw(ax, dict(zip(shorten_names(runs), runs.values(), strict=True)), x)
+        finish_axes(ax, x)
     return fig
+
+
+def draw_loss(ax, runs: dict[str, list[dict]], x: str) -> None:
+    """Loss against x, on a log scale."""
+    if len(runs) == 1:
+        (lines,) = runs.values()
+        draw_loss_of_one(ax, lines, x)
+    else:
+        ax.set_title("with markers: validation; without: batch, smoothed", loc="right", fontsize=9, color="0.4")
+        for i, (name, lines) in enumerate(runs.items()):
+            draw_loss_of_many(ax, name, lines, x, choose_style(i))
+    log_ticks(ax)
+
+
+def draw_loss_of_one(ax, lines: list[dict], x: str) -> None:
+    """Batches, smoothed, above every logged step, faint; both evaluations bold, the strict loss dotted."""
+    xs, ys = series(lines, x, "loss")
+    draw_line(ax, xs, ys, color=COLOURS[0], alpha=0.25, linewidth=0.7, label="_raw")
+    draw_line(ax, xs, smooth(ys), color=COLOURS[0], alpha=0.8, linewidth=1.2, label="batch, smoothed")
+    for y, colour, marker, label in (("train_loss", COLOURS[2], "s", "training"),
+                                     ("val_loss", COLOURS[1], "o", "validation")):  # fmt: skip
+        draw_line(ax, *series(lines, x, y), color=colour, marker=marker, markersize=4, label=label)
+    draw_line(ax, *series(lines, x, "strict_loss"), **STRICT, color=COLOURS[1], label="validation, strict")
+
+
+def draw_loss_of_many(ax, name: str, lines: list[dict], x: str, style: dict) -> None:
+    """The curves of one run among several: validation bold, batches thin and smoothed, faint as they were logged."""
+    colour = style["color"]
+    (xs, ys), evaluations = series(lines, x, "loss"), series(lines, x, "val_loss")
+    draw_line(ax, xs, ys, color=colour, alpha=0.12, linewidth=0.6, label="_raw")
+    label = "_batch" if evaluations[0] else name
+    draw_line(ax, xs, smooth(ys), color=colour, alpha=0.6, linewidth=0.9, linestyle=style["linestyle"], label=label)
+    draw_line(ax, *evaluations, **style, linewidth=1.6, label=name)
+    draw_line(ax, *series(lines, x, "strict_loss"), **STRICT, color=colour, label=f"{name}, strict")
+
+
+STRICT = {"linestyle": ":", "marker": "x", "markersize": 5}
 
 
 def log_ticks(ax) -> None:
@@ -166,52 +297,77 @@ def log_ticks(ax) -> None:
     ax.minorticks_off()
 
 
-def learning_rate_sheet(runs: dict[str, list[dict]], x: str):
-    fig, ax = figure("Learning rate", x, "learning rate")
+def draw_learning_rate(ax, runs: dict[str, list[dict]], x: str) -> None:
+    """Each run narrower than the one before it, since runs often have the same schedule."""
     for i, (name, lines) in enumerate(runs.items()):
-        ax.plot(*series(lines, x, "lr"), color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=name)
+        style, width = choose_style(i), 1.6 + min(len(runs) - 1 - i, 4)
+        draw_line(ax, *series(lines, x, "lr"), color=style["color"], linestyle=style["linestyle"], linewidth=width,
+                  label=name)  # fmt: skip
     ax.set_ylim(bottom=0)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    legend(ax)
-    return fig
 
 
-def throughput_sheet(runs: dict[str, list[dict]], x: str):
+def draw_throughput(ax, runs: dict[str, list[dict]], x: str) -> None:
     """Tokens per second from zero, with the median, which a slow moment does not move."""
-    fig, ax = figure("Throughput", x, "tokens per second")
     for i, (name, lines) in enumerate(runs.items()):
-        colour = COLOURS[i % len(COLOURS)]
+        colour, single = choose_style(i)["color"], len(runs) == 1
         xs, ys = series(lines, x, "tokens_per_s")
+        draw_line(ax, xs, ys, color=colour, linewidth=1, alpha=0.6, label="measured" if single else "_measured")
         if ys:
             median = statistics.median(ys)
-            prefix = "" if len(runs) == 1 else f"{name}: "
-            ax.plot(xs, ys, color=colour, linewidth=1, alpha=0.6, label="measured" if len(runs) == 1 else None)
-            ax.axhline(median, color=colour, linewidth=1.4, linestyle="--", label=f"{prefix}median {median:,.0f}")
+            label = f"{'' if single else f'{name}: '}median {median:,.0f}"
+            ax.axhline(median, color=colour, linewidth=1.4, linestyle="--", label=label)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(short_number)
-    legend(ax, "lower right")
-    return fig
 
 
-SHEETS: dict[str, Callable] = {
-    "loss.png": loss_sheet,
-    "learning_rate.png": learning_rate_sheet,
-    "throughput.png": throughput_sheet,
+SHEETS = {  # by the file that each is in a directory
+    "loss.png": Sheet("Loss", "cross-entropy (nats per token)", draw_loss),
+    "learning_rate.png": Sheet("Learning rate", "learning rate", draw_learning_rate),
+    "throughput.png": Sheet("Throughput", "tokens per second", draw_throughput),
 }
 
 
-def curves(metrics: str | os.PathLike | Iterable[str | os.PathLike], out: str | os.PathLike, x: str = "step") -> None:
-    """Draw every sheet into the directory `out`, for one metrics.jsonl or for several on the same sheets.
+def list_pictures(out: str | os.PathLike) -> dict[Path, list[Sheet]]:
+    """The files that `out` stands for, and the sheets in each. A directory has a PNG of each sheet; a .png, .svg or
+    .pdf file has the sheet that it is named after (loss.svg), else all of them."""
+    out = Path(out)
+    if out.suffix.lower() not in PICTURES or out.is_dir():
+        return {out / name: [sheet] for name, sheet in SHEETS.items()}
+    named = SHEETS.get(f"{out.stem}.png")
+    return {out: [named] if named else list(SHEETS.values())}
 
-    x: "step", "tokens" or "seconds". Raises UserError where a file cannot be read or written.
+
+def curves(metrics: str | os.PathLike | Iterable[str | os.PathLike], out: str | os.PathLike, x: str = "step") -> None:
+    """Draw the sheets of `out` (see `list_pictures`), for one metrics.jsonl or for several on the same sheets.
+
+    x: "step", "tokens" or "seconds". Raises UserError where a file cannot be read or written, or has nothing to draw;
+    the pictures that are there are then as they were.
     """
     paths = [Path(metrics)] if isinstance(metrics, (str, os.PathLike)) else [Path(path) for path in metrics]
     try:
         runs = dict(zip(run_names(paths), map(read_points, paths), strict=True))
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; train.py writes metrics.jsonl") from error
-    for name, sheet in SHEETS.items():
-        save(sheet(runs, x), Path(out) / name)
+    for path, lines in zip(paths, runs.values(), strict=True):
+        check_points(path, lines, x)
+    figures = {path: draw_figure(sheets, runs, x) for path, sheets in list_pictures(out).items()}
+    for path, figure in figures.items():
+        save(figure, path)
+
+
+def check_points(path: Path, lines: list[dict], x: str) -> None:
+    """Raises UserError where a file holds no loss that can be drawn."""
+    if any(series(lines, x, loss)[0] for loss in ("loss", "train_loss", "val_loss")):
+        return
+    if path.stat().st_size and not has_kind(path, "metrics"):
+        raise UserError(f"{path} holds no metrics of a training run; name the metrics.jsonl in its checkpoints.path")
+    raise UserError(f"{path} holds no loss at any {AXES[x]}; draw it once train.py has logged a step (log_interval)")
+
+
+def picture_outputs(option: str, out: str | os.PathLike) -> list[Output]:
+    """The pictures that `curves` writes to `out`, which an option names."""
+    return [Output(option, path, "picture") for path in list_pictures(out)]
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -220,11 +376,16 @@ def curves(metrics: str | os.PathLike | Iterable[str | os.PathLike], out: str | 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="plot.py", description="Draw the curves of one or more training runs.")
     parser.add_argument("metrics", nargs="+", help="metrics.jsonl, in a run's checkpoints.path")
-    parser.add_argument("--out", default="img", help="directory of the pictures (default img)")
+    parser.add_argument("--out", default="img", help="directory of the pictures, as PNG (default img), "
+                        "or a .png, .svg or .pdf file: loss.pdf has the loss, any other name all sheets")
     parser.add_argument("--x", choices=list(AXES), default="step", help="what the curves are drawn against")
     arguments = parser.parse_args(argv)
+    check_path_arguments(arguments, "metrics", "out")
+    if problem := explain_picture_path(arguments.out):
+        raise UserError(f"--out {arguments.out}: {problem}")
+    check_outputs(picture_outputs("--out", arguments.out), [Input("metrics", path) for path in arguments.metrics])
     curves(arguments.metrics, arguments.out, arguments.x)
-    print(f"{', '.join(SHEETS)} are in {arguments.out}")
+    print("\n".join(map(str, list_pictures(arguments.out))))
 
 
 if __name__ == "__main__":

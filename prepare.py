@@ -50,7 +50,8 @@ from tqdm import tqdm
 import dataset
 import options
 from encoder import Encoder, load, segments, train
-from options import UserError
+from options import UserError, check_path_arguments
+from strawberry.common import Input, Output, check_outputs, encoder_inputs, find_previous
 
 PIECE = 1 << 20  # bytes of a text file that are read at a time
 RECORD = 1 << 28  # bytes: the longest entry of a .json or .jsonl
@@ -673,15 +674,9 @@ def write(source: Source, encoder: Encoder, output: str) -> None:
 
 
 def is_up_to_date(output: str, source: Source, spec: str, vocab_size: int | None) -> bool:
-    """Whether `output` is a token file made from this source with this encoder, and newer than its files.
-
-    Raises UserError where something else stands there, which is nothing to overwrite without --force.
-    """
-    if not os.path.exists(output):
+    """Whether `output` is a token file made from this source with this encoder, and newer than its files."""
+    if not os.path.exists(output) or not os.path.getsize(output):
         return False
-    with open(output, "rb") as file:
-        if file.read(len(dataset.MAGIC)) != dataset.MAGIC:
-            raise UserError(f"{output} is there and is not a token file: name another --output, or add --force")
     if not spec.startswith(("tiktoken:", "chars:")) and not os.path.exists(spec):
         return False
     try:
@@ -740,22 +735,35 @@ def get_source(given: argparse.Namespace) -> tuple[Source, str]:
     if not 2 <= given.longest <= LONGEST:
         raise UserError(f"--longest {given.longest}: allowed is 2 to {LONGEST:,}")
     if inputs:
-        files = find(inputs, option, leave_out=[given.output or default, given.encoder])
+        written = [Output("--output", given.output or default, "tokens"), Output("--encoder", given.encoder, "encoder")]
+        files = find(inputs, option, leave_out=find_previous(written))
         if not files:
-            raise UserError(f"{option} {' '.join(inputs)}: no files there")
+            raise UserError(f"{option} {' '.join(inputs)}: no files there, apart from what is to be written")
         source = Source(" ".join(inputs)[:80], files)
     else:
         source = packages(Path(__file__).with_name("requirements.txt")) if given.corpus == "packages" else stdlib()
     return source if given.pairs is None else pair_source(source, given.longest), default
 
 
+def check_files(given: argparse.Namespace, source: Source, output: str) -> None:
+    """Raises UserError where writing the token file, or the encoder if it is to be trained, would cost another file."""
+    outputs = [Output("--output", output, "tokens")]
+    if not given.encoder.startswith(("tiktoken:", "chars:")) and not os.path.exists(given.encoder):
+        outputs.append(Output("--encoder", given.encoder, "encoder"))
+    option = "--pairs" if given.pairs else "--input" if given.input else "--corpus"
+    inputs = [Input(option, path) for path in source.paths]
+    check_outputs(outputs, inputs + encoder_inputs("--encoder", given.encoder))
+
+
 def main(argv: list[str]) -> None:
     given = parse(argv)
+    check_path_arguments(given, "input", "verify", "pairs", "output", "encoder")
     if given.verify:
         verify(given.verify)
         return
     source, default = get_source(given)
     output = given.output or default
+    check_files(given, source, output)
     if not given.force and is_up_to_date(output, source, given.encoder, given.vocab_size):
         print(f"{output} is up to date (--force writes it anew)")
         return

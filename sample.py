@@ -19,37 +19,51 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import decode
-from checkpoint import MODEL, load_model, newest
+from checkpoint import load_model
 from dataset import read_spelled, spell
 from decode import Decoder, Request
 from model import MODELS
-from options import UserError, atomic_write, check, declared, nearest, option, parse_arguments, run_cli, show
+from options import (
+    UserError,
+    asks_for_help,
+    atomic_write,
+    check,
+    declared,
+    nearest,
+    option,
+    parse_arguments,
+    run_cli,
+    show,
+)
+from strawberry.common import Input, Output, check_outputs
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Settings:
-    model: str | None = option(None, "model file or checkpoint directory; default: the newest model in bin/")
+    model: str | None = option(None, "model file or checkpoint directory; default: the newest model in bin/", path=True)
     prompt: Any = option(None, 'text to continue; "" starts a new text')
     source: Any = option(
         None, "what an encoder-decoder reads; a prompt then begins its answer. Where it learned spans, <|0|>, <|1|>, … "
         "stand for what is missing"
     )
-    prompt_file: str | None = option(None, "file that holds the prompt; - is standard input")
+    prompt_file: str | None = option(None, "file that holds the prompt; - is standard input", path=True)
     length: int = option(256, "tokens to make at most", low=1, high=2**20)
     temperature: float = option(0.8, "0 takes the likeliest token each time; higher is more surprising", low=0)
     top_k: int = option(0, "draw from the k likeliest tokens; 0: from all", low=0)
@@ -57,20 +71,34 @@ class Settings:
     min_p: float = option(0.0, "draw from tokens at least this many times as likely as the likeliest", low=0, high=1)
     seed: int | None = option(None, "sample n is drawn with seed + n, from n = 0; default: drawn and printed", low=0)
     num_samples: int = option(1, "samples of each prompt", low=1)
-    stop: list[str] = option([], "text that ends a sample and is not printed; may be given several times")
+    stop: list[str] = option(
+        [], "text that ends a sample and is not printed; may be given several times. In it \\n is a line end, \\t a "
+        "tab, \\r a carriage return, \\\\ a backslash"
+    )
     on_full: str = option(
         "stop", "where learned positions end: stop there, or slide: read the newer half of the text anew and go on",
         choices=["stop", "slide"],
     )
     prompts_file: str | None = option(
         None, 'JSON lines {"prompt": …} of texts to make many at once, into --out; beside the prompt a line may have '
-        "source, id, max_tokens, temperature, top_k, top_p, min_p, seed, stop: its own, in place of the command's"
+        "source, id, max_tokens, temperature, top_k, top_p, min_p, seed, stop: its own, in place of the command's",
+        path=True,
     )
     out: str | None = option(
-        None, "file for a line of JSON of each finished text of --prompts_file; the same command goes on where it was"
+        None, "file for a line of JSON of each finished text of --prompts_file; the same command goes on where it was",
+        path=True,
     )
-    batch: int | None = option(None, "texts made at once at most; default: 64 on cuda, 8 elsewhere", low=1, high=2**16)
-    score: str | None = option(None, "file whose loss and bits per byte are printed, instead of samples; - is stdin")
+    batch: int | None = option(
+        None, "texts made at once at most; default: 64 on cuda, 8 elsewhere. A --prompts_file on a CPU without --fast "
+        "always takes 8", low=1, high=2**16
+    )
+    fast: bool = option(
+        False, "with --prompts_file on a CPU: compute only the rows and the part of the cache that are in use, "
+        "and as many rows as --batch says. A text may then differ with --batch, the other prompts and an interruption"
+    )
+    score: str | None = option(
+        None, "file whose loss and bits per byte are printed, instead of samples; - is stdin", path=True
+    )
     stride: int = option(0, "tokens that --score's window moves each time; 0: half the model's block_size", low=0)
     device: str = option("auto", "auto: cuda, else mps, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option(
@@ -88,9 +116,9 @@ def read_settings(argv: list[str], cls: type = Settings) -> Any:
 
     Raises UserError with all that is wrong with them, in one line.
     """
-    config, words, problems = parse_arguments(argv)
-    words += [] if config is None else [("config", config)]  # train.py's; unknown here
     known, raw = declared(cls), {}
+    config, words, problems = parse_arguments(argv, known, flags_of(cls))
+    words += [] if config is None else [("config", config)]  # train.py's; unknown here
     for name, text in words:
         repeats = name in known and list[str] in known[name].kinds
         if name not in known:
@@ -102,12 +130,46 @@ def read_settings(argv: list[str], cls: type = Settings) -> Any:
         elif repeats:
             raw.setdefault(name, []).append(text)
         else:
-            raw[name] = number(text) if {int, float} & set(known[name].kinds) else text
+            raw[name] = value_of(text, known[name].kinds)
     problems += combinations(raw)
+    if cls is Settings and "stop" in raw:
+        raw["stop"] = [unescape(text, problems) for text in raw["stop"]]
     settings, found = check(cls, raw)
     if problems := problems + [f"--{problem.removesuffix(' or null')}" for problem in found]:
         raise UserError("; ".join(problems))
     return settings
+
+
+def flags_of(cls: type) -> list[str]:
+    """The options that take no value."""
+    return [name for name, key in declared(cls).items() if key.kinds == (bool,)]
+
+
+def value_of(text: str, kinds: tuple) -> Any:
+    """The number or truth value that a text spells, where the option has one; else the text, which `check` judges."""
+    if bool in kinds:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    return number(text) if {int, float} & set(kinds) else text
+
+
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def unescape(text: str, problems: list[str]) -> str:
+    r"""The text that a --stop stands for; one backslash at its end is itself. Adds what is wrong to `problems`.
+
+    >>> unescape(r"a\\n\n", [])
+    'a\\n\n'
+    """
+
+    def character(match: re.Match) -> str:
+        letter = match[1]
+        if letter not in ESCAPES:
+            problems.append(f"--stop {text}: \\{letter} is no escape; write \\\\{letter} for a backslash before "
+                            f"{letter}; escapes are \\n, \\t, \\r and \\\\")  # fmt: skip
+        return ESCAPES.get(letter, match[0])
+
+    return re.sub(r"\\(.)", character, text, flags=re.DOTALL)
 
 
 def combinations(raw: dict) -> Iterator[str]:
@@ -119,6 +181,8 @@ def combinations(raw: dict) -> Iterator[str]:
         yield "--prompts_file: needs a file for the texts; name one with --out"
     if "out" in raw and "prompts_file" not in raw:
         yield "--out: takes the texts of a --prompts_file; name one, or leave --out away"
+    if "fast" in raw and "prompts_file" not in raw:
+        yield "--fast: is about a --prompts_file; name one, or leave --fast away"
     if "prompts_file" in raw and "num_samples" in raw:
         yield "--num_samples: a --prompts_file has one text for each line; repeat a line for more of it"
 
@@ -140,7 +204,8 @@ def help_text(program: str = "sample.py", cls: type = Settings, end: str | None 
         default = "" if key.default in (None, []) else f"; default {key.default}"
         any_text = not key.kinds or list[str] in key.kinds
         allowed = "text" if any_text else key.allowed.removesuffix(" or null")
-        lines.append(f"  --{name:<12} {key.doc} [{allowed}{default}]")
+        limits = "no value" if name in flags_of(cls) else f"{allowed}{default}"
+        lines.append(f"  --{name:<12} {key.doc} [{limits}]")
     end = end or "Without a prompt: standard input is one; at a terminal, prompts are typed in."
     return "\n".join([*lines, "", end])
 
@@ -243,14 +308,7 @@ def find_model(name: str | None) -> Path:
             raise UserError("there is no model in bin/; train one (python train.py --config tiny.json), or name "
                             "a model file or a checkpoint directory with --model")
         return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
-    path = Path(name)
-    if not path.is_dir():
-        return path
-    if (path / MODEL).is_file():
-        return path / MODEL
-    if not any(path.glob("*step_*")):
-        raise UserError(f"--model {name} is a directory without checkpoints; name a model file or a run's checkpoints")
-    return newest(path).path / MODEL
+    return checkpoint.find_model(name, "--model")
 
 
 def pick_device(name: str) -> str:
@@ -360,9 +418,11 @@ class Work:
     tokens: int = 0
     longest: int = 0  # tokens of a text, prompt included
     longest_source: int = 0
+    indexes: set[int] = field(default_factory=set)  # of --prompts_file's lines
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, index: int | None = None) -> None:
         self.texts += 1
+        self.indexes |= set() if index is None else {index}
         self.tokens += request.max_new_tokens
         self.longest = max(self.longest, len(request.prompt) + request.max_new_tokens)
         self.longest_source = max(self.longest_source, len(request.source or ()))
@@ -623,9 +683,9 @@ class Prompts:
         label = {"index": index, **{name: value for name, value in known.items() if value is not None}}
         return Text(self.encoder, request, s.stop, label)
 
-    def check(self, done: set[int]) -> tuple[int, Work]:
-        """(texts in all, what is to be made of them). Raises UserError, naming the wrong lines."""
-        bad, count, work = [], 0, Work()
+    def check(self, done: set[int]) -> tuple[int, dict[Any, Work]]:
+        """(texts in all, what is to be made of them, by size class). Raises UserError, naming the wrong lines."""
+        bad, count, groups = [], 0, defaultdict(Work)
         for index, raw in self.lines():
             count += 1
             try:
@@ -634,18 +694,18 @@ class Prompts:
                 bad.append(str(error))
                 continue
             if index not in done:
-                work.add(request)
+                groups[size_class(self.model, self.settings, request)].add(request, index)
         if bad:
             more = [f"… and {len(bad) - TOLD:,} more"] if len(bad) > TOLD else []
             problems = "\n  ".join([*bad[:TOLD], *more])
             raise UserError(bad[0] if len(bad) == 1 else f"{len(bad):,} of {count:,} lines are wrong:\n  {problems}")
         if not count:
             raise UserError(f'{self.settings.prompts_file} has no prompts; write a line {{"prompt": "…"}} for each')
-        return count, work
+        return count, dict(sorted(groups.items()))
 
-    def texts(self, done: set[int]) -> Iterator[Text]:
-        """Those that are to be made."""
-        return (self.text(index, raw) for index, raw in self.lines() if index not in done)
+    def texts(self, indexes: set[int]) -> Iterator[Text]:
+        """Those of these lines."""
+        return (self.text(index, raw) for index, raw in self.lines() if index in indexes)
 
 
 OWN = ("length", "temperature", "top_k", "top_p", "min_p", "stop")  # what a line may have of its own, besides its seed
@@ -672,7 +732,7 @@ class Results:
 
     def agree(self, origin: dict, before: dict) -> None:
         """Raises UserError, naming what differs, where the results come from something else."""
-        files = {"prompts_file": "the prompts file", "model": "the model"}
+        files, before = {"prompts_file": "the prompts file", "model": "the model"}, {"fast": True, **before}
         differ = [f"{files[name]} is another, or was changed" if name in files else
                   f"--{name} was {show(before.get(name))} and is {show(value)}"
                   for name, value in origin.items() if before.get(name) != value]  # fmt: skip
@@ -727,7 +787,7 @@ def file_hash(path: str | Path) -> str:
 def origin_of(settings: Settings, path: Path, model, seed: int) -> dict:
     """All that the texts depend on."""
     files = {"prompts_file": file_hash(settings.prompts_file), "model": file_hash(path)}
-    options = {name: getattr(settings, name) for name in (*OWN, "source", "on_full", "quantize")}
+    options = {name: getattr(settings, name) for name in (*OWN, "source", "on_full", "quantize", "fast")}
     dtype = dtype_name(settings, model.device.type)
     return {**files, "seed": seed, "dtype": dtype, **options}
 
@@ -735,6 +795,8 @@ def origin_of(settings: Settings, path: Path, model, seed: int) -> dict:
 def bulk(settings: Settings) -> None:
     """Make the texts of --prompts_file that are not in --out yet."""
     results, path = Results(settings.out), find_model(settings.model)
+    outputs = [Output("--out", results.path, "texts"), Output("--out", results.beside, "texts origin")]
+    check_outputs(outputs, [Input("--prompts_file", settings.prompts_file), Input("--model", path)])
     before = results.origin()
     model, encoder, record = load(path, settings)
     seed = settings.seed if settings.seed is not None else before["seed"] if before else drawn_seed()
@@ -743,18 +805,63 @@ def bulk(settings: Settings) -> None:
         results.agree(origin, before)
     done = results.done() if before else set()
     prompts = Prompts(settings, seed, model, encoder, record)
-    count, work = prompts.check(done)
-    if not work.texts:
+    count, groups = prompts.check(done)
+    texts = sum(work.texts for work in groups.values())
+    if not texts:
         print(f"all {count:,} texts are in {results.path} already", file=sys.stderr)
         return
-    print(f"seed {seed}; {work.texts:,} of {count:,} texts are to be made", file=sys.stderr)
+    print(f"seed {seed}; {texts:,} of {count:,} texts are to be made", file=sys.stderr)
+    tell_of_batch(model, settings)
     if not before:
         results.begin(origin)
-    with clear_errors(work.longest, rows_at_once(model, settings, work.texts)):
-        decoder = make_decoder(model, settings, work)
-        reasons = write_results(make(decoder, prompts.texts(done)), results, count - work.texts, count)
+    reasons = write_results(make_groups(model, settings, prompts, groups), results, count - texts, count)
     if reasons["full"]:
         tell_of_end("full", model, reasons["full"])
+
+
+def make_groups(model, settings: Settings, prompts: Prompts, groups: dict[Any, Work]) -> Iterator[Piece]:
+    """The pieces of all texts, one size class after the other, each with a decoder of its own."""
+    for size, work in groups.items():
+        rows = INVARIANT_ROWS if size else rows_at_once(model, settings, work.texts)
+        with clear_errors(work.longest, rows):
+            if size:
+                tokens, source = size
+                decoder = Decoder(model, rows, tokens, on_full=settings.on_full, batch_invariant=True, smallest=tokens,
+                                  max_source=source)  # fmt: skip
+            else:
+                decoder = make_decoder(model, settings, work)
+            yield from make(decoder, prompts.texts(work.indexes))
+        del decoder  # its memory before the next one's
+
+
+# On a CPU a text of --prompts_file is bit for bit the same whatever --batch, the other prompts or an interruption: its
+# own line fixes the shape of all that is computed for it. Every step computes INVARIANT_ROWS rows, and a decoder makes
+# texts of one size class only, whose cache it reads whole; see decode.py for the rest.
+INVARIANT_ROWS = 8
+
+
+def is_batch_invariant(model, settings: Settings) -> bool:
+    return model.device.type == "cpu" and not settings.fast
+
+
+def size_class(model, settings: Settings, request: Request) -> tuple[int, int] | None:
+    """(tokens, source tokens) that the decoder of a text has room for, by what the request alone asks for: powers of
+    two, so that texts of different lengths share decoders. None where texts of all sizes share one."""
+    if not is_batch_invariant(model, settings):
+        return None
+    tokens, source = len(request.prompt) + request.max_new_tokens, len(request.source or ())
+    tokens, source = (max(low, 1 << (n - 1).bit_length()) for low, n in ((256, tokens), (32, source or 1)))
+    return min(tokens, model.max_positions or tokens), source
+
+
+def tell_of_batch(model, settings: Settings) -> None:
+    """A note where texts depend on --batch, or --batch is not followed."""
+    if settings.fast:
+        print("note: --fast: a text may differ with --batch, with the other prompts and after an interruption, by "
+              "rounding", file=sys.stderr)
+    elif is_batch_invariant(model, settings) and settings.batch not in (None, INVARIANT_ROWS):
+        print(f"note: on a CPU {INVARIANT_ROWS} texts are made at once, so that no text depends on --batch; "
+              f"--fast takes {settings.batch}", file=sys.stderr)
 
 
 def write_results(pieces: Iterable[Piece], results: Results, done: int, count: int) -> dict[str, int]:
@@ -828,7 +935,7 @@ def windows(n: int, size: int, stride: int, causal: bool) -> Iterator[tuple[int,
 
 
 def main(argv: list[str]) -> None:
-    if "--help" in argv or "-h" in argv:
+    if asks_for_help(argv, declared(Settings), flags_of(Settings)):
         print(help_text())
         return
     settings = read_settings(argv)

@@ -17,6 +17,7 @@ import base64
 import copy
 import dataclasses
 import hashlib
+import heapq
 import hmac
 import ipaddress
 import json
@@ -60,11 +61,11 @@ import decode
 import jobs
 import plot
 from assemble import Recipe
-from checkpoint import Lock, read_about
+from checkpoint import LOCK, Lock, read_about
 from dataset import spell
 from decode import Decoder
 from encoder import EOT, PAD
-from options import UserError, check, declared, nearest, object_schema, option, run_cli, show, to_dict
+from options import UserError, asks_for_help, check, declared, nearest, object_schema, option, run_cli, show, to_dict
 from sample import (
     MODEL_SUFFIXES,
     Text,
@@ -79,6 +80,7 @@ from sample import (
     rows_at_once,
     windows,
 )
+from strawberry.common import Output, check_outputs
 from strawberry.ops.common import to_accum_dtype
 
 # ---- errors --------------------------------------------------------------------------------------------------------
@@ -139,8 +141,35 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server failed at this; its log says why", code="internal_error")
 
 
+NO_CHAT = ("the models here are base models, which continue a text and are not trained to chat: send the text as "
+           "`prompt` to POST /v1/completions (client.completions.create)")  # fmt: skip
+NO_ROUTE = {  # how an address begins that clients may ask for and that is not there → what to do instead
+    "/v1/chat": NO_CHAT, "/v1/responses": NO_CHAT, "/v1/conversations": NO_CHAT, "/v1/messages": NO_CHAT,
+    "/v1/assistants": NO_CHAT, "/v1/threads": NO_CHAT,
+    "/v1/embeddings": "the models here make no embeddings; POST /v1/completions continues a text",
+}  # fmt: skip
+
+
+def advise_route(path: str) -> ApiError | None:
+    """What a client is told who asks for an address of OpenAI's that is not here, or leaves out the /v1 of those that
+    are, or repeats it; None for other addresses."""
+    full = "/v1/" + path.removeprefix("/v1").removeprefix("/v1").lstrip("/")
+    for start, advice in NO_ROUTE.items():
+        if full == start or full.startswith(f"{start}/"):
+            return ApiError(404, advice, "model")
+    known = {route.path.split("/")[2] for route in ROUTES if route.path.startswith("/v1/")}
+    if full != path and full.split("/")[2] in known:
+        return ApiError(404, f"there is nothing at this address; {show(full)} may be meant: a client's base_url ends "
+                        "in /v1, once")  # fmt: skip
+    return None
+
+
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    answer = as_api_error(error).response()
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        error = advise_route(request.url.path) or error
+    failure, models = as_api_error(error), Path(request.app.state.service.settings.models).resolve()
+    failure.message = failure.message.replace(f"{models}{os.sep}", "")  # where it is, is no business of clients
+    answer = failure.response()
     if answer.status_code == 405:  # the framework names the methods of one route, and an address may have several
         same = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
         answer.headers["Allow"] = ", ".join(sorted(set().union(*(route.methods or () for route in same))))
@@ -224,14 +253,29 @@ def checked(data: bytes, cls: type) -> Any:
     raw = parse_json(data)
     if not isinstance(raw, dict):
         raise ApiError(400, f"the body is {show(raw)}; it must be an object, {{ … }}")
-    known = declared(cls)
-    given = {name: value for name, value in raw.items() if value is not None or name not in known}
+    known, neutral = declared(cls), getattr(cls, "neutral", {})
+    unsupported = [name for name in raw if name in neutral and not is_neutral(raw[name], neutral[name])]
+    given = {name: value for name, value in raw.items()
+             if name not in neutral and (value is not None or name not in known)}  # fmt: skip
     body, problems = check(cls, given)
     missing = [name for name in getattr(cls, "required", ()) if name not in given]
     problems = [f"{name} = null: must be given" for name in missing] + problems
+    problems += [f"{name} = {show(raw[name])}: is not supported; {neutral_values(neutral[name])}"
+                 for name in unsupported]  # fmt: skip
     if problems:
         raise ApiError(400, "; ".join(problems[:20]), problems[0].partition(" = ")[0])
     return body
+
+
+def is_neutral(value: Any, allowed: tuple) -> bool:
+    """Whether a field's value is null or one of `allowed`. JSON's true is not 1, though Python's is."""
+    return value is None or any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed)
+
+
+def neutral_values(allowed: tuple) -> str:
+    """What to do about a field that takes only these values and null, in words."""
+    values = " or ".join(show(value) for value in allowed)
+    return f"leave it out, or send {values}, which changes nothing" if values else "leave it out"
 
 
 async def read_bytes(request: Request, limit: int) -> bytes:
@@ -504,14 +548,61 @@ class Order:
         self.engine.wake()
 
 
+class QueueTime:
+    """How long an order that comes now would wait for its first row, from measured times.
+
+    It follows Engine.fill: an order keeps a row until all its texts are done, and gives up any others; a row that it
+    gives up goes to the oldest order that has none. A text takes a step for each of its tokens; how many of those that
+    were asked for it makes is measured too.
+    """
+
+    def __init__(self):
+        self.step_seconds, self.steps = 0.0, 0  # of a token for each row, the prompts read meanwhile included
+        self.share, self.texts = 1.0, 0  # of the tokens asked for, how many a text has in the end
+
+    def record_step(self, seconds: float) -> None:
+        weight = max(0.01, 1 / max(self.steps, 1))  # the first step warms up: the second one replaces it
+        self.step_seconds += weight * (seconds - self.step_seconds)
+        self.steps += 1
+
+    def record_text(self, answer: Answer) -> None:
+        if answer.request.max_new_tokens:
+            self.texts += 1
+            self.share += max(0.05, 1 / self.texts) * (answer.made / answer.request.max_new_tokens - self.share)
+
+    def steps_waiting(self, order: Order) -> float:
+        """Of the texts that have no row yet; all of an order are of about one length."""
+        return self.share * len(order.waiting) * order.answers[0].request.max_new_tokens
+
+    def estimate(self, running: list[tuple[Order, Answer]], orders: list[Order], rows: int) -> float:
+        """Seconds until an order behind those begins."""
+        remaining: dict[int, list[float]] = {}  # of each order's running texts, in steps
+        for order, answer in running:
+            steps = self.share * (answer.request.max_new_tokens - answer.made)
+            remaining.setdefault(id(order), []).append(steps)
+        free_after, queue = [0.0] * (rows - len(running)), []  # in steps
+        for order in orders:
+            if id(order) in remaining:
+                *others, last = sorted(remaining[id(order)])
+                free_after += [*others, last + self.steps_waiting(order)]
+            else:
+                queue.append(self.steps_waiting(order))
+        free_after = free_after or [0.0]
+        heapq.heapify(free_after)
+        for steps in queue:
+            heapq.heapreplace(free_after, free_after[0] + steps)
+        return free_after[0] * self.step_seconds
+
+
 class Engine:
     """A model in memory and the thread that makes its texts."""
 
     PATIENCE = 0.2  # seconds that prompts are read for while texts under way wait
 
-    def __init__(self, path: Path, stamp: tuple, settings: Settings, metrics: Metrics, after: list["Engine"]):
-        self.path, self.stamp, self.settings, self.metrics = path, stamp, settings, metrics
-        self.bytes = path.stat().st_size  # an estimate, until it is loaded
+    def __init__(self, file: "ModelFile", settings: Settings, metrics: Metrics, after: list["Engine"]):
+        self.name, self.path, self.stamp, self.settings, self.metrics = (
+            file.name, file.path, file.stamp, settings, metrics)  # fmt: skip
+        self.bytes = file.stamp[1]  # an estimate, until it is loaded
         self.loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self.loop.create_future()
         self.users = 0  # requests that are about to order; counted in the event loop's thread
@@ -520,10 +611,10 @@ class Engine:
         self.running: dict[int, tuple[Order, Answer]] = {}  # handle → what is made in that row
         self.scoring: deque[tuple[Order, Answer]] = deque()
         self.mail: list[tuple[Order, Any]] = []
-        self.pace = 1.0  # seconds that an order takes, about
+        self.queue_time = QueueTime()
         on_cuda = pick_device(settings.device) == "cuda"
         self.alone: Any = ONE_AT_A_TIME if on_cuda else nullcontext()
-        self.thread = threading.Thread(target=self.work, args=(after,), name=f"engine of {path.name}", daemon=True)
+        self.thread = threading.Thread(target=self.work, args=(after,), name=f"engine of {file.name}", daemon=True)
         self.thread.start()
 
     # -- called from the event loop's thread
@@ -539,9 +630,10 @@ class Engine:
 
     def check_room(self) -> None:
         """Raises ApiError where as many orders wait as may."""
-        free = self.rows - len(self.running)
+        running = list(self.running.values())
+        free = self.rows - len(running)
         if (queued := self.queued) >= self.settings.queue + free:
-            wait = max(1, math.ceil(self.pace * queued / self.rows))
+            wait = max(1, math.ceil(self.queue_time.estimate(running, list(self.orders), self.rows)))
             raise ApiError(429, f"{queued} completions wait already (--queue {self.settings.queue}); come again in "
                            f"{wait} s", code="queue_full", headers={"Retry-After": str(wait)})  # fmt: skip
 
@@ -577,11 +669,8 @@ class Engine:
                 self.load()
         except Exception as error:
             log.warning("cannot load %s: %s", self.path, error)
-            failure = as_api_error(error) if isinstance(error, UserError) else self.failure(error)
-            told = failure.message.replace(str(self.path), self.path.name)  # where it lies is no client's business
-            failure.message, failure.param = f"model: {told}", "model"
             self.ended = True
-            self.tell_loop(self.fail_loading, failure)
+            self.tell_loop(self.fail_loading, self.loading_failure(error))
             return
         self.tell_loop(self.ready.set_result, None)
         end = ApiError(503, "the server stops; come again", headers={"Retry-After": "10"})
@@ -605,7 +694,7 @@ class Engine:
     def make_decoder(self) -> None:
         """Rows of one shape, whoever is in them, so that a text is exactly what it would be alone."""
         self.decoder = None  # its memory first
-        self.decoder = Decoder(self.model, self.rows, self.settings.context, shrink=False,
+        self.decoder = Decoder(self.model, self.rows, self.settings.context, batch_invariant=True,
                                compile=self.settings.compile == "true")  # fmt: skip
 
     @property
@@ -619,15 +708,19 @@ class Engine:
             self.awake.wait_for(lambda: self.orders or self.stopping or (self.retired and not self.users))
             if self.stopping or not self.orders:
                 return False
+        began, stepped = time.perf_counter(), False
         with self.alone:
             try:
                 self.sweep()
                 self.fill()
+                stepped = bool(self.running)
                 self.advance()
                 self.score()
             except Exception as error:
                 self.fail_all(self.failure(error))
                 self.make_decoder()
+        if stepped:
+            self.queue_time.record_step(time.perf_counter() - began)
         self.post()
         return True
 
@@ -684,6 +777,7 @@ class Engine:
         self.metrics.step.observe(time.perf_counter() - began)
 
     def finish(self, order: Order, answer: Answer) -> None:
+        self.queue_time.record_text(answer)
         if order.body.logprobs is None:
             self.done(order, answer)
         else:
@@ -704,7 +798,6 @@ class Engine:
         order.active, order.left = order.active - 1, order.left - 1
         self.mail.append((order, (answer, None)))
         if not order.left:
-            self.pace += 0.1 * (time.perf_counter() - order.began - self.pace)
             self.forget(order)
 
     def forget(self, order: Order) -> None:
@@ -719,6 +812,16 @@ class Engine:
             told = "there is not enough memory; a smaller --context or --batch of the server takes less"
             return ApiError(503, told, headers={"Retry-After": "5"})
         return ApiError(500, str(error)) if isinstance(error, UserError) else as_api_error(error)
+
+    def loading_failure(self, error: Exception) -> ApiError:
+        """What whoever waits for a model that cannot be loaded is answered."""
+        if not self.path.exists():
+            return ApiError(404, f"model = {show(self.name)}: was deleted", "model", "model_not_found")
+        if isinstance(error, UserError) and str(self.path) in str(error):
+            return DamagedFile(self.name, self.stamp, without_path(str(error), self.path, self.name)).error()
+        failure = ApiError(500, str(error)) if isinstance(error, UserError) else self.failure(error)
+        failure.message, failure.param = f"model = {show(self.name)}: {failure.message}", "model"
+        return failure
 
     def fail(self, order: Order, error: ApiError) -> None:
         order.gone = True
@@ -814,6 +917,7 @@ def logits_of(model, ids: torch.Tensor, source: list[int] | None) -> Iterator[tu
 
 @dataclass
 class ModelFile:
+    name: str  # as clients call it; for a checkpoint that is not the name of its file
     path: Path
     stamp: tuple  # another one when the file is
     hyperparams: dict
@@ -827,12 +931,47 @@ class ModelFile:
         return self.hyperparams.get("kind") != "encoder"
 
 
+@dataclass
+class DamagedFile:
+    """A file that has a model's suffix and cannot be read as a model."""
+
+    name: str
+    stamp: tuple
+    reason: str
+
+    def error(self) -> ApiError:
+        return ApiError(500, f"model = {show(self.name)}: its file is damaged, or is no model file: {self.reason}; "
+                        "restore it, or train it again", "model", "model_damaged",
+                        {"x-should-retry": "false"})  # fmt: skip
+
+
+def read_model_file(name: str, path: Path, stamp: tuple) -> ModelFile | DamagedFile:
+    """What the file's header says of the model; its weights are left unread."""
+    try:
+        hyperparams = read_about(path)[0]
+        for key, kind in (("arch", str), ("vocab_size", int), ("block_size", int)):
+            if not isinstance(hyperparams.get(key), kind):
+                raise UserError(f"{path}: its hyperparameters have no {key}")
+    except UserError as error:
+        return DamagedFile(name, stamp, without_path(str(error), path, name))
+    return ModelFile(name, path, stamp, hyperparams)
+
+
+def without_path(text: str, path: Path, name: str) -> str:
+    """The text with the model's name in place of its file's path, which is no business of clients."""
+    return text.replace(str(path.resolve()), name).replace(str(path), name)
+
+
+def stamp_of(about: os.stat_result) -> tuple:
+    return (about.st_mtime_ns, about.st_size, about.st_ino)
+
+
 class Models:
     """The model files of the folder, and those of them that are in memory."""
 
     def __init__(self, service: "Service"):
         self.service, self.settings = service, service.settings
-        self.files: dict[str, ModelFile | tuple] = {}  # by name; of a file that is no model, its stamp
+        self.files: dict[str, ModelFile | DamagedFile] = {}  # by name
         self.scanning = threading.Lock()
         self.loaded: dict[str, Engine] = {}  # the one that was asked last is last
         self.limit = self.settings.memory * 2**30 or memory(pick_device(self.settings.device)) / 2  # bytes
@@ -876,27 +1015,69 @@ class Models:
             self.files = found
             return {name: file for name, file in found.items() if isinstance(file, ModelFile)}
 
-    def look(self, entry: os.DirEntry) -> ModelFile | tuple:
-        about, known = entry.stat(), self.files.get(entry.name)
-        stamp = (about.st_mtime_ns, about.st_size, about.st_ino)
-        if known is not None and stamp == (known.stamp if isinstance(known, ModelFile) else known):
+    def look(self, entry: os.DirEntry) -> ModelFile | DamagedFile:
+        stamp, known = stamp_of(entry.stat()), self.files.get(entry.name)
+        if known is not None and stamp == known.stamp:
             return known
-        try:
-            return ModelFile(Path(entry.path), stamp, read_about(entry.path)[0])
-        except UserError as error:
-            log.warning("%s", error)
-            return stamp
+        found = read_model_file(entry.name, Path(entry.path), stamp)
+        if isinstance(found, DamagedFile):
+            log.warning("%s cannot be served: %s", entry.path, found.reason)
+        return found
 
     async def find(self, name: str) -> ModelFile:
-        files = await self.all()
-        if name in files:
-            return files[name]
-        if (path := self.service.factory.checkpoint(name)) is not None:
-            about = path.stat()
-            hyperparams, _ = await asyncio.to_thread(read_about, path)
-            return ModelFile(path, (about.st_mtime_ns, about.st_size, about.st_ino), hyperparams)
-        raise ApiError(404, f"model = {show(name)}: there is no such model{nearest(name, files)}; /v1/models lists "
-                       "them", "model", "model_not_found")  # fmt: skip
+        """The model of that name, of the folder or a run's checkpoint; the suffix may be left out where one model alone
+        has the name. Raises ApiError where there is none, or its file is damaged."""
+        await self.all()
+        found = self.files.get(name) or await asyncio.to_thread(self.checkpoint, name)
+        if found is None:
+            candidates = self.with_stem(name)
+            if len(candidates) > 1:
+                raise ApiError(404, f"model = {show(name)}: may be {' or '.join(map(show, candidates))}; write the "
+                               "suffix too", "model", "model_not_found")  # fmt: skip
+            found = self.files[candidates[0]] if candidates else None
+        if found is None:
+            raise self.not_found(name)
+        if isinstance(found, DamagedFile):
+            raise found.error()
+        return found
+
+    def checkpoint(self, name: str) -> ModelFile | DamagedFile | None:
+        path = self.service.factory.checkpoint(name)
+        with suppress(OSError):  # removed meanwhile
+            return path and read_model_file(name, path, stamp_of(path.stat()))
+        return None
+
+    def with_stem(self, name: str) -> list[str]:
+        """The files that are called so but for their suffix."""
+        return [file for file in self.files if Path(file).stem == name]
+
+    def not_found(self, name: str) -> ApiError:
+        there = [file.name for file in self.files.values() if isinstance(file, ModelFile)]
+        return ApiError(404, f"model = {show(name)}: there is no such model{nearest(name, there)}; /v1/models lists "
+                        "them", "model", "model_not_found")  # fmt: skip
+
+    async def delete(self, name: str) -> None:
+        """Remove a model from the folder and from memory. Raises ApiError or Refused where it is none of the folder's,
+        where it is generating, and where a job writes or reads it."""
+        await self.all()
+        found = self.files.get(name)
+        if found is None and self.service.factory.checkpoint(name) is not None:
+            raise ApiError(400, f"model = {show(name)}: is a checkpoint of a run, and goes when its run is deleted",
+                           "model")  # fmt: skip
+        if found is None and (candidates := self.with_stem(name)):
+            raise ApiError(404, f"model = {show(name)}: a model is deleted by its whole name, such as "
+                           f"{show(candidates[0])}", "model", "model_not_found")  # fmt: skip
+        if found is None:
+            raise self.not_found(name)
+        if isinstance(found, DamagedFile):  # perhaps it is somebody's file of another kind
+            raise ApiError(409, f"model = {show(name)}: is damaged, or is no model file, and the server deletes models "
+                           f"only: {found.reason}; remove it on disk", "model", "model_damaged")  # fmt: skip
+        engine = self.loaded.get(name)
+        if engine is not None and engine.busy:
+            raise ApiError(409, f"the model {name} is generating; try again when it has ended", "model", "model_in_use")
+        await run_in_threadpool(self.service.factory.jobs.remove_model, name)
+        if (engine := self.loaded.pop(name, None)) is not None:
+            engine.retire()
 
     async def newest(self) -> str:
         """The name of the newest model, as sample.py takes it."""
@@ -909,12 +1090,16 @@ class Models:
     async def use(self, name: str) -> AsyncIterator[Engine]:
         """The engine of a model, loaded, which stays while it is used."""
         file = await self.find(name)
+        name = file.name
+        if not file.generates:
+            raise ApiError(400, f"model = {show(name)}: this {file.hyperparams['arch']} is an encoder: it predicts "
+                           "masked tokens and makes no text", "model")  # fmt: skip
         engine = self.loaded.pop(name, None)
         if engine is not None and (engine.stamp != file.stamp or engine.ended):
             engine.retire()
             engine = None
         if engine is None:
-            engine = Engine(file.path, file.stamp, self.settings, self.service.metrics, self.make_room(file.stamp[1]))
+            engine = Engine(file, self.settings, self.service.metrics, self.make_room(file.stamp[1]))
         self.loaded[name] = engine
         engine.users += 1
         try:
@@ -999,9 +1184,33 @@ MOST_PROMPTS, MOST_SAMPLES, MOST_STOPS, MOST_LOGPROBS = 64, 32, 16, 5
 TOKENS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 
 
+# What OpenAI's and vLLM's clients may send to completions and nothing here implements, with the values besides null
+# that ask for nothing: many clients send these defaults with every request. Other values are refused by name.
+UNSUPPORTED_FIELDS: dict[str, tuple] = {
+    # https://platform.openai.com/docs/api-reference/completions/create
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "suffix": ("",),
+    # vLLM's CompletionRequest: sampling
+    "use_beam_search": (False,), "early_stopping": (False,), "length_penalty": (1,), "repetition_penalty": (1,),
+    "min_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],), "bad_words": ([],), "allowed_token_ids": (),
+    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "truncate_prompt_tokens": (),
+    "spaces_between_special_tokens": (True, False), "truncation_side": (), "logits_processors": ([],),
+    "repetition_detection": (), "thinking_token_budget": (),
+    # vLLM's: what is read and answered
+    "add_special_tokens": (True, False), "prompt_embeds": (), "prompt_logprobs": (), "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,), "return_token_offsets": (False,),
+    "request_id": (), "priority": (0,), "cache_salt": (), "vllm_xargs": ({},),
+    "kv_transfer_params": ({},), "ec_transfer_params": ({},),
+    # vLLM's: structured output
+    "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
+    "guided_choice": (), "guided_grammar": (), "guided_decoding_backend": (), "guided_whitespace_pattern": (),
+}  # fmt: skip
+
+
 @dataclass
 class StreamOptions:
     include_usage: bool | None = option(None, "whether a last piece tells how many tokens it were")
+    include_obfuscation: bool | None = option(None, "of no effect: no piece is padded")
+    continuous_usage_stats: bool | None = option(False, "whether, with include_usage, every piece tells it too")
 
 
 @dataclass
@@ -1012,10 +1221,10 @@ class CompletionBody:
     max_tokens: int | None = option(16, "tokens to make at most; a text ends sooner where the context does", low=0)
     temperature: float | None = option(1.0, "0 takes the likeliest token each time", low=0, high=100)
     top_p: float | None = option(1.0, "draw from the likeliest tokens that make up this probability", above=0, high=1)
-    top_k: int | None = option(0, "draw from the k likeliest tokens; 0: from all", low=0, high=2**20)
+    top_k: int | None = option(0, "draw from the k likeliest tokens; 0 or -1: from all", low=-1, high=2**20)
     min_p: float | None = option(0.0, "draw from tokens at least so often as likely as the likeliest", low=0, high=1)
     n: int | None = option(1, "texts for each prompt; text i is drawn with seed + i", low=1, high=MOST_SAMPLES)
-    seed: int | None = option(None, "the same seed makes the same text; default: drawn", low=0,
+    seed: int | None = option(None, "the same seed makes the same text; default, or -1: drawn", low=-1,
                               high=2**53 - 1)  # fmt: skip
     stop: Any = option(None, f"text that ends a text and is not part of it, or a list of at most {MOST_STOPS}")
     echo: bool | None = option(False, "whether the prompt is given back before what continues it")
@@ -1025,19 +1234,20 @@ class CompletionBody:
     stream_options: StreamOptions | None = option(None, "of a stream")
     timeout: float | None = option(None, "seconds until it is given up; the server's --timeout holds too", low=5)
     user: str | None = option("", "who asks; of no effect")
-    presence_penalty: float | None = option(0.0, "only 0 is supported", low=0, high=0)
-    frequency_penalty: float | None = option(0.0, "only 0 is supported", low=0, high=0)
-    best_of: Any = option(None, "is not supported: take n, and choose")
-    suffix: Any = option(None, "is not supported")
-    logit_bias: Any = option(None, "is not supported")
+    best_of: int | None = option(None, "n, or 1, which is n: all texts are sent, and none is chosen among", low=1)
 
     required: ClassVar = ("model", "prompt")
+    neutral: ClassVar = UNSUPPORTED_FIELDS
     schemas: ClassVar = {
         "prompt": lambda: prompt_schema(TOKENS),
         "stop": {"anyOf": [{"type": "null"}, {"type": "string", "minLength": 1},
                            {"type": "array", "maxItems": MOST_STOPS, "items": {"type": "string", "minLength": 1}}]},
-        "best_of": {"type": "null"}, "suffix": {"type": "null"}, "logit_bias": {"type": "null"},
+        "best_of": {"enum": [None, 1]},
     }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self.top_k = 0 if self.top_k == -1 else self.top_k
+        self.seed = None if self.seed == -1 else self.seed
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not (isinstance(self.prompt, str) or is_tokens(self.prompt) or self.is_list()):
@@ -1045,9 +1255,8 @@ class CompletionBody:
         stops = self.stops
         if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
             yield "stop", f"must be text, not empty, or a list of at most {MOST_STOPS} of it"
-        for name in ("best_of", "suffix", "logit_bias"):
-            if getattr(self, name) is not None:
-                yield name, f"{declared(type(self))[name].doc}; leave it out"
+        if self.best_of not in (None, 1, self.n):
+            yield "best_of", "is not supported; ask for n texts and choose, or leave it out"
 
     def is_list(self) -> bool:
         """Whether the prompt is a list of texts or a list of lists of tokens."""
@@ -1119,7 +1328,7 @@ async def completions(body: CompletionBody, request: Request, service: TheServic
         async with asyncio.timeout_at(until):
             order = await place_order(body, service)
             told = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
-                    "model": body.model}  # fmt: skip
+                    "model": order.engine.name}  # fmt: skip
             if body.stream:
                 return Stream(order, told, until, limit)
             async for _ in events(order, request.receive):
@@ -1245,7 +1454,7 @@ class Stream(Response):
     async def data(self, receive: Receive) -> AsyncIterator[bytes]:
         order, options = self.order, self.order.body.stream_options
         tells_usage = bool(options and options.include_usage)
-        more, ended = {"usage": None} if tells_usage else {}, 0
+        continuous, ended = tells_usage and options.continuous_usage_stats, 0
         async with aclosing(events(order, receive)) as batches:
             begun = False
             async for batch in batches:
@@ -1256,6 +1465,7 @@ class Stream(Response):
                 for answer, piece in batch:
                     chunks.append(choice(order, answer, piece or "", piece is None))
                     ended += piece is None
+                more = {"usage": usage(order) if continuous else None} if tells_usage else {}
                 yield b"".join(event({**self.told, "choices": [chunk], **more}) for chunk in chunks)
         if ended == len(order.answers):
             if tells_usage:
@@ -1290,10 +1500,18 @@ def logprobs(order: Order, answer: Answer) -> dict:
         offsets.append(at)
         at += len(decoder.push(token)) if token < encoder.vocab_size else 0
     own, best = scored.logprobs[begin:], scored.best[begin:]
-    top = [None if p is None else {token_text(encoder, t): q for t, q in [(token, p), *reversed(likely)]}
+    top = [None if p is None else by_likelihood(encoder, [*likely, (token, p)])
            for token, p, likely in zip(tokens, own, best, strict=True)]  # fmt: skip
     return {"tokens": [token_text(encoder, token) for token in tokens], "token_logprobs": own, "top_logprobs": top,
             "text_offset": offsets}  # fmt: skip
+
+
+def by_likelihood(encoder, tokens: list[tuple[int, float]]) -> dict[str, float]:
+    """Each token's text and log probability, the likeliest first; of tokens with the same text, the likeliest."""
+    found: dict[str, float] = {}
+    for token, logprob in sorted(tokens, key=lambda item: -item[1]):
+        found.setdefault(token_text(encoder, token), logprob)
+    return found
 
 
 def text_of(encoder, tokens: list[int]) -> str:
@@ -1338,7 +1556,8 @@ class Model:
     arch: str
     vocab_size: int
     block_size: int
-    size: int  # bytes of the file
+    bytes: int  # on disk
+    size: int  # the older name of `bytes`
     loaded: bool
 
 
@@ -1358,12 +1577,17 @@ async def retrieve_model(model: str, service: TheService) -> Model:
     return model_answer(service, await service.models.find(model))
 
 
+async def delete_model(model: str, service: TheService) -> "Deleted":
+    """Delete a model of the folder --models: its file, and what of it is in memory. While it is generating, or a job
+    that is not over writes or reads it, the answer is 409. A checkpoint goes with its run."""
+    await service.models.delete(model)
+    return Deleted(model, "model")
+
+
 def model_answer(service: Service, file: ModelFile) -> Model:
-    h, name = file.hyperparams, file.path.name
-    return Model(name, "model", file.created, "strawberry", str(h["arch"]), int(h["vocab_size"]), int(h["block_size"]),
-                 file.stamp[1], name in service.models.loaded)  # fmt: skip
-
-
+    h, size = file.hyperparams, file.stamp[1]
+    return Model(file.name, "model", file.created, "strawberry", h["arch"], h["vocab_size"], h["block_size"], size,
+                 size, file.name in service.models.loaded)  # fmt: skip
 
 
 @dataclass
@@ -1373,6 +1597,7 @@ class TokenizeBody:
     add_special_tokens: bool | None = option(False, "of no effect: there are none to add")
 
     required: ClassVar = ("prompt",)
+    neutral: ClassVar = {"return_token_strs": (False,)}
     schemas: ClassVar = {"prompt": {"type": "string"}}
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -1436,9 +1661,8 @@ async def detokenize(body: DetokenizeBody, service: TheService) -> Detokenized:
 
 async def tokenizer_info(service: TheService, model: str | None = None) -> TokenizerInfo:
     """A model's encoder, the newest one's by default."""
-    name = model or await service.models.newest()
-    async with service.models.use(name) as engine:
-        return TokenizerInfo(name, engine.encoder.vocab_size, EOT, EOT, PAD)
+    async with service.models.use(model or await service.models.newest()) as engine:
+        return TokenizerInfo(engine.name, engine.encoder.vocab_size, EOT, EOT, PAD)
 
 
 def tokenize_here(service: Service, properties: dict) -> None:
@@ -1488,6 +1712,7 @@ class Factory:
                 Path(name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make {error.filename}: {error.strerror}; name another directory") from error
+        check_outputs([Output("--data", Path(self.settings.data) / LOCK, "lock")])
         self.lock = Lock(self.settings.data, "--data")
 
     async def start(self) -> None:
@@ -1625,7 +1850,8 @@ class Form:
 
 
 async def create_file(request: Request, service: TheService) -> StoredFile:
-    """Upload a .txt, .json or .jsonl, gzipped or not, as a document, a list of documents, or a document a line."""
+    """Upload a text, such as .txt, .md or .py, as a document, a .json as a list of documents, or a .jsonl as a document
+    a line; gzipped or not."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary, limit = options.get(b"boundary", b""), service.factory.uploads.limit
     if kind != b"multipart/form-data" or not 1 <= len(boundary) <= 70:
@@ -1709,9 +1935,7 @@ async def retrieve_file_content(file_id: str, service: TheService) -> FileRespon
 
 async def delete_file(file_id: str, service: TheService) -> Deleted:
     """Delete a file. Datasets that were made of it stay."""
-    if job := service.factory.jobs.uses(file_id):
-        raise ApiError(409, f"the file {file_id} is needed by the dataset {job.id}, which is {job.status}", "file_id")
-    await run_in_threadpool(service.factory.uploads.remove, file_id)
+    await run_in_threadpool(service.factory.jobs.remove_file, file_id)
     return Deleted(file_id, "file")
 
 
@@ -1772,6 +1996,7 @@ class DatasetAnswer:
     progress: Phase
     result: dict[str, Any] | None
     error: JobError | None
+    bytes: int  # on disk
     object: str = "dataset"
 
 
@@ -1793,7 +2018,7 @@ def dataset_answer(job: jobs.Job) -> dict:
             phase, result = {"phase": "ready", "done": 1.0}, json.loads((job.folder / assemble.RESULT).read_bytes())
     return {"id": job.id, "object": "dataset", "created_at": int(job.about["created"]), "name": job.request["name"],
             "status": job.status, "recipe": job.request["recipe"], "progress": phase, "result": result,
-            "error": job.about["error"]}  # fmt: skip
+            "error": job.about["error"], "bytes": jobs.disk_use(job.folder)}  # fmt: skip
 
 
 async def create_dataset(body: Assemble, service: TheService) -> DatasetAnswer:
@@ -1822,6 +2047,12 @@ async def retrieve_dataset(dataset_id: str, service: TheService) -> DatasetAnswe
     return dataset_answer(dataset_job(service, dataset_id))
 
 
+async def delete_dataset(dataset_id: str, service: TheService) -> Deleted:
+    """Delete a dataset. Runs that were trained on it stay, but none can be resumed without it; files stay."""
+    await run_in_threadpool(service.factory.jobs.remove, dataset_job(service, dataset_id))
+    return Deleted(dataset_id, "dataset")
+
+
 async def cancel_dataset(dataset_id: str, service: TheService) -> DatasetAnswer:
     """Stop assembling a dataset."""
     return dataset_answer(await stopped(service, dataset_job(service, dataset_id), "cancelled"))
@@ -1837,7 +2068,7 @@ class Train:
     model: str = option("tiny", "a preset of config/, such as tiny, or a model, which is trained further")
     training_file: str = option("none", "id of a file or of a dataset")
     hyperparameters: Any = option(None, "any key of the JSON that train.py takes, nested or dotted, but for paths")
-    suffix: str | None = option(None, "part of the name of the model that is made: letters, digits, - and _")
+    suffix: str | None = option("", "part of the name of the model that is made: letters, digits, - and _")
     seed: int | None = option(None, "of weights, batches and dropout; null: drawn", low=0, high=2**31 - 1)
     metadata: Any = option(None, "up to 16 texts, kept with the run")
     method: Any = option(None, 'OpenAI\'s other place for hyperparameters: {"type": "supervised", "supervised": …}')
@@ -1854,8 +2085,11 @@ class Train:
                 "hyperparameters": {"type": ["object", "null"]}}}}},
         "validation_file": {"type": "null"},
         "integrations": {"type": ["array", "null"], "maxItems": 0},
-        "suffix": {"type": ["string", "null"], "pattern": "^[A-Za-z0-9_-]{1,64}$"},
+        "suffix": {"type": ["string", "null"], "pattern": "^[A-Za-z0-9_-]{0,64}$"},
     }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self.suffix = self.suffix or None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name in ("hyperparameters", "method", "integrations", "metadata"):
@@ -1864,8 +2098,8 @@ class Train:
                 return
         if self.hyperparameters is not None and not isinstance(self.hyperparameters, dict):
             yield "hyperparameters", "must be an object, { … }"
-        if self.suffix is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.suffix, re.ASCII):
-            yield "suffix", "must be 1 to 64 letters, digits, - and _"
+        if self.suffix is not None and not re.fullmatch(r"[A-Za-z0-9_-]{0,64}", self.suffix, re.ASCII):
+            yield "suffix", "must be at most 64 letters, digits, - and _"
         if not is_metadata(self.metadata):
             yield "metadata", "must be an object of at most 16 texts of up to 512 characters"
         if self.method is not None and not isinstance(self.supervised, dict):
@@ -1936,6 +2170,7 @@ class RunAnswer:
     dataset: str
     result_files: list[str]
     integrations: list[str]
+    bytes: int  # on disk, the model not included
     validation_file: str | None = None
     organization_id: str = "local"
     object: str = "fine_tuning.job"
@@ -1963,7 +2198,8 @@ def run_answer(job: jobs.Job) -> dict:
         "fine_tuned_model": about["model"] if done else None,
         "finished_at": int(about["finished"]) if about["finished"] else None, "estimated_finish": estimate,
         "trained_tokens": latest.get("tokens"), "error": about["error"], "metadata": request["metadata"],
-        "progress": progress, "result_files": [], "integrations": [], "organization_id": "local",
+        "progress": progress, "bytes": jobs.disk_use(job.folder), "result_files": [], "integrations": [],
+        "organization_id": "local",
     }  # fmt: skip
 
 
@@ -1997,13 +2233,21 @@ async def retrieve_run(job_id: str, service: TheService) -> RunAnswer:
     return run_answer(run_job(service, job_id))
 
 
+async def delete_run(job_id: str, service: TheService) -> Deleted:
+    """Delete a run that does not run: its checkpoints, events and curves. Its model and its dataset stay."""
+    await run_in_threadpool(service.factory.jobs.remove, run_job(service, job_id))
+    return Deleted(job_id, "fine_tuning.job")
+
+
 async def cancel_run(job_id: str, service: TheService) -> RunAnswer:
-    """End a run. It finishes its step and saves it, so that it can be resumed all the same."""
+    """End a run. It finishes its step and saves it, so that it can be resumed all the same. Where it could not save,
+    the answer has an `error` of the code not_saved, which says what is lost."""
     return run_answer(await stopped(service, run_job(service, job_id), "cancelled"))
 
 
 async def pause_run(job_id: str, service: TheService) -> RunAnswer:
-    """Let a run save where it is and wait until it is resumed."""
+    """Let a run save where it is and wait until it is resumed. Where it could not save, the answer has an `error` of
+    the code not_saved, which says what is lost."""
     return run_answer(await stopped(service, run_job(service, job_id), "paused"))
 
 
@@ -2044,7 +2288,8 @@ class EventList:
 
 
 async def list_run_events(job_id: str, service: TheService, after: After = None, limit: Limit = 20) -> EventList:
-    """What happened to a run, the newest first; its losses are of type metrics."""
+    """What happened to a run, the newest first; its losses are of type metrics, and what it could not save or warns of
+    is of level warn."""
     return jobs.page(await run_in_threadpool(run_job(service, job_id).events), after, limit)
 
 
@@ -2108,7 +2353,7 @@ IDEMPOTENCY = {"parameters": [{"name": "Idempotency-Key", "in": "header", "requi
 UPLOAD_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
     "type": "object", "required": ["file"], "properties": {
         "file": {"type": "string", "contentMediaType": "text/plain",
-                 "description": ".txt, .json or .jsonl, or one of these and .gz"},
+                 "description": f"its name ends in one of {', '.join(jobs.SUFFIXES)}, or in one of these and .gz"},
         "purpose": {"enum": list(jobs.PURPOSES), "default": "fine-tune"},
     }}}}}}  # fmt: skip
 
@@ -2157,6 +2402,7 @@ ROUTES = [
     Route("GET", "/tokenizer_info", tokenizer_info, TokenizerInfo),
     Route("GET", "/v1/models", list_models, ModelList),
     Route("GET", "/v1/models/{model}", retrieve_model, Model),
+    Route("DELETE", "/v1/models/{model}", delete_model, Deleted),
     Route("POST", "/v1/files", create_file, StoredFile, "files", extra=UPLOAD_FORM),
     Route("GET", "/v1/files", list_files, FileList, "files"),
     Route("GET", "/v1/files/{file_id}", retrieve_file, StoredFile, "files"),
@@ -2166,10 +2412,12 @@ ROUTES = [
     Route("POST", "/v1/datasets", create_dataset, DatasetAnswer, "datasets"),
     Route("GET", "/v1/datasets", list_datasets, DatasetList, "datasets"),
     Route("GET", "/v1/datasets/{dataset_id}", retrieve_dataset, DatasetAnswer, "datasets"),
+    Route("DELETE", "/v1/datasets/{dataset_id}", delete_dataset, Deleted, "datasets"),
     Route("POST", "/v1/datasets/{dataset_id}/cancel", cancel_dataset, DatasetAnswer, "datasets"),
     Route("POST", "/v1/fine_tuning/jobs", create_run, RunAnswer, "training", here=create_run_here, extra=IDEMPOTENCY),
     Route("GET", "/v1/fine_tuning/jobs", list_runs, RunList, "training"),
     Route("GET", "/v1/fine_tuning/jobs/{job_id}", retrieve_run, RunAnswer, "training"),
+    Route("DELETE", "/v1/fine_tuning/jobs/{job_id}", delete_run, Deleted, "training"),
     Route("POST", "/v1/fine_tuning/jobs/{job_id}/cancel", cancel_run, RunAnswer, "training"),
     Route("POST", "/v1/fine_tuning/jobs/{job_id}/pause", pause_run, RunAnswer, "training"),
     Route("POST", "/v1/fine_tuning/jobs/{job_id}/resume", resume_run, RunAnswer, "training"),
@@ -2257,6 +2505,8 @@ def body_schema(cls: type) -> dict:
         schema["properties"][name].pop("default", None)
     for name, own in getattr(cls, "schemas", {}).items():
         schema["properties"][name] = (own() if callable(own) else own) | {"description": declared(cls)[name].doc}
+    for name, values in getattr(cls, "neutral", {}).items():
+        schema["properties"][name] = {"enum": [None, *values], "description": "is not supported; this changes nothing"}
     return schema | {"required": required}
 
 
@@ -2275,9 +2525,28 @@ class Server(uvicorn.Server):
         self.service.closing.set()
 
 
+POLLED = re.compile(r"/health|/metrics|/v1/models|/v1/files|/v1/(datasets|fine_tuning/jobs)(/.*)?")
+
+
+def is_worth_logging(record: logging.LogRecord) -> bool:
+    """Whether a line of the access log is written: not for what pages, clients and monitors ask again and again, as
+    long as it succeeds. uvicorn's arguments: address, method, path and query, HTTP version, status."""
+    _, method, path, _, status = record.args
+    return method != "GET" or status >= 400 or not POLLED.fullmatch(path.partition("?")[0])
+
+
+def log_config() -> dict:
+    """uvicorn's, with the access log filtered."""
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["filters"] = {"worth logging": {"()": lambda: is_worth_logging}}
+    config["handlers"]["access"]["filters"] = ["worth logging"]
+    return config
+
+
 def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(app, settings.host, settings.port, http=Protocol, ws="none", log_level="info",
-                          server_header=False, timeout_graceful_shutdown=math.ceil(settings.grace))  # fmt: skip
+                          log_config=log_config(), server_header=False,
+                          timeout_graceful_shutdown=math.ceil(settings.grace))  # fmt: skip
 
 
 def check_free(host: str, port: int) -> None:
@@ -2294,7 +2563,7 @@ def check_free(host: str, port: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if "--help" in argv or "-h" in argv:
+    if asks_for_help(argv, declared(Settings)):
         print(help_text("serve.py", Settings, f"{KEY_VARIABLE} in the environment holds keys too."))
         return
     settings = read_command(argv)

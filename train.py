@@ -3,6 +3,7 @@
     python train.py --config tiny.json                        # from scratch
     python train.py --config tiny.json --init_from=resume     # go on from the newest good checkpoint
     python train.py --config tiny.json --check                # would it work? says so in seconds, and writes nothing
+    python train.py --config tiny.json --quiet                # prints nothing but warnings and errors
     torchrun --nproc_per_node=2 train.py --config tiny.json   # each batch divided among two processes: see ranks.py
     python train.py --help                                    # every key
 
@@ -19,7 +20,8 @@ Exit codes:  0 all steps done · 2 a mistake to mend, nothing changed · 3 the l
 weights were not touched · 4 another process of this run was lost · 130 SIGINT, 143 SIGTERM: the step was finished and
 saved. A second signal leaves at once.
 
-Index:  signals · metrics.jsonl · evaluation · getting ready · memory · recorded steps · the trainer · the command
+Index:  signals · metrics.jsonl · the console · evaluation · getting ready · memory · recorded steps · the trainer ·
+        the command
 """
 
 import os
@@ -43,7 +45,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -61,9 +63,19 @@ from checkpoint import Lock, newest, own_tensors, save_checkpoint, save_model, s
 from dataset import Batch, Corpus, Loader, NextToken, Split
 from model import CONFIGS, build
 from optimizer import build_optimizer, lr_at
-from options import UserError, atomic_write, load_run, run_cli, to_dict
+from options import (
+    UserError,
+    atomic_write,
+    find_config,
+    is_first_to_report,
+    load_run,
+    parse_arguments,
+    run_cli,
+    to_dict,
+)
 from ranks import Alone, Lost, Ranks, divide, join, local, parts
-from strawberry import ops
+from strawberry import ops, status_file
+from strawberry.common import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
 from strawberry.ops import float8
 
 METRICS = "metrics.jsonl"
@@ -76,6 +88,7 @@ GRACE = 3.0  # seconds after a signal in which a step may still be finished
 LAG = 4  # recorded steps that a GPU may be behind the host
 CPU_TOKENS = 4096  # in a batch, at most, that batch_size "auto" makes on a CPU: more makes no token cheaper there
 VERIFIED = 2 << 30  # bytes of token file that --check reads whole: seconds
+STATUS = status_file.StatusFile(os.environ.get(status_file.VARIABLE))  # of a run that serve.py has started
 
 # ---- signals -------------------------------------------------------------------------------------------------------
 
@@ -193,13 +206,73 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# ---- the console ---------------------------------------------------------------------------------------------------
+
+COLUMNS = {"step": 8, "loss": 8, "learning rate": 13, "grad norm": 9, "tokens/s": 10, "elapsed": 8, "remaining": 9}
+HEADER_EVERY = 20  # printed lines
+
+
+class Console:
+    """What a run prints on stdout, each line at once: a table with a row for each logged step, and its evaluations.
+
+    On a terminal a bar stays on stderr, below the lines; it writes nothing to a file. The header of the table is
+    printed again once HEADER_EVERY lines of any kind have followed it. Elapsed and remaining are wall-clock time from
+    this start's first step on, evaluations and checkpoints included.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self.since_header = HEADER_EVERY
+        self.began: float | None = None  # of the first step
+        self.resumed, self.first_step = 0.0, 0  # where the pace is counted from: there, or where a rollback led to
+
+    def start(self, step: int, total: int, hidden: bool) -> tqdm:
+        """The bar of a run that goes on after `step`."""
+        self.resumed, self.first_step = time.monotonic(), step
+        self.began = self.began or self.resumed
+        style = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
+        shown = {"bar_format": style, "mininterval": 0.2, "maxinterval": 60, "dynamic_ncols": True, "leave": False}
+        return tqdm(total=total, initial=step, disable=hidden or self.quiet or not sys.stderr.isatty(), **shown)
+
+    def print(self, text: str) -> None:
+        if not self.quiet:
+            tqdm.write(text)  # above the bar
+            sys.stdout.flush()
+            self.since_header += text.count("\n") + 1
+
+    def print_step(self, step: int, total: int, loss: float, lr: float, grad_norm: float, speed: float) -> None:
+        now = time.monotonic()
+        remaining = (now - self.resumed) / max(step - self.first_step, 1) * (total - step)
+        times = (tqdm.format_interval(seconds) for seconds in (now - self.began, remaining))
+        cells = (f"{step:,}", format_decimal(loss), f"{lr:.2e}", format_decimal(grad_norm), f"{speed:,.0f}", *times)
+        if self.since_header >= HEADER_EVERY:
+            self.print(format_row(COLUMNS))
+            self.since_header = 0
+        self.print(format_row(cells))
+
+
+def format_row(cells: Iterable[str]) -> str:
+    """One line of the table, each cell at the right end of its column."""
+    return "  ".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True))
+
+
+def format_decimal(value: float) -> str:
+    """Four decimals, or four digits where these would not show the number: 0.1234, 1.234e-05"""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1000 else f"{value:.3g}"
+
+
 class Sturdy:
-    """A stream whose full disk ends no run: what cannot be written is lost, or comes when there is room again."""
+    """A stream whose full disk ends no run: what cannot be written is lost, or comes when there is room again.
+
+    Warnings, and that the stream cannot be written, go to STATUS too.
+    """
 
     def __init__(self, stream):
         self.stream = stream
 
     def write(self, text: str) -> int:
+        if text.startswith("warning: "):
+            STATUS.warn(text.removeprefix("warning: ").strip())
         with self.sparing():
             self.stream.write(text)
         return len(text)
@@ -215,8 +288,8 @@ class Sturdy:
             yield
         except BrokenPipeError:  # its reader left on purpose
             raise
-        except OSError:
-            pass
+        except OSError as error:
+            STATUS.warn(f"cannot write the log ({error.strerror}); lines of it are lost")
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -386,8 +459,10 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def start_from(path: str, model: nn.Module, encoder) -> None:
-    """Copy the weights of a model file into `model`, which must be of the same shapes and vocabulary."""
+def start_from(path: str | Path, model: nn.Module, encoder) -> None:
+    """Copy the weights of a model file, or of the newest checkpoint in a directory, into `model`, which must be of the
+    same shapes and vocabulary."""
+    path = checkpoint.find_model(path, "init_from")
     other, its_encoder, _ = checkpoint.load_model(path)
     if its_encoder.fingerprint != encoder.fingerprint:
         raise UserError(
@@ -439,6 +514,26 @@ def check_writable(key: str, path: str, folder: Path) -> None:
         good, reason = False, f"{error.strerror} ({folder})"
     if not good:
         raise UserError(f"{key} = {path}: {reason}; name another path, or change the rights")
+
+
+def list_outputs(run) -> list[Output]:
+    """Every file that a run writes, and the directory of its checkpoints."""
+    root = Path(run.checkpoints.path)
+    files = {METRICS: "metrics", checkpoint.LOCK: "lock", checkpoint.LATEST: "latest"}
+    outputs = [Output("model_path", run.model_path, "model"), Output("checkpoints.path", root, CHECKPOINTS)]
+    outputs += [Output("checkpoints.path", root / name, kind) for name, kind in files.items()]
+    return outputs + ([] if run.img_path is None else plot.picture_outputs("img_path", run.img_path))
+
+
+def list_inputs(run, config: str | None = None) -> list[Input]:
+    """Every file that a run reads, its --config among them. A model that is trained further into its own path is one of
+    the outputs."""
+    inputs = [Input("--config", find_config(config))] if config else []
+    inputs += [Input("dataset.path", path) for path in dataset.token_files(run.dataset)]
+    inputs += encoder_inputs("encoder_path", run.encoder_path)
+    if run.pretrained and not is_same_file(run.pretrained, run.model_path):
+        inputs.append(Input("init_from", run.pretrained))
+    return inputs
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -693,8 +788,9 @@ class Progress:
 class Trainer:
     """A run, from its configuration to its model file: prepare(), train(), finish(), close()."""
 
-    def __init__(self, run, signals: Signals):
-        self.run, self.signals = run, signals
+    def __init__(self, run, signals: Signals, config: str | None = None, quiet: bool = False):
+        self.run, self.signals, self.config = run, signals, config
+        self.console = Console(quiet)
         self.root = Path(run.checkpoints.path)
         self.metrics = Metrics(self.root / METRICS)
         self.ranks: Alone | Ranks = Alone()
@@ -757,6 +853,7 @@ class Trainer:
             raise UserError(f"model_path = {run.model_path}: is a directory; name a file")
         check_writable("model_path", run.model_path, Path(run.model_path).parent)
         check_writable("checkpoints.path", run.checkpoints.path, self.root)
+        check_outputs(list_outputs(run), list_inputs(run, self.config))
 
     def choose_batch_size(self) -> None:
         """Check that the batch can be divided among the ranks; where it is "auto", find the largest that fits."""
@@ -1200,16 +1297,12 @@ class Trainer:
     # -- telling
 
     def progress_bar(self) -> tqdm:
-        style = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
         self.logged = (self.progress.tokens, self.progress.seconds)
-        every = 0.2 if sys.stderr.isatty() else 5  # seconds: a log file need not be redrawn as often as a screen
-        total, done = self.run.max_iters, self.progress.step
-        shown = {"bar_format": style, "mininterval": every, "maxinterval": 60, "dynamic_ncols": True}
-        return tqdm(total=total, initial=done, disable=not self.ranks.main, **shown)
+        return self.console.start(self.progress.step, self.run.max_iters, hidden=not self.ranks.main)
 
     def log(self, bar: tqdm, step: int, loss: float, grad_norm: float, lr: float) -> None:
-        """The bar at every step, a line of metrics.jsonl at each log_interval and at the first step. Recorded steps
-        are told some steps late, but no line is due before all are done."""
+        """The bar at every step; a line of metrics.jsonl and of the console at each log_interval and at the first step.
+        Recorded steps are told some steps late, but no line is due before all are done."""
         p = self.progress
         tokens, seconds = p.tokens - self.logged[0], p.seconds - self.logged[1]  # since the last line
         speed = tokens / max(seconds, 1e-9)
@@ -1217,9 +1310,10 @@ class Trainer:
         bar.update()
         if p.step == step and (self.due(self.run.log_interval) or step == 1):
             rates = {"lr": lr, "grad_norm": grad_norm, "tokens_per_s": speed, "seconds": p.seconds}
+            self.logged = (p.tokens, p.seconds)
             if self.ranks.main:
                 self.metrics.add(step=p.step, tokens=p.tokens, loss=loss, **rates)
-            self.logged = (p.tokens, p.seconds)
+                self.console.print_step(step, self.run.max_iters, loss, lr, grad_norm, speed)
 
     def evaluate(self) -> None:
         """Losses of both splits, the strict one where the model sees the future, a sample of text, the curves."""
@@ -1235,7 +1329,7 @@ class Trainer:
             self.evaluated, self.val_loss = self.progress.step, results["val_loss"]
             if self.ranks.main:
                 self.metrics.add(step=self.progress.step, tokens=self.progress.tokens, **results)
-                tqdm.write(report(self.progress.step, results, text))
+                self.console.print(report(self.progress.step, results, text))
         if self.ranks.main:
             self.draw()
 
@@ -1303,6 +1397,7 @@ class Trainer:
             except UserError as error:
                 self.save_failed = True
                 warn(f"{error}; trying again later")
+        STATUS.update(step=step, saved=self.saved)
 
     def check_weights(self) -> None:
         found = torch.stack([(~torch.isfinite(local(p))).any() for p in self.model.parameters()]).float()
@@ -1419,6 +1514,8 @@ class Trainer:
             "first batch": f"loss {loss:.3f}, after {seconds:.2f} s, not compiled",
         }
         print("\n".join(f"{key:<12} {text}" for key, text in lines.items()))
+        for message in run.warnings() if self.ranks.main else ():
+            warn(message)
         if total > free:
             warn(f"that may be more memory than there is. {self.lower()}")
         if wanted > disk.free:
@@ -1473,8 +1570,8 @@ def short(path: str) -> str:
 def main(argv: list[str], last: bool = False) -> int:
     """Train as the command line says; the exit code. `last`: nothing is to come after it in this process."""
     with contextlib.ExitStack() as streams:
-        alone = os.environ.get("RANK", "0") == "0"  # of several processes, the first one talks
-        out = sys.stdout if alone else streams.enter_context(open(os.devnull, "w"))
+        talks = os.environ.get("RANK", "0") == "0" and "--quiet" not in argv  # of several processes, the first one
+        out = sys.stdout if talks else streams.enter_context(open(os.devnull, "w"))
         streams.enter_context(contextlib.redirect_stdout(Sturdy(out)))
         streams.enter_context(contextlib.redirect_stderr(Sturdy(sys.stderr)))
         return carry_out(argv, last)
@@ -1482,7 +1579,11 @@ def main(argv: list[str], last: bool = False) -> int:
 
 def carry_out(argv: list[str], last: bool) -> int:
     checking, argv = "--check" in argv, [word for word in argv if word != "--check"]
-    trainer = Trainer(load_run(argv, CONFIGS), Signals())
+    words = [word for word in argv if word != "--quiet"]
+    run = load_run(words, CONFIGS)
+    trainer = Trainer(run, Signals(), parse_arguments(words)[0], quiet="--quiet" in argv)
+    for message in run.warnings() if os.environ.get("RANK", "0") == "0" and not checking else ():
+        warn(message)
     try:
         with trainer.signals:
             if checking:
@@ -1500,12 +1601,19 @@ def carry_out(argv: list[str], last: bool) -> int:
         return code
     except NonFinite as error:
         tried = f" {MAX_ROLLBACKS} rollbacks did not help." if trainer.progress.rollbacks else ""
-        print(f"error: {error}; {trainer.standing()}.{tried} {MEND_NON_FINITE}", file=sys.stderr)
+        message = f"error: {error}; {trainer.standing()}.{tried} {MEND_NON_FINITE}"
         if trainer.saved > 0:
-            print(f"    {command(argv, resume=True)}", file=sys.stderr)
+            message += f"\n    {command(argv, resume=True)}"
+        if is_first_to_report(message):
+            print(message, file=sys.stderr)
         return 3
-    except UserError:
+    except UserError as error:
         trainer.save_where_it_stands()
+        STATUS.update(error=str(error)[:status_file.MAX_LENGTH])
+        raise
+    except BrokenPipeError:  # the reader of stdout left: `train.py … | head`
+        if not trainer.ranks.sharded:  # sharded ranks only save together, and the others know nothing of it
+            trainer.save_where_it_stands()
         raise
     except Exception as error:  # out of memory, perhaps in the middle of an update: what there is, is not saved
         if is_out_of_memory(error):
@@ -1520,7 +1628,7 @@ def leave(trainer: Trainer, stop: Interrupted | Lost, argv: list[str]) -> int:
     number = trainer.signals.received  # torchrun sends one to all when it has lost one
     saved = trainer.save_where_it_stands()
     told = f"\n{signal.Signals(number).name}" if number else f"error: {stop}"
-    out = sys.stdout if number else sys.stderr
+    out = sys.stdout if number and not trainer.console.quiet else sys.stderr
     print(f"{told}: {trainer.standing()}; to {'go on' if saved else 'start again'}:", file=out)
     print(f"    {command(argv, resume=saved)}", file=out, flush=True)
     return 128 + number if number else 4

@@ -1,1 +1,1 @@
-"""What the scripts share."""
+"""What the scripts of this repository share."""

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from machine import require
 from torch import nn
 
 import checkpoint
@@ -148,8 +149,7 @@ def test_each_file_and_directory_is_on_disk_before_the_rename(tmp_path, monkeypa
         events.append(f"rename to {Path(target).name}")
         rename(source, target)
 
-    if not os.path.exists("/proc/self/fd"):
-        pytest.skip("needs /proc to see which file a descriptor is")
+    require(os.path.exists("/proc/self/fd"), "/proc, which says which file a descriptor is")
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "rename", note_rename)
     save(tmp_path, 1)

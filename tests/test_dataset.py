@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from machine import require
 
 import dataset
 from dataset import HEADER_SIZE, OBJECTIVES, Corpus, Header, Loader, Split, TokenFile, TokenFileWriter, keys, permute
@@ -589,8 +590,8 @@ print(dataset.resident()["resident"] - start)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 def test_resident_memory_stays_flat(tmp_path):
+    require(Path("/proc/self/status").exists(), "/proc, from which resident memory is read")
     with TokenFileWriter(tmp_path / "a.bin", SMALL) as writer:
         for _ in range(32):
             writer.add(np.arange(1 << 20) % 499)

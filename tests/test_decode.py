@@ -1,6 +1,7 @@
 """decode.py: many texts at once, each as if it were alone; and what a text is, against model.generate."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,9 +98,86 @@ def test_a_device_that_works_ahead_makes_the_same_texts(name, rows):
 def test_alone_and_in_company_are_the_same_in_float32(name):
     model = made(name).float()
     requests = requests_for(model, 7)
-    together = collect(Decoder(model, 4, 64, shrink=False), requests)
-    alone = [collect(Decoder(model, 4, 64, shrink=False), [request])[0] for request in requests]
+    together = collect(Decoder(model, 4, 64, batch_invariant=True), requests)
+    alone = [collect(Decoder(model, 4, 64, batch_invariant=True), [request])[0] for request in requests]
     assert together == alone
+
+
+# ---- batch invariance ----------------------------------------------------------------------------------------------
+
+
+def logits_of(decoder, requests, which: int) -> list[torch.Tensor]:
+    """The logits of every step of one of the requests, all of which are admitted at once."""
+    seen, after, handles = [], decoder.logits.after, []
+
+    def watched(token, held):
+        logits = after(token, held)
+        places = [i for i, row in enumerate(decoder.at) if row is not None and row.handle == handles[which]]
+        seen.extend(logits[place].clone() for place in places)
+        return logits
+
+    decoder.logits.after = watched
+    handles += [decoder.admit(request) for request in requests]
+    while decoder.busy:
+        decoder.step()
+    return seen
+
+
+def unlike_requests(model) -> list[Request]:
+    """Seven texts of all lengths and wishes; one is longer than the smallest bucket, where positions allow it."""
+    *some, last = (replace(request, max_new_tokens=3 + 2 * i) for i, request in enumerate(requests_for(model, 7)))
+    last.prompt = [1 + i % 30 for i in range(270 if model.max_positions is None else 30)]
+    return [*some, last]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "batch scope"])  # which has no cache
+@pytest.mark.parametrize("smallest", [256, 512])
+def test_logits_are_bit_for_bit_those_of_a_text_alone(name, smallest):
+    """In any row, in any company; widths of 40 channels, so that rows of the cache begin at odd addresses."""
+    width = {"n_embd": 40} | ({"n_qkv": 40} if "n_qkv" in MODELS[name] else {})
+    model = made(name, **width).float()
+    source = [3, 4, 5] if model.takes_source else None
+    request = Request([5, 6, 7], 20, seed=3, top_k=7, top_p=0.9, source=source)
+
+    def decoder():
+        return Decoder(model, 8, 512, batch_invariant=True, smallest=smallest)
+
+    alone = logits_of(decoder(), [request], 0)
+    assert len(alone) == 19
+    for company in ([request, *unlike_requests(model)], [*unlike_requests(model), request]):
+        together = logits_of(decoder(), company, company.index(request))
+        assert len(together) == 19 and all(map(torch.equal, alone, together))
+
+
+@pytest.mark.parametrize("name", ["strawberry", "tinystar"])
+def test_every_step_has_one_shape(name, monkeypatch):
+    """All rows, whole buckets of the cache, a chunk's weights for one row at a time, each row's own filters."""
+    model, shapes, opened, drawn = made(name), set(), [], []
+    step, begin_chunks = model.decode_step, model.begin_chunks
+    monkeypatch.setattr(model, "decode_step", lambda token, cache, held: shapes.add((len(token), held + 1)) or
+                        step(token, cache, held))  # fmt: skip
+    decoder = Decoder(model, 8, 512, batch_invariant=True, smallest=512)
+    whole = decoder.logits.cache
+    monkeypatch.setattr(model, "begin_chunks", lambda cache, rows: opened.extend([rows] if cache is whole else []) or
+                        begin_chunks(cache, rows))  # fmt: skip
+    draw = decoder.draws.draw
+    monkeypatch.setattr(decoder.draws, "draw", lambda *args: drawn.append(args[2]) or draw(*args))
+    requests = [Request([1 + i], 17, seed=i, **wish) for i, wish in enumerate(({}, {"top_k": 5}, {"top_p": 0.5}, {}))]
+    own = {decoder.draws.filters([request]) for request in requests}
+    collect(decoder, requests)
+    assert shapes == {(8, 512)}
+    assert all(len(rows) == 1 for rows in opened) and bool(opened) == (name == "strawberry")
+    assert set(drawn) == own and len(own) == 3
+
+
+@pytest.mark.parametrize(("window", "slots"), [(9, {256, 512}), (320, {256, 512}), (300, {512}), (600, {1024})])
+def test_rings_of_odd_sizes_are_read_whole_from_the_first_step(window, slots, monkeypatch):
+    """A sum over 256 slots and one over 300 end in another way, so no text reads both."""
+    model, seen = made("tinystar, window", window=window, block_size=1024), set()
+    step = model.decode_step
+    monkeypatch.setattr(model, "decode_step", lambda token, cache, held: seen.add(held + 1) or step(token, cache, held))
+    collect(Decoder(model, 2, 1024, batch_invariant=True), [Request([1] * 250, 10), Request([1] * 260, 3)])
+    assert seen == slots
 
 
 # ---- where positions end -------------------------------------------------------------------------------------------

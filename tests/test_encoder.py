@@ -622,7 +622,7 @@ def test_command_trains_on_files_folders_and_globs(tmp_path, corpus, capsys):
         ({"--input": "nothing-here/*.txt"}, "no input"),
         ({"--vocab_size": "100"}, "out of range"),
         ({"--vocab_size": "100000"}, "too little text"),
-        ({"--output": "."}, "folder"),
+        ({"--output": "."}, "--output: . is a directory; name a file"),
     ],
 )
 def test_command_refuses_and_creates_nothing(tmp_path, corpus, monkeypatch, changes, message):

@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from machine import require_module
 
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.common import INTERPRETED
@@ -26,9 +26,9 @@ def python(*args: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *args], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton for this platform")
 @pytest.mark.parametrize("group", GROUPS)
 def test_kernels_in_the_interpreter(group):
+    require_module("triton")
     run = python("-m", "pytest", "-q", "-x", "tests/kernels_in_interpreter.py", "-k", group, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert "skipped" not in run.stdout

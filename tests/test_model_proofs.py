@@ -6,13 +6,13 @@ Index:  sums over long texts · gradients · half precision · parameters · ope
 """
 
 import copy
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from machine import require_program
 from naive_strawberry import aft, aft_conv_position, aft_full_position, aft_local_position, aft_simple_long, sigmoid
 from test_model import CASES, T, every_case, shaken, source_for, tokens
 from torch import nn
@@ -788,8 +788,8 @@ def test_a_stack_in_pieces_is_the_stack():
     assert whole == 1 < pieces <= 4 and uneven == pieces + 1 and of_two < 0.6 * of_six
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_it_compiles_to_code():
+    require_program("g++", "clang++")
     check_compiled("tinystar()", "inductor")
 
 

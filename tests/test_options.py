@@ -2,21 +2,27 @@
 
 import copy
 import dataclasses
+import importlib
 import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import require_module
 from torture import count
 
 import options
+from optimizer import lr_at
 from options import Run, UserError, check, declared, dotted_names, load_run, option, run_class, to_dict
+from strawberry import config_docs
 
 ROOT = Path(options.__file__).parent
 
@@ -92,6 +98,40 @@ def program(body, *argv, cwd=None, **pipes):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code + "options.run_cli(main)", *argv]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=not pipes, text=True, timeout=60, **pipes)
+
+
+@pytest.mark.parametrize("env", [
+    {"PYTHONIOENCODING": "cp1252"}, {"PYTHONIOENCODING": "ascii:strict"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+])  # fmt: skip
+def test_what_goes_to_a_pipe_is_utf_8(env):
+    text = "'\\xe9\\u2605\\U0001f600'"  # in ASCII, which any locale can pass on
+    code = f"import sys, options\noptions.run_cli(lambda argv: print({text}) or print({text}, file=sys.stderr))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", **env}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60)
+    assert [ran.returncode, *(out.decode("utf-8").strip() for out in (ran.stdout, ran.stderr))] == [0, "é★😀", "é★😀"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark():
+    import pty
+
+    ours, theirs = pty.openpty()
+    code = "import options\noptions.run_cli(lambda argv: print('a\\u2605'))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, stdout=theirs, stderr=subprocess.PIPE, timeout=60)
+    os.close(theirs)
+    assert (ran.returncode, ran.stderr, os.read(ours, 100)) == (0, b"", b"a?\r\n")
+    os.close(ours)
+
+
+PROGRAMS = ("assemble", "bench", "dataset", "encoder", "plot", "prepare", "sample", "serve", "train")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_runs_through_run_cli(name):
+    """Which sets the encoding."""
+    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    assert "run_cli(" in text.partition('if __name__ == "__main__":')[2]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +311,17 @@ def test_a_problem_names_key_value_and_what_is_allowed(argument):
     assert problems_of(argument) == [REFUSED[argument]]
 
 
+@pytest.mark.parametrize("value", ["-h", "--help", "-1", "--", "--unknown"])
+def test_a_value_that_begins_with_a_dash_is_a_value(value):
+    assert load_run(["--config", "air.json", "--sample_prompt", value], ARCHS).sample_prompt == value
+    assert load_run([f"--sample_prompt={value}", "--seed", "3"], ARCHS).sample_prompt == value
+
+
+def test_an_option_is_no_value_of_another():
+    for word in ("--seed", "--dataset.path=x", "--config"):
+        assert "--sample_prompt: has no value; write --sample_prompt=value" in problems_of("--sample_prompt", word)
+
+
 def test_rollback_needs_checkpoints():
     told = 'on_nan = "rollback": needs checkpoints.create_checkpoints: there is nothing else to return to'
     assert problems_of("--on_nan=rollback", "--checkpoints.create_checkpoints=false") == [told]
@@ -309,9 +360,164 @@ def test_a_value_has_no_keys_of_its_own():
     assert first == "seed.x = 2: seed is a value, not a section" and second.startswith("max_iters")
 
 
-@pytest.mark.parametrize(("path", "shown"), [("a\0b", '"a\\u0000b"'), ("\ud800", '"\\ud800"')])
-def test_text_that_no_path_can_be_is_refused(path, shown):
-    assert check(Run, {"model_path": path}) == (None, [f"model_path = {shown}: must be text"])
+def test_text_that_no_path_can_be_is_refused():
+    assert check(Run, {"model_path": "\ud800"}) == (None, ['model_path = "\\ud800": must be text'])
+    assert check(Run, {"sample_prompt": "a\0b"}) == (None, ['sample_prompt = "a\\u0000b": must be text'])
+
+
+PATH_KEYS = options.path_names(Run)
+
+
+@pytest.mark.parametrize("key", PATH_KEYS)
+def test_a_path_with_a_control_character_is_refused_and_slashes_are_named(key, tmp_path):
+    """The characters are those of the Unicode category Cc, and the path is one that Windows users write in JSON."""
+    told = "a path has no control characters, which \\n and \\t in quotes are; write / or \\\\ instead of \\"
+    for character in (c for c in map(chr, range(0x250)) if unicodedata.category(c) == "Cc"):
+        raw = {}
+        set_key(raw, key, f"a{character}b")
+        (problem,) = check(Run, raw)[1]
+        assert problem.startswith(f"{key} = ") and problem.endswith(told) and problem.isprintable()
+    section, _, name = key.rpartition(".")
+    text = f'{{"{name}": "C:\\table\\new.bin"}}'
+    path = write(tmp_path, f'{{"{section}": {text}}}' if section else text)
+    assert problems_of("--config", path)[0].endswith(f'{key} = "C:\\table\\new.bin": {told}')
+    assert problems_of(f"--{section or key}={text if section else 'a' + chr(9)}")[0].endswith(told)
+
+
+def set_key(raw, dotted, value):
+    """Set a dotted key, sections made on the way."""
+    *sections, name = dotted.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+    raw[name] = value
+
+
+@pytest.mark.parametrize(("command", "option"), [
+    *(("prepare", option) for option in ("--input", "--verify", "--pairs", "--output", "--encoder")),
+    ("encoder", "--input"), ("encoder", "--output"), ("plot", "--out"),
+    *(("sample", option) for option in ("--model", "--prompt_file", "--prompts_file", "--out", "--score")),
+])  # fmt: skip
+def test_every_command_refuses_control_characters_in_paths(tmp_path, monkeypatch, command, option):
+    monkeypatch.chdir(tmp_path)
+    needed = {"encoder": ["--input", "a"], "plot": ["a"]}.get(command, []) if option != "--input" else []
+    with pytest.raises(UserError) as refused:
+        importlib.import_module(command).main([*needed, option, "C:\table\new"])
+    told = f'{option}( =)? "C:\\\\table\\\\new": a path has no control characters'
+    assert re.search(told, str(refused.value)) and os.listdir() == []
+
+
+def test_paths_with_spaces_backslashes_and_letters_of_any_script_pass():
+    for path in ("C:\\table\\new.bin", "my file", "données/été", "日本", "a\u00a0b"):
+        assert check(Run, {"model_path": path})[1] == []
+
+
+def test_a_backslash_that_escapes_nothing_is_refused_with_its_line(tmp_path):
+    r"""JSON5 would drop it: "C:\data" would become "C:data"."""
+    told = "is no escape; write / or \\\\ instead of \\"
+    for escape in ("d", "g", "1", "u12", "xz", "ü"):
+        text = '// C:\\data is fine here\n{"seed": 1, /* \\q */\n "model_path": "C:\\' + escape + '.bin"}'
+        path = write(tmp_path, text)
+        (problem,) = problems_of("--config", path)
+        assert problem.endswith(f"run.json, line 3: \\{escape[0]} {told}")
+        with pytest.raises(UserError, match="line 3"):
+            options.read_json(path)
+    assert problems_of('--dataset={"path": "C:\\data"}')[0].endswith(f"\\d {told}")
+    good = '{"sample_prompt": "\\\\d \\" \\\' \\/ \\b\\f\\n\\r\\t\\v \\u00e9 \\x41", "model_path": \'C:\\\\data\'}'
+    run = load_run(["--config", write(tmp_path, good)], ARCHS)
+    assert run.sample_prompt == "\\d \" ' / \b\f\n\r\t\v é A" and run.model_path == "C:\\data"
+    assert load_run(["--sample_prompt=C:\\data"], ARCHS).sample_prompt == "C:\\data"
+
+
+# ---- schedules that do not fit -------------------------------------------------------------------------------------
+
+SHORT = {
+    "a warm-up longer than the run": ["--config=air.json", "--max_iters=1000"],
+    "a warm-up as long as the run": ["--max_iters=2000"],
+    "a warm-up longer than a run of constant rate": ["--max_iters=10", "--decay_lr=false"],
+    "a warm-up longer than the decay": ["--max_iters=50000", "--lr_decay_iters=1000"],
+    "a warm-up longer than run and decay": ["--max_iters=100", "--lr_decay_iters=50"],
+    "a decay that does not begin": ["--config=air.json", "--max_iters=20000"],
+    "a decay that does not end": ["--config=air.json", "--max_iters=35000"],
+    "a checkpoint at the end only": ["--max_iters=1000", "--warmup_iters=1"],
+    "one step": ["--max_iters=1"],
+}
+
+
+def peak_share(run) -> float:
+    """The highest learning rate of a run, as a share of the one that it was given, by the schedule itself."""
+    return max(lr_at(step, run) for step in range(run.max_iters)) / run.learning_rate
+
+
+@pytest.mark.parametrize("what", SHORT)
+def test_a_schedule_that_does_not_fit_is_warned_of_and_the_values_named_would_do(what):
+    run = load_run(SHORT[what], ARCHS)
+    warnings = list(run.warnings())
+    assert warnings
+    for warning, mend in ((w, mend) for w in warnings for mend in w.partition("; set ")[2].split(", or ")):
+        changes = [(key, value) for keys, value in re.findall(r"([a-z_.]+(?: and [a-z_.]+)*) to (\d+)", mend)
+                   for key in keys.split(" and ")]  # fmt: skip
+        mended = load_run([*SHORT[what], *(f"--{key}={value}" for key, value in changes)], ARCHS)
+        assert changes and warning not in mended.warnings()
+        if "interval" not in warning:
+            assert not any("warm-up" in other or "falls" in other for other in mended.warnings())
+            assert peak_share(mended) == 1
+            last = lr_at(mended.max_iters - 1, mended)
+            assert last < mended.learning_rate or not mended.decay_lr or mended.max_iters == 1
+
+
+def test_a_short_warmup_says_how_far_it_comes():
+    (first, _) = load_run(["--config=air.json", "--max_iters=1000"], ARCHS).warnings()
+    share = re.search(r"at (\d+) % of learning_rate", first)[1]
+    assert int(share) == round(100 * peak_share(load_run(["--config=air.json", "--max_iters=1000"], ARCHS)))
+    assert "max_iters = 1000" in first and "warmup_iters = 2000" in first
+    assert "set warmup_iters to 50 and lr_decay_iters to 1000, or max_iters to 50000" in first
+
+
+@pytest.mark.parametrize("name", sorted({path.name for path in (ROOT / "config").glob("*.json")} - {"schema.json"}))
+def test_no_preset_is_warned_of(name):
+    import model
+
+    assert list(load_run(["--config", name], model.CONFIGS).warnings()) == []
+
+
+def test_what_fits_is_not_warned_of():
+    for words in ("--max_iters=40 --warmup_iters=0 --eval_interval=40 --checkpoints.interval=40",
+                  "--max_iters=40 --warmup_iters=39 --eval_interval=40 --checkpoints.interval=40 --cooldown_frac=1",
+                  "--max_iters=40 --warmup_iters=5 --eval_interval=90 --checkpoints.create_checkpoints=false",
+                  "--config=air.json --max_iters=60000"):  # fmt: skip
+        assert list(load_run(words.split(), ARCHS).warnings()) == [], words
+
+
+# ---- several processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """The store and the environment of a torchrun agent with two processes on this machine."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(store.port), "GROUP_RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return store
+
+
+def test_processes_report_an_error_once_and_each_error_of_its_own(torchrun, monkeypatch, capsys):
+    for message, told in (("both find this", True), ("both find this", False), ("one finds this", True)):
+        options.report_error(message)
+        assert capsys.readouterr().err == (f"error: {message}\n" if told else "")
+    monkeypatch.setenv("GROUP_RANK", "1")  # another machine has a console of its own
+    options.report_error("both find this")
+    assert capsys.readouterr().err == "error: both find this\n"
+
+
+def test_an_error_is_printed_where_the_store_is_gone(torchrun, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "not a port")
+    assert options.is_first_to_report("x") and options.is_first_to_report("x")
+
+
 
 
 def test_problems_of_an_unreadable_file_and_of_the_command_line_come_together(tmp_path):
@@ -456,7 +662,7 @@ def test_any_command_line_is_a_run_or_a_user_error(argv):
 def test_help_and_table_tell_every_key(arch, capsys):
     with pytest.raises(SystemExit) as stop:
         load_run(["--config", "air.json", f"--model_hyperparams.arch={arch}", "--n_layer=bad", "--help"], ARCHS)
-    text, markdown = capsys.readouterr().out, options.table(ARCHS)
+    text, markdown = capsys.readouterr().out, config_docs.table(ARCHS)
     assert stop.value.code == 0
     for prefix, _, keys in options.sections(run_class(ARCHS, arch)):
         for name, key in keys.items():
@@ -478,8 +684,10 @@ def test_every_key_means_something():
 
 def test_schema_and_check_agree():
     """On every value of every key: what the editor accepts is what training accepts, rules between keys aside."""
-    jsonschema = pytest.importorskip("jsonschema")
-    validator = jsonschema.Draft202012Validator(options.schema(ARCHS))
+    require_module("jsonschema")
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(config_docs.schema(ARCHS))
     validator.check_schema(validator.schema)
     values = [None, True, 0, 1, -1, 2.5, 3.0, 0.5, "", "auto", "strawberry", "GELU", [], [1], [0], ["a"], {}, {"x": 1}]
     between_keys = ("init_from", "model_hyperparams.arch", "model_hyperparams.n_head", "model_hyperparams.n_qkv")
@@ -506,7 +714,8 @@ def test_schema_file_is_current():
     import model
 
     written = json.loads((ROOT / "config" / "schema.json").read_text(encoding="utf-8"))
-    assert written == json.loads(json.dumps(options.schema(model.CONFIGS))), "run: python options.py --schema"
+    current = json.loads(json.dumps(config_docs.schema(model.CONFIGS)))
+    assert written == current, "run: python -m strawberry.config_docs --schema"
 
 
 def test_no_default_is_out_of_its_own_bounds():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import require
 
 import dataset
 import encoder
@@ -274,10 +275,12 @@ def test_what_is_up_to_date_is_left_alone_and_nothing_else_is(tmp_path, bpe, cap
 def test_other_peoples_files_are_not_overwritten(tmp_path, bpe):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "mine.md").write_text("precious")
-    with pytest.raises(UserError, match=r"mine\.md is there and is not a token file"):
-        run("--input", tmp_path / "a.txt", "--output", tmp_path / "mine.md", "--encoder", bpe)
-    assert (tmp_path / "mine.md").read_text() == "precious"
-    run("--input", tmp_path / "a.txt", "--output", tmp_path / "mine.md", "--encoder", bpe, "--force")
+    for force in ([], ["--force"]):
+        with pytest.raises(UserError, match=r"mine\.md is there and is not a token file"):
+            run("--input", tmp_path / "a.txt", "--output", tmp_path / "mine.md", "--encoder", bpe, *force)
+        assert (tmp_path / "mine.md").read_text() == "precious"
+    (tmp_path / "mine.md").unlink()
+    run("--input", tmp_path / "a.txt", "--output", tmp_path / "mine.md", "--encoder", bpe)
     assert documents(tmp_path / "mine.md", bpe) == ["text"]
 
 
@@ -648,8 +651,8 @@ for name in sys.argv[2:]:
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_is_constant_whatever_the_inputs_size(tmp_path, bpe):
+    require(Path("/proc/self/status").exists(), "/proc, from which peak memory is read")
     line = " ".join(WORDS * 4)
     sizes = {"small": 5_000, "large": 35_000}  # 1 and 7 MB
     for name, n in sizes.items():

@@ -8,7 +8,7 @@ import torch
 
 import model
 from model import CONFIGS
-from options import table
+from strawberry.config_docs import table
 from strawberry.ops import cross_entropy
 
 ROOT = Path(__file__).parent.parent
@@ -43,9 +43,9 @@ def test_the_architecture_that_the_readme_adds_keeps_the_promises(monkeypatch):
 
 
 def test_the_table_of_keys_is_current():
-    """`python options.py --table` prints what belongs there."""
+    """`python -m strawberry.config_docs --table` prints what belongs there."""
     for row in table(CONFIGS).splitlines():
-        assert row in README, f"the README lacks {row!r}: put the output of `python options.py --table` there"
+        assert row in README, f"the README lacks {row!r}: put the output of `python -m strawberry.config_docs --table` there"
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+?)\)", README))))

@@ -66,6 +66,23 @@ def test_a_recorded_run_that_stopped_goes_on_as_if_it_had_not(workshop, recordin
         assert_same(whole, resumed)
 
 
+def test_the_console_waits_for_no_more_steps_than_are_logged(workshop, recording, monkeypatch, capsys):  # noqa: F811
+    """Its rows are of steps that are waited for anyway: the first, those of an interval, and the last."""
+    heard, waits = Recorded.heard, []
+
+    def noted(self, lag):
+        if lag == 0:
+            waits.append(self.trainer.progress.step)
+        return heard(self, lag)
+
+    monkeypatch.setattr(Recorded, "heard", noted)
+    assert run("--log_interval=3", "--eval_interval=100", "--checkpoints.create_checkpoints=false",
+               "--checkpoints.interval=100") == 0  # fmt: skip
+    assert sorted(set(waits)) == [1, 3, 6, 9, 10]
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:8].strip().isdigit()]
+    assert rows == ["1", "3", "6", "9", "10"]
+
+
 class Slow:
     """An event of a device that is behind: an answer is there only when somebody waits for it."""
 

@@ -306,6 +306,30 @@ def test_stop_on_the_command_line(run):
 # ---- prompts -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("given", "meant"), [
+    (r"\n\n", "\n\n"), (r"a\tb\r", "a\tb\r"), (r"\\n", r"\n"), ("\\", "\\"), (r"\\", "\\"), ("\n", "\n"),
+    ("é\\n", "é\n"),
+])  # fmt: skip
+def test_backslashes_in_stop_are_escapes(given, meant):
+    assert sample.read_settings(["--stop", given]).stop == [meant]
+    assert sample.read_settings([f"--stop={given}", "--stop", "x"]).stop == [meant, "x"]
+
+
+def test_an_escaped_line_end_stops_a_text(run):
+    argv = ["--prompt", "ab", "--temperature", "2", "--length", "200", "--seed", "3"]
+    whole = run(*argv).out
+    assert "\n" in whole[:-1] and run(*argv, "--stop", r"\n").out == whole[: whole.index("\n")] + "\n"
+
+
+@pytest.mark.parametrize("value", ["-h", "--help", "-x", "--", "-", "--unknown", "--help=1"])
+def test_a_value_that_begins_with_a_dash_is_a_value(run, value):
+    for name in ("prompt", "source", "prompt_file", "out"):
+        assert sample.parse_arguments([f"--{name}", value], ["prompt", "seed"]) == (None, [(name, value)], [])
+    assert sample.read_settings(["--prompt", value]).prompt == value
+    out = run("--prompt", "ab", "--stop", value, "--length", "5").out
+    assert out.startswith("ab") and "usage" not in out
+
+
 def test_prompt_file_and_standard_input_are_prompts(run, tmp_path, monkeypatch):
     argv = ["--length", "20", "--seed", "3"]
     out = run("--prompt", "ab\ncd\n", *argv).out
@@ -415,6 +439,9 @@ def test_the_last_line_says_how_fast(run):
         (["--config", "air.json"], "--config: unknown option"),
         (["abc"], "must be an option"),
         (["--length"], "--length: has no value"),
+        (["--prompt", "--length", "5"], "--prompt: has no value; write --prompt=value"),
+        (["--stop", "a\\d"], r"--stop a\\d: \\d is no escape; write \\\\d for a backslash before d; escapes are \\n, "),
+        (["--fast"], "--fast: is about a --prompts_file"),
         (["--length", "0"], "--length = 0: must be integer >= 1"),
         (["--length", "-5"], "--length = -5: must be"),
         (["--length", "2.5"], "--length = 2.5: must be integer"),
@@ -812,6 +839,48 @@ def test_a_text_does_not_depend_on_its_company(desk):
     assert alone[0]["text"] == together[4]["text"] == turned[7]["text"]
 
 
+WISHES = [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0}]
+VARIED = [{"prompt": "abcdefgh"[: i % 7 + 1], "max_tokens": 280 if i % 13 == 5 else 5 + 7 * i % 23, **WISHES[i % 5]}
+          for i in range(40)]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["strawberry", "tinystar"])
+def test_texts_in_bulk_do_not_depend_on_batch(desk, folder, name, capsys):
+    desk(*VARIED)
+    argv = ["--model", str(folder / f"{name}.strawberry"), *BULK[:2], *BULK[4:], "--device", "cpu"]
+    for batch in ("8", "1", "3", "16"):
+        sample.main([*argv, "--out", f"{batch}.jsonl", "--batch", batch])
+        assert results(f"{batch}.jsonl") == results("8.jsonl")
+        assert ("on a CPU 8 texts are made at once" in capsys.readouterr().err) == (batch != "8")
+
+
+def test_the_shape_that_a_text_is_computed_in_is_fixed_by_its_line_alone(desk, monkeypatch):
+    """Whatever --batch, the other lines, and what is there already."""
+    made, real = [], sample.Decoder
+    monkeypatch.setattr(sample, "Decoder", lambda *args, **more: made.append((args[1:], more)) or real(*args, **more))
+    shapes = {}
+    for lines in ([{"prompt": "a", "max_tokens": 9}], [{"prompt": "a", "max_tokens": 300}], VARIED[:9]):
+        desk(*lines)
+        for batch in ("1", "16"):
+            bulk(desk, "--batch", batch, "--device", "cpu", out=f"{len(shapes)}.jsonl")
+            shapes[len(lines), lines[0]["max_tokens"], batch] = made.copy()
+            made.clear()
+    short, long = ([((8, room), {"on_full": "stop", "batch_invariant": True, "smallest": room, "max_source": 32})]
+                   for room in (256, 512))  # fmt: skip
+    assert shapes == {(n, tokens, batch): {9: short, 300: long, 5: short + long}[tokens]
+                      for n, tokens in ((1, 9), (1, 300), (9, 5)) for batch in ("1", "16")}  # fmt: skip
+
+
+def test_fast_follows_batch_and_says_what_it_gives_up(desk, monkeypatch, capsys):
+    desk(*VARIED[:9])
+    made, real = [], sample.Decoder
+    monkeypatch.setattr(sample, "Decoder", lambda *args, **more: made.append(args[1]) or real(*args, **more))
+    bulk(desk, "--fast", "--batch", "3", "--device", "cpu")
+    assert made == [3] and "note: --fast: a text may differ with --batch" in capsys.readouterr().err
+    Path("texts.jsonl").write_bytes(Path("texts.jsonl").read_bytes().splitlines(keepends=True)[0])
+    assert "--fast was true and is false" in fails(capsys, monkeypatch, "--model", desk.model, *BULK)
+
+
 def test_results_come_as_they_finish(desk):
     desk(*({"prompt": "a", "max_tokens": n, "temperature": 0} for n in (40, 3, 8)))
     assert list(bulk(desk, "--batch", "2")) == [1, 2, 0]
@@ -897,10 +966,10 @@ sample.main(argv)
 def test_killed_and_started_again_until_done(desk):
     """Killed while it works at places that nobody chose, it ends up with what one that was left alone makes."""
     desk(*({"prompt": "abc"[i % 3], "max_tokens": 40 + i, "id": f"n{i}"} for i in range(40)))
-    whole = bulk(desk, out="whole.jsonl")
-    argv = ["--model", desk.model, *BULK, "--batch", "2", "--device", "cpu"]
+    whole = bulk(desk, "--device", "cpu", out="whole.jsonl")
     killed = 0
-    for delay in (0.02, 0.05, 0.1):
+    for delay, batch in ((0.02, "2"), (0.05, "5"), (0.1, "16")):
+        argv = ["--model", desk.model, *BULK, "--batch", batch, "--device", "cpu"]
         process = subprocess.run([sys.executable, "-c", DOOMED, str(delay), *argv], stderr=subprocess.PIPE,
                                  env={**os.environ, "PYTHONPATH": str(PROGRAM.parent)})  # fmt: skip
         assert process.returncode in (0, -signal.SIGALRM), process.stderr.decode()
@@ -1023,11 +1092,15 @@ def test_an_out_that_is_no_result_of_ours_is_left_alone(desk, capsys, monkeypatc
     desk({"prompt": "a"}, {"prompt": "b"})
     argv = ["--model", desk.model, *BULK]
     Path("texts.jsonl").write_text("my diary\n")
-    assert "texts.jsonl is there, but texts.jsonl.from.json, which would say" in fails(capsys, monkeypatch, *argv)
+    assert "texts.jsonl is there and is not a file of texts that sample.py wrote" in fails(capsys, monkeypatch, *argv)
     assert Path("texts.jsonl").read_text() == "my diary\n"
     Path("texts.jsonl").unlink()
     bulk(desk)
     data = Path("texts.jsonl").read_text()
+    Path("texts.jsonl.from.json").rename("aside")
+    assert "texts.jsonl is there, but texts.jsonl.from.json, which would say" in fails(capsys, monkeypatch, *argv)
+    assert Path("texts.jsonl").read_text() == data
+    Path("aside").rename("texts.jsonl.from.json")
     Path("texts.jsonl").write_text(data + "more\n")
     assert "texts.jsonl, line 3: is no text that sample.py wrote" in fails(capsys, monkeypatch, *argv)
     Path("texts.jsonl").unlink()

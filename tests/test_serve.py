@@ -1,11 +1,13 @@
 """What serve.py promises to clients that nobody here wrote, to many at once, and to those who mean no good."""
 
+import asyncio
 import base64
 import concurrent.futures
 import contextlib
 import http.client
 import json
 import math
+import random
 import re
 import signal
 import socket
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine import require_module
 from torture import count
 
 import checkpoint
@@ -27,7 +30,7 @@ import sample
 from decode import Decoder
 from options import UserError
 
-pytest.importorskip("fastapi")
+require_module("fastapi", whole_file=True)
 import openai  # noqa: E402
 
 import serve  # noqa: E402
@@ -154,7 +157,7 @@ def alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
     """The text that the model makes with nobody else there, in a decoder of the server's shape."""
     model, encoder, _ = checkpoint.load_model(folder / name)
     settings = sample.Settings(length=n, **{"temperature": 1.0, **options})
-    decoder = Decoder(model, ROWS, 4096, shrink=False)
+    decoder = Decoder(model, ROWS, 4096, batch_invariant=True)
     request = sample.make_request(settings, encoder, encoder.encode(prompt), None, seed)
     made = sample.make(decoder, [sample.Text(encoder, request, settings.stop)])
     return serve.clean("".join(piece for _, piece, _ in made))
@@ -219,7 +222,7 @@ def test_rows_keep_one_shape(running):
     """On which it rests that an answer is to the bit what it would be alone."""
     running.complete()
     decoder = running.service.models.loaded["air.strawberry"].decoder
-    assert decoder.shrink is False and decoder.rows == ROWS
+    assert decoder.batch_invariant and decoder.rows == ROWS
 
 
 def test_stop_strings_end_a_text_before_them(running, folder):
@@ -262,12 +265,29 @@ def test_logprobs_are_the_models(running, folder):
             own = min(range(258), key=lambda t: abs(logp[t].item() - told.token_logprobs[i]))
             tokens.append(own)
         assert math.isclose(logp[own].item(), told.token_logprobs[i], abs_tol=1e-4)
-        best = sorted(told.top_logprobs[i].values(), reverse=True)[:2]
+        best = list(told.top_logprobs[i].values())[:2]
         assert best == pytest.approx(logp.topk(2).values.tolist(), abs=1e-4)
         assert serve.token_text(encoder, own) == told.tokens[i]
     assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
     assert told.tokens[:3] == ["a", "bytes:\\xc3", "bytes:\\xa9"] and told.text_offset[:4] == [0, 1, 1, 2]
     assert serve.clean(encoder.decode(tokens)) == got.choices[0].text
+
+
+def test_top_logprobs_are_in_the_order_of_probability(running, folder):
+    """The likeliest token first, whichever was drawn; the drawn one is among them or after them."""
+    asked = {"model": "air.strawberry", "prompt": "ab", "seed": 3, "max_tokens": 12, "temperature": 2, "logprobs": 4}
+    for stream in (False, True):
+        got = running.client.completions.create(**asked, echo=True, stream=stream)
+        choice = [chunk.choices[0] for chunk in (got if stream else [got])][-1]
+        own, best = choice.logprobs.token_logprobs[1:], [list(top.items()) for top in choice.logprobs.top_logprobs[1:]]
+        assert len(own) == 13 and {len(top) for top in best} == {4, 5}
+        for token, logprob, top in zip(choice.logprobs.tokens[1:], own, best, strict=True):
+            values = [value for _, value in top]
+            assert values == sorted(values, reverse=True) and dict(top)[token] == logprob
+    model, encoder, _ = checkpoint.load_model(folder / "air.strawberry")
+    with torch.no_grad():
+        likeliest = model(torch.tensor([encoder.encode("a")]))[0][0, -1].topk(4).indices.tolist()
+    assert [text for text, _ in best[0]][:4] == [serve.token_text(encoder, token) for token in likeliest]
 
 
 def test_scores_alone(running):
@@ -340,6 +360,7 @@ def test_models_are_listed(running, folder):
     got = running.client.models.retrieve("air.strawberry")
     assert (got.id, got.object, got.arch, got.vocab_size) == ("air.strawberry", "model", "strawberry", 258)
     assert got.created == int((folder / "air.strawberry").stat().st_mtime)
+    assert {model.id: model.bytes for model in listed} == {name: (folder / name).stat().st_size for name in MODELS}
     with pytest.raises(openai.NotFoundError) as told:
         running.client.models.retrieve("air.strawbery")
     assert told.value.code == "model_not_found" and "did you mean 'air.strawberry'" in str(told.value)
@@ -360,7 +381,153 @@ def test_models_come_change_and_go(start, folder, tmp_path):
     server.wait_for("models_loaded", 1)
     (tmp_path / "air.strawberry").unlink()
     error_of(server.complete(), 404)
-    error_of(server.complete(model="broken.strawberry"), 404)
+    error_of(server.complete(model="broken.strawberry"), 500)
+
+
+def damage(path, kind):
+    """Writes a model file that is damaged in one of the ways that disks and copies damage files."""
+    make_model(path)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    about = header["__metadata__"]
+    if kind == "shape":
+        about["model_hyperparams"] = json.dumps(json.loads(about["model_hyperparams"]) | {"n_embd": 64})
+    elif kind == "no arch":
+        about["model_hyperparams"] = json.dumps({"vocab_size": 258})
+    elif kind == "encoder":
+        about["encoder"] = about["encoder"][: len(about["encoder"]) // 2]
+    spelled = json.dumps(header).encode()
+    rest = data[8 + size :]
+    if kind == "nan":
+        rest = b"\xff" * len(rest)
+    whole = len(spelled).to_bytes(8, "little") + spelled + rest
+    path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "zeros": bytes(len(data)), "text": b"no model",
+                      "header": data[: size // 2], "pickle": b"\x80\x04" + data[2:]}.get(kind, whole))  # fmt: skip
+
+
+DAMAGED = ["cut", "empty", "zeros", "text", "header", "pickle", "shape", "no arch", "encoder", "nan"]
+
+
+def test_a_damaged_model_file_is_said_to_be_damaged(start, tmp_path, monkeypatch):
+    """Whatever the damage and whoever asks: the file is named, its folder is not, and a retry is not asked for."""
+    folder = tmp_path / "secret"
+    folder.mkdir()
+    make_model(folder / "learned.tinystar")
+    monkeypatch.chdir(tmp_path)
+    server = start("secret")
+    client = server.client.with_options(max_retries=2)
+    for kind in DAMAGED:
+        damage(folder / "air.strawberry", kind)
+        for model in ("air.strawberry", "air"):
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.completions.create(model=model, prompt="a")
+            error = caught.value.body
+            assert (error["param"], error["code"], error["type"]) == ("model", "model_damaged", "server_error"), kind
+            assert "damaged" in error["message"] and '"air.strawberry"' in error["message"], (kind, error)
+            assert "secret" not in str(caught.value) and str(tmp_path) not in str(caught.value), (kind, error)
+        status, headers, body = server.send("POST", "/tokenize", {"model": "air.strawberry", "prompt": "a"})
+        assert (status, headers["x-should-retry"], body["error"]["code"]) == (500, "false", "model_damaged")
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.fine_tuning.jobs.create(model="air.strawberry", training_file=f"file-{'0' * 24}")
+        assert "secret" not in str(caught.value), kind
+    text = server.send("GET", "/metrics")[2].decode()
+    assert f'route="/v1/completions",status="500"}} {2 * len(DAMAGED):.1f}\n' in text  # each was sent once
+    damage(folder / "air.strawberry", "cut")
+    assert error_of(server.send("GET", "/v1/models/air.strawberry"), 500)["code"] == "model_damaged"
+    assert [model.id for model in client.models.list().data] == ["learned.tinystar"]
+    assert server.complete(model="learned.tinystar")[0] == 200
+    make_model(folder / "air.strawberry")
+    assert server.complete()[0] == 200  # restored
+
+
+def test_a_model_is_found_without_its_suffix(start, tmp_path):
+    for name in ("air.strawberry", "future.strawberry", "learned.tinystar"):
+        make_model(tmp_path / name)
+    server = start(tmp_path)
+    create, retrieve = server.client.completions.create, server.client.models.retrieve
+    short, whole = (create(model=name, prompt="a", seed=1) for name in ("air", "air.strawberry"))
+    assert short.choices[0].text == whole.choices[0].text and short.model == "air.strawberry"
+    assert list(server.service.models.loaded) == ["air.strawberry"]  # in memory once
+    assert {chunk.model for chunk in create(model="air", prompt="a", stream=True)} == {"air.strawberry"}
+    assert retrieve("learned").id == "learned.tinystar" and retrieve("air").loaded
+    assert server.send("POST", "/tokenize", {"model": "air", "prompt": "abc"})[2]["count"] == 3
+    assert server.send("GET", "/tokenizer_info?model=air")[2]["model"] == "air.strawberry"
+    (tmp_path / "air.tinystar").write_bytes((tmp_path / "learned.tinystar").read_bytes())
+    with pytest.raises(openai.NotFoundError) as caught:
+        create(model="air", prompt="a")
+    assert caught.value.code == "model_not_found"
+    assert '"air.strawberry"' in str(caught.value) and '"air.tinystar"' in str(caught.value)
+    assert create(model="air.tinystar", prompt="a").model == "air.tinystar"
+    for name in ("ai", "air.", "air.straw", "future.strawberry.x"):
+        with pytest.raises(openai.NotFoundError):
+            create(model=name, prompt="a")
+
+
+def test_a_model_is_deleted_from_disk_and_memory(start, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for name in ("air.strawberry", "learned.tinystar"):
+        make_model(tmp_path / name)
+    server = start(tmp_path)
+    models = server.client.models
+    server.complete()
+    thread = server.service.models.loaded["air.strawberry"].thread
+    busy = server.client.completions.create(model="air.strawberry", prompt="a", **LONG, stream=True)
+    next(busy)
+    with pytest.raises(openai.ConflictError, match="generating"):
+        models.delete("air.strawberry")
+    assert (tmp_path / "air.strawberry").exists() and next(busy).choices[0].text  # it goes on
+    busy.close()
+    server.wait_for("rows_busy", 0)
+    gone = models.delete("air.strawberry")
+    assert (gone.id, gone.object, gone.deleted) == ("air.strawberry", "model", True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["learned.tinystar", "notes.txt"]
+    assert server.gauge("models_loaded") == 0
+    thread.join(10)
+    assert not thread.is_alive()
+    assert [model.id for model in models.list().data] == ["learned.tinystar"]
+    for again in (lambda: models.delete("air.strawberry"), lambda: models.retrieve("air.strawberry"),
+                  lambda: server.client.completions.create(model="air.strawberry", prompt="a")):  # fmt: skip
+        with pytest.raises(openai.NotFoundError):
+            again()
+    assert models.delete("learned.tinystar").deleted  # never loaded
+
+
+def test_only_models_of_the_folder_are_deleted_and_by_their_whole_name(start, tmp_path):
+    outside, folder = tmp_path / "outside.strawberry", tmp_path / "models"
+    folder.mkdir()
+    make_model(folder / "air.strawberry")
+    outside.write_bytes((folder / "air.strawberry").read_bytes())
+    (folder / "notes.txt").write_text("mine")
+    (folder / "other.safetensors").write_bytes(b"a file of another kind")
+    (folder / "folder.strawberry").mkdir()
+    server = start(folder)
+    for name in ("air", "notes.txt", "..%2foutside.strawberry", "%2e%2e%2foutside.strawberry", "folder.strawberry",
+                 "none.strawberry", "*", "air.strawberry%00", "%2fetc%2fpasswd"):  # fmt: skip
+        error_of(server.send("DELETE", f"/v1/models/{name}"), 404)
+    assert "air.strawberry" in error_of(server.send("DELETE", "/v1/models/air"), 404)["message"]
+    assert error_of(server.send("DELETE", "/v1/models/other.safetensors"), 409)["code"] == "model_damaged"
+    there = sorted(path.name for path in folder.iterdir())
+    assert outside.exists() and there == ["air.strawberry", "folder.strawberry", "notes.txt", "other.safetensors"]
+    link = folder / "linked.strawberry"
+    link.symlink_to(outside)
+    assert server.client.models.delete("linked.strawberry").deleted
+    assert not link.is_symlink() and outside.exists()
+    keyed = start(folder, api_key=["k"])
+    error_of(keyed.send("DELETE", "/v1/models/air.strawberry"), 401)
+    assert (folder / "air.strawberry").exists()
+
+
+def test_a_model_that_is_deleted_while_it_is_loaded_is_gone(start, tmp_path, monkeypatch):
+    make_model(tmp_path / "air.strawberry")
+    server, real = start(tmp_path), serve.load
+
+    def load_late(path, settings):
+        path.unlink()
+        return real(path, settings)
+
+    monkeypatch.setattr(serve, "load", load_late)
+    assert error_of(server.complete(), 404)["code"] == "model_not_found"
 
 
 def test_errors_do_not_tell_where_models_lie(running, folder):
@@ -409,6 +576,105 @@ def test_many_clients_get_their_own_texts_or_are_told_to_come_again(start, folde
     assert served == {i: solo[i] for i in served}
     assert all(error.code == "queue_full" and int(error.response.headers["Retry-After"]) >= 1 for error in refused)
     assert server.complete()[0] == 200
+
+
+class StepByStep:
+    """An engine without its thread, whose steps take time of a clock of their own: the test calls its turns."""
+
+    def __init__(self, folder, monkeypatch, step=0.5, prompt=0.0, ends=None, **settings):
+        self.now, self.ends, self.token_counts = 1000.0, ends, {}
+        monkeypatch.setattr(serve.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(serve.Engine, "work", lambda *_: None)
+        file = serve.read_model_file("air.strawberry", folder / "air.strawberry", (0, 0, 0))
+        settings = serve.Settings(device="cpu", **settings)
+
+        async def make():
+            return serve.Engine(file, settings, serve.Metrics(), [])
+
+        self.engine = asyncio.run(make())
+        self.engine.load()
+        self.decoder, self.step, self.prompt = self.engine.decoder, step, prompt
+        self.real_step, self.real_admit = self.decoder.step, self.decoder.admit
+        monkeypatch.setattr(self.decoder, "step", self.take_step)
+        monkeypatch.setattr(self.decoder, "admit", self.read_prompt)
+
+    def read_prompt(self, request):
+        self.now += self.prompt
+        return self.real_admit(request)
+
+    def take_step(self):
+        """A token of each row; where texts have `ends`, they end after that share of what was asked for."""
+        self.now += self.step
+        arrived = []
+        for handle, token, why in self.real_step():
+            self.token_counts[handle] = self.token_counts.get(handle, 0) + 1
+            asked = self.engine.running[handle][1].request.max_new_tokens
+            if self.ends and not why and self.token_counts[handle] >= self.ends * asked:
+                self.decoder.release(handle)
+                why = "stop"
+            arrived.append((handle, token, why))
+        return arrived
+
+    def submit(self, max_tokens, n=1):
+        body = serve.CompletionBody(model="air.strawberry", prompt="a", max_tokens=max_tokens, n=n, temperature=0)
+        order = serve.read_order(body, self.engine)
+        self.engine.submit(order)
+        return order
+
+
+@pytest.mark.parametrize("kind", ["equal", "mixed", "several texts", "slow prompts", "texts that end early"])
+def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind):
+    """By a clock of which each step takes half a second: the time until an order at the queue's end has begun."""
+    more = {"slow prompts": {"prompt": 3.0}, "texts that end early": {"ends": 0.3}}.get(kind, {})
+    server = StepByStep(folder, monkeypatch, batch=ROWS, queue=6, **more)
+    dice, engine, ratios = random.Random(kind), server.engine, []
+
+    def asked():
+        several = kind == "several texts"
+        return {"max_tokens": 16 if kind == "equal" else dice.randint(4, 12 if several else 28),
+                "n": dice.randint(1, 3) if several else 1}  # fmt: skip
+
+    for _ in range(8):
+        refused = None
+        while refused is None:  # until as many wait as may
+            try:
+                server.submit(**asked())
+            except serve.ApiError as error:
+                refused = error
+            for _ in range(dice.randint(0, 2)):
+                engine.turn()
+        assert (refused.status, refused.code) == (429, "queue_full")
+        began = server.now
+        while engine.queued >= engine.settings.queue:
+            engine.turn()
+        last = server.submit(**asked())
+        while not last.active:
+            engine.turn()
+        ratios.append(int(refused.headers["Retry-After"]) / (server.now - began))
+    assert all(1 / 2 <= ratio <= 2 for ratio in ratios[1:]), ratios  # the first came before anything was measured
+    assert 0.7 < sum(ratios[1:]) / len(ratios[1:]) < 1.4, ratios
+
+
+def test_retry_after_is_told_to_clients(start):
+    """By the official client: 10 and 20 tokens of 2 seconds each are to be made before a third text begins."""
+    server = start(batch=1, queue=1)
+    server.complete()
+    engine, go = server.service.models.loaded["air.strawberry"], threading.Event()
+    step = engine.decoder.step
+    engine.decoder.step = lambda: go.wait(30) and step()
+    engine.queue_time.step_seconds, engine.queue_time.share = 2.0, 1.0
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(server.complete, max_tokens=10, temperature=0)]
+        server.wait_for("rows_busy", 1)
+        answers.append(pool.submit(server.complete, max_tokens=20, temperature=0))
+        server.wait_for("queue", 1)
+        try:
+            with pytest.raises(openai.RateLimitError) as caught:
+                server.client.completions.create(model="air.strawberry", prompt="a")
+        finally:
+            go.set()
+        assert [answer.result()[0] for answer in answers] == [200, 200]
+    assert caught.value.response.headers["Retry-After"] == "60" and "in 60 s" in str(caught.value)
 
 
 @pytest.mark.cuda
@@ -576,14 +842,20 @@ def test_a_model_may_be_wider_than_its_encoder(start, tmp_path, monkeypatch):
 WRONG = {
     "max_tokens": [-1, 1e9, 1.5, "5", True, [1], 2**70],
     "temperature": [math.nan, math.inf, -1, 1e9, "hot", {}],
-    "top_p": [0, 1.1, math.nan], "top_k": [-1, 0.5], "min_p": [-0.1, 2],
+    "top_p": [0, 1.1, math.nan], "top_k": [-2, 0.5], "min_p": [-0.1, 2],
     "n": [0, 10**6, -1, 1.5, "2"],
-    "seed": [-1, 2**63, "x"],
+    "seed": [-2, 2**63, "x"],
     "stop": ["", ["a", ""], ["a"] * 17, 5, [["a"]]],
     "prompt": [[], [[]], 5, {}, [1.5], [-1], [258], ["a", 1], [[1], "a"], [True], ["a"] * 65, "a" * 5000, "\ud800",
                None, [2**40], [[1, 2**31]]],
     "echo": ["yes", 1], "logprobs": [6, -1, True], "stream": ["yes"], "stream_options": [5, {"x": 1}],
-    "best_of": [1, 2], "suffix": ["x"], "logit_bias": [{"1": 5}], "presence_penalty": [0.5],
+    "best_of": [0, 2, True, [1]], "suffix": ["x", 0, False], "logit_bias": [{"1": 5}, [], 0],
+    "presence_penalty": [0.5, False, "0", {}], "frequency_penalty": [-2], "repetition_penalty": [1.1, True, 0],
+    "length_penalty": [0.5], "min_tokens": [3, False], "ignore_eos": [True, 0], "stop_token_ids": [[5], {}],
+    "bad_words": [["a"]], "allowed_token_ids": [[1]], "use_beam_search": [True], "skip_special_tokens": [False, 1],
+    "include_stop_str_in_output": [True], "truncate_prompt_tokens": [5], "prompt_logprobs": [0, 1],
+    "response_format": [{"type": "json_object"}, {}], "structured_outputs": [{"regex": "a"}], "guided_regex": ["a"],
+    "prompt_embeds": ["AAAA"], "return_token_ids": [True], "priority": [1], "request_id": ["x"],
     "timeout": [0, -5, math.inf],
     "model": [5, None, "../air.strawberry", "%2e%2e/x", "x" * 300, "a\0b", "/etc/passwd", "masked.transformer"],
     "unheard_of": [1], "max_tokns": [4],
@@ -604,6 +876,61 @@ def test_nulls_are_left_out(running):
     assert running.complete(**fields)[2]["usage"]["completion_tokens"] <= 16
 
 
+# What vLLM's CompletionRequest and OpenAI's create() document as defaults, written out: clients send them unasked.
+VLLM_DEFAULTS = {
+    "echo": False, "frequency_penalty": 0.0, "logit_bias": None, "logprobs": None, "max_tokens": 16, "n": 1,
+    "presence_penalty": 0.0, "seed": None, "stop": [], "stream": False, "stream_options": None, "suffix": None,
+    "temperature": None, "top_p": None, "user": None, "use_beam_search": False, "top_k": None, "min_p": None,
+    "repetition_penalty": None, "length_penalty": 1.0, "stop_token_ids": [], "include_stop_str_in_output": False,
+    "ignore_eos": False, "min_tokens": 0, "skip_special_tokens": True, "spaces_between_special_tokens": True,
+    "truncate_prompt_tokens": None, "truncation_side": None, "allowed_token_ids": None, "prompt_logprobs": None,
+    "bad_words": [], "prompt_embeds": None, "add_special_tokens": True, "response_format": None,
+    "structured_outputs": None, "priority": 0, "return_tokens_as_token_ids": None, "return_token_ids": None,
+    "return_token_offsets": False, "cache_salt": None, "kv_transfer_params": None, "ec_transfer_params": None,
+    "vllm_xargs": None, "repetition_detection": None, "thinking_token_budget": None,
+}  # fmt: skip
+SPELLED_OUT = {
+    "best_of": 1, "suffix": "", "logit_bias": {}, "top_k": -1, "repetition_penalty": 1.0, "min_p": 0.0, "top_p": 1.0,
+    "temperature": 1.0, "presence_penalty": 0, "user": "", "response_format": {"type": "text"},
+}  # fmt: skip
+
+
+def test_fields_that_change_nothing_are_accepted(running):
+    """All that clients send by default, at once and one by one: the text is the same."""
+    create, asked = running.client.completions.create, {"model": "air.strawberry", "prompt": "the cat", "seed": 7}
+    text = create(**asked).choices[0].text
+    for fields in (VLLM_DEFAULTS, SPELLED_OUT, VLLM_DEFAULTS | SPELLED_OUT, {"top_k": 0}, {"best_of": 1.0}):
+        body = {name: value for name, value in fields.items() if name != "seed"}
+        assert create(**asked, extra_body=body).choices[0].text == text
+    openais = {"best_of": 1, "echo": False, "frequency_penalty": 0, "logit_bias": {}, "n": 1, "presence_penalty": 0,
+               "suffix": "", "temperature": 1, "top_p": 1, "user": "me", "stop": None, "logprobs": None}  # fmt: skip
+    assert create(**asked, **openais).choices[0].text == text
+    three = create(**asked, n=3, best_of=3).choices
+    assert len(three) == 3 and three[0].text == text
+    drawn = {create(**asked | {"seed": -1}).choices[0].text for _ in range(2)}
+    assert len(drawn) == 2
+    schema = running.send("GET", "/openapi.json")[2]
+    body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert VLLM_DEFAULTS.keys() | SPELLED_OUT.keys() <= body["properties"].keys()
+
+
+def test_a_field_that_is_not_supported_is_refused_with_what_is_accepted(running):
+    message = error_of(running.complete(min_tokens=3), 400)["message"]
+    assert "min_tokens = 3" in message and "leave it out" in message and "0" in message
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        running.client.completions.create(model="air.strawberry", prompt="a", logit_bias={"5": 10})
+
+
+def test_each_piece_of_a_stream_can_tell_the_usage(running):
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
+    chunks = list(running.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=5, temperature=0,
+                                                    stream=True, stream_options=options))  # fmt: skip
+    usages = [chunk.usage for chunk in chunks]
+    assert all(usage.prompt_tokens == 3 for usage in usages) and usages[-1].completion_tokens == 5
+    counts = [usage.completion_tokens for usage in usages]
+    assert counts == sorted(counts)
+
+
 def test_hostile_bodies(running):
     deep = '{"model": "air.strawberry", "prompt": "a", "user": ' + "[" * 10_000 + "]" * 10_000 + "}"
     no_json = ["[" * 10_000, b'{"model": "\xff\xfe"}', "", "{", '{"n": ' + "9" * 5000 + "}", "{} x"]
@@ -619,6 +946,44 @@ def test_hostile_bodies(running):
     error_of(running.send("GET", "/v1/models/..%2f..%2fetc%2fpasswd"), 404)
     error_of(running.send("GET", "/v1/models/" + "x" * 300), 404)
     assert running.complete()[0] == 200
+
+
+def test_chat_is_told_that_the_models_continue_texts(running):
+    """By every method of OpenAI's client that would chat, and by curl."""
+    client, hello = running.client, [{"role": "user", "content": "Hello"}]
+    asked = {"model": "air.strawberry", "messages": hello}
+    calls = [lambda: client.chat.completions.create(**asked),
+             lambda: client.chat.completions.create(**asked, stream=True),
+             lambda: client.chat.completions.parse(**asked),
+             lambda: client.chat.completions.retrieve("chatcmpl-1"),
+             lambda: client.chat.completions.update("chatcmpl-1", metadata={}),
+             lambda: client.chat.completions.list(),
+             lambda: client.chat.completions.delete("chatcmpl-1"),
+             lambda: client.responses.create(model="air.strawberry", input="Hello"),
+             lambda: client.with_options(base_url=running.url).chat.completions.create(**asked)]  # fmt: skip
+    for call in calls:
+        with pytest.raises(openai.NotFoundError) as caught:
+            call()
+        assert "base models" in str(caught.value) and "/v1/completions" in str(caught.value)
+        assert caught.value.body["param"] == "model"
+    done = subprocess.run(["curl", "-s", "-w", "%{http_code}", f"{running.url}/v1/chat/completions", "-H",
+                           "Content-Type: application/json", "-d", json.dumps(asked)],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stdout.endswith("404") and "/v1/completions" in json.loads(done.stdout[:-3])["error"]["message"]
+    for method in ("PUT", "PATCH", "OPTIONS"):
+        assert "base models" in error_of(running.send(method, "/v1/chat/completions"), 404)["message"]
+
+
+def test_a_base_url_without_v1_or_with_two_is_told(running):
+    for base in (running.url, f"{running.url}/v1/v1"):
+        client = running.client.with_options(base_url=base)
+        with pytest.raises(openai.NotFoundError, match="base_url ends in /v1"):
+            client.models.list()
+        with pytest.raises(openai.NotFoundError, match="base_url ends in /v1"):
+            client.completions.create(model="air.strawberry", prompt="a")
+    with pytest.raises(openai.NotFoundError, match="embeddings"):
+        running.client.embeddings.create(model="air.strawberry", input="a")
+    assert "base_url" not in error_of(running.send("GET", "/nothing"), 404)["message"]
 
 
 def test_fields_that_are_given_twice_are_refused(running):
@@ -860,6 +1225,39 @@ def test_the_command_serves_until_it_is_told_to_stop(folder):
         child.kill()
 
 
+def test_polling_does_not_fill_the_console(folder, tmp_path):
+    """What the page asks every two seconds is not written down while it succeeds; all else is, errors above all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(tmp_path / "data")]
+    child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        while "Uvicorn running" not in (lines or [""])[-1]:
+            lines.append(child.stdout.readline())
+            assert child.poll() is None, lines
+        polled = ["/v1/models", "/v1/files?limit=100", "/v1/datasets?limit=100", "/v1/fine_tuning/jobs?limit=100",
+                  "/health", "/metrics"]  # fmt: skip
+        for path in polled * 2:
+            curl = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", f"http://127.0.0.1:{port}{path}"]
+            assert subprocess.run(curl, capture_output=True, text=True).stdout == "200"
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0)
+        client.completions.create(model="air.strawberry", prompt="a", max_tokens=1)
+        for call in (lambda: client.models.retrieve("none"), lambda: client.fine_tuning.jobs.retrieve("ftjob-none"),
+                     lambda: client.files.list(after="none"), lambda: client.files.delete("file-none")):  # fmt: skip
+            with pytest.raises(openai.NotFoundError):
+                call()
+        subprocess.run(["curl", "-s", "-o", "/dev/null", f"http://127.0.0.1:{port}/"])
+    finally:
+        child.send_signal(signal.SIGTERM)
+        lines += child.communicate(timeout=60)[0].splitlines()
+    logged = [re.search(r'"(\S+ \S+) HTTP/1.1" (\d+)', line) for line in lines]
+    assert [match.groups() for match in logged if match] == [
+        ("POST /v1/completions", "200"), ("GET /v1/models/none", "404"), ("GET /v1/fine_tuning/jobs/ftjob-none", "404"),
+        ("GET /v1/files?after=none", "404"), ("DELETE /v1/files/file-none", "404"), ("GET /", "200")]  # fmt: skip
+
+
 def test_training_and_sampling_need_nothing_of_this():
     code = ("import sys, train, sample; bad = {'fastapi', 'uvicorn', 'starlette', 'prometheus_client', 'serve'} & "
             "set(sys.modules); sys.exit(str(bad) if bad else 0)")  # fmt: skip
@@ -896,4 +1294,5 @@ def test_the_schema_says_what_there_is(running, start, tmp_path):
     assert len(used) >= 2 and all(path.startswith("/") and running.send("GET", path)[0] == 200 for path in used)
     assert "default-src 'self'" in page[1]["Content-Security-Policy"]
     empty = start(tmp_path).send("GET", "/openapi.json")[2]
-    assert "enum" not in json.dumps(empty["paths"]["/v1/completions"]["post"]["requestBody"])
+    empty = empty["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "enum" not in json.dumps([empty["properties"][name] for name in ("model", "prompt", "source")])

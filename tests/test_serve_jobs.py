@@ -2,7 +2,8 @@
 
 Wherever OpenAI's own client has a method, it asks. The server runs in this process, but where it is to be killed.
 
-Index:  assembling · jobs with children of a few lines · uploads · runs · a killed server
+Index:  assembling · jobs with children of a few lines · uploads · runs · errors without paths · deleting ·
+        full disks · a killed server
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +40,7 @@ import train
 from assemble import Recipe
 from checkpoint import load_model
 from options import UserError
+from strawberry import status_file
 
 ROOT = Path(serve.__file__).parent
 WORDS = sorted(set(Path(serve.__file__).with_name("LICENSE").read_text().lower().split()))[:60]
@@ -464,6 +467,135 @@ def test_nothing_half_written_is_taken_for_a_job_or_a_file(keeper, tmp_path):
     assert (secret / "content.txt").exists()
 
 
+def test_what_is_deleted_is_gone_for_the_next_server_whatever_comes_between(keeper, monkeypatch):
+    """The server is killed right after the directory has lost its name, with all files still there."""
+    made = keeper()
+    doomed, stays = add(made, DONE), add(made, DONE)
+    until(lambda: doomed.status == stays.status == "succeeded")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *arguments, **more: None)
+        made.remove(doomed)
+    assert list(doomed.folder.parent.glob(".tmp_*/log.txt"))
+    assert not doomed.folder.exists()
+    again = keeper()
+    assert [job.id for job in again.all("ftjob")] == [stays.id]
+    assert [path.name for path in doomed.folder.parent.iterdir()] == [stays.id]
+
+
+def test_nothing_brings_back_what_is_deleted(keeper):
+    """Whoever found the job before it was deleted is told that it is not there."""
+    made = keeper()
+    for turn in range(10):
+        job = add(made, SLEEP)
+        made.stop(job, "cancelled")
+        until(lambda job=job: job.status == "cancelled")
+        calls = [lambda job=job: made.remove(job), lambda job=job: made.resume(job),
+                 lambda job=job: made.stop(job, "paused"), lambda job=job: made.stop(job, "cancelled")]
+        random.Random(turn).shuffle(calls)
+        outcomes = []
+
+        def attempt(call, outcomes=outcomes):
+            try:
+                outcomes.append(call())
+            except jobs.Refused as error:
+                outcomes.append(error.status)
+
+        threads = [threading.Thread(target=attempt, args=[call]) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(outcomes) <= {None, 404, 409}
+        if job.id in made.jobs:  # it was resumed first
+            made.stop(job, "cancelled")
+            until(lambda job=job: job.status == "cancelled")
+            made.remove(job)
+        for late in (made.remove, made.resume, lambda job: made.stop(job, "cancelled")):
+            with pytest.raises(jobs.Refused, match="there is no fine-tuning job"):
+                late(job)
+        assert not job.folder.exists()
+    assert keeper().all("ftjob") == []
+
+
+def test_a_job_that_runs_or_whose_dataset_is_needed_is_not_deleted(keeper):
+    made = keeper(at_once=0)
+    dataset = made.new("ds", {"recipe": {"encoder": None, "files": []}, "name": ""}, status="succeeded")
+    like_it = made.new("ds", {"recipe": {"encoder": dataset.id, "files": []}, "name": ""})
+    run = made.new("ftjob", {"dataset": dataset.id}, max_iters=1)
+    for job, status in ((run, "validating_files"), (run, "queued"), (run, "running"), (run, "paused"),
+                        (like_it, "queued")):
+        job.about["status"] = status
+        with pytest.raises(jobs.Refused, match=f"needed by the .* {job.id}, which is {status}") as caught:
+            made.remove(dataset)
+        assert caught.value.status == 409
+        run.about["status"] = "succeeded"
+    like_it.about["status"] = "running"
+    with pytest.raises(jobs.Refused, match="is running; cancel it first"):
+        made.remove(like_it)
+    like_it.about["status"] = "succeeded"
+    for status in jobs.FINAL:
+        run.about["status"] = status
+        assert made.reader_of(dataset) is None
+    made.remove(dataset)
+    assert not dataset.folder.exists()
+
+
+MESSAGES = {  # what a child says → what the client reads; {data} and {models} are the server's
+    "{data}/files/{file}/content.jsonl:2: text is given twice": "my book.jsonl, line 2: text is given twice",
+    "{data}/files/{file}/content.jsonl:1234 is not JSON": "my book.jsonl, line 1,234 is not JSON",
+    "{data}/files/{file}/content.txt.gz: entry 3 is bad": "my book.jsonl: entry 3 is bad",
+    "line 2, byte 17 of {data}/files/{file}/content.md.": "line 2, byte 17 of my book.jsonl.",
+    "[Errno 13] no: '{data}/files/{file}/content.txt'": "[Errno 13] no: 'my book.jsonl'",
+    "{data}/files/file-000000000000000000000000/content.py: gone": "file-000000000000000000000000: gone",
+    "{data}/datasets/{ds}/tokens.bin is cut short": "the dataset mine is cut short",
+    "no encoder at '{data}/datasets/{ds}/encoder.bin'": "no encoder at 'the encoder of the dataset mine'",
+    "cannot write {data}/datasets/{ds}/result.json: full": "cannot write result.json: full",
+    "{data}/datasets/{ds}/given.bin: damaged": "the encoder of tiny.tinystar: damaged",
+    "{data}/runs/{run}/run.json: max_iters = 0": "max_iters = 0",
+    "cannot write {data}/runs/{run}/run.json: full": "cannot write run.json: full",
+    "cannot save {data}/runs/{run}/checkpoints/step_00000050: full": "cannot save checkpoints/step_00000050: full",
+    "recipe.json: files = []: must name at least one": "files = []: must name at least one",
+    "cannot write {models}/ft-x.tinystar: full": "cannot write ft-x.tinystar: full",
+    "File {root}/dataset.py, line 3; {python}/x.py": "File dataset.py, line 3; x.py",
+    "1.5 tokens/s, a/b and /v1/datasets, https://a.b/c/d": "1.5 tokens/s, a/b and /v1/datasets, https://a.b/c/d",
+}
+
+
+@pytest.mark.parametrize("said", MESSAGES)
+def test_messages_name_what_the_client_knows_and_no_path(keeper, tmp_path, said):
+    made = keeper(at_once=0)
+    upload = jobs.Upload(made.uploads)
+    upload.write(b"text")
+    file = upload.finish("my book.jsonl", "fine-tune")["id"]
+    ds = made.new("ds", {"recipe": {"encoder": "tiny.tinystar", "files": [file]}, "name": "mine"}).id
+    run = add(made, DONE).id
+    names = {"data": tmp_path, "models": tmp_path / "models", "file": file, "ds": ds, "run": run, "root": ROOT,
+             "python": Path(os.__file__).parent}
+    assert made.names.rewrite(said.format(**names)) == MESSAGES[said].format(**names)
+
+
+def test_reports_fit_into_a_file_that_does_not_grow(tmp_path):
+    path = tmp_path / "status"
+    status_file.allocate(path)
+    before = path.stat()
+    status = status_file.StatusFile(str(path))
+    for text in ("step 1 is bad", *(f"é {chr(97 + i)}" * 300 for i in range(20)), "step 2 is bad"):
+        status.warn(text)
+        about = path.stat()
+        assert (about.st_size, about.st_ino) == (status_file.SIZE, before.st_ino)
+        number, last = status_file.read(path)["warnings"][-1]
+        assert last in text or text == "step 2 is bad"
+    assert number == 21  # those that differ in more than a number
+    status.update(step=6, saved=5)
+    status.warn("step 6 is bad")
+    assert status_file.read(path)["warnings"][-1][0] == 21
+    status.update(step=7, saved=7)  # from here on it is another one
+    status.warn("step 8 is bad")
+    assert status_file.read(path)["warnings"][-1] == [22, "step 8 is bad"]
+    path.write_bytes(b"{" * 9)
+    assert status_file.read(path) == status_file.read(tmp_path / "none") == {}
+
+
 def test_pages_go_on_where_the_last_one_ended():
     items = [{"id": f"x{i}"} for i in range(7)]
     seen, after = [], None
@@ -486,6 +618,11 @@ def test_hyperparameters_are_nested_or_dotted_and_never_paths():
     for bad in ({"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}):
         with pytest.raises(jobs.Refused):
             jobs.nested(bad)
+    for name in ("n_epochs", "learning_rate_multiplier"):
+        assert [jobs.nested({name: value, "a": 1}) for value in ("auto", 1, 1.0, None)] == [{"a": 1}] * 4
+        for value in (3, True, "1", {}, [1]):
+            with pytest.raises(jobs.Refused, match=f"hyperparameters.{name} = .*leave it out"):
+                jobs.nested({name: value})
     paths = {"model_path", "encoder_path", "init_from", "img_path", "dataset.path", "checkpoints.path"}
     assert paths <= jobs.OWN_KEYS
     for key in jobs.OWN_KEYS:
@@ -618,6 +755,45 @@ def test_upload_list_retrieve_content_delete(site):
             call(made["a.txt"].id)
     assert made["a.txt"].id not in [file.id for file in files.list()]
     assert not (site.data / "files" / made["a.txt"].id).exists()
+
+
+def curl(site, *argv):
+    """What curl prints, as JSON."""
+    command = ["curl", "-s", "--max-time", "60", *argv[:-1], f"http://127.0.0.1:{site.port}{argv[-1]}"]
+    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def assembled(site, **wishes):
+    """The dataset once it is done, or has failed."""
+    made = json.loads(site.raw("POST", "/v1/datasets", {"encoder": "chars", **wishes})[1])
+
+    def look():
+        found = json.loads(site.raw("GET", f"/v1/datasets/{made['id']}")[1])
+        return found if found["status"] not in ("queued", "running") else None
+
+    return until(look, what="the dataset")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_every_kind_of_text_can_be_uploaded_and_read(site, tmp_path):
+    names = [f"x{suffix}" for suffix in jobs.TEXT_SUFFIXES] + ["NOTES.MD", "Makefile", ".profile", "y.rst.gz"]
+    contents = {name: f"{i} is the text of {name}\n" for i, name in enumerate(names)}
+    lists = {"a.jsonl": '"one"\n', "b.ndjson": '{"text": "two"}\n', "c.JSONLINES.gz": '"three"\n', "d.json": '["four"]'}
+    ids = []
+    for name, text in {**contents, **lists}.items():
+        data = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+        (tmp_path / name).write_bytes(data)
+        ids.append(curl(site, "-F", "purpose=fine-tune", "-F", f"file=@{tmp_path / name}", "/v1/files")["id"])
+    done = assembled(site, files=ids)
+    assert done["status"] == "succeeded", done
+    found = sum(documents(site.data / "datasets" / done["id"]), [])
+    assert sorted(found) == sorted([*contents.values(), "one", "two", "three", "four"])
+    for name in ("x.exe", "thesis.pdf", "photo.png.gz", "a.zip", "b.docx"):
+        (tmp_path / name).write_bytes(b"x")
+        error = curl(site, "-F", "purpose=fine-tune", "-F", f"file=@{tmp_path / name}", "/v1/files")["error"]
+        assert (error["param"], error["code"]) == ("file", "file_kind")
+        assert name in error["message"]
+        assert all(f"{suffix}," in error["message"] for suffix in jobs.SUFFIXES)
 
 
 @pytest.mark.parametrize("name", ["../../x.txt", "/etc/passwd.txt", "..\\..\\x.txt", "a/../../b.txt"])
@@ -816,7 +992,7 @@ def begun(client, job, step=1):
         assert found.status in ("validating_files", "queued", "running"), found
         return found.progress["step"] >= step
 
-    return until(look, 60, f"a step of {job.id}")
+    return until(look, 120, f"a step of {job.id}")
 
 
 def went_on(site, job):
@@ -929,7 +1105,10 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     assert points[0].metrics.full_valid_loss == pytest.approx(done.progress["val_loss"])
     name = points[0].fine_tuned_model_checkpoint
     same = site.client.completions.create(model=name, prompt="the", max_tokens=4, seed=1)
-    assert same.choices[0].text == text.choices[0].text
+    assert same.choices[0].text == text.choices[0].text and same.model == name
+    assert site.client.models.retrieve(name).id == name
+    with pytest.raises(openai.BadRequestError, match="checkpoint"):
+        site.client.models.delete(name)
     with pytest.raises(openai.NotFoundError):
         site.client.models.retrieve(name.replace("800", "799"))
     lines = json.loads(site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/metrics")[1])["data"]
@@ -949,6 +1128,47 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     begin = [next(event.data["train_loss"] for event in tuning.list_events(run.id) if event.data.get("step") == 1)
              for run in (job, more)]
     assert begin[1] < begin[0] - 0.2  # it went on from what was learned
+
+
+def test_a_model_that_a_job_needs_is_not_deleted(site, story):
+    """Neither the one that a run starts from, nor the one that it writes, nor one whose encoder a dataset takes."""
+    client, tuning = site.client, site.client.fine_tuning.jobs
+    base = finished(client, tuning.create(model=PRESET, training_file=story, hyperparameters=TINY)).fine_tuned_model
+    more = tuning.create(model=base, training_file=story, hyperparameters=ENDLESS | {"model_hyperparams": {}})
+    begun(client, more)
+    all_jobs = site.service.factory.jobs
+    own = all_jobs.jobs[more.id].about["model"]
+    shutil.copy(site.models / base, site.models / own)  # as when it has just been written
+    for model in (base, own):
+        with pytest.raises(openai.ConflictError, match=f"{more.id}, which is running"):
+            client.models.delete(model)
+    (site.models / own).unlink()
+    tuning.pause(more.id)
+    with pytest.raises(openai.ConflictError, match=f"{more.id}, which is paused"):
+        client.models.delete(base)
+    tuning.cancel(more.id)
+    with all_jobs.lock:  # so that it does not begin
+        waiting = all_jobs.assemble(Recipe(files=[story], encoder=base, validation_share=0.3))
+        with pytest.raises(jobs.Refused, match=f"{waiting.id}, which is queued"):
+            all_jobs.remove_model(base)
+    until(lambda: waiting.status == "succeeded", 60, "the dataset")
+    assert client.models.delete(base).deleted and not (site.models / base).exists()
+
+
+def test_a_seed_is_drawn_and_recorded_unless_one_is_given(site, story):
+    tuning, asked = site.client.fine_tuning.jobs, {"model": PRESET, "training_file": story}
+    assert options.read_json(ROOT / "config" / f"{PRESET}.json")["seed"] == 1
+    drawn = [tuning.create(**asked, hyperparameters=ENDLESS | more) for more in ({}, {}, {"seed": "auto"})]
+    drawn += [tuning.create(**{**asked, "model": "tiny"}, hyperparameters=ENDLESS)]
+    given = [tuning.create(**asked, hyperparameters={**ENDLESS, "seed": 7}),
+             tuning.create(**asked, hyperparameters=ENDLESS, seed=7)]
+    assert len({*(job.seed for job in drawn), 1}) == 5
+    assert [job.seed for job in given] == [7, 7]
+    config = site.data / "runs" / drawn[0].id / "run.json"  # what train.py is to read
+    until(config.exists, what="the run")
+    assert json.loads(config.read_text())["seed"] == drawn[0].seed
+    for job in [*given, *drawn[::-1]]:
+        assert tuning.cancel(job.id).seed == job.seed
 
 
 @pytest.mark.parametrize("hyperparameters, param", [
@@ -987,6 +1207,16 @@ def test_keys_are_judged_as_on_the_command_line(site, story):
                  {"model": "tiny", "training_file": story, "method": {"type": "dpo"}},
                  {"model": "tiny", "training_file": story, "hyperparameters": {"sample_prompt": "x" * 99_999}}):
         assert site.raw("POST", "/v1/fine_tuning/jobs", body)[0] == 400
+
+
+def test_hyperparameters_of_openai_that_change_nothing_are_accepted(site, story):
+    asked = {"model": "tiny", "training_file": story}
+    job = site.client.fine_tuning.jobs.create(**asked, suffix="", validation_file=None, integrations=[],
+                                              hyperparameters={"n_epochs": 1, "learning_rate_multiplier": 1.0})
+    site.client.fine_tuning.jobs.cancel(job.id)
+    with pytest.raises(openai.BadRequestError, match="hyperparameters.n_epochs = 3: .*max_iters") as caught:
+        site.client.fine_tuning.jobs.create(**asked, hyperparameters={"n_epochs": 3})
+    assert caught.value.body["param"] == "hyperparameters.n_epochs"
 
 
 @pytest.mark.parametrize("depth", [20, 200, 330, 500, 900, 990, 10_000])
@@ -1033,6 +1263,17 @@ def test_queueing_idempotency_and_cancelling(site, story):
     assert [event.message for event in tuning.list_events(waiting.id)] == ["cancelled", "created"]
 
 
+def test_a_schedule_that_does_not_fit_is_an_event_of_the_job(site, story):
+    tuning = site.client.fine_tuning.jobs
+    short = {**TINY, "warmup_iters": 40, "checkpoints.interval": 20}
+    job = tuning.create(model=PRESET, training_file=story, hyperparameters=short)
+    tuning.cancel(job.id)
+    events = [event for event in tuning.list_events(job.id) if event.level == "warn"]
+    assert len(events) == 1
+    assert events[0].message.startswith("max_iters = 20: the run ends during its warm-up (warmup_iters = 40)")
+    assert "set warmup_iters to 1, or max_iters" in events[0].message
+
+
 @pytest.fixture(scope="module")
 def undisturbed(site, story, tmp_path_factory):
     """The weights of the run of LONG with seed 3, as train.py makes them at one go, in this process."""
@@ -1050,6 +1291,230 @@ def undisturbed(site, story, tmp_path_factory):
     assert train.main(["--config", str(folder / "run.json")]) == 0
     torch.set_num_threads(threads)
     return load_model(folder / "model.tinystar")[0].state_dict()
+
+
+# ---- errors without paths ------------------------------------------------------------------------------------------
+
+
+def assert_no_path(site, message):
+    for path in (site.data, site.models, ROOT, Path(sys.prefix), site.data.resolve().parent):
+        assert str(path) not in message
+    assert not re.search(r"(^|[\s'\"(=])/\w", message), message
+    assert not re.search(r"\bcontent\b|file-[0-9a-f]{24}|run\.json|recipe\.json", message), message
+
+
+BROKEN = {  # a file's name: its bytes, and what the error says
+    "bad bytes.txt": (b"abc\xff", "bad bytes.txt"),
+    "missing.jsonl": (b'"a"\n{"txt": "b"}\n', "missing.jsonl, line 2"),
+    "number.jsonl.gz": (gzip.compress(b'"a"\n\n3\n'), "number.jsonl.gz, line 3"),
+    "cut (2).jsonl": (b'{"text": "a"}\n{"text": \n', "cut (2).jsonl, line 2"),
+    "object.json": (b'{"a": 1}', "object.json"),
+    "entry.json": (b'["a", 3]', "entry.json: entry 2"),
+    "empty.txt": (b"", "empty.txt"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_dataset_that_fails_names_the_file_as_it_was_uploaded(site, name):
+    data, told = BROKEN[name]
+    file = site.client.files.create(file=(name, data), purpose="fine-tune").id
+    failed = assembled(site, files=[file])
+    assert failed["status"] == "failed"
+    assert told in failed["error"]["message"]
+    assert_no_path(site, failed["error"]["message"])
+
+
+def test_a_run_that_fails_names_its_dataset_and_no_path(site, story):
+    """By its configuration, by its encoder, by its tokens, and by what is refused at once."""
+    tuning, model = site.client.fine_tuning.jobs, TINY["model_hyperparams"]
+    made = assembled(site, files=[story], encoder=None, vocab_size=300, name="tales")
+    folder, asked = site.data / "datasets" / made["id"], {"model": PRESET, "training_file": made["id"]}
+
+    def failure(changes):
+        job = tuning.create(**asked, hyperparameters={**TINY, "model_hyperparams": model | changes})
+        failed = finished(site.client, job)
+        assert failed.status == "failed", failed
+        assert failed.error.message == tuning.list_events(job.id).data[0].message
+        assert_no_path(site, failed.error.message)
+        return failed.error.message
+
+    assert "vocab_size = 100: encoder_path the encoder of the dataset tales has 300" in failure({"vocab_size": 100})
+    for name, told in ((assemble.ENCODER, "the encoder of the dataset tales"), (assemble.TOKENS, "the dataset tales")):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        assert told in failure({})
+        (folder / name).write_bytes(whole)
+    (site.models / "damaged.tinystar").write_bytes(b"no model")
+    with pytest.raises(openai.BadRequestError) as caught:
+        tuning.create(model="damaged.tinystar", training_file=story)
+    (site.models / "damaged.tinystar").unlink()
+    assert "damaged.tinystar" in caught.value.body["message"]
+    assert_no_path(site, caught.value.body["message"])
+
+
+# ---- deleting ------------------------------------------------------------------------------------------------------
+
+
+def size_of(folder):
+    """Bytes of the files in it, as find counts them."""
+    printed = subprocess.run(["find", str(folder), "-type", "f", "-printf", "%s\n"], capture_output=True, check=True)
+    return sum(map(int, printed.stdout.split()))
+
+
+def test_runs_and_datasets_are_deleted_and_the_model_stays(site, story):
+    client, tuning = site.client, site.client.fine_tuning.jobs
+    made = assembled(site, files=[story], encoder=None, vocab_size=300, name="to delete")
+    asked = {"model": PRESET, "training_file": made["id"]}
+    done = finished(client, tuning.create(**asked, hyperparameters=TINY, seed=1))
+    going = tuning.create(**asked, hyperparameters=ENDLESS, extra_headers={"Idempotency-Key": "to delete"})
+    begun(client, going)
+    paths = {job.id: site.data / "runs" / job.id for job in (done, going)}
+
+    # disk use, in the lists and alone
+    listed = {job.id: job for job in tuning.list()}
+    assert listed[done.id].bytes == tuning.retrieve(done.id).bytes == size_of(paths[done.id]) > 50_000
+    datasets = {found["id"]: found for found in json.loads(site.raw("GET", "/v1/datasets")[1])["data"]}
+    assert datasets[made["id"]]["bytes"] == size_of(site.data / "datasets" / made["id"]) > 10_000
+
+    # what is in use stays
+    for path in (f"/fine_tuning/jobs/{going.id}", f"/datasets/{made['id']}"):
+        with pytest.raises(openai.ConflictError, match="cancel"):
+            client.delete(path, cast_to=object)
+    tuning.pause(going.id)
+    with pytest.raises(openai.ConflictError, match=f"needed by the fine-tuning job {going.id}, which is paused"):
+        client.delete(f"/datasets/{made['id']}", cast_to=object)
+    tuning.cancel(going.id)
+
+    # a dataset: the run says what it lacks, and goes on once the same files have made it again
+    assert client.delete(f"/datasets/{made['id']}", cast_to=object) == {
+        "id": made["id"], "object": "dataset", "deleted": True}
+    assert not (site.data / "datasets" / made["id"]).exists()
+    assert site.raw("GET", f"/v1/datasets/{made['id']}")[0] == 404
+    with pytest.raises(openai.NotFoundError):
+        tuning.create(**asked, hyperparameters=TINY)
+    with pytest.raises(openai.ConflictError, match=made["id"]):
+        tuning.resume(going.id)
+    assert assembled(site, files=[story], encoder=None, vocab_size=300, name="again")["id"] == made["id"]
+    tuning.resume(going.id)
+    begun(client, going, step=tuning.retrieve(going.id).progress["step"] + 1)
+    tuning.cancel(going.id)
+
+    # runs: everything of them goes but the model
+    checkpoint = tuning.checkpoints.list(done.id).data[0].fine_tuned_model_checkpoint
+    assert curl(site, "-X", "DELETE", f"/v1/fine_tuning/jobs/{going.id}")["deleted"] is True
+    assert client.delete(f"/fine_tuning/jobs/{done.id}", cast_to=object) == {
+        "id": done.id, "object": "fine_tuning.job", "deleted": True}
+    assert not any(path.exists() for path in paths.values())
+    assert not {done.id, going.id} & {job.id for job in tuning.list()}
+    for call in (tuning.retrieve, tuning.resume, tuning.cancel, tuning.list_events):
+        with pytest.raises(openai.NotFoundError):
+            call(done.id)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model=checkpoint, prompt="the", max_tokens=1)
+    text = client.completions.create(model=done.fine_tuned_model, prompt="the", max_tokens=2)
+    assert text.usage.completion_tokens == 2
+    new = tuning.create(**asked, hyperparameters=ENDLESS, extra_headers={"Idempotency-Key": "to delete"})
+    assert new.id != going.id
+    tuning.cancel(new.id)
+
+
+# ---- full disks ----------------------------------------------------------------------------------------------------
+
+
+def warnings_of(client, job):
+    return [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100) if event.level == "warn"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets limits of another process")
+def test_a_run_that_could_save_nothing_says_so_when_it_is_stopped(site, story):
+    """No file of the run can grow beyond 4 kB: neither a checkpoint nor, in the long run, the metrics."""
+    import resource
+
+    client, tuning = site.client, site.client.fine_tuning.jobs
+    often = {**ENDLESS, "log_interval": 1, "checkpoints.interval": 10**6}
+    job = tuning.create(model=PRESET, training_file=story, hyperparameters=often)
+    begun(client, job)
+    pid = site.service.factory.jobs.get("ftjob", job.id).child.pid
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (status_file.SIZE, resource.RLIM_INFINITY))
+    until(lambda: any("metrics.jsonl" in told for told in warnings_of(client, job)), what="the warning")
+    stopped = tuning.cancel(job.id)
+    assert (stopped.status, stopped.error.code) == ("cancelled", "not_saved")
+    told = stopped.error.message
+    assert re.match(r"nothing was saved of [\d,]+ steps, resuming starts again: .*File too large", told)
+    assert_no_path(site, told)
+    assert tuning.checkpoints.list(job.id).data == []
+    told = warnings_of(client, job)
+    assert told[0] == stopped.error.message
+    assert any("cannot save the checkpoint" in line for line in told)
+    assert len({re.sub(r"\d+", "", line) for line in told}) == len(told), "one of them is told twice"
+    assert tuning.resume(job.id).error is None  # the new process has no limit
+    begun(client, job, step=stopped.progress["step"] + 10)
+    saved = tuning.cancel(job.id)
+    assert (saved.status, saved.error) == ("cancelled", None)
+    assert tuning.checkpoints.list(job.id).data[0].step_number >= saved.progress["step"]
+    assert warnings_of(client, job) == told
+
+
+def can_mount():
+    unshare = shutil.which("unshare")
+    return bool(unshare) and not subprocess.run([unshare, "-rm", "true"], capture_output=True).returncode
+
+
+def fill(path):
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not can_mount(), reason="needs a kernel that lets users mount a tmpfs")
+def test_a_disk_that_is_full_to_the_last_byte_is_told(tmp_path):
+    """Neither the run nor the server can write anything: events and the answer to pause say it all the same."""
+    (tmp_path / "data").mkdir()
+    serving = f"mount -t tmpfs -o size=6m none {tmp_path / 'data'} && exec \"$0\" \"$@\""
+    argv = [sys.executable, str(ROOT / "serve.py"), f"--data={tmp_path / 'data'}", f"--models={tmp_path / 'models'}",
+            "--port=0"]
+    with open(tmp_path / "log", "wb") as log:
+        server = subprocess.Popen(["unshare", "-rm", "sh", "-c", serving, *argv], stdout=log, stderr=log)
+    try:
+        found = until(lambda: re.search(r"http://127.0.0.1:(\d+)", (tmp_path / "log").read_text()), 60, "the server")
+        client, data = client_of(int(found[1])), Path(f"/proc/{server.pid}/root{tmp_path / 'data'}")
+        tuning = client.fine_tuning.jobs
+        story = client.files.create(file=("stories.jsonl", stories()), purpose="fine-tune").id
+        often = {**ENDLESS, "log_interval": 10, "checkpoints.interval": 10}
+        job = tuning.create(model=PRESET, training_file=story, hyperparameters=often)
+        until(lambda: tuning.checkpoints.list(job.id).data, what="a checkpoint")
+        fill(data / "ballast")
+        until(lambda: len(warnings_of(client, job)) > 2, what="the warnings")
+        paused = tuning.pause(job.id)
+        assert (paused.status, paused.error.code) == ("paused", "not_saved")
+        saved = tuning.checkpoints.list(job.id).data[0].step_number
+        steps = re.match(r"steps ([\d,]+) to ([\d,]+) were not saved, resuming goes on from step ([\d,]+): .*No space",
+                         paused.error.message)
+        assert [int(step.replace(",", "")) for step in steps.group(1, 3)] == [saved + 1, saved]
+        told = "\n".join(warnings_of(client, job))
+        for what in ("cannot save the checkpoint", "metrics.jsonl", "cannot write the log", paused.error.message):
+            assert what in told
+        for call in (lambda: client.files.create(file=("more.txt", b"more" * 5000), purpose="fine-tune"),
+                     lambda: tuning.create(model=PRESET, training_file=story, hyperparameters=ENDLESS)):
+            with pytest.raises(openai.InternalServerError, match="cannot be stored: No space left on device") as caught:
+                call()
+            assert (caught.value.status_code, str(tmp_path) in str(caught.value)) == (507, False)
+        (data / "ballast").unlink()
+
+        def is_stored():
+            about = json.loads((data / "runs" / job.id / jobs.ABOUT).read_bytes())
+            events = (data / "runs" / job.id / jobs.EVENTS).read_text()
+            return about["status"] == "paused" and paused.error.message in events
+
+        until(is_stored, what="what the disk did not take")
+        resumed = tuning.resume(job.id)
+        assert resumed.error is None
+        begun(client, job, step=saved + 20)
+        again = tuning.pause(job.id)
+        assert (again.status, again.error) == ("paused", None)
+    finally:
+        server.terminate()
+        server.wait(90)
 
 
 # ---- a killed server -----------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ import torch
 import torture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from machine import require, require_program
 from torture import FULL, assert_same, count, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
 
 import checkpoint
@@ -428,13 +429,14 @@ def test_files_that_cannot_grow_are_told_and_tried_again(den, told):
 
 
 def can_mount() -> bool:
-    unshare = shutil.which("unshare")
-    return bool(unshare) and not subprocess.run([unshare, "-rm", "true"], capture_output=True).returncode
+    return not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not can_mount(), reason="needs a kernel that lets users mount a tmpfs")
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's tmpfs")
 def test_a_full_disk_is_told_and_tried_again(den, told):
     """A tmpfs of 4 MB with nothing left on it, for the log too."""
+    require_program("unshare")
+    require(can_mount(), "a kernel that lets users mount a tmpfs (unshare -rm)")
     script = f"import sys; sys.path[:0] = {[str(torture.ROOT), str(torture.ROOT / 'tests')]}; import torture, os\n"
     script += f"torture.begin(torture.full_by_filling, {FULL_DISK}, os.getcwd(), 'log.txt', 1, {{}})"
     steps = ["mount -t tmpfs -o size=4m none small && cp *.* small && cd small", '"$0" -c "$1"; code=$?',
@@ -1194,8 +1196,8 @@ def test_ten_thousand_mutated_headers_are_refused_or_read(den, told):
 # ---- long runs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="memory and open files are read from /proc")
 def test_a_long_run_grows_nothing(den, told):
+    require(Path("/proc/self/fd").exists(), "/proc, from which memory and open files are read")
     steps = count(600, 20_000)
     model = TINYSTAR | {"block_size": 8, "n_head": 1, "n_embd": 8}
     rarely = {"eval_interval": steps // 8, "checkpoints": {"path": "ck", "interval": steps // 24}}

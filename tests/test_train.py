@@ -1,8 +1,10 @@
 """Training: the same run whether interrupted or not, gradients that are exact, losses that are honest."""
 
+import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import dataset
 import encoder as encoders
 import plot
 import train
-from checkpoint import load_model, newest
+from checkpoint import listed, load_model, newest
 from dataset import Batch, TokenFileWriter
 from model import CONFIGS, build
 from options import UserError, load_run
@@ -655,6 +657,171 @@ def test_training_goes_on_where_drawing_fails(workshop, monkeypatch, capsys):
     monkeypatch.setattr(plot, "curves", broken)
     assert run() == 0
     assert "cannot draw the curves" in capsys.readouterr().err
+
+
+def test_a_checkpoint_or_a_directory_of_them_is_gone_on_from(workshop):
+    run()
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match=r"init_from: empty is a directory without checkpoints; name a model file or"):
+        prepared("--init_from=empty,pretrained", "--checkpoints.path=ck2")
+    for name, step in (("ck", 10), ("ck/step_00000004", 4)):
+        expected = build(newest("ck").meta["run"]["model_hyperparams"])
+        checkpoint = next(found for found in listed("ck") if found.step == step)
+        checkpoint.load_weights(expected)
+        trainer = prepared(f"--init_from={name},pretrained", "--checkpoints.path=ck2")
+        assert_same(trainer.model.state_dict(), expected.state_dict())
+    assert run("--init_from=ck,pretrained") == 0  # whose checkpoints it then sets aside
+    assert newest("ck/earlier_1").step == 10
+
+
+# ---- the console ---------------------------------------------------------------------------------------------------
+
+HEADER = "    step      loss  learning rate  grad norm    tokens/s   elapsed  remaining"
+
+
+class Terminal(io.StringIO):
+    """A stream that a terminal shows. `screen()` is what is to be seen, `bars` how often a bar was drawn."""
+
+    def isatty(self):
+        return True
+
+    @property
+    def bars(self):
+        return self.getvalue().count("%|")
+
+    def screen(self):
+        rows, column = [""], 0
+        for character in self.getvalue():
+            if character == "\n":
+                rows.append("")
+            elif character != "\r":
+                rows[-1] = rows[-1][:column].ljust(column) + character + rows[-1][column + 1 :]
+            column = 0 if character in "\r\n" else column + 1
+        return [row.rstrip() for row in rows]
+
+
+def table_of(out: str) -> list[list[str]]:
+    """The cells of the console's rows, which stand under one another."""
+    lines = [line for line in out.splitlines() if line == HEADER or line[:8].strip().replace(",", "").isdigit()]
+    ends = [match.end() for match in re.finditer(r"\S+( \S+)*", HEADER)]
+    assert lines[0] == HEADER and {len(line) for line in lines} == {len(HEADER)}
+    for line in lines:
+        assert all(line[end - 1] != " " and line[end : end + 1] in (" ", "") for end in ends), line
+    return [line.split() for line in lines if line != HEADER]
+
+
+def test_stdout_has_a_row_for_each_logged_step_and_a_log_no_bar(workshop, capsys):
+    assert run("--log_interval=2", "--max_iters=7") == 0
+    out, err = capsys.readouterr()
+    assert "\r" not in out + err and "%|" not in out + err
+    rows, logged = table_of(out), [line for line in metrics() if "loss" in line]
+    assert [row[0] for row in rows] == ["1", "2", "4", "6", "7"]
+    for row, line in zip(rows, logged, strict=True):
+        assert float(row[1]) == pytest.approx(line["loss"], abs=5e-5)
+        assert float(row[2]) == pytest.approx(line["lr"], rel=5e-3)
+        assert float(row[3]) == pytest.approx(line["grad_norm"], abs=5e-5)
+        assert float(row[4].replace(",", "")) == pytest.approx(line["tokens_per_s"], abs=0.5)
+    assert rows[-1][6] == "00:00"
+
+
+def test_the_header_is_printed_again_after_twenty_lines_of_any_kind(capsys):
+    console = train.Console()
+    console.start(0, 60, hidden=False)
+    for step in range(1, 51):
+        console.print_step(step, 60, 2.0, 1e-3, 1e-5, 1e6)
+        if step == 30:
+            console.print("an evaluation\n" * 14 + "its end")
+    lines = capsys.readouterr().out.splitlines()
+    assert [i for i, line in enumerate(lines) if line == HEADER] == [0, 21, 47]
+    assert table_of("\n".join(lines))[0][:5] == ["1", "2.0000", "1.00e-03", "1e-05", "1,000,000"]
+
+
+def test_remaining_time_follows_the_pace_since_this_start(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    console = train.Console()
+    console.start(400, 1000, hidden=True)
+    now[0] += 200
+    console.print_step(500, 1000, 2.0, 1e-3, 1.0, 10.0)
+    console.start(450, 1000, hidden=True)  # a rollback
+    now[0] += 5000
+    console.print_step(460, 1000, 2.0, 1e-3, 1.0, 10.0)
+    rows = table_of(capsys.readouterr().out)
+    assert [row[5:] for row in rows] == [["03:20", "16:40"], ["1:26:40", "75:00:00"]]
+
+
+def test_on_a_terminal_a_bar_stays_below_the_lines_and_is_gone_at_the_end(workshop, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    seen = []
+    row = train.Console.print_step
+    monkeypatch.setattr(train.Console, "print_step", lambda *args: (row(*args), seen.append(terminal.screen())))
+    assert run("--log_interval=2", "--max_iters=8") == 0
+    assert len(seen) == 5 and all("%|" in screen[-1] and "steps" in screen[-1] for screen in seen)
+    assert all("%|" not in line for screen in seen for line in screen[:-1])
+    assert not any("%|" in line for line in terminal.screen())
+    assert [row[0] for row in table_of("\n".join(terminal.screen()))] == ["1", "2", "4", "6", "8"]
+
+
+def test_a_terminal_on_stderr_alone_has_the_bar_and_the_file_the_lines(workshop, monkeypatch):
+    log, terminal = io.StringIO(), Terminal()
+    monkeypatch.setattr(sys, "stdout", log)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run("--max_iters=2") == 0
+    assert terminal.bars and "\r" not in log.getvalue() and len(table_of(log.getvalue())) == 2
+
+
+@pytest.mark.parametrize("words", [[], ["--check"]])
+def test_quiet_prints_warnings_and_errors_only(workshop, monkeypatch, capsys, words):
+    assert run("--quiet", *words) == 0
+    assert capsys.readouterr() == ("", "")
+    assert run("--quiet", "--warmup_iters=10", *words) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("warning: max_iters = 10: the run ends during") and err.count("\n") == 1
+    with pytest.raises(UserError, match="none.bin"):
+        run("--quiet", "--dataset.path=none.bin", *words)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run("--quiet", *words) == 0
+    assert terminal.getvalue() == ""
+
+
+def test_a_quiet_run_that_is_stopped_says_how_to_go_on(workshop, monkeypatch, capsys):
+    at_step(monkeypatch, 7, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run("--quiet") == 143
+    out, err = capsys.readouterr()
+    assert out == "" and "step 7 is saved" in err and "--quiet --init_from=resume" in err
+
+
+@pytest.mark.parametrize("words", [[], ["--check"]])
+def test_a_schedule_that_does_not_fit_is_warned_of_at_the_start(workshop, capsys, words):
+    assert run("--warmup_iters=20", "--checkpoints.interval=11", *words) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: max_iters = 10: the run ends during its warm-up (warmup_iters = 20)")
+    assert "set warmup_iters to 0, or max_iters" in first
+    assert second.startswith("warning: checkpoints.interval = 11: more than max_iters (10)")
+
+
+def test_a_reader_of_the_log_that_leaves_costs_no_step(workshop, monkeypatch):
+    class Left(io.StringIO):
+        def write(self, text):
+            if text.lstrip().startswith("7 "):
+                raise BrokenPipeError
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Left())
+    with pytest.raises(BrokenPipeError):
+        run()
+    assert newest("ck").step == metrics()[-1]["step"] == 7
+
+
+def test_processes_of_torchrun_report_a_mistake_once(workshop):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__]
+    for mistake in ("--learning_rat=1", "--dataset.path=none.bin"):  # before and after they have met
+        done = subprocess.run([*command, "--config", "run.json", mistake], capture_output=True, text=True, timeout=120)
+        assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1, done.stderr
+        assert "exitcode  : 2 " in done.stderr and done.stdout == ""
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------

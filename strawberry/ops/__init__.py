@@ -31,4 +31,3 @@ from strawberry.ops.retention import (
 )
 from strawberry.ops.rope import RopeScaling, apply_rope, rope_frequencies
 from strawberry.ops.sampling import sample, uniform_numbers
-

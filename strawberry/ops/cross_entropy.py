@@ -106,7 +106,14 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, targets: Tensor, cap: float | None, use_float8: bool = False, compile_parts: bool = False
+    def forward(
+        ctx,
+        x: Tensor,
+        w: Tensor,
+        targets: Tensor,
+        cap: float | None,
+        use_float8: bool = False,
+        compile_parts: bool = False,
     ) -> Tensor:
         with no_autocast(x):
             products = (Float8HeadMatmuls if use_float8 else HeadMatmuls)(w, x.dtype)
@@ -116,9 +123,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             fwd_bwd = compiled_fwd_bwd() if compile_parts else cross_entropy_fwd_bwd
             total, dx, dw = 0.0, [], 0.0
             for some, wanted in zip(x.split(rows), targets.split(rows), strict=True):
-                nats, grad_logits = fwd_bwd(
-                    products.logits(some), wanted, w.size(0), cap, *products.grad_logits
-                )
+                nats, grad_logits = fwd_bwd(products.logits(some), wanted, w.size(0), cap, *products.grad_logits)
                 total = total + nats
                 gradients = products.backward(grad_logits, some)
                 dx.append(gradients[0])

@@ -1,0 +1,69 @@
+"""What is generated from the declared keys: `python -m strawberry.config_docs --schema` writes config/schema.json, by
+which editors complete and check configs; `--table` prints the README's table of keys."""
+
+import json
+
+from model import CONFIGS
+from options import (
+    CONFIG_FOLDER,
+    Option,
+    Run,
+    UserError,
+    atomic_write,
+    declared,
+    object_schema,
+    run_cli,
+    sections,
+    show,
+    take_arch,
+)
+
+
+def table(archs: dict[str, type]) -> str:
+    """The README's table, in Markdown: one table for each object of the JSON, model_hyperparams once for each arch."""
+
+    def rows(title: str, keys: dict[str, Option]) -> list[str]:
+        lines = [f"**{title}**", "", "| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+        for name, key in keys.items():
+            cells = (f"`{name}`", f"`{show(key.default)}`", key.allowed, key.doc)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
+        return [*lines, ""]
+
+    lines = []
+    for prefix, doc, keys in sections(Run):
+        plain = {name: key for name, key in keys.items() if name != "model_hyperparams"}
+        lines += rows(f"`{prefix.rstrip('.')}`: {doc}" if prefix else "The run", plain)
+    for arch, cls in archs.items():
+        for prefix, doc, keys in sections(cls, "model_hyperparams."):
+            lines += rows(f"`{prefix.rstrip('.')}` of arch `{arch}`" + (f": {doc}" if doc else ""), keys)
+    return "\n".join(lines)
+
+
+def schema(archs: dict[str, type]) -> dict:
+    """A JSON schema (draft 2020-12) of the config files: editors complete, explain and check with it."""
+    default, _ = take_arch({}, archs)
+    root = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A training run", **object_schema(Run)}
+    root["properties"]["$schema"] = {"type": "string", "description": "where this schema is, for editors"}
+    model = {"type": "object", "description": declared(Run)["model_hyperparams"].doc}
+    model["properties"] = {"arch": {"enum": list(archs), "default": default}}
+    model["allOf"] = []
+    for arch, cls in archs.items():
+        is_arch = {"properties": {"arch": {"const": arch}}, "required": [] if arch == default else ["arch"]}
+        model["allOf"].append({"if": is_arch, "then": object_schema(cls)})
+    root["properties"]["model_hyperparams"] = model
+    return root
+
+
+def main(argv: list[str]) -> int:
+    if argv == ["--schema"]:
+        text = json.dumps(schema(CONFIGS), indent=2, ensure_ascii=False) + "\n"
+        atomic_write(CONFIG_FOLDER / "schema.json", text.encode())
+    elif argv == ["--table"]:
+        print(table(CONFIGS))
+    else:
+        raise UserError(f"{' '.join(argv) or 'nothing'} given; write --schema or --table")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,531 @@
+"""Every fenced block of README.md does what the README says.
+
+Before each block stands a comment that readers do not see, with one line for each command in the block, or one for all:
+
+    <!-- test: run max_iters=3; creates bin/air.strawberry
+         test: check -->
+
+MODE
+    run              bash runs the command as it is printed, or Python a Python block
+    run KEY=VALUE …  also with other values: of `--KEY` or `"KEY"` where it is printed, else train.py gets --KEY=VALUE
+    serve            a server: it is started at a free port, must answer, and is stopped
+    check            nothing is run: bash reads the command, make must know its targets, and the parsers of the scripts
+                     here must accept their options, keys and configs (clone, install, torchrun, GPUs and long runs)
+    by TEST          a Python block that this test in tests/test_readme.py covers
+    text             no command: what a program has printed
+EFFECT, any number after it, each after a semicolon
+    given FILE …     the test puts these there before (GIVEN)
+    where OLD = NEW  in this command NEW stands for OLD
+    served           `python serve.py` is running at a free port, which stands for 8000 in the command
+    types TEXT       the command runs in a terminal; TEXT is typed at its prompt `> `, then Ctrl-D
+    exits N          its exit code, otherwise 0
+    creates FILE …   these are there afterwards, and were not or were other files
+    prints TEXT      is in its standard output; without TEXT, there is some
+    lacks TEXT       is not in its standard output
+    keeps WORD       in later commands the "id" of the JSON that this one prints stands for WORD
+TEXT is as it stands there, or a JSON string ("a\\n").
+
+A section's commands run in order, in a folder with the repository's tracked files and nothing else.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import test_readme
+from machine import require, require_program
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+import bench
+import options
+import prepare
+import sample
+import serve
+from model import CONFIGS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SECONDS = 300  # after which a command hangs
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the commands are bash's")
+
+# ---- files that commands are given ---------------------------------------------------------------------------------
+
+VERSE = "".join(f"Once a {who} {did}.\n\n" for who in ("cat", "dog", "fox") for did in ("sat", "ran", "ate")) * 250
+SMALL = ("--max_iters=40 --warmup_iters=2 --eval_interval=40 --eval_iters=1 --sample_length=0 "
+         "--model_hyperparams.n_layer=1 --checkpoints.create_checkpoints=false")  # fmt: skip
+GIVEN: dict[str, str | list[str]] = {  # a text, or the commands that make the file
+    "book.txt": README,
+    "notes/day.txt": VERSE,
+    "logs/a.jsonl": "".join(f'{{"text": "{verse.strip()}"}}\n' for verse in VERSE.split("\n\n") if verse) * 2,
+    "input.txt": VERSE,
+    "pairs.jsonl": '{"source": "Return the sum.", "target": "return a + b"}\n' * 50,
+    "prompts.jsonl": '{"prompt": "Once"}\n{"prompt": "Once a", "max_tokens": 5, "id": "b"}\n',
+    "bin/tiny.strawberry": [
+        "python prepare.py", "python train.py --config tiny.json --max_iters=3 --eval_iters=1 --sample_length=0"],
+    "bin/verse.strawberry": [  # writes verses, a blank line after each
+        "python prepare.py --input notes/day.txt --output data/verse.bin --encoder bin/verse.bin --vocab_size 270",
+        f"python train.py --config tiny.json {SMALL} --dataset.path=data/verse.bin --encoder_path=bin/verse.bin "
+        "--model_hyperparams.vocab_size=270 --model_hyperparams.block_size=64 --model_path=bin/verse.strawberry"],
+    "bin/transformer-pairs.transformer": [
+        "python prepare.py --pairs pairs.jsonl --output data/pairs.bin --encoder bin/pairs.bin --vocab_size 262",
+        f"python train.py --config transformer-pairs.json {SMALL} --max_iters=2 --encoder_path=bin/pairs.bin "
+        "--model_hyperparams.n_embd=32 --model_hyperparams.block_size=64"],
+}  # fmt: skip
+
+# ---- reading the README --------------------------------------------------------------------------------------------
+
+EFFECTS = {"given", "where", "served", "types", "exits", "creates", "prints", "lacks", "keeps"}
+MODES = {"run", "serve", "check", "by", "text"}
+
+
+@dataclass
+class Marker:
+    mode: str
+    words: list[str] = field(default_factory=list)
+    effects: list[tuple[str, str]] = field(default_factory=list)
+
+    def get(self, name: str) -> list[str]:
+        return [value for effect, value in self.effects if effect == name]
+
+
+@dataclass
+class Command:
+    block: int  # line of the block's first command
+    line: int
+    text: str
+    language: str
+    marker: Marker
+
+
+def read_text(value: str) -> str:
+    return json.loads(value) if value.startswith('"') else value
+
+
+def read_marker(line: str) -> Marker:
+    (mode, *words), *effects = (part.split() if i == 0 else part for i, part in enumerate(re.split(r"\s*;\s*", line)))
+    marker = Marker(mode, words, [tuple(f"{effect} ".split(" ", 1)) for effect in effects])
+    marker.effects = [(name, value.strip()) for name, value in marker.effects]
+    unknown = {mode} - MODES | {name for name, _ in marker.effects} - EFFECTS
+    if unknown or (words and mode not in ("run", "by")) or (mode == "run" and not all("=" in word for word in words)):
+        raise ValueError(f"unknown marker {line!r}: {', '.join(unknown) or ' '.join(words)}")
+    return marker
+
+
+def split_commands(block: str, line: int) -> list[tuple[int, str]]:
+    """The commands of a bash block, each with its line; a backslash at a line's end goes on with the next."""
+    found, parts = [], []
+    for number, row in enumerate(block.splitlines(), line):
+        if parts or (row.strip() and not row.startswith("#")):
+            parts.append(row)
+            if not row.endswith("\\"):
+                found.append((number - len(parts) + 1, "\n".join(parts)))
+                parts = []
+    return found
+
+
+BLOCK = re.compile(r"""
+    ^\#{1,2}\ (?P<title>[^\n]+)$ |
+    (?: ^<!--(?P<marker>(?:(?!-->).)*)-->\n )?  ^```(?P<language>\w*)\n(?P<block>.*?)^```$
+""", re.M | re.S | re.X)  # fmt: skip
+
+
+def read_commands(text: str) -> dict[str, list[Command]]:
+    """The commands of each section of a README, with their markers. Raises ValueError for a block without."""
+    sections: dict[str, list[Command]] = {}
+    for match in BLOCK.finditer(text):
+        if match["title"]:
+            title = match["title"]
+            continue
+        line = text[: match.start("block")].count("\n") + 1
+        try:
+            lines = [row.strip() for row in (match["marker"] or "").split("\n")]
+            if not all(row.startswith("test: ") for row in lines):
+                raise ValueError("a block needs a marker before it, <!-- test: … -->")
+            markers = [read_marker(row.removeprefix("test: ").strip()) for row in lines]
+            is_whole = match["language"] == "python" or markers[0].mode == "text"
+            found = [(line, match["block"])] if is_whole else split_commands(match["block"], line)
+            if len(markers) not in (1, len(found)):
+                raise ValueError(f"{len(markers)} markers for {len(found)} commands")
+        except ValueError as error:
+            raise ValueError(f"README.md:{line}: {error}") from error
+        markers = markers * len(found) if len(markers) == 1 else markers
+        sections.setdefault(title, []).extend(
+            Command(line, *at, match["language"], marker) for at, marker in zip(found, markers, strict=True))
+    return sections
+
+
+# ---- checking without running --------------------------------------------------------------------------------------
+
+
+def check_kernels(argv: list[str]) -> None:
+    if argv:
+        raise ValueError(f"kernels.py has no options: {argv}")
+
+
+def check_bench(argv: list[str]) -> None:
+    """The arguments of a subcommand, and the configs that they name."""
+    if argv[0] not in bench.COMMANDS:
+        raise ValueError(f"bench.py has no {argv[0]}")
+    arguments = vars(getattr(bench, f"{argv[0]}_arguments")(argv[1:]))
+    specs = [arguments.get(name) or [] for name in ("config", "configs", "models", "model")]
+    common = [bench.changed_key(text) for text in arguments.get("set", [])]
+    for spec in (spec for found in specs for spec in ([found] if isinstance(found, str) else found)):
+        if ".json" in spec:
+            bench.loaded(spec, common)
+
+
+PARSERS: dict[str, Callable] = {
+    "train.py": lambda argv: options.load_run([word for word in argv if word != "--check"], CONFIGS),
+    "sample.py": sample.read_settings,
+    "serve.py": serve.read_command,
+    "prepare.py": prepare.parse,
+    "bench.py": check_bench,
+    "kernels.py": check_kernels,
+}
+
+
+def check_call(program: str, *argv: str) -> None:
+    """One call of a program: what belongs to this repository in it."""
+    if program == "python":
+        script, *argv = argv
+        if script not in PARSERS:
+            raise ValueError(f"python {script}: no parser is known for it")
+        with contextlib.redirect_stderr(sys.stdout):
+            PARSERS[script](argv)
+    elif program == "torchrun":
+        given = torchrun_parser().parse_args(argv)
+        check_call("python", given.training_script, *given.training_script_args)
+    elif program == "make":
+        environment = os.environ | {"LC_ALL": "C"}
+        done = subprocess.run(["make", "-n", *argv], cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode or "Nothing to be done" in done.stdout:  # a file of that name, but no target
+            raise ValueError((done.stderr or done.stdout).strip())
+    elif program == "pip" and "-r" in argv and not (ROOT / argv[argv.index("-r") + 1]).exists():
+        raise ValueError(f"pip {' '.join(argv)}: no such file")
+
+
+# functions in the place of programs write down how they are called; without a PATH there is nothing else to be called
+RECORD = """PATH=; exec 3>&1 1>/dev/null
+for program in cd curl git lm_eval make pip python torchrun; do
+    eval "$program() { printf '%s\\0' $program \\$# \\"\\$@\\" >&3; }"
+done
+"""
+
+
+def check_block(commands: list[Command]) -> None:
+    """Checks all commands of a block, which may use each other's variables."""
+    text = "\n".join(replace_words(command) for command in commands)
+    done = subprocess.run([require_program("bash"), "-c", RECORD + text], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, f"README.md:{commands[0].line}: bash says {done.stderr}"
+    words, problems = done.stdout.split("\0")[:-1], []
+    while words:
+        program, count = words[:2]
+        argv, words = words[2 : 2 + int(count)], words[2 + int(count) :]
+        try:
+            check_call(program, *argv)
+        except (Exception, SystemExit) as error:  # whatever a parser reports with
+            problems.append(f"{program} {' '.join(argv)}\n    {error}")
+    assert not problems, f"README.md:{commands[0].line}: " + "\n".join(problems)
+
+
+def replace_words(command: Command, more: dict[str, str] | None = None) -> str:
+    """The command with what its marker puts in the place of words in it."""
+    text = command.text
+    pairs = [tuple(value.split(" = ", 1)) for value in command.marker.get("where")]
+    for old, new in [*pairs, *(more or {}).items()]:
+        text = text.replace(old, new)
+    return text
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+PYTHON = f"""#!/bin/sh
+case "$1" in
+    train.py) set -- "$@" $README_TRAIN ;;
+    serve.py) set -- "$@" $README_SERVE ;;
+esac
+exec "{sys.executable}" "$@"
+"""
+
+
+def copy_repository(folder: Path) -> None:
+    """The tracked files, and an installed .venv whose python adds what README_TRAIN and README_SERVE say."""
+    command = [require_program("git"), "-c", "safe.directory=*", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    require(listed.returncode == 0, "a git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    programs = folder / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").write_text(PYTHON)
+    (programs / "python").chmod(0o755)
+    (folder / ".venv" / "installed").touch()
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+class Shell:
+    """Runs the commands of a section one after another in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.words, self.server = folder, {}, None
+        programs = [str(folder / ".venv" / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        self.environment = os.environ | {"PATH": os.pathsep.join(programs)}
+
+    def __enter__(self) -> "Shell":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.server is not None:
+            self.stop(self.server)
+
+    def bash(self, text: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", "-c", text], cwd=self.folder, env=self.environment | environment,
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS)  # fmt: skip
+
+    def give(self, name: str) -> None:
+        """A file of GIVEN, and the files from which commands make it."""
+        path, content = self.folder / name, GIVEN[name]
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, str):
+            path.write_text(content, encoding="utf-8")
+            return
+        for command in content:
+            for needed in GIVEN:
+                if re.search(rf" {re.escape(needed)}( |$)", command):
+                    self.give(needed)
+            done = self.bash(command)
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+    def start(self, text: str) -> tuple[subprocess.Popen, str]:
+        """A server and its port, once it answers."""
+        port = free_port()
+        with open(self.folder / "server.log", "wb") as log:
+            server = subprocess.Popen(["bash", "-c", text], cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log,
+                                      stderr=log, env=self.environment | {"README_SERVE": f"--port={port}"},
+                                      start_new_session=True)  # fmt: skip
+        end = time.monotonic() + SECONDS
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return server, port
+            log = (self.folder / "server.log").read_text()
+            assert server.poll() is None and time.monotonic() < end, f"{text} does not serve\n{log}"
+            time.sleep(0.1)
+
+    def stop(self, server: subprocess.Popen) -> None:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(SECONDS)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+
+    def type_in(self, text: str, typed: str) -> subprocess.CompletedProcess:
+        """Runs a command in a terminal and types a line at its prompt, then Ctrl-D at the next."""
+        import pty
+
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(["bash", "-c", text], cwd=self.folder, env=self.environment, stdin=theirs,
+                                   stdout=theirs, stderr=theirs, start_new_session=True)  # fmt: skip
+        os.close(theirs)
+        seen, keys = b"", [f"{typed}\n".encode(), b"\x04"]
+        with contextlib.suppress(OSError):  # the end of the terminal
+            while select.select([ours], [], [], SECONDS)[0] and (data := os.read(ours, 1 << 16)):
+                seen += data
+                if keys and seen.count(b"\n> ") > 2 - len(keys):
+                    os.write(ours, keys.pop(0))
+        os.close(ours)
+        return subprocess.CompletedProcess(text, process.wait(SECONDS), seen.decode(errors="replace"), "")
+
+    def run(self, command: Command) -> subprocess.CompletedProcess:
+        """Runs one command, with the values that its marker gives to keys."""
+        more = dict(self.words)
+        if command.marker.get("served"):
+            if self.server is None:
+                self.server, self.port = self.start("python serve.py")
+            more["8000"] = self.port
+        text, added = replace_words(command, more), []
+        for word in command.marker.words:
+            key, _, value = word.partition("=")
+            text, count = re.subn(rf'(--{key}[= ]|"{key}": )[\w.+-]+', rf"\g<1>{value}", text)
+            added += [f"--{word}"] if not count else []
+        if typed := command.marker.get("types"):
+            return self.type_in(text, typed[0])
+        if command.language == "python":
+            (self.folder / "block.py").write_text(text, encoding="utf-8")
+            text = "python block.py"
+        return self.bash(text, README_TRAIN=" ".join(added))
+
+    def run_and_check(self, command: Command) -> None:
+        """Runs one command and looks at its effects."""
+        marker = command.marker
+        for name in [name for names in marker.get("given") for name in names.split()]:
+            self.give(name)
+        if marker.mode == "serve":
+            self.stop(self.start(replace_words(command, self.words))[0])
+            return
+        created = {name: changed_at(self.folder / name) for names in marker.get("creates") for name in names.split()}
+        done = self.run(command)
+        where = f"README.md:{command.line}: {command.text}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == int((marker.get("exits") or ["0"])[0]), f"exit code {done.returncode}: {where}"
+        for name, before in created.items():
+            assert changed_at(self.folder / name) not in (None, before), f"has not created {name}: {where}"
+        for text in map(read_text, marker.get("prints")):
+            assert text in done.stdout and done.stdout, f"has not printed {text!r}: {where}"
+        for text in map(read_text, marker.get("lacks")):
+            assert text not in done.stdout, f"has printed {text!r}: {where}"
+        for word in marker.get("keeps"):
+            self.words[word] = json.loads(done.stdout)["id"]
+
+
+def changed_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def run_section(commands: list[Command], folder: Path) -> None:
+    with Shell(folder) as shell:
+        for command in commands:
+            if command.marker.mode in ("run", "serve"):
+                shell.run_and_check(command)
+
+
+# ---- the tests -----------------------------------------------------------------------------------------------------
+
+SECTIONS = read_commands(README)
+BLOCKS: dict[int, list[Command]] = {}
+for command in itertools.chain.from_iterable(SECTIONS.values()):
+    if command.marker.mode == "check":
+        BLOCKS.setdefault(command.block, []).append(command)
+
+
+@pytest.mark.parametrize("line", BLOCKS)
+def test_options_of_commands_that_are_not_run(line):
+    check_block(BLOCKS[line])
+
+
+def runs(title: str) -> bool:
+    return any(command.marker.mode in ("run", "serve") for command in SECTIONS[title])
+
+
+@pytest.mark.parametrize("title", [title for title in SECTIONS if runs(title)])
+def test_commands_of_a_section(tmp_path, title):
+    for program in ("bash", "curl", "make"):
+        require_program(program)
+    copy_repository(tmp_path)
+    run_section(SECTIONS[title], tmp_path)
+
+
+def test_blocks_that_other_tests_cover_name_them():
+    named = [word for commands in SECTIONS.values() for command in commands if command.marker.mode == "by"
+             for word in command.marker.words]  # fmt: skip
+    assert named and all(callable(getattr(test_readme, name, None)) for name in named)
+
+
+# ---- the tests of the markers --------------------------------------------------------------------------------------
+
+
+def read_one(marker: str, *lines: str, language: str = "") -> list[Command]:
+    comment = f"<!-- {marker} -->\n" if marker else ""
+    return read_commands("\n".join(["# Title", f"{comment}```{language}", *lines, "```", ""]))["Title"]
+
+
+@pytest.mark.parametrize("marker,says", [
+    ("", "needs a marker"),
+    ("a comment", "needs a marker"),
+    ("test: try", "unknown marker 'try'"),
+    ("test: run; makes x", "makes"),
+    ("test: run now", "now"),
+    ("test: check max_iters=3", "max_iters=3"),
+    ("test: run\n     test: run\n     test: run", "3 markers for 2 commands"),
+])  # fmt: skip
+def test_a_block_that_is_not_marked_well_is_refused(marker, says):
+    with pytest.raises(ValueError, match=f"README.md:.*{says}"):
+        read_one(marker, "true", "# a comment", "echo \\", "  two")
+
+
+def test_commands_are_split_as_bash_does():
+    first, second = read_one("test: run\n     test: check", "true", "# a comment", "echo \\", "  two")
+    assert (first.text, first.marker.mode) == ("true", "run")
+    assert (second.text, second.marker.mode) == ("echo \\\n  two", "check") and second.line == first.line + 2
+
+
+@pytest.mark.parametrize("line,says", [
+    ("make tests", "tests"),
+    ("python train.py --config air.json --learning_rat=1", "learning_rat"),
+    ("python train.py --config mist.json", "mist.json"),
+    ("torchrun --nproc_per_node=2 train.py --parallel=ddq", "ddq"),
+    ("torchrun --nproc=2 --standalon=x train.py", "standalon"),
+    ("python sample.py --temprature 1", "temprature"),
+    ("A=b python serve.py --prt 1", "prt"),
+    ("python prepare.py --inputs x", "inputs"),
+    ("python bench.py compares air.json", "compares"),
+    ("python bench.py train --config air.json:n_layr=3", "n_layr"),
+    ('P=air.json:n_layer=0; python bench.py scale --config "$P"', "n_layer"),
+    ("python kernels.py --fast", "fast"),
+    ("python nothing.py", "nothing.py"),
+    ("pip install -r requirement.txt", "requirement.txt"),
+    ("wget x", "wget"),
+    ('echo "a', "unexpected EOF"),
+    ("python kernels.py (1)", "syntax error"),
+])  # fmt: skip
+def test_a_mistake_in_a_command_that_is_not_run_is_named(line, says):
+    with pytest.raises(AssertionError, match=says):
+        check_block(read_one("test: check", line))
+
+
+def test_checking_runs_nothing(tmp_path):
+    check_block(read_one("test: check", f"pip install x > {tmp_path}/log && cd nowhere && python kernels.py"))
+    assert (tmp_path / "log").read_bytes() == b""
+
+
+@pytest.mark.parametrize("marker,line,says", [
+    ("run", "exit 3", "exit code 3"),
+    ("run; exits 3", "true", "exit code 0"),
+    ("run; creates a", "touch b", "has not created a"),
+    ("run; creates old", "true", "has not created old"),
+    ("run; prints one", "echo two", "has not printed 'one'"),
+    ("run; prints", "true", "has not printed"),
+    (r'run; lacks "\n\n"', r"printf 'a\n\nb'", "has printed"),
+    ("serve", "true", "does not serve"),
+    ("run; types x; prints read=y", 'printf "\\n> "; read x; echo read=$x', "has not printed"),
+])  # fmt: skip
+def test_an_effect_that_is_not_there_is_named(tmp_path, marker, line, says):
+    (tmp_path / "old").touch()
+    with pytest.raises(AssertionError, match=says):
+        run_section(read_one(f"test: {marker}", line), tmp_path)
+
+
+def test_effects_that_are_there(tmp_path):
+    (tmp_path / "old").touch()
+    lines = {
+        "run; exits 3; prints": "echo; exit 3",
+        "run; given notes/day.txt; creates old new; lacks b": "cp notes/day.txt old; echo a > new",
+        "run; where … = one; prints a one": "echo a …",
+        'run; keeps x-…; prints "id"': """echo '{"id": "x-1"}'""",
+        "run; prints x-1": "echo x-…",
+        "run; types word; prints read=word": 'printf "\\n> "; read x; echo read=$x; read -p "> " x || true',
+        "run n=3 m=4; prints --n=3": 'echo --n=100 "train.py $README_TRAIN"',
+        "run m=4; prints train.py --m=4": 'echo "train.py $README_TRAIN"',
+    }
+    run_section(read_one("\n     ".join(f"test: {marker}" for marker in lines), *lines.values()), tmp_path)
