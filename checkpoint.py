@@ -40,10 +40,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from options import UserError, atomic_write, to_dict
-from ranks import put
+from strawberry.initialization import SkipInit
+from strawberry.sharding import copy_to_shard
 
 try:
     import fcntl
@@ -64,7 +64,7 @@ REPLACED = ".old_"  # a checkpoint that another of the same step is about to rep
 def save_checkpoint(root, step: int, parts: dict[str, Writer], val_loss=None, keep: int = 3, meta=None) -> Path:
     """Writes the directory `root`/step_… and returns its path; then removes what is no longer to be kept.
 
-    `parts`: file name → function that writes the file. `val_loss`: a number, or None where there is none. `meta`: more
+    `batch_parts`: file name → function that writes the file. `val_loss`: a number, or None where there is none. `meta`: more
     plain data for the manifest (fingerprints, configuration). Kept are the newest `keep` and the best by `val_loss`.
 
     The files are written to a directory of another name and brought to disk; one rename makes them a checkpoint.
@@ -566,7 +566,7 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
         try:
             encoder = Encoder.from_bytes(meta["encoder"].encode())
             _check_depth(hyperparams, file)
-            with Unfilled():
+            with SkipInit():
                 model = build(hyperparams)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
@@ -689,24 +689,6 @@ def _plain(meta: dict[str, str], key: str, path) -> dict:
     return value
 
 
-class Unfilled(TorchFunctionMode):
-    """Leaves parameters as they were allocated, for saved values to come.
-
-    It saves the time of drawing them and the caller's dice; and memory that is not yet written to takes no room, so
-    that a file may claim any shape until it has been compared with what the file holds.
-    """
-
-    FILLS = (Tensor.uniform_, Tensor.normal_, Tensor.zero_, Tensor.fill_)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        target = args[0] if args else kwargs.get("tensor")
-        fills = func in self.FILLS or getattr(func, "__module__", "") == "torch.nn.init"
-        if fills and isinstance(target, nn.Parameter):
-            return target
-        return func(*args, **kwargs)
-
-
 def _check_depth(hyperparams: dict, file) -> None:
     """A layer has at least one tensor: what claims more layers than tensors would take for ever to build."""
     layers, tensors = hyperparams.get("n_layer"), len(file.keys())
@@ -742,7 +724,7 @@ def _copy_into(model: nn.Module, file, path) -> None:
     for name, tensor, saved in _read(_check_tensors(model, file, path), file, path):
         if torch.promote_types(saved.dtype, tensor.dtype) != tensor.dtype:
             raise UserError(f"{path} does not fit its model: {name} is {saved.dtype}, and the model has {tensor.dtype}")
-        put(tensor, saved)
+        copy_to_shard(tensor, saved)
 
 
 def _read(own: dict[str, Tensor], file, path) -> Iterator[tuple[str, Tensor, Tensor]]:

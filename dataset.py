@@ -798,13 +798,13 @@ class Loader:
                  start_step: int = 0, rank: int = 0, world: int = 1, objective=None):
         import torch
 
-        from ranks import divide
+        from strawberry.sharding import divide_batch
 
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not under world {world}")
         split.locate(seed, np.zeros(1, np.int64))  # a split without windows is refused here, not on the thread
         self.device = torch.device(device)
-        rows, offsets = divide(batch_size, accumulation, rank, world)
+        rows, offsets = divide_batch(batch_size, accumulation, rank, world)
         share, size = rows, accumulation * batch_size
         firsts = ([step * size + offset for offset in offsets] for step in itertools.count(start_step))
         if world == 1:  # what a step reads is one stretch of samples, and so is what several do

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from options import UserError
-from ranks import Alone, local, part_of, sharded_as, shared
+from ranks import Alone
+from strawberry.sharding import shard_like, shard_of, to_dtensor, to_local
 
 # Which role is decayed, and which Muon may take. Every role that a model may name is here.
 DECAYED = {"matrix", "residual", "embedding", "input"}
@@ -117,8 +118,8 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        grads = [local(p.grad) for p in params]
-        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+        grads = [to_local(p.grad) for p in params]
+        buffers = [to_local(self.state[p]["momentum_buffer"]) for p in params]
         if self.found_inf is None:
             ahead = torch.stack(torch._foreach_lerp(grads, torch._foreach_lerp(buffers, grads, 1 - momentum), momentum))
         else:
@@ -128,12 +129,12 @@ class Muon(torch.optim.Optimizer):
     def _update(self, params: list[Tensor], update: Tensor, lr, weight_decay: float, momentum: float) -> None:
         """Moves momentum and parameters of one shape. `lr` may be a float or a tensor of one element."""
         if self.found_inf is None:
-            buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
-            torch._foreach_lerp_(buffers, [local(p.grad) for p in params], 1 - momentum)
+            buffers = [to_local(self.state[p]["momentum_buffer"]) for p in params]
+            torch._foreach_lerp_(buffers, [to_local(p.grad) for p in params], 1 - momentum)
         else:
             lr = lr * (1 - self.found_inf)
         update = update.to(params[0].dtype) * (-lr * 0.2 * math.sqrt(max(params[0].shape)))  # 2502.16982, equation 4
-        params = [local(p) for p in params]
+        params = [to_local(p) for p in params]
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_add_(params, list(update.unbind()))
 
@@ -192,7 +193,7 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
 def own_part(p: nn.Parameter) -> Tensor:
     """What AdamW, to which each number is one of its own, works on: the parameter, or this rank's part of a sharded
     one, in the same memory. To hand each operation a few hundred sharded tensors takes the host longer than a GPU."""
-    return p if local(p) is p else local(p).detach()
+    return p if to_local(p) is p else to_local(p).detach()
 
 
 def parameters_by_role(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
@@ -300,13 +301,13 @@ class Optimizer:
             if kind == "adamw" and self._in_passing:  # torch divides by it, as its own gradient scaler has it do
                 part.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0).float()
                 continue
-            grads = [local(p.grad) for group in part.param_groups for p in group["params"] if p.grad is not None]
+            grads = [to_local(p.grad) for group in part.param_groups for p in group["params"] if p.grad is not None]
             if grads := [grad for grad in grads if grad.numel()]:
                 torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))  # torch's clip_grads_with_norm_
 
     def _bring_grads(self) -> None:
         for p, mine in self._apart:
-            mine.grad = None if p.grad is None else local(p.grad)
+            mine.grad = None if p.grad is None else to_local(p.grad)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -334,7 +335,7 @@ class Optimizer:
         state = {name: dict(self._part(name).state.get(mine, {})) for name, mine in self._held.items()}
         for name, p in self._params.items():
             if self._held[name] is not p:
-                state[name] = {key: shared(t, p) for key, t in state[name].items()}
+                state[name] = {key: to_dtensor(t, p) for key, t in state[name].items()}
         kinds = {name: self._part_of[id(mine)] for name, mine in self._held.items()}
         muon_step = self.parts["muon"].param_groups[0]["step"] if "muon" in self.parts else 0
         return {"kinds": kinds, "state": state, "muon_step": muon_step}
@@ -359,8 +360,8 @@ class Optimizer:
         """What the part that has this parameter has of a tensor of its state."""
         p = self._params[name]
         if self._held[name] is p or not whole.ndim:
-            return sharded_as(whole, p)
-        return part_of(whole, p).to(p.device, copy=True)
+            return shard_like(whole, p)
+        return shard_of(whole, p).to(p.device, copy=True)
 
     def _check(self, saved: dict) -> None:
         if not isinstance(saved, dict) or saved.keys() != {"kinds", "state", "muon_step"}:

@@ -62,6 +62,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from options import UserError
+from strawberry.sharding import shard_rows, to_local
 
 TIMEOUT = datetime.timedelta(minutes=30)  # longer than any evaluation or save for which the others wait
 BUCKET = 1 << 24  # numbers that travel as one tensor
@@ -78,87 +79,6 @@ class Lost(Exception):
 def join(device: torch.device, parallel: str = "ddp") -> "Alone | Ranks":
     """The ranks that torchrun has started, this one among them; Alone without torchrun."""
     return PARALLEL[parallel](device) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else Alone()
-
-
-# ---- parts of a batch ----------------------------------------------------------------------------------------------
-
-
-def parts(batch_size: int, world: int) -> tuple[int, int]:
-    """(into how many parts the rows of a batch are divided, among how many groups of ranks the batches are).
-
-    Rows come first: what divides both batch_size and world. Whatever of world is left takes batches in turn.
-
-    >>> parts(8, 2), parts(3, 2), parts(4, 8)
-    ((2, 1), (1, 2), (4, 2))
-    """
-    rows = math.gcd(batch_size, world)
-    return rows, world // rows
-
-
-def divide(batch_size: int, accumulation: int, rank: int = 0, world: int = 1) -> tuple[int, list[int]]:
-    """(rows, firsts): a rank's part of a step, whose samples are numbered from 0: `rows` samples from each of `firsts`.
-
-    Raises UserError where the step cannot be divided.
-
-    >>> divide(4, 2, rank=1, world=2), divide(3, 2, rank=1, world=2), divide(4, 4, rank=5, world=8)
-    ((2, [2, 6]), (3, [3]), (1, [5, 13]))
-    """
-    row_parts, groups = parts(batch_size, world)
-    if accumulation % groups:
-        better = -(-accumulation // groups) * groups
-        near = max(batch_size // world, 1) * world
-        told = f"with gradient_accumulation_steps {accumulation} it cannot be divided among {world} processes"
-        raise UserError(f"batch_size = {batch_size}: {told}; set it to {near} or {near + world}, or "
-                        f"gradient_accumulation_steps to {better}")
-    rows = batch_size // row_parts
-    micro_batches = range(rank // row_parts, accumulation, groups)
-    return rows, [micro * batch_size + rank % row_parts * rows for micro in micro_batches]
-
-
-# ---- sharded tensors -----------------------------------------------------------------------------------------------
-# FSDP's are DTensors, of whose rows each rank has what torch.chunk would give it: the last may have fewer, or none.
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, in the same memory; all of it where it is not sharded."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def chunk_rows(rows: int, rank: int, world: int) -> int:
-    """How many of a sharded tensor's rows a rank has."""
-    most = -(-rows // world)
-    return min(max(rows - rank * most, 0), most)
-
-
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of `whole`, as `like`, of equal shape, is sharded."""
-    if not hasattr(like, "to_local"):
-        return whole
-    rank, world = like.device_mesh.get_local_rank(), like.device_mesh.size()
-    first = min(rank * -(-len(whole) // world), len(whole))
-    return whole[first : first + chunk_rows(len(whole), rank, world)]
-
-
-@torch.no_grad()
-def put(target: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded."""
-    local(target).copy_(part_of(whole, target))
-
-
-def sharded_as(whole: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, sharded as `like` is; itself where that is not, or where it is a single number."""
-    if whole.ndim == 0 or not hasattr(like, "to_local"):
-        return whole
-    return shared(part_of(whole, like).to(like.device, copy=True), like)
-
-
-def shared(mine: Tensor, like: Tensor) -> Tensor:
-    """The sharded tensor of which this rank has `mine`, in the same memory; itself where `sharded_as` gives itself."""
-    if mine.ndim == 0 or not hasattr(like, "to_local"):
-        return mine
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 # ---- one process ---------------------------------------------------------------------------------------------------
@@ -567,7 +487,7 @@ class Sharded(Ranks):
 
     @torch.no_grad()
     def norm(self, parameters: list[nn.Parameter]) -> Tensor:
-        grads = [local(p.grad) for p in parameters if p.grad is not None]
+        grads = [to_local(p.grad) for p in parameters if p.grad is not None]
         grads = [grad for grad in grads if grad.numel()]
         square = torch.zeros((), device=self.device)
         if grads:
@@ -584,7 +504,7 @@ class Sharded(Ranks):
         shares = self.shares_of([(len(stack), *shape) for stack, shape in zip(stacks, shapes, strict=True)])
         sent = [[stack[as_slice(mine[rank])] for stack, mine in zip(stacks, shares, strict=True)]
                 for rank in range(self.world)]  # fmt: skip
-        own = [[(len(mine[self.rank]), chunk_rows(rows, rank, self.world), columns)
+        own = [[(len(mine[self.rank]), shard_rows(rows, rank, self.world), columns)
                 for mine, (rows, columns) in zip(shares, shapes, strict=True)]
                for rank in range(self.world)]  # fmt: skip
         pieces = self.exchange(sent, own)
@@ -624,14 +544,14 @@ class Sharded(Ranks):
     @contextlib.contextmanager
     def whole(self, model: nn.Module):
         """A copy on rank 0's device, in float32, for what takes one process: text, and losses token by token."""
-        from checkpoint import Unfilled
         from model import build
+        from strawberry.initialization import SkipInit
 
         tensors = self.gather({name: p.detach() for name, p in model.named_parameters()}, self.device)
         if not self.main:
             yield None
             return
-        with Unfilled():
+        with SkipInit():
             plain = build(model.config)
         for name, p in plain.named_parameters():
             p.data = tensors.pop(name)

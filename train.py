@@ -28,6 +28,8 @@ import os
 import signal
 import sys
 
+from strawberry.sharding import batch_parts, divide_batch, to_local
+
 if __name__ == "__main__":  # importing torch takes seconds, in which there is nothing to save yet
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: os._exit(128 + number))
@@ -73,10 +75,11 @@ from options import (
     run_cli,
     to_dict,
 )
-from ranks import Alone, Lost, Ranks, divide, join, local, parts
+from ranks import Alone, Lost, Ranks, join
 from strawberry import ops, status_file
 from strawberry.common import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
 from strawberry.ops import float8
+from strawberry.sharding import batch_parts, divide_batch, to_local
 
 METRICS = "metrics.jsonl"
 EVAL_SEED = 0  # of the windows that evaluations read: the same whatever the run's seed is
@@ -338,9 +341,9 @@ def mean_loss(
     """
     objective, ranks = objective or NextToken(), ranks or Alone()
     nats, n_bytes, count = [], [], 0
-    row_parts, groups = parts(rows, ranks.world)
+    row_parts, groups = batch_parts(rows, ranks.world)
     n = min(batches, max(1, split.n_windows // rows))
-    share, (first, *_) = divide(rows, groups, ranks.rank, ranks.world)
+    share, (first, *_) = divide_batch(rows, groups, ranks.rank, ranks.world)
     for i in range(0, n, groups):  # as many passes on each rank, since sharded ones take them together
         batch = make_batch(objective, split, EVAL_SEED, i * rows + first, share, lengths.device)
         loss = forward(batch.x, batch.y, source=batch.source)[1].detach().float()
@@ -570,7 +573,7 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 def kept_for_backward(model: nn.Module, forward: Callable[[], object]) -> list[int]:
     """The sizes in bytes of what `forward()` keeps for a backward pass, in order, the model's own tensors left out."""
-    own = {local(t).untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    own = {to_local(t).untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
     kept = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -864,12 +867,12 @@ class Trainer:
                                 f"give a number, such as {world}")
             run.batch_size = self.find_batch_size() * world
             print(f'batch_size   {run.batch_size:,}, the largest that fits; write it into the JSON to keep it')
-        divide(run.batch_size, run.gradient_accumulation_steps, self.ranks.rank, world)
+        divide_batch(run.batch_size, run.gradient_accumulation_steps, self.ranks.rank, world)
 
     @property
     def rows(self) -> int:
         """Of a micro-batch, on this rank."""
-        return self.run.batch_size // parts(self.run.batch_size, self.ranks.world)[0]
+        return self.run.batch_size // batch_parts(self.run.batch_size, self.ranks.world)[0]
 
     def find_batch_size(self) -> int:
         """The most rows that a rank has memory for, and at most one epoch.
@@ -913,10 +916,10 @@ class Trainer:
 
     def footprint(self, row: int | None = None) -> Footprint:
         """What training takes. `row`: what one row does, where that is known or does not matter."""
-        weights = sum(local(p).nbytes for p in itertools.chain(self.model.parameters(), self.model.buffers()))
+        weights = sum(to_local(p).nbytes for p in itertools.chain(self.model.parameters(), self.model.buffers()))
         optimizer = sum(STATE_BYTES[group["optimizer"]] * group["parameters"] for group in self.optimizer.groups)
         optimizer //= self.ranks.world if self.ranks.sharded else 1
-        gradients = sum(local(p).nbytes for p in self.model.parameters())
+        gradients = sum(to_local(p).nbytes for p in self.model.parameters())
         if row is None:
             with self.untouched():  # the second row's alone: casts of weights and tables are made once
                 one, two = (kept_for_backward(self.model, lambda n=n: self.one_forward(n)) for n in (1, 2))
@@ -1057,7 +1060,7 @@ class Trainer:
         ranks = self.ranks
         if not run.record or self.recorded or not can_record(self.device):
             return
-        rows, firsts = divide(run.batch_size, run.gradient_accumulation_steps, ranks.rank, ranks.world)
+        rows, firsts = divide_batch(run.batch_size, run.gradient_accumulation_steps, ranks.rank, ranks.world)
         batches = [make_batch(self.objective, self.corpus.train, run.seed, 0, rows, self.device)] * len(firsts)
         recorded, why = Recorded(self, ranks.graphs), ""
         try:
@@ -1400,7 +1403,7 @@ class Trainer:
         STATUS.update(step=step, saved=self.saved)
 
     def check_weights(self) -> None:
-        found = torch.stack([(~torch.isfinite(local(p))).any() for p in self.model.parameters()]).float()
+        found = torch.stack([(~torch.isfinite(to_local(p))).any() for p in self.model.parameters()]).float()
         if self.ranks.sharded:
             self.ranks.sum_([found])
         if found.any():

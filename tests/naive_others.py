@@ -30,7 +30,7 @@ Readings: where the specification leaves a choice, this file takes
         that sees nothing mixes to zero, then the output projection applies as always.
      8. Cross-attention is softmax attention with n_kv_head groups and no positions, whatever the self-attention.
      9. Where all tokens are seen (encoder): windows are |t−s| < w, AFT and LAM sum over all unpadded tokens, LAM's t
-        is their number, AFT's `local` and `conv` go by |t−s|.
+        is their number, AFT's `to_local` and `conv` go by |t−s|.
     10. YaRN's ramp is linear in the pair's index between floor and ceiling, as the authors' code and all published
         checkpoints have it (the paper's text has it linear in the number of rotations). NTK: base · factor^(d/(d−2)).
     11. The attention factor of YaRN and LongRoPE is squared and multiplies the softmax scale, with QK-norm and

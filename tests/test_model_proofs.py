@@ -992,7 +992,7 @@ def test_caches_of_a_constant_size(name):
 
 @pytest.mark.parametrize("aft_kind, tokens_kept, far", [("full", 200, 0), ("local", 30, SUMS)])
 def test_positional_aft_caches_its_window(aft_kind, tokens_kept, far):
-    """`full` keeps all k, v; `local` the window and the three sums."""
+    """`full` keeps all k, v; `to_local` the window and the three sums."""
     hyperparams = {"arch": "palm", "n_qkv": D, "aft": aft_kind, "window": 30}
     assert cache_bytes(hyperparams, 200) == 2 * 2 * ((tokens_kept + 1) * ring + far)
 

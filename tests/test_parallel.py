@@ -34,6 +34,7 @@ from model import CONFIGS, build
 from optimizer import build_optimizer, newton_schulz
 from options import OptimizerHyperparams, UserError, load_run
 from strawberry.ops import float8
+from strawberry.sharding import batch_parts, divide_batch, shard_rows
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are forked")
 PRESETS = sorted(path.stem for path in (torture.ROOT / "config").glob("*.json") if path.name != "schema.json")
@@ -82,7 +83,7 @@ def batches(model, T: int, rank: int, world: int) -> list[Batch]:
     x, y, source = (torch.randint(60, (8, T), generator=generator) for _ in range(3))
     for row in range(8):
         y[row, : 3 * row] = -1
-    rows, firsts = ranks.divide(4, 2, rank, world)
+    rows, firsts = divide_batch(4, 2, rank, world)
     parts = [slice(first, first + rows) for first in firsts]
     return [Batch(x[p], y[p], source[p] if model.takes_source else None, int((y[p] >= 0).sum())) for p in parts]
 
@@ -154,7 +155,7 @@ def orthogonalised(group, shapes) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     stacks = [torch.randn(shape, generator=generator) for shape in shapes]
     if group.sharded:
-        firsts = [[sum(ranks.chunk_rows(rows, r, group.world) for r in range(rank)) for rank in range(group.world + 1)]
+        firsts = [[sum(shard_rows(rows, r, group.world) for r in range(rank)) for rank in range(group.world + 1)]
                   for _, rows, _ in shapes]  # fmt: skip
         stacks = [s[:, f[group.rank] : f[group.rank + 1]] for s, f in zip(stacks, firsts, strict=True)]
     return list(group.spread(stacks, [torch.Size(shape[1:]) for shape in shapes], newton_schulz))
@@ -668,8 +669,8 @@ def test_a_checkpoint_that_failed_is_tried_again_by_all(found):
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("batch, accumulation", [(8, 1), (3, 8), (4, 6), (12, 2)])
 def test_a_step_is_divided_without_rest(batch, accumulation, world):
-    parts = [ranks.divide(batch, accumulation, rank, world) for rank in range(world)] if (
-        accumulation % ranks.parts(batch, world)[1] == 0) else []  # fmt: skip
+    parts = [divide_batch(batch, accumulation, rank, world) for rank in range(world)] if (
+        accumulation % batch_parts(batch, world)[1] == 0) else []  # fmt: skip
     samples = [first + row for rows, firsts in parts for first in firsts for row in range(rows)]
     assert not parts or sorted(samples) == list(range(batch * accumulation))
     for rows, firsts in parts:
@@ -679,8 +680,8 @@ def test_a_step_is_divided_without_rest(batch, accumulation, world):
 
 def test_a_step_that_cannot_be_divided_says_what_would_do():
     with pytest.raises(UserError, match="set it to 4 or 8, or gradient_accumulation_steps to 4"):
-        ranks.divide(6, 3, 0, 4)
-    assert ranks.divide(6, 4, 1, 4) == (3, [3, 15])
+        divide_batch(6, 3, 0, 4)
+    assert divide_batch(6, 4, 1, 4) == (3, [3, 15])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 64])

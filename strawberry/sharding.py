@@ -1,0 +1,87 @@
+"""What each of several processes has: its rows of a batch, and its rows of a tensor that FSDP shards."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from options import UserError
+
+
+def batch_parts(batch_size: int, world: int) -> tuple[int, int]:
+    """(into how many parts the rows of a batch are divided, among how many groups of ranks the batches are).
+
+    Rows come first: what divides both batch_size and world. Whatever of world is left takes batches in turn.
+
+    >>> parts(8, 2), parts(3, 2), parts(4, 8)
+    ((2, 1), (1, 2), (4, 2))
+    """
+    rows = math.gcd(batch_size, world)
+    return rows, world // rows
+
+
+def divide_batch(batch_size: int, accumulation: int, rank: int = 0, world: int = 1) -> tuple[int, list[int]]:
+    """(rows, firsts): a rank's part of a step, whose samples are numbered from 0: `rows` samples from each of `firsts`.
+
+    Raises UserError where the step cannot be divided.
+
+    >>> divide(4, 2, rank=1, world=2), divide(3, 2, rank=1, world=2), divide(4, 4, rank=5, world=8)
+    ((2, [2, 6]), (3, [3]), (1, [5, 13]))
+    """
+    row_parts, groups = batch_parts(batch_size, world)
+    if accumulation % groups:
+        better = -(-accumulation // groups) * groups
+        near = max(batch_size // world, 1) * world
+        told = f"with gradient_accumulation_steps {accumulation} it cannot be divided among {world} processes"
+        raise UserError(
+            f"batch_size = {batch_size}: {told}; set it to {near} or {near + world}, or "
+            f"gradient_accumulation_steps to {better}"
+        )
+    rows = batch_size // row_parts
+    micro_batches = range(rank // row_parts, accumulation, groups)
+    return rows, [micro * batch_size + rank % row_parts * rows for micro in micro_batches]
+
+
+# FSDP's are DTensors, of whose rows each rank has what torch.chunk would give it: the last may have fewer, or none.
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, in the same memory; all of it where it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def shard_rows(rows: int, rank: int, world: int) -> int:
+    """How many of a sharded tensor's rows a rank has."""
+    most = -(-rows // world)
+    return min(max(rows - rank * most, 0), most)
+
+
+def shard_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of `whole`, as `like`, of equal shape, is sharded."""
+    if not hasattr(like, "to_local"):
+        return whole
+    rank, world = like.device_mesh.get_local_rank(), like.device_mesh.size()
+    first = min(rank * -(-len(whole) // world), len(whole))
+    return whole[first : first + shard_rows(len(whole), rank, world)]
+
+
+@torch.no_grad()
+def copy_to_shard(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    to_local(target).copy_(shard_of(whole, target))
+
+
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded as `like` is; itself where that is not, or where it is a single number."""
+    if whole.ndim == 0 or not hasattr(like, "to_local"):
+        return whole
+    return to_dtensor(shard_of(whole, like).to(like.device, copy=True), like)
+
+
+def to_dtensor(mine: Tensor, like: Tensor) -> Tensor:
+    """The sharded tensor of which this rank has `mine`, in the same memory; itself where `shard_like` gives itself."""
+    if mine.ndim == 0 or not hasattr(like, "to_local"):
+        return mine
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
