@@ -312,8 +312,9 @@ def test_prompt_file_and_standard_input_are_prompts(run, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfab\ncd\n")  # as Windows' editors save it
     assert run("--prompt_file", str(tmp_path / "p.txt"), *argv).out == out
     for source in ([], ["--prompt_file", "-"]):
-        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"ab\ncd\n")))
-        assert run(*source, *argv).out == out
+        for end in (b"\n", b"\r\n"):  # echo's, which is no part of the prompt
+            monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"ab\ncd\n" + end)))
+            assert run(*source, *argv).out == out
 
 
 def test_an_empty_prompt_starts_at_the_end_of_text_token(run):
@@ -463,11 +464,12 @@ def test_wrong_prompts_are_one_line_and_exit_2(folder, tmp_path, capsys, monkeyp
     assert "'X' (U+0058) at position 2" in fails(capsys, monkeypatch, *model, "--prompt", "abX")
     assert "not UTF-8 (character 1)" in fails(capsys, monkeypatch, *model, "--prompt", "a\udcff")
     (tmp_path / "latin").write_bytes(b"ab\xff")
-    assert "latin is not UTF-8" in fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path / "latin"))
+    told = fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path / "latin"))
+    assert "latin:1: byte 2 (0xFF) is not UTF-8" in told
     assert "cannot read" in fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path / "none"))
     assert "cannot read" in fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path))
     monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"ab\xff")))
-    assert "standard input is not UTF-8 text (invalid start byte, byte 2)" in fails(capsys, monkeypatch, *model)
+    assert "standard input:1: byte 2 (0xFF) is not UTF-8" in fails(capsys, monkeypatch, *model)
 
 
 def test_wrong_model_files_are_one_line_and_exit_2(folder, tmp_path, capsys, monkeypatch):
@@ -1015,7 +1017,7 @@ def test_a_prompts_file_that_cannot_be_read_is_named(desk, tmp_path, capsys, mon
     desk()
     assert 'prompts.jsonl has no prompts; write a line {"prompt": "…"}' in fails(capsys, monkeypatch, *argv)
     Path("prompts.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
-    assert "prompts.jsonl, line 2: is not UTF-8 text (invalid start byte, byte 12)" in fails(capsys, monkeypatch, *argv)
+    assert "prompts.jsonl, line 2: byte 28 (0xFF) is not UTF-8" in fails(capsys, monkeypatch, *argv)
 
 
 def test_an_out_that_is_no_result_of_ours_is_left_alone(desk, capsys, monkeypatch):
