@@ -53,7 +53,8 @@ class Settings:
         None, "what an encoder-decoder reads; a prompt then begins its answer. Where it learned spans, <|0|>, <|1|>, … "
         "stand for what is missing"
     )
-    prompt_file: str | None = option(None, "file that holds the prompt; - is standard input")
+    prompt_file: str | None = option(None, "file that holds the prompt; - is standard input, of which one "
+        "final line end is dropped, as of a pipe")
     length: int = option(256, "tokens to make at most", low=1, high=2**20)
     temperature: float = option(0.8, "0 takes the likeliest token each time; higher is more surprising", low=0)
     top_k: int = option(0, "draw from the k likeliest tokens; 0: from all", low=0)
@@ -67,7 +68,7 @@ class Settings:
         choices=["stop", "slide"],
     )
     prompts_file: str | None = option(
-        None, 'JSON lines {"prompt": …} of texts to make many at once, into --out; beside the prompt a line may have '
+        None, 'JSON lines, or a .json list, of {"prompt": …}: many texts at once, into --out; beside the prompt may be '
         "source, id, max_tokens, temperature, top_k, top_p, min_p, seed, stop: its own, in place of the command's"
     )
     out: str | None = option(

@@ -418,8 +418,8 @@ class SurrogateCheck:
     def __init__(self):
         self.rest, self.offset = b"", 0  # what may be the beginning of an escape, and where it is
 
-    def feed(self, data: bytes) -> None:
-        """The next bytes of the JSON; b"" at the end. Raises ValueError."""
+    def check(self, data: bytes) -> bytes:
+        """Of the bytes so far, with the next ones (b"" at the end), those that are checked. Raises ValueError."""
         text = self.rest + data
         kept = len(text) - self.LONGEST if data else len(text)
         end = 0
@@ -435,6 +435,7 @@ class SurrogateCheck:
         while start > end and text[start - 1 : start] == b"\\":  # an escape begins with the first of several
             start -= 1
         self.rest, self.offset = text[start:], self.offset + start
+        return text[:start]
 
 
 class JsonSource:
@@ -446,21 +447,26 @@ class JsonSource:
     def __init__(self, stream: io.BufferedIOBase | HashedStream, label: str, errors: str):
         self.stream, self.label, self.n_read, self.start, self.n_entries = stream, label, 0, 0, 0
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace") if errors == "replace" else None
-        self.surrogates = SurrogateCheck()
+        self.surrogates, self.has_begun = SurrogateCheck(), False
 
     def end_entry(self) -> None:
         self.start, self.n_entries = self.n_read, self.n_entries + 1
 
     def read(self, size: int) -> bytes:
-        if self.n_read - self.start > MAX_ENTRY:
-            raise ValueError(explain_limit())
-        data = self._read_some(max(size, 4))
-        try:
-            self.surrogates.feed(data)
-        except ValueError as error:
-            raise UserError(f"{self.label}: {error}: {MEND}") from None
-        is_first, self.n_read = self.n_read == 0, self.n_read + len(data)
-        return data.removeprefix(codecs.BOM_UTF8) if is_first else data
+        """The next bytes; b"" at the end."""
+        checked, data = b"", b"x"
+        while data and not checked:
+            if self.n_read - self.start > MAX_ENTRY:
+                raise ValueError(explain_limit())
+            data = self._read_some(max(size, SurrogateCheck.LONGEST + 3))
+            self.n_read += len(data)
+            try:
+                checked = self.surrogates.check(data)
+            except ValueError as error:
+                raise UserError(f"{self.label}: {error}: {MEND}") from None
+            if checked and not self.has_begun:
+                self.has_begun, checked = True, checked.removeprefix(codecs.BOM_UTF8)
+        return checked
 
     def _read_some(self, size: int) -> bytes:
         while data := self.stream.read(size):
