@@ -600,6 +600,8 @@ def main(argv: list[str]) -> None:
     inputs = expand_inputs(args.input, leave_out=[args.output])
     documents = Documents(inputs, format=args.format, errors=args.errors, mend="--errors replace")
     documents.scan()
+    if not documents.files:
+        raise UserError(f"no text to train on: {'; '.join(documents.notes())}")
     print(f"training {args.vocab_size} tokens on {len(documents.files)} files …", file=sys.stderr, flush=True)
     text = TrainingText(documents)
     encoder = train(text, args.vocab_size, args.special)

@@ -283,12 +283,13 @@ def training_text(source: Source) -> Iterator[str]:
         if left <= 0:
             return
     if left == TRAINING_TEXT:
-        raise UserError(no_text(source, "file"))
+        raise UserError(explain_no_text(source, "file"))
 
 
-def no_text(source: Source, what: str, notes: Iterable[str] = ()) -> str:
-    told = "; ".join([*source.documents.notes(), *notes])
-    return f"there is no text in {source.name}: every {what} is empty or left out" + (f" ({told})" if told else "")
+def explain_no_text(source: Source, what: str, notes: Iterable[str] = ()) -> str:
+    left_out = "; ".join([*source.documents.notes(), *notes])
+    reason = f"every {what} is empty or left out" + (f" ({left_out})" if left_out else "")
+    return f"there is no text in {source.name}: {reason}"
 
 
 # ---- writing the token file ----------------------------------------------------------------------------------------
@@ -435,7 +436,7 @@ def write(source: Source, encoder: Encoder, output: str) -> None:
             else:
                 n_bytes = encode_all(cut_pieces(source.read(bar.update), PIECE), encoder, spool)
             if not spool.n_documents:
-                raise UserError(no_text(source, what, spool.notes))
+                raise UserError(explain_no_text(source, what, spool.notes))
             bar.reset(spool.n_tokens * spool.dtype.itemsize)
             bar.set_description("shuffling")
             for tokens, last in spool.shuffled(SEED):

@@ -325,6 +325,15 @@ def test_an_encoder_is_trained_on_a_pipe_and_on_texts_not_on_json(tmp_path):
         assert encoder.load(tmp_path / "out.bin").fingerprint == expected
 
 
+def test_a_folder_without_texts_says_what_was_left_out(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "latin.txt").write_bytes(b"caf\xe9")
+    for script in ("encoder.py", "prepare.py"):
+        code, _, err = run_script(script, "--input", "in", "--output", "out.bin", cwd=tmp_path)
+        assert code == 2 and "left out 1 file not in UTF-8: in/latin.txt:1, byte 3 (0xE9)" in err
+        assert err.count("\n") == 1 and sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
 def test_prepare_trains_its_encoder_on_a_pipe_that_it_then_encodes(tmp_path):
     data = b"the cat sat on the mat, and the rat " * 40
     code, out, err = run_script("prepare.py", "--input", "-", *PREPARE, "--vocab_size", "270", cwd=tmp_path, stdin=data)

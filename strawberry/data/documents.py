@@ -136,8 +136,8 @@ class InputFile:
         try:
             yield
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            told = f"{self.label} is not a whole gzip file ({error}): pack it again or leave it out"
-            raise UserError(told) from error
+            message = f"{self.label} is not a whole gzip file ({error}): pack it again or leave it out"
+            raise UserError(message) from error
         except OSError as error:
             raise UserError(f"cannot read {self.label}: {error.strerror or error}") from error
 
@@ -481,8 +481,8 @@ def read_json_list(stream: io.BufferedIOBase | HashedStream, label: str, errors:
     source = JsonSource(stream, label, errors)
     events = _parse_events(source)
     if not _begins_list(events):
-        told = f'{label} is no JSON list: write ["…", {{"text": "…"}}, …], or name it .txt if it is one text'
-        raise NoTextError(told)
+        message = f'{label} is no JSON list: write ["…", {{"text": "…"}}, …], or name it .txt if it is one text'
+        raise NoTextError(message)
     try:
         for entry in build_entries(events):
             source.end_entry()
