@@ -23,6 +23,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 import tempfile
 import time
 from array import array
@@ -37,10 +38,12 @@ import options
 import prepare
 from options import UserError, atomic_write, option
 from strawberry.common import Input, Output, check_outputs, encoder_inputs, find_previous
+from strawberry.data.documents import ERRORS, NO_TEXTS, NOT_UTF8, OTHER_KIND, Documents, expand_inputs, ignore_progress
 
+REASONS = {"not_utf8": NOT_UTF8, "other_kinds": OTHER_KIND, "without_texts": NO_TEXTS}  # why a file is left out
 TOKENS, ENCODER, RESULT, PROGRESS = "tokens.bin", "encoder.bin", "result.json", "progress.json"
 KINDS = {TOKENS: "tokens", ENCODER: "encoder", RESULT: "dataset result", PROGRESS: "progress"}
-VERSION = 1  # of what a recipe comes to: raised whenever the same recipe gives other bytes
+VERSION = 2  # of what a recipe comes to: raised whenever the same recipe gives other bytes
 
 # ---- the recipe ----------------------------------------------------------------------------------------------------
 
@@ -53,6 +56,10 @@ class Recipe:
     weights: list[float] | None = option(
         None, "one for each of files: how often its documents are taken; 2: twice, 0.5: half of them; null: once",
         above=0, high=1000,
+    )
+    errors: str = option(
+        "strict", "of bytes that are not UTF-8; strict: a file that is named is refused, one in a folder left out; "
+        "replace: they become U+FFFD", choices=list(ERRORS),
     )
     deduplicate: str = option(
         "exact", "of documents with the same text, or of alike ones too, the first is kept",
@@ -133,14 +140,15 @@ class Gatherer:
 
     def __init__(self, recipe: Recipe, texts: Texts, alike: Alike | None):
         self.recipe, self.texts, self.alike = recipe, texts, alike
-        self.left_out = {"exact_duplicates": 0, "near_duplicates": 0, "too_short": 0, "too_long": 0, "not_utf8": 0}
+        self.left_out = {"exact_duplicates": 0, "near_duplicates": 0, "too_short": 0, "too_long": 0,
+                         **dict.fromkeys(REASONS, 0)}  # fmt: skip
         self.sources = array("I")
         self.seen: set[bytes] = set()
 
-    def read(self, source: int, paths: list[Path], told: Callable[[int], object]) -> None:
-        reader, pieces = prepare.Reader(paths, told=told), []
-        chars, digest = 0, hashlib.sha256()
-        for piece, last in reader:
+    def read(self, source: int, documents: Documents, told: Callable[[int], object]) -> None:
+        documents.scan(told)
+        chars, digest, pieces = 0, hashlib.sha256(), []
+        for piece, last in encoders.cut_pieces(documents.read(progress=told), prepare.PIECE):
             chars += len(piece)
             if piece and chars <= self.longest:
                 self.texts.write(piece)
@@ -150,7 +158,10 @@ class Gatherer:
             if last:
                 self.finish(source, chars, digest.digest(), "".join(pieces) if chars <= LONG else None)
                 chars, digest, pieces = 0, hashlib.sha256(), []
-        self.left_out["not_utf8"] += reader.n_skipped
+        for name, reason in REASONS.items():
+            self.left_out[name] += documents.count_left_out(reason)
+        for note in documents.notes():
+            print(note, file=sys.stderr)
 
     @property
     def longest(self) -> float:
@@ -272,7 +283,7 @@ class Alike:
         order = np.argsort(documents, kind="stable")
         return documents[order], groups[order]
 
-    def found(self, told: Callable[[float], object] = prepare.ignore) -> np.ndarray:
+    def found(self, told: Callable[[float], object] = ignore_progress) -> np.ndarray:
         """(n,) bool: whether a document is alike to an earlier one that is itself not left out."""
         out = np.zeros(len(self.ends) - 1, bool)
         documents, groups = self.meetings()
@@ -395,8 +406,8 @@ def assemble(recipe: Recipe, folder: Path, recipe_file: str | None = None) -> di
     """Make the dataset in `folder`; returns what result.json says, which is written last."""
     began, progress = time.perf_counter(), Progress(folder / PROGRESS)
     previous = find_previous(Output("FOLDER", folder / name, kind) for name, kind in KINDS.items())
-    found = [[path for _, path in prepare.find([name], "files", leave_out=previous)] for name in recipe.files]
-    check_files(recipe, (path for paths in found for path in paths), folder, recipe_file)
+    found = [expand_inputs([name], "files", leave_out=previous) for name in recipe.files]
+    check_files(recipe, (file.path for files in found for file in files), folder, recipe_file)
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     with contextlib.ExitStack() as stack:
@@ -405,9 +416,10 @@ def assemble(recipe: Recipe, folder: Path, recipe_file: str | None = None) -> di
         if recipe.deduplicate == "near":
             alike = stack.enter_context(contextlib.closing(Alike(folder, recipe.similarity)))
         gatherer = Gatherer(recipe, texts, alike)
-        told = progress.begin("reading", sum(path.stat().st_size for paths in found for path in paths)).add
-        for source, paths in enumerate(found):
-            gatherer.read(source, paths, told)
+        size = sum(file.size for inputs in found for file in inputs)
+        told = progress.begin("reading", 2 * size).add  # once to check it, once for its documents
+        for source, inputs in enumerate(found):
+            gatherer.read(source, Documents(inputs, errors=recipe.errors, mend='"errors": "replace"'), told)
         out = np.zeros(len(texts), bool)
         if alike:
             out = alike.found(progress.begin("comparing").set)

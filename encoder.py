@@ -22,7 +22,6 @@ and it understands GPT-4's possessive quantifiers as tiktoken does. It is import
 import argparse
 import base64
 import codecs
-import glob
 import hashlib
 import itertools
 import json
@@ -34,13 +33,13 @@ import time
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from options import UserError, atomic_write, check_path_arguments, nearest, run_cli
-from strawberry.common import Input, Output, check_outputs, find_previous, is_same_file
+from strawberry.common import Input, Output, check_outputs, find_previous
+from strawberry.data.documents import Documents, InputFile, add_reading_options, expand_inputs
 
 EOT, PAD = "<|eot|>", "<|pad|>"  # the end of a text, and what fills ragged rows; every encoder has both
 GPT4_PATTERN = (  # tiktoken's cl100k_base: contractions, words, up to 3 digits, punctuation, four cases of whitespace
@@ -93,6 +92,25 @@ def segments(text: str, size: int = SEGMENT) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:] if start else text
+
+
+def cut_pieces(parts: Iterable[tuple[str, bool]], size: int) -> Iterator[tuple[str, bool]]:
+    """Documents in parts (text, whether it ends its document) as parts of at most `size` characters, cut as `segments`
+    cuts: the tokens of the parts are the tokens of the whole.
+
+    >>> list(cut_pieces([("one tw", False), ("o three", True), ("four", True)], 8))
+    [('one two', False), (' three', True), ('four', True)]
+    """
+    rest = ""
+    for text, is_last in parts:
+        pieces = segments(rest + text, size)
+        rest = next(pieces)
+        for piece in pieces:
+            yield rest, False
+            rest = piece
+        if is_last:
+            yield rest, True
+            rest = ""
 
 
 # ---- 2. Two ways to encode ---------------------------------------------------------------------------------------
@@ -407,7 +425,8 @@ def load(spec: str | os.PathLike) -> Encoder:
     "bin/cl8k.bin"      a file written by encoder.py or prepare.py
     "tiktoken:gpt2"     a published one, fetched once and then cached by tiktoken. Its <|endoftext|> is <|eot|> too;
                         <|pad|> is one more id, so that padding is never taken for an end: 50,258 ids for gpt2
-    "chars:book.txt"    one token per character of that text, in sorted order, then <|eot|> and <|pad|>
+    "chars:book.txt"    one token per character of that text, in sorted order, then <|eot|> and <|pad|>; any file
+                        that prepare.py reads
 
     Raises UserError when it is not there, not to be fetched, or damaged.
     """
@@ -431,13 +450,12 @@ def load(spec: str | os.PathLike) -> Encoder:
 def _from_characters(path: str) -> Encoder:
     chars: set[str] = set()
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            while block := file.read(1 << 20):
-                chars.update(block)
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read chars:{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read chars:{path}: {getattr(error, 'strerror', None) or error}") from error
+        documents = Documents([InputFile(path)])
+        documents.scan()
+        for text, _ in documents.read():
+            chars.update(text)
+    except UserError as error:
+        raise UserError(f"chars:{path}: {error}") from error
     if not chars:
         raise UserError(f"chars:{path} is empty; name a text file that holds every character of the corpus")
     return from_characters(chars)
@@ -544,71 +562,57 @@ def train(texts: Iterable[str], vocab_size: int, specials: Iterable[str] = (), e
 # ---- 6. The command ----------------------------------------------------------------------------------------------
 
 
-class TextFiles:
-    """The UTF-8 texts of files, folders and globs, in pieces of about a megabyte; counts what it reads and skips."""
+class TrainingText:
+    """The documents in pieces of about a megabyte; counts their bytes and keeps a sample."""
 
     sample_bytes = 16 << 20
 
-    def __init__(self, inputs: list[str]):
-        self.paths = [path for name in inputs for path in _expand(name)]
-        self.n_bytes = self.n_files = self.n_skipped = 0
+    def __init__(self, documents: Documents):
+        self.documents, self.n_bytes = documents, 0
         self.sample: list[str] = []  # the first 16 MiB, to measure bytes per token
 
     def __iter__(self) -> Iterator[str]:
-        for path in tqdm(self.paths, desc="reading", unit=" files", leave=False, disable=None):
-            try:
-                with open(path, encoding="utf-8", newline="") as file:
-                    while text := file.read(1 << 20) + file.readline(1 << 16):
-                        yield self._count(text)
-                self.n_files += 1
-            except UnicodeDecodeError:
-                self.n_skipped += 1
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-    def _count(self, text: str) -> str:
-        if self.n_bytes < self.sample_bytes:
-            self.sample.append(text)
-        self.n_bytes += len(text.encode())
-        return text
+        size = sum(scanned.file.size for scanned in self.documents.files)
+        with tqdm(total=size, desc="reading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+            for text, _ in cut_pieces(self.documents.read(progress=bar.update), 1 << 20):
+                if self.n_bytes < self.sample_bytes:
+                    self.sample.append(text)
+                self.n_bytes += len(text.encode("utf-8", "surrogatepass"))
+                yield text
 
 
-def _expand(name: str) -> list[Path]:
-    path = Path(name)
-    if path.is_dir():
-        return sorted(child for child in path.rglob("*") if child.is_file())
-    if path.exists():
-        return [path]
-    paths = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-    if not paths:
-        raise UserError(f"no input at {name!r}; give a file, a folder or a glob that matches something")
-    return [path for path in paths if path.is_file()]
-
-
-def main(argv: list[str]) -> None:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="encoder.py", description="Train a byte-level BPE encoder on text files.")
-    parser.add_argument("--input", nargs="+", required=True, help="files, folders or globs of UTF-8 text")
+    parser.add_argument("--input", nargs="+", required=True, help="what prepare.py reads: files, folders or globs of "
+                        "text, .json or .jsonl, packed with gzip or not; - is standard input")
     parser.add_argument("--vocab_size", type=int, default=8192, help="special tokens included (default 8192)")
     parser.add_argument("--output", default="bin/cl8k.bin", help="the encoder file (default bin/cl8k.bin)")
     parser.add_argument("--special", nargs="+", action="extend", default=[], help=f"more specials than {EOT} and {PAD}")
-    args = parser.parse_args(argv)
+    add_reading_options(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
     check_path_arguments(args, "input", "output")
-    start = time.perf_counter()
-    files, outputs = TextFiles(args.input), [Output("--output", args.output, "encoder")]
-    if previous := find_previous(outputs):
-        files.paths = [path for path in files.paths if not is_same_file(path, previous[0])]
-    check_outputs(outputs, [Input("--input", path) for path in files.paths])
-    print(f"training {args.vocab_size} tokens on {len(files.paths)} files …", file=sys.stderr, flush=True)
-    encoder = train(files, args.vocab_size, args.special)
+    start, outputs = time.perf_counter(), [Output("--output", args.output, "encoder")]
+    inputs = expand_inputs(args.input, leave_out=find_previous(outputs))
+    check_outputs(outputs, [Input("--input", file.path) for file in inputs])
+    documents = Documents(inputs, format=args.format, errors=args.errors, mend="--errors replace")
+    documents.scan()
+    if not documents.files:
+        raise UserError(f"no text to train on: {'; '.join(documents.notes())}")
+    print(f"training {args.vocab_size} tokens on {len(documents.files)} files …", file=sys.stderr, flush=True)
+    text = TrainingText(documents)
+    encoder = train(text, args.vocab_size, args.special)
     encoder.save(args.output)
     seconds = time.perf_counter() - start
-    n_tokens = sum(len(ids) for ids in encoder.encode_batch(files.sample))
-    n_bytes = sum(len(text.encode()) for text in files.sample)
-    skipped = f" ({files.n_skipped} skipped: not UTF-8)" if files.n_skipped else ""
-    print(
-        f"{args.output}: {encoder.vocab_size} tokens from {files.n_bytes / 1e6:.1f} MB in {files.n_files} files"
-        f"{skipped}; {n_bytes / n_tokens:.2f} bytes per token, {seconds:.1f} s"
-    )
+    n_tokens = sum(len(ids) for ids in encoder.encode_batch(text.sample))
+    n_bytes = sum(len(piece.encode("utf-8", "surrogatepass")) for piece in text.sample)
+    print(f"{args.output}: {encoder.vocab_size} tokens from {text.n_bytes / 1e6:.1f} MB in {len(documents.files)} "
+          f"files; {n_bytes / n_tokens:.2f} bytes per token, {seconds:.1f} s")
+    for note in documents.notes():
+        print(note)
 
 
 if __name__ == "__main__":

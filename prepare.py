@@ -8,38 +8,33 @@
     python prepare.py --verify data/webtext.bin           # reads all of a token file and checks its hash
 
 Input is .txt .md .py and the like, one document a file; .json, a list of strings or of {"text": …}; .jsonl, one such
-entry a line; any of them gzipped (.gz); a directory, read whole; a glob. The documents are encoded in the order of the
-files' names, shuffled, and written with an `<|eot|>` after each. The same input gives the same bytes.
+entry a line; any of them gzipped (.gz); a directory, read whole; a glob; a pipe, or - for standard input
+(strawberry/data/documents.py reads them). The documents are encoded in the order of the files' names, shuffled, and
+written with an `<|eot|>` after each. The same input gives the same bytes, and a token file whose header has the hash of
+its input and its encoder is up to date.
 
 Memory is constant: a text file is read a megabyte at a time, a .json or .jsonl an entry at a time, and what grows with
 the input stands on disk, in unnamed temporary files beside the output as large as the output. Only the files' names
 are held. Shuffling is exact over all documents, whichever file they come from: they are encoded into such a temporary
 file, then copied from it in the order of a permutation that is a formula (dataset.permute).
 
-Index:  reading documents · finding files · corpora · pairs · the encoder · writing the token file · the command line
+Index:  corpora · pairs · the encoder · writing the token file · the command line
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import codecs
-import contextlib
 import dataclasses
-import glob
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import os
 import re
-import sys
 import sysconfig
 import tempfile
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -49,283 +44,54 @@ from tqdm import tqdm
 
 import dataset
 import options
-from encoder import Encoder, load, segments, train
-from options import UserError, check_path_arguments
+from encoder import Encoder, cut_pieces, load, train
+from options import UserError, check_path_arguments, show
 from strawberry.common import Input, Output, check_outputs, encoder_inputs, find_previous
+from strawberry.data.documents import (
+    Documents,
+    InputFile,
+    NoTextError,
+    add_reading_options,
+    expand_inputs,
+    find_text,
+    ignore_progress,
+    walk_folder,
+)
 
-PIECE = 1 << 20  # bytes of a text file that are read at a time
-RECORD = 1 << 28  # bytes: the longest entry of a .json or .jsonl
+PIECE = 1 << 20  # characters of a document, or tokens of one, that are taken at a time
 BATCH = 1 << 22  # characters that are encoded at a time, on all threads
 TRAINING_TEXT = 10**8  # characters that an encoder is trained on, at most
 SEED = 0  # of the shuffle
 LONGEST = 1 << 16  # tokens of a pair's source or target: both fit into a piece
-
-# ---- reading documents ---------------------------------------------------------------------------------------------
-
-
-def ignore(count: int) -> None:
-    """For who wants no progress told."""
-
-
-class Reader:
-    """The documents of some files, one after the other, in pieces: iterate for (text, whether it ends its document).
-
-    What isn't UTF-8 is left out and counted in .skipped. `told` is called with the number of bytes read from disk.
-    `entry(value, where)` is what an entry of a .json or .jsonl comes to; by default its text (see entry_text).
-    """
-
-    def __init__(self, paths: Iterable[Path], texts: Iterable[str] = (), told: Callable[[int], object] = ignore,
-                 entry: Callable | None = None):
-        self.paths, self.texts, self.told, self.entry = paths, texts, told, entry or entry_text
-        self.skipped: list[str] = []  # the first ten
-        self.n_skipped = 0
-
-    def __iter__(self) -> Iterator[tuple[str, bool]]:
-        for text in self.texts:
-            yield text, True
-        for path in self.paths:
-            try:
-                yield from self._file(path)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise UserError(f"{path} is not a whole gzip file ({error}): pack it again or leave it out") from error
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-    def _file(self, path: Path) -> Iterator[tuple[str, bool]]:
-        kind = Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower()
-        if kind != ".jsonl":  # a file is a document, or a list, in whole or not at all: so look at all of it first
-            with opened(path) as stream:
-                if not is_utf8(stream):
-                    self._skip(str(path))
-                    return
-        with opened(path, self.told) as stream:
-            if kind == ".jsonl":
-                yield from ((text, True) for text in self._lines(stream, path))
-            elif kind == ".json":
-                yield from ((text, True) for text in JsonList(stream, path, self.entry))
-            else:
-                yield from text_pieces(stream)
-
-    def _lines(self, stream: io.BufferedIOBase, path: Path) -> Iterator[str]:
-        """The documents of a .jsonl; a line that isn't UTF-8 is skipped."""
-        for number in itertools.count(1):
-            line = stream.readline(RECORD + 1)
-            if not line:
-                return
-            if len(line) > RECORD:
-                raise UserError(f"{path}:{number} is longer than {RECORD >> 20} MB, the limit of an entry: cut it up")
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                self._skip(f"{path}:{number}")
-                continue
-            if text.strip():
-                yield self.entry(parsed(text, f"{path}:{number}"), f"{path}:{number}")
-
-    def _skip(self, what: str) -> None:
-        self.n_skipped += 1
-        self.skipped = [*self.skipped, what][:10]
-
-
-class Counted(io.FileIO):
-    """A file that tells how many of its bytes are read."""
-
-    def __init__(self, path: Path, told: Callable[[int], object]):
-        super().__init__(path)
-        self.told = told
-
-    def readinto(self, buffer) -> int:
-        count = super().readinto(buffer)
-        self.told(count)
-        return count
-
-
-@contextlib.contextmanager
-def opened(path: Path, told: Callable[[int], object] = ignore) -> Iterator[io.BufferedIOBase]:
-    """The file's bytes, unpacked where its name ends in .gz."""
-    with io.BufferedReader(Counted(path, told), 1 << 16) as stream:
-        if path.suffix.lower() != ".gz":
-            yield stream
-            return
-        with gzip.GzipFile(fileobj=stream) as unpacked:
-            yield unpacked
-
-
-def is_utf8(stream: io.BufferedIOBase) -> bool:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        while data := stream.read(PIECE):
-            decoder.decode(data)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def text_pieces(stream: io.BufferedIOBase) -> Iterator[tuple[str, bool]]:
-    """A document in pieces of at most a megabyte, cut where the tokens of the pieces are the tokens of the whole."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    text = ""
-    while data := stream.read(PIECE):
-        *pieces, text = segments(text + decoder.decode(data), PIECE)
-        yield from ((piece, False) for piece in pieces)
-    yield text + decoder.decode(b"", final=True), True
-
-
-class JsonList:
-    """The documents of a .json file: iterates over the entries of one list, and holds one entry and a megabyte."""
-
-    SPACE = re.compile(r"[ \t\r\n]*")
-
-    def __init__(self, stream: io.BufferedIOBase, path: Path, entry: Callable | None = None):
-        self.entry = entry or entry_text
-        self.source, self.path = io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), path
-        self.buffer, self.at = "", 0
-        self.decode = json.JSONDecoder().raw_decode
-
-    def __iter__(self) -> Iterator[str]:
-        self._expect("[", 1)
-        mark = self._expect("]", 1) if self._peek() == "]" else ","
-        for number in itertools.count(1):
-            if mark == "]":
-                break
-            yield self.entry(self._entry(number), f"{self.path}: entry {number}")
-            mark = self._expect(",]", number + 1)
-        if self._peek():
-            raise UserError(f"{self.path}: there is text after the list's end: {self.buffer[self.at:][:20]!r}")
-
-    def _more(self, size: int) -> bool:
-        text = self.source.read(size)
-        self.buffer, self.at = self.buffer[self.at :] + text, 0
-        return bool(text)
-
-    def _peek(self) -> str:
-        """The next character that isn't white space; "" at the end."""
-        while True:
-            self.at = self.SPACE.match(self.buffer, self.at).end()
-            if self.at < len(self.buffer) or not self._more(PIECE):
-                return self.buffer[self.at : self.at + 1]
-
-    def _expect(self, marks: str, number: int) -> str:
-        mark = self._peek()
-        if not mark or mark not in marks:
-            found = repr(mark) if mark else "the end of the file"
-            raise UserError(f"{self.path}: a .json must be a list of strings or of {{\"text\": …}}, and at entry "
-                            f"{number} comes {found}, not {' or '.join(marks)}; mend it, or name it .txt if it is one "
-                            "text")
-        self.at += 1
-        return mark
-
-    def _entry(self, number: int):
-        self._peek()
-        while True:
-            try:
-                value, self.at = self.decode(self.buffer, self.at)
-                return value
-            except (ValueError, RecursionError) as error:  # bad, or not all there: read twice as much and see
-                size = len(self.buffer) - self.at
-                if size > RECORD or not self._more(max(size, PIECE)):
-                    told = f"over {RECORD >> 20} MB long, or not JSON" if size > RECORD else f"not JSON ({error})"
-                    raise UserError(f"{self.path}: entry {number} is {told}: mend it or leave it out") from None
-
-
-def parsed(text: str, where: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}): mend it or leave it out") from None
-
-
-def entry_text(entry, where: str) -> str:
-    """The text of an entry, a string or {"text": string} with any other keys beside it."""
-    text = entry.get("text") if isinstance(entry, dict) else entry
-    if not isinstance(text, str):
-        raise UserError(f"{where} is {json.dumps(entry)[:60]}, and must be a string or {{\"text\": a string}}")
-    return text
-
-
-def entry_pair(entry, where: str) -> tuple[str, str]:
-    """(source, target) of an entry {"source": string, "target": string} with any other keys beside them."""
-    pair = tuple(entry.get(key) for key in ("source", "target")) if isinstance(entry, dict) else ()
-    if not pair or not all(isinstance(text, str) for text in pair):
-        wanted = '{"source": a string, "target": a string}'
-        raise UserError(f"{where} is {json.dumps(entry)[:60]}, and must be {wanted}")
-    return pair
-
-
-def entry_both(entry, where: str) -> str:
-    """Both texts of an entry that is a pair, for an encoder to be trained on."""
-    return "\n".join(entry_pair(entry, where))
-
-
-# ---- finding files -------------------------------------------------------------------------------------------------
-
-
-def find(inputs: Iterable[str], option: str = "--input", leave_out: Iterable[str | os.PathLike] = ()) -> list:
-    """(name, path) of each file that the inputs mean, once: a file, a directory, or a glob.
-
-    Names are within the input, with slashes, and sorted within each; hidden files and links to directories are left
-    out, as is what `leave_out` lists.
-    """
-    found: dict[str, tuple[str, Path]] = {os.path.realpath(path): ("", Path(path)) for path in leave_out}
-    hidden = set(found)
-    for given in inputs:
-        hits = [given] if os.path.exists(given) else sorted(glob.glob(os.path.expanduser(given), recursive=True))
-        if not hits:
-            raise UserError(f"{option} {given}: there is no such file or directory, and as a glob it matches nothing")
-        for hit in hits:
-            for name, path in walk(Path(hit)):
-                found.setdefault(os.path.realpath(path), (name, path))
-    return [entry for real, entry in found.items() if real not in hidden]
-
-
-def walk(path: Path, leave_out: Iterable[str] = ()) -> list[tuple[str, Path]]:
-    """(name, path) of a file, or of each file under a directory, sorted by name; not what is hidden, nor in folders of
-    the names `leave_out`."""
-    if not path.is_dir():
-        return [(path.name, path)]
-    files = []
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in leave_out]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted((file.relative_to(path).as_posix(), file) for file in files if file.is_file())
-
 
 # ---- corpora -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Source:
-    """What a token file is made from: named files and some texts beside them."""
+    """What a token file is made from: documents of files, and some texts before them."""
 
     name: str
-    files: list[tuple[str, Path]]
+    documents: Documents
     texts: list[str] = dataclasses.field(default_factory=list)
-    identity: str = ""  # of a corpus that needs no look at its files
-    entry: Callable = entry_text  # what its .json and .jsonl have for an encoder to be trained on
-    pairs: Callable | None = None  # what reads pairs from it, (paths, told) -> a reader; None: it is running text
-    longest: int = 0  # tokens of a pair's target
-
-    @property
-    def paths(self) -> list[Path]:
-        return [path for _, path in self.files]
+    is_corpus: bool = False  # Python sources, whose pairs are docstrings and code
+    longest: int = 0  # tokens of a pair's target; 0: running text
 
     @property
     def kind(self) -> str:
         """Of the token file that is made from it."""
-        return "pairs" if self.pairs else "tokens"
+        return "pairs" if self.longest else "tokens"
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the files' names and sizes, wherever they lie; it stands in the token file's header."""
-        about = f"pairs of {self.longest} " if self.pairs else ""
-        digest = hashlib.sha256(f"{about}{self.identity}".encode())
-        for name, path in [] if self.identity else self.files:
-            digest.update(json.dumps([name, path.stat().st_size]).encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+        """SHA-256 of all that is read, after documents.scan(); it stands in the token file's header."""
+        about = [self.documents.digest, self.texts, self.longest, self.is_corpus]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
-    def changed_since(self, when: float) -> bool:
-        return not self.identity and any(path.stat().st_mtime > when for path in self.paths)
+    def read(self, progress: Callable[[int], object] = ignore_progress) -> Iterator[tuple[str, bool]]:
+        """(part, whether it ends its document) of the running text."""
+        yield from ((text, True) for text in self.texts)
+        yield from self.documents.read(progress=progress)
 
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", ".."}  # folders
@@ -349,7 +115,7 @@ def python_sources(root: Path, names: Iterable[str]) -> list[tuple[str, Path]]:
 def stdlib() -> Source:
     """The standard library of the Python that runs, and the topics of its pydoc, each a document of its own."""
     root = Path(sysconfig.get_path("stdlib"))
-    names = (name for name, _ in walk(root, LEFT_OUT)) if root.is_dir() else ()
+    names = (name for name, _ in walk_folder(root, LEFT_OUT)) if root.is_dir() else ()
     files = python_sources(root, set(names) - {"pydoc_data/topics.py"})
     if len(files) < 100:
         raise UserError(f"this Python keeps no sources of its standard library in {root} (found {len(files)} files; it "
@@ -358,7 +124,12 @@ def stdlib() -> Source:
         from pydoc_data.topics import topics
     except ImportError:
         topics = {}
-    return Source("the standard library's sources", files, [topics[name] for name in sorted(topics)], "stdlib")
+    texts = [topics[name] for name in sorted(topics)]
+    return Source("the standard library's sources", corpus_documents(files), texts, is_corpus=True)
+
+
+def corpus_documents(files: Iterable[tuple[str, Path]]) -> Documents:
+    return Documents([InputFile(path, name, is_named=False) for name, path in files], format="text")
 
 
 def packages(requirements: Path) -> Source:
@@ -378,8 +149,7 @@ def packages(requirements: Path) -> Source:
     kept = [(name, path) for name, path in files if path.is_file() and not is_generated(name, path)]
     if not kept:
         raise UserError(f"the packages that {requirements} pins have no Python sources here: use --input")
-    identity = "packages " + " ".join(f"{name}=={version}" for name, version in pins)
-    return Source(f"the sources of {len(pins)} packages", kept, identity=identity)
+    return Source(f"the sources of {len(pins)} packages", corpus_documents(kept), is_corpus=True)
 
 
 def read_pins(requirements: Path) -> list[tuple[str, str]]:
@@ -400,47 +170,48 @@ def is_generated(name: str, path: Path) -> bool:
 # ---- pairs ---------------------------------------------------------------------------------------------------------
 
 
-def pair_source(source: Source, longest: int) -> Source:
-    """The same source, to be read as pairs: of a corpus' sources the docstrings, of .json and .jsonl the entries."""
-    if source.identity:
-        return dataclasses.replace(source, texts=[], pairs=Docstrings, longest=longest)
-    for path in source.paths:
-        if Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower() not in (".json", ".jsonl"):
-            raise UserError(f"--pairs {path}: pairs are read from .jsonl and .json, gzipped or not; leave it out")
-    return dataclasses.replace(source, entry=entry_both, pairs=pair_reader, longest=longest)
+def entry_pair(entry, where: str) -> tuple[str, str]:
+    """(source, target) of an entry {"source": string, "target": string} with any other keys beside them."""
+    pair = tuple(entry.get(key) for key in ("source", "target")) if isinstance(entry, dict) else ()
+    if not pair or not all(isinstance(text, str) for text in pair):
+        wanted = '{"source": a string, "target": a string}'
+        raise NoTextError(f"{where} is {show(entry)}, and must be {wanted}")
+    return pair
 
 
-def pair_reader(paths: Iterable[Path], told: Callable[[int], object]) -> Reader:
-    """Reads ((source, target), True) from .json and .jsonl."""
-    return Reader(paths, told=told, entry=entry_pair)
+def entry_both(entry, where: str) -> str:
+    """Both texts of an entry that is a pair, for an encoder to be trained on."""
+    return "\n".join(entry_pair(entry, where))
 
 
 class Docstrings:
     """The pairs in Python sources: the docstring of each function is the source, the function without it the target.
 
-    Iterates as Reader does. Files that Python cannot parse are left out and counted in .skipped.
+    Files that Python cannot parse are left out; .unparsed counts them.
     """
 
-    def __init__(self, paths: Iterable[Path], told: Callable[[int], object] = ignore):
-        self.paths, self.told = paths, told
-        self.skipped: list[str] = []  # the first ten
-        self.n_skipped = 0
+    def __init__(self, documents: Documents):
+        self.documents = documents
+        self.unparsed: list[str] = []
 
-    def __iter__(self) -> Iterator[tuple[tuple[str, str], bool]]:
-        for path in self.paths:
+    def read(self, progress: Callable[[int], object] = ignore_progress) -> Iterator[tuple[tuple[str, str], bool]]:
+        """((source, target), True) of each pair."""
+        self.unparsed = []
+        for scanned in self.documents.files:
+            text = "".join(part for part, _ in self.documents.read([scanned], progress=progress))
             try:
-                data = path.read_bytes()
-                self.told(len(data))
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of spellings that Python has come to dislike
-                    pairs = list(documented(data.decode("utf-8-sig")))
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-            except (ValueError, SyntaxError, RecursionError):  # a UnicodeDecodeError is a ValueError
-                self.n_skipped += 1
-                self.skipped = [*self.skipped, str(path)][:10]
+                    pairs = list(documented(text))
+            except (ValueError, SyntaxError, RecursionError):
+                self.unparsed.append(scanned.file.label)
                 continue
             yield from ((pair, True) for pair in pairs)
+
+    def notes(self) -> list[str]:
+        names = f"{', '.join(self.unparsed[:10])}{' …' if len(self.unparsed) > 10 else ''}"
+        unparsed = [f"left out {len(self.unparsed):,} that Python cannot parse: {names}"] if self.unparsed else []
+        return [*self.documents.notes(), *unparsed]
 
 
 def documented(text: str) -> Iterator[tuple[str, str]]:
@@ -477,13 +248,13 @@ def without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[
 # ---- the encoder ---------------------------------------------------------------------------------------------------
 
 
-def get_encoder(spec: str, vocab_size: int | None, source: Source) -> Encoder:
-    """The encoder that `spec` names; trained on the source and saved there where it is missing."""
-    if not spec.startswith(("tiktoken:", "chars:")) and not os.path.exists(spec):
-        print(f"training an encoder of {vocab_size or 8192} tokens on {source.name}", flush=True)
-        encoder = train(training_text(source), vocab_size or 8192)
-        encoder.save(spec)
-        return encoder
+def is_missing(spec: str) -> bool:
+    """Whether `spec` names an encoder file that is not there."""
+    return not spec.startswith(("tiktoken:", "chars:")) and not os.path.exists(spec)
+
+
+def load_encoder(spec: str, vocab_size: int | None) -> Encoder:
+    """The encoder that `spec` names, which is there."""
     encoder = load(spec)
     if vocab_size not in (None, encoder.vocab_size):
         raise UserError(f"--vocab_size {vocab_size}: the encoder {spec} is there and has {encoder.vocab_size} tokens; "
@@ -491,19 +262,35 @@ def get_encoder(spec: str, vocab_size: int | None, source: Source) -> Encoder:
     return encoder
 
 
+def train_encoder(spec: str, vocab_size: int, source: Source) -> Encoder:
+    """An encoder trained on the source and saved as `spec`."""
+    print(f"training an encoder of {vocab_size} tokens on {source.name}", flush=True)
+    encoder = train(training_text(source), vocab_size)
+    encoder.save(spec)
+    return encoder
+
+
 def training_text(source: Source) -> Iterator[str]:
     """Text to train on: the files in shuffled order, the first TRAINING_TEXT characters of them."""
-    paths = source.paths
-    order = dataset.permute(np.arange(len(paths)), len(paths), dataset.keys(SEED, np.zeros(len(paths))))
+    files = source.documents.files
+    order = dataset.permute(np.arange(len(files)), len(files), dataset.keys(SEED, np.zeros(len(files))))
+    find_entry = entry_both if source.longest else find_text
+    parts = source.documents.read((files[i] for i in order), find_entry)
     left = TRAINING_TEXT
-    for text, _ in Reader((paths[i] for i in order), source.texts, entry=source.entry):
+    for text, _ in itertools.chain(((text, True) for text in source.texts), cut_pieces(parts, PIECE)):
         if text:
             yield text[:left]
             left -= len(text)
         if left <= 0:
             return
     if left == TRAINING_TEXT:
-        raise UserError(f"there is no text in {source.name}: every file is empty or not UTF-8")
+        raise UserError(explain_no_text(source, "file"))
+
+
+def explain_no_text(source: Source, what: str, notes: Iterable[str] = ()) -> str:
+    left_out = "; ".join([*source.documents.notes(), *notes])
+    reason = f"every {what} is empty or left out" + (f" ({left_out})" if left_out else "")
+    return f"there is no text in {source.name}: {reason}"
 
 
 # ---- writing the token file ----------------------------------------------------------------------------------------
@@ -635,24 +422,22 @@ def put(writer: dataset.TokenFileWriter, tokens: np.ndarray, last: bool) -> None
 
 def write(source: Source, encoder: Encoder, output: str) -> None:
     """Encode, shuffle and write the source; a line on stdout says what came of it."""
-    began, what = time.perf_counter(), "pair" if source.pairs else "document"
+    began, what = time.perf_counter(), "pair" if source.longest else "document"
     folder = Path(os.path.realpath(output)).parent
-    size = sum(path.stat().st_size for path in source.paths)
+    size = sum(scanned.file.size for scanned in source.documents.files)
+    reader = Docstrings(source.documents) if source.is_corpus and source.longest else source.documents
     with (
         dataset.TokenFileWriter(output, encoder, source.digest, source.kind) as writer,
         Spool(folder, writer.dtype) as spool,
         tqdm(total=size, desc="encoding", unit="B", unit_scale=True, disable=None) as bar,
     ):
         try:
-            if source.pairs:
-                reader = source.pairs(source.paths, bar.update)
-                n_bytes = encode_pairs(reader, encoder, spool, source.longest)
+            if source.longest:
+                n_bytes = encode_pairs(reader.read(progress=bar.update), encoder, spool, source.longest)
             else:
-                reader = Reader(source.paths, source.texts, bar.update)
-                n_bytes = encode_all(reader, encoder, spool)
+                n_bytes = encode_all(cut_pieces(source.read(bar.update), PIECE), encoder, spool)
             if not spool.n_documents:
-                told = f" ({'; '.join(spool.notes)})" if spool.notes else ""
-                raise UserError(f"there is no text in {source.name}: every {what} is empty or not UTF-8{told}")
+                raise UserError(explain_no_text(source, what, spool.notes))
             bar.reset(spool.n_tokens * spool.dtype.itemsize)
             bar.set_description("shuffling")
             for tokens, last in spool.shuffled(SEED):
@@ -665,28 +450,24 @@ def write(source: Source, encoder: Encoder, output: str) -> None:
           f"in {time.perf_counter() - began:.1f} s")
     if spool.n_empty:
         print(f"left out {spool.n_empty:,} empty {what}s")
-    for note in spool.notes:
+    for note in [*spool.notes, *reader.notes()]:
         print(note)
-    if reader.n_skipped:
-        why = "Python cannot parse" if source.pairs is Docstrings else "are not UTF-8"
-        print(f"left out {reader.n_skipped:,} that {why}: {', '.join(reader.skipped)}"
-              + (" …" if reader.n_skipped > len(reader.skipped) else ""))
 
 
-def is_up_to_date(output: str, source: Source, spec: str, vocab_size: int | None) -> bool:
-    """Whether `output` is a token file made from this source with this encoder, and newer than its files."""
-    if not os.path.exists(output) or not os.path.getsize(output):
-        return False
-    if not spec.startswith(("tiktoken:", "chars:")) and not os.path.exists(spec):
-        return False
+def find_difference(output: str, source: Source, encoder: Encoder | None) -> str | None:
+    """Why `output` is out of date: what it was made from is not this source and this encoder, by the hashes in its
+    header; None where it is up to date. Names, sizes and times of files decide nothing."""
+    if not os.path.exists(output):
+        return "it is not there"
     try:
         header = dataset.TokenFile(output).header
     except UserError as error:
-        print(f"{error}", file=sys.stderr)
-        return False
-    if header.source != source.digest or source.changed_since(os.stat(output).st_mtime):
-        return False
-    return header.encoder == get_encoder(spec, vocab_size, source).fingerprint
+        return str(error)
+    if header.source != source.digest:
+        return "the SHA-256 of its text and options is another"
+    if encoder is None or header.encoder != encoder.fingerprint:
+        return "its encoder is another"
+    return None
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
@@ -706,7 +487,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Turn text into a token file.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--input", nargs="+", action="extend", metavar="PATH", help="files, directories or globs of "
-                      "text; .json is a list and .jsonl has lines of strings or of {\"text\": …}, .gz is unpacked")
+                      "text; .json is a list and .jsonl has lines of strings or of {\"text\": …}, .gz is unpacked; a "
+                      "pipe, or - for standard input")
     what.add_argument("--corpus", choices=("stdlib", "packages"), default="stdlib", help="instead of --input: the "
                       "sources of this Python's standard library (default), or of the packages in requirements.txt")
     what.add_argument("--verify", metavar="FILE", help="read all of a token file and check its hash; writes nothing")
@@ -720,29 +502,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--encoder", default="bin/cl8k.bin", metavar="SPEC", help="an encoder file, trained on the "
                         "input where it is missing; tiktoken:NAME; chars:FILE (default %(default)s)")
     parser.add_argument("--vocab_size", type=int, help="size of the encoder to train (default 8192)")
+    add_reading_options(parser)
     parser.add_argument("--force", action="store_true", help="write the output anew though it is up to date: made from "
-                        "the same files or corpus by the same encoder (an encoder that is there is kept)")
+                        "the same text by the same encoder, by the hashes in its header (an encoder that is there is "
+                        "kept)")
     return parser.parse_args(argv)
 
 
 def get_source(given: argparse.Namespace) -> tuple[Source, str]:
-    """What a command line says to read, and where the token file goes by default."""
-    inputs, option = (given.pairs, "--pairs") if given.pairs else (given.input, "--input")
-    default = "data/packages.bin" if given.corpus == "packages" and not inputs else "data/webtext.bin"
-    default = default if given.pairs is None else "data/pairs.bin"
+    """What a command line says to read, and where the token file goes. Nothing is read yet."""
+    names, option = (given.pairs, "--pairs") if given.pairs else (given.input, "--input")
+    default = "data/packages.bin" if given.corpus == "packages" and not names else "data/webtext.bin"
+    output = given.output or (default if given.pairs is None else "data/pairs.bin")
     if given.pairs is not None and given.input:
         raise UserError("--pairs and --input exclude each other: name the files after --pairs")
     if not 2 <= given.longest <= LONGEST:
         raise UserError(f"--longest {given.longest}: allowed is 2 to {LONGEST:,}")
-    if inputs:
-        written = [Output("--output", given.output or default, "tokens"), Output("--encoder", given.encoder, "encoder")]
-        files = find(inputs, option, leave_out=find_previous(written))
-        if not files:
-            raise UserError(f"{option} {' '.join(inputs)}: no files there, apart from what is to be written")
-        source = Source(" ".join(inputs)[:80], files)
-    else:
+    longest = 0 if given.pairs is None else given.longest
+    if not names:
         source = packages(Path(__file__).with_name("requirements.txt")) if given.corpus == "packages" else stdlib()
-    return source if given.pairs is None else pair_source(source, given.longest), default
+        return dataclasses.replace(source, longest=longest, texts=[] if longest else source.texts), output
+    written = [Output("--output", output, "tokens"), Output("--encoder", given.encoder, "encoder")]
+    inputs = expand_inputs(names, option, leave_out=find_previous(written))
+    find_entry = entry_pair if longest else find_text
+    documents = Documents(inputs, find_entry, given.format, given.errors, "--errors replace", only_json=longest > 0)
+    return Source(" ".join(names)[:80], documents, longest=longest), output
 
 
 def check_files(given: argparse.Namespace, source: Source, output: str) -> None:
@@ -751,7 +535,7 @@ def check_files(given: argparse.Namespace, source: Source, output: str) -> None:
     if not given.encoder.startswith(("tiktoken:", "chars:")) and not os.path.exists(given.encoder):
         outputs.append(Output("--encoder", given.encoder, "encoder"))
     option = "--pairs" if given.pairs else "--input" if given.input else "--corpus"
-    inputs = [Input(option, path) for path in source.paths]
+    inputs = [Input(option, file.path) for file in source.documents.inputs]
     check_outputs(outputs, inputs + encoder_inputs("--encoder", given.encoder))
 
 
@@ -761,13 +545,33 @@ def main(argv: list[str]) -> None:
     if given.verify:
         verify(given.verify)
         return
-    source, default = get_source(given)
-    output = given.output or default
+    source, output = get_source(given)
     check_files(given, source, output)
-    if not given.force and is_up_to_date(output, source, given.encoder, given.vocab_size):
-        print(f"{output} is up to date (--force writes it anew)")
+    encoder = None if is_missing(given.encoder) else load_encoder(given.encoder, given.vocab_size)
+    scan(source)
+    difference = find_difference(output, source, encoder)
+    if difference is None and not given.force:
+        print_up_to_date(output, source)
         return
-    write(source, get_encoder(given.encoder, given.vocab_size, source), output)
+    if os.path.exists(output) and difference:
+        print(f"{output} is out of date: {difference}", flush=True)
+    write(source, encoder or train_encoder(given.encoder, given.vocab_size or 8192, source), output)
+
+
+def print_up_to_date(output: str, source: Source) -> None:
+    n, size = len(source.documents.files), source.documents.size
+    files = f"{n:,} file{'s' * (n != 1)} ({size / 1e6:.1f} MB)"
+    print(f"{output} is up to date: the SHA-256 of {files}, of the options and of the encoder are those in its header "
+          "(--force writes it anew)")
+    for note in source.documents.notes():
+        print(note)
+
+
+def scan(source: Source) -> None:
+    """Look at all of the input once."""
+    files = source.documents.inputs
+    with tqdm(total=sum(file.size for file in files), desc="checking", unit="B", unit_scale=True, disable=None) as bar:
+        source.documents.scan(bar.update)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -51,6 +52,8 @@ from options import (
     show,
 )
 from strawberry.common import Input, Output, check_outputs
+from strawberry.data import documents
+from strawberry.data.documents import InputFile
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 
@@ -63,7 +66,10 @@ class Settings:
         None, "what an encoder-decoder reads; a prompt then begins its answer. Where it learned spans, <|0|>, <|1|>, … "
         "stand for what is missing"
     )
-    prompt_file: str | None = option(None, "file that holds the prompt; - is standard input", path=True)
+    prompt_file: str | None = option(
+        None, "file that holds the prompt; - is standard input, of which one final line end is dropped, as of a pipe",
+        path=True,
+    )
     length: int = option(256, "tokens to make at most", low=1, high=2**20)
     temperature: float = option(0.8, "0 takes the likeliest token each time; higher is more surprising", low=0)
     top_k: int = option(0, "draw from the k likeliest tokens; 0: from all", low=0)
@@ -80,7 +86,7 @@ class Settings:
         choices=["stop", "slide"],
     )
     prompts_file: str | None = option(
-        None, 'JSON lines {"prompt": …} of texts to make many at once, into --out; beside the prompt a line may have '
+        None, 'JSON lines, or a .json list, of {"prompt": …}: many texts at once, into --out; beside the prompt may be '
         "source, id, max_tokens, temperature, top_k, top_p, min_p, seed, stop: its own, in place of the command's",
         path=True,
     )
@@ -218,26 +224,20 @@ def read_prompt(settings: Settings) -> str | None:
     if settings.prompt is not None:
         return settings.prompt
     if settings.prompt_file is not None:
-        return read_text(settings.prompt_file)
+        return read_prompt_file(settings.prompt_file)
     if settings.source is not None:
         return ""
     at_terminal = sys.stdin is not None and sys.stdin.isatty()
-    return None if at_terminal else read_text("-")
+    return None if at_terminal else "" if sys.stdin is None else read_prompt_file("-")
 
 
-def read_text(path: str) -> str:
-    """The text of a file, or of standard input for "-", to the last line end."""
-    name = "standard input" if path == "-" else path
-    try:
-        if path == "-":
-            data = b"" if sys.stdin is None else sys.stdin.buffer.read()
-        else:
-            data = Path(path).read_bytes()
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 text ({error.reason}, byte {error.start}); convert it first") from error
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror or error}; name a text file") from error
+def read_prompt_file(path: str) -> str:
+    """The text of a file as it is; of a pipe or standard input, without the line end that `echo` adds."""
+    file = InputFile(path)
+    text = documents.read_text(file)
+    if not file.is_stream or not text.endswith("\n"):
+        return text
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def encode(encoder, text: str, spelled: bool = False) -> list[int]:
@@ -633,35 +633,65 @@ class Line:
 TOLD = 10  # bad lines that are told; of more, only how many
 
 
+class PromptEntry(NamedTuple):
+    """An entry of --prompts_file: its index from 0, its place for messages, and what gives its value."""
+
+    index: int
+    place: str
+    parse: Callable[[], Any]
+
+
+class PromptsFile:
+    """--prompts_file: JSON lines, or a list in a .json, packed with gzip or not; a pipe is read once."""
+
+    def __init__(self, path: str):
+        self.file = InputFile(path)
+        with self.file.open() as stream:
+            scan = documents.scan_bytes(stream)
+        if kind := documents.find_other_kind(self.file, scan.head):
+            raise UserError(f'{self.file.label} is {kind}; write a line {{"prompt": "…"}} for each text')
+        self.sha256 = scan.sha256
+        has_list = re.match(rb"(\xef\xbb\xbf)?\s*\[", scan.head)  # some name JSON lines .json
+        is_list = documents.find_format(self.file, scan.head) == "json" and has_list
+        if is_list and scan.bad_byte:
+            raise UserError(f"{self.file.label}, line {scan.bad_byte.line}: {scan.bad_byte} is not UTF-8; convert it")
+        self.entries = self._list_entries if is_list else self._line_entries
+
+    def _line_entries(self) -> Iterator[PromptEntry]:
+        """Blank lines count, and are left out."""
+        with self.file.open() as stream:
+            for line in documents.read_lines(stream, self.file.label):
+                yield PromptEntry(line.number - 1, f"line {line.number}", partial(parse_prompt, line))
+
+    def _list_entries(self) -> Iterator[PromptEntry]:
+        with self.file.open() as stream:
+            for index, value in enumerate(documents.read_json_list(stream, self.file.label)):
+                yield PromptEntry(index, f"entry {index + 1}", lambda value=value: value)
+
+
+def parse_prompt(line: documents.Line) -> Any:
+    try:
+        return documents.parse_json(line.data.decode(), mend='write {"prompt": "…"}')
+    except UnicodeDecodeError as error:
+        bad_byte = documents.BadByte(line.number, line.offset + error.start, line.data[error.start])
+        raise UserError(f"{bad_byte} is not UTF-8; convert the file to UTF-8") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 class Prompts:
-    """The lines of --prompts_file, read twice: all are checked before any text is made."""
+    """The entries of --prompts_file, read twice: all are checked before any text is made."""
 
-    def __init__(self, settings: Settings, seed: int, model, encoder, record: dict):
-        self.settings, self.seed, self.model, self.encoder, self.record = settings, seed, model, encoder, record
+    def __init__(self, settings: Settings, prompts: PromptsFile, seed: int, model, encoder, record: dict):
+        self.settings, self.prompts, self.seed = settings, prompts, seed
+        self.model, self.encoder, self.record = model, encoder, record
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """(index from 0, bytes) of the lines; empty ones count, and are left out."""
+    def text(self, entry: PromptEntry) -> Text:
+        """What an entry asks for. Raises UserError, which names its file and place."""
         try:
-            with open(self.settings.prompts_file, "rb") as file:
-                for index, raw in enumerate(file):
-                    if raw.strip():
-                        yield index, raw.removeprefix(b"\xef\xbb\xbf")
-        except OSError as error:
-            raise UserError(f"cannot read {self.settings.prompts_file}: {error.strerror or error}; name a file of JSON "
-                            "lines") from error
-
-    def text(self, index: int, raw: bytes) -> Text:
-        """What a line asks for. Raises UserError, which names its file and number."""
-        try:
-            try:
-                data = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"is not UTF-8 text ({error.reason}, byte {error.start}); convert it first") from error
-            except (ValueError, RecursionError) as error:
-                raise UserError(f'is not JSON ({error}); write {{"prompt": "…"}}') from error
-            return self.asked_for(index, data)
+            return self.asked_for(entry.index, entry.parse())
         except UserError as error:
-            raise UserError(f"{self.settings.prompts_file}, line {index + 1}: {error}") from error
+            raise UserError(f"{self.prompts.file.label}, {entry.place}: {error}") from error
 
     def asked_for(self, index: int, data: Any) -> Text:
         if not isinstance(data, dict):
@@ -686,26 +716,26 @@ class Prompts:
     def check(self, done: set[int]) -> tuple[int, dict[Any, Work]]:
         """(texts in all, what is to be made of them, by size class). Raises UserError, naming the wrong lines."""
         bad, count, groups = [], 0, defaultdict(Work)
-        for index, raw in self.lines():
+        for entry in self.prompts.entries():
             count += 1
             try:
-                request = self.text(index, raw).request
+                request = self.text(entry).request
             except UserError as error:
                 bad.append(str(error))
                 continue
-            if index not in done:
-                groups[size_class(self.model, self.settings, request)].add(request, index)
+            if entry.index not in done:
+                groups[size_class(self.model, self.settings, request)].add(request, entry.index)
         if bad:
             more = [f"… and {len(bad) - TOLD:,} more"] if len(bad) > TOLD else []
             problems = "\n  ".join([*bad[:TOLD], *more])
             raise UserError(bad[0] if len(bad) == 1 else f"{len(bad):,} of {count:,} lines are wrong:\n  {problems}")
         if not count:
-            raise UserError(f'{self.settings.prompts_file} has no prompts; write a line {{"prompt": "…"}} for each')
+            raise UserError(f'{self.prompts.file.label} has no prompts; write a line {{"prompt": "…"}} for each')
         return count, dict(sorted(groups.items()))
 
     def texts(self, indexes: set[int]) -> Iterator[Text]:
-        """Those of these lines."""
-        return (self.text(index, raw) for index, raw in self.lines() if index in indexes)
+        """Those of these entries."""
+        return (self.text(entry) for entry in self.prompts.entries() if entry.index in indexes)
 
 
 OWN = ("length", "temperature", "top_k", "top_p", "min_p", "stop")  # what a line may have of its own, besides its seed
@@ -784,9 +814,9 @@ def file_hash(path: str | Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def origin_of(settings: Settings, path: Path, model, seed: int) -> dict:
+def origin_of(settings: Settings, prompts: PromptsFile, path: Path, model, seed: int) -> dict:
     """All that the texts depend on."""
-    files = {"prompts_file": file_hash(settings.prompts_file), "model": file_hash(path)}
+    files = {"prompts_file": prompts.sha256, "model": file_hash(path)}
     options = {name: getattr(settings, name) for name in (*OWN, "source", "on_full", "quantize", "fast")}
     dtype = dtype_name(settings, model.device.type)
     return {**files, "seed": seed, "dtype": dtype, **options}
@@ -797,15 +827,16 @@ def bulk(settings: Settings) -> None:
     results, path = Results(settings.out), find_model(settings.model)
     outputs = [Output("--out", results.path, "texts"), Output("--out", results.beside, "texts origin")]
     check_outputs(outputs, [Input("--prompts_file", settings.prompts_file), Input("--model", path)])
+    prompts = PromptsFile(settings.prompts_file)
     before = results.origin()
     model, encoder, record = load(path, settings)
     seed = settings.seed if settings.seed is not None else before["seed"] if before else drawn_seed()
-    origin = origin_of(settings, path, model, seed)
+    origin = origin_of(settings, prompts, path, model, seed)
     if before:
         results.agree(origin, before)
     done = results.done() if before else set()
-    prompts = Prompts(settings, seed, model, encoder, record)
-    count, groups = prompts.check(done)
+    entries = Prompts(settings, prompts, seed, model, encoder, record)
+    count, groups = entries.check(done)
     texts = sum(work.texts for work in groups.values())
     if not texts:
         print(f"all {count:,} texts are in {results.path} already", file=sys.stderr)
@@ -814,7 +845,7 @@ def bulk(settings: Settings) -> None:
     tell_of_batch(model, settings)
     if not before:
         results.begin(origin)
-    reasons = write_results(make_groups(model, settings, prompts, groups), results, count - texts, count)
+    reasons = write_results(make_groups(model, settings, entries, groups), results, count - texts, count)
     if reasons["full"]:
         tell_of_end("full", model, reasons["full"])
 
@@ -943,7 +974,7 @@ def main(argv: list[str]) -> None:
         bulk(settings)
         return
     if settings.score is not None:
-        text = read_text(settings.score)
+        text = documents.read_text(InputFile(settings.score))
         model, encoder, record = load(find_model(settings.model), settings)
         source = read_source(settings.source, model, encoder, record)
         loss, bits = score(model, encoder, text, settings.stride, source)

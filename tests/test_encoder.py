@@ -610,7 +610,7 @@ def test_command_trains_on_files_folders_and_globs(tmp_path, corpus, capsys):
         encoders.main([*argv, "--special", "<|user|>"])
         out = capsys.readouterr()
         assert "400 tokens" in out.out and "bytes per token" in out.out and "2 files" in out.out
-        assert ("1 skipped" in out.out) == (name != "files")
+        assert ("left out 1 file of other kinds: " in out.out) == (name != "files")
         assert out.err.startswith("training 400 tokens")
     expected = train([CORPUS[0], CORPUS[2]], 400, ["<|user|>"]).fingerprint
     assert {load(str(tmp_path / name)).fingerprint for name in inputs} == {expected}
@@ -619,7 +619,7 @@ def test_command_trains_on_files_folders_and_globs(tmp_path, corpus, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--input": "nothing-here/*.txt"}, "no input"),
+        ({"--input": "nothing-here/*.txt"}, r"--input nothing-here/\*\.txt: there is no such file"),
         ({"--vocab_size": "100"}, "out of range"),
         ({"--vocab_size": "100000"}, "too little text"),
         ({"--output": "."}, "--output: . is a directory; name a file"),
@@ -637,7 +637,7 @@ def test_command_exits_with_2_and_one_line(tmp_path):
     command = [sys.executable, ROOT / "encoder.py", "--input", "missing", "--output", "out.bin"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: no input") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --input missing: there is no such file") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

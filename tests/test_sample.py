@@ -1,5 +1,6 @@
 """What sample.py promises: text as it is made, repeatable, cut at stop strings; every mistake one line and exit 2."""
 
+import gzip
 import itertools
 import json
 import math
@@ -337,8 +338,9 @@ def test_prompt_file_and_standard_input_are_prompts(run, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfab\ncd\n")  # as Windows' editors save it
     assert run("--prompt_file", str(tmp_path / "p.txt"), *argv).out == out
     for source in ([], ["--prompt_file", "-"]):
-        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"ab\ncd\n")))
-        assert run(*source, *argv).out == out
+        for end in (b"\n", b"\r\n"):  # echo's, which is no part of the prompt
+            monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"ab\ncd\n" + end)))
+            assert run(*source, *argv).out == out
 
 
 def test_an_empty_prompt_starts_at_the_end_of_text_token(run):
@@ -491,11 +493,12 @@ def test_wrong_prompts_are_one_line_and_exit_2(folder, tmp_path, capsys, monkeyp
     assert "'X' (U+0058) at position 2" in fails(capsys, monkeypatch, *model, "--prompt", "abX")
     assert "not UTF-8 (character 1)" in fails(capsys, monkeypatch, *model, "--prompt", "a\udcff")
     (tmp_path / "latin").write_bytes(b"ab\xff")
-    assert "latin is not UTF-8" in fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path / "latin"))
+    told = fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path / "latin"))
+    assert "latin:1: byte 2 (0xFF) is not UTF-8" in told
     assert "cannot read" in fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path / "none"))
     assert "cannot read" in fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path))
     monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"ab\xff")))
-    assert "standard input is not UTF-8 text (invalid start byte, byte 2)" in fails(capsys, monkeypatch, *model)
+    assert "standard input:1: byte 2 (0xFF) is not UTF-8" in fails(capsys, monkeypatch, *model)
 
 
 def test_wrong_model_files_are_one_line_and_exit_2(folder, tmp_path, capsys, monkeypatch):
@@ -1085,7 +1088,50 @@ def test_a_prompts_file_that_cannot_be_read_is_named(desk, tmp_path, capsys, mon
     desk()
     assert 'prompts.jsonl has no prompts; write a line {"prompt": "…"}' in fails(capsys, monkeypatch, *argv)
     Path("prompts.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
-    assert "prompts.jsonl, line 2: is not UTF-8 text (invalid start byte, byte 12)" in fails(capsys, monkeypatch, *argv)
+    assert "prompts.jsonl, line 2: byte 28 (0xFF) is not UTF-8" in fails(capsys, monkeypatch, *argv)
+
+
+def test_prompts_are_read_from_a_pipe_a_list_and_a_gzip_alike(desk):
+    lines = [{"prompt": "ab"}, {"prompt": "hedge", "length": 9}]
+    desk(*lines)
+    data = Path("prompts.jsonl").read_bytes()
+    expected = bulk(desk)
+    Path("list.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(lines, indent=1).encode())
+    Path("lines.json").write_bytes(data)
+    Path("packed.ndjson.gz").write_bytes(gzip.compress(data))
+    for name in ("list.json", "lines.json", "packed.ndjson.gz", "pipe"):
+        reader, writer = os.pipe()
+        os.write(writer, data)
+        os.close(writer)
+        path = f"/dev/fd/{reader}" if name == "pipe" else name
+        sample.main(["--model", desk.model, "--prompts_file", path, "--out", f"{name}.out", *BULK[4:]])
+        os.close(reader)
+        assert results(f"{name}.out") == expected
+
+
+@pytest.mark.parametrize(("name", "data", "message"), [
+    ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": "a", "prompt": "b"}\n', 'p.jsonl, line 3: has the key "prompt" twice'),
+    ("p.json", b'[{"prompt": "a"}, {"prompt": "a", "prompt": "b"}]', 'p.json: entry 2 has the key "prompt" twice'),
+    ("p.json", b'[{"prompt": "a"}, 5]', "p.json, entry 2: holds 5; write an object"),
+    ("p.json", b'[\n"\xff"]', "p.json, line 2: byte 3 (0xFF) is not UTF-8"),
+    ("p.csv", b"prompt\na\n", "p.csv is a table (CSV); write a line"),
+    ("p.jsonl", '{"prompt": "a"}'.encode("utf-16"), "p.jsonl is UTF-16 text; write a line"),
+])  # fmt: skip
+def test_a_wrong_prompts_file_is_named_with_its_place(desk, capsys, monkeypatch, name, data, message):
+    Path(name).write_bytes(data)
+    told = fails(capsys, monkeypatch, "--model", desk.model, "--prompts_file", name, *BULK[2:])
+    assert told.startswith(f"error: {message}") and not Path("texts.jsonl").exists()
+
+
+def test_a_prompt_from_a_pipe_ends_before_its_line_end_and_from_a_file_does_not(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"a\r\nb\n\n")
+    assert sample.read_prompt_file(str(tmp_path / "p.txt")) == "a\r\nb\n\n"
+    for data, text in ((b"a \n", "a "), (b"a\r\n", "a"), (b"a\n\n", "a\n"), (b"a", "a"), (b"\n", ""), (b"a\r", "a\r")):
+        reader, writer = os.pipe()
+        os.write(writer, data)
+        os.close(writer)
+        assert sample.read_prompt_file(f"/dev/fd/{reader}") == text
+        os.close(reader)
 
 
 def test_an_out_that_is_no_result_of_ours_is_left_alone(desk, capsys, monkeypatch):

@@ -164,7 +164,7 @@ def test_equal_documents_stay_once_and_lengths_are_limits(tmp_path):
     result, training, validation = made(tmp_path, [path], min_chars=4, max_chars=6)
     assert sorted(training + validation) == ["aaaa", "bbbbbb", "ééééé"]
     assert result["left_out"] == {"exact_duplicates": 2, "near_duplicates": 0, "too_short": 1, "too_long": 1,
-                                  "not_utf8": 0}
+                                  "not_utf8": 0, "other_kinds": 0, "without_texts": 0}
     _, training, validation = made(tmp_path, [path], deduplicate="none")
     assert sorted(training + validation) == sorted(texts)
 
@@ -173,11 +173,22 @@ def test_every_kind_of_file_in_the_order_of_files(tmp_path):
     (tmp_path / "a.txt").write_text("one text", "utf-8")
     (tmp_path / "b.json").write_text(json.dumps(["two", {"text": "three"}]), "utf-8")
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'"four"\n{"text": "two"}\n'))
-    (tmp_path / "d.txt").write_bytes(b"\xff no text")
-    files = [str(tmp_path / name) for name in ("a.txt", "b.json", "c.jsonl.gz", "d.txt")]
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "d" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "d" / "package.json").write_text('{"name": "x"}')
+    (tmp_path / "d" / "five.txt").write_text("five")
+    files = [str(tmp_path / name) for name in ("a.txt", "b.json", "c.jsonl.gz", "d")]
     result, training, validation = made(tmp_path, files)
-    assert sorted(training + validation) == ["four", "one text", "three", "two"]
-    assert result["left_out"]["exact_duplicates"] == result["left_out"]["not_utf8"] == 1
+    assert sorted(training + validation) == ["five", "four", "one text", "three", "two"]
+    left_out = result["left_out"]
+    assert left_out["exact_duplicates"] == left_out["not_utf8"] == left_out["other_kinds"] == 1
+    assert left_out["without_texts"] == 1
+    latin = str(tmp_path / "d" / "latin.txt")
+    with pytest.raises(UserError, match=r"latin\.txt:1: byte 3 \(0xE9\) is not UTF-8.*\"errors\": \"replace\""):
+        made(tmp_path, [latin])
+    result, training, validation = made(tmp_path, [latin, files[0]], errors="replace")
+    assert sorted(training + validation) == ["caf\ufffd", "one text"]
 
 
 def test_weights_say_how_often_a_document_trains(tmp_path):

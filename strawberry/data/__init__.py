@@ -1,0 +1,1 @@
+"""Text in: what the scripts read."""

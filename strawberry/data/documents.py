@@ -1,0 +1,743 @@
+"""Text inputs: the files that a command line names, what kind each one is, and the documents in them.
+
+    inputs = expand_inputs(["book.txt", "notes/", "logs/*.jsonl.gz", "-"])    # paths only, nothing is read
+    documents = Documents(inputs)
+    documents.scan()                          # reads each input once: its kind, its SHA-256, whether it is UTF-8
+    for text, is_last in documents.read():    # the documents, long ones in parts
+        ...
+    documents.notes()                         # what was left out, and why
+
+A text file is a document. A .json file is a list of documents, and a .jsonl, .ndjson or .jsonlines file has one a line:
+strings, or objects with a "text". Each may be packed with gzip. Pipes, FIFOs and "-" (standard input) are read once,
+into a temporary file without a name. What the user names and is no text ends the command; what is found in a folder or
+by a glob and is no text is left out and counted.
+
+Memory is constant but for an entry of a .json or .jsonl, which has a limit (MAX_ENTRY).
+
+Index:  errors · inputs · finding them · kinds of files · checking bytes · JSON · the documents · one text
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import errno
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from options import UserError, show
+
+PIECE = 1 << 20  # bytes that are read at a time
+JSON_PIECE = 1 << 22  # the same of a .json: yajl reads a string of n pieces in the time of n²
+HEAD = 1 << 16  # bytes of a file that say what kind it is
+MAX_ENTRY = 1 << 26  # bytes of an entry of a .json or .jsonl
+MAX_DEPTH = 500  # brackets within brackets in an entry
+MAX_NAMES = 10  # files that a note names
+VERSION = 1  # of the digest: raised whenever the same bytes are read as other documents
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+class NoTextError(UserError):
+    """JSON whose entries are not the ones that are read."""
+
+
+class BadByte(NamedTuple):
+    """The first byte of a file that is not UTF-8. Lines count from 1, bytes from 0."""
+
+    line: int
+    offset: int
+    value: int
+
+    def __str__(self) -> str:
+        return f"byte {self.offset} (0x{self.value:02X})"
+
+
+def ignore_progress(n_bytes: int) -> None:
+    """For callers that show no progress."""
+
+
+# ---- inputs --------------------------------------------------------------------------------------------------------
+
+STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+
+
+class CountedFile(io.FileIO):
+    """A file that reports how many of its bytes are read."""
+
+    def __init__(self, file: Path | int, progress: Callable[[int], object]):
+        super().__init__(file)
+        self.progress = progress
+
+    def readinto(self, buffer) -> int:
+        count = super().readinto(buffer)
+        self.progress(count)
+        return count
+
+
+class InputFile:
+    """A file, a pipe or standard input: open() as often as needed gives its bytes.
+
+    .path      what it is; standard input is /dev/stdin
+    .name      its path within the folder it was found in, with slashes: files of a folder are sorted by it
+    .is_named  whether the user named it; otherwise it was found in a folder or by a glob
+    """
+
+    def __init__(self, path: str | os.PathLike, name: str = "", is_named: bool = True):
+        is_stdin = os.fspath(path) in STANDARD_INPUT
+        self.path, self.name, self.is_named = Path("/dev/stdin" if is_stdin else path), name or str(path), is_named
+        self.label = "standard input" if is_stdin else str(path)
+        self.is_stdin = is_stdin
+        self._spool: BinaryIO | None = None
+
+    def __repr__(self) -> str:
+        return f"InputFile({self.label!r})"
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it can be read once only: standard input, a pipe, a FIFO, a device."""
+        return self.is_stdin or (self.path.exists() and not stat.S_ISREG(self.path.stat().st_mode))
+
+    @property
+    def size(self) -> int:
+        """In bytes, packed as it is; reads a stream to its end."""
+        with self._refuse_unreadable(), self._open_raw(ignore_progress) as raw:
+            return os.fstat(raw.fileno()).st_size
+
+    @contextlib.contextmanager
+    def open(self, progress: Callable[[int], object] = ignore_progress) -> Iterator[io.BufferedIOBase]:
+        """The bytes, unpacked where they are packed with gzip. `progress` gets the number of bytes read from disk.
+
+        A stream is spooled: two opened at a time share one position.
+        """
+        with self._refuse_unreadable(), io.BufferedReader(self._open_raw(progress), 1 << 16) as stream:
+            if self.path.suffix.lower() != ".gz" and stream.peek(2)[:2] != b"\x1f\x8b":
+                yield stream
+                return
+            with gzip.GzipFile(fileobj=stream) as unpacked:
+                yield unpacked
+
+    @contextlib.contextmanager
+    def _refuse_unreadable(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            message = f"{self.label} is not a whole gzip file ({error}): pack it again or leave it out"
+            raise UserError(message) from error
+        except OSError as error:
+            raise UserError(f"cannot read {self.label}: {error.strerror or error}") from error
+
+    def _open_raw(self, progress: Callable[[int], object]) -> CountedFile:
+        if self._spool is None and self.is_stream:
+            self._spool = self._copy_stream()
+        if self._spool is None:
+            try:
+                return CountedFile(self.path, progress)
+            except ValueError as error:  # a NUL in the path
+                raise OSError(errno.EINVAL, str(error)) from error
+        self._spool.seek(0)
+        return CountedFile(os.dup(self._spool.fileno()), progress)
+
+    def _copy_stream(self) -> BinaryIO:
+        """All of the stream in a temporary file without a name, which is gone when it is closed."""
+        if self.is_stdin and sys.stdin is None:
+            raise UserError("standard input is closed: name a file, or pipe some text in")
+        source = contextlib.nullcontext(sys.stdin.buffer) if self.is_stdin else open(self.path, "rb")  # noqa: SIM115
+        spool = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the input)
+        try:
+            with source as stream:
+                shutil.copyfileobj(stream, spool, PIECE)
+            spool.flush()
+        except OSError as error:
+            spool.close()
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(f"{tempfile.gettempdir()} has no space for {self.label}: set TMPDIR to a folder on a "
+                            "larger disk") from error
+        return spool
+
+
+# ---- finding them --------------------------------------------------------------------------------------------------
+
+
+def expand_inputs(
+    names: Iterable[str], option: str = "--input", leave_out: Iterable[str | os.PathLike] = ()
+) -> list[InputFile]:
+    """The files that the names mean, each once: a file, a folder (all of it), a glob, or "-" for standard input.
+
+    Files of a folder are sorted by their names; hidden files and links to folders are left out, as is what `leave_out`
+    lists. Nothing is opened. Raises UserError where a name leads to nothing, or all of them to no file.
+    """
+    names = list(names)
+    hidden = {os.path.realpath(path) for path in leave_out}
+    found: dict[str, InputFile] = {}
+    for name in names:
+        for file in _expand_name(name, option):
+            known = found.setdefault(os.path.realpath(file.path), file)
+            known.is_named |= file.is_named
+    kept = [file for real, file in found.items() if real not in hidden]
+    if not kept:
+        raise UserError(f"{option} {' '.join(names)}: no files there" + " but those that are written" * bool(found))
+    return kept
+
+
+def _expand_name(name: str, option: str) -> Iterator[InputFile]:
+    if name in STANDARD_INPUT or (os.path.exists(name) and not os.path.isdir(name)):
+        yield InputFile(name, Path(name).name)
+        return
+    paths = [name] if os.path.exists(name) else sorted(glob.glob(os.path.expanduser(name), recursive=True))
+    if not paths:
+        raise UserError(f"{option} {name}: there is no such file or directory, and as a glob it matches nothing")
+    is_named = not glob.has_magic(name) or os.path.exists(name)
+    for path in map(Path, paths):
+        if path.is_dir():
+            yield from (InputFile(file, inner, is_named=False) for inner, file in walk_folder(path))
+        else:
+            yield InputFile(path, path.name, is_named)
+
+
+def walk_folder(root: Path, leave_out: Iterable[str] = ()) -> list[tuple[str, Path]]:
+    """(name, path) of each regular file under a folder, sorted by name; not what is hidden, nor in folders of the names
+    `leave_out`."""
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in leave_out]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted((file.relative_to(root).as_posix(), file) for file in files if file.is_file())
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """--format and --errors, for the commands that read documents."""
+    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="what the inputs are, whatever "
+                        "their names; auto goes by the names, and for a pipe by the first bytes (default auto)")
+    parser.add_argument("--errors", choices=ERRORS, default="strict", help="of bytes that are not UTF-8; strict: a "
+                        "file that you name is refused, one found in a folder left out; replace: they become U+FFFD "
+                        "(default strict)")
+
+
+# ---- kinds of files ------------------------------------------------------------------------------------------------
+
+FORMATS, ERRORS = ("text", "json", "jsonl"), ("strict", "replace")
+JSON_SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl"}
+OTHER_SUFFIXES = {  # text by its bytes, but not by its meaning
+    ".csv": "a table (CSV)", ".tsv": "a table (TSV)", ".ipynb": "a notebook", ".rtf": "a rich text document",
+}  # fmt: skip
+SIGNATURES = (  # what a file begins with; after the formats' own specifications
+    (b"%PDF-", "a PDF"), (b"PK\x03\x04", "a ZIP archive, as .docx, .xlsx and .epub are"), (b"PAR1", "a Parquet table"),
+    (b"\xff\xfe\x00\x00", "UTF-32 text"), (b"\x00\x00\xfe\xff", "UTF-32 text"), (b"\xff\xfe", "UTF-16 text"),
+    (b"\xfe\xff", "UTF-16 text"), (b"\x89PNG", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"),
+    (b"GIF87a", "a GIF image"), (b"GIF89a", "a GIF image"), (b"II*\x00", "a TIFF image"), (b"MM\x00*", "a TIFF image"),
+    (b"RIFF", "an image, sound or film (RIFF)"), (b"ID3", "an MP3 sound"), (b"OggS", "an Ogg sound or film"),
+    (b"fLaC", "a FLAC sound"), (b"\x1aE\xdf\xa3", "a film (Matroska)"), (b"BZh", "a bzip2 archive"),
+    (b"\xfd7zXZ", "an xz archive"), (b"\x28\xb5\x2f\xfd", "a Zstandard archive"), (b"7z\xbc\xaf", "a 7-Zip archive"),
+    (b"Rar!", "a RAR archive"), (b"\xd0\xcf\x11\xe0", "an old Office document"), (b"SQLite format 3", "a database"),
+    (b"ARROW1", "an Arrow table"), (b"\x89HDF", "an HDF5 file"), (b"\x93NUMPY", "a NumPy array"),
+    (b"\x7fELF", "a program"), (b"\x89TOKENS\n", "a token file"),
+)  # fmt: skip
+ENCODER_FILE = re.compile(rb'\s*\{\s*"format"\s*:\s*"encoder"')
+NOT_UTF8, OTHER_KIND, NO_TEXTS, NO_PAIRS = "not in UTF-8", "of other kinds", "of JSON without texts", "of text"  # why
+MAX_NUL_SHARE = 0.01  # of the bytes of a text
+MAX_BAD_SHARE, MIN_BAD = 0.2, 20  # of the characters of a text whose bad bytes are replaced: more is no text
+
+
+def find_suffix(path: Path) -> str:
+    """The suffix that says what is in a file, in lower case: that before .gz where it is packed."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def find_format(file: InputFile, head: bytes, wanted: str = "auto") -> str:
+    """How a file is read: "text", "json" or "jsonl". Its name decides; of a stream without one, the first bytes."""
+    suffix = find_suffix(file.path)
+    if wanted != "auto" or suffix in JSON_SUFFIXES or not file.is_stream:
+        return JSON_SUFFIXES.get(suffix, "text") if wanted == "auto" else wanted
+    head = head.removeprefix(codecs.BOM_UTF8)
+    if re.match(rb'\s*\[\s*(\{\s*)?"', head):
+        return "json"
+    return "jsonl" if re.match(rb'\s*\{\s*"[^"\n]*"\s*:', head) else "text"
+
+
+def find_other_kind(file: InputFile, head: bytes, wanted: str = "auto") -> str | None:
+    """What a file is that is neither text nor JSON, by its first bytes and its name; None for text and JSON."""
+    for signature, kind in SIGNATURES:
+        if head.startswith(signature):
+            return kind
+    if head[4:8] == b"ftyp":
+        return "a film or image (MP4)"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if b"\0" in head[:8] and head[8:10] == b'{"':
+        return "a model file (safetensors)"
+    if ENCODER_FILE.match(head):
+        return "an encoder file"
+    return OTHER_SUFFIXES.get(find_suffix(file.path)) if wanted == "auto" else None
+
+
+# ---- checking bytes ------------------------------------------------------------------------------------------------
+
+
+class Scan(NamedTuple):
+    """What one pass over a file finds."""
+
+    head: bytes
+    sha256: str
+    size: int
+    n_nul: int
+    bad_byte: BadByte | None
+
+
+def scan_bytes(stream: io.BufferedIOBase) -> Scan:
+    """Read all of a stream and look for the first byte that is not UTF-8."""
+    decoder, digest, bad_byte = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), None
+    size = n_nul = n_lines = 0
+    data = head = stream.read(max(PIECE, HEAD))
+    while True:
+        if bad_byte is None:
+            before = size - len(decoder.getstate()[0])
+            try:
+                decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                line = n_lines + error.object.count(b"\n", 0, error.start) + 1
+                bad_byte = BadByte(line, before + error.start, error.object[error.start])
+        if not data:
+            return Scan(head[:HEAD], digest.hexdigest(), size, n_nul, bad_byte)
+        digest.update(data)
+        size, n_nul, n_lines = size + len(data), n_nul + data.count(0), n_lines + data.count(b"\n")
+        data = stream.read(PIECE)
+
+
+def find_binary(scan: Scan, errors: str) -> str | None:
+    """Why a file's bytes are not those of a text, even where bad ones may be replaced; None where they are."""
+    if scan.n_nul > MAX_NUL_SHARE * scan.size:
+        return f"{scan.n_nul:,} of its {scan.size:,} bytes are NUL, as in UTF-16 or a binary file"
+    if scan.bad_byte is None or errors != "replace":
+        return None
+    text = scan.head.decode("utf-8", "replace")
+    n_bad = text.count("\ufffd")
+    if n_bad > MIN_BAD and n_bad > MAX_BAD_SHARE * len(text):
+        return f"{n_bad / len(text):.0%} of its first characters are not, as in another encoding or a binary file"
+    return None
+
+
+class HashedStream:
+    """A stream that hashes what is read of it."""
+
+    def __init__(self, stream: io.BufferedIOBase):
+        self.stream, self.digest = stream, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.digest.update(data)
+        return data
+
+    def readline(self, size: int) -> bytes:
+        data = self.stream.readline(size)
+        self.digest.update(data)
+        return data
+
+
+# ---- JSON ----------------------------------------------------------------------------------------------------------
+
+
+MEND = "mend it or leave it out"
+
+
+class RepeatedKeyError(ValueError):
+    """An object has a key twice."""
+
+    def __init__(self, key: str):
+        super().__init__(f"has the key {show(key)} twice: keep one of them")
+
+
+def build_object(pairs: list[tuple[str, Any]]) -> dict:
+    """The object of some keys and values, for json's object_pairs_hook. Raises RepeatedKeyError."""
+    built = dict(pairs)
+    if len(built) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKeyError(next(key for key in built if keys.count(key) > 1))
+    return built
+
+
+def parse_json(text: str, mend: str = MEND) -> Any:
+    """The value of a JSON text. Raises ValueError, whose message goes on from "line 3"."""
+    try:
+        return json.loads(text, object_pairs_hook=build_object)
+    except RepeatedKeyError:
+        raise
+    except RecursionError:
+        raise ValueError(f"is not JSON (its brackets are nested too deeply): {mend}") from None
+    except ValueError as error:
+        raise ValueError(f"is not JSON ({error}): {mend}") from None
+
+
+class Line(NamedTuple):
+    """A line of a file. Numbers count from 1, offsets in bytes from 0."""
+
+    number: int
+    offset: int
+    data: bytes
+
+
+def read_lines(stream: io.BufferedIOBase | HashedStream, label: str) -> Iterator[Line]:
+    """The lines that are not blank, without a byte order mark. Raises UserError at one of more than MAX_ENTRY bytes."""
+    number, offset = 1, 0
+    while data := stream.readline(MAX_ENTRY + 1):
+        if len(data) > MAX_ENTRY:
+            raise UserError(f"{label}:{number} {explain_limit()}")
+        start = len(codecs.BOM_UTF8) if number == 1 and data.startswith(codecs.BOM_UTF8) else 0
+        if data[start:].strip():
+            yield Line(number, offset + start, data[start:])
+        number, offset = number + 1, offset + len(data)
+
+
+def explain_limit() -> str:
+    limit = f"{MAX_ENTRY / (1 << 20):g} MiB"
+    return f"is longer than {limit}, the limit of an entry: cut it up, or make it a .txt, which has none"
+
+
+class SurrogateCheck:
+    """Finds an escape of half a surrogate pair, \\ud800 say, which yajl would read as "?" without a word."""
+
+    PAIR = rb"u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}"
+    ESCAPE = re.compile(rb"\\(?:" + PAIR + rb"|(u[dD][89a-fA-F][\da-fA-F]{2})|.)", re.DOTALL)
+    LONGEST = 12  # bytes of an escape: a pair
+
+    def __init__(self):
+        self.rest, self.offset = b"", 0  # what may be the beginning of an escape, and where it is
+
+    def check(self, data: bytes) -> bytes:
+        """Of the bytes so far, with the next ones (b"" at the end), those that are checked. Raises ValueError."""
+        text = self.rest + data
+        kept = len(text) - self.LONGEST if data else len(text)
+        end = 0
+        if b"\\ud" in text or b"\\uD" in text:
+            for match in self.ESCAPE.finditer(text):
+                if match.start() > kept:
+                    break
+                if match[1]:
+                    where = f"byte {self.offset + match.start()}"
+                    raise ValueError(f"{where}: \\{match[1].decode()} is half of a surrogate pair, and no character")
+                end = match.end()
+        start = max(end, kept, 0)
+        while start > end and text[start - 1 : start] == b"\\":  # an escape begins with the first of several
+            start -= 1
+        self.rest, self.offset = text[start:], self.offset + start
+        return text[:start]
+
+
+class JsonSource:
+    """The bytes of a .json file, for ijson: without a byte order mark, and refused where one entry is too long.
+
+    end_entry() is called behind each entry; .n_entries counts them.
+    """
+
+    def __init__(self, stream: io.BufferedIOBase | HashedStream, label: str, errors: str):
+        self.stream, self.label, self.n_read, self.start, self.n_entries = stream, label, 0, 0, 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace") if errors == "replace" else None
+        self.surrogates, self.has_begun = SurrogateCheck(), False
+
+    def end_entry(self) -> None:
+        self.start, self.n_entries = self.n_read, self.n_entries + 1
+
+    def read(self, size: int) -> bytes:
+        """The next bytes; b"" at the end."""
+        checked, data = b"", b"x"
+        while data and not checked:
+            if self.n_read - self.start > MAX_ENTRY:
+                raise ValueError(explain_limit())
+            data = self._read_some(max(size, SurrogateCheck.LONGEST + 3))
+            self.n_read += len(data)
+            try:
+                checked = self.surrogates.check(data)
+            except ValueError as error:
+                raise UserError(f"{self.label}: {error}: {MEND}") from None
+            if checked and not self.has_begun:
+                self.has_begun, checked = True, checked.removeprefix(codecs.BOM_UTF8)
+        return checked
+
+    def _read_some(self, size: int) -> bytes:
+        while data := self.stream.read(size):
+            data = data if self.decoder is None else self.decoder.decode(data).encode()
+            if data:
+                return data
+        return b"" if self.decoder is None else self.decoder.decode(b"", final=True).encode()
+
+
+def read_json_list(stream: io.BufferedIOBase | HashedStream, label: str, errors: str = "strict") -> Iterator[Any]:
+    """The entries of a .json file, which is a list, one at a time. Raises UserError that names the entry."""
+    source = JsonSource(stream, label, errors)
+    events = _parse_events(source)
+    if not _begins_list(events):
+        message = f'{label} is no JSON list: write ["…", {{"text": "…"}}, …], or name it .txt if it is one text'
+        raise NoTextError(message)
+    try:
+        for entry in build_entries(events):
+            source.end_entry()
+            yield entry
+    except ValueError as error:
+        raise UserError(f"{label}: entry {source.n_entries + 1} {error}") from None
+
+
+def _begins_list(events: Iterator[tuple[str, Any]]) -> bool:
+    try:
+        return next(events)[0] == "start_array"
+    except ValueError:  # not JSON, or nothing at all
+        return False
+
+
+def _parse_events(source: JsonSource) -> Iterator[tuple[str, Any]]:
+    """ijson's events of a JSON text. Raises ValueError where it is none."""
+    try:
+        import ijson  # only reading a .json list needs it
+    except ImportError:
+        raise UserError("reading .json needs ijson: pip install -r requirements.txt") from None
+    events = ijson.sendable_list()
+    parser = ijson.basic_parse_coro(events)
+    try:
+        while data := source.read(JSON_PIECE):
+            parser.send(data)
+            yield from events
+            events.clear()
+        parser.close()
+        yield from events
+    except ijson.JSONError as error:
+        yield from events  # those before the mistake
+        raise ValueError(f"is not JSON ({str(error).splitlines()[0]}): {MEND}") from None
+    finally:
+        with contextlib.suppress(Exception):  # a parser that is given up complains of what it lacks
+            parser.close()
+
+
+def build_entries(events: Iterator[tuple[str, Any]]) -> Iterator[Any]:
+    """The entries of a list, from ijson's events behind its opening bracket. Raises RepeatedKeyError."""
+    containers: list[dict | list] = []  # those that are open, the outermost first
+    keys: list[str | None] = []  # of each object among them, the key whose value comes next
+    for event, value in events:
+        if event == "map_key":
+            if value in containers[-1]:
+                raise RepeatedKeyError(value)
+            keys[-1] = value
+            continue
+        if event in ("start_map", "start_array"):
+            if len(containers) == MAX_DEPTH:
+                raise ValueError("is not read (its brackets are nested too deeply)")
+            containers.append({} if event == "start_map" else [])
+            keys.append(None)
+            continue
+        if event in ("end_map", "end_array"):
+            if not containers:  # the list's own end: what follows it is an error of ijson's
+                continue
+            value = containers.pop()
+            keys.pop()
+        if not containers:
+            yield value
+        elif isinstance(containers[-1], dict):
+            containers[-1][keys[-1]] = value
+        else:
+            containers[-1].append(value)
+
+
+def find_text(entry: Any, where: str) -> str:
+    """The text of an entry: a string, or {"text": string} with any other keys beside it."""
+    text = entry.get("text") if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise NoTextError(f"{where} is {show(entry)}, and must be a string or {{\"text\": a string}}")
+    return text
+
+
+# ---- the documents -------------------------------------------------------------------------------------------------
+
+
+class ScannedFile(NamedTuple):
+    """An input that is read, how it is read, and the hash of its bytes unpacked."""
+
+    file: InputFile
+    format: str
+    sha256: str
+    size: int
+
+
+class Documents:
+    """The documents of some inputs: scan() first, then read() as often as needed.
+
+    find_entry  (entry, where) -> what is read of an entry of a .json or .jsonl; raises NoTextError where it has none
+    format      "text", "json" or "jsonl" reads every input so; "auto" goes by their names
+    errors      bytes that are not UTF-8: "strict" refuses a file that the user named and leaves out one that was found;
+                "replace" makes them U+FFFD
+    mend        how the user asks for "replace", where that is possible
+    only_json   whether text is refused
+    """
+
+    def __init__(self, inputs: Iterable[InputFile], find_entry: Callable[[Any, str], Any] = find_text,
+                 format: str = "auto", errors: str = "strict", mend: str = "", only_json: bool = False):
+        self.inputs, self.find_entry, self.format, self.errors = list(inputs), find_entry, format, errors
+        self.mend, self.only_json = mend, only_json
+        self.files: list[ScannedFile] = []
+        self.left_out: dict[str, list[str]] = {}  # reason: files, or lines of files
+        self._bad_lines: list[str] = []  # of the last read(), the first of them
+        self._n_bad_lines = 0
+
+    # -- scanning
+
+    def scan(self, progress: Callable[[int], object] = ignore_progress) -> None:
+        """Read every input once: .files are those that are read, .left_out the others.
+
+        Raises UserError for a file that the user named and that cannot be read as text.
+        """
+        self.files, self.left_out = [], {}
+        for file in self.inputs:
+            with file.open(progress) as stream:
+                scan = scan_bytes(stream)
+            format = find_format(file, scan.head, self.format)
+            if not self._is_left_out(file, scan, format):
+                self.files.append(ScannedFile(file, format, scan.sha256, scan.size))
+
+    def _is_left_out(self, file: InputFile, scan: Scan, format: str) -> bool:
+        """Whether an input is left out. Raises UserError where the user named it."""
+        if kind := find_other_kind(file, scan.head, self.format):
+            message = f"{file.label} is {kind}: convert it to text or JSON lines, or leave it out"
+            return self._leave_out(file, OTHER_KIND, f"{file.label} ({kind})", message)
+        if problem := find_binary(scan, self.errors):
+            message = f"{file.label} is no UTF-8 text: {problem}; convert it, or leave it out"
+            return self._leave_out(file, NOT_UTF8, f"{file.label} ({problem})", message)
+        if self.only_json and format == "text":
+            message = f"{file.label} is text: pairs are read from .jsonl and .json, packed with gzip or not"
+            return self._leave_out(file, NO_PAIRS, file.label, message)
+        if scan.bad_byte and self.errors == "strict" and (file.is_named or format != "jsonl"):
+            where = f"{file.label}:{scan.bad_byte.line}"
+            keep = f", or keep it with {self.mend}, which puts U+FFFD there" if self.mend else ""
+            message = f"{where}: {scan.bad_byte} is not UTF-8; convert the file to UTF-8{keep}"
+            return self._leave_out(file, NOT_UTF8, f"{where}, {scan.bad_byte}", message)
+        return format != "text" and self._has_no_texts(file, format)
+
+    def _has_no_texts(self, file: InputFile, format: str) -> bool:
+        """Whether the first entry is none that is read, as in a package.json."""
+        try:
+            with file.open() as stream:
+                next(self._read_stream(stream, file, format, self.find_entry), None)
+        except NoTextError as error:
+            return self._leave_out(file, NO_TEXTS, file.label, str(error))
+        return False
+
+    def _leave_out(self, file: InputFile, reason: str, name: str, message: str) -> bool:
+        if file.is_named:
+            raise UserError(message)
+        self.left_out.setdefault(reason, []).append(name)
+        return True
+
+    # -- reading
+
+    def read(
+        self, files: Iterable[ScannedFile] | None = None, find_entry: Callable[[Any, str], Any] | None = None,
+        progress: Callable[[int], object] = ignore_progress,
+    ) -> Iterator[tuple[Any, bool]]:
+        """(text, whether it ends its document) of each document, the files in their order.
+
+        Raises UserError, naming file and line or entry, where one cannot be read or has changed since scan().
+        """
+        self._bad_lines, self._n_bad_lines = [], 0
+        for scanned in self.files if files is None else files:
+            with scanned.file.open(progress) as stream:
+                hashed = HashedStream(stream)
+                yield from self._read_stream(hashed, scanned.file, scanned.format, find_entry or self.find_entry)
+            if hashed.digest.hexdigest() != scanned.sha256:
+                raise UserError(f"{scanned.file.label} changed while it was read: start again")
+
+    def _read_stream(self, stream, file: InputFile, format: str, find_entry: Callable) -> Iterator[tuple[Any, bool]]:
+        label = self._find_label(file, format)
+        if format == "text":
+            yield from decode_parts(stream, self.errors)
+        elif format == "json":
+            for number, entry in enumerate(read_json_list(stream, label, self.errors), 1):
+                yield find_entry(entry, f"{label}: entry {number}"), True
+        else:
+            for line in read_lines(stream, label):
+                text = self._decode_line(line, label)
+                if text is not None:
+                    yield find_entry(self._parse_line(text, f"{label}:{line.number}"), f"{label}:{line.number}"), True
+
+    def _find_label(self, file: InputFile, format: str) -> str:
+        """What messages call a file; where its first bytes decided how it is read, with that."""
+        return f"{file.label} (read as {format})" if self._is_guessed(file, format) else file.label
+
+    def _is_guessed(self, file: InputFile, format: str) -> bool:
+        return format != "text" and self.format == "auto" and find_suffix(file.path) not in JSON_SUFFIXES
+
+    def _decode_line(self, line: Line, label: str) -> str | None:
+        """The text of a line of a .jsonl; None where it is not UTF-8, and is left out."""
+        try:
+            return line.data.decode("utf-8", self.errors)
+        except UnicodeDecodeError as error:
+            bad_byte = BadByte(line.number, line.offset + error.start, line.data[error.start])
+            self._n_bad_lines += 1
+            if len(self._bad_lines) <= MAX_NAMES:
+                self._bad_lines.append(f"{label}:{line.number}, {bad_byte}")
+            return None
+
+    def _parse_line(self, text: str, where: str) -> Any:
+        try:
+            return parse_json(text)
+        except ValueError as error:
+            raise UserError(f"{where} {error}") from None
+
+    # -- what came of it
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is read, after scan(): each file's format and bytes, in their order, whatever their names."""
+        content = [[scanned.format, scanned.sha256] for scanned in self.files]
+        return hashlib.sha256(json.dumps([VERSION, self.errors, content]).encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that are read, unpacked."""
+        return sum(scanned.size for scanned in self.files)
+
+    def count_left_out(self, reason: str) -> int:
+        """Files, and with NOT_UTF8 lines of the last read() too, that were left out for that reason."""
+        return len(self.left_out.get(reason, ())) + (self._n_bad_lines if reason == NOT_UTF8 else 0)
+
+    def notes(self) -> list[str]:
+        """A line for each reason for which files, or lines of them in the last read(), were left out."""
+        left_out = {_count(len(names), f"file{{}} {reason}"): names for reason, names in self.left_out.items()}
+        if self._bad_lines:
+            left_out[_count(self._n_bad_lines, f"line{{}} {NOT_UTF8}")] = self._bad_lines
+        guessed = [f"{scanned.file.label} is read as {scanned.format}: --format text reads it as one text"
+                   for scanned in self.files if self._is_guessed(scanned.file, scanned.format)]  # fmt: skip
+        return guessed + [f"left out {what}: {'; '.join(names[:MAX_NAMES])}{' …' if len(names) > MAX_NAMES else ''}"
+                for what, names in left_out.items()]  # fmt: skip
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun.format('s' * (n != 1))}"
+
+
+def decode_parts(stream: io.BufferedIOBase | HashedStream, errors: str = "strict") -> Iterator[tuple[str, bool]]:
+    """(part, whether it is the last) of a text, without a byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
+    while data := stream.read(PIECE):
+        yield decoder.decode(data), False
+    yield decoder.decode(b"", final=True), True
+
+
+# ---- one text ------------------------------------------------------------------------------------------------------
+
+
+def read_text(file: InputFile) -> str:
+    """All of one text, whatever the file's name. Raises UserError where it is not UTF-8."""
+    documents = Documents([file], format="text")
+    documents.scan()
+    return "".join(part for part, _ in documents.read())
