@@ -1333,7 +1333,7 @@ def weight_bytes(model: LanguageModel, rows: int) -> int:
     for module in model.modules():
         table = isinstance(module, Embedding) and module.roles["weight"] == "input"
         looked_up = table or isinstance(module, LearnedPositions)
-        in_8_bits = [t for value in vars(module).values() if isinstance(value, Int8Weight) for t in value]  # with its scales
+        in_8_bits = [t for value in vars(module).values() if isinstance(value, Int8Weight) for t in value]  # and scales
         for t in (*module.parameters(recurse=False), *in_8_bits):
             total += rows * t.size(-1) * t.element_size() if looked_up else t.nbytes
     return total

@@ -64,7 +64,7 @@ REPLACED = ".old_"  # a checkpoint that another of the same step is about to rep
 def save_checkpoint(root, step: int, parts: dict[str, Writer], val_loss=None, keep: int = 3, meta=None) -> Path:
     """Writes the directory `root`/step_… and returns its path; then removes what is no longer to be kept.
 
-    `batch_parts`: file name → function that writes the file. `val_loss`: a number, or None where there is none. `meta`: more
+    `parts`: file name → function that writes the file. `val_loss`: a number, or None where there is none. `meta`: more
     plain data for the manifest (fingerprints, configuration). Kept are the newest `keep` and the best by `val_loss`.
 
     The files are written to a directory of another name and brought to disk; one rename makes them a checkpoint.

@@ -785,7 +785,7 @@ class Loader:
 
     Step s takes samples s·batch_size·accumulation … and so on; micro-batch m is the m-th batch_size of them. Of several
     ranks each gets an equal part of each micro-batch, or of the micro-batches where rows do not come out even: see
-    `ranks.divide`. Position and order depend on nothing else, so that start_step alone resumes. An error on the thread
+    `divide_batch`. Position and order depend on nothing else, so that start_step alone resumes. An error on the thread
     is raised by next(). close() ends the thread; so do garbage collection and the end of the program. The batches of
     small steps are made many at once, since what one costs is mostly not its size: a GPU may take a step each
     millisecond.

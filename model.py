@@ -174,7 +174,8 @@ class LAM(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: ForwardContext, cache: LayerCache | None):
         valid = ~ctx.padding_mask if ctx.padding_mask is not None else ctx.valid_mask()
         with no_autocast(x):
-            q, k, v_acc = (to_accum_dtype(t).unflatten(-1, (-1, self.d)).transpose(1, 2) for t in (q, k, v))  # (B, H, T, d)
+            heads = (to_accum_dtype(t).unflatten(-1, (-1, self.d)) for t in (q, k, v))
+            q, k, v_acc = (t.transpose(1, 2) for t in heads)  # (B, H, T, d)
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             ones = torch.ones_like(v_acc[..., :1])
             if valid is not None:

@@ -372,7 +372,7 @@ class Replicated(Ranks):
             DDP = nn.parallel.DistributedDataParallel
             with self.listening():
                 about = {"gradient_as_bucket_view": True, "find_unused_parameters": idle()}
-                if compiled is True and not model.set_compile_partitions(PIECES):  # all come at once: few parcels take less time
+                if compiled is True and not model.set_compile_partitions(PIECES):  # all come at once: few parcels
                     about["bucket_cap_mb"] = 1 << 10
                 newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
                 about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # they are equal: see sum_

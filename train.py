@@ -28,8 +28,6 @@ import os
 import signal
 import sys
 
-from strawberry.sharding import batch_parts, divide_batch, to_local
-
 if __name__ == "__main__":  # importing torch takes seconds, in which there is nothing to save yet
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: os._exit(128 + number))
@@ -846,8 +844,8 @@ class Trainer:
             self.restore(found)
         self.choose_batch_size()
         if run.dtype == "float8" and self.ranks.main and not float8.has_eligible_weight(self.model):
-            warn(f'dtype = "float8": this model has no matrix (m, n) with m · n ≥ {float8.MIN_DIM} · (m + n), so that it '
-                 'trains as with "bfloat16"')  # fmt: skip
+            warn(f'dtype = "float8": this model has no matrix (m, n) with m · n ≥ {float8.MIN_DIM} · (m + n), so that '
+                 'it trains as with "bfloat16"')  # fmt: skip
         self.introduce()
 
     def check_paths(self) -> None:

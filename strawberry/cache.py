@@ -153,7 +153,8 @@ def slice_rows(tree, rows: slice):
 
 
 class ChunkCache(LayerCache):
-    """For one use of `build_per_chunk`: Σ uᵀ v over finished chunks and over the open one, and the open chunk's weights."""
+    """For one use of `build_per_chunk`: Σ uᵀ v over finished chunks and over the open one, and the open
+    chunk's weights."""
 
     def __init__(self, batch: int, device, dtype, C: int, shapes: list[tuple[int, ...]]):
         self.names = [f"weight{i}" for i in range(len(shapes))]

@@ -108,7 +108,8 @@ CHECKPOINTS = "checkpoints"  # a directory, in which a run makes, moves and remo
 
 
 class Output(NamedTuple):
-    """A file that a command may write: the option that names it, its path, and its kind, a key of KINDS or CHECKPOINTS."""
+    """A file that a command may write: the option that names it, its path, and its kind, a key of KINDS or
+    CHECKPOINTS."""
 
     option: str
     path: str | os.PathLike

@@ -73,8 +73,8 @@ class ForwardContext:
         return self.mask_cache[pattern.key]
 
     def cached_attention_mask(self, pattern: AttentionPattern, cache) -> Tensor | None:
-        """Which token sees which of what a RingKVCache's `update` returns; None where that is plain: causal among the first
-        tokens, or one token that sees all."""
+        """Which token sees which of what a RingKVCache's `update` returns; None where that is plain: causal among the
+        first tokens, or one token that sees all."""
         one_token = self.num_cached is not None and self.positions.size(1) == 1
         if self.num_cached == 0 or (one_token and type(pattern) is AttentionPattern):
             return self.attention_mask(pattern) if self.num_cached == 0 else None

@@ -13,7 +13,7 @@ def batch_parts(batch_size: int, world: int) -> tuple[int, int]:
 
     Rows come first: what divides both batch_size and world. Whatever of world is left takes batches in turn.
 
-    >>> parts(8, 2), parts(3, 2), parts(4, 8)
+    >>> batch_parts(8, 2), batch_parts(3, 2), batch_parts(4, 8)
     ((2, 1), (1, 2), (4, 2))
     """
     rows = math.gcd(batch_size, world)
@@ -25,7 +25,7 @@ def divide_batch(batch_size: int, accumulation: int, rank: int = 0, world: int =
 
     Raises UserError where the step cannot be divided.
 
-    >>> divide(4, 2, rank=1, world=2), divide(3, 2, rank=1, world=2), divide(4, 4, rank=5, world=8)
+    >>> divide_batch(4, 2, rank=1, world=2), divide_batch(3, 2, rank=1, world=2), divide_batch(4, 4, rank=5, world=8)
     ((2, [2, 6]), (3, [3]), (1, [5, 13]))
     """
     row_parts, groups = batch_parts(batch_size, world)

@@ -173,9 +173,11 @@ def test_blocks_are_windows_on_a_gpu(T, windows, kv_heads, d, dtype, bound):
     about = {"device": "cuda", "dtype": dtype}
     q, k, v = (torch.randn(2, T, n, d, **about, requires_grad=True) for n in (4, kv_heads, kv_heads))
     at, slope = ForwardContext(torch.arange(T, device="cuda")[None]), torch.randn(2, T, 4, d, **about)
-    mask = torch.cat([AttentionPattern(w).mask(at.positions, at.positions) for w in windows * (4 // len(windows))], dim=1)
+    patterns = [AttentionPattern(w) for w in windows * (4 // len(windows))]
+    mask = torch.cat([pattern.mask(at.positions, at.positions) for pattern in patterns], dim=1)
     torch._dynamo.reset()
-    by_blocks = torch.compile(lambda *qkv: flex_sliding_window(*qkv, windows, ForwardContext(at.positions), scale=0.2), fullgraph=True)
+    by_blocks = torch.compile(
+        lambda *qkv: flex_sliding_window(*qkv, windows, ForwardContext(at.positions), scale=0.2), fullgraph=True)
     y = by_blocks(q, k, v)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     expected = sdpa(*exact, mask, scale=0.2)

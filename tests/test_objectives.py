@@ -71,7 +71,7 @@ def slow_draws(seed, sample, n):
 
 
 def slow_segments(items, parts, draw):
-    """Lengths of `batch_parts` pieces of `items`: a piece ends before each of the parts − 1 places with the lowest draws."""
+    """Lengths of `parts` pieces of `items`: a piece ends before each of the parts − 1 places with the lowest draws."""
     ends = sorted(sorted(range(items - 1), key=lambda place: draw[place])[: parts - 1])
     lengths, start = [], 0
     for end in [*ends, items - 1]:

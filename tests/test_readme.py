@@ -45,7 +45,8 @@ def test_the_architecture_that_the_readme_adds_keeps_the_promises(monkeypatch):
 def test_the_table_of_keys_is_current():
     """`python -m strawberry.config_docs --table` prints what belongs there."""
     for row in table(CONFIGS).splitlines():
-        assert row in README, f"the README lacks {row!r}: put the output of `python -m strawberry.config_docs --table` there"
+        command = "python -m strawberry.config_docs --table"
+        assert row in README, f"the README lacks {row!r}: put the output of `{command}` there"
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+?)\)", README))))

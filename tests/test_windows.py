@@ -179,7 +179,8 @@ def test_the_compiler_takes_blocks_whole(name, monkeypatch):
     taken = []
     blocks = flex_sliding_window
     monkeypatch.setattr(attention, "can_use_flex_attention", lambda q, dropout: True)
-    monkeypatch.setattr(attention, "flex_sliding_window", lambda *args, **rest: taken.append(1) or blocks(*args, **rest))
+    noted = lambda *args, **rest: taken.append(1) or blocks(*args, **rest)  # noqa: E731
+    monkeypatch.setattr(attention, "flex_sliding_window", noted)
     torch._dynamo.reset()
     got = torch.compile(model, fullgraph=True, backend="aot_eager")(idx)[0]
     torch._dynamo.reset()

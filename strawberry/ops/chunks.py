@@ -151,8 +151,8 @@ def build_per_chunk(
 ) -> Sequence[Tensor]:
     """What each chunk of each row is given, from the chunks before it alone.
 
-    u, v (B, T, C), zero where a token does not count. build(before), before (B, J, C, C) = Σ uᵀ v over the chunks before
-    each, returns tensors (B, J, ·, ·). A chunk that is open already keeps what was made for it.
+    u, v (B, T, C), zero where a token does not count. build(before), before (B, J, C, C) = Σ uᵀ v over the chunks
+    before each, returns tensors (B, J, ·, ·). A chunk that is open already keeps its weights.
     """
     if ctx.chunk_weights_ready:
         with no_autocast(u):

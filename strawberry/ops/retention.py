@@ -1,5 +1,5 @@
-"""Retention: the context rewrites a block's matrices ("fast weights"). `retention_update` is the rule; the rest computes
-it for each chunk of each row in few passes over the weights."""
+"""Retention: the context rewrites a block's matrices ("fast weights"). `retention_update` is the rule; the rest
+computes it for each chunk of each row in few passes over the weights."""
 
 from typing import NamedTuple
 

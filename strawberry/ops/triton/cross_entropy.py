@@ -15,7 +15,8 @@ def fused_cross_entropy(
     logits: Tensor, targets: Tensor, V: int, cap: float | None, scale: float = 1.0, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cross entropies (N,) float32 and scale · their gradients by the logits (N, ≥ V), of which the first V count, in
-    the logits' type or another; targets (N,) int64, what is negative costs nothing. See `cross_entropy_fwd_bwd` in model.py,
+    the logits' type or another; targets (N,) int64, what is negative costs nothing. See `cross_entropy_fwd_bwd` in
+    strawberry/ops/cross_entropy.py,
     which is the reference. Only where `usable(logits)`.
 
     Up to HEAD_WIDEST logits a program holds all of a token: they are read once and their gradients written once, which
