@@ -8,8 +8,8 @@ tokens have one size, so that no pass over the tensor measures its largest value
 measured (`quantize_fp8_dynamic`).
 
 `torch._scaled_mm` wants both operands with the summed axis contiguous: forward multiplies x (tokens, in) and W
-(out, in) as they are, but a weight's gradient sums over tokens, so x and the gradient are also needed transposed, in FP8.
-The kernels of ops/triton/float8.py write both layouts in one pass, with the activation where there is one.
+(out, in) as they are, but a weight's gradient sums over tokens, so x and the gradient are also needed transposed, in
+FP8. The kernels of ops/triton/float8.py write both layouts in one pass, with the activation where there is one.
 """
 
 from collections.abc import Sequence
