@@ -1,7 +1,8 @@
-# make train: from nothing to a trained model and its text.  make test: the tests.  make torture: the long ones.
+# make train: from nothing to a trained model and its text.  make test: the tests.  make test-gpu: those that need a GPU.  make torture: the long ones.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_TESTS = $(shell grep -l "mark.cuda" tests/test_*.py)
 
 train: $(VENV)/installed
 	$(BIN)/python prepare.py
@@ -11,6 +12,11 @@ train: $(VENV)/installed
 # one thread for each of two workers: more of either only get in each other's way on two cores
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+# what needs a GPU, with the Python at hand (no GPU: nothing runs); those that fill or time the GPU come one by one
+test-gpu:
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --cuda -n 8 -m "not whole_gpu" $(GPU_TESTS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --cuda -m whole_gpu $(GPU_TESTS)
 
 # the tests of survival with full counts: a quarter of an hour; prints the README's table
 torture: $(VENV)/installed
@@ -28,4 +34,4 @@ $(VENV)/installed: requirements.txt
 clean:
 	rm -rf $(VENV) data/*.bin bin/* img/*.png
 
-.PHONY: train test torture lint clean
+.PHONY: train test test-gpu torture lint clean

@@ -364,7 +364,7 @@ class Decoder:
         are nobody's yet, so it does no harm."""
         self.bucket, self.ahead = self.smallest, 1
         if compile:  # for one shape only: every further one would take as long again
-            self.logits.step = compiled(self.model.step, self.rows)
+            self.logits.step = compiled(self.model.decode_step, self.rows)
             self.draws.sample_all = compiled(sample, self.rows) if self.rows == 1 else sample
             self.bucket, self.shrink = self.logits.room, False
         stream = torch.cuda.Stream()

@@ -528,13 +528,19 @@ def list_outputs(run) -> list[Output]:
 
 def list_inputs(run, config: str | None = None) -> list[Input]:
     """Every file that a run reads, its --config among them. A model that is trained further into its own path is one of
-    the outputs."""
+    the outputs, and checkpoints that a run starts from are set aside, not replaced."""
     inputs = [Input("--config", find_config(config))] if config else []
     inputs += [Input("dataset.path", path) for path in dataset.token_files(run.dataset)]
     inputs += encoder_inputs("encoder_path", run.encoder_path)
-    if run.pretrained and not is_same_file(run.pretrained, run.model_path):
+    if run.pretrained and not is_own_checkpoint(run) and not is_same_file(run.pretrained, run.model_path):
         inputs.append(Input("init_from", run.pretrained))
     return inputs
+
+
+def is_own_checkpoint(run) -> bool:
+    """Whether the model that a run starts from is one of the checkpoints in its own checkpoints.path."""
+    path, root = Path(os.path.realpath(run.pretrained)), Path(os.path.realpath(run.checkpoints.path))
+    return path == root or (path.is_relative_to(root) and path.relative_to(root).parts[0].startswith("step_"))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

@@ -137,7 +137,8 @@ def _read_head(path: str | os.PathLike) -> bytes | None:
         with open(path, "rb") as file:
             head = file.read(HEAD)
             is_long = head.lstrip()[:1] in (b"{", b"[") or head[8:9] == b"{"
-            return head + file.read(LONG_HEAD - len(head)) if is_long else head
+            size = min(LONG_HEAD, os.fstat(file.fileno()).st_size)  # read() allocates all that it is asked for
+            return head + file.read(max(size - len(head), 0)) if is_long else head
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 

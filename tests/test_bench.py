@@ -660,11 +660,12 @@ def test_an_error_of_another_kind_is_not_hidden(quick, monkeypatch):
 
 
 @pytest.mark.cuda
+@pytest.mark.whole_gpu
 def test_decode_measures_on_a_gpu(quick):
     bench.main(["decode", "t.json", "p.json", "--batches", "1,3", "--contexts", "8,250", "--out", "out"])
     found = json.loads(Path("out/decode.json").read_text())
     cells = [cell for row in found["rows"] for cell in row["cells"]]
-    assert found["dtype"] == "torch.bfloat16" and found["bandwidth"] > 1e11
+    assert found["dtype"] == "torch.bfloat16" and found["bandwidth"] > 1e9
     assert len(cells) == 8 and all(cell["tokens_per_s"] > 100 for cell in cells)
 
 

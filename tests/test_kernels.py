@@ -59,6 +59,7 @@ assert decode_attention(x[None], k, k * 7, torch.tensor([1]), 4, 1.0).flatten().
 
 
 @pytest.mark.cuda
+@pytest.mark.whole_gpu
 def test_kernels_on_a_gpu():
     """Each against float64; what it prints of times is not judged."""
     run = python("bench.py", "kernels")

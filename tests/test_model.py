@@ -207,7 +207,7 @@ def test_steps_of_rows_that_stand_apart(case):
     cache.positions[:], cache.lengths = -1, [1] * 3
     for row, n in ((0, 20), (2, 9)):
         cache.positions[row] = cache.lengths[row] = 0
-        model(idx[row : row + 1, :n], cache=cache.part(slice(row, row + 1)))
+        model(idx[row : row + 1, :n], cache=cache.slice(slice(row, row + 1)))
         cache.lengths[row] = n
     for _ in range(T - 20):
         if model.chunk_size and (rows := [row for row in (0, 2) if cache.lengths[row] % model.chunk_size == 0]):

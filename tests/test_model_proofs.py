@@ -6,6 +6,7 @@ Index:  sums over long texts · gradients · half precision · parameters · ope
 """
 
 import copy
+import importlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,6 @@ from model import AFTS, CONFIGS, INITIALIZERS, LAM, MODELS, build, init_weights
 from optimizer import DECAYED, HIDDEN, ROLES, build_optimizer
 from options import OptimizerHyperparams, check
 from strawberry.context import ForwardContext
-from strawberry.ops import aft_positional
 from strawberry.ops.aft import AFTSimpleScan, SoftmaxState
 from strawberry.ops.chunks import (
     chunk_sums,
@@ -39,6 +39,7 @@ from strawberry.ops.qkv import no_transform
 from strawberry.ops.retention import BlockWeights, GatedUpdate, rescale_std, update_concatenated, update_separately
 
 torch.set_num_threads(1)
+aft_positional = importlib.import_module("strawberry.ops.aft_positional")  # ops.aft_positional is its function
 
 # ---- sums over long texts ------------------------------------------------------------------------------------------
 

@@ -617,7 +617,7 @@ def test_gradients_travel_in_large_parcels_where_all_come_at_once(hyper, compile
     monkeypatch.setattr(ranks.Replicated, "listening", lambda self: contextlib.nullcontext())
     model = build({"n_embd": 16, "n_head": 2, "vocab_size": 16, "block_size": 16} | hyper)
     object.__new__(ranks.Replicated).forward(model, compiled, lambda: False)
-    assert (model.pieces, about.get("bucket_cap_mb")) == (pieces, parcel)
+    assert (model.compile_partitions, about.get("bucket_cap_mb")) == (pieces, parcel)
 
 
 def test_steps_left_to_the_device_are_those_of_the_host(found):

@@ -1230,7 +1230,7 @@ def test_bits_are_per_byte_not_per_token():
 
         def __init__(self):
             super().__init__()
-            self.here = torch.zeros(0)
+            self.device = torch.device("cpu")
 
         def forward(self, idx, targets, source=None):
             return None, torch.tensor(math.log(258))

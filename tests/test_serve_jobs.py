@@ -29,6 +29,7 @@ import torch
 import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import require, require_program
 
 import assemble
 import dataset
@@ -785,8 +786,8 @@ def assembled(site, **wishes):
     return until(look, what="the dataset")
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_every_kind_of_text_can_be_uploaded_and_read(site, tmp_path):
+    require_program("curl")
     names = [f"x{suffix}" for suffix in jobs.TEXT_SUFFIXES] + ["NOTES.MD", "Makefile", ".profile", "y.rst.gz"]
     contents = {name: f"{i} is the text of {name}\n" for i, name in enumerate(names)}
     lists = {"a.jsonl": '"one"\n', "b.ndjson": '{"text": "two"}\n', "c.JSONLINES.gz": '"three"\n', "d.json": '["four"]'}
@@ -1477,9 +1478,10 @@ def fill(path):
             file.write(bytes(4096))
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not can_mount(), reason="needs a kernel that lets users mount a tmpfs")
 def test_a_disk_that_is_full_to_the_last_byte_is_told(tmp_path):
     """Neither the run nor the server can write anything: events and the answer to pause say it all the same."""
+    require_program("unshare")
+    require(can_mount(), "a kernel that lets users mount a tmpfs (unshare -rm)")
     (tmp_path / "data").mkdir()
     serving = f"mount -t tmpfs -o size=6m none {tmp_path / 'data'} && exec \"$0\" \"$@\""
     argv = [sys.executable, str(ROOT / "serve.py"), f"--data={tmp_path / 'data'}", f"--models={tmp_path / 'models'}",

@@ -680,6 +680,7 @@ def test_a_cpu_that_is_out_of_memory_says_so(den):
 
 
 @pytest.mark.cuda
+@pytest.mark.whole_gpu
 def test_a_gpu_that_is_full_and_the_batch_that_fits_it(den, capsys):
     """With 8 GB left of the GPU, the batch that auto finds trains; four times as much does not, and is told."""
     wide = {"block_size": 256, "n_embd": 128, "n_qkv": 128, "n_layer": 4, "retention_chunk": 128}

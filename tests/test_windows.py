@@ -140,8 +140,7 @@ def dense(count: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def test_the_tables_of_blocks_say_what_the_window_sees(length):
     """Each block of 16 queries and 16 keys: seen in part, whole or not at all, found by looking at every pair."""
     n, windows = 16, (1, 2, 15, 16, 17, 18, 31, 32, 33, 33, 48, 64, 100, 200)
-    window, *tables = sliding_window_block_mask(length, windows, "cpu", n)
-    assert tuple(window.tolist()) == windows
+    tables = sliding_window_block_mask(length, windows, "cpu", n)
     J = -(-length // n)
     t = torch.arange(J * n)
     seen = torch.stack([(t[:, None] >= t) & (t[:, None] - t < w) & (t[:, None] < length) for w in windows])

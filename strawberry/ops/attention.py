@@ -192,7 +192,7 @@ def flex_sliding_window(
         ctx.mask_cache[key] = sliding_window_block_mask(T, windows, q.device)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # cast first: the other way round it would be a copy
-    mask = BlockMask((T, T), *ctx.mask_cache[key][1:], (128, 128), sliding_window_mask_mod(ctx.mask_cache[key][0]))
+    mask = BlockMask((T, T), *ctx.mask_cache[key], (128, 128), sliding_window_mask_mod(windows))
     tiles = FLEX_TILES if q.size(-1) == v.size(-1) == 64 and dtype.itemsize == 2 else None
     y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=tiles)
     return y.transpose(1, 2)

@@ -93,15 +93,26 @@ def sliding_window_mask(n: int, before: int, window: int, device) -> Tensor:
     return AttentionPattern(window).mask(t[None], s[None])
 
 
-def sliding_window_mask_mod(window: Tensor) -> Callable:
-    """FlexAttention's mask for windows (H,), or (1,) for all heads."""
-    if len(window) == 1:
-        return lambda b, h, t, s: (s <= t) & (t - s < window[0])
-    return lambda b, h, t, s: (s <= t) & (t - s < window[h])
+def sliding_window_mask_mod(windows: tuple[int, ...]) -> Callable:
+    """FlexAttention's mask for the window of each head, or of all heads where there is one number.
+
+    The windows are constants of the graph: Inductor cannot lower a mask that reads a tensor of them by the head's
+    number once that tensor is computed in the same graph (torch 2.11).
+    """
+    (first, n), *later = [(window, len(list(run))) for window, run in itertools.groupby(windows)]
+
+    def mask_mod(b, h, t, s):
+        window, start = first, n
+        for other, count in later:
+            window = torch.where(h >= start, other, window)
+            start += count
+        return (s <= t) & (t - s < window)
+
+    return mask_mod
 
 
 def sliding_window_block_mask(T: int, windows: tuple[int, ...], device, n: int = 128) -> tuple[Tensor, ...]:
-    """Windows (H,) and BlockMask's tables: for each block of n queries how many blocks of keys it sees in part, which,
+    """BlockMask's tables for windows (H,): for each block of n queries how many blocks of keys it sees in part, which,
     how many whole, which; and the same for each block of keys. (1, H, J) and (1, H, J, J), by arithmetic alone."""
     J = -(-T // n)
     runs = itertools.groupby(windows)
@@ -111,7 +122,7 @@ def sliding_window_block_mask(T: int, windows: tuple[int, ...], device, n: int =
     first, whole = (i * n - w + 1).clamp(min=0) // n, ((i * n + 2 * n - 1 - w).clamp(min=0) // n).minimum(i)
     whole = torch.where(i < J - ragged, whole, i)  # first … whole − 1 and i in part, whole … i − 1 whole
     last, end = ((i * n + n + w - 2) // n).clamp(max=J - 1), (i + w // n - 1).clamp(max=J - 1 - ragged).maximum(i)
-    tables = (
+    return (
         *padded_block_indices(
             whole - first + 1, torch.where(i < (whole - first)[..., None], first[..., None] + i, i[:, None])
         ),
@@ -121,7 +132,6 @@ def sliding_window_block_mask(T: int, windows: tuple[int, ...], device, n: int =
         ),  # its own, end + 1 … last
         *padded_block_indices(end - i, (i[:, None] + 1 + i).expand(len(window), J, J)),
     )
-    return window, *tables
 
 
 def padded_block_indices(count: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
