@@ -86,7 +86,6 @@ import encoder as encoders
 import plot
 import train
 from checkpoint import load_model, save_model
-from dataset import Corpus
 from model import CONFIGS, Embedding, LanguageModel, LearnedPositions, build
 from optimizer import build_optimizer
 from options import (
@@ -103,6 +102,7 @@ from options import (
 )
 from strawberry.cache import Cache, ChunkCache, iter_layer_caches
 from strawberry.common import Input, Output, check_outputs
+from strawberry.data.dataset import Corpus
 from strawberry.ops.linear import Int8Weight
 from train import Signals, Trainer
 
@@ -111,7 +111,7 @@ MIN_LR = 0.1  # the learning rate at the end, as a share of the highest
 TOLERANCE = 0.02  # of --match params
 FORMAT = 1  # of the files in runs/: those of another are not read
 POLL_SECONDS = 0.3  # between looks at the children
-CODE = ("model.py", "optimizer.py", "dataset.py", "train.py", "strawberry/**/*.py")  # what a run's result depends on
+CODE = ("model.py", "optimizer.py", "train.py", "strawberry/**/*.py")  # what a run's result depends on
 
 # Keys that are the same for all, as the first config has them: what is seen, in which portions, and how it is judged.
 SHARED = ("dataset.path", "dataset.load_from_file", "dataset.data_division", "encoder_path",

@@ -1,7 +1,7 @@
 """Uploaded files, and jobs that run as processes of their own: what serve.py keeps on disk. Nothing here is HTTP.
 
     Uploads     files as they came, data/files/<id>/content.jsonl.gz and what is known of it
-    Jobs        data/datasets/<id> and data/runs/<id>: a job each, made by a child process (assemble.py, train.py)
+    Jobs        data/datasets/<id> and data/runs/<id>: a job each, made by a child process (assemble, train)
 
 Files and jobs are named by ids that this program draws. An id is a word of a fixed form, checked before it meets a
 path, and no link is followed, so that no name which a client gives reaches the file system.
@@ -41,15 +41,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import assemble
 import checkpoint
-import dataset
 import encoder as encoders
 import options
 from model import CONFIGS
 from options import UserError, atomic_write, nearest, read_json, show
 from sample import MODEL_SUFFIXES
 from strawberry import status_file
+from strawberry.data import assemble
+from strawberry.data.objectives import count_extra_ids
 
 HERE = Path(__file__).resolve().parent
 ABOUT, LOG, EVENTS, PID, STATUS = "about.json", "log.txt", "events.jsonl", "pid.json", "status.json"
@@ -332,7 +332,8 @@ class Child:
         (self.folder / PID).unlink(missing_ok=True)
         status_file.allocate(self.folder / STATUS)
         command = [sys.executable, "-c", LAUNCH, str(self.folder / PID), *argv]
-        env = {**os.environ, status_file.VARIABLE: str(self.folder / STATUS)}
+        path = [str(Path(status_file.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), status_file.VARIABLE: str(self.folder / STATUS)}
         with open(self.folder / LOG, "ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                             cwd=self.folder, env=env, start_new_session=True)  # fmt: skip
@@ -574,7 +575,7 @@ class Work(NamedTuple):
 
 
 def dataset_work(jobs: Jobs, job: Job) -> Work | None:
-    """assemble.py with the job's recipe, whose files and encoder are put in as paths."""
+    """strawberry.data.assemble with the job's recipe, whose files and encoder are put in as paths."""
     recipe = dict(job.request["recipe"])
     recipe["files"] = [str(jobs.uploads.path(name, "files")) for name in recipe["files"]]
     given = recipe["encoder"]
@@ -583,7 +584,7 @@ def dataset_work(jobs: Jobs, job: Job) -> Work | None:
         jobs.encoder_of(given).save(recipe["encoder"])
     atomic_write(job.folder / "recipe.json", json.dumps(recipe).encode())
     (job.folder / assemble.PROGRESS).unlink(missing_ok=True)
-    return Work([str(HERE / "assemble.py"), "recipe.json", "."], job.folder / assemble.RESULT)
+    return Work(["-m", "strawberry.data.assemble", "recipe.json", "."], job.folder / assemble.RESULT)
 
 
 def is_published(encoder: str) -> bool:
@@ -632,7 +633,7 @@ def complete_run(jobs: Jobs, job: Job, made_of: Path) -> options.Run:
     hyper = run.model_hyperparams
     if not base and not job.request["vocab_size"]:
         encoder = encoders.load(made_of / assemble.ENCODER)
-        spare = dataset.spare_ids(run.objective, getattr(hyper, "kind", "decoder"), hyper.block_size, encoder)
+        spare = count_extra_ids(run.objective, getattr(hyper, "kind", "decoder"), hyper.block_size, encoder)
         hyper.vocab_size = encoder.vocab_size + spare
     return run
 

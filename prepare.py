@@ -14,9 +14,9 @@ written with an `<|eot|>` after each. The same input gives the same bytes, and a
 its input and its encoder is up to date.
 
 Memory is constant: a text file is read a megabyte at a time, a .json or .jsonl an entry at a time, and what grows with
-the input stands on disk, in unnamed temporary files beside the output as large as the output. Only the files' names
+the input is on disk, in unnamed temporary files beside the output as large as the output. Only the files' names
 are held. Shuffling is exact over all documents, whichever file they come from: they are encoded into such a temporary
-file, then copied from it in the order of a permutation that is a formula (dataset.permute).
+file, then copied from it in the order of a permutation that is a formula (strawberry/data/order.py).
 
 Index:  corpora · pairs · the encoder · writing the token file · the command line
 """
@@ -24,7 +24,6 @@ Index:  corpora · pairs · the encoder · writing the token file · the command
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import hashlib
 import itertools
@@ -32,9 +31,7 @@ import json
 import os
 import re
 import sysconfig
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -42,11 +39,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import dataset
 import options
 from encoder import Encoder, cut_pieces, load, train
 from options import UserError, check_path_arguments, show
 from strawberry.common import Input, Output, check_outputs, encoder_inputs, find_previous
+from strawberry.data import encoding
+from strawberry.data.docstrings import DocstringPairs
 from strawberry.data.documents import (
     Documents,
     InputFile,
@@ -57,12 +55,12 @@ from strawberry.data.documents import (
     ignore_progress,
     walk_folder,
 )
+from strawberry.data.encoding import Spool, encode_documents, encode_pairs
+from strawberry.data.order import permutation
+from strawberry.data.token_file import TokenFile, TokenFileWriter
 
-PIECE = 1 << 20  # characters of a document, or tokens of one, that are taken at a time
-BATCH = 1 << 22  # characters that are encoded at a time, on all threads
-TRAINING_TEXT = 10**8  # characters that an encoder is trained on, at most
 SEED = 0  # of the shuffle
-LONGEST = 1 << 16  # tokens of a pair's source or target: both fit into a piece
+MAX_PAIR_TOKENS = 1 << 16  # of --longest: a pair's source and target fit into a piece
 
 # ---- corpora -------------------------------------------------------------------------------------------------------
 
@@ -102,7 +100,7 @@ GENERATED = re.compile(
 )
 
 
-def python_sources(root: Path, names: Iterable[str]) -> list[tuple[str, Path]]:
+def filter_python_sources(root: Path, names: Iterable[str]) -> list[tuple[str, Path]]:
     """Those of the files `names`, under root, that are Python sources and no tests, sorted."""
     kept = []
     for name in sorted(set(names)):
@@ -112,11 +110,11 @@ def python_sources(root: Path, names: Iterable[str]) -> list[tuple[str, Path]]:
     return kept
 
 
-def stdlib() -> Source:
+def find_stdlib() -> Source:
     """The standard library of the Python that runs, and the topics of its pydoc, each a document of its own."""
     root = Path(sysconfig.get_path("stdlib"))
     names = (name for name, _ in walk_folder(root, LEFT_OUT)) if root.is_dir() else ()
-    files = python_sources(root, set(names) - {"pydoc_data/topics.py"})
+    files = filter_python_sources(root, set(names) - {"pydoc_data/topics.py"})
     if len(files) < 100:
         raise UserError(f"this Python keeps no sources of its standard library in {root} (found {len(files)} files; it "
                         "may be in a zip, or stripped): use a full install of Python, or your own text with --input")
@@ -125,14 +123,14 @@ def stdlib() -> Source:
     except ImportError:
         topics = {}
     texts = [topics[name] for name in sorted(topics)]
-    return Source("the standard library's sources", corpus_documents(files), texts, is_corpus=True)
+    return Source("the standard library's sources", make_documents(files), texts, is_corpus=True)
 
 
-def corpus_documents(files: Iterable[tuple[str, Path]]) -> Documents:
+def make_documents(files: Iterable[tuple[str, Path]]) -> Documents:
     return Documents([InputFile(path, name, is_named=False) for name, path in files], format="text")
 
 
-def packages(requirements: Path) -> Source:
+def find_packages(requirements: Path) -> Source:
     """The Python sources of the packages that requirements.txt pins for every platform: no tests, nothing generated."""
     pins = read_pins(requirements)
     files = []
@@ -145,11 +143,11 @@ def packages(requirements: Path) -> Source:
             raise UserError(f"{requirements} pins {name} {version}, and {package.version} is installed: "
                             f"pip install -r {requirements}")
         listed = [file.as_posix() for file in package.files or ()]
-        files += python_sources(Path(package.locate_file("")), listed)
+        files += filter_python_sources(Path(package.locate_file("")), listed)
     kept = [(name, path) for name, path in files if path.is_file() and not is_generated(name, path)]
     if not kept:
         raise UserError(f"the packages that {requirements} pins have no Python sources here: use --input")
-    return Source(f"the sources of {len(pins)} packages", corpus_documents(kept), is_corpus=True)
+    return Source(f"the sources of {len(pins)} packages", make_documents(kept), is_corpus=True)
 
 
 def read_pins(requirements: Path) -> list[tuple[str, str]]:
@@ -170,7 +168,7 @@ def is_generated(name: str, path: Path) -> bool:
 # ---- pairs ---------------------------------------------------------------------------------------------------------
 
 
-def entry_pair(entry, where: str) -> tuple[str, str]:
+def find_pair(entry, where: str) -> tuple[str, str]:
     """(source, target) of an entry {"source": string, "target": string} with any other keys beside them."""
     pair = tuple(entry.get(key) for key in ("source", "target")) if isinstance(entry, dict) else ()
     if not pair or not all(isinstance(text, str) for text in pair):
@@ -179,70 +177,9 @@ def entry_pair(entry, where: str) -> tuple[str, str]:
     return pair
 
 
-def entry_both(entry, where: str) -> str:
+def find_both_texts(entry, where: str) -> str:
     """Both texts of an entry that is a pair, for an encoder to be trained on."""
-    return "\n".join(entry_pair(entry, where))
-
-
-class Docstrings:
-    """The pairs in Python sources: the docstring of each function is the source, the function without it the target.
-
-    Files that Python cannot parse are left out; .unparsed counts them.
-    """
-
-    def __init__(self, documents: Documents):
-        self.documents = documents
-        self.unparsed: list[str] = []
-
-    def read(self, progress: Callable[[int], object] = ignore_progress) -> Iterator[tuple[tuple[str, str], bool]]:
-        """((source, target), True) of each pair."""
-        self.unparsed = []
-        for scanned in self.documents.files:
-            text = "".join(part for part, _ in self.documents.read([scanned], progress=progress))
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of spellings that Python has come to dislike
-                    pairs = list(documented(text))
-            except (ValueError, SyntaxError, RecursionError):
-                self.unparsed.append(scanned.file.label)
-                continue
-            yield from ((pair, True) for pair in pairs)
-
-    def notes(self) -> list[str]:
-        names = f"{', '.join(self.unparsed[:10])}{' …' if len(self.unparsed) > 10 else ''}"
-        unparsed = [f"left out {len(self.unparsed):,} that Python cannot parse: {names}"] if self.unparsed else []
-        return [*self.documents.notes(), *unparsed]
-
-
-def documented(text: str) -> Iterator[tuple[str, str]]:
-    """(docstring, code without it) of each function in a Python source, in the order of the text.
-
-    >>> list(documented('def add(a, b):\\n    "Sum of two."\\n    return a + b\\n'))
-    [('Sum of two.', 'def add(a, b):\\n    return a + b\\n')]
-    """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    lines = text.split("\n")
-    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    for node in sorted(functions, key=lambda node: node.lineno):
-        told, code = ast.get_docstring(node), without_docstring(node, lines)
-        if told and len(told.split()) > 1 and code:
-            yield told, code
-
-
-def without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """The source of a function, shifted to the margin, less its docstring; "" where nothing else is in it, or where the
-    docstring shares a line with code."""
-    doc = node.body[0]
-    before = lines[doc.lineno - 1].encode()[: doc.col_offset]
-    after = lines[doc.end_lineno - 1].encode()[doc.end_col_offset :].split(b"#")[0]
-    if len(node.body) == 1 or before.strip() or after.strip():
-        return ""
-    body = lines[doc.end_lineno : node.end_lineno]
-    while not body[0].strip():  # the blank line after a docstring
-        body.pop(0)
-    indent = node.col_offset
-    kept = [*lines[node.lineno - 1 : doc.lineno - 1], *body]
-    return "".join((line if line[:indent].strip() else line[indent:]) + "\n" for line in kept)
+    return "\n".join(find_pair(entry, where))
 
 
 # ---- the encoder ---------------------------------------------------------------------------------------------------
@@ -265,25 +202,24 @@ def load_encoder(spec: str, vocab_size: int | None) -> Encoder:
 def train_encoder(spec: str, vocab_size: int, source: Source) -> Encoder:
     """An encoder trained on the source and saved as `spec`."""
     print(f"training an encoder of {vocab_size} tokens on {source.name}", flush=True)
-    encoder = train(training_text(source), vocab_size)
+    encoder = train(read_training_text(source), vocab_size)
     encoder.save(spec)
     return encoder
 
 
-def training_text(source: Source) -> Iterator[str]:
-    """Text to train on: the files in shuffled order, the first TRAINING_TEXT characters of them."""
+def read_training_text(source: Source) -> Iterator[str]:
+    """Text to train on: the files in shuffled order, the first MAX_TRAINING_CHARS characters of them."""
     files = source.documents.files
-    order = dataset.permute(np.arange(len(files)), len(files), dataset.keys(SEED, np.zeros(len(files))))
-    find_entry = entry_both if source.longest else find_text
-    parts = source.documents.read((files[i] for i in order), find_entry)
-    left = TRAINING_TEXT
-    for text, _ in itertools.chain(((text, True) for text in source.texts), cut_pieces(parts, PIECE)):
+    find_entry = find_both_texts if source.longest else find_text
+    parts = source.documents.read((files[i] for i in permutation(len(files), SEED)), find_entry)
+    left = encoding.MAX_TRAINING_CHARS
+    for text, _ in itertools.chain(((text, True) for text in source.texts), cut_pieces(parts, encoding.PIECE)):
         if text:
             yield text[:left]
             left -= len(text)
         if left <= 0:
             return
-    if left == TRAINING_TEXT:
+    if left == encoding.MAX_TRAINING_CHARS:
         raise UserError(explain_no_text(source, "file"))
 
 
@@ -296,122 +232,7 @@ def explain_no_text(source: Source, what: str, notes: Iterable[str] = ()) -> str
 # ---- writing the token file ----------------------------------------------------------------------------------------
 
 
-class Spool:
-    """Encoded documents on disk, in the order they came, to be read in a shuffled one. Its files have no names."""
-
-    def __init__(self, folder: Path, dtype: np.dtype):
-        self.dtype, self.n_tokens, self.n_documents, self.n_empty = dtype, 0, 0, 0
-        self.tokens = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
-        self.ends = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._mark(0)
-        self._start = 0
-        self.notes: list[str] = []  # what was left out on the way here
-
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.tokens.close()
-        self.ends.close()
-
-    def _mark(self, end: int) -> None:
-        self.ends.write(end.to_bytes(8, "little"))
-
-    def add(self, tokens: np.ndarray, last: bool) -> None:
-        self.tokens.write(tokens.astype(self.dtype).tobytes())
-        self.n_tokens += len(tokens)
-        if last and self.n_tokens == self._start:
-            self.n_empty += 1
-        elif last:
-            self._mark(self.n_tokens)
-            self.n_documents, self._start = self.n_documents + 1, self.n_tokens
-
-    def shuffled(self, seed: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """(tokens, whether they end their document), each document whole and in order."""
-        n = self.n_documents
-        for first in range(0, n, 1 << 16):
-            places = np.arange(first, min(first + (1 << 16), n))
-            for document in dataset.permute(places, n, dataset.keys(seed, np.zeros(len(places)))):
-                yield from self.read(*self.span(int(document)))
-
-    def span(self, document: int) -> tuple[int, int]:
-        """Where the document begins and ends, in tokens of the spool."""
-        self.ends.seek(8 * document)
-        return tuple(np.frombuffer(self.ends.read(16), "<u8").tolist())
-
-    def read(self, start: int, end: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """(tokens, whether they are the last) of the tokens start … end − 1, in pieces."""
-        self.tokens.seek(start * self.dtype.itemsize)
-        for at in range(start, end, PIECE):
-            data = self.tokens.read(min(PIECE, end - at) * self.dtype.itemsize)
-            yield np.frombuffer(data, self.dtype), at + PIECE >= end
-
-
-def encode_all(pieces: Iterable[tuple[str, bool]], encoder: Encoder, spool: Spool) -> int:
-    """Encode pieces of documents into the spool, a batch at a time on all processors; returns the bytes of text."""
-    n_bytes, size, texts, lasts = 0, 0, [], []
-
-    def flush() -> None:
-        for tokens, last in zip(encoder.encode_batch(texts, num_threads=os.cpu_count() or 1), lasts, strict=True):
-            spool.add(tokens, last)
-        texts.clear()
-        lasts.clear()
-
-    for text, last in pieces:
-        texts.append(text)
-        lasts.append(last)
-        n_bytes += len(text.encode("utf-8", "surrogatepass"))
-        size += len(text) + 256  # for short texts, the objects around them
-        if size >= BATCH:
-            flush()
-            size = 0
-    flush()
-    return n_bytes
-
-
-def encode_pairs(pairs: Iterable[tuple[tuple[str, str], bool]], encoder: Encoder, spool: Spool, longest: int) -> int:
-    """Encode pairs into the spool, each as its source, an eot, and its target; returns the bytes of text.
-
-    Sources are cut to `longest` tokens, the eot included; a pair whose target is longer is left out, since half a
-    target is none. spool.notes says how many.
-    """
-    n_bytes = n_cut = n_long = 0
-    for batch in batches(pair for pair, _ in pairs):
-        sources, targets = zip(*batch, strict=True)
-        n_threads = os.cpu_count() or 1
-        encoded = zip(encoder.encode_batch(sources, n_threads), encoder.encode_batch(targets, n_threads), strict=True)
-        for source, target in encoded:
-            if not len(source) or not len(target):
-                spool.n_empty += 1
-            elif len(target) >= longest:
-                n_long += 1
-            else:
-                if len(source) >= longest:
-                    n_cut += 1
-                    source = source[: longest - 1]
-                spool.add(np.concatenate((source, [encoder.eot], target)), last=True)
-                n_bytes += len(encoder.decode_bytes(source)) + len(encoder.decode_bytes(target))
-    if n_long:
-        spool.notes.append(f"left out {n_long:,} pairs with a target of more than {longest} tokens (--longest)")
-    if n_cut:
-        spool.notes.append(f"cut {n_cut:,} sources to {longest} tokens (--longest)")
-    return n_bytes
-
-
-def batches(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Lists of pairs, each of about BATCH characters."""
-    batch, size = [], 0
-    for pair in pairs:
-        batch.append(pair)
-        size += sum(map(len, pair)) + 512  # for short texts, the objects around them
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def put(writer: dataset.TokenFileWriter, tokens: np.ndarray, last: bool) -> None:
+def write_document(writer: TokenFileWriter, tokens: np.ndarray, last: bool) -> None:
     """A document, or a part of one, or a pair, from the spool into the file."""
     if writer.kind == "pairs":
         middle = int(np.argmax(tokens == writer.encoder.eot))
@@ -420,14 +241,14 @@ def put(writer: dataset.TokenFileWriter, tokens: np.ndarray, last: bool) -> None
     writer.add(tokens, last)
 
 
-def write(source: Source, encoder: Encoder, output: str) -> None:
+def write_token_file(source: Source, encoder: Encoder, output: str) -> None:
     """Encode, shuffle and write the source; a line on stdout says what came of it."""
     began, what = time.perf_counter(), "pair" if source.longest else "document"
     folder = Path(os.path.realpath(output)).parent
     size = sum(scanned.file.size for scanned in source.documents.files)
-    reader = Docstrings(source.documents) if source.is_corpus and source.longest else source.documents
+    reader = DocstringPairs(source.documents) if source.is_corpus and source.longest else source.documents
     with (
-        dataset.TokenFileWriter(output, encoder, source.digest, source.kind) as writer,
+        TokenFileWriter(output, encoder, source.digest, source.kind) as writer,
         Spool(folder, writer.dtype) as spool,
         tqdm(total=size, desc="encoding", unit="B", unit_scale=True, disable=None) as bar,
     ):
@@ -435,13 +256,13 @@ def write(source: Source, encoder: Encoder, output: str) -> None:
             if source.longest:
                 n_bytes = encode_pairs(reader.read(progress=bar.update), encoder, spool, source.longest)
             else:
-                n_bytes = encode_all(cut_pieces(source.read(bar.update), PIECE), encoder, spool)
+                n_bytes = encode_documents(cut_pieces(source.read(bar.update), encoding.PIECE), encoder, spool)
             if not spool.n_documents:
                 raise UserError(explain_no_text(source, what, spool.notes))
             bar.reset(spool.n_tokens * spool.dtype.itemsize)
             bar.set_description("shuffling")
-            for tokens, last in spool.shuffled(SEED):
-                put(writer, tokens, last)
+            for tokens, last in spool.read_shuffled(SEED):
+                write_document(writer, tokens, last)
                 bar.update(tokens.nbytes)
         except OSError as error:  # a full disk, above all
             raise UserError(f"cannot write beside {output}: {error.strerror or error}") from error
@@ -460,7 +281,7 @@ def find_difference(output: str, source: Source, encoder: Encoder | None) -> str
     if not os.path.exists(output):
         return "it is not there"
     try:
-        header = dataset.TokenFile(output).header
+        header = TokenFile(output).header
     except UserError as error:
         return str(error)
     if header.source != source.digest:
@@ -473,8 +294,8 @@ def find_difference(output: str, source: Source, encoder: Encoder | None) -> str
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 
-def verify(path: str) -> None:
-    file = dataset.TokenFile(path)
+def verify_token_file(path: str) -> None:
+    file = TokenFile(path)
     header = file.header
     with tqdm(total=header.n_tokens, desc="verifying", unit="tokens", unit_scale=True, disable=None) as bar:
         file.verify(bar.update)
@@ -483,7 +304,7 @@ def verify(path: str) -> None:
           f"{header.vocab_size:,}), encoder {header.encoder[:12]}…, SHA-256 {header.sha256[:12]}…")
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Turn text into a token file.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--input", nargs="+", action="extend", metavar="PATH", help="files, directories or globs of "
@@ -516,15 +337,16 @@ def get_source(given: argparse.Namespace) -> tuple[Source, str]:
     output = given.output or (default if given.pairs is None else "data/pairs.bin")
     if given.pairs is not None and given.input:
         raise UserError("--pairs and --input exclude each other: name the files after --pairs")
-    if not 2 <= given.longest <= LONGEST:
-        raise UserError(f"--longest {given.longest}: allowed is 2 to {LONGEST:,}")
+    if not 2 <= given.longest <= MAX_PAIR_TOKENS:
+        raise UserError(f"--longest {given.longest}: allowed is 2 to {MAX_PAIR_TOKENS:,}")
     longest = 0 if given.pairs is None else given.longest
     if not names:
-        source = packages(Path(__file__).with_name("requirements.txt")) if given.corpus == "packages" else stdlib()
+        requirements = Path(__file__).with_name("requirements.txt")
+        source = find_packages(requirements) if given.corpus == "packages" else find_stdlib()
         return dataclasses.replace(source, longest=longest, texts=[] if longest else source.texts), output
     written = [Output("--output", output, "tokens"), Output("--encoder", given.encoder, "encoder")]
     inputs = expand_inputs(names, option, leave_out=find_previous(written))
-    find_entry = entry_pair if longest else find_text
+    find_entry = find_pair if longest else find_text
     documents = Documents(inputs, find_entry, given.format, given.errors, "--errors replace", only_json=longest > 0)
     return Source(" ".join(names)[:80], documents, longest=longest), output
 
@@ -540,22 +362,22 @@ def check_files(given: argparse.Namespace, source: Source, output: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    given = parse(argv)
+    given = parse_arguments(argv)
     check_path_arguments(given, "input", "verify", "pairs", "output", "encoder")
     if given.verify:
-        verify(given.verify)
+        verify_token_file(given.verify)
         return
     source, output = get_source(given)
     check_files(given, source, output)
     encoder = None if is_missing(given.encoder) else load_encoder(given.encoder, given.vocab_size)
-    scan(source)
+    scan_documents(source)
     difference = find_difference(output, source, encoder)
     if difference is None and not given.force:
         print_up_to_date(output, source)
         return
     if os.path.exists(output) and difference:
         print(f"{output} is out of date: {difference}", flush=True)
-    write(source, encoder or train_encoder(given.encoder, given.vocab_size or 8192, source), output)
+    write_token_file(source, encoder or train_encoder(given.encoder, given.vocab_size or 8192, source), output)
 
 
 def print_up_to_date(output: str, source: Source) -> None:
@@ -567,7 +389,7 @@ def print_up_to_date(output: str, source: Source) -> None:
         print(note)
 
 
-def scan(source: Source) -> None:
+def scan_documents(source: Source) -> None:
     """Look at all of the input once."""
     files = source.documents.inputs
     with tqdm(total=sum(file.size for file in files), desc="checking", unit="B", unit_scale=True, disable=None) as bar:

@@ -36,7 +36,6 @@ from tqdm import tqdm
 import checkpoint
 import decode
 from checkpoint import load_model
-from dataset import read_spelled, spell
 from decode import Decoder, Request
 from model import MODELS
 from options import (
@@ -54,6 +53,7 @@ from options import (
 from strawberry.common import Input, Output, check_outputs
 from strawberry.data import documents
 from strawberry.data.documents import InputFile
+from strawberry.data.objectives import decode_with_sentinels, encode_with_sentinels
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 
@@ -249,7 +249,7 @@ def encode(encoder, text: str, spelled: bool = False) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:  # how Python passes on arguments that are not UTF-8
         raise UserError(f"the text is not UTF-8 (character {error.start}); convert it first") from error
-    return read_spelled(encoder, text) if spelled else encoder.encode(text)
+    return encode_with_sentinels(encoder, text) if spelled else encoder.encode(text)
 
 
 def read_source(text: str | None, model, encoder, record: dict, name: str = "--source") -> list[int] | None:
@@ -381,7 +381,7 @@ class Text:
             piece = self.decoder.push(token)
         else:  # a sentinel, or in a decoder an id that nothing uses
             sentinel = self.request.source is not None
-            piece = self.decoder.flush() + spell(self.encoder, [token]) if sentinel else ""
+            piece = self.decoder.flush() + decode_with_sentinels(self.encoder, [token]) if sentinel else ""
         last = why is not None
         piece = self.until.push(piece + (self.decoder.flush() if last else ""), last)
         self.why = "stop" if self.until.found else why

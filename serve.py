@@ -56,13 +56,10 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-import assemble
 import decode
 import jobs
 import plot
-from assemble import Recipe
 from checkpoint import LOCK, Lock, read_about
-from dataset import spell
 from decode import Decoder
 from encoder import EOT, PAD
 from options import UserError, asks_for_help, check, declared, nearest, object_schema, option, run_cli, show, to_dict
@@ -81,6 +78,8 @@ from sample import (
     windows,
 )
 from strawberry.common import Output, check_outputs
+from strawberry.data import assemble
+from strawberry.data.objectives import decode_with_sentinels
 from strawberry.ops.common import to_accum_dtype
 
 # ---- errors --------------------------------------------------------------------------------------------------------
@@ -1521,7 +1520,8 @@ def text_of(encoder, tokens: list[int]) -> str:
 
 def token_text(encoder, token: int) -> str:
     """A token by itself; one that is no whole character is spelt as OpenAI does, bytes:\\xe2\\x82."""
-    data = encoder.token_bytes(token) if token < encoder.vocab_size else spell(encoder, [token]).encode()
+    is_text = token < encoder.vocab_size
+    data = encoder.token_bytes(token) if is_text else decode_with_sentinels(encoder, [token]).encode()
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -1946,7 +1946,7 @@ TEXT = "^[^\\u0000]*$"
 
 
 @dataclass
-class Assemble(Recipe):
+class Assemble(assemble.Recipe):
     """What a dataset is to be made of. The same files, by content, and the same wishes give the same dataset."""
 
     files: list[str] = option([], "ids of uploaded files; of equal documents the first is kept, in this order")
@@ -2023,7 +2023,7 @@ def dataset_answer(job: jobs.Job) -> dict:
 
 async def create_dataset(body: Assemble, service: TheService) -> DatasetAnswer:
     """Assemble a dataset from uploaded files. It is a job: retrieve it until its status is succeeded or failed."""
-    recipe = Recipe(**{name: getattr(body, name) for name in declared(Recipe)})
+    recipe = assemble.Recipe(**{name: getattr(body, name) for name in declared(assemble.Recipe)})
     return dataset_answer(await run_in_threadpool(service.factory.jobs.assemble, recipe, body.name))
 
 

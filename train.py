@@ -56,11 +56,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-import dataset
 import encoder as encoders
 import plot
 from checkpoint import Lock, newest, own_tensors, save_checkpoint, save_model, set_aside, write_model, write_state
-from dataset import Batch, Corpus, Loader, NextToken, Split
 from model import CONFIGS, build
 from optimizer import build_optimizer, lr_at
 from options import (
@@ -76,6 +74,10 @@ from options import (
 from ranks import Alone, Lost, Ranks, join
 from strawberry import ops, status_file
 from strawberry.common import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
+from strawberry.data.dataset import Corpus, Split, find_token_files
+from strawberry.data.loader import MAX_BATCH, Loader, map_tensors
+from strawberry.data.objectives import Batch, NextToken, decode_with_sentinels, encode_with_sentinels, make_objective
+from strawberry.data.order import derive_keys
 from strawberry.ops import float8
 from strawberry.sharding import batch_parts, divide_batch, to_local
 
@@ -325,7 +327,7 @@ def byte_lengths(encoder, vocab_size: int) -> Tensor:
 
 def make_batch(objective, split, seed: int, first: int, count: int, device) -> Batch:
     """The batch of samples first … first + count − 1, on the device."""
-    return dataset.tensors(objective.batch(split, seed, first, count), lambda part: torch.from_numpy(part).to(device))
+    return map_tensors(objective.make_batch(split, seed, first, count), lambda part: torch.from_numpy(part).to(device))
 
 
 def mean_loss(
@@ -351,7 +353,7 @@ def mean_loss(
             count += batch.n_targets
     total, n_bytes = (sum(torch.stack(values).tolist()) if values else 0 for values in (nats, n_bytes))
     total, n_bytes, count = ranks.total(total, n_bytes, count)
-    return total / max(count, 1), total / math.log(2) / n_bytes if n_bytes and objective.in_bytes else math.nan
+    return total / max(count, 1), total / math.log(2) / n_bytes if n_bytes and objective.has_bits_per_byte else math.nan
 
 
 def strict_loss(model: nn.Module, split: Split, positions: int = STRICT_POSITIONS, rows: int = 16, device="cpu"):
@@ -387,7 +389,7 @@ def sample_answer(model: nn.Module, encoder, source: list[int], length: int, see
     """A source, and what an encoder-decoder makes of it: up to its end, or `length` tokens."""
     tokens = sample_tokens(model, [encoder.eot], length, seed, device, source)[1:]
     answer = list(itertools.takewhile(lambda token: token != encoder.eot, tokens))
-    return f"{dataset.spell(encoder, source)}\n→ {dataset.spell(encoder, answer)}"
+    return f"{decode_with_sentinels(encoder, source)}\n→ {decode_with_sentinels(encoder, answer)}"
 
 
 def sample_tokens(model: nn.Module, start: list[int], length: int, seed: int, device, source=None) -> list[int]:
@@ -439,8 +441,8 @@ def choose_objective(run, encoder, corpus: Corpus):
     """What the run learns, once it fits model and data. Writes into `run` what was left open: objective and pad_id."""
     hyper = run.model_hyperparams
     about = (getattr(hyper, "kind", "decoder"), hyper.vocab_size, hyper.block_size)
-    run.objective, objective = dataset.make_objective(run.objective, *about, encoder, corpus)
-    if objective.pads:
+    run.objective, objective = make_objective(run.objective, *about, encoder, corpus)
+    if objective.has_padding:
         hyper.pad_id = encoder.pad if hyper.pad_id is None else hyper.pad_id
         if hyper.pad_id != encoder.pad:
             told = f"the encoder pads with {encoder.pad}; set it to that or to null"
@@ -530,7 +532,7 @@ def list_inputs(run, config: str | None = None) -> list[Input]:
     """Every file that a run reads, its --config among them. A model that is trained further into its own path is one of
     the outputs, and checkpoints that a run starts from are set aside, not replaced."""
     inputs = [Input("--config", find_config(config))] if config else []
-    inputs += [Input("dataset.path", path) for path in dataset.token_files(run.dataset)]
+    inputs += [Input("dataset.path", path) for path in find_token_files(run.dataset)]
     inputs += encoder_inputs("encoder_path", run.encoder_path)
     if run.pretrained and not is_own_checkpoint(run) and not is_same_file(run.pretrained, run.model_path):
         inputs.append(Input("init_from", run.pretrained))
@@ -683,7 +685,7 @@ class Recorded:
 
     def record(self, micro_batches: list[Batch]) -> None:
         """Record a step over batches of these shapes. Nothing is trained by it, since `good` is still zero."""
-        self.inputs = [dataset.tensors(batch, torch.clone) for batch in micro_batches]
+        self.inputs = [map_tensors(batch, torch.clone) for batch in micro_batches]
         self.optimizer.to_device(self.bad)
         if self.graph is not None:
             warm_up = self.WARM_UP if self.trainer.ranks.world == 1 else self.WARM_UP_TOGETHER
@@ -884,7 +886,7 @@ class Trainer:
         A GPU is asked, by steps of more and more rows. A CPU's memory has no such edge, since a system that is out of
         it slows down or kills: there half of what is free is taken, by estimate, and no more than CPU_TOKENS.
         """
-        limit = max(1, min(self.corpus.train.n_windows, dataset.MAX_BATCH) // self.ranks.world)
+        limit = max(1, min(self.corpus.train.n_windows, MAX_BATCH) // self.ranks.world)
         if self.device.type == "cpu":
             need, T = self.footprint(), self.run.model_hyperparams.block_size
             room = device_memory(self.device)[0] // 2 - need.fixed
@@ -1179,7 +1181,7 @@ class Trainer:
         if not self.run.model_hyperparams.dropout:  # nothing is drawn, and a quick step would be slower for it
             return
         key = self.progress.position + (self.ranks.rank << 40)
-        torch.manual_seed(int(dataset.keys(self.run.seed, np.array([key]))[0]))
+        torch.manual_seed(int(derive_keys(self.run.seed, np.array([key]))[0]))
 
     def take_recorded(self, micro_batches: list[Batch], start: float, bar: tqdm) -> None:
         """A step that is launched, and not waited for unless something is due that needs it done."""
@@ -1358,9 +1360,9 @@ class Trainer:
         asked = (run.sample_length, run.seed, self.device)
         if not model.takes_source:
             return sample_text(model, self.encoder, run.sample_prompt, *asked)
-        source = [*dataset.read_spelled(self.encoder, run.sample_prompt), self.encoder.eot]
+        source = [*encode_with_sentinels(self.encoder, run.sample_prompt), self.encoder.eot]
         if not run.sample_prompt:
-            first = self.objective.batch(self.corpus.val, EVAL_SEED, 0, 1).source[0].tolist()
+            first = self.objective.make_batch(self.corpus.val, EVAL_SEED, 0, 1).source[0].tolist()
             source = [token for token in first if token != self.encoder.pad]
         return sample_answer(model, self.encoder, source, *asked)
 

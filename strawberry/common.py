@@ -101,8 +101,8 @@ KINDS = {
     "picture": Kind("a picture", _is_picture),
     "benchmark": Kind("a result of bench.py", _is_benchmark),
     "report": Kind("a table of bench.py", _is_report),
-    "dataset result": Kind("a result of assemble.py", _has_keys("data_division", "encoder")),
-    "progress": Kind("the progress of assemble.py", _has_keys("phase", "done")),
+    "dataset result": Kind("a result of strawberry.data.assemble", _has_keys("data_division", "encoder")),
+    "progress": Kind("the progress of strawberry.data.assemble", _has_keys("phase", "done")),
 }
 CHECKPOINTS = "checkpoints"  # a directory, in which a run makes, moves and removes others named step_…
 

@@ -18,7 +18,7 @@ ROOMS = [
                     "strawberry.summary", "strawberry.sharding", "strawberry.initialization")),
     ("model", ("model", "optimizer", "encoder")),
     ("model files", ("strawberry.config_docs", "strawberry.model_file")),
-    ("data, inference", ("strawberry.data", "strawberry.inference", "dataset", "assemble", "decode")),
+    ("data, inference", ("strawberry.data", "strawberry.inference", "decode")),
     ("training", ("strawberry.training", "checkpoint", "ranks", "plot")),
     ("train", ("train",)),
     ("serving, bench", ("strawberry.serving", "strawberry.bench", "jobs")),
@@ -27,7 +27,6 @@ ROOMS = [
 
 # importer → imported, against the direction of ROOMS
 KNOWN_IMPORTS = {
-    "assemble → prepare",
     "jobs → sample",
     "optimizer → ranks",
     "serve → sample",

@@ -17,9 +17,9 @@ import checkpoint
 import encoder as encoders
 import options
 import plot
-from dataset import TokenFileWriter
 from model import build
 from options import UserError
+from strawberry.data.token_file import TokenFileWriter
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
 SMALL = {"vocab_size": 44, "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}

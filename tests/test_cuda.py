@@ -237,7 +237,7 @@ def words_of(folder, monkeypatch, config: str = "air.json", **keys) -> list[str]
     import numpy as np
 
     import encoder as encoders
-    from dataset import TokenFileWriter
+    from strawberry.data.token_file import TokenFileWriter
 
     monkeypatch.chdir(folder)
     (folder / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz .")

@@ -21,11 +21,15 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from machine import require
 
-import dataset
-from dataset import HEADER_SIZE, OBJECTIVES, Corpus, Header, Loader, Split, TokenFile, TokenFileWriter, keys, permute
 from options import UserError
+from strawberry.data import token_file
+from strawberry.data.dataset import Corpus, Split
+from strawberry.data.loader import Loader
+from strawberry.data.objectives import OBJECTIVES
+from strawberry.data.order import derive_keys, permute
+from strawberry.data.token_file import HEADER_SIZE, Header, TokenFile, TokenFileWriter, dtype_for
 
-ROOT = Path(dataset.__file__).parent
+ROOT = Path(__file__).parent.parent
 EOT = 99_999
 ENCODER = SimpleNamespace(vocab_size=100_000, eot=EOT, fingerprint="ab" * 32)  # ids as large as positions: uint32
 SMALL = SimpleNamespace(vocab_size=500, eot=499, fingerprint="cd" * 32)  # uint16
@@ -55,13 +59,13 @@ def whole(path, block_size):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 99, 100, 1000, 10_007])
 def test_permutation_has_every_place_once(n):
     for epoch in range(3):
-        assert sorted(permute(np.arange(n), n, keys(7, np.full(n, epoch))).tolist()) == list(range(n))
+        assert sorted(permute(np.arange(n), n, derive_keys(7, np.full(n, epoch))).tolist()) == list(range(n))
 
 
 def test_permutation_stays_the_same_for_ever():
     """A checkpoint stores no order, so a change of the formula would change the data of runs that resume."""
-    assert permute(np.arange(12), 12, keys(1, np.zeros(12))).tolist() == PINNED_ORDER
-    assert permute(np.array([0, 10**12]), 10**12 + 1, keys(-1, np.full(2, 5))).tolist() == PINNED_FAR
+    assert permute(np.arange(12), 12, derive_keys(1, np.zeros(12))).tolist() == PINNED_ORDER
+    assert permute(np.array([0, 10**12]), 10**12 + 1, derive_keys(-1, np.full(2, 5))).tolist() == PINNED_FAR
 
 
 PINNED_ORDER = [4, 1, 8, 6, 2, 10, 5, 9, 11, 7, 3, 0]
@@ -69,7 +73,7 @@ PINNED_FAR = [727131371084, 805784727994]
 
 
 def test_permutations_of_four_are_equally_likely():
-    key = keys(0, np.arange(24_000))
+    key = derive_keys(0, np.arange(24_000))
     seen = Counter(zip(*[permute(np.full(24_000, i), 4, key).tolist() for i in range(4)]))
     assert len(seen) == 24
     assert all(850 < count < 1150 for count in seen.values())  # 1000 ± 4.8 standard deviations
@@ -85,7 +89,7 @@ def test_every_window_of_an_epoch_exactly_once(tmp_path, n_tokens, block_size):
     n = split.n_windows
     assert n == max(1, (n_tokens - block_size) // block_size)
     for epoch in range(4):
-        got = sorted(split.windows(3, epoch * n, n).tolist())
+        got = sorted(split.read_windows(3, epoch * n, n).tolist())
         cuts = []
         for phase in range(n_tokens - n * block_size):
             window = [tokens[phase + i * block_size :][: block_size + 1] for i in range(n)]
@@ -96,21 +100,21 @@ def test_every_window_of_an_epoch_exactly_once(tmp_path, n_tokens, block_size):
 def test_epochs_differ_in_order_and_in_cuts_and_reach_every_target(tmp_path):
     split = whole(write_file(tmp_path / "a.bin", [102]), 8)
     n, seed = split.n_windows, 5
-    epochs = [split.windows(seed, epoch * n, n) for epoch in range(200)]
+    epochs = [split.read_windows(seed, epoch * n, n) for epoch in range(200)]
     assert len({tuple(np.argsort(epoch[:, 0])) for epoch in epochs}) > 190
     assert len({int(epoch.min()) for epoch in epochs}) == 103 - n * 8
     assert set(np.concatenate(epochs)[:, 1:].ravel().tolist()) == {*range(1, 102), EOT}
-    assert not np.array_equal(epochs[0], split.windows(seed + 1, 0, n))
+    assert not np.array_equal(epochs[0], split.read_windows(seed + 1, 0, n))
 
 
 def test_samples_depend_on_their_number_alone(tmp_path):
     paths = [write_file(tmp_path / f"{i}.bin", lengths) for i, lengths in enumerate([[50, 30], [9], [200]])]
     split = Split("training", [(TokenFile(p), 0, TokenFile(p).header.n_tokens) for p in paths], 8)
-    at_once = split.windows(11, 0, 150)
+    at_once = split.read_windows(11, 0, 150)
     assert 3 * split.n_windows < 150  # several epochs
     for first, count in [(0, 1), (1, 7), (split.n_windows - 1, 2), (40, 64), (149, 1)]:
-        assert np.array_equal(split.windows(11, first, count), at_once[first : first + count])
-    one_by_one = [split.windows(11, number, 1)[0].tolist() for number in range(150)]
+        assert np.array_equal(split.read_windows(11, first, count), at_once[first : first + count])
+    one_by_one = [split.read_windows(11, number, 1)[0].tolist() for number in range(150)]
     assert one_by_one == at_once.tolist()
 
 
@@ -124,7 +128,7 @@ def test_no_window_straddles_two_files(tmp_path):
     for number, (p, start) in enumerate(zip(piece.tolist(), starts.tolist())):
         window = whole_files[p][start : start + 9]
         assert len(window) == 9
-        assert split.windows(2, number, 1)[0].tolist() == window
+        assert split.read_windows(2, number, 1)[0].tolist() == window
     assert set(piece.tolist()) == {0, 1, 2}
 
 
@@ -147,10 +151,10 @@ def naive_boundary(lengths, division):
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=12), st.sampled_from([0.01, 0.25, 0.5, 0.8, 0.9, 0.99]))
 def test_split_is_at_a_document_boundary(tmp_path, lengths, division):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "CHUNK", 3)  # boundaries beyond the first chunk, both ways
+        patch.setattr(token_file, "CHUNK", 3)  # boundaries beyond the first chunk, both ways
         file = TokenFile(write_file(tmp_path / "a.bin", lengths))
-        assert file.boundary(division) == naive_boundary(lengths, division)
-        assert file.boundary(1.0) == file.header.n_tokens
+        assert file.find_boundary(division) == naive_boundary(lengths, division)
+        assert file.find_boundary(1.0) == file.header.n_tokens
 
 
 def test_a_single_document_is_split_at_the_nearest_token(tmp_path):
@@ -182,7 +186,7 @@ def test_data_division_one_leaves_no_validation(tmp_path):
     assert corpus.train.n_tokens == 102
     assert corpus.val.n_windows == 0
     with pytest.raises(UserError, match="validation split has no window of 9 tokens.*data_division"):
-        corpus.val.windows(0, 0, 1)
+        corpus.val.read_windows(0, 0, 1)
     with pytest.raises(UserError, match="validation split"):
         Loader(corpus.val, 0, 1)
 
@@ -273,7 +277,7 @@ def test_layout_read_by_hand(tmp_path, encoder, width):
 
 
 def test_dtype_follows_the_vocabulary():
-    assert [dataset.dtype_for(n) for n in (1, 65_536, 65_537)] == ["uint16", "uint16", "uint32"]
+    assert [dtype_for(n) for n in (1, 65_536, 65_537)] == ["uint16", "uint16", "uint32"]
 
 
 def test_parts_make_the_same_file_as_a_whole(tmp_path):
@@ -299,10 +303,10 @@ def test_failed_writing_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_a_file_replaced_while_in_use_is_refused(tmp_path):
     split = whole(write_file(tmp_path / "a.bin", [100]), 8)
-    split.windows(0, 0, 1)
+    split.read_windows(0, 0, 1)
     write_file(tmp_path / "a.bin", [30, 69])  # the same size
     with pytest.raises(UserError, match="replaced while it was in use"):
-        split.windows(0, 0, 1)
+        split.read_windows(0, 0, 1)
 
 
 # ---- hostile files ---------------------------------------------------------------------------------------------------
@@ -386,7 +390,7 @@ def test_a_signed_lie_is_refused_or_harmless(tmp_path, sound, changes, number, l
     path.write_bytes(sign(data) + payload)
     try:
         corpus = Corpus(path, None, 4, 0.5)
-        windows = corpus.train.windows(0, 0, 9)
+        windows = corpus.train.read_windows(0, 0, 9)
     except UserError:
         return
     assert corpus.files[0].header.n_tokens * 4 == len(payload)
@@ -410,13 +414,13 @@ def with_token(path, position, token):
 def test_ids_beyond_the_vocabulary_are_found_when_read_and_when_verified(tmp_path):
     path = write_file(tmp_path / "a.bin", [100], SMALL)
     path.write_bytes(with_token(path, 50, 500))
-    for read in (lambda: whole(path, 8).windows(0, 0, 50), TokenFile(path).verify):
+    for read in (lambda: whole(path, 8).read_windows(0, 0, 50), TokenFile(path).verify):
         with pytest.raises(UserError, match=r"a\.bin is damaged: it holds token 500, and its vocab_size is 500"):
             read()
 
 
 def test_verify_finds_one_wrong_bit_in_any_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "CHUNK", 16)
+    monkeypatch.setattr(token_file, "CHUNK", 16)
     path = write_file(tmp_path / "a.bin", [40, 59], SMALL)
     counted = []
     TokenFile(path).verify(counted.append)
@@ -460,7 +464,7 @@ def rows(steps):
 
 def test_batches_are_the_numbered_samples(split):
     steps = take(Loader(split, 4, batch_size=3, accumulation=2), 12)
-    expected = split.windows(4, 0, 72).reshape(12, 2, 3, 9)
+    expected = split.read_windows(4, 0, 72).reshape(12, 2, 3, 9)
     for step, wanted in zip(steps, expected):
         assert len(step) == 2
         for (x, y, source, n_targets), windows in zip(step, wanted):
@@ -524,10 +528,10 @@ def test_an_error_on_the_thread_reaches_the_consumer(split, monkeypatch):
     class Broken:
         locate, block_size = split.locate, split.block_size
 
-        def windows(self, seed, first, count):
+        def read_windows(self, seed, first, count):
             if first >= 6:
                 raise UserError("the disk is gone")
-            return split.windows(seed, first, count)
+            return split.read_windows(seed, first, count)
 
     with Loader(Broken(), 0, 2) as loader:
         assert rows([next(loader) for _ in range(3)]) == rows(take(Loader(split, 0, 2), 3))
@@ -557,9 +561,10 @@ def test_an_abandoned_loader_ends_its_thread(split):
 
 def test_a_program_that_forgets_to_close_ends(split):
     code = (
-        "import dataset, threading\n"
-        f"file = dataset.TokenFile({str(split.pieces[0][0].path)!r})\n"
-        "loader = dataset.Loader(dataset.Split('training', [(file, 0, 200)], 8), 0, 2)\n"
+        "import threading\n"
+        "from strawberry.data import dataset, loader, token_file\n"
+        f"file = token_file.TokenFile({str(split.pieces[0][0].path)!r})\n"
+        "loader = loader.Loader(dataset.Split('training', [(file, 0, 200)], 8), 0, 2)\n"
         "next(loader)\n"
         "print('done', threading.active_count())\n"
     )
@@ -568,25 +573,28 @@ def test_a_program_that_forgets_to_close_ends(split):
 
 
 def test_preparing_needs_no_torch():
-    code = "import sys, dataset; assert 'torch' not in sys.modules"
+    code = "import sys, prepare, strawberry.data.assemble, strawberry.data.loader; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 MEMORY = """
-import sys, numpy as np, dataset
-split = dataset.Corpus(sys.argv[1], None, 256, 1.0).train
-split.windows(0, 0, 64)
-start = dataset.resident()["resident"]
+import sys, numpy as np
+from strawberry.data.dataset import Corpus
+from strawberry.data.loader import resident_memory
+from strawberry.data.token_file import TokenFile
+split = Corpus(sys.argv[1], None, 256, 1.0).train
+split.read_windows(0, 0, 64)
+start = resident_memory()["resident"]
 for step in range(100):
-    split.windows(0, step * 64, 64)
-print(dataset.resident()["resident"] - start)
-tokens = dataset.TokenFile(sys.argv[1]).tokens
+    split.read_windows(0, step * 64, 64)
+print(resident_memory()["resident"] - start)
+tokens = TokenFile(sys.argv[1]).tokens
 for step in range(100):
     for row in np.random.default_rng(step).integers(0, len(tokens) - 257, 64):
         tokens[row:row + 257].astype(np.int64)
-print(dataset.resident()["resident"] - start)
+print(resident_memory()["resident"] - start)
 """
 
 
@@ -606,12 +614,12 @@ def test_resident_memory_stays_flat(tmp_path):
 def test_measure_prints_memory_and_speed(tmp_path):
     path = write_file(tmp_path / "a.bin", [500])
     sizes = ["--steps", "20", "--batch_size", "2", "--block_size", "8"]
-    command = [sys.executable, "dataset.py", "--measure", path, *sizes]
+    command = [sys.executable, "-m", "strawberry.data.loader", "--measure", path, *sizes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 12
     assert "501 tokens" in done.stdout
-    failed = subprocess.run([*command[:3], "nowhere.bin"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    failed = subprocess.run([*command[:4], "nowhere.bin"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: there is no token file nowhere.bin")
 

@@ -15,13 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import assemble
-import dataset
 import encoder
 import prepare
 from options import UserError
-from strawberry.data import documents
+from strawberry.data import assemble, documents, token_file
 from strawberry.data.documents import Documents, InputFile, expand_inputs
+from strawberry.data.token_file import TokenFile
 
 ROOT = Path(prepare.__file__).parent
 TEXTS = ["first\r\nline", "", "second é中🙂", '"quoted" \\ [1, 2] {"a": 3}', "last\n"]
@@ -144,7 +143,7 @@ OTHERS = {
     "bom.txt": ("some text".encode("utf-16"), "UTF-16 text"), "bom32.txt": ("text".encode("utf-32"), "UTF-32 text"),
     "le.txt": ("some text".encode("utf-16-le"), "9 of its 18 bytes are NUL"),
     "log.txt": (b"line\n" * 900 + bytes(200), "200 of its 4,700 bytes are NUL"),
-    "data.bin": (dataset.MAGIC + bytes(300), "a token file"),
+    "data.bin": (token_file.MAGIC + bytes(300), "a token file"),
     "e.enc": (encoder.train(["x"], 258).to_bytes(), "an encoder file"),
     "m.strawberry": (b"\x40\0\0\0\0\0\0\0" + b'{"__metadata__": {}}', "a model file"),
     "package.json": (b'{"name": "x", "version": "1.0"}', "no JSON list"),
@@ -338,7 +337,7 @@ def test_prepare_trains_its_encoder_on_a_pipe_that_it_then_encodes(tmp_path):
     data = b"the cat sat on the mat, and the rat " * 40
     code, out, err = run_script("prepare.py", "--input", "-", *PREPARE, "--vocab_size", "270", cwd=tmp_path, stdin=data)
     assert code == 0, err
-    file, found = dataset.TokenFile(tmp_path / "out.bin"), encoder.load(tmp_path / "e.bin")
+    file, found = TokenFile(tmp_path / "out.bin"), encoder.load(tmp_path / "e.bin")
     assert found.decode(file.tokens[:-1]).encode() == data
 
 

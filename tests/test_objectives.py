@@ -1,5 +1,6 @@
 """Objectives: what they hide against slow references, the same for ever, whatever the process or the start."""
 
+import hashlib
 import struct
 from types import SimpleNamespace
 
@@ -8,9 +9,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import dataset
-from dataset import Corpus, Loader, Masked, NextToken, Pairs, Spans, TokenFile, TokenFileWriter
 from options import UserError
+from strawberry.data.dataset import SPLITS, Corpus
+from strawberry.data.loader import Loader
+from strawberry.data.objectives import (
+    OBJECTIVES,
+    MaskedTokens,
+    NextToken,
+    Pairs,
+    SpanCorruption,
+    count_extra_ids,
+    decode_with_sentinels,
+    draw_uint64,
+    encode_with_sentinels,
+    make_objective,
+    segment_randomly,
+)
+from strawberry.data.token_file import TokenFile, TokenFileWriter
 
 MASK64 = 2**64 - 1
 N = 300  # ids of the encoder; 298 is <|eot|>, 299 <|pad|>
@@ -41,7 +56,7 @@ def write_pairs(path, pairs, encoder=ENCODER):
 
 def whole(path, block_size):
     file = TokenFile(path)
-    return dataset.SPLITS[file.header.kind]("training", [(file, 0, file.header.n_tokens)], block_size)
+    return SPLITS[file.header.kind]("training", [(file, 0, file.header.n_tokens)], block_size)
 
 
 def random_pairs(n, longest=12, seed=0):
@@ -118,8 +133,8 @@ def slow_masked(text, seed, sample):
 @pytest.mark.parametrize("block_size", [2, 3, 7, 16, 40])
 def test_spans_are_those_of_the_slow_reference(tmp_path, block_size):
     split = whole(write_text(tmp_path / "a.bin"), block_size)
-    batch = Spans(ENCODER, block_size).batch(split, 5, 3, 60)
-    for row, window in enumerate(split.windows(5, 3, 60)):
+    batch = SpanCorruption(ENCODER, block_size).make_batch(split, 5, 3, 60)
+    for row, window in enumerate(split.read_windows(5, 3, 60)):
         source, target = slow_spans(window[1:].tolist(), 5, 3 + row)
         assert batch.source[row].tolist() == source
         assert batch.y[row].tolist() == target
@@ -131,9 +146,9 @@ def test_spans_are_those_of_the_slow_reference(tmp_path, block_size):
 @given(st.integers(2, 80), st.integers(0, 2**63), st.integers(0, 2**40))
 def test_source_and_target_together_are_the_text(block_size, seed, sample):
     text = np.arange(block_size)
-    split = SimpleNamespace(windows=lambda *_: np.concatenate(([0], text))[None])
-    objective = Spans(ENCODER, block_size)
-    batch = objective.batch(split, seed, sample, 1)
+    split = SimpleNamespace(read_windows=lambda *_: np.concatenate(([0], text))[None])
+    objective = SpanCorruption(ENCODER, block_size)
+    batch = objective.make_batch(split, seed, sample, 1)
     answers, number = {}, None
     for token in batch.y[0, :-1].tolist():
         if token >= N:
@@ -149,16 +164,16 @@ def test_source_and_target_together_are_the_text(block_size, seed, sample):
 
 def test_t5s_numbers():
     """512 tokens of which 15 % are hidden, as T5's preprocessing counts them: 77 tokens in 26 spans."""
-    objective = Spans(ENCODER, 512)
+    objective = SpanCorruption(ENCODER, 512)
     assert (objective.n_noise, objective.n_spans) == (77, 26)
-    split = SimpleNamespace(windows=lambda *_: np.zeros((4, 513), np.int64))
-    batch = objective.batch(split, 0, 0, 4)
+    split = SimpleNamespace(read_windows=lambda *_: np.zeros((4, 513), np.int64))
+    batch = objective.make_batch(split, 0, 0, 4)
     assert batch.source.shape == (4, 512 - 77 + 26 + 1)
     assert batch.y.shape == batch.x.shape == (4, 77 + 26 + 1)
 
 
 def test_every_way_to_cut_is_equally_likely():
-    ways = dataset.cut(5, 3, dataset.draws(1, 0, 12_000, 4))
+    ways = segment_randomly(5, 3, draw_uint64(1, 0, 12_000, 4))
     found, counts = np.unique(ways, axis=0, return_counts=True)
     assert found.tolist() == [[1, 1, 3], [1, 2, 2], [1, 3, 1], [2, 1, 2], [2, 2, 1], [3, 1, 1]]
     assert abs(counts - 2000).max() < 200  # five standard deviations
@@ -167,9 +182,9 @@ def test_every_way_to_cut_is_equally_likely():
 @pytest.mark.parametrize("block_size", [1, 5, 16, 40])
 def test_masks_are_those_of_the_slow_reference(tmp_path, block_size):
     split = whole(write_text(tmp_path / "a.bin"), block_size)
-    batch = Masked(ENCODER, block_size).batch(split, 5, 3, 60)
+    batch = MaskedTokens(ENCODER, block_size).make_batch(split, 5, 3, 60)
     targets = 0
-    for row, window in enumerate(split.windows(5, 3, 60)):
+    for row, window in enumerate(split.read_windows(5, 3, 60)):
         x, y = slow_masked(window[1:].tolist(), 5, 3 + row)
         assert batch.x[row].tolist() == x
         assert batch.y[row].tolist() == y
@@ -179,8 +194,8 @@ def test_masks_are_those_of_the_slow_reference(tmp_path, block_size):
 
 
 def test_fifteen_percent_of_which_eighty_are_masked_and_ten_replaced():
-    split = SimpleNamespace(windows=lambda *_: np.full((400, 101), 7))
-    batch = Masked(ENCODER, 100).batch(split, 1, 0, 400)
+    split = SimpleNamespace(read_windows=lambda *_: np.full((400, 101), 7))
+    batch = MaskedTokens(ENCODER, 100).make_batch(split, 1, 0, 400)
     chosen = batch.y >= 0
     assert (chosen.sum(axis=1) == 15).all() and (batch.y[chosen] == 7).all() and (batch.x[~chosen] == 7).all()
     shown = batch.x[chosen]  # 6,000 tokens
@@ -191,8 +206,8 @@ def test_fifteen_percent_of_which_eighty_are_masked_and_ten_replaced():
 
 
 def test_an_end_of_text_is_never_masked():
-    split = SimpleNamespace(windows=lambda *_: np.array([[298] * 21, [298] * 20 + [5]]))
-    batch = Masked(ENCODER, 20).batch(split, 1, 0, 2)
+    split = SimpleNamespace(read_windows=lambda *_: np.array([[298] * 21, [298] * 20 + [5]]))
+    batch = MaskedTokens(ENCODER, 20).make_batch(split, 1, 0, 2)
     assert (batch.y >= 0).sum(axis=1).tolist() == [0, 1]
     assert batch.n_targets == 1
 
@@ -200,7 +215,7 @@ def test_an_end_of_text_is_never_masked():
 def test_pairs_are_padded_and_cut():
     wanted = [([1, 2], [3]), ([4], []), (list(range(9)), list(range(10, 19))), ([5, 6, 7], [7, 6, 5, 4])]
     rows = [(np.array([*s, 298][:5]), np.array([*t, 298][:5])) for s, t in wanted]
-    batch = Pairs(ENCODER, 5).batch(SimpleNamespace(pairs=lambda *_: rows), 0, 0, 4)
+    batch = Pairs(ENCODER, 5).make_batch(SimpleNamespace(read_pairs=lambda *_: rows), 0, 0, 4)
     P, E = 299, 298
     assert batch.source.tolist() == [[1, 2, E, P, P], [4, E, P, P, P], [0, 1, 2, 3, E], [5, 6, 7, E, P]]
     assert batch.x.tolist() == [[E, 3, P, P, P], [E, P, P, P, P], [E, 10, 11, 12, 13], [E, 7, 6, 5, 4]]
@@ -210,8 +225,8 @@ def test_pairs_are_padded_and_cut():
 
 def test_next_token_is_the_window_and_itself_one_on(tmp_path):
     split = whole(write_text(tmp_path / "a.bin"), 9)
-    batch = NextToken().batch(split, 5, 3, 8)
-    windows = split.windows(5, 3, 8)
+    batch = NextToken().make_batch(split, 5, 3, 8)
+    windows = split.read_windows(5, 3, 8)
     assert batch.x.tolist() == windows[:, :-1].tolist()
     assert batch.y.tolist() == windows[:, 1:].tolist()
     assert (batch.source, batch.n_targets) == (None, 72)
@@ -234,25 +249,25 @@ def listed(batch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_sample_depends_on_seed_and_number_alone(tmp_path, name):
-    split, objective = a_split(tmp_path, name), dataset.OBJECTIVES[name](ENCODER, CASES[name])
-    together = objective.batch(split, 3, 40, 30)
+    split, objective = a_split(tmp_path, name), OBJECTIVES[name](ENCODER, CASES[name])
+    together = objective.make_batch(split, 3, 40, 30)
     for i in range(30):
-        alone = objective.batch(split, 3, 40 + i, 1)
+        alone = objective.make_batch(split, 3, 40 + i, 1)
         assert listed(alone) == [None if part is None else part[i : i + 1].tolist() for part in together[:3]]
-    assert listed(together) == listed(objective.batch(split, 3, 40, 30))
-    assert listed(together) != listed(objective.batch(split, 4, 40, 30))
+    assert listed(together) == listed(objective.make_batch(split, 3, 40, 30))
+    assert listed(together) != listed(objective.make_batch(split, 4, 40, 30))
 
 
 @pytest.mark.parametrize("name", ["spans", "masked"])
 def test_each_epoch_hides_something_else(name):
-    split = SimpleNamespace(windows=lambda *_: np.arange(41)[None])  # the same window whenever it comes
-    objective = dataset.OBJECTIVES[name](ENCODER, 40)
-    assert len({str(listed(objective.batch(split, 0, sample, 1))) for sample in range(20)}) > 10
+    split = SimpleNamespace(read_windows=lambda *_: np.arange(41)[None])  # the same window whenever it comes
+    objective = OBJECTIVES[name](ENCODER, 40)
+    assert len({str(listed(objective.make_batch(split, 0, sample, 1))) for sample in range(20)}) > 10
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_any_start_and_any_number_of_processes_give_the_same_batches(tmp_path, name):
-    split, objective = a_split(tmp_path, name), dataset.OBJECTIVES[name](ENCODER, CASES[name])
+    split, objective = a_split(tmp_path, name), OBJECTIVES[name](ENCODER, CASES[name])
 
     def steps(count, **where):
         with Loader(split, 6, 4, 2, objective=objective, **where) as loader:
@@ -275,7 +290,7 @@ def as_lists(pairs):
 def test_every_pair_of_an_epoch_exactly_once(tmp_path):
     wanted = random_pairs(23)
     split = whole(write_pairs(tmp_path / "p.bin", wanted), 100)
-    epochs = [split.pairs(5, 23 * epoch, 23) for epoch in range(3)]
+    epochs = [split.read_pairs(5, 23 * epoch, 23) for epoch in range(3)]
     for pairs in epochs:
         assert as_lists(pairs) == sorted(([*s, 298], [*t, 298]) for s, t in wanted)
     assert len({str(pairs) for pairs in epochs}) == 3
@@ -292,7 +307,8 @@ def test_validation_begins_at_a_pair(tmp_path, lengths, division):
     ends = np.cumsum([a + b + 2 for a, b in lengths]).tolist()
     cut = next((end for end in ends[:-1] if end >= division * total), ends[-2])
     assert (corpus.train.n_tokens, corpus.val.n_tokens) == (cut, total - cut)
-    found = as_lists(corpus.train.pairs(0, 0, corpus.train.n_windows) + corpus.val.pairs(0, 0, corpus.val.n_windows))
+    train, val = corpus.train, corpus.val
+    found = as_lists(train.read_pairs(0, 0, train.n_windows) + val.read_pairs(0, 0, val.n_windows))
     assert found == sorted(([*s, 298], [*t, 298]) for s, t in pairs)
 
 
@@ -301,7 +317,7 @@ def test_several_pair_files_are_one_corpus(tmp_path):
     corpus = Corpus(paths, None, 50, 0.7)
     n = corpus.train.n_windows + corpus.val.n_windows
     assert n == 5 + 6 + 7
-    found = corpus.train.pairs(1, 0, corpus.train.n_windows) + corpus.val.pairs(1, 0, corpus.val.n_windows)
+    found = corpus.train.read_pairs(1, 0, corpus.train.n_windows) + corpus.val.read_pairs(1, 0, corpus.val.n_windows)
     wanted = [pair for i in range(3) for pair in random_pairs(5 + i, seed=i)]
     assert as_lists(found) == sorted(([*s, 298], [*t, 298]) for s, t in wanted)
 
@@ -313,7 +329,7 @@ def test_one_pair_cannot_be_divided(tmp_path):
     corpus = Corpus(path, None, 8, 1.0)
     assert corpus.train.n_windows == 1
     with pytest.raises(UserError, match="the validation split has no pair"):
-        corpus.val.pairs(0, 0, 1)
+        corpus.val.read_pairs(0, 0, 1)
 
 
 def test_one_kind_at_a_time(tmp_path):
@@ -326,7 +342,7 @@ def signed(data, place, number):
     """The file with another number in its header, and the header's checksum made anew."""
     head = bytearray(data[:224])
     head[place : place + 8] = struct.pack("<Q", number)
-    return bytes(head) + dataset.hashlib.sha256(head).digest() + data[256:]
+    return bytes(head) + hashlib.sha256(head).digest() + data[256:]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +363,7 @@ def test_a_hostile_pair_file_is_refused_by_name(tmp_path, change, message):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(UserError, match=message) as caught:
         corpus = Corpus(path, None, 8, 0.5)
-        corpus.train.pairs(0, 0, corpus.train.n_windows)
+        corpus.train.read_pairs(0, 0, corpus.train.n_windows)
     assert "p.bin" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -363,7 +379,7 @@ def corpora(tmp_path):
 
 
 def make(name, model, corpus, vocab_size=400, block_size=16):
-    return dataset.make_objective(name, model, vocab_size, block_size, ENCODER, corpus)
+    return make_objective(name, model, vocab_size, block_size, ENCODER, corpus)
 
 
 @pytest.mark.parametrize(
@@ -378,12 +394,12 @@ def make(name, model, corpus, vocab_size=400, block_size=16):
 def test_auto_is_what_fits(corpora, model, kind, chosen):
     for name in ("auto", chosen):
         found, objective = make(name, model, corpora[kind])
-        assert found == chosen and type(objective) is dataset.OBJECTIVES[chosen]
+        assert found == chosen and type(objective) is OBJECTIVES[chosen]
 
 
 @pytest.mark.parametrize("model", ["decoder", "encoder", "encoder-decoder"])
 def test_spare_ids_are_just_enough(corpora, model):
-    need = ENCODER.vocab_size + dataset.spare_ids("auto", model, 16, ENCODER)
+    need = ENCODER.vocab_size + count_extra_ids("auto", model, 16, ENCODER)
     make("auto", model, corpora["tokens"], need)
     if model != "decoder":
         with pytest.raises(UserError, match=f"set it to {need} or more"):
@@ -424,15 +440,15 @@ def test_vocab_size_must_leave_room(corpora):
 def test_every_id_is_under_the_vocab_size_that_is_asked_for(tmp_path):
     for block_size in (2, 5, 16, 40):
         split = whole(write_text(tmp_path / "t.bin"), block_size)
-        for cls in (Spans, Masked):
+        for cls in (SpanCorruption, MaskedTokens):
             objective = cls(ENCODER, block_size)
-            batch = objective.batch(split, 0, 0, 40)
+            batch = objective.make_batch(split, 0, 0, 40)
             assert max(part.max() for part in batch[:3] if part is not None) == N + objective.extra_ids - 1
 
 
 def test_sentinels_are_spelled_and_read():
     ids = [*b"ab", N, *b"c", N + 1, N + 12]
-    assert dataset.spell(ENCODER, ids) == "ab<|0|>c<|1|><|12|>"
-    assert dataset.read_spelled(ENCODER, "ab<|0|>c<|1|><|12|>") == ids
-    assert dataset.read_spelled(ENCODER, "<|eot|>") == list(b"<|eot|>")
-    assert dataset.spell(ENCODER, []) == "" and dataset.read_spelled(ENCODER, "") == []
+    assert decode_with_sentinels(ENCODER, ids) == "ab<|0|>c<|1|><|12|>"
+    assert encode_with_sentinels(ENCODER, "ab<|0|>c<|1|><|12|>") == ids
+    assert encode_with_sentinels(ENCODER, "<|eot|>") == list(b"<|eot|>")
+    assert decode_with_sentinels(ENCODER, []) == "" and encode_with_sentinels(ENCODER, "") == []

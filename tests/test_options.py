@@ -124,7 +124,17 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark():
     os.close(ours)
 
 
-PROGRAMS = ("assemble", "bench", "dataset", "encoder", "plot", "prepare", "sample", "serve", "train")
+PROGRAMS = (
+    "strawberry/data/assemble",
+    "bench",
+    "strawberry/data/loader",
+    "encoder",
+    "plot",
+    "prepare",
+    "sample",
+    "serve",
+    "train",
+)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

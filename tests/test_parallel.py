@@ -29,10 +29,10 @@ import checkpoint
 import ranks
 import train
 from checkpoint import newest, own_tensors
-from dataset import Batch
 from model import CONFIGS, build
 from optimizer import build_optimizer, newton_schulz
 from options import OptimizerHyperparams, UserError, load_run
+from strawberry.data.objectives import Batch
 from strawberry.ops import float8
 from strawberry.sharding import batch_parts, divide_batch, shard_rows
 

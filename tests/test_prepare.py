@@ -17,12 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dataset
 import encoder
 import prepare
 from options import UserError
-from strawberry.data import documents
+from strawberry.data import documents, encoding
+from strawberry.data.dataset import Corpus
+from strawberry.data.docstrings import find_docstring_pairs
 from strawberry.data.documents import Documents, expand_inputs
+from strawberry.data.token_file import TokenFile
 
 ROOT = Path(prepare.__file__).parent
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "the", "rat", "ran", "to", "the", "hat"]
@@ -42,7 +44,7 @@ def run(*arguments):
 
 def read_back(path, spec):
     """The texts in a token file, in its order."""
-    made, file = encoder.load(str(spec)), dataset.TokenFile(path)
+    made, file = encoder.load(str(spec)), TokenFile(path)
     file.verify()
     tokens = file.tokens.tolist()
     texts, start = [], 0
@@ -217,14 +219,14 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, bpe, monkeypatch):
     outputs = []
     for name, threads, batch in [("one", 1, 1 << 22), ("two", 4, 1)]:
         monkeypatch.setattr(prepare.os, "cpu_count", lambda n=threads: n)
-        monkeypatch.setattr(prepare, "BATCH", batch)
+        monkeypatch.setattr(encoding, "BATCH", batch)
         run("--input", tmp_path / name, "--output", tmp_path / f"{name}.bin", "--encoder", bpe)
         outputs.append((tmp_path / f"{name}.bin").read_bytes())
     assert outputs[0] == outputs[1]
 
 
 def test_long_documents_stay_whole_when_shuffled(tmp_path, bpe, monkeypatch):
-    monkeypatch.setattr(prepare, "PIECE", 16)
+    monkeypatch.setattr(encoding, "PIECE", 16)
     texts = [" ".join([str(i), *WORDS * (i + 1)]) for i in range(6)]
     write_texts(tmp_path / "in", texts)
     run("--input", tmp_path / "in", "--output", tmp_path / "out.bin", "--encoder", bpe)
@@ -320,7 +322,7 @@ PAIRS = [(f"{i} " + " ".join(WORDS[: 1 + i % 6]), "\n".join(WORDS[i % 3 : 4 + i 
 def pair_texts(path, spec):
     """The pairs of texts in a pair file, in its order."""
     texts = read_back(path, spec)
-    assert dataset.TokenFile(path).header.kind == "pairs"
+    assert TokenFile(path).header.kind == "pairs"
     return list(zip(texts[::2], texts[1::2], strict=True))
 
 
@@ -396,7 +398,7 @@ def test_pairs_and_text_are_not_taken_for_each_other(tmp_path, bpe, capsys):
     kinds = []
     for given_option in ("--input", "--pairs", "--pairs", "--input"):
         run(given_option, *common)
-        kinds.append((dataset.TokenFile(tmp_path / "out.bin").header.kind, "up to date" in capsys.readouterr().out))
+        kinds.append((TokenFile(tmp_path / "out.bin").header.kind, "up to date" in capsys.readouterr().out))
     assert kinds == [("tokens", False), ("pairs", False), ("pairs", True), ("tokens", False)]
     run("--pairs", *common, "--longest", 50)
     run("--pairs", *common, "--longest", 60)
@@ -469,8 +471,8 @@ FETCH = '''async def fetch(url: str) -> bytes:
 def test_docstrings_and_the_code_without_them():
     wanted = [("How it barks.\n\nTwice if loud.", BARK.replace("\n\n", "\n", 1)), ("Sound, and sound.", ECHO),
               ("Fetch an é.", FETCH)]  # fmt: skip
-    assert list(prepare.documented(SOURCE)) == wanted
-    assert list(prepare.documented(SOURCE.replace("\n", "\r\n"))) == wanted
+    assert list(find_docstring_pairs(SOURCE)) == wanted
+    assert list(find_docstring_pairs(SOURCE.replace("\n", "\r\n"))) == wanted
 
 
 def test_code_without_its_docstring_is_the_same_code():
@@ -479,7 +481,7 @@ def test_code_without_its_docstring_is_the_same_code():
     for module in (ast, gzip, io, json, subprocess, codecs):
         text = Path(module.__file__).read_text(encoding="utf-8")
         nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-        for told, code in prepare.documented(text):
+        for told, code in find_docstring_pairs(text):
             (again,) = ast.parse(code).body
             same = [n for n in nodes if n.name == again.name and ast.get_docstring(n) == told]
             bodies = [[ast.dump(statement) for statement in n.body[1:]] for n in same]
@@ -497,9 +499,9 @@ def small_corpus(tmp_path, monkeypatch):
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9")
-    source = prepare.Source("four files", prepare.corpus_documents(documents.walk_folder(folder)), ["a topic"],
+    source = prepare.Source("four files", prepare.make_documents(documents.walk_folder(folder)), ["a topic"],
                             is_corpus=True)
-    monkeypatch.setattr(prepare, "stdlib", lambda: source)
+    monkeypatch.setattr(prepare, "find_stdlib", lambda: source)
     monkeypatch.chdir(tmp_path)
 
 
@@ -536,12 +538,12 @@ def test_a_missing_encoder_is_trained_and_then_kept(tmp_path):
 def test_training_stops_at_its_limit_and_refuses_nothing(tmp_path, monkeypatch):
     source = prepare.Source("x", Documents(expand_inputs([str(write_texts(tmp_path / "in", TEXTS))])))
     source.documents.scan()
-    everything = list(prepare.training_text(source))
+    everything = list(prepare.read_training_text(source))
     assert sorted(everything) == sorted(TEXTS)
-    monkeypatch.setattr(prepare, "TRAINING_TEXT", 100)
-    assert "".join(prepare.training_text(source)) == "".join(everything)[:100]
+    monkeypatch.setattr(encoding, "MAX_TRAINING_CHARS", 100)
+    assert "".join(prepare.read_training_text(source)) == "".join(everything)[:100]
     with pytest.raises(UserError, match="no text in x"):
-        list(prepare.training_text(prepare.Source("x", Documents([]), [""])))
+        list(prepare.read_training_text(prepare.Source("x", Documents([]), [""])))
 
 
 def test_one_token_per_character(tmp_path):
@@ -549,17 +551,17 @@ def test_one_token_per_character(tmp_path):
     path.write_text("To be, or not to be")
     run("--input", path, "--encoder", f"chars:{path}", "--output", tmp_path / "out.bin")
     assert read_back(tmp_path / "out.bin", f"chars:{path}") == ["To be, or not to be"]
-    assert dataset.TokenFile(tmp_path / "out.bin").header.n_tokens == 20
-    assert dataset.Corpus(tmp_path / "out.bin", None, 1, 0.9).val.n_tokens == 2
+    assert TokenFile(tmp_path / "out.bin").header.n_tokens == 20
+    assert Corpus(tmp_path / "out.bin", None, 1, 0.9).val.n_tokens == 2
 
 
 # ---- corpora ---------------------------------------------------------------------------------------------------------
 
 
 def test_no_arguments_prepare_the_standard_library(tmp_path, monkeypatch, capsys):
-    small = prepare.stdlib()
+    small = prepare.find_stdlib()
     small.documents.inputs, small.texts = small.documents.inputs[:8], ["a topic"]
-    monkeypatch.setattr(prepare, "stdlib", lambda: small)
+    monkeypatch.setattr(prepare, "find_stdlib", lambda: small)
     monkeypatch.chdir(tmp_path)
     run("--vocab_size", 500)
     texts = read_back("data/webtext.bin", "bin/cl8k.bin")
@@ -574,7 +576,7 @@ def test_no_arguments_prepare_the_standard_library(tmp_path, monkeypatch, capsys
 
 
 def test_the_standard_library_without_its_tests():
-    source = prepare.stdlib()
+    source = prepare.find_stdlib()
     names = [file.name for file in source.documents.inputs]
     assert {"os.py", "json/decoder.py", "asyncio/base_events.py"} <= set(names)
     assert names == sorted(names)
@@ -588,7 +590,7 @@ def test_a_python_without_sources_says_so(tmp_path, monkeypatch):
     for path in (tmp_path, tmp_path / "python311.zip"):
         monkeypatch.setattr(prepare.sysconfig, "get_path", lambda name, path=path: str(path))
         with pytest.raises(UserError, match="no sources of its standard library in .*zip.*--input"):
-            prepare.stdlib()
+            prepare.find_stdlib()
 
 
 @pytest.fixture
@@ -621,7 +623,7 @@ def installed(tmp_path, monkeypatch):
 
 
 def test_packages_are_their_sources_without_tests_and_generated_files(installed):
-    source = prepare.packages(installed)
+    source = prepare.find_packages(installed)
     assert [file.name for file in source.documents.inputs] == ["berry/__init__.py", "berry/core.py"]
     assert source.name == "the sources of 1 packages"
 
@@ -632,12 +634,12 @@ def test_packages_are_their_sources_without_tests_and_generated_files(installed)
 def test_packages_must_be_those_that_are_pinned(installed, line, message):
     installed.write_text(line)
     with pytest.raises(UserError, match=message):
-        prepare.packages(installed)
+        prepare.find_packages(installed)
 
 
 def test_packages_have_a_default_output_of_their_own(installed, tmp_path, monkeypatch, bpe):
-    source = prepare.packages(installed)
-    monkeypatch.setattr(prepare, "packages", lambda requirements: source)
+    source = prepare.find_packages(installed)
+    monkeypatch.setattr(prepare, "find_packages", lambda requirements: source)
     monkeypatch.chdir(tmp_path)
     run("--corpus", "packages", "--encoder", bpe)
     assert sorted(read_back("data/packages.bin", bpe)) == ["def core(): ...\n", "x = 1\n"]
@@ -678,8 +680,8 @@ def measure_peak(*arguments):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH", 1 << 15)
-    monkeypatch.setattr(prepare, "PIECE", 1 << 14)
+    monkeypatch.setattr(encoding, "BATCH", 1 << 15)
+    monkeypatch.setattr(encoding, "PIECE", 1 << 14)
     monkeypatch.setattr(documents, "PIECE", 1 << 14)
     monkeypatch.setattr(documents, "JSON_PIECE", 1 << 14)
     monkeypatch.setattr(encoder, "MAX_FILE", 1 << 16)  # of an encoder file: a buffer of that size is allocated

@@ -14,9 +14,9 @@ import plot
 import sample
 import train
 from checkpoint import load_model
-from dataset import TokenFileWriter
 from model import CONFIGS, build
 from options import load_run, read_json, to_dict
+from strawberry.data.token_file import TokenFileWriter
 
 CONFIG = Path(options.__file__).parent / "config"
 PRESETS = sorted(path.stem for path in CONFIG.glob("*.json") if path.name != "schema.json")

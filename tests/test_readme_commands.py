@@ -193,7 +193,7 @@ PARSERS: dict[str, Callable] = {
     "train.py": lambda argv: options.load_run([word for word in argv if word != "--check"], CONFIGS),
     "sample.py": sample.read_settings,
     "serve.py": serve.read_command,
-    "prepare.py": prepare.parse,
+    "prepare.py": prepare.parse_arguments,
     "bench.py": check_bench,
     "kernels.py": check_kernels,
 }

@@ -24,9 +24,9 @@ import checkpoint
 import encoder as encoders
 import model as models
 import sample
-from dataset import spell
 from decode import Request
 from options import UserError, run_cli
+from strawberry.data.objectives import decode_with_sentinels
 from strawberry.ops import sampling
 
 PROGRAM = Path(sample.__file__)
@@ -563,7 +563,7 @@ def made_by(model, start, source):
 
 def said(encoder, made: list[int]) -> str:
     ends = (encoder.eot, encoder.pad)
-    return spell(encoder, list(itertools.takewhile(lambda token: token not in ends, made))) + "\n"
+    return decode_with_sentinels(encoder, list(itertools.takewhile(lambda token: token not in ends, made))) + "\n"
 
 
 def test_an_encoder_decoder_answers_its_source(answering, capsys):

@@ -31,17 +31,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine import require, require_program
 
-import assemble
-import dataset
 import encoder as encoders
 import jobs
 import options
 import serve
 import train
-from assemble import Recipe
 from checkpoint import load_model
 from options import UserError
 from strawberry import status_file
+from strawberry.data import assemble
+from strawberry.data.dataset import Corpus
+from strawberry.data.near_duplicates import (
+    MAX_MISS_PROBABILITY,
+    N_HASHES,
+    choose_bands,
+    compute_signature,
+    find_shingles,
+    jaccard,
+)
+from strawberry.data.token_file import TokenFile
 
 ROOT = Path(serve.__file__).parent
 WORDS = sorted(set(Path(serve.__file__).with_name("LICENSE").read_text().lower().split()))[:60]
@@ -107,9 +115,9 @@ def write_jsonl(path, texts):
 
 def documents(folder):
     """(those that train, those that validate) of a dataset, decoded, in the order of the file."""
-    encoder, file = encoders.load(str(folder / assemble.ENCODER)), dataset.TokenFile(folder / assemble.TOKENS)
+    encoder, file = encoders.load(str(folder / assemble.ENCODER)), TokenFile(folder / assemble.TOKENS)
     file.verify()
-    cut = file.boundary(json.loads((folder / assemble.RESULT).read_bytes())["data_division"])
+    cut = file.find_boundary(json.loads((folder / assemble.RESULT).read_bytes())["data_division"])
     parts = []
     for tokens in (file.tokens[:cut], file.tokens[cut:]):
         ends = np.flatnonzero(tokens == encoder.eot)
@@ -123,7 +131,8 @@ def made(tmp_path, files, **wishes):
     """(result, what trains, what validates) of a recipe."""
     folder = tmp_path / "made"
     folder.mkdir(exist_ok=True)
-    recipe, problems = options.check(Recipe, {"files": files, "encoder": "chars", "validation_share": 0.5, **wishes})
+    asked = {"files": files, "encoder": "chars", "validation_share": 0.5, **wishes}
+    recipe, problems = options.check(assemble.Recipe, asked)
     assert not problems
     return assemble.assemble(recipe, folder), *documents(folder)
 
@@ -143,9 +152,9 @@ def test_alike_documents_are_those_that_comparing_every_pair_finds(tmp_path, sim
 
 def test_bands_find_what_they_promise():
     for similarity in np.linspace(0.3, 1, 71):
-        n, rows = assemble.bands(similarity)
-        assert n * rows <= assemble.HASHES
-        assert (1 - similarity**rows) ** n <= assemble.MISSED or rows == 1
+        n, rows = choose_bands(similarity)
+        assert n * rows <= N_HASHES
+        assert (1 - similarity**rows) ** n <= MAX_MISS_PROBABILITY or rows == 1
 
 
 def test_signatures_estimate_the_jaccard_index():
@@ -153,10 +162,10 @@ def test_signatures_estimate_the_jaccard_index():
     text = sentence(dice, 300)
     for share in (0.02, 0.1, 0.3):
         other = altered(dice, text, share)
-        a, b = assemble.runs(text), assemble.runs(other)
+        a, b = find_shingles(text), find_shingles(other)
         assert set(a.tolist()) == {int.from_bytes(run) for run in naive_runs(text)}
-        agree = np.mean(assemble.signature(a) == assemble.signature(b))
-        assert abs(agree - assemble.jaccard(a, b)) < 0.15  # 3.4 standard deviations of 128 throws
+        agree = np.mean(compute_signature(a) == compute_signature(b))
+        assert abs(agree - jaccard(a, b)) < 0.15  # 3.4 standard deviations of 128 throws
 
 
 def test_equal_documents_stay_once_and_lengths_are_limits(tmp_path):
@@ -228,7 +237,7 @@ def test_one_text_validates_by_its_end(tmp_path):
 def test_every_token_trains_or_validates_and_the_share_is_kept(lengths, share, seed):
     ends = list(itertools.accumulate(lengths))
     spans = [(end - n, end) for n, end in zip(lengths, ends, strict=True)]
-    training, validation = assemble.divide(spans, share, seed)
+    training, validation = assemble.split_documents(spans, share, seed)
     assert len(training) == len(spans)
     pieces = sorted([span for span in training if span] + validation)
     assert [i for start, end in pieces for i in range(start, end)] == list(range(ends[-1]))
@@ -244,7 +253,7 @@ def test_training_finds_the_split_that_was_made(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [sentence(dice, dice.randrange(1, 30)) for _ in range(150)])
     result, *_ = made(tmp_path, [path], weights=[3], validation_share=0.15)
     wanted = options.Dataset(data_division=result["data_division"], path=str(tmp_path / "made" / assemble.TOKENS))
-    found = dataset.Corpus(wanted, None, 8)
+    found = Corpus(wanted, None, 8)
     assert found.train.n_tokens == result["training"]["tokens"]
     assert found.val.n_tokens == result["validation"]["tokens"] > 0
 
@@ -266,8 +275,9 @@ def test_the_encoder_is_as_large_as_asked_or_as_the_text_gives(tmp_path):
 def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
     def run(recipe):
         (tmp_path / "mix.json").write_text(json.dumps(recipe))
-        argv = [sys.executable, str(ROOT / "assemble.py"), "mix.json", "out"]
-        return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+        argv = [sys.executable, "-m", "strawberry.data.assemble", "mix.json", "out"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
 
     write_jsonl(tmp_path / "a.jsonl", ["one", "two", "two"])
     good = run({"files": ["*.jsonl"], "encoder": "chars"})
@@ -1160,7 +1170,7 @@ def test_a_model_that_a_job_needs_is_not_deleted(site, story):
         client.models.delete(base)
     tuning.cancel(more.id)
     with all_jobs.lock:  # so that it does not begin
-        waiting = all_jobs.assemble(Recipe(files=[story], encoder=base, validation_share=0.3))
+        waiting = all_jobs.assemble(assemble.Recipe(files=[story], encoder=base, validation_share=0.3))
         with pytest.raises(jobs.Refused, match=f"{waiting.id}, which is queued"):
             all_jobs.remove_model(base)
     until(lambda: waiting.status == "succeeded", 60, "the dataset")
@@ -1290,7 +1300,7 @@ def test_a_schedule_that_does_not_fit_is_an_event_of_the_job(site, story):
 def undisturbed(site, story, tmp_path_factory):
     """The weights of the run of LONG with seed 3, as train.py makes them at one go, in this process."""
     folder, factory = tmp_path_factory.mktemp("undisturbed"), site.service.factory
-    recipe = Recipe(files=[story], vocab_size=300, validation_share=0.05)
+    recipe = assemble.Recipe(files=[story], vocab_size=300, validation_share=0.05)
     made = factory.jobs.assemble(recipe)
     until(lambda: made.status == "succeeded")
     raw = jobs.merged(factory.jobs.starting_point(PRESET)[1], jobs.nested(LONG) | {"seed": 3})

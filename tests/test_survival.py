@@ -36,16 +36,15 @@ from machine import require, require_program
 from torture import FULL, assert_same, count, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
 
 import checkpoint
-import dataset
 import encoder as encoders
 import plot
 import ranks
 import train
 from checkpoint import Lock, load_model, newest
-from dataset import Header, TokenFile
 from model import CONFIGS
 from optimizer import lr_at
 from options import UserError, check, dotted_names, load_run, run_class, to_dict
+from strawberry.data.token_file import Header, TokenFile, TokenFileWriter
 from train import Signals, Trainer
 
 RESUME = "--init_from=resume"
@@ -518,7 +517,7 @@ def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypat
     monkeypatch.setattr(Trainer, "accumulate", note)
     assert run(BACK) == 0
     trainer = prepared()
-    every = [torch.from_numpy(trainer.corpus.train.windows(5, 8 * step, 8)[:, :-1]) for step in range(13)]
+    every = [torch.from_numpy(trainer.corpus.train.read_windows(5, 8 * step, 8)[:, :-1]) for step in range(13)]
     steps = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]  # each batch once, though the steps 5 and 6 were done twice
     for got, step in zip(batches[1:], steps, strict=False):
         assert torch.equal(got, every[step])
@@ -1000,7 +999,7 @@ def test_ranks_weigh_rows_by_their_targets(den):
              "n_head": 2, "n_embd": 16}  # fmt: skip
     write_run(model_hyperparams=model, max_iters=3, eval_interval=3, batch_size=2, gradient_accumulation_steps=1)
     encoder = encoders.load("chars:text.txt")
-    with dataset.TokenFileWriter("data.bin", encoder, kind="pairs") as writer:
+    with TokenFileWriter("data.bin", encoder, kind="pairs") as writer:
         for n in range(40):
             writer.add(np.array(encoder.encode("ab")))
             writer.add(np.array(encoder.encode("abcdefghijklmno"[: 1 + n * 7 % 14])))
@@ -1184,7 +1183,7 @@ def test_ten_thousand_mutated_headers_are_refused_or_read(den, told):
         with open("data.bin", "r+b") as file:
             file.write(head)
         try:
-            tokens = TokenFile("data.bin").rows(np.array([0, 7]), 17)
+            tokens = TokenFile("data.bin").read_rows(np.array([0, 7]), 17)
             assert tokens.shape == (2, 17) and tokens.max() < Header.from_bytes(head, "").vocab_size
             outcomes["read"] += 1
         except UserError as error:

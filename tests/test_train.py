@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-import dataset
 import encoder as encoders
 import plot
 import train
 from checkpoint import listed, load_model, newest
-from dataset import Batch, TokenFileWriter
 from model import CONFIGS, build
 from options import UserError, load_run
+from strawberry.data.loader import map_tensors
+from strawberry.data.objectives import Batch
+from strawberry.data.token_file import TokenFileWriter
 from train import Signals, Trainer
 
 TEXT = "".join(f"{word} sat on the mat and saw {n} dogs.\n" for n in range(40) for word in ("a cat", "the owl", "we"))
@@ -216,7 +217,7 @@ def test_losses_of_any_objective_are_means_over_the_targets(objective):
         got = train.mean_loss(trainer.model, split, 2, 3, trainer.lengths, trainer.objective)
         nats, n_bytes, count = 0.0, 0, 0
         for sample in range(6):  # one at a time
-            x, y, source, _ = dataset.tensors(trainer.objective.batch(split, 0, sample, 1), torch.from_numpy)
+            x, y, source, _ = map_tensors(trainer.objective.make_batch(split, 0, sample, 1), torch.from_numpy)
             log_p = trainer.model(x, source=source)[0][0].log_softmax(-1)
             for t, target in enumerate(y[0].tolist()):
                 if target >= 0:
@@ -580,7 +581,7 @@ def test_the_strict_loss_sees_each_prefix_alone(workshop):
         got = train.strict_loss(trainer.model, split, positions=3, rows=2)[0]
         expected = 0
         places = (0, 9, 3)  # 16 · (0, 0.618, 0.236)
-        for window, t in zip(split.windows(train.EVAL_SEED, 0, 3).tolist(), places, strict=True):
+        for window, t in zip(split.read_windows(train.EVAL_SEED, 0, 3).tolist(), places, strict=True):
             logits, _ = trainer.model(torch.tensor([window[: t + 1]]))
             expected -= logits[0, t].log_softmax(-1)[window[t + 1]].item() / 3
     assert got == pytest.approx(expected, rel=1e-5)
@@ -601,7 +602,7 @@ def test_evaluation_is_the_mean_over_tokens_and_bytes(workshop):
     with train.evaluating(trainer.model):
         got = train.mean_loss(trainer.model, split, 2, 3, trainer.lengths)
         nats, n_bytes, count = 0.0, 0, 0
-        for window in split.windows(train.EVAL_SEED, 0, 6):
+        for window in split.read_windows(train.EVAL_SEED, 0, 6):
             log_p = trainer.model(torch.from_numpy(window[None, :-1]))[0][0].log_softmax(-1)
             for t, target in enumerate(window[1:].tolist()):
                 nats -= log_p[t, target].item()
@@ -622,7 +623,7 @@ def test_evaluations_read_each_window_at_most_once_and_always_the_same(workshop)
     n = trainer.corpus.val.n_windows
     assert train.mean_loss(forward, trainer.corpus.val, 10_000, 3, trainer.lengths)[0] == 1
     rows = torch.cat(seen)
-    epoch = torch.from_numpy(trainer.corpus.val.windows(train.EVAL_SEED, 0, n))  # n windows: each once
+    epoch = torch.from_numpy(trainer.corpus.val.read_windows(train.EVAL_SEED, 0, n))  # n windows: each once
     assert torch.equal(rows, epoch[: n // 3 * 3, 1:])
     first, seen = rows, []
     train.mean_loss(forward, trainer.corpus.val, 10_000, 3, trainer.lengths)

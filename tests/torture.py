@@ -45,7 +45,7 @@ def count(few: int, many: int) -> int:
 
 def write_corpus(path, text=TEXT):
     import encoder as encoders
-    from dataset import TokenFileWriter
+    from strawberry.data.token_file import TokenFileWriter
 
     encoder = encoders.load("chars:text.txt")
     with TokenFileWriter(path, encoder) as writer:
@@ -227,7 +227,7 @@ def watched(argv):
     """seen.json: memory in MB, open files and seconds of the CPU, at each evaluation."""
     import gc
 
-    import dataset
+    from strawberry.data.loader import resident_memory
     from train import Trainer
 
     evaluate, seen = Trainer.evaluate, []
@@ -235,7 +235,7 @@ def watched(argv):
     def then_look(self):
         evaluate(self)
         gc.collect()
-        memory = dataset.resident()
+        memory = resident_memory()
         seen.append((memory["anonymous"], len(os.listdir("/proc/self/fd")), time.process_time()))
         Path("seen.json").write_text(json.dumps(seen))
 

@@ -1,1 +1,1 @@
-"""Text in: what the scripts read."""
+"""Text in, batches out: documents, token files, splits, objectives, the loader."""

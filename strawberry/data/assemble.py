@@ -1,0 +1,428 @@
+"""A dataset from several files: mixed by weight, deduplicated, encoded and split, in one token file.
+
+    python -m strawberry.data.assemble mix.json data/mix      # writes data/mix/tokens.bin, encoder.bin and result.json
+
+mix.json:  {"files": ["books/", "chat.jsonl.gz"], "weights": [1, 2.5], "deduplicate": "near", "validation_share": 0.05}
+
+The files are what prepare.py reads. In their order, each document is checked against the limits of length, then
+compared with all that were kept before it: the first of equal or near-duplicate documents stays. A share of the rest
+validates, each document once; the others train, as often as the weight of their file says, shuffled. No document is in
+both splits, and with "near" no near-duplicate is. The training split stands first in the file: `data_division` in
+result.json says where it ends, and
+`train.py --dataset.path=data/mix/tokens.bin --encoder_path=data/mix/encoder.bin --dataset.data_division=…` reads it.
+
+The same recipe and the same files give the same bytes. Texts are on disk, in unnamed temporary files of about five
+times their size with "near", which compares documents by their bytes; memory holds some 100 bytes for each document.
+
+Index:  the recipe · documents on disk · copies and splits · progress · the command
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import tempfile
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+import encoder as encoders
+import options
+from options import UserError, atomic_write, option
+from strawberry.common import Input, Output, check_outputs, encoder_inputs, find_previous
+from strawberry.data import encoding
+from strawberry.data.documents import ERRORS, NO_TEXTS, NOT_UTF8, OTHER_KIND, Documents, expand_inputs
+from strawberry.data.encoding import Spool, encode_documents
+from strawberry.data.near_duplicates import MAX_COMPARED_CHARS, NearDuplicates
+from strawberry.data.order import permutation
+from strawberry.data.token_file import TokenFileWriter
+
+# key of "left_out" in result.json → why a file is left out
+LEFT_OUT_REASONS = {"not_utf8": NOT_UTF8, "other_kinds": OTHER_KIND, "without_texts": NO_TEXTS}
+TOKENS, ENCODER, RESULT, PROGRESS = "tokens.bin", "encoder.bin", "result.json", "progress.json"
+KINDS = {TOKENS: "tokens", ENCODER: "encoder", RESULT: "dataset result", PROGRESS: "progress"}
+VERSION = 2  # raised whenever the same recipe gives other bytes
+
+
+@dataclasses.dataclass
+class Recipe:
+    """What a dataset is made of, and how."""
+
+    files: list[str] = option([], "what it is made of: files, folders or globs")
+    weights: list[float] | None = option(
+        None,
+        "one for each of files: how often its documents are taken; 2: twice, 0.5: half of them; null: once",
+        above=0,
+        high=1000,
+    )
+    errors: str = option(
+        "strict",
+        "of bytes that are not UTF-8; strict: a file that is named is refused, one in a folder left out; "
+        "replace: they become U+FFFD",
+        choices=list(ERRORS),
+    )
+    deduplicate: str = option(
+        "exact",
+        "of documents with the same text, or of alike ones too, the first is kept",
+        choices=["none", "exact", "near"],
+    )
+    similarity: float = option(
+        0.8,
+        "near: documents are alike from this share of common text on: the Jaccard index of their runs of 8 bytes, "
+        "in lower case, all white space as one space",
+        low=0.3,
+        high=1,
+    )
+    min_chars: int = option(1, "shorter documents are left out", low=1, high=2**40)
+    max_chars: int | None = option(None, "longer documents are left out", low=1, high=2**40)
+    encoder: str | None = option(None, "what encodes it; chars: a token for each character; null: trained on the text")
+    vocab_size: int | None = option(
+        None, "of the encoder that is trained; null: 8192, or what the text gives", low=258, high=encoders.MAX_VOCAB
+    )
+    validation_share: float = option(0.1, "share of the tokens that validates", above=0, below=1)
+    seed: int = option(0, "of the shuffle, and of what validates", low=0, high=2**31 - 1)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.files:
+            yield "files", "must name at least one"
+        if self.weights is not None and len(self.weights) != len(self.files):
+            yield "weights", f"must be as many as files, {len(self.files)}"
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            yield "max_chars", f"must be >= min_chars ({self.min_chars})"
+        if self.encoder is not None and self.vocab_size is not None:
+            yield "vocab_size", "is that of an encoder to be trained, and encoder names one; leave one of them out"
+
+
+class DocumentStore:
+    """Documents on disk, each in the pieces in which it was read, so that its tokens are those of the whole."""
+
+    def __init__(self, folder: Path):
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by close)
+        self.ends = array("Q", [0])  # of the pieces, in bytes
+        self.first = array("Q", [0])  # piece of each document, and of the next one
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def write(self, piece: str) -> None:
+        """One more piece of the document that is being read."""
+        self.ends.append(self.ends[-1] + self.file.write(piece.encode("utf-8", "surrogatepass")))
+
+    def commit(self) -> None:
+        """End the document that was written."""
+        self.first.append(len(self.ends) - 1)
+
+    def rollback(self) -> None:
+        """Forget what was written since the last document."""
+        del self.ends[self.first[-1] + 1 :]
+        self.file.seek(self.ends[-1])
+        self.file.truncate()
+
+    def read_pieces(self, document: int) -> Iterator[tuple[str, bool]]:
+        """(text, whether it ends the document)"""
+        first, stop = self.first[document], self.first[document + 1]
+        for i in range(first, stop):
+            self.file.seek(self.ends[i])
+            data = self.file.read(self.ends[i + 1] - self.ends[i])
+            yield data.decode("utf-8", "surrogatepass"), i == stop - 1
+
+    def size(self, document: int) -> int:
+        """In bytes."""
+        return self.ends[self.first[document + 1]] - self.ends[self.first[document]]
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class DocumentCollector:
+    """Reads files into a DocumentStore and leaves out what the recipe excludes; .left_out counts why.
+
+    .sources[i] is the number of document i's entry in recipe.files.
+    """
+
+    def __init__(self, recipe: Recipe, store: DocumentStore, near_duplicates: NearDuplicates | None):
+        self.recipe, self.store, self.near_duplicates = recipe, store, near_duplicates
+        self.left_out = {"exact_duplicates": 0, "near_duplicates": 0, "too_short": 0, "too_long": 0,
+                         **dict.fromkeys(LEFT_OUT_REASONS, 0)}  # fmt: skip
+        self.sources = array("I")
+        self.seen: set[bytes] = set()
+
+    def read(self, source: int, documents: Documents, progress: Callable[[int], object]) -> None:
+        documents.scan(progress)
+        chars, digest, pieces = 0, hashlib.sha256(), []
+        for piece, last in encoders.cut_pieces(documents.read(progress=progress), encoding.PIECE):
+            chars += len(piece)
+            if piece and chars <= self.longest:
+                self.store.write(piece)
+                digest.update(piece.encode("utf-8", "surrogatepass"))
+                if self.near_duplicates and chars <= MAX_COMPARED_CHARS:
+                    pieces.append(piece)
+            if last:
+                self.finish(source, chars, digest.digest(), "".join(pieces) if chars <= MAX_COMPARED_CHARS else None)
+                chars, digest, pieces = 0, hashlib.sha256(), []
+        for name, reason in LEFT_OUT_REASONS.items():
+            self.left_out[name] += documents.count_left_out(reason)
+        for note in documents.notes():
+            print(note, file=sys.stderr)
+
+    @property
+    def longest(self) -> float:
+        return self.recipe.max_chars or math.inf
+
+    def finish(self, source: int, chars: int, digest: bytes, text: str | None) -> None:
+        """A document is read: keep it, or leave it out and say why."""
+        exact = self.recipe.deduplicate != "none"
+        reasons = {
+            "too_short": chars < self.recipe.min_chars,
+            "too_long": chars > self.longest,
+            "exact_duplicates": exact and digest[:16] in self.seen,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                self.left_out[reason] += 1
+                self.store.rollback()
+                return
+        self.store.commit()
+        self.sources.append(source)
+        if exact:
+            self.seen.add(digest[:16])
+        if self.near_duplicates:
+            self.near_duplicates.add(text)
+
+
+Span = tuple[int, int]  # tokens of the spool, start and end
+
+
+def count_copies(sources: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
+    """How often each document is taken, by the weight of the file (n,) that it is of.
+
+    A weight of 2.25 takes each document twice and a quarter of them, rounded up, once more.
+    """
+    times = np.zeros(len(sources), np.int64)
+    for source, weight in enumerate(weights):
+        own = np.flatnonzero(sources == source)
+        more = math.ceil(round((weight % 1) * len(own), 6))
+        times[own] = int(weight)
+        times[own[permutation(len(own), seed)[:more]]] += 1
+    return times
+
+
+def split_documents(spans: list[Span], share: float, seed: int) -> tuple[list[Span | None], list[Span]]:
+    """(what trains of each document, what validates): whole documents, drawn so that they hold that share of tokens.
+
+    A document longer than all of the share together is not drawn. Where less than half the share comes of it, because
+    documents are few or long, the end of the longest one validates instead.
+
+    >>> split_documents([(0, 100)], 0.1, seed=0)
+    ([(0, 90)], [(90, 100)])
+    """
+    lengths = [end - start for start, end in spans]
+    wanted, drawn = share * sum(lengths), 0
+    training: list[Span | None] = list(spans)
+    validation = []
+    for i in permutation(len(spans), seed).tolist():
+        if len(validation) < len(spans) - 1 and drawn + lengths[i] <= max(wanted, 1):
+            validation.append(spans[i])
+            training[i], drawn = None, drawn + lengths[i]
+    if drawn >= wanted / 2:
+        return training, validation
+    longest = int(np.argmax(lengths))
+    start, end = spans[longest]
+    middle = min(max(end - max(math.ceil(wanted), 1), start + 1), end)
+    return [*spans[:longest], (start, middle), *spans[longest + 1 :]], [(middle, end)]
+
+
+class ProgressFile:
+    """Writes the progress to a file, twice a second at most: {"phase": "reading", "done": 0.31} of the phase."""
+
+    def __init__(self, path: Path):
+        self.path, self.written_at = path, 0.0
+        self.phase = ""
+
+    def begin(self, phase: str, total: float = 1) -> ProgressFile:
+        self.phase, self.total, self.n, self.written_at = phase, max(total, 1e-9), 0.0, 0.0
+        self.add(0)
+        return self
+
+    def add(self, n: float) -> None:
+        self.set(self.n + n)
+
+    def set(self, n: float) -> None:
+        self.n = n
+        if time.monotonic() - self.written_at > 0.5:
+            self.written_at = time.monotonic()
+            status = {"phase": self.phase, "done": round(min(self.n / self.total, 1), 4)}
+            with contextlib.suppress(UserError):  # a full disk will show elsewhere
+                atomic_write(self.path, json.dumps(status).encode())
+
+
+def check_files(recipe: Recipe, paths: Iterable[Path], folder: Path, recipe_file: str | None) -> None:
+    """Raises UserError where the dataset would overwrite one of the files that it is made from, or another one."""
+    outputs = [Output("FOLDER", folder / name, kind) for name, kind in KINDS.items()]
+    inputs = [Input("files", path) for path in paths] + encoder_inputs("encoder", recipe.encoder or "chars")
+    check_outputs(outputs, inputs + [Input("RECIPE.json", recipe_file)] * bool(recipe_file))
+
+
+def assemble(recipe: Recipe, folder: Path, recipe_file: str | None = None) -> dict:
+    """Make the dataset in `folder`; returns what result.json says, which is written last."""
+    began, progress = time.perf_counter(), ProgressFile(folder / PROGRESS)
+    previous = find_previous(Output("FOLDER", folder / name, kind) for name, kind in KINDS.items())
+    found = [expand_inputs([name], "files", leave_out=previous) for name in recipe.files]
+    check_files(recipe, (file.path for files in found for file in files), folder, recipe_file)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(contextlib.closing(DocumentStore(folder)))
+        near_duplicates = None
+        if recipe.deduplicate == "near":
+            near_duplicates = stack.enter_context(contextlib.closing(NearDuplicates(folder, recipe.similarity)))
+        collector = DocumentCollector(recipe, store, near_duplicates)
+        size = sum(file.size for inputs in found for file in inputs)
+        advance = progress.begin("reading", 2 * size).add  # once to check it, once for its documents
+        for source, inputs in enumerate(found):
+            collector.read(source, Documents(inputs, errors=recipe.errors, mend='"errors": "replace"'), advance)
+        out = np.zeros(len(store), bool)
+        if near_duplicates:
+            out = near_duplicates.find(progress.begin("comparing").set)
+            collector.left_out["near_duplicates"] = int(out.sum())
+        kept = np.flatnonzero(~out)
+        times = np.zeros(len(store), np.int64)
+        times[kept] = count_copies(np.array(collector.sources)[kept], recipe.weights or [1.0] * len(found), recipe.seed)
+        if not times.any():
+            reasons = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in collector.left_out.items() if n)
+            names = ", ".join(recipe.files[:5]) + (", …" if len(recipe.files) > 5 else "")
+            raise UserError(f"no text is left of the files (left out: {reasons or 'nothing; they are empty'}): {names}")
+        taken = np.flatnonzero(times)
+        progress.begin("making the encoder")
+        encoder = make_encoder(recipe, store, taken, folder)
+        result = write_dataset(recipe, store, taken, times[taken], encoder, folder, progress)
+    result |= {"left_out": collector.left_out, "seconds": round(time.perf_counter() - began, 2)}
+    atomic_write(folder / RESULT, json.dumps(result, indent=1).encode())
+    return result
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a call that was killed had not finished."""
+    for name in KINDS:
+        for path in folder.glob(f".{name}.*.tmp"):
+            if path.name.removeprefix(f".{name}.").removesuffix(".tmp").isdigit():
+                path.unlink()
+
+
+def make_encoder(recipe: Recipe, store: DocumentStore, taken: np.ndarray, folder: Path) -> encoders.Encoder:
+    """The encoder that the recipe names, or one made of the texts; a copy of it is saved beside the tokens."""
+    if recipe.encoder == "chars":
+        chars = set()
+        for document in taken:
+            for piece, _ in store.read_pieces(int(document)):
+                chars.update(piece)
+        encoder = encoders.from_characters(chars)
+    elif recipe.encoder is not None:
+        encoder = encoders.load(recipe.encoder)
+    else:
+        exact = recipe.vocab_size is not None
+        encoder = encoders.train(read_training_text(store, taken, recipe.seed), recipe.vocab_size or 8192, exact=exact)
+    encoder.save(folder / ENCODER)
+    return encoder
+
+
+def read_training_text(store: DocumentStore, taken: np.ndarray, seed: int) -> Iterator[str]:
+    """The documents in shuffled order, the first MAX_TRAINING_CHARS characters of them."""
+    left = encoding.MAX_TRAINING_CHARS
+    for document in taken[permutation(len(taken), seed)].tolist():
+        for piece, _ in store.read_pieces(document):
+            yield piece[:left]
+            left -= len(piece)
+            if left <= 0:
+                return
+
+
+def write_dataset(
+    recipe: Recipe,
+    store: DocumentStore,
+    taken: np.ndarray,
+    times: np.ndarray,
+    encoder,
+    folder: Path,
+    progress: ProgressFile,
+) -> dict:
+    """Encode the documents `taken`, each `times` times where it trains; returns their part of result.json."""
+    progress.begin("encoding", sum(store.size(document) for document in taken.tolist()))
+
+    def pieces() -> Iterator[tuple[str, bool]]:
+        for document in taken.tolist():
+            yield from store.read_pieces(document)
+            progress.add(store.size(document))
+
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode()).hexdigest()
+    with (
+        TokenFileWriter(folder / TOKENS, encoder, digest) as writer,
+        Spool(folder, writer.dtype) as spool,
+    ):
+        n_bytes = encode_documents(pieces(), encoder, spool)
+        spans = [spool.find_span(i) for i in range(spool.n_documents)]
+        training, validation = split_documents(spans, recipe.validation_share, recipe.seed)
+        progress.begin("writing", spool.n_tokens)
+        for i in repeat_shuffled(training, times, recipe.seed):
+            append_tokens(writer, spool, training[i], progress)
+        n_train, n_train_documents = writer.n_tokens, writer.n_documents
+        for span in validation:
+            append_tokens(writer, spool, span, progress)
+    return {
+        "documents": len(taken),
+        "bytes": n_bytes,
+        "tokens": writer.n_tokens,
+        "training": {"documents": n_train_documents, "tokens": n_train},
+        "validation": {"documents": len(validation), "tokens": writer.n_tokens - n_train},
+        "data_division": (n_train - 0.5) / writer.n_tokens,  # TokenFile.find_boundary rounds up, to n_train
+        "encoder": {"vocab_size": encoder.vocab_size, "fingerprint": encoder.fingerprint},
+    }
+
+
+def repeat_shuffled(training: list[Span | None], times: np.ndarray, seed: int) -> Iterable[int]:
+    """The documents that train, each as often as it is taken, shuffled."""
+    trains = np.array([span is not None for span in training])
+    repeated = np.repeat(np.flatnonzero(trains), times[trains])
+    return repeated[permutation(len(repeated), seed)].tolist()
+
+
+def append_tokens(writer: TokenFileWriter, spool: Spool, span: Span, progress: ProgressFile) -> None:
+    for tokens, last in spool.read(*span):
+        writer.add(tokens, last)
+        progress.add(len(tokens))
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) != 2 or argv[0].startswith("-"):
+        raise UserError(
+            "usage: python -m strawberry.data.assemble RECIPE.json FOLDER; the keys of a recipe:\n"
+            + "\n".join(
+                f"  {name} = {options.show(key.default)}: {key.doc} [{key.allowed}]"
+                for name, key in options.declared(Recipe).items()
+            )
+        )
+    recipe, problems = options.check(Recipe, options.read_json(argv[0]))
+    if problems:
+        raise UserError(f"{argv[0]}: " + "\n  ".join(problems))
+    folder = Path(argv[1])
+    try:
+        result = assemble(recipe, folder, argv[0])
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror or error}") from error
+    left_out = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in result["left_out"].items() if n)
+    print(
+        f"{folder / TOKENS}: {result['documents']:,} documents, {result['tokens']:,} tokens, of which "
+        f"{result['validation']['tokens']:,} validate; data_division {result['data_division']:.6f}"
+        + (f"; left out: {left_out}" if left_out else "")
+    )
+
+
+if __name__ == "__main__":
+    options.run_cli(main)
