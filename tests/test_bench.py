@@ -1,11 +1,13 @@
 """Comparisons: equal conditions for all, nothing done twice, tables that say what was found."""
 
+import http.client
 import io
 import json
 import math
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,11 @@ import checkpoint
 import encoder as encoders
 import options
 import plot
-from model import build
+from model import CONFIGS, build
 from options import UserError
+from strawberry.bench import child_process, compare_report, decode, growth, hardware, scale, serve, sweep, train
+from strawberry.bench.common import SHARED_KEYS, get_value, load_entries, parse_override, parse_quantity
+from strawberry.bench.width import match_params
 from strawberry.data.token_file import TokenFileWriter
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
@@ -71,9 +76,9 @@ def workshop(tmp_path, monkeypatch):
     write_config("a", {"arch": "tinystar"})
     write_config("b", {"arch": "tinystar", "n_embd": 32})
     command = lambda role, *arguments: [sys.executable, "-c", FAKE, role, *arguments]  # noqa: E731
-    monkeypatch.setattr(bench, "child_command", command)
-    monkeypatch.setattr(bench, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(bench, "draw", lambda *arguments: None)
+    monkeypatch.setattr(child_process, "make_command", command)
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(compare_report, "draw_comparison", lambda *arguments: None)
     monkeypatch.setattr(plot, "save", lambda *arguments: None)
     return tmp_path
 
@@ -86,7 +91,7 @@ def write_config(name, model, **changes):
     Path(f"{name}.json").write_text(json.dumps(config | changes))
 
 
-def compare(*words):
+def run_compare(*words):
     """20 steps of 64 tokens, two learning rates, two seeds: three runs for each config."""
     defaults = {"--tokens": "1280", "--seeds": "2", "--lrs": "1e-3,3e-3", "--device": "cpu", "--out": "out"}
     for name, value in defaults.items():
@@ -107,25 +112,25 @@ def table():
 
 
 def entries(*specs, common=()):
-    return bench.load_entries(list(specs), [bench.parse_override(text) for text in common])
+    return load_entries(list(specs), [parse_override(text) for text in common])
 
 
 def plan(**changes):
     fixed = {"steps": 100, "tokens_per_step": 64, "warmup": 0.05, "cooldown": 0.4, "lrs": [1e-3], "seeds": 1, "jobs": 1,
-             "device": bench.torch.device("cpu"), "out": Path("out"),
+             "device": torch.device("cpu"), "out": Path("out"),
              "data": {"dataset": "d", "encoder": "e", "code": "c" * 64}}  # fmt: skip
-    return bench.Plan(**fixed | changes)
+    return sweep.Plan(**fixed | changes)
 
 
 # ---- what is compared ----------------------------------------------------------------------------------------------
 
 
 def test_quantities_are_read_short_and_long():
-    assert [bench.quantity(text) for text in ("5M", "100k", "1.5B", "2e6", "7")] == [5 * 10**6, 10**5, 15 * 10**8,
+    assert [parse_quantity(text) for text in ("5M", "100k", "1.5B", "2e6", "7")] == [5 * 10**6, 10**5, 15 * 10**8,
                                                                                      2 * 10**6, 7]  # fmt: skip
     for text in ("", "M", "-5M", "0", "many", "nan", "inf"):
         with pytest.raises(UserError, match="5M"):
-            bench.quantity(text)
+            parse_quantity(text)
 
 
 def test_overrides_on_the_command_line_reach_the_model_without_their_section(workshop):
@@ -148,8 +153,8 @@ def test_set_is_for_all_and_yields_to_a_config_s_own(workshop):
 def test_all_see_what_the_first_sees(workshop):
     write_config("c", {"arch": "tinystar", "block_size": 8}, batch_size=2, eval_iters=9)
     first, second = entries("a.json", "c.json")
-    for key in bench.SHARED:
-        assert bench.value_of(second.run, key) == bench.value_of(first.run, key), key
+    for key in SHARED_KEYS:
+        assert get_value(second.run, key) == get_value(first.run, key), key
     told = " ".join(second.changes)
     assert "block_size 8 → 16" in told and "batch_size 2 → 4" in told and "eval_iters 9 → 2" in told
     assert second.run.model_hyperparams.window == 4  # what follows from block_size follows
@@ -159,11 +164,11 @@ def test_the_schedule_is_the_same_for_all(workshop):
     write_config("m", {"arch": "tinystar"}, learning_rate=1e-3, warmup_iters=7, min_lr=1e-5,
                  optimizer_hyperparams={"use_muon": True, "muon_lr": 1e-2})  # fmt: skip
     for entry in entries("a.json", "m.json"):
-        run = bench.make_trial(entry, plan(), 4e-3, 5).config
+        run = sweep.make_trial(entry, plan(), 4e-3, 5).config
         expected = {"max_iters": 100, "lr_decay_iters": 100, "warmup_iters": 5, "cooldown_frac": 0.4, "seed": 5,
                     "learning_rate": 4e-3, "min_lr": pytest.approx(4e-4), "init_from": "scratch"}  # fmt: skip
         assert {key: run[key] for key in expected} == expected
-        _, problems = options.check(options.run_class(bench.CONFIGS, "tinystar"), run)
+        _, problems = options.check(options.run_class(CONFIGS, "tinystar"), run)
         assert problems == []
     assert run["optimizer_hyperparams"]["muon_lr"] == pytest.approx(4e-2)  # ten times the rate, as in the file
 
@@ -176,7 +181,7 @@ def test_every_preset_can_be_given_the_same_size(name):
     target = 800_000
     (entry,) = entries(name)
     before = entry.run.model_hyperparams
-    bench.match_params([entry], target, [])
+    match_params([entry], target, [])
     after = entry.run.model_hyperparams
     params = build(after).num_params()
     assert abs(params / target - 1) <= 0.02 and entry.params == params
@@ -190,7 +195,7 @@ def test_every_preset_can_be_given_the_same_size(name):
 
 def test_the_first_config_says_the_size_unless_another_is_asked_for(workshop):
     for asked, expected in (((), entries("b.json")[0].params), (("--params", "20k"), 20_000)):
-        assert compare("b.json", "a.json", "--match", "params", *asked, "--out", f"out{expected}") == 0
+        assert run_compare("b.json", "a.json", "--match", "params", *asked, "--out", f"out{expected}") == 0
         rows = json.loads(Path(f"out{expected}/compare.json").read_text())["rows"]
         assert all(abs(row["params"] / expected - 1) <= 0.02 for row in rows), rows
         assert asked or rows[0]["changes"] == []
@@ -199,7 +204,7 @@ def test_the_first_config_says_the_size_unless_another_is_asked_for(workshop):
 
 def test_a_size_that_no_width_gives_is_an_error_with_the_nearest(workshop):
     with pytest.raises(UserError, match=r"a: no widths give 10 non-embedding parameters within 2%; the nearest \(.*n_"):
-        compare("a.json", "--match", "params", "--params", "10")
+        run_compare("a.json", "--match", "params", "--params", "10")
     assert not Path("out").exists()
 
 
@@ -207,32 +212,32 @@ def test_a_size_that_no_width_gives_is_an_error_with_the_nearest(workshop):
 
 
 def test_a_finished_comparison_is_not_redone(workshop):
-    assert compare("a.json", "b.json") == 0
+    assert run_compare("a.json", "b.json") == 0
     assert sorted(calls()) == sorted(f"{width} {rest} False" for width in (16, 32)
                                      for rest in ("0.001 1", "0.003 1", "0.003 2"))  # fmt: skip
     times = {path: path.stat().st_mtime_ns for path in Path("out/runs").iterdir()}
     assert len(times) == 8 and all(path.suffix == ".json" for path in times)  # 6 runs and 2 speeds, no leftovers
     first = Path("out/compare.md").read_text()
-    assert compare("a.json", "b.json") == 0
+    assert run_compare("a.json", "b.json") == 0
     assert not Path("calls.txt").exists()
     assert {path: path.stat().st_mtime_ns for path in Path("out/runs").iterdir()} == times
     assert Path("out/compare.md").read_text() == first
 
 
 def test_more_of_the_same_does_only_what_is_new(workshop):
-    compare("a.json")
+    run_compare("a.json")
     calls()
-    compare("a.json", "--seeds", "3")
+    run_compare("a.json", "--seeds", "3")
     assert calls() == ["16 0.003 3 False"]
-    compare("a.json", "b.json", "--seeds", "3", "--jobs", "2")
+    run_compare("a.json", "b.json", "--seeds", "3", "--jobs", "2")
     assert len(calls()) == 4
     next(path for path in Path("out/runs").glob("*.json") if '"lr": 0.001' in path.read_text()).unlink()
-    compare("a.json", "b.json", "--seeds", "3")
+    run_compare("a.json", "b.json", "--seeds", "3")
     assert len(calls()) == 1
 
 
 def test_an_interruption_keeps_what_is_finished_and_tells_how_to_go_on(workshop, monkeypatch, capsys):
-    finished = bench.Pool.finished
+    finished = sweep.TrialPool.collect_finished
 
     def interrupted_after_two(self):
         yield from finished(self)
@@ -240,12 +245,12 @@ def test_an_interruption_keeps_what_is_finished_and_tells_how_to_go_on(workshop,
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.Pool, "finished", interrupted_after_two)
-        assert compare("a.json", "b.json") == 130
+        patch.setattr(sweep.TrialPool, "collect_finished", interrupted_after_two)
+        assert run_compare("a.json", "b.json") == 130
     told = capsys.readouterr().out
     assert "2 of 6 runs are finished" in told and "bench.py compare a.json b.json --tokens 1280" in told
     assert len(calls()) == 2 and not Path("out/compare.md").exists()
-    assert compare("a.json", "b.json") == 0
+    assert run_compare("a.json", "b.json") == 0
     assert len(calls()) == 4 and "2 of them are done already" in capsys.readouterr().out
 
 
@@ -257,19 +262,19 @@ def test_a_child_that_is_running_is_asked_to_stop_and_has_not_failed(workshop, m
 
     Path("hang_32__train").touch()
     with monkeypatch.context() as patch:
-        patch.setattr(bench.time, "sleep", interrupt)
-        assert compare("a.json", "b.json") == 130
+        patch.setattr(time, "sleep", interrupt)
+        assert run_compare("a.json", "b.json") == 130
     assert len(calls()) == 4
     told = capfd.readouterr().out
     assert "3 of 6 runs are finished" in told and "failed" not in told
     Path("hang_32__train").unlink()
-    assert compare("a.json", "b.json") == 0 and len(calls()) == 3
+    assert run_compare("a.json", "b.json") == 0 and len(calls()) == 3
 
 
 def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(workshop):
     (entry,) = entries("a.json")
-    pool = bench.Pool(plan())
-    trial = bench.make_trial(entry, pool.plan, 1e-3, 1)
+    pool = sweep.TrialPool(plan())
+    trial = sweep.make_trial(entry, pool.plan, 1e-3, 1)
     (pool.folder(trial) / "ck" / "step_00000003").mkdir(parents=True)
     pool.start(trial)
     pool.running[trial.key][1].wait()
@@ -286,7 +291,7 @@ def test_whatever_matters_makes_another_run(workshop, change):
                      dataset={"path": "data.bin", "data_division": data_division},
                      optimizer_hyperparams={"weight_decay": weight_decay})  # fmt: skip
         prints = {"dataset": "d", "encoder": "e", "code": "c" * 64} | data
-        return bench.make_trial(entries("c.json")[0], plan(steps=steps, warmup=warmup, data=prints), lr, seed).key
+        return sweep.make_trial(entries("c.json")[0], plan(steps=steps, warmup=warmup, data=prints), lr, seed).key
 
     assert key() == key() != key(**change)
 
@@ -295,14 +300,15 @@ def test_what_does_not_matter_makes_no_other_run(workshop):
     (entry,) = entries("a.json")
     Path("moved.bin").write_bytes(Path("data.bin").read_bytes())
     (moved,) = entries("a.json", common=["dataset.path=moved.bin"])
-    key = bench.make_trial(entry, plan(), 1e-3, 1).key
-    assert bench.make_trial(moved, plan(out=Path("elsewhere"), jobs=4, seeds=9, lrs=[1, 2]), 1e-3, 1).key == key
+    key = sweep.make_trial(entry, plan(), 1e-3, 1).key
+    assert sweep.make_trial(moved, plan(out=Path("elsewhere"), jobs=4, seeds=9, lrs=[1, 2]), 1e-3, 1).key == key
 
 
 def test_comments_and_docstrings_of_the_code_do_not_matter():
     plain = "def f(x):\n    return x + 1\n"
-    assert bench.meaning(plain) == bench.meaning('"""A file."""\n\ndef f(x):  # adds\n    """Add."""\n    return x + 1')
-    assert bench.meaning(plain) != bench.meaning(plain.replace("1", "2"))
+    dump = sweep.dump_without_comments
+    assert dump(plain) == dump('"""A file."""\n\ndef f(x):  # adds\n    """Add."""\n    return x + 1')
+    assert dump(plain) != dump(plain.replace("1", "2"))
 
 
 # ---- what comes out ------------------------------------------------------------------------------------------------
@@ -317,7 +323,7 @@ def test_the_table_is_the_mean_and_the_standard_deviation_over_seeds(workshop):
     seeds = [result(1.0, curve=[[100, 2.0], [200, 1.0]]), result(1.2, seed=2, curve=[[100, 2.5], [200, 1.2]]),
              result(1.7, seed=3, curve=[[100, 3.0], [200, 1.7]])]  # fmt: skip
     speed = {"tokens_per_s": 1234.5, "memory": 2.5e9, "compiled": True}
-    row = bench.make_row(entry, [seeds[0], result(1.1, 3e-3)], seeds, speed)
+    row = compare_report.make_row(entry, [seeds[0], result(1.1, 3e-3)], seeds, speed)
     # by hand: the mean of 1, 1.2, 1.7 is 1.3; deviations −0.3, −0.1, 0.4; √((0.09 + 0.01 + 0.16) / 2) = √0.13
     assert row["bpb"] == pytest.approx(1.3) and row["bpb_sd"] == pytest.approx(math.sqrt(0.13))
     assert row["curve"] == [[100, 2.5, 0.5], [200, pytest.approx(1.3), pytest.approx(math.sqrt(0.13))]]
@@ -326,22 +332,23 @@ def test_the_table_is_the_mean_and_the_standard_deviation_over_seeds(workshop):
     hidden = C * C + 2 * C * 8 + C * C + 3 * C * 64 + 3 * C
     # forward 2 per weight of a product, the head's included, and two T·T·C products; backward twice that
     flops = 3 * (2 * (hidden - 3 * C + V * C) + 4 * T * C)
-    cells = [cell.strip() for cell in bench.main_table([row]).splitlines()[2].strip("|").split("|")]
+    cells = [cell.strip() for cell in compare_report.format_main_table([row]).splitlines()[2].strip("|").split("|")]
     assert cells == ["a", "AdamW", "0.001", f"{hidden:,}", f"{hidden + V * C:,}", f"{flops / 1e6:.1f}", "1,234", "2.50",
                      "1.3000 ± 0.3606"]  # fmt: skip
     assert row["flops_per_token"] == flops
-    assert "| a | 1.0000 | 1.1000 |" in bench.grid_table([row], [1e-3, 3e-3])
+    assert "| a | 1.0000 | 1.1000 |" in compare_report.format_grid_table([row], [1e-3, 3e-3])
 
 
 def test_one_seed_has_no_deviation_and_a_diverged_one_no_mean(workshop):
     (entry,) = entries("a.json")
-    one = bench.make_row(entry, [], [result(1.25)], None)
-    assert bench.bpb_text(one) == "1.2500" and one["bpb_sd"] is None
-    assert bench.bpb_text(bench.make_row(entry, [], [result(1.25), result(None)], None)) == "diverged (1 of 2)"
+    one = compare_report.make_row(entry, [], [result(1.25)], None)
+    assert compare_report.format_bpb(one) == "1.2500" and one["bpb_sd"] is None
+    diverged = compare_report.make_row(entry, [], [result(1.25), result(None)], None)
+    assert compare_report.format_bpb(diverged) == "diverged (1 of 2)"
 
 
 def test_the_best_is_first_and_every_number_is_there(workshop):
-    compare("a.json:dropout=0.3", "b.json")
+    run_compare("a.json:dropout=0.3", "b.json")
     rows, text = table(), Path("out/compare.md").read_text()
     # the fake's bits per byte after 20 steps: 2 + 10/20 + 0 + seed/100, for the best rate 3e-3, seeds 1 and 2
     for row in rows.values():
@@ -357,16 +364,16 @@ def test_the_best_is_first_and_every_number_is_there(workshop):
 
 def test_a_model_that_sees_the_future_is_shown_by_its_strict_loss():
     line = {"val_bpb": 2.0, "val_loss": 4.0}
-    assert bench.honest_bpb(line) == 2.0
+    assert sweep.strict_bpb(line) == 2.0
     # half a bit per byte for each nat; the strict loss is 0.5 nats above the plain one of the same positions
-    assert bench.honest_bpb(line | {"strict_loss": 4.7, "plain_at_strict": 4.2}) == pytest.approx(2.25)
+    assert sweep.strict_bpb(line | {"strict_loss": 4.7, "plain_at_strict": 4.2}) == pytest.approx(2.25)
 
 
 def test_a_diverged_run_is_a_result_and_never_the_best(workshop):
-    assert compare("a.json", "--lrs", "1e-3,1") == 0
+    assert run_compare("a.json", "--lrs", "1e-3,1") == 0
     assert table()["a"]["lr"] == 1e-3 and table()["a"]["grid"] == {"0.001": pytest.approx(2.71), "1": None}
     assert len(calls()) == 3
-    compare("a.json", "--lrs", "1e-3,1")
+    run_compare("a.json", "--lrs", "1e-3,1")
     assert calls() == []
 
 
@@ -374,12 +381,12 @@ def test_a_diverged_run_is_a_result_and_never_the_best(workshop):
 def test_one_that_fails_takes_no_other_along(workshop, role):
     Path(f"fail_16_{role}").touch()
     with pytest.raises(UserError, match="1 of 2 configs failed: a .*the device is on fire; see .*log.txt"):
-        compare("a.json", "b.json")
+        run_compare("a.json", "b.json")
     assert table()["a"]["failure"] and table()["b"]["bpb"] == pytest.approx(2.515)
     assert "failed" in Path("out/compare.md").read_text()
     calls()
     Path(f"fail_16_{role}").unlink()
-    assert compare("a.json", "b.json") == 0  # and what failed is tried again
+    assert run_compare("a.json", "b.json") == 0  # and what failed is tried again
     assert all(call.startswith("16 ") for call in calls())
     assert table()["a"]["bpb"] == pytest.approx(2.515)
 
@@ -390,7 +397,7 @@ def test_the_picture_has_tokens_flops_and_seconds():
         return {"label": label, "flops_per_token": flops, "tokens_per_s": speed, "curve": curve, "bpb": last,
                 "bpb_sd": 0.1, "bpb_seeds": [last], "failure": None}  # fmt: skip
 
-    panels = bench.draw([row("a", 5.0, 50.0, 2.0), row("b", 7.0, 10.0, 1.0)], "title", 3).axes
+    panels = compare_report.draw_comparison([row("a", 5.0, 50.0, 2.0), row("b", 7.0, 10.0, 1.0)], "title", 3).axes
     found = {ax.get_xlabel(): {line.get_label(): list(line.get_xdata()) for line in ax.lines} for ax in panels}
     a, b = "a  2.0000 ± 0.1000", "b  1.0000 ± 0.1000"
     assert found == {
@@ -434,7 +441,7 @@ def test_the_picture_has_tokens_flops_and_seconds():
 ])  # fmt: skip
 def test_mistakes_are_told_before_anything_is_made(workshop, words, message):
     with pytest.raises(UserError, match=message):
-        compare(*words)
+        run_compare(*words)
     assert not Path("out").exists() and not Path("calls.txt").exists()
 
 
@@ -449,14 +456,14 @@ def test_an_unknown_command_is_told_with_the_nearest(monkeypatch, capsys):
 
 
 def test_a_real_child_trains(workshop, monkeypatch):
-    pretended = bench.child_command
+    pretended = child_process.make_command
     monkeypatch.undo()
     monkeypatch.chdir(workshop)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    real = bench.child_command
+    real = child_process.make_command
     by_role = {"_train": real, "_speed": pretended}
-    monkeypatch.setattr(bench, "child_command", lambda role, *rest: by_role[role](role, *rest))
-    assert compare("a.json", "--seeds", "1", "--lrs", "1e-2") == 0
+    monkeypatch.setattr(child_process, "make_command", lambda role, *rest: by_role[role](role, *rest))
+    assert run_compare("a.json", "--seeds", "1", "--lrs", "1e-2") == 0
     curve = table()["a"]["curve"]
     assert len(curve) == 20 and 0 < table()["a"]["bpb"] == curve[-1][1] < curve[0][1]
     assert [path.suffix for path in Path("out/runs").iterdir()] == [".json"] * 2
@@ -465,11 +472,11 @@ def test_a_real_child_trains(workshop, monkeypatch):
 
 
 def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "MEASURED_SECONDS", 0.05)
-    trial = bench.speed_trial(entries("a.json")[0], plan())
-    config = bench.write_config(Path("x"), trial, checkpoints={"path": "x/ck", "create_checkpoints": False})
+    monkeypatch.setattr(train, "MEASURED_SECONDS", 0.05)
+    trial = sweep.make_speed_trial(entries("a.json")[0], plan())
+    config = sweep.write_trial_config(Path("x"), trial, checkpoints={"path": "x/ck", "create_checkpoints": False})
     monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
-    bench.speed_child([str(config)])
+    train.speed_child([str(config)])
     ready, answer = capsys.readouterr().out.splitlines()
     found = json.loads(answer)
     assert ready == "ready" and found["tokens_per_s"] > 64 and found["steps"] >= 10 and found["memory"] is None
@@ -477,7 +484,7 @@ def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys)
     steps = [line["step"] for line in plot.read_metrics("x/ck/metrics.jsonl") if "tokens_per_s" in line]
     assert steps[-1] == 10 + found["steps"] and not Path("x/model").exists()
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # the one who asked is gone
-    bench.speed_child([str(config)])
+    train.speed_child([str(config)])
     assert capsys.readouterr().out == "ready\n"
 
 
@@ -487,21 +494,22 @@ def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys)
 @pytest.fixture
 def quick(workshop, monkeypatch):
     """The workshop, where little is measured."""
-    for name, value in {"WARM_STEPS": 1, "STEPS": 3, "FEWEST_STEPS": 2, "COPIED": (2**20, 2**20)}.items():
-        monkeypatch.setattr(bench, name, value)
+    for name, value in {"WARMUP_STEPS": 1, "MAX_STEPS": 3, "MIN_STEPS": 2}.items():
+        monkeypatch.setattr(decode, name, value)
+    monkeypatch.setattr(hardware, "COPY_BYTES", (2**20, 2**20))
     write_config("t", {"arch": "tinystar"})
     write_config("p", {"arch": "palm", "d_rank": 4, "n_qkv": 16})
     write_config("l", {"arch": "tinystar", "pos_encoding": "Learned"})
     return workshop
 
 
-def decode(*words):
+def run_decode(*words):
     bench.main(["decode", *words, "--device", "cpu", "--out", "out"])
     return json.loads(Path("out/decode.json").read_text())
 
 
 def subject(spec):
-    (found,) = bench.read_subjects([spec])
+    (found,) = decode.read_model_sources([spec])
     return found.make()
 
 
@@ -510,45 +518,46 @@ def test_the_weights_that_a_step_reads_are_counted_by_hand(quick):
     # GQA of two heads: q 16·16, k and v one head of 8 channels each, out 16·16; SwiGLU of 64 channels; three norms
     tinystar = C * C + 2 * C * 8 + C * C + 3 * C * F + 3 * C + V * C  # the table is the head: read whole
     for rows in (1, 3):
-        assert bench.weight_bytes(subject("t.json"), rows) == 4 * tinystar
-        assert bench.weight_bytes(subject("t.json").bfloat16(), rows) == 2 * tinystar
+        assert decode.count_weight_bytes(subject("t.json"), rows) == 4 * tinystar
+        assert decode.count_weight_bytes(subject("t.json").bfloat16(), rows) == 2 * tinystar
         # a place in 16 is looked up for each text
-        assert bench.weight_bytes(subject("l.json"), rows) == 4 * (tinystar + rows * C)
+        assert decode.count_weight_bytes(subject("l.json"), rows) == 4 * (tinystar + rows * C)
     untied = subject("t.json:tie_embeddings=false")
-    assert bench.weight_bytes(untied, 5) == 4 * (tinystar + 5 * C)  # a head, and 5 lines of the input's table
+    assert decode.count_weight_bytes(untied, 5) == 4 * (tinystar + 5 * C)  # a head, and 5 lines of the input's table
 
 
 def test_weights_in_8_bits_are_a_byte_each_and_their_scales_four(quick):
     V, C, F = 44, 16, 64
-    model = bench.Bench(bench.torch.device("cpu"), bench.torch.float32, "int8", False, 1.0).ready(subject("t.json"))
+    model = decode.DecodeBenchmark(torch.device("cpu"), torch.float32, "int8", False, 1.0).prepare(subject("t.json"))
     rows = [C, 8, 8, C, 2 * F, C, V]  # of q, k, v, out, both of the feed-forward, table
     width = [C, C, C, C, C, F, C]
     matrices = sum(r * w for r, w in zip(rows, width, strict=True))
-    assert bench.weight_bytes(model, 1) == matrices + 4 * sum(rows) + 4 * 3 * C  # norms stay
+    assert decode.count_weight_bytes(model, 1) == matrices + 4 * sum(rows) + 4 * 3 * C  # norms stay
 
 
 def test_the_cache_is_counted_by_hand(quick):
     config = entries("t.json")[0].run.model_hyperparams
-    for dtype, size in ((bench.torch.float32, 4), (bench.torch.bfloat16, 2)):
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         each = 2 * 8 * size  # k and v, one head of 8 channels
-        assert bench.cache_bytes(config, dtype, 100) == bench.cache_bytes_read(config, dtype, 100) == 101 * each
-        assert bench.cache_line(config, dtype, 100) == (each, each)  # a slot more, which takes what is dropped
+        assert decode.count_cache_bytes(config, dtype, 100) == 101 * each
+        assert decode.count_cache_bytes_read(config, dtype, 100) == 101 * each
+        assert decode.fit_cache_bytes(config, dtype, 100) == (each, each)  # a slot more, which takes what is dropped
     limited = entries("l.json")[0].run.model_hyperparams
-    assert bench.cache_line(limited, bench.torch.float32, 100) == (64, 64)
+    assert decode.fit_cache_bytes(limited, torch.float32, 100) == (64, 64)
     write_config("s", {"arch": "strawberry", "n_qkv": 16, "r_layer": 1, "window": 4})
     config = entries("s.json")[0].run.model_hyperparams
     C = D = 16
     aft = 3 * D  # numerator, denominator and maximum
     attention = 2 * D * (4 + 1)  # k and v of the window and a slot more
     retention = 3 * D * C + 2 * C * D + C * C + 2 * C * C  # the weights of the open chunk, its sum, those before
-    found = bench.cache_bytes(config, bench.torch.float32, 1000)
+    found = decode.count_cache_bytes(config, torch.float32, 1000)
     assert found == 4 * (aft + attention + retention)
-    assert bench.cache_line(config, bench.torch.float32, 1000) == (found, 0)  # the same however long the text
-    assert bench.cache_bytes_read(config, bench.torch.float32, 1000) == found - 4 * C * C
+    assert decode.fit_cache_bytes(config, torch.float32, 1000) == (found, 0)  # the same however long the text
+    assert decode.count_cache_bytes_read(config, torch.float32, 1000) == found - 4 * C * C
 
 
 def test_decode_measures_every_batch_at_every_context(quick):
-    found = decode("t.json", "p.json", "--batches", "1,2", "--contexts", "8,24")
+    found = run_decode("t.json", "p.json", "--batches", "1,2", "--contexts", "8,24")
     assert [row["label"] for row in found["rows"]] == ["t", "p"] and found["bandwidth"] > 0
     for row in found["rows"]:
         assert [(cell["context"], cell["batch"]) for cell in row["cells"]] == [(8, 1), (8, 2), (24, 1), (24, 2)]
@@ -574,7 +583,7 @@ def test_what_a_speed_is(quick, monkeypatch):
     class Pretended:
         def __init__(self, model, rows, max_length, compile):
             self.rows, self.lengths, self.under_way, self.steps = rows, {}, [], 0
-            assert max_length == 8 + bench.WARM_STEPS + bench.STEPS + 2
+            assert max_length == 8 + decode.WARMUP_STEPS + decode.MAX_STEPS + 2
 
         def admit(self, request):
             now[0] += len(request.prompt)
@@ -591,23 +600,23 @@ def test_what_a_speed_is(quick, monkeypatch):
             now[0] += 0.25
             return [(handle, 0, None) for handle in self.lengths]
 
-    monkeypatch.setattr(bench, "clock", lambda device: now[0])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(bench.decode, "Decoder", Pretended)
-    measured = bench.Bench(bench.torch.device("cpu"), bench.torch.float32, None, False, 1000.0)
-    cell = measured.cell(subject("t.json"), 3, 8)
-    assert cell["first_token_s"] == 8.25 and cell["tokens_per_s"] == 3 / 0.25 and cell["steps"] == bench.STEPS
+    monkeypatch.setattr(hardware, "synchronized_time", lambda device: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(decode.decode, "Decoder", Pretended)
+    measured = decode.DecodeBenchmark(torch.device("cpu"), torch.float32, None, False, 1000.0)
+    cell = measured.measure_cell(subject("t.json"), 3, 8)
+    assert cell["first_token_s"] == 8.25 and cell["tokens_per_s"] == 3 / 0.25 and cell["steps"] == decode.MAX_STEPS
     assert cell["floor_s"] == cell["bytes_per_token"] / 1000 and cell["times_floor"] == 0.25 / 3 / cell["floor_s"]
 
 
 def test_a_copy_counts_what_is_read_and_what_is_written(quick, monkeypatch):
     ticks = iter(range(100))
-    monkeypatch.setattr(bench, "clock", lambda device: 0.5 * next(ticks))
-    assert bench.copy_bandwidth(bench.torch.device("cpu")) == 2 * 2**20 / 0.5
+    monkeypatch.setattr(hardware, "synchronized_time", lambda device: 0.5 * next(ticks))
+    assert hardware.measure_copy_bandwidth(torch.device("cpu")) == 2 * 2**20 / 0.5
 
 
 def test_what_does_not_fit_is_told_in_the_table(quick, monkeypatch):
-    found = decode("l.json", "t.json", "--batches", "1,2", "--contexts", "8,14,40")
+    found = run_decode("l.json", "t.json", "--batches", "1,2", "--contexts", "8,14,40")
     cells = {(cell["context"], cell["batch"]): cell for cell in found["rows"][0]["cells"]}
     assert cells[8, 1]["why"] is None and cells[8, 1]["steps"] == 3
     assert cells[14, 1]["why"] == cells[40, 2]["why"] == "its positions end at 16"
@@ -617,46 +626,46 @@ def test_what_does_not_fit_is_told_in_the_table(quick, monkeypatch):
     assert re.search(r"\| l \| [\d,]+ \([\d.,]+×\) \| — \| — \| [\d,]+ \([\d.,]+×\) \| — \| — \|", text)
 
 
-@pytest.mark.parametrize("error", [bench.torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
 def test_too_little_memory_is_told_and_the_others_are_measured(quick, monkeypatch, error):
-    real = bench.decode.Decoder
+    real = decode.decode.Decoder
 
     def short_of_memory(model, rows, *rest, **options):
         if rows == 2:
             raise error
         return real(model, rows, *rest, **options)
 
-    monkeypatch.setattr(bench.decode, "Decoder", short_of_memory)
-    cells = decode("t.json", "--batches", "1,2,3", "--contexts", "8")["rows"][0]["cells"]
+    monkeypatch.setattr(decode.decode, "Decoder", short_of_memory)
+    cells = run_decode("t.json", "--batches", "1,2,3", "--contexts", "8")["rows"][0]["cells"]
     assert [cell["why"] for cell in cells] == [None, "not enough memory", None]
 
 
 def test_a_cache_beyond_the_memory_is_not_even_tried(quick, monkeypatch):
-    monkeypatch.setattr(bench, "free_memory", lambda device: 64 * 60)
-    cells = decode("t.json", "--batches", "1,4", "--contexts", "8")["rows"][0]["cells"]
+    monkeypatch.setattr(hardware, "get_free_memory", lambda device: 64 * 60)
+    cells = run_decode("t.json", "--batches", "1,4", "--contexts", "8")["rows"][0]["cells"]
     assert cells[0]["why"] is None and re.match(r"needs .* of cache, and .* are free", cells[1]["why"])
 
 
 def test_what_was_measured_is_kept_when_a_later_model_fails(quick, monkeypatch):
-    real = bench.measure
+    real = decode.measure_model
 
     def fails_at_p(subject, *rest):
         if subject.label == "p":
             raise ZeroDivisionError
         return real(subject, *rest)
 
-    monkeypatch.setattr(bench, "measure", fails_at_p)
+    monkeypatch.setattr(decode, "measure_model", fails_at_p)
     with pytest.raises(ZeroDivisionError):
-        decode("t.json", "p.json", "--batches", "1", "--contexts", "8", "--json", "elsewhere.json")
+        run_decode("t.json", "p.json", "--batches", "1", "--contexts", "8", "--json", "elsewhere.json")
     assert [row["label"] for row in json.loads(Path("elsewhere.json").read_text())["rows"]] == ["t"]
     assert "| t |" in Path("out/decode.md").read_text() and not Path("out/decode.json").exists()
 
 
 def test_an_error_of_another_kind_is_not_hidden(quick, monkeypatch):
-    monkeypatch.setattr(bench.decode, "Decoder", lambda *_, **__: [][0])
+    monkeypatch.setattr(decode.decode, "Decoder", lambda *_, **__: [][0])
     with pytest.raises(IndexError):
-        decode("t.json", "--batches", "1", "--contexts", "8")
+        run_decode("t.json", "--batches", "1", "--contexts", "8")
 
 
 @pytest.mark.cuda
@@ -673,9 +682,9 @@ def test_trained_files_and_models_without_a_cache_are_measured_too(quick):
     encoder, model = encoders.load("chars:text.txt"), subject("t.json")
     checkpoint.save_model("mine.tinystar", model, encoder, {})
     write_config("b", {"arch": "strawberry", "n_qkv": 16, "retention_scope": "batch"})
-    found = decode("mine.tinystar", "b.json", "--batches", "1", "--contexts", "8", "--dtype", "bfloat16")["rows"]
+    found = run_decode("mine.tinystar", "b.json", "--batches", "1", "--contexts", "8", "--dtype", "bfloat16")["rows"]
     assert [row["label"] for row in found] == ["mine", "b"] and all(row["cells"][0]["tokens_per_s"] for row in found)
-    assert found[0]["weight_bytes"] == bench.weight_bytes(model.bfloat16(), 1)
+    assert found[0]["weight_bytes"] == decode.count_weight_bytes(model.bfloat16(), 1)
     assert found[1]["cache_constant"] == 0 and found[1]["cells"][0]["bytes_per_token"] == found[1]["weight_bytes"]
     assert "computes the last block_size tokens anew for each: b." in Path("out/decode.md").read_text()
 
@@ -693,7 +702,7 @@ def test_the_speeds_are_drawn_a_panel_for_each_batch():
             {"batch": b, "context": c, "tokens_per_s": speed, "why": None if speed else "no"} for b, c, speed in cells]}
 
     rows = [row("a", (1, 128, 50.0), (1, 1000, 20.0), (8, 128, 400.0), (8, 1000, None)), row("b", (1, 128, 7.0))]
-    panels = bench.draw_speeds(rows, [1, 8], "title").axes
+    panels = decode.draw_speeds(rows, [1, 8], "title").axes
     assert [ax.get_title(loc="left") for ax in panels] == ["batch 1", "batch 8"]
     found = [{line.get_label(): line.get_xydata().tolist() for line in ax.lines} for ax in panels]
     assert found == [{"a": [[128, 50], [1000, 20]], "b": [[128, 7]]}, {"a": [[128, 400]], "b": []}]
@@ -747,13 +756,6 @@ class GPT(torch.nn.Embedding):
 """
 
 
-def test_nanogpt_is_timed_beside_ours(tmp_path, capsys):
-    (tmp_path / "model.py").write_text(STAND_IN)
-    small = ["--steps", "2", "--n_layer", "1", "--n_embd", "16", "--batch_size", "1", "--block_size", "8"]
-    bench.main(["nanogpt", "--nanogpt_path", str(tmp_path), *small])
-    assert re.search(r"nanoGPT [\d,]+, tinystar [\d,]+; step by step [\d.]+ times as fast", capsys.readouterr().out)
-
-
 def test_nanogpt_s_generate_is_timed_beside_ours(quick, capsys):
     (quick / "model.py").write_text(STAND_IN)
     small = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--vocab_size", "40", "--block_size", "32"]
@@ -771,12 +773,12 @@ def test_times_as_many_is_the_median_of_the_turns(monkeypatch):
     theirs = iter([10.0, 20.0, 40.0])
 
     class Turns:
-        def cell(self, model, batch, context):
+        def measure_cell(self, model, batch, context):
             speed, first = next(turns)
             return {"why": None, "tokens_per_s": speed, "first_token_s": first, "floor_s": 1 / 500}
 
-    monkeypatch.setattr(bench, "nanogpt_speed", lambda *_: next(theirs))
-    told = bench.beside_nanogpt(Turns(), None, None, 2, 512)
+    monkeypatch.setattr(decode, "measure_nanogpt", lambda *_: next(theirs))
+    told = decode.compare_with_nanogpt(Turns(), None, None, 2, 512)
     # ratios 10, 15, 5; 64 tokens for two rows take 128 / 200 + 2 · 0.5 = 1.64 s, and nanoGPT's at 20/s 6.4 s
     assert "nanoGPT 20.0 tokens/s, tinystar 200.0 (40% of what the floor allows), 10.0 times as many" in told
     assert "(5.0 to 15.0)" in told
@@ -785,7 +787,7 @@ def test_times_as_many_is_the_median_of_the_turns(monkeypatch):
 
 def test_a_missing_nanogpt_is_named(tmp_path):
     with pytest.raises(UserError, match=f"there is no {re.escape(str(tmp_path / 'model.py'))}"):
-        bench.main(["nanogpt", "--nanogpt_path", str(tmp_path)])
+        bench.main(["decode", "--against", "nanogpt", "--nanogpt_path", str(tmp_path)])
 
 
 # ---- train ---------------------------------------------------------------------------------------------------------
@@ -797,10 +799,11 @@ def real(workshop, monkeypatch):
 import sys
 sys.path.insert(0, {str(options.CONFIG_FOLDER.parent)!r})
 import bench
-bench.MEASURED_SECONDS, bench.TIMED, bench.PRODUCT = 0.01, 2, (64, 64)
+from strawberry.bench import hardware, train
+train.MEASURED_SECONDS, train.TIMED_STEPS, hardware.MATMUL_SIZES = 0.01, 2, (64, 64)
 bench.main(sys.argv[1:])
 """
-    monkeypatch.setattr(bench, "child_command", lambda role, *words: [sys.executable, "-c", quick, role, *words])
+    monkeypatch.setattr(child_process, "make_command", lambda role, *words: [sys.executable, "-c", quick, role, *words])
 
 
 def test_train_tells_what_a_step_is_made_of(real, capsys):
@@ -832,13 +835,13 @@ def test_train_counts_what_rows_have_in_common_once(real):
 
 def test_parts_are_what_lies_between_marks(monkeypatch):
     ticks = iter([0.0, 0.001, 0.004, 10.0, 10.001, 10.004, 20.0, 20.009, 20.010])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
-    marks = bench.Marks(torch.device("cpu"))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    marks = train.StageTimer(torch.device("cpu"))
     for _ in range(3):
-        marks.row()
+        marks.start_step()
         marks()
         marks()
-    assert marks.between() == pytest.approx([1.0, 3.0])  # medians of 1, 1, 9 and of 3, 3, 1 ms
+    assert marks.median_intervals() == pytest.approx([1.0, 3.0])  # medians of 1, 1, 9 and of 3, 3, 1 ms
 
 
 def test_a_config_that_fails_is_told_and_the_others_are_measured(real, capsys):
@@ -892,7 +895,8 @@ def test_both_train_scripts_run_on_the_same_text(real, capsys):
     assert found["nanogpt"]["params"] == 12 and found["nanogpt"]["losses"][-1] == [60, 4.4]
     assert 0.01 <= found["nanogpt"]["step_s"] < 0.05
     assert [step for step, _ in found["strawberry"]["losses"]] == [10, 20, 30, 40, 50, 60]
-    assert found["strawberry"]["params"] == build(SMALL | bench.GPT2_LEAN | {"arch": "tinystar"}).num_params(False)
+    ours = build(SMALL | train.GPT2_KEYS_WITHOUT_BIAS | {"arch": "tinystar"})
+    assert found["strawberry"]["params"] == ours.num_params(False)
     assert re.search(r"[\d.]+ times as fast", capsys.readouterr().out)
     assert sorted(path.name for path in Path("theirs").iterdir()) == ["configurator.py", "model.py", "train.py"]
 
@@ -913,24 +917,24 @@ def test_growth_measures_each_window_and_width(workshop, capsys):
 
 
 def test_growth_keeps_the_tokens_of_a_step(workshop):
-    arguments = bench.growth_arguments(["a.json", "--contexts", "8,64", "--widths", "128", "--tokens", "32"])
-    runs = [point["run"] for point in bench.growth_points(arguments)]
+    arguments = growth.parse_arguments(["a.json", "--contexts", "8,64", "--widths", "128", "--tokens", "32"])
+    runs = [point["run"] for point in growth.list_points(arguments)]
     assert [(run.model_hyperparams.block_size, run.batch_size) for run in runs] == [(8, 4), (64, 1), (32, 1)]
     assert (runs[2].model_hyperparams.n_embd, runs[2].model_hyperparams.n_head) == (128, 2)
     with pytest.raises(UserError, match="100 is no multiple of 64"):
-        bench.growth_arguments(["--widths", "100"])
+        growth.parse_arguments(["--widths", "100"])
 
 
 def test_growth_is_drawn_an_axis_for_each_question():
     rows = [{"config": label, "axis": axis, "value": value, "tokens_per_s": 10.0 * value, "memory": 2**30 * value}
             for label in "ab" for axis in "TC" for value in (64, 128)]
     rows.append({"config": "a", "axis": "T", "value": 256, "why": "no"})
-    panels = bench.draw_growth(rows, "title").axes
+    panels = growth.draw_growth(rows, "title").axes
     assert len(panels) == 4
     found = [{line.get_label(): line.get_xydata().tolist() for line in panel.lines} for panel in panels]
     assert found[0] == {label: [[64, 640], [128, 1280]] for label in "ab"} and found[0] == found[1]
     assert found[2]["a"] == [[64, 64], [128, 128]]
-    assert len(bench.draw_growth([row | {"memory": None} for row in rows], "title").axes) == 2
+    assert len(growth.draw_growth([row | {"memory": None} for row in rows], "title").axes) == 2
 
 
 # ---- scale ---------------------------------------------------------------------------------------------------------
@@ -953,7 +957,7 @@ def test_scale_gives_each_process_as_many_rows_unless_told_otherwise(workshop, m
         seen.append((n, run.parallel, run.batch_size))
         return {"processes": n, **row}
 
-    monkeypatch.setattr(bench, "scaled", scaled)
+    monkeypatch.setattr(scale, "measure_processes", scaled)
     bench.main(["scale", "--config", "a.json", "--processes", "1,4", "--parallel", "ddp,fsdp"])
     assert seen == [(1, "ddp", 4), (4, "ddp", 16), (4, "fsdp", 16)]
     bench.main(["scale", "--config", "a.json", "--processes", "4", "--same_batch"])
@@ -970,9 +974,9 @@ def test_a_share_is_of_as_many_single_processes():
            "memory": 2**30, "compile": "blocks", "link_bytes_per_s": None, "recorded": True, "ready_s": 1.0,
            "warnings": []}  # fmt: skip
     four = row | {"parallel": "ddp", "processes": 4, "tokens_per_s": 360.0, "link_bytes_per_s": 3e11, "recorded": False}
-    assert "90.0% of 4 × one" in bench.scale_text([row, four]) and "300.0 GB/s" in bench.scale_text([row, four])
-    assert "× one" not in bench.scale_text([four])
-    assert "1.00 GiB at most; blocks compiled, recorded" in bench.scale_text([row])
+    assert "90.0% of 4 × one" in scale.format_row([row, four]) and "300.0 GB/s" in scale.format_row([row, four])
+    assert "× one" not in scale.format_row([four])
+    assert "1.00 GiB at most; blocks compiled, recorded" in scale.format_row([row])
 
 
 # ---- serve ---------------------------------------------------------------------------------------------------------
@@ -980,18 +984,18 @@ def test_a_share_is_of_as_many_single_processes():
 
 def test_clients_are_counted_and_their_texts_compared():
     """Three turns of three clients; one is told to come again, one gets somebody else's text."""
-    arguments = bench.serve_arguments(["air.json", "--clients", "3", "--rows", "2", "--tokens", "9"])
+    arguments = serve.parse_arguments(["air.json", "--clients", "3", "--rows", "2", "--tokens", "9"])
     alone, good = ["a", "b", "c"], [(200, "a", 9), (200, "b", 9), (200, "c", 9)]
     turns = [good, [(200, "a", 9), (429, "", 0), (200, "c", 9)], [(200, "a", 9), (200, "a", 9), (200, "c", 9)]]
     found = [((100.0, good), (speed, turn)) for speed, turn in zip((400.0, 200.0, 300.0), turns)]
-    told = bench.served_text(found, alone, arguments)
+    told = serve.format_result(found, alone, arguments)
     assert "3 clients at once, 9 tokens each: 100 tokens/s a text at a time, 300 with 2 rows, 3.0 times" in told
     assert "(2.0 to 4.0)" in told and "8 of 9 requests were served, 1 told to come again" in told
     assert "7 of the 8 texts are exactly" in told
 
 
 def test_each_client_of_the_server_asks_for_its_own_text(monkeypatch):
-    server, asked = bench.Server.__new__(bench.Server), []
+    server, asked = serve.ServerProcess.__new__(serve.ServerProcess), []
     server.name, server.port = "m", 1
 
     class Connection:
@@ -1012,17 +1016,17 @@ def test_each_client_of_the_server_asks_for_its_own_text(monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(bench.http.client, "HTTPConnection", Connection)
-    arguments = bench.serve_arguments(["air.json", "--clients", "5", "--tokens", "7", "--prompt", "4"])
-    speed, answers = server.all_at_once(arguments)
+    monkeypatch.setattr(http.client, "HTTPConnection", Connection)
+    arguments = serve.parse_arguments(["air.json", "--clients", "5", "--tokens", "7", "--prompt", "4"])
+    speed, answers = server.request_all_at_once(arguments)
     assert speed > 0 and answers == [(200, "x", 7)] * 5
     assert sorted(body["seed"] for body in asked) == list(range(5)) and {body["max_tokens"] for body in asked} == {7}
     assert len({tuple(body["prompt"]) for body in asked}) == 5 and {len(body["prompt"]) for body in asked} == {4}
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path):
-    arguments = bench.serve_arguments(["air.json", "--queue", "4"])
-    server = bench.Server(tmp_path, "m", 1, arguments)
+    arguments = serve.parse_arguments(["air.json", "--queue", "4"])
+    server = serve.ServerProcess(tmp_path, "m", 1, arguments)
     server.command[2:] = ["--batch=0"]
     with pytest.raises(UserError, match="did not start: .*--batch = 0"), server:
         pass

@@ -29,6 +29,7 @@ A section's commands run in order, in a folder with the repository's tracked fil
 """
 
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -56,6 +57,7 @@ import prepare
 import sample
 import serve
 from model import CONFIGS
+from strawberry.bench.common import load_spec, parse_assignment
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -172,21 +174,21 @@ def read_commands(text: str) -> dict[str, list[Command]]:
 # ---- checking without running --------------------------------------------------------------------------------------
 
 
-def check_kernels(argv: list[str]) -> None:
-    if argv:
-        raise ValueError(f"kernels.py has no options: {argv}")
-
-
 def check_bench(argv: list[str]) -> None:
     """The arguments of a subcommand, and the configs that they name."""
     if argv[0] not in bench.COMMANDS:
         raise ValueError(f"bench.py has no {argv[0]}")
-    arguments = vars(getattr(bench, f"{argv[0]}_arguments")(argv[1:]))
+    module = importlib.import_module(f"strawberry.bench.{argv[0]}")
+    if argv[0] == "kernels" and not argv[1:]:
+        return
+    if argv[0] == "kernels":
+        raise ValueError(f"bench.py kernels takes no arguments: {argv[1:]}")
+    arguments = vars(module.parse_arguments(argv[1:]))
     specs = [arguments.get(name) or [] for name in ("config", "configs", "models", "model")]
-    common = [bench.changed_key(text) for text in arguments.get("set", [])]
+    common = [parse_assignment(text) for text in arguments.get("set", [])]
     for spec in (spec for found in specs for spec in ([found] if isinstance(found, str) else found)):
         if ".json" in spec:
-            bench.loaded(spec, common)
+            load_spec(spec, common)
 
 
 PARSERS: dict[str, Callable] = {
@@ -195,7 +197,6 @@ PARSERS: dict[str, Callable] = {
     "serve.py": serve.read_command,
     "prepare.py": prepare.parse_arguments,
     "bench.py": check_bench,
-    "kernels.py": check_kernels,
 }
 
 
@@ -482,12 +483,12 @@ def test_commands_are_split_as_bash_does():
     ("python bench.py compares air.json", "compares"),
     ("python bench.py train --config air.json:n_layr=3", "n_layr"),
     ('P=air.json:n_layer=0; python bench.py scale --config "$P"', "n_layer"),
-    ("python kernels.py --fast", "fast"),
+    ("python bench.py kernels --fast", "fast"),
     ("python nothing.py", "nothing.py"),
     ("pip install -r requirement.txt", "requirement.txt"),
     ("wget x", "wget"),
     ('echo "a', "unexpected EOF"),
-    ("python kernels.py (1)", "syntax error"),
+    ("python bench.py kernels (1)", "syntax error"),
 ])  # fmt: skip
 def test_a_mistake_in_a_command_that_is_not_run_is_named(line, says):
     with pytest.raises(AssertionError, match=says):
@@ -495,7 +496,7 @@ def test_a_mistake_in_a_command_that_is_not_run_is_named(line, says):
 
 
 def test_checking_runs_nothing(tmp_path):
-    check_block(read_one("test: check", f"pip install x > {tmp_path}/log && cd nowhere && python kernels.py"))
+    check_block(read_one("test: check", f"pip install x > {tmp_path}/log && cd nowhere && python bench.py kernels"))
     assert (tmp_path / "log").read_bytes() == b""
 
 

@@ -339,8 +339,15 @@ MEASURES = (
 )
 
 
-def main() -> int:
-    """Print the table; 1 where a kernel's error is above its bound."""
+def run(argv: list[str]) -> int:
+    """Each Triton kernel against float64 on a GPU, and against its floor."""
+    if argv:
+        raise UserError(f"bench.py kernels takes no arguments, not {' '.join(argv)}")
+    return print_table()
+
+
+def print_table() -> int:
+    """1 where a kernel's error is above its bound."""
     if triton is None or not torch.cuda.is_available():
         raise UserError("bench.py kernels times the kernels on a GPU; there is no GPU with Triton here")
     bandwidth = copy_bandwidth()

@@ -1,0 +1,148 @@
+"""`bench.py compare`: train several configs under equal conditions; write a table and a picture."""
+
+import argparse
+import contextlib
+import math
+import signal
+import sys
+from pathlib import Path
+
+import train
+from options import UserError
+from strawberry.bench.common import (
+    ArgumentParser,
+    Entry,
+    format_command,
+    format_quantity,
+    format_table,
+    list_results,
+    list_spec_inputs,
+    load_entries,
+    parse_override,
+    parse_quantity,
+)
+from strawberry.bench.compare_report import list_caveats, list_settings, write_results
+from strawberry.bench.sweep import Plan, Sweep, hash_code, measure_speeds
+from strawberry.bench.width import match_params
+from strawberry.common import check_outputs
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog="bench.py compare", allow_abbrev=False, description=(
+        "Train several configs under equal conditions; write a table and a picture. The same command goes on after an "
+        "interruption."))  # fmt: skip
+    add = parser.add_argument
+    add("configs", nargs="+", help="config files; file.json:key=value,key=value changes keys of one")
+    add("--tokens", type=parse_quantity, default=parse_quantity("5M"), help="training tokens of each run (default 5M)")
+    add("--seeds", type=parse_quantity, default=3, help="runs of each config with its best learning rate (default 3)")
+    add("--lrs", default="1e-3,3e-3,1e-2", help="learning rates to choose from (default 1e-3,3e-3,1e-2)")
+    add("--warmup", type=float, default=0.05, help="share of the steps with rising learning rate (default 0.05)")
+    add("--cooldown", type=float, default=0.4, help="share of the steps with falling learning rate (default 0.4)")
+    add("--match", choices=["params"], help="resize widths until all have as many non-embedding parameters")
+    add(
+        "--params", type=parse_quantity, help="how many, with --match params (default: as many as the first config has)"
+    )
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
+    add("--jobs", type=parse_quantity, default=1, help="runs at once, when a small model leaves a GPU idle (default 1)")
+    add("--out", default="img/compare", type=Path, help="directory of the results (default img/compare)")
+    arguments = parser.parse_args(argv)
+    for name in ("warmup", "cooldown"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise UserError(f"--{name} {getattr(arguments, name)}: is a share of the steps, between 0 and 1")
+    if arguments.params and not arguments.match:
+        raise UserError(f"--params {arguments.params}: says what --match params aims at; add --match params")
+    arguments.lrs = parse_learning_rates(arguments.lrs)
+    return arguments
+
+
+def parse_learning_rates(text: str) -> list[float]:
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(0 < lr < math.inf for lr in found):
+        raise UserError(f"--lrs {text}: must be numbers above 0 between commas, like 1e-3,3e-3")
+    return found
+
+
+def make_plan(arguments, entries: list[Entry]) -> Plan:
+    """Checks that the data fit; raises UserError before anything is trained."""
+    run = entries[0].run
+    if run.batch_size == "auto":
+        raise UserError('batch_size = "auto": what is compared has equal batches; give a number, --set batch_size=32')
+    device = train.choose_device(arguments.device)
+    encoder, corpus = train.load_data(run)
+    per_step = run.batch_size * run.gradient_accumulation_steps * run.model_hyperparams.block_size
+    steps = round(arguments.tokens / per_step)
+    if steps < 10:
+        raise UserError(
+            f"--tokens {arguments.tokens:,}: is {steps} steps of {per_step:,} tokens, too few to compare "
+            f"anything; give at least {10 * per_step:,}, or --set batch_size=… smaller"
+        )
+    prints = {"dataset": corpus.fingerprint, "encoder": encoder.fingerprint, "code": hash_code()}
+    return Plan(steps, per_step, arguments.warmup, arguments.cooldown, arguments.lrs, arguments.seeds, arguments.jobs,
+                device, arguments.out, prints)  # fmt: skip
+
+
+def print_summary(entries: list[Entry], sweep: Sweep) -> None:
+    """What is about to be done, before it takes hours."""
+    plan = sweep.plan
+    rows = [[e.label, f"{e.params:,}", f"{e.params_total:,}", f"{e.flops / 1e6:.1f}"] for e in entries]
+    print(format_table(["model", "parameters, non-embedding", "total", "MFLOP / token"], rows))
+    print("\n".join(["", *list_settings(entries, plan), *list_caveats(entries, [], plan)]))
+    amount = f"{sweep.total} runs of {format_quantity(plan.tokens)} tokens, {plan.jobs} at once"
+    print(f"{amount}; {sweep.count_done()} of them are done already")
+    grid = [trial for trials in sweep.grid.values() for trial in trials if trial.key not in sweep.results]
+    stale = sum(bool(list(plan.runs.glob(f"{trial.key.partition('-')[0]}-*.json"))) for trial in grid)
+    if stale:
+        print(f"{stale} results in {plan.runs} were made by other code than this, and are not used")
+    print(flush=True)
+
+
+@contextlib.contextmanager
+def interrupt_on_signals():
+    """SIGTERM and a closed terminal end this as Ctrl-C does: children stop too."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def run(argv: list[str]) -> int | None:
+    """Train several configs under equal conditions; write a table and a picture."""
+    arguments = parse_arguments(argv)
+    common = [parse_override(text) for text in arguments.set]
+    entries = load_entries(arguments.configs, common)
+    if arguments.match:
+        match_params(entries, arguments.params or entries[0].params, common)
+    read = list_spec_inputs("configs", (entry.file for entry in entries), (entry.run for entry in entries))
+    check_outputs(list_results("compare", arguments.out), read)
+    plan = make_plan(arguments, entries)
+    sweep = Sweep(entries, plan)
+    print_summary(entries, sweep)
+    try:
+        with interrupt_on_signals():
+            speeds = measure_speeds(entries, plan)
+            sweep.run()
+    except KeyboardInterrupt:
+        again = format_command(train.short(sys.executable), "compare", argv)
+        print(
+            f"\ninterrupted: {sweep.count_done()} of {sweep.total} runs are finished and kept in {plan.runs}; "
+            f"to go on:\n    {again}",
+            flush=True,
+        )
+        return 130
+    text = write_results(sweep, speeds, format_command("python", "compare", argv))
+    print(f"\n{text}\n\nthe table and the picture are in {plan.out}")
+    failed = [f"{entry.label} ({entry.failure})" for entry in entries if entry.failure]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(entries)} configs failed: {'; '.join(failed)}")
+    return 0

@@ -1,0 +1,243 @@
+"""compare's tables and picture."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator
+
+import torch
+
+import plot
+from options import OptimizerHyperparams, atomic_write, declared, to_dict
+from strawberry.bench import hardware
+from strawberry.bench.common import Entry, format_quantity, format_table, make_line_style, style_panel
+from strawberry.bench.sweep import MIN_LR, Plan, Sweep
+from strawberry.bench.width import TOLERANCE
+
+
+def compute_mean_and_sd(values: list[float]) -> tuple[float | None, float | None]:
+    """The mean, and the standard deviation of a sample (divided by n − 1), None of a single value."""
+    mean = statistics.fmean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
+
+
+def average_curves(results: list[dict]) -> list[list[float]]:
+    """[tokens, mean, standard deviation] wherever every seed was evaluated."""
+    curves = [dict(map(tuple, result["curve"])) for result in results]
+    places = [t for t in curves[0] if all(curve.get(t) is not None for curve in curves)] if curves else []
+    return [[t, mean, deviation or 0.0]
+            for t in places for mean, deviation in [compute_mean_and_sd([curve[t] for curve in curves])]]  # fmt: skip
+
+
+def make_row(entry: Entry, grid: list[dict], seeds: list[dict], speed: dict | None) -> dict:
+    """All that is known of one config, in plain data. bpb is None if a seed diverged or a run failed."""
+    values = [result["bpb"] for result in seeds]
+    mean, deviation = compute_mean_and_sd(values) if values and None not in values else (None, None)
+    return {
+        "label": entry.label, "arch": entry.run.model_hyperparams.arch,
+        "optimizer": "Muon" if entry.run.optimizer_hyperparams.use_muon else "AdamW",
+        "params": entry.params, "params_total": entry.params_total, "flops_per_token": entry.flops,
+        "tokens_per_s": speed and speed["tokens_per_s"], "memory": speed and speed["memory"],
+        "compiled": speed and speed["compiled"],
+        "lr": seeds[0]["lr"] if seeds else None, "bpb": mean, "bpb_sd": deviation, "bpb_seeds": values,
+        "grid": {f"{result['lr']:g}": result["bpb"] for result in grid},
+        "curve": average_curves(seeds), "changes": entry.changes, "failure": entry.failure,
+        "model_hyperparams": to_dict(entry.run.model_hyperparams),
+        "optimizer_hyperparams": to_dict(entry.run.optimizer_hyperparams),
+    }  # fmt: skip
+
+
+def format_bpb(row: dict) -> str:
+    if row["failure"]:
+        return "failed"
+    if row["bpb"] is None:
+        return f"diverged ({row['bpb_seeds'].count(None)} of {len(row['bpb_seeds'])})"
+    return f"{row['bpb']:.4f}" + ("" if row["bpb_sd"] is None else f" ± {row['bpb_sd']:.4f}")
+
+
+def sort_by_bpb(rows: list[dict]) -> list[dict]:
+    return sorted(rows, key=lambda row: math.inf if row["bpb"] is None else row["bpb"])
+
+
+def format_main_table(rows: list[dict]) -> str:
+    """The models, the best first."""
+    memory = any(row["memory"] for row in rows)
+    header = ["model", "optimizer", "learning rate", "parameters, non-embedding", "total", "MFLOP / token", "tokens/s"]
+    header += ["memory, GB"] * memory + ["validation, bits per byte"]
+    lines = []
+    for row in sort_by_bpb(rows):
+        line = [row["label"], row["optimizer"], f"{row['lr']:g}" if row["lr"] else "–", f"{row['params']:,}",
+                f"{row['params_total']:,}", f"{row['flops_per_token'] / 1e6:.1f}",
+                f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "–"]  # fmt: skip
+        line += [f"{row['memory'] / 1e9:.2f}" if row["memory"] else "–"] * memory
+        lines.append([*line, format_bpb(row)])
+    return format_table(header, lines)
+
+
+def format_grid_table(rows: list[dict], lrs: list[float]) -> str:
+    """Bits per byte of every run of the grid."""
+    lines = []
+    for row in sort_by_bpb(rows):
+        cells = [row["grid"].get(f"{lr:g}", "–") for lr in lrs]
+        lines.append([row["label"], *("diverged" if c is None else c if c == "–" else f"{c:.4f}" for c in cells)])
+    return format_table(["learning rate, seed 1", *(f"{lr:g}" for lr in lrs)], lines)
+
+
+def list_settings(entries: list[Entry], plan: Plan) -> list[str]:
+    """How everything was measured, a sentence each."""
+    run = entries[0].run
+    T, rows = run.model_hyperparams.block_size, run.batch_size * run.gradient_accumulation_steps
+    evaluated = run.eval_iters * run.batch_size * T
+    rate = f"{plan.lrs[0]:g} for all, not tuned." if len(plan.lrs) == 1 else (
+        f"for each model the best of {', '.join(f'{lr:g}' for lr in plan.lrs)} by the last validation bits per byte "
+        "with seed 1; that run is also the first of the mean, which flatters all models alike.")  # fmt: skip
+    return [
+        f"Data: {run.dataset.path}, encoder {run.encoder_path} ({run.model_hyperparams.vocab_size:,} tokens); the same "
+        "order for all, given the seed.",
+        f"Budget: {plan.tokens:,} tokens = {plan.steps:,} steps of {rows} rows of {T} tokens.",
+        f"Schedule: warmup {plan.warmup:g} and cooldown {plan.cooldown:g} of the steps, down to {MIN_LR:g} of the "
+        "learning rate.",
+        f"Learning rate: {rate}",
+        f"Validation: the same {evaluated:,} tokens at most, for all; ± is the standard deviation over "
+        f"{plan.seeds} seeds (n − 1)." if plan.seeds > 1 else
+        f"Validation: the same {evaluated:,} tokens at most, for all; one seed, so nothing is known of the noise.",
+        f"Speed: training steps of each model alone on {hardware.describe_device(plan.device)}, "
+        f"torch {torch.__version__}, the median of ten stretches; "
+        "seconds in the picture are tokens by this speed, without evaluation and compilation.",
+        "FLOPs: matrix products of forward and backward, attention counted in full (T²).",
+    ]  # fmt: skip
+
+
+def iter_config_differences(entries: list[Entry]) -> Iterator[str]:
+    """What differs though it is no part of the architecture."""
+    muon = any(entry.run.optimizer_hyperparams.use_muon for entry in entries)
+    names = [name for name in declared(OptimizerHyperparams) if muon or name not in ("momentum", "muon_lr")]
+    keys = [("optimizer_hyperparams", name) for name in names]
+    for section, name in [*keys, ("model_hyperparams", "dropout")]:
+        labels: dict[str, list[str]] = {}
+        for entry in entries:
+            value = getattr(getattr(entry.run, section), name)
+            labels.setdefault(json.dumps(value), []).append(entry.label)
+        if len(labels) > 1:
+            differences = "; ".join(f"{value} for {', '.join(those)}" for value, those in labels.items())
+            yield f"{name} is each config's own: {differences}. --set {name}=… makes it the same."
+    if muon and any(entry.run.optimizer_hyperparams.muon_lr for entry in entries):
+        yield "muon_lr, where a config sets it, keeps its proportion to the learning rate."
+
+
+def list_caveats(entries: list[Entry], rows: list[dict], plan: Plan) -> list[str]:
+    """What a reader should know before believing the table."""
+    found = [f"{entry.label}: changed: {', '.join(entry.changes)}." for entry in entries if entry.changes]
+    found += iter_config_differences(entries)
+    sizes = [entry.params for entry in entries]
+    if max(sizes) > min(sizes) * (1 + 2 * TOLERANCE):
+        found.append(
+            f"Sizes differ: from {min(sizes):,} to {max(sizes):,} non-embedding parameters; --match params "
+            "makes them the same."
+        )
+    for edge, what in ((min(plan.lrs), "smallest"), (max(plan.lrs), "largest")):
+        at_edge = [row["label"] for row in rows if row["lr"] == edge]
+        if at_edge and len(plan.lrs) > 1:
+            found.append(
+                f"The best learning rate is the grid's {what} for {', '.join(at_edge)}: a better one may lie beyond."
+            )
+    eager = [row["label"] for row in rows if row["compiled"] is False]
+    if 0 < len(eager) < len(rows):
+        found.append(f"Not compiled, unlike the others, and slower for it: {', '.join(eager)}.")
+    cheats = [entry.label for entry in entries if not entry.causal]
+    if cheats:
+        found.append(
+            f"{', '.join(cheats)}: sees the future, so that its bits per byte are those of the strict loss, "
+            "estimated from 512 positions."
+        )
+    found += [f"{row['label']}: failed: {row['failure']}" for row in rows if row["failure"]]
+    return found
+
+
+def format_report(entries: list[Entry], rows: list[dict], plan: Plan, command: str) -> str:
+    """compare.md."""
+    parts = [format_main_table(rows), "![validation bits per byte against tokens, FLOPs and seconds](compare.png)"]
+    parts.append("\n".join(f"- {line}" for line in list_settings(entries, plan) + list_caveats(entries, rows, plan)))
+    if len(plan.lrs) > 1:
+        parts.append(format_grid_table(rows, plan.lrs))
+    return "\n\n".join([*parts, f"```\n{command}\n```"]) + "\n"
+
+
+PANELS = {  # what the x axis counts, and how much of it a token takes
+    "training tokens": lambda row: 1.0,
+    "training FLOPs": lambda row: row["flops_per_token"],
+    "training time, alone on the device (s)": lambda row: row["tokens_per_s"] and 1 / row["tokens_per_s"],
+}
+
+
+def draw_comparison(rows: list[dict], title: str, seeds: int):
+    """One sheet, three panels: bits per byte against tokens, FLOPs and seconds, the band one standard deviation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [row for row in sort_by_bpb(rows) if row["curve"]]
+    columns = 2 if max((len(row["label"]) for row in shown), default=0) > 34 else 3
+    fig = Figure(figsize=(11, 4.3 + 0.2 * math.ceil(len(shown) / columns)), dpi=200, layout="constrained")
+    FigureCanvasAgg(fig)
+    panels = fig.subplots(1, 3, sharey=True)
+    order = {row["label"]: i for i, row in enumerate(rows)}  # colours follow the command line, not the result
+    for ax, (xlabel, per_token) in zip(panels, PANELS.items(), strict=True):
+        for row in shown:
+            if per_token(row):
+                draw_curve(ax, row, per_token(row), order[row["label"]])
+        style_panel(ax, xlabel)
+    panels[0].set_ylabel("validation (bits per byte)", fontsize=11)
+    set_limits(panels, shown)
+    fig.suptitle(title, fontsize=12, x=0.01, ha="left")
+    if shown:
+        fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=9,
+                   frameon=False, title=f"final value, {'one seed' if seeds == 1 else f'mean ± sd of {seeds} seeds'}",
+                   title_fontsize=9)  # fmt: skip
+    return fig
+
+
+def draw_curve(ax, row: dict, scale: float, number: int) -> None:
+    tokens, mean, deviation = zip(*row["curve"], strict=True)
+    xs, style = [t * scale for t in tokens], make_line_style(number)
+    ax.plot(xs, mean, **style, markevery=[len(xs) - 1], label=f"{row['label']}  {format_bpb(row)}")
+    low, high = ([m + sign * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
+    ax.fill_between(xs, low, high, color=style["color"], alpha=0.18, linewidth=0)
+
+
+def set_limits(panels, rows: list[dict]) -> None:
+    """From the best value to where the slowest learner stands after a tenth of the budget: until then, all fall."""
+    curves = [[mean for _, mean, _ in row["curve"]] for row in rows]
+    if not curves:
+        return
+    low = min(mean - deviation for row in rows for _, mean, deviation in row["curve"])
+    high = max(curve[min(len(curve) // 10, len(curve) - 1)] for curve in curves)
+    margin = 0.05 * (high - low or 1)
+    panels[0].set_ylim(low - margin, high + margin)
+    for ax in panels:
+        seen = [x for line in ax.lines for x, y in line.get_xydata() if y <= high]
+        if seen and min(seen) < max(seen):
+            ax.set_xlim(min(seen) * 0.85, max(seen) * 1.18)
+
+
+def write_results(sweep: Sweep, speeds: dict[str, dict], command: str) -> str:
+    """compare.md, compare.json and compare.png; returns the table."""
+    entries, plan = sweep.entries, sweep.plan
+    rows = []
+    for entry in entries:
+        grid = [sweep.results[trial.key] for trial in sweep.grid[entry.label] if trial.key in sweep.results]
+        seeds = [sweep.results[trial.key] for trial in sweep.list_seed_trials(entry) if trial.key in sweep.results]
+        rows.append(make_row(entry, grid, seeds, speeds.get(entry.label)))
+    text = format_report(entries, rows, plan, command)
+    about = {"tokens": plan.tokens, "steps": plan.steps, "tokens_per_step": plan.tokens_per_step, "lrs": plan.lrs,
+             "seeds": plan.seeds, "warmup": plan.warmup, "cooldown": plan.cooldown,
+             "device": hardware.describe_device(plan.device), "torch": torch.__version__,
+             "fingerprints": plan.data, "command": command}  # fmt: skip
+    notes = list_settings(entries, plan) + list_caveats(entries, rows, plan)
+    atomic_write(plan.out / "compare.json", json.dumps(about | {"rows": rows, "notes": notes}, indent=1).encode())
+    atomic_write(plan.out / "compare.md", text.encode())
+    block = entries[0].run.model_hyperparams.block_size
+    title = (
+        f"{format_quantity(plan.tokens)} tokens, context {block}, {format_quantity(plan.tokens_per_step)} tokens a step"
+    )
+    plot.save(draw_comparison(rows, title, plan.seeds), plan.out / "compare.png")
+    return format_main_table(rows)

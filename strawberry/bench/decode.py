@@ -1,0 +1,513 @@
+"""`bench.py decode`: how fast models make text, beside the floor that reading their weights and caches sets."""
+
+import argparse
+import gc
+import importlib.util
+import itertools
+import json
+import math
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import decode
+import plot
+import train
+from checkpoint import load_model
+from model import CONFIGS, Embedding, LanguageModel, LearnedPositions, build
+from options import UserError, atomic_write, to_dict
+from strawberry.bench import hardware
+from strawberry.bench.common import (
+    GPT2_KEYS,
+    GPT2_SHAPE,
+    ArgumentParser,
+    format_command,
+    format_quantity,
+    format_table,
+    list_results,
+    list_spec_inputs,
+    make_line_style,
+    parse_quantity,
+    read_specs,
+    set_log_ticks,
+    style_panel,
+)
+from strawberry.cache import Cache, ChunkCache, iter_layer_caches
+from strawberry.common import check_outputs
+from strawberry.ops.linear import Int8Weight
+
+
+@dataclass
+class ModelSource:
+    """A model to make text with: a config's, freshly initialised, or a trained file's."""
+
+    label: str
+    make: Callable[[], LanguageModel]
+
+
+def read_model_sources(specs: list[str]) -> list[ModelSource]:
+    """`config.json:key=value` as in compare, or the path of a model file."""
+    configs = [spec for spec in specs if re.match(r".+\.json5?(:|$)", spec)]
+    entries = dict(zip(configs, read_specs(configs), strict=True))
+    for entry in entries.values():
+        entry.load([])
+        entry.measure()  # refuses what makes no text
+    sources = [
+        ModelSource(entries[spec].label, partial(build_fresh, entries[spec].run.model_hyperparams)) if spec in entries
+        else ModelSource(Path(spec).stem, partial(load_trained, spec)) for spec in specs
+    ]  # fmt: skip
+    labels = [source.label for source in sources]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"{twice[0]} is given twice; give each model once, under names that differ")
+    return sources
+
+
+def build_fresh(config) -> LanguageModel:
+    """A model as it starts, but with a little in the place of zeros, so that no part of it is idle."""
+    torch.manual_seed(0)
+    model = build(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(std=0.02)
+    return model.eval()
+
+
+def load_trained(path: str) -> LanguageModel:
+    model, _, _ = load_model(path)
+    if model.takes_source or not model.generates:
+        raise UserError(f"{path}: kind = {model.config.kind!r} does not continue text; give a model that does")
+    return model
+
+
+def count_weight_bytes(model: LanguageModel, rows: int) -> int:
+    """Bytes of weights that a step for `rows` texts has to read: every one once, and of tables that are only looked up
+    (input embeddings, learned positions) a line for each text. A table that is also the head is read whole."""
+    total = 0
+    for module in model.modules():
+        table = isinstance(module, Embedding) and module.roles["weight"] == "input"
+        looked_up = table or isinstance(module, LearnedPositions)
+        in_8_bits = [t for value in vars(module).values() if isinstance(value, Int8Weight) for t in value]  # and scales
+        for t in (*module.parameters(recurse=False), *in_8_bits):
+            total += rows * t.size(-1) * t.element_size() if looked_up else t.nbytes
+    return total
+
+
+def make_meta_cache(config, dtype: torch.dtype, length: int) -> Cache | None:
+    """A text's cache as shapes without memory; None of a model that has none, and computes all anew."""
+    with torch.device("meta"):
+        model = build(config).to(dtype)
+        return model.new_cache(1, length) if model.causal else None
+
+
+def count_cache_bytes(config, dtype: torch.dtype, length: int) -> int:
+    """Bytes that are kept for a text of `length` tokens."""
+    cache = make_meta_cache(config, dtype, length)
+    return cache.nbytes() if cache else 0
+
+
+def count_cache_bytes_read(config, dtype: torch.dtype, length: int) -> int:
+    """Bytes of them that a step has to read: all but the sums over finished chunks, which only a border asks for."""
+    cache = make_meta_cache(config, dtype, length)
+    states = iter_layer_caches(cache.layers if cache else None)
+    return sum(state.nbytes() - (state.finished.nbytes if isinstance(state, ChunkCache) else 0) for state in states)
+
+
+def fit_cache_bytes(config, dtype: torch.dtype, length: int) -> tuple[float, float]:
+    """(constant, per token): the bytes of a text's cache around `length` tokens, or half of where positions end."""
+    with torch.device("meta"):
+        end = build(config).max_positions
+    n = length if end is None else min(length, end // 2)
+    one, two = (count_cache_bytes(config, dtype, size) for size in (n, 2 * n))
+    return 2 * one - two, (two - one) / n
+
+
+WARMUP_STEPS = 8
+MAX_STEPS = 256  # timed at most
+MIN_STEPS = 16  # at least, or a context is said not to fit
+MAX_SECONDS = 8.0  # of timed steps, about
+
+
+class DoesNotFit(Exception):
+    """Why a batch at a context cannot be measured, in words for the table."""
+
+
+@dataclass
+class DecodeBenchmark:
+    """What all measurements of a call have in common."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantize: str | None
+    compile: bool
+    bandwidth: float  # bytes per second
+
+    def prepare(self, model: LanguageModel) -> LanguageModel:
+        model = model.to(self.device, self.dtype).eval()
+        return decode.quantize(model, self.quantize) if self.quantize else model
+
+    def measure_cell(self, model: LanguageModel, batch: int, context: int) -> dict:
+        """Tokens/s and all that belongs to it, in plain data; where it does not fit, `why` not."""
+        row = {"batch": batch, "context": context, "why": None}
+        try:
+            row |= self.time_decoding(model, batch, context)
+            weights, cache = count_weight_bytes(model, batch), count_cache_bytes_read(model.config, self.dtype, context)
+            bytes_moved = weights / batch + cache
+        except (DoesNotFit, UserError) as error:
+            return row | {"why": str(error)}
+        except (RuntimeError, MemoryError) as error:
+            if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+                raise
+            return row | {"why": "not enough memory"}
+        finally:
+            self.clean_up()
+        seconds, floor = 1 / row["tokens_per_s"], bytes_moved / self.bandwidth
+        return row | {"bytes_per_token": bytes_moved, "floor_s": floor, "times_floor": seconds / floor}
+
+    def clean_up(self) -> None:
+        gc.collect()
+        if self.compile:
+            torch.compiler.reset()  # it compiles one function for a few shapes only
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def time_decoding(self, model: LanguageModel, batch: int, context: int) -> dict:
+        """Seconds from a prompt of `context` tokens to its first token, and tokens/s of `batch` such texts after it."""
+        steps = count_steps_that_fit(model, context)
+        self.check_memory(model, batch, context + steps)
+        decoder = decode.Decoder(model, batch, context + steps, compile=self.compile)
+        prompts = (make_random_request(model, context, steps, seed) for seed in itertools.count())
+        decoder.release(decode_first_token(decoder, next(prompts)))  # the first one chooses and compiles kernels
+        began = hardware.synchronized_time(self.device)
+        decoder.release(decode_first_token(decoder, next(prompts)))
+        seconds = hardware.synchronized_time(self.device) - began
+        n = steps - WARMUP_STEPS - 2  # the device may be a step ahead
+        if self.device.type == "cuda":  # steps are recorded as texts grow: none while the time is taken
+            n, _ = self.time_steps(decoder, itertools.islice(prompts, batch), n)
+        done, took = self.time_steps(decoder, itertools.islice(prompts, batch), n)
+        return {"first_token_s": seconds, "tokens_per_s": batch * done / took, "steps": done}
+
+    def time_steps(self, decoder: decode.Decoder, prompts: Iterable[decode.Request], n: int) -> tuple[int, float]:
+        """(steps, seconds) of n steps after these prompts, or of fewer if they take long."""
+        handles = [decoder.admit(prompt) for prompt in prompts]
+        for _ in range(WARMUP_STEPS):
+            decoder.step()
+        began, done = hardware.synchronized_time(self.device), 0
+        while done < n and (done < MIN_STEPS or time.perf_counter() - began < MAX_SECONDS):
+            decoder.step()
+            done += 1
+        took = hardware.synchronized_time(self.device) - began
+        for handle in handles:
+            decoder.release(handle)
+        return done, took
+
+    def check_memory(self, model: LanguageModel, batch: int, length: int) -> None:
+        need, free = batch * count_cache_bytes(model.config, self.dtype, length), hardware.get_free_memory(self.device)
+        if need > 0.9 * free:
+            raise DoesNotFit(f"needs {need / 1e9:,.1f} GB of cache, and {free / 1e9:,.1f} GB are free")
+
+
+def count_steps_that_fit(model: LanguageModel, context: int) -> int:
+    """How many tokens to make after a context: fewer where positions end soon after it."""
+    steps, end = WARMUP_STEPS + MAX_STEPS + 2, model.max_positions
+    if end is None or context + steps <= end:
+        return steps
+    if end - context < WARMUP_STEPS + MIN_STEPS + 2:
+        raise DoesNotFit(f"its positions end at {end:,}")
+    return end - context
+
+
+def make_random_request(model: LanguageModel, context: int, steps: int, seed: int) -> decode.Request:
+    generator = torch.Generator().manual_seed(int(seed > 0))  # the same for all but the first: it is read once
+    prompt = torch.randint(model.config.vocab_size, (context,), generator=generator).tolist()
+    return decode.Request(prompt, steps, seed=seed)
+
+
+def decode_first_token(decoder: decode.Decoder, request: decode.Request) -> int:
+    """Has the prompt read and waits for the first token after it. Returns the text's handle."""
+    handle = decoder.admit(request)
+    while all(handle != given for given, _, _ in decoder.step()):
+        pass
+    return handle
+
+
+def measure_model(source: ModelSource, benchmark: DecodeBenchmark, batches: list[int], contexts: list[int]) -> dict:
+    """All that is found of one model, in plain data."""
+    model = source.make()
+    config, params = model.config, model.num_params(non_embedding=False)
+    model = benchmark.prepare(model)
+    constant, each = fit_cache_bytes(config, benchmark.dtype, max(contexts)) if model.causal else (0, 0)
+    cells = []
+    for context, batch in itertools.product(contexts, batches):
+        cells.append(benchmark.measure_cell(model, batch, context))
+        tqdm.write(f"{source.label}: batch {batch}, context {format_quantity(context)}: {format_cell(cells[-1])}")
+    return {"label": source.label, "arch": config.arch, "params": params, "weight_bytes": count_weight_bytes(model, 1),
+            "cache_constant": constant, "cache_per_token": each, "causal": model.causal, "cells": cells,
+            "model_hyperparams": to_dict(config)}  # fmt: skip
+
+
+def format_cell(cell: dict) -> str:
+    if cell["why"]:
+        return f"— ({cell['why']})"
+    return f"{cell['tokens_per_s']:,.0f} tokens/s, {cell['times_floor']:.1f} times the floor"
+
+
+def format_models_table(rows: list[dict], contexts: list[int]) -> str:
+    """What does not depend on the batch: sizes, and the seconds until a prompt's first token."""
+    header = ["model", "parameters", "weights read, MB", "cache, constant, bytes", "and per token",
+              *(f"first token after {format_quantity(context)}, ms" for context in contexts)]  # fmt: skip
+    lines = []
+    for row in rows:
+        first = {cell["context"]: cell["first_token_s"] for cell in reversed(row["cells"]) if not cell["why"]}
+        times = [f"{1e3 * first[context]:,.1f}" if context in first else "—" for context in contexts]
+        cache = [f"{row[name]:,.0f}" if row["causal"] else "none" for name in ("cache_constant", "cache_per_token")]
+        lines.append([row["label"], f"{row['params']:,}", f"{row['weight_bytes'] / 1e6:,.2f}", *cache, *times])
+    return format_table(header, lines)
+
+
+def list_cells(rows: list[dict]) -> list[tuple[str, dict]]:
+    return [(row["label"], cell) for row in rows for cell in row["cells"]]
+
+
+def format_speeds_table(rows: list[dict]) -> str:
+    """tokens/s of each model, and how many times the floor's time a token takes."""
+    columns = sorted({(cell["batch"], cell["context"]) for _, cell in list_cells(rows)})
+    lines = []
+    for row in rows:
+        cells = {(cell["batch"], cell["context"]): cell for cell in row["cells"]}
+        lines.append([row["label"], *(
+            "—" if cell["why"] else f"{cell['tokens_per_s']:,.0f} ({cell['times_floor']:,.1f}×)"
+            for cell in map(cells.__getitem__, columns))])  # fmt: skip
+    return format_table(["tokens/s (times the floor)", *(f"{b:,} × {format_quantity(c)}" for b, c in columns)], lines)
+
+
+def format_details_table(rows: list[dict]) -> str:
+    """Every batch at every context, with what the floor is made of."""
+    header = ["model", "batch", "context", "tokens/s", "µs per token", "floor, µs", "times the floor", "MB per token"]
+    lines = []
+    for label, cell in list_cells(rows):
+        numbers = ["—"] * 5
+        if not cell["why"]:
+            numbers = [f"{cell['tokens_per_s']:,.0f}", f"{1e6 / cell['tokens_per_s']:,.1f}",
+                       f"{1e6 * cell['floor_s']:,.2f}", f"{cell['times_floor']:,.1f}",
+                       f"{cell['bytes_per_token'] / 1e6:,.3f}"]  # fmt: skip
+        lines.append([label, f"{cell['batch']:,}", format_quantity(cell["context"]), *numbers])
+    return format_table(header, lines)
+
+
+def list_missing_cells(rows: list[dict]) -> list[str]:
+    """Why there is a — in the table, a line for each reason."""
+    batches: dict[tuple, list[str]] = {}
+    for label, cell in list_cells(rows):
+        if cell["why"]:
+            batches.setdefault((label, cell["why"], cell["context"]), []).append(f"{cell['batch']:,}")
+    contexts: dict[tuple, list[str]] = {}
+    for (label, why, context), found in batches.items():
+        contexts.setdefault((label, why, ", ".join(found)), []).append(format_quantity(context))
+    return [f"— {label}, context {', '.join(found)}, batch {those}: {why}."
+            for (label, why, those), found in contexts.items()]  # fmt: skip
+
+
+def describe_setup(benchmark: DecodeBenchmark) -> str:
+    words = [
+        hardware.describe_device(benchmark.device),
+        f"torch {torch.__version__}",
+        str(benchmark.dtype).removeprefix("torch."),
+    ]
+    words[1:1] = (
+        [f"{n} thread{'s' * (n > 1)}"] if (n := torch.get_num_threads()) and benchmark.device.type == "cpu" else []
+    )
+    words += [f"{benchmark.quantize} weights"] if benchmark.quantize else []
+    return ", ".join([*words, "compiled" if benchmark.compile else "not compiled"])
+
+
+def list_notes(benchmark: DecodeBenchmark, rows: list[dict]) -> list[str]:
+    """How it was measured, a sentence each, and what is missing."""
+    recomputing = [row["label"] for row in rows if not row["causal"]]
+    return [
+        f"{describe_setup(benchmark)}.",
+        f"Floor: bytes per token over {benchmark.bandwidth / 1e9:,.1f} GB/s, at which this machine copies a large "
+        "tensor, bytes read and written. "
+        "The bytes are those of the weights, read once for the whole batch, and of the cache "
+        "of a text of that context, read once; of an embedding that is no head, a line. Experts that a token does not "
+        "choose are counted.",
+        f"Columns are batch × context. Speed: all rows' tokens together, up to {MAX_STEPS} each, after prompts of that "
+        "context, drawn at temperature 1. First token: a prompt alone is read, and the first token after it is there.",
+        *([f"Sees the future, has no cache and computes the last block_size tokens anew for each: "
+           f"{', '.join(recomputing)}."] if recomputing else []),
+        *list_missing_cells(rows),
+    ]  # fmt: skip
+
+
+def draw_speeds(rows: list[dict], batches: list[int], title: str):
+    """One sheet, a panel for each batch: tokens/s against context, both on log scales."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = 2 if max(len(row["label"]) for row in rows) > 34 else 3
+    fig = Figure(figsize=(11, 4.3 + 0.2 * math.ceil(len(rows) / columns)), dpi=200, layout="constrained")
+    FigureCanvasAgg(fig)
+    panels = fig.subplots(1, len(batches), squeeze=False)[0]
+    contexts = sorted({cell["context"] for row in rows for cell in row["cells"]})
+    for ax, batch in zip(panels, batches, strict=True):
+        for number, row in enumerate(rows):
+            cells = [cell for cell in row["cells"] if cell["batch"] == batch and not cell["why"]]
+            ax.plot([cell["context"] for cell in cells], [cell["tokens_per_s"] for cell in cells],
+                    **make_line_style(number), label=row["label"])  # fmt: skip
+        style_panel(ax, "context (tokens)")
+        ax.set_xticks(contexts, map(format_quantity, contexts))
+        ax.set_yscale("log")
+        set_log_ticks(ax.yaxis, [y for line in ax.lines for y in line.get_ydata()])
+        ax.set_title(f"batch {batch:,}", fontsize=11, loc="left")
+    panels[0].set_ylabel("tokens/s, all rows together", fontsize=11)
+    fig.suptitle(title, fontsize=12, x=0.01, ha="left")
+    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=9,
+               frameon=False)  # fmt: skip
+    return fig
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(prog="bench.py decode", allow_abbrev=False, description=(
+        "Measure how fast models make text, beside the floor that reading their weights and caches sets."))  # fmt: skip
+    add = parser.add_argument
+    add("models", nargs="*", help="config files (file.json:key=value,key=value changes keys) and trained model files")
+    add("--batches", default="1,8,64", help="texts at once (default 1,8,64)")
+    add("--contexts", default="128,1k,8k", help="tokens before those that are timed (default 128,1k,8k)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
+    add("--quantize", choices=["int8"], help="matrices in 8 bits")
+    add("--compile", action="store_true", help="torch.compile the step")
+    add("--out", default="img/decode", type=Path, help="directory of decode.md, .json and .png (default img/decode)")
+    add("--json", type=Path, help="another place for decode.json")
+    add("--against", choices=["nanogpt"], help="measure tinystar in GPT-2's manner beside nanoGPT's generate instead")
+    add("--nanogpt_path", type=Path, help="directory that holds nanoGPT's model.py")
+    for name, size in GPT2_SHAPE.items():
+        add(f"--{name}", type=parse_quantity, default=size, help=f"of both, with --against (default {size})")
+    arguments = parser.parse_args(argv)
+    arguments.batches, arguments.contexts = (
+        sorted({parse_quantity(part) for part in text.split(",")}) for text in (arguments.batches, arguments.contexts)
+    )
+    if bool(arguments.models) == bool(arguments.against):
+        raise UserError("name configs or model files, or --against nanogpt, one of the two")
+    if arguments.against and arguments.nanogpt_path is None:
+        raise UserError("--against nanogpt: needs --nanogpt_path, a directory that holds nanoGPT's model.py")
+    return arguments
+
+
+def make_benchmark(arguments: argparse.Namespace) -> DecodeBenchmark:
+    device = train.choose_device(arguments.device)
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, auto if arguments.dtype == "auto" else arguments.dtype)
+    if arguments.compile and device.type != "cuda":
+        raise UserError(f"--compile: steps are compiled on cuda only, and this is {device.type}; leave it out")
+    return DecodeBenchmark(
+        device, dtype, arguments.quantize, arguments.compile, hardware.measure_copy_bandwidth(device)
+    )
+
+
+def run(argv: list[str]) -> None:
+    """Measure how fast models make text; write a table and a picture."""
+    arguments = parse_arguments(argv)
+    if arguments.against:
+        run_against_nanogpt(arguments)
+        return
+    sources = read_model_sources(arguments.models)
+    check_outputs(list_results("decode", arguments.out, arguments.json), list_spec_inputs("models", arguments.models))
+    benchmark = make_benchmark(arguments)
+    print(f"{hardware.describe_device(benchmark.device)} copies {benchmark.bandwidth / 1e9:,.1f} GB/s", flush=True)
+    rows, command = [], format_command("python", "decode", argv)
+    for source in sources:
+        rows.append(measure_model(source, benchmark, arguments.batches, arguments.contexts))
+        text = write_results(rows, benchmark, arguments, command)  # so far
+    print(f"\n{text}\n\nthe tables and the picture are in {arguments.out}")
+
+
+def write_results(rows: list[dict], benchmark: DecodeBenchmark, arguments: argparse.Namespace, command: str) -> str:
+    """decode.md, decode.json and decode.png; returns the tables and what is to be known of them."""
+    notes = list_notes(benchmark, rows)
+    tables = f"{format_speeds_table(rows)}\n\n{format_models_table(rows, arguments.contexts)}"
+    text = "\n".join(f"- {note}" for note in notes)
+    parts = [
+        tables,
+        "![tokens/s against context](decode.png)",
+        text,
+        format_details_table(rows),
+        f"```\n{command}\n```",
+    ]
+    atomic_write(arguments.out / "decode.md", ("\n\n".join(parts) + "\n").encode())
+    about = {"device": hardware.describe_device(benchmark.device), "torch": torch.__version__,
+             "dtype": str(benchmark.dtype), "quantize": benchmark.quantize, "compile": benchmark.compile,
+             "bandwidth": benchmark.bandwidth, "notes": notes, "command": command, "rows": rows}  # fmt: skip
+    atomic_write(arguments.json or arguments.out / "decode.json", json.dumps(about, indent=1).encode())
+    plot.save(draw_speeds(rows, arguments.batches, describe_setup(benchmark)), arguments.out / "decode.png")
+    return f"{tables}\n\n{text}"
+
+
+ROUNDS = 3
+
+
+def run_against_nanogpt(arguments: argparse.Namespace) -> None:
+    """Tokens/s of tinystar in GPT-2's manner and of nanoGPT's generate, in turns."""
+    shape = {name: getattr(arguments, name) for name in GPT2_SHAPE}
+    theirs = load_nanogpt(arguments.nanogpt_path / "model.py", shape)
+    benchmark = make_benchmark(arguments)
+    theirs = theirs.to(benchmark.device, benchmark.dtype).eval()
+    ours = benchmark.prepare(build_fresh(CONFIGS["tinystar"](arch="tinystar", **shape, **GPT2_KEYS)))
+    print(
+        f"{hardware.describe_device(benchmark.device)}, {benchmark.dtype}, "
+        f"{sum(p.numel() for p in theirs.parameters()):,} parameters, copies {benchmark.bandwidth / 1e9:,.1f} GB/s",
+        flush=True,
+    )
+    for context, batch in itertools.product(arguments.contexts, arguments.batches):
+        line = compare_with_nanogpt(benchmark, ours, theirs, batch, context)
+        print(f"batch {batch}, context {format_quantity(context)}: {line}")
+
+
+def load_nanogpt(path: Path, shape: dict) -> torch.nn.Module:
+    """The user's own checkout: its code is run, as `python train.py` in it would."""
+    if not path.is_file():
+        raise UserError(f"--nanogpt_path: there is no {path}; name a checkout of nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.GPT(module.GPTConfig(**shape, dropout=0.0, bias=True))
+
+
+def compare_with_nanogpt(benchmark: DecodeBenchmark, ours: LanguageModel, theirs, batch: int, context: int) -> str:
+    """A line: tokens/s of both in ROUNDS turns, and how many times as fast ours is, after the prompt and with it."""
+    found = []
+    for _ in range(ROUNDS):
+        cell = benchmark.measure_cell(ours, batch, context)
+        if cell["why"]:
+            return format_cell(cell)
+        found.append((measure_nanogpt(benchmark, theirs, batch, context), cell["tokens_per_s"], cell["first_token_s"]))
+    their, our, first = (statistics.median(column) for column in zip(*found, strict=True))
+    ratios = [b / a for a, b, _ in found]
+    with_prompt = 64 * batch / (64 * batch / our + first * batch) / their
+    share = our * cell["floor_s"]
+    return (
+        f"nanoGPT {their:,.1f} tokens/s, tinystar {our:,.1f} ({share:.0%} of what the floor allows), "
+        f"{statistics.median(ratios):.1f} times as many ({min(ratios):.1f} to {max(ratios):.1f}); the first token "
+        f"after {1e3 * first:,.1f} ms, so that 64 tokens come {with_prompt:.1f} times as fast with the reading of "
+        "the prompt"
+    )
+
+
+@torch.no_grad()
+def measure_nanogpt(benchmark: DecodeBenchmark, model, batch: int, context: int) -> float:
+    """Tokens/s of nanoGPT's own generate, after a text of `context` tokens."""
+    idx = torch.randint(model.config.vocab_size, (batch, context), device=benchmark.device)
+    began = hardware.synchronized_time(benchmark.device)
+    model.generate(idx, 2)  # the first chooses kernels, and tells how many to measure
+    n = min(64, max(4, round(2 * 2 / (hardware.synchronized_time(benchmark.device) - began))))
+    began = hardware.synchronized_time(benchmark.device)
+    model.generate(idx, n)
+    return batch * n / (hardware.synchronized_time(benchmark.device) - began)

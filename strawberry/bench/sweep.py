@@ -1,0 +1,341 @@
+"""compare's training runs: the grid of learning rates of each config, then its other seeds; nothing runs twice."""
+
+import ast
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import plot
+import train
+from options import UserError, atomic_write, to_dict
+from strawberry.bench import child_process, hardware
+from strawberry.bench.common import FIXED_VALUES, ROOT, Entry
+
+EVALUATIONS = 20  # in each run: the points of its curve
+MIN_LR = 0.1  # the learning rate at the end, as a share of the highest
+RESULT_FORMAT = 1  # of the files in runs/: those of another are not read
+POLL_SECONDS = 0.3  # between looks at the children
+BENCH = ROOT / "strawberry" / "bench"  # changes no result
+CODE_GLOBS = ("model.py", "optimizer.py", "train.py", "strawberry/**/*.py")  # what a result depends on
+
+
+@dataclass
+class Plan:
+    """What all runs have in common."""
+
+    steps: int
+    tokens_per_step: int
+    warmup: float  # share of the steps
+    cooldown: float
+    lrs: list[float]
+    seeds: int
+    jobs: int
+    device: torch.device
+    out: Path
+    data: dict[str, str]  # fingerprints of the data, the encoder and the code
+
+    @property
+    def runs(self) -> Path:
+        return self.out / "runs"
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run."""
+
+    label: str
+    lr: float
+    seed: int
+    config: dict  # what train.py reads, but for the paths
+    key: str  # the name of its result's file: all that the result depends on, hashed
+
+    def __str__(self) -> str:
+        return f"{self.label}, lr {self.lr:g}, seed {self.seed}"
+
+
+def dump_without_comments(source: str) -> str:
+    """A Python file without comments, docstrings and layout, which change no result."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def hash_code() -> str:
+    """SHA-256 of the code that trains."""
+    paths = sorted(path for name in CODE_GLOBS for path in ROOT.glob(name) if BENCH not in path.parents)
+    texts = [dump_without_comments(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def hash_json(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_trial(entry: Entry, plan: Plan, lr: float, seed: int) -> Trial:
+    """The run of one config with one learning rate and one seed."""
+    run, steps = to_dict(entry.run), plan.steps
+    every = max(1, steps // EVALUATIONS)
+    if every >= 5:
+        every -= every % 5  # so that an evaluation has a logged line, with the seconds, at its step
+    muon_lr = run["optimizer_hyperparams"]["muon_lr"]
+    if muon_lr is not None:  # goes with the learning rate, in the config's own proportion
+        run["optimizer_hyperparams"]["muon_lr"] = muon_lr * lr / run["learning_rate"]
+    run |= FIXED_VALUES | {
+        "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": round(plan.warmup * steps),
+        "cooldown_frac": plan.cooldown, "learning_rate": lr, "min_lr": MIN_LR * lr, "seed": seed,
+        "device": plan.device.type, "eval_interval": every, "log_interval": max(1, every // 5),
+    }  # fmt: skip
+    places = ("checkpoints", "model_path", "img_path", "encoder_path")
+    matters = {key: value for key, value in run.items() if key not in places}
+    matters["dataset"] = {key: value for key, value in run["dataset"].items() if key != "path"}
+    prints = {name: plan.data[name] for name in ("dataset", "encoder")}
+    return Trial(entry.label, lr, seed, run, f"{hash_json([RESULT_FORMAT, matters, prints])}-{plan.data['code'][:8]}")
+
+
+def read_result(plan: Plan, trial: Trial) -> dict | None:
+    """What an earlier call found, or None."""
+    path = plan.runs / f"{trial.key}.json"
+    return read_result_file(path) if path.exists() else None
+
+
+def read_result_file(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it, and its run is done again") from error
+
+
+def strict_bpb(line: dict) -> float | None:
+    """Validation bits per byte of an evaluation; of a model that sees the future, as it would be without.
+
+    Such a model's evaluation also has the strict loss of some positions, and the plain one of the same positions: what
+    seeing the future gains there is taken off.
+    """
+    bpb = line.get("val_bpb")
+    if bpb is None or line.get("strict_loss") is None:
+        return bpb
+    return bpb * (1 + (line["strict_loss"] - line["plain_at_strict"]) / line["val_loss"])
+
+
+def make_result(trial: Trial, lines: list[dict], diverged: bool) -> dict:
+    """A finished run, from its metrics.jsonl. bits per byte is None where it diverged."""
+    points = {line["step"]: line for line in lines if "val_bpb" in line}
+    curve = [[line["tokens"], strict_bpb(line)] for _, line in sorted(points.items())]
+    bpb = curve[-1][1] if curve and not diverged else None
+    seconds = max((line["seconds"] for line in lines if "seconds" in line), default=None)
+    return {"label": trial.label, "lr": trial.lr, "seed": trial.seed, "bpb": bpb, "seconds_in_steps": seconds,
+            "curve": curve, "torch": torch.__version__, "run": trial.config}  # fmt: skip
+
+
+def write_trial_config(folder: Path, trial: Trial, **changes) -> Path:
+    """The JSON file that a child reads; everything that it writes goes into the folder."""
+    checkpoints = {"path": str(folder / "ck"), "interval": trial.config["max_iters"], "create_checkpoints": True,
+                   "keep": 1}  # fmt: skip
+    paths = {"checkpoints": checkpoints, "model_path": str(folder / "model"), "img_path": str(folder)}
+    atomic_write(folder / "config.json", json.dumps(trial.config | paths | changes, indent=1).encode())
+    return folder / "config.json"
+
+
+class TrialPool:
+    """Up to plan.jobs runs at once, each in a folder of its own until its result is written."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.running: dict[str, tuple[Trial, subprocess.Popen]] = {}
+
+    def folder(self, trial: Trial) -> Path:
+        return self.plan.runs / trial.key
+
+    def start(self, trial: Trial) -> None:
+        folder = self.folder(trial)
+        config = write_trial_config(folder, trial)
+        resume = ["--init_from=resume"] if any((folder / "ck").glob("step_*")) else []
+        command = child_process.make_command("_train", "--config", str(config), *resume)
+        self.running[trial.key] = (trial, child_process.start(command, folder / "log.txt", self.plan.jobs))
+
+    def collect_finished(self) -> Iterator[tuple[Trial, dict | None, str]]:
+        """(trial, its result or None, why not) of each child that has ended since. Writes the results."""
+        for key, (trial, child) in list(self.running.items()):
+            if child.poll() is None:
+                continue
+            del self.running[key]
+            folder = self.folder(trial)
+            lines = self.read_metrics(trial)
+            evaluated = any(line["step"] == self.plan.steps and "val_bpb" in line for line in lines)
+            done = child.returncode == 0 and evaluated
+            if done or child.returncode == 3:  # train.py's code for a loss that is not finite
+                result = make_result(trial, lines, diverged=not done)
+                atomic_write(self.plan.runs / f"{key}.json", json.dumps(result).encode())
+                shutil.rmtree(folder, ignore_errors=True)
+                yield trial, result, ""
+            else:
+                why = child_process.read_failure(folder / "log.txt")
+                yield trial, None, f"exit code {child.returncode}, {why}; see {folder}/log.txt"
+
+    def read_metrics(self, trial: Trial) -> list[dict]:
+        path = self.folder(trial) / "ck" / train.METRICS
+        return plot.read_metrics(path) if path.exists() else []
+
+    def count_steps(self) -> int:
+        lines = [self.read_metrics(trial) for trial, _ in self.running.values()]
+        return sum(metrics[-1]["step"] for metrics in lines if metrics)
+
+    def stop(self) -> None:
+        child_process.stop_all([child for _, child in self.running.values()])
+
+
+def make_speed_trial(entry: Entry, plan: Plan) -> Trial:
+    """What a speed depends on: the run but for its learning rate and seed, the machine and torch's version."""
+    trial = make_trial(entry, plan, entry.run.learning_rate, 1)
+    return dataclasses.replace(
+        trial, key=f"speed-{hash_json([trial.key, hardware.describe_device(plan.device), torch.__version__])}"
+    )
+
+
+def measure_speeds(entries: list[Entry], plan: Plan) -> dict[str, dict]:
+    """label → tokens/s and memory of each config, alone on the device. Children get ready --jobs at a time, compiling
+    included, then take turns. A config that fails here gets its `failure`."""
+    trials = {entry.label: make_speed_trial(entry, plan) for entry in entries}
+    found = {label: result for label, trial in trials.items() if (result := read_result(plan, trial))}
+    missing = [entry for entry in entries if entry.label not in found]
+    for first in range(0, len(missing), plan.jobs):
+        group = missing[first : first + plan.jobs]
+        found |= measure_speed_group({entry.label: trials[entry.label] for entry in group}, plan)
+        for entry in group:
+            folder = plan.runs / trials[entry.label].key
+            if entry.label in found:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                entry.failure = f"{child_process.read_failure(folder / 'log.txt')}; see {folder}/log.txt"
+                tqdm.write(f"{entry.label}: failed: {entry.failure}")
+    return found
+
+
+def measure_speed_group(trials: dict[str, Trial], plan: Plan) -> dict[str, dict]:
+    children, found = {}, {}
+    try:
+        for label, trial in trials.items():
+            folder = plan.runs / trial.key
+            none = {"path": str(folder / "ck"), "create_checkpoints": False}
+            command = child_process.make_command("_speed", str(write_trial_config(folder, trial, checkpoints=none)))
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            children[label] = child_process.start(command, folder / "log.txt", plan.jobs, **pipes)
+        ready = [label for label, child in children.items() if child.stdout.readline() == "ready\n"]
+        for label in ready:
+            answer = children[label].communicate("go\n")[0]
+            if children[label].returncode == 0:
+                found[label] = json.loads(answer) | {"label": label, "machine": hardware.describe_device(plan.device)}
+                path = plan.runs / f"{trials[label].key}.json"
+                atomic_write(path, json.dumps(found[label]).encode())
+                tqdm.write(f"{label}: {found[label]['tokens_per_s']:,.0f} tokens/s alone on the device")
+    finally:
+        for child in children.values():
+            child.kill()
+            child.communicate()
+    return found
+
+
+class Sweep:
+    """Which runs there are to do, given those that are done: the grid of each config, then its other seeds."""
+
+    def __init__(self, entries: list[Entry], plan: Plan):
+        self.entries, self.plan = entries, plan
+        self.grid = {entry.label: [make_trial(entry, plan, lr, 1) for lr in plan.lrs] for entry in entries}
+        self.results: dict[str, dict] = {}
+        self.pool = TrialPool(plan)
+
+    def find_best_lr(self, entry: Entry) -> float | None:
+        """The learning rate with the lowest bits per byte, once the grid is done; the lowest where all diverged."""
+        found = [self.results.get(trial.key) for trial in self.grid[entry.label]]
+        if None in found:
+            return None
+        return min(found, key=lambda result: (math.inf if result["bpb"] is None else result["bpb"], result["lr"]))["lr"]
+
+    def list_seed_trials(self, entry: Entry) -> list[Trial]:
+        """The runs of the table: the winner of the grid, which is seed 1, and the other seeds."""
+        lr = self.find_best_lr(entry)
+        seeds = range(1, self.plan.seeds + 1) if lr is not None else ()
+        return [make_trial(entry, self.plan, lr, seed) for seed in seeds]
+
+    def has_result(self, trial: Trial) -> bool:
+        """Whether the result is there, from this call or an earlier one."""
+        if trial.key not in self.results and (result := read_result(self.plan, trial)):
+            self.results[trial.key] = result
+        return trial.key in self.results
+
+    def list_pending(self) -> list[Trial]:
+        """What could be started now."""
+        found = []
+        for entry in (entry for entry in self.entries if not entry.failure):
+            grid = [trial for trial in self.grid[entry.label] if not self.has_result(trial)]
+            found += grid or [trial for trial in self.list_seed_trials(entry) if not self.has_result(trial)]
+        return [trial for trial in found if trial.key not in self.pool.running]
+
+    def count_done(self) -> int:
+        """How many results there are, by now or from earlier calls."""
+        for entry in self.entries:
+            grid = [self.has_result(trial) for trial in self.grid[entry.label]]
+            for trial in self.list_seed_trials(entry) if all(grid) else ():
+                self.has_result(trial)
+        return len(self.results)
+
+    @property
+    def total(self) -> int:
+        return len(self.entries) * (len(self.plan.lrs) + self.plan.seeds - 1)
+
+    def run(self) -> None:
+        """Train what is not trained yet. A run that fails is reported and left out; the others go on."""
+        style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+        total, done = self.total * self.plan.steps, len(self.results) * self.plan.steps
+        every = 1 if sys.stderr.isatty() else 30  # seconds
+        with tqdm(total=total, initial=done, bar_format=style, dynamic_ncols=True, mininterval=every) as bar:
+            try:
+                while (waiting := self.list_pending()) or self.pool.running:
+                    for trial in waiting[: self.plan.jobs - len(self.pool.running)]:
+                        self.pool.start(trial)
+                    while not self.collect():
+                        self.update_bar(bar)
+                        time.sleep(POLL_SECONDS)
+                self.update_bar(bar)
+            except KeyboardInterrupt:
+                self.pool.stop()
+                self.collect(stopped=True)
+                raise
+
+    def collect(self, stopped: bool = False) -> int:
+        """Take in what has finished since; returns how many runs that were. Those that were stopped have not failed."""
+        finished = list(self.pool.collect_finished())
+        for trial, result, why in finished:
+            if result is None and stopped:
+                continue
+            if result is None:
+                entry = next(entry for entry in self.entries if entry.label == trial.label)
+                entry.failure = why
+                tqdm.write(f"{trial}: failed: {why}")
+            else:
+                self.results[trial.key] = result
+                bpb = "diverged" if result["bpb"] is None else f"{result['bpb']:.4f} bits per byte"
+                tqdm.write(f"{trial}: {bpb}")
+        return len(finished)
+
+    def update_bar(self, bar: tqdm) -> None:
+        done = len(self.results)
+        bar.set_postfix_str(f"{done}/{self.total} runs done, {len(self.pool.running)} running", refresh=False)
+        bar.update(done * self.plan.steps + self.pool.count_steps() - bar.n)

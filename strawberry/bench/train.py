@@ -1,0 +1,449 @@
+"""`bench.py train`: how fast configs train, in train.py's own loop, and beside nanoGPT's train.py.
+
+BenchmarkTrainer is the only class here that knows train.py's Trainer; the processes of all commands that train use it.
+"""
+
+import argparse
+import collections
+import contextlib
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import plot
+import train
+from model import CONFIGS
+from options import Run, UserError, atomic_write, load_run
+from strawberry.bench import child_process, hardware
+from strawberry.bench.common import (
+    GPT2_KEYS,
+    GPT2_SHAPE,
+    ArgumentParser,
+    list_json_output,
+    list_spec_inputs,
+    load_spec,
+    parse_assignment,
+    parse_quantity,
+    qualify_key,
+    write_benchmark_config,
+)
+from strawberry.common import Input, check_outputs
+from strawberry.data.dataset import Corpus
+from train import Signals, Trainer
+
+MEASURED_SECONDS = 3.0
+STEP_PARTS = ("data", "forward", "backward", "optimizer")
+TIMED_STEPS = 20  # steps whose parts are timed
+ALL_REDUCE_BYTES = 256 << 20  # of the tensor whose sum over all processes is timed
+
+
+class StageTimer:
+    """Moments in the device's own time, a row of them for each step."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.rows = device.type == "cuda", []
+
+    def start_step(self) -> None:
+        self.rows.append([])
+        self()
+
+    def __call__(self) -> None:
+        if self.cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self.rows[-1].append(mark)
+
+    def median_intervals(self) -> list[float]:
+        """The median over the rows of the milliseconds between each mark and the next."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        spans = [[a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in itertools.pairwise(row)]
+                 for row in self.rows]  # fmt: skip
+        return [statistics.median(column) for column in zip(*spans, strict=True)]
+
+
+class BenchmarkTrainer(Trainer):
+    """train.py's own loop, measured and without evaluations. The only class that knows the inside of Trainer: the
+    processes of compare, growth, train and scale use this one."""
+
+    def evaluate(self) -> None:
+        pass
+
+    def advance(self, steps: int, every: int) -> list[float]:
+        """Train for `steps`; tokens/s of each `every` of them."""
+        first = self.progress.step
+        self.run.max_iters, self.run.log_interval = first + steps, every
+        self.train()
+        lines = plot.read_metrics(self.metrics.path)
+        return [line["tokens_per_s"] for line in lines if line["step"] > first + (first == 0)]
+
+    def measure_speed(self) -> dict:
+        self.advance(6, 3)  # the first steps allocate and choose kernels
+        pace = statistics.median(self.advance(4, 2)) / self.tokens_per_step  # steps per second
+        steps = min(max(round(MEASURED_SECONDS * pace), 10), 1000) // 10 * 10
+        speed = statistics.median(self.advance(steps, steps // 10))
+        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        compiled = self.forward is not self.model
+        return {
+            "tokens_per_s": speed,
+            "steps": steps,
+            "memory": memory,
+            "resident": hardware.peak_resident_bytes(),
+            "compiled": compiled,
+        }
+
+    def measure_parts(self, steps: int = TIMED_STEPS) -> dict[str, float]:
+        """Milliseconds of each part, taken one after another and not recorded: together they may be more than a step.
+        `data` is what the loop waits for the loader."""
+        self.stop_recording()
+        marks, waits = StageTimer(self.device), []
+        with self.batches() as loader:
+            for _ in range(3 + steps):
+                began = time.perf_counter()
+                micro_batches = next(loader)
+                waits.append(1e3 * (time.perf_counter() - began))
+                self.run_marked_step(micro_batches[0], marks)
+        marks.rows, waits = marks.rows[3:], waits[3:]
+        forward, backward, update = marks.median_intervals()
+        n = self.run.gradient_accumulation_steps
+        return dict(zip(STEP_PARTS, (statistics.median(waits), n * forward, n * backward, update), strict=True))
+
+    def run_marked_step(self, batch, marks: StageTimer) -> None:
+        marks.start_step()
+        with self.autocast():
+            loss = self.forward(batch.x, batch.y, source=batch.source)[1]
+        marks()
+        loss.backward()
+        marks()
+        self.clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.after_step()
+        marks()
+
+    def profile_kernels(self, steps: int = 3) -> list[dict]:
+        """What a GPU does in a step, the longest first: name, launches and milliseconds."""
+        if self.device.type != "cuda":
+            return []
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self.advance(steps, steps)
+            torch.cuda.synchronize()
+        rows = [{"name": event.key, "launches": event.count / steps, "ms": event.self_device_time_total / 1e3 / steps}
+                for event in profile.key_averages() if event.self_device_time_total]  # fmt: skip
+        return sorted(rows, key=lambda row: -row["ms"])
+
+    def measure_all(self, profile: bool) -> dict:
+        """All that `bench.py train` prints of a config."""
+        found = self.measure_speed()
+        found |= {
+            "step_ms": 1e3 * self.tokens_per_step / found["tokens_per_s"],
+            "recorded": bool(self.recorded),
+            "tokens_per_step": self.tokens_per_step,
+            "kernels": self.profile_kernels() if profile else [],
+        }
+        found["parts_ms"] = self.measure_parts()
+        flops = self.model.flops_per_token(self.run.model_hyperparams.block_size, self.rows)
+        found |= {"params": self.model.num_params(non_embedding=False), "flops_per_token": flops}
+        ceiling = hardware.measure_matmul_flops(self.device, self.dtype)
+        found |= {"flops_per_s": flops * found["tokens_per_s"], "ceiling": ceiling}
+        return found | {"share": found["flops_per_s"] / ceiling, "machine": hardware.describe_device(self.device)}
+
+    def log(self, bar, step: int, loss: float, *about) -> None:
+        super().log(bar, step, loss, *about)
+        self.loss = loss
+
+    def measure_scaling(self, steps: int) -> dict:
+        self.advance(min(10, steps), 10**6)
+        before = self.progress.seconds
+        self.advance(steps, 10**6)
+        seconds = self.progress.seconds - before
+        compiled = train.worth_compiling(self.run, self.device)
+        return {
+            "processes": self.ranks.world, "machine": hardware.describe_device(self.device), "torch": torch.__version__,
+            "params": self.model.num_params(non_embedding=False), "tokens_per_step": self.tokens_per_step,
+            "tokens_per_s": steps * self.tokens_per_step / seconds, "step_ms": 1e3 * seconds / steps,
+            "loss": self.loss, "memory": self.peak_memory(), "compile": compiled,
+            "recorded": bool(self.recorded and self.recorded.graph),
+            "link_bytes_per_s": self.measure_all_reduce(),
+        }  # fmt: skip
+
+    def peak_memory(self) -> int | None:
+        """Bytes at most, the rehearsal included: what a recorded step uses is counted when it is recorded, and only
+        then. On a CPU all that the process had in memory, torch included."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else hardware.peak_resident_bytes()
+
+    def measure_all_reduce(self) -> float | None:
+        """Bytes per second on each process's way out, in a sum over all processes that goes around a ring: of n
+        processes each sends 2 (n − 1) / n of the bytes."""
+        if self.ranks.world == 1:
+            return None
+        numbers = (ALL_REDUCE_BYTES if self.device.type == "cuda" else ALL_REDUCE_BYTES >> 5) // 4
+        tensor, times = torch.zeros(numbers, device=self.device), []
+        for _ in range(8):
+            began = hardware.synchronized_time(self.device)
+            torch.distributed.all_reduce(tensor)
+            times.append(hardware.synchronized_time(self.device) - began)
+        n = self.ranks.world
+        return 2 * (n - 1) / n * 4 * numbers / statistics.median(times[3:])
+
+
+def train_child(argv: list[str]) -> int | None:
+    """A child's main: train.py, but for the curves that it draws at each evaluation, for which nobody looks here."""
+    Trainer.draw = lambda self: None
+    return train.main(argv)
+
+
+def speed_child(argv: list[str]) -> None:
+    """A child's main: get ready, print `ready`, and measure after a line on stdin: by then nothing else runs."""
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        timer = BenchmarkTrainer(load_run(["--config", *argv], CONFIGS), Signals())
+        timer.prepare()
+        print("ready", file=answers, flush=True)
+        if sys.stdin.readline():
+            print(json.dumps(timer.measure_speed()), file=answers, flush=True)
+
+
+def step_child(argv: list[str]) -> None:
+    """A child's main: measure the config of a JSON file and print the result."""
+    file, profile = argv
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        timer = BenchmarkTrainer(load_run(["--config", file], CONFIGS), Signals())
+        began = time.perf_counter()
+        timer.prepare()
+        ready = time.perf_counter() - began
+        print("ready", file=answers, flush=True)
+        if sys.stdin.readline():
+            print(json.dumps(timer.measure_all(profile == "1") | {"ready_s": ready}), file=answers, flush=True)
+
+
+def race_child(argv: list[str]) -> None:
+    """A child's main: train a config without evaluations; print speed, losses and memory."""
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        timer = BenchmarkTrainer(load_run(["--config", *argv], CONFIGS), Signals())
+        timer.prepare()
+        print("ready", file=answers, flush=True)
+        sys.stdin.readline()
+        timer.train()
+        lines = plot.read_metrics(timer.metrics.path)
+    memory = torch.cuda.max_memory_allocated() if timer.device.type == "cuda" else None
+    times = [[line["step"], line["seconds"]] for line in lines if line["step"] > 1]
+    losses = [[line["step"], line["loss"]] for line in lines if line["step"] > 1]
+    result = {"params": timer.model.num_params(non_embedding=False), "memory": memory, "losses": losses}
+    print(json.dumps(result | {"step_s": median_step_seconds(times)}), file=answers, flush=True)
+
+
+def scale_child(argv: list[str]) -> None:
+    """One of the processes: measure; the first of them prints the result."""
+    file, steps = argv
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")):
+        timer = BenchmarkTrainer(load_run(["--config", file], CONFIGS), Signals())
+        began = time.perf_counter()
+        timer.prepare()
+        found = timer.measure_scaling(int(steps)) | {"ready_s": time.perf_counter() - began}
+        if timer.ranks.main:
+            print(json.dumps(found), file=answers, flush=True)
+        timer.close()
+
+
+def nanogpt_child(argv: list[str]) -> None:
+    """A child's main: run the train.py of a folder as its own command would, then print the memory that it took."""
+    folder, *words = argv
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    for name in ("model", "train"):  # theirs, not this repository's
+        sys.modules.pop(name, None)
+    sys.argv = ["train.py", *words]
+    scope = runpy.run_path("train.py", run_name="__main__")
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    params = sum(p.numel() for p in scope["raw_model"].parameters())
+    print("\n" + json.dumps({"memory": memory, "params": params}), flush=True)
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="bench.py train",
+        allow_abbrev=False,
+        description=(
+            "Measure how fast configs train, in train.py's own loop: whole steps and their parts, arithmetic, memory."
+        ),
+    )
+    add = parser.add_argument
+    add("--config", nargs="+", default=[], help="config files; file.json:key=value,key=value changes keys of one")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of all")
+    add("--profile", action="store_true", help="also list the GPU's kernels, the longest first")
+    add(
+        "--jobs",
+        type=parse_quantity,
+        default=1,
+        help="get so many ready at once; they are measured in turns (default 1)",
+    )
+    add("--json", type=Path, help="write what was measured there, too")
+    add("--against", choices=["nanogpt"], help="train tinystar in GPT-2's shape beside nanoGPT's own train.py instead")
+    add("--nanogpt_path", type=Path, help="a checkout of nanoGPT")
+    add("--steps", type=parse_quantity, default=500, help="of each, with --against (default 500)")
+    add("--batch_size", type=parse_quantity, default=32, help="of both, with --against (default 32)")
+    for name, size in GPT2_SHAPE.items():
+        add(f"--{name}", type=parse_quantity, default=size, help=f"of both, with --against (default {size})")
+    arguments = parser.parse_args(argv)
+    if bool(arguments.config) == bool(arguments.against):
+        raise UserError("name configs after --config, or --against nanogpt, one of the two")
+    if arguments.against and arguments.nanogpt_path is None:
+        raise UserError("--against nanogpt: needs --nanogpt_path, a checkout of nanoGPT")
+    return arguments
+
+
+def run(argv: list[str]) -> int | None:
+    """Measure how fast configs train: whole steps and their parts, arithmetic, memory."""
+    arguments = parse_arguments(argv)
+    if arguments.against:
+        names = ("train.py", "model.py", "configurator.py")
+        checked = [Input("--nanogpt_path", arguments.nanogpt_path / name) for name in names]
+        check_outputs(list_json_output(arguments.json), checked)
+        found = train_against_nanogpt(arguments)
+    else:
+        found = measure_configs(arguments)
+    if arguments.json:
+        atomic_write(arguments.json, json.dumps(found, indent=1).encode())
+        print(f"\nwritten to {arguments.json}")
+    return 2 if any("why" in row for row in found if isinstance(row, dict)) else None
+
+
+def measure_configs(arguments: argparse.Namespace) -> list[dict]:
+    """A row for each config, measured in a process of its own and printed."""
+    common = [parse_assignment(text) for text in arguments.set]
+    runs, rows = [load_spec(spec, common) for spec in arguments.config], []
+    check_outputs(list_json_output(arguments.json), list_spec_inputs("--config", arguments.config, runs))
+    for first in range(0, len(runs), arguments.jobs):
+        specs = arguments.config[first : first + arguments.jobs]
+        with tempfile.TemporaryDirectory() as folder:
+            files = [write_benchmark_config(Path(folder) / str(i), run)
+                     for i, run in enumerate(runs[first : first + arguments.jobs])]  # fmt: skip
+            found = child_process.run_in_turns("_step", [[file, str(int(arguments.profile))] for file in files])
+        for spec, row in zip(specs, found, strict=True):
+            rows.append({"config": spec, **row})
+            print(format_step(rows[-1]), flush=True)
+    return rows
+
+
+def format_step(row: dict) -> str:
+    if "why" in row:
+        return f"{row['config']}: {row['why']}"
+    parts = ", ".join(f"{name} {ms:,.2f}" for name, ms in row["parts_ms"].items())
+    how = ", ".join(name for name in ("compiled", "recorded") if row[name]) or "neither compiled nor recorded"
+    memory = f"{row['memory'] / 2**30:,.2f} GiB at most" if row["memory"] else "memory not measured"
+    lines = [
+        f"{row['config']} on {row['machine']}, {row['params']:,} parameters, {row['tokens_per_step']:,} tokens a step",
+        f"    {row['tokens_per_s']:,.0f} tokens/s: {row['step_ms']:,.3f} ms a step, {how}; {row['ready_s']:,.0f} s to "
+        "get ready",
+        f"    one after another, not recorded: {parts} ms",
+        f"    {row['flops_per_s'] / 1e12:,.2f} TFLOP/s, {row['share']:.1%} of the {row['ceiling'] / 1e12:,.1f} of a "
+        f"large product; {memory}",
+    ]
+    shown = row["kernels"][:25]
+    lines += [f"    {k['ms']:8.3f} ms {k['launches']:7.1f} × {k['name'][:100]}" for k in shown]
+    return "\n".join(lines)
+
+
+# GPT-2's manner with what nanoGPT leaves out by default, biases, left out: as many parameters as its own
+GPT2_KEYS_WITHOUT_BIAS = GPT2_KEYS | {"norm_type": "RMSNorm"}
+SAME_SCHEDULE = {"learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 100}  # of both
+LOG_INTERVAL = 10  # steps between the lines that are timed
+
+
+def train_against_nanogpt(arguments: argparse.Namespace) -> dict:
+    """Both train.py on the same text, one after the other: tokens/s, memory, losses."""
+    directory = arguments.nanogpt_path.resolve()
+    if not (directory / "train.py").is_file():
+        raise UserError(f"--nanogpt_path: there is no {directory / 'train.py'}; name a checkout of nanoGPT")
+    shape = {name: getattr(arguments, name) for name in GPT2_SHAPE}
+    keys = {**SAME_SCHEDULE, "lr_decay_iters": arguments.steps, "batch_size": arguments.batch_size}
+    keys |= {**shape, **GPT2_KEYS_WITHOUT_BIAS, "arch": "tinystar"}
+    words = [f"--{qualify_key(key)}={value}" for key, value in (*keys.items(), *map(parse_assignment, arguments.set))]
+    words += ["--cooldown_frac=1", "--optimizer_hyperparams.eps=1e-8"]
+    run = load_run(["--config", "tinystar-v0.1-baseline.json", *words], CONFIGS)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = run_nanogpt(directory, Path(folder), run, arguments.steps)
+        config = write_benchmark_config(Path(folder), run, max_iters=arguments.steps, log_interval=LOG_INTERVAL)
+        (ours,) = child_process.run_in_turns("_race", [[config]])
+    if "why" in ours:
+        raise UserError(f"train.py failed: {ours['why']}")
+    found = {"nanogpt": theirs, "strawberry": ours, "tokens_per_step": run.batch_size * shape["block_size"]}
+    print(format_race(found))
+    return found
+
+
+def median_step_seconds(times: list[list[float]]) -> float:
+    """Seconds of a step: the median over the later half of the times (step, seconds) between lines."""
+    spans = [(b - a) / (n - m) for (m, a), (n, b) in itertools.pairwise(times)]
+    return statistics.median(spans[len(spans) // 2 :])
+
+
+def run_nanogpt(directory: Path, folder: Path, run: Run, steps: int) -> dict:
+    """nanoGPT's own train.py, in a folder of links to its files, on the same tokens in its format."""
+    for name in ("train.py", "model.py", "configurator.py"):
+        os.symlink(directory / name, folder / name)
+    (folder / "data" / "same").mkdir(parents=True)
+    corpus = Corpus(run.dataset, None, run.model_hyperparams.block_size)
+    for name, split in (("train", corpus.train), ("val", corpus.val)):
+        tokens = np.concatenate([file.tokens[start:stop] for file, start, stop in split.pieces])
+        tokens.astype(np.uint16).tofile(folder / "data" / "same" / f"{name}.bin")
+    hyper, device = run.model_hyperparams, train.choose_device(run.device).type
+    keys = {name: getattr(hyper, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    keys |= {name: getattr(run, name) for name in (*SAME_SCHEDULE, "lr_decay_iters", "batch_size")}
+    (folder / "data" / "same" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": hyper.vocab_size}))
+    keys |= {"dataset": "same", "gradient_accumulation_steps": 1, "max_iters": steps, "log_interval": LOG_INTERVAL,
+             "eval_interval": 10**9, "eval_iters": 1, "always_save_checkpoint": False, "device": device,
+             "compile": train.worth_compiling(run, torch.device(device))}  # fmt: skip
+    if device == "cpu":
+        keys["dtype"] = "float32"
+    words = [f"--{key}={value}" for key, value in keys.items()]
+    command = child_process.make_command("_nanogpt", str(folder), *words)
+    times, losses, memory, params = [], [], None, None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1) as child:
+        tail = collections.deque(maxlen=20)
+        for line in child.stdout:
+            tail.append(line)
+            if found := re.match(r"iter (\d+): loss ([\d.]+)", line):
+                times.append([int(found[1]), time.perf_counter()])
+                losses.append([int(found[1]), float(found[2])])
+            elif line.startswith("{"):
+                memory, params = json.loads(line).values()
+    if child.returncode:
+        raise UserError(f"nanoGPT's train.py failed: {''.join(tail).strip()}")
+    return {"params": params, "memory": memory, "losses": losses, "step_s": median_step_seconds(times[1:])}
+
+
+def format_race(found: dict) -> str:
+    tokens, lines = found["tokens_per_step"], []
+    for name in ("nanogpt", "strawberry"):
+        row = found[name]
+        memory = f", {row['memory'] / 2**30:,.2f} GiB" if row["memory"] else ""
+        lines.append(f"{name:<11} {tokens / row['step_s']:>10,.0f} tokens/s, {1e3 * row['step_s']:,.2f} ms a step"
+                     f"{memory}, {row['params']:,} parameters")  # fmt: skip
+    ratio = found["nanogpt"]["step_s"] / found["strawberry"]["step_s"]
+    lines.append(f"{ratio:.3f} times as fast; mean training losses of 50 steps up to each step:")
+    last = found["strawberry"]["losses"][-1][0]
+    for step in range(last // 5, last + 1, max(last // 5, 1)):
+        means = [statistics.fmean([loss for n, loss in found[name]["losses"] if step - 50 < n <= step] or [math.nan])
+                 for name in ("nanogpt", "strawberry")]  # fmt: skip
+        lines.append(f"    step {step:>5}: {means[0]:.3f} and {means[1]:.3f}")
+    return "\n".join(lines)
