@@ -46,10 +46,10 @@ import encoder as encoders
 import options
 from model import CONFIGS
 from options import UserError, atomic_write, nearest, read_json, show
-from sample import MODEL_SUFFIXES
 from strawberry import status_file
 from strawberry.data import assemble
 from strawberry.data.objectives import count_extra_ids
+from strawberry.inference.loading import MODEL_SUFFIXES
 
 HERE = Path(__file__).resolve().parent
 ABOUT, LOG, EVENTS, PID, STATUS = "about.json", "log.txt", "events.jsonl", "pid.json", "status.json"

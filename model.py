@@ -874,7 +874,7 @@ class LanguageModel(nn.Module):
         """Logits (B, V), float32 or wider, after one more token (B,) of every row.
 
         The same launches whatever the rows' lengths are, and nothing that the host must know, so that a CUDA graph can
-        capture it: see decode.py. The caller first begins the chunks of rows at a border, and afterwards advances
+        capture it: see engine.py. The caller first begins the chunks of rows at a border, and afterwards advances
         cache.positions and cache.lengths. Rows must not have more than `max_cached_tokens` tokens.
         """
         ctx = ForwardContext(
@@ -955,7 +955,7 @@ class LanguageModel(nn.Module):
 
         temperature 0 takes the likeliest. `stop` holds token ids that end a row: it repeats its stop token until all
         rows have ended. `generator` is a torch.Generator, or one for each row. Plain, and slow on a GPU: the scripts
-        generate with decode.py.
+        generate with engine.py.
         """
         if not self.generates:
             raise UserError(f"a {self.config.arch} of kind encoder predicts masked tokens; it does not continue text")

@@ -4,7 +4,7 @@
     python serve.py --models bin/ --data data/ --port 8000
     STRAWBERRY_API_KEY=… python serve.py --host 0.0.0.0       beyond this machine: only with a key
 
-Nothing is done twice: sample.py reads requests and models, decode.py makes the tokens of many texts at once, and
+Nothing is done twice: sample.py reads requests and models, engine.py makes the tokens of many texts at once, and
 train.py, as a child process, trains. A new route is a function and a line in ROUTES; what lives as long as the server
 does, such as the models in memory, is a class and a line in PARTS.
 
@@ -56,30 +56,27 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-import decode
 import jobs
 import plot
 from checkpoint import LOCK, Lock, read_about
-from decode import Decoder
 from encoder import EOT, PAD
 from options import UserError, asks_for_help, check, declared, nearest, object_schema, option, run_cli, show, to_dict
-from sample import (
-    MODEL_SUFFIXES,
-    Text,
-    drawn_seed,
-    encode,
-    help_text,
-    load,
-    make_request,
-    pick_device,
-    read_settings,
-    read_source,
-    rows_at_once,
-    windows,
-)
+from strawberry.command_line import format_help, parse_settings
 from strawberry.common import Output, check_outputs
 from strawberry.data import assemble
 from strawberry.data.objectives import decode_with_sentinels
+from strawberry.inference import sampling
+from strawberry.inference.engine import Decoder
+from strawberry.inference.loading import MODEL_SUFFIXES, choose_device_name, load_for_inference
+from strawberry.inference.scoring import iter_windows
+from strawberry.inference.text import (
+    TextStream,
+    choose_num_rows,
+    draw_seed,
+    encode_source_text,
+    encode_text,
+    make_request,
+)
 from strawberry.ops.common import to_accum_dtype
 
 # ---- errors --------------------------------------------------------------------------------------------------------
@@ -229,7 +226,7 @@ def is_loopback(host: str) -> bool:
 def read_command(argv: list[str]) -> Settings:
     """The settings of a command line and of the environment. Raises UserError with all that is wrong with them."""
     keys = os.environ.get(KEY_VARIABLE, "").split()
-    return read_settings([*argv, *(f"--api_key={key}" for key in keys)], Settings)
+    return parse_settings([*argv, *(f"--api_key={key}" for key in keys)], Settings)
 
 
 # ---- bodies --------------------------------------------------------------------------------------------------------
@@ -513,10 +510,10 @@ log = logging.getLogger("uvicorn.error")
 ONE_AT_A_TIME = threading.Lock()  # on CUDA: while a step is recorded, no other thread may ask for memory
 
 
-class Answer(Text):
+class Answer(TextStream):
     """One text of an order: sample.py's, with all that its reader is told at the end."""
 
-    def __init__(self, encoder, request: decode.Request, body: "CompletionBody", index: int, given: list[int]):
+    def __init__(self, encoder, request: sampling.Request, body: "CompletionBody", index: int, given: list[int]):
         super().__init__(encoder, request, body.stops)
         self.index, self.given = index, given  # its place in the order; the prompt's tokens as they were given
         self.tokens: list[int] = []
@@ -567,7 +564,7 @@ class QueueTime:
     def record_text(self, answer: Answer) -> None:
         if answer.request.max_new_tokens:
             self.texts += 1
-            self.share += max(0.05, 1 / self.texts) * (answer.made / answer.request.max_new_tokens - self.share)
+            self.share += max(0.05, 1 / self.texts) * (answer.num_tokens / answer.request.max_new_tokens - self.share)
 
     def steps_waiting(self, order: Order) -> float:
         """Of the texts that have no row yet; all of an order are of about one length."""
@@ -577,7 +574,7 @@ class QueueTime:
         """Seconds until an order behind those begins."""
         remaining: dict[int, list[float]] = {}  # of each order's running texts, in steps
         for order, answer in running:
-            steps = self.share * (answer.request.max_new_tokens - answer.made)
+            steps = self.share * (answer.request.max_new_tokens - answer.num_tokens)
             remaining.setdefault(id(order), []).append(steps)
         free_after, queue = [0.0] * (rows - len(running)), []  # in steps
         for order in orders:
@@ -611,7 +608,7 @@ class Engine:
         self.scoring: deque[tuple[Order, Answer]] = deque()
         self.mail: list[tuple[Order, Any]] = []
         self.queue_time = QueueTime()
-        on_cuda = pick_device(settings.device) == "cuda"
+        on_cuda = choose_device_name(settings.device) == "cuda"
         self.alone: Any = ONE_AT_A_TIME if on_cuda else nullcontext()
         self.thread = threading.Thread(target=self.work, args=(after,), name=f"engine of {file.name}", daemon=True)
         self.thread.start()
@@ -683,8 +680,8 @@ class Engine:
         self.decoder = self.model = None
 
     def load(self) -> None:
-        self.model, self.encoder, self.record = load(self.path, self.settings)
-        self.rows = rows_at_once(self.model, self.settings, 2**30)
+        self.model, self.encoder, self.record = load_for_inference(self.path, self.settings)
+        self.rows = choose_num_rows(self.model, self.settings, 2**30)
         self.longest = max(len(self.encoder.token_bytes(token)) for token in range(self.encoder.vocab_size))
         self.make_decoder()
         held = [*self.model.parameters(), *self.model.buffers(), *tensors_in(self.decoder.logits)]
@@ -742,7 +739,7 @@ class Engine:
             if answer.request.max_new_tokens:
                 self.admit(order, answer)
             else:
-                answer.why = "length"
+                answer.finish_reason = "length"
                 self.finish(order, answer)
             if time.monotonic() > until:
                 return
@@ -762,12 +759,12 @@ class Engine:
         arrived = self.decoder.step()
         for handle, token, why in arrived:
             order, answer = self.running[handle]
-            if not answer.made:
+            if not answer.num_tokens:
                 self.metrics.first.observe(time.perf_counter() - order.began)
             piece = answer.take(token, why)
             if piece and order.body.stream:
                 self.mail.append((order, (answer, piece)))
-            if answer.why:
+            if answer.finish_reason:
                 del self.running[handle]
                 if why is None:  # a stop string, of which the decoder does not know
                     self.decoder.release(handle)
@@ -907,7 +904,7 @@ def logits_of(model, ids: torch.Tensor, source: list[int] | None) -> Iterator[tu
         for begin in range(0, len(logits), 256):
             yield to_accum_dtype(logits[begin : begin + 256]), ids[0, begin + 1 : begin + 257]
     else:
-        for begin, done, end in windows(ids.size(1) - 1, model.config.block_size, 1, causal=False):
+        for begin, done, end in iter_windows(ids.size(1) - 1, model.config.block_size, 1, causal=False):
             yield to_accum_dtype(model(ids[:, begin:end])[0][0, done - end :]), ids[0, done + 1 : end + 1]
 
 
@@ -973,7 +970,7 @@ class Models:
         self.files: dict[str, ModelFile | DamagedFile] = {}  # by name
         self.scanning = threading.Lock()
         self.loaded: dict[str, Engine] = {}  # the one that was asked last is last
-        self.limit = self.settings.memory * 2**30 or memory(pick_device(self.settings.device)) / 2  # bytes
+        self.limit = self.settings.memory * 2**30 or memory(choose_device_name(self.settings.device)) / 2  # bytes
         gauge = service.metrics.gauge
         gauge("models_loaded", "models in memory", lambda: len(self.loaded))
         gauge("models_bytes", "memory that they take", lambda: self.bytes)
@@ -1359,18 +1356,18 @@ async def place_order(body: CompletionBody, service: Service) -> Order:
 
 
 def read_order(body: CompletionBody, engine: Engine) -> Order:
-    """Prompts become tokens, and each text what decode.py is asked for."""
+    """Prompts become tokens, and each text what engine.py is asked for."""
     model, encoder = engine.model, engine.encoder
-    seed, answers = drawn_seed() if body.seed is None else body.seed, []
+    seed, answers = draw_seed() if body.seed is None else body.seed, []
     try:
-        source = read_source(body.source, model, encoder, engine.record, "source")
+        source = encode_source_text(body.source, model, encoder, engine.record, "source")
     except UserError as error:
         raise ApiError(400, str(error), "source") from error
     for prompt in body.prompts:
         if isinstance(prompt, str) and len(prompt) > engine.room * engine.longest:  # so many that none need be made
             raise too_long(f"{len(prompt):,} characters", engine)
         try:
-            given = encode(encoder, prompt) if isinstance(prompt, str) else prompt
+            given = encode_text(encoder, prompt) if isinstance(prompt, str) else prompt
         except UserError as error:
             raise ApiError(400, f"prompt: {error}", "prompt") from error
         for i in range(body.n):
@@ -1477,7 +1474,7 @@ def event(data: dict) -> bytes:
 
 
 def choice(order: Order, answer: Answer, text: str, ended: bool) -> dict:
-    why = {"full": "length"}.get(answer.why, answer.why) if ended else None
+    why = {"full": "length"}.get(answer.finish_reason, answer.finish_reason) if ended else None
     told = logprobs(order, answer) if ended and answer.scores is not None else None
     return {"index": answer.index, "text": text, "logprobs": told, "finish_reason": why}
 
@@ -1485,7 +1482,7 @@ def choice(order: Order, answer: Answer, text: str, ended: bool) -> dict:
 def usage(order: Order) -> dict:
     """Tokens read and made; a prompt counts once for all its texts, and the token that ended a text counts."""
     read = sum(len(answer.request.prompt) for answer in order.answers[:: order.body.n])
-    made = sum(answer.made for answer in order.answers)
+    made = sum(answer.num_tokens for answer in order.answers)
     return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
 
@@ -1644,7 +1641,7 @@ async def tokenize(body: TokenizeBody, service: TheService) -> Tokens:
     async with service.models.use(body.model or await service.models.newest()) as engine:
         try:
             special = engine.encoder.specials.get(body.prompt)
-            tokens = await asyncio.to_thread(encode, engine.encoder, body.prompt) if special is None else [special]
+            tokens = await asyncio.to_thread(encode_text, engine.encoder, body.prompt) if special is None else [special]
         except UserError as error:
             raise ApiError(400, f"prompt: {error}", "prompt") from error
         return Tokens(len(tokens), engine.room, tokens)
@@ -2564,7 +2561,7 @@ def check_free(host: str, port: int) -> None:
 
 def main(argv: list[str]) -> None:
     if asks_for_help(argv, declared(Settings)):
-        print(help_text("serve.py", Settings, f"{KEY_VARIABLE} in the environment holds keys too."))
+        print(format_help("serve.py", Settings, f"{KEY_VARIABLE} in the environment holds keys too."))
         return
     settings = read_command(argv)
     check_free(settings.host, settings.port)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_decode import by_generate, collect, made, requests_for
 
-from decode import Decoder
 from model import AFTS, build
 from strawberry.context import ForwardContext
+from strawberry.inference.engine import Decoder
 from strawberry.ops import float8
 from strawberry.ops.attention import decode_attention
 from strawberry.ops.float8 import act_quantize, act_quantize_backward, concat_quantize, transpose_fp8

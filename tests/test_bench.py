@@ -25,6 +25,7 @@ from strawberry.bench import child_process, compare_report, decode, growth, hard
 from strawberry.bench.common import SHARED_KEYS, get_value, load_entries, parse_override, parse_quantity
 from strawberry.bench.width import match_params
 from strawberry.data.token_file import TokenFileWriter
+from strawberry.inference import engine
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
 SMALL = {"vocab_size": 44, "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
@@ -602,7 +603,7 @@ def test_what_a_speed_is(quick, monkeypatch):
 
     monkeypatch.setattr(hardware, "synchronized_time", lambda device: now[0])
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(decode.decode, "Decoder", Pretended)
+    monkeypatch.setattr(engine, "Decoder", Pretended)
     measured = decode.DecodeBenchmark(torch.device("cpu"), torch.float32, None, False, 1000.0)
     cell = measured.measure_cell(subject("t.json"), 3, 8)
     assert cell["first_token_s"] == 8.25 and cell["tokens_per_s"] == 3 / 0.25 and cell["steps"] == decode.MAX_STEPS
@@ -629,14 +630,14 @@ def test_what_does_not_fit_is_told_in_the_table(quick, monkeypatch):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
 def test_too_little_memory_is_told_and_the_others_are_measured(quick, monkeypatch, error):
-    real = decode.decode.Decoder
+    real = engine.Decoder
 
     def short_of_memory(model, rows, *rest, **options):
         if rows == 2:
             raise error
         return real(model, rows, *rest, **options)
 
-    monkeypatch.setattr(decode.decode, "Decoder", short_of_memory)
+    monkeypatch.setattr(engine, "Decoder", short_of_memory)
     cells = run_decode("t.json", "--batches", "1,2,3", "--contexts", "8")["rows"][0]["cells"]
     assert [cell["why"] for cell in cells] == [None, "not enough memory", None]
 
@@ -663,7 +664,7 @@ def test_what_was_measured_is_kept_when_a_later_model_fails(quick, monkeypatch):
 
 
 def test_an_error_of_another_kind_is_not_hidden(quick, monkeypatch):
-    monkeypatch.setattr(decode.decode, "Decoder", lambda *_, **__: [][0])
+    monkeypatch.setattr(engine, "Decoder", lambda *_, **__: [][0])
     with pytest.raises(IndexError):
         run_decode("t.json", "--batches", "1", "--contexts", "8")
 

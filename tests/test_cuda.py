@@ -8,9 +8,10 @@ import torch
 from test_decode import SMALL as TINY
 from test_decode import collect, every_model, made, requests_for
 
-from decode import Decoder, quantize
 from model import AFTS, build
 from strawberry.context import ForwardContext
+from strawberry.inference.engine import Decoder
+from strawberry.inference.loading import quantize_model
 from strawberry.ops import cross_entropy, float8
 from strawberry.ops.activations import ACTIVATIONS
 from strawberry.ops.aft import aft_simple
@@ -110,7 +111,7 @@ def test_eight_bits_are_near_sixteen(name):
     model = made(name).float().cuda()
     idx = torch.randint(31, (2, 50), device="cuda")
     exact = model(idx, idx)[1].item()
-    assert quantize(model)(idx, idx)[1].item() == pytest.approx(exact, rel=0.05)
+    assert quantize_model(model)(idx, idx)[1].item() == pytest.approx(exact, rel=0.05)
     collect(Decoder(model, 2, 64), requests_for(model, 4))
 
 

@@ -1,4 +1,4 @@
-"""decode.py: many texts at once, each as if it were alone; and what a text is, against model.generate."""
+"""engine.py: many texts at once, each as if it were alone; and what a text is, against model.generate."""
 
 import math
 from dataclasses import replace
@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from decode import Decoder, Request, quantize, texts
 from model import build
 from options import UserError
 from strawberry.cache import iter_layer_caches
+from strawberry.inference.engine import Decoder, generate
+from strawberry.inference.loading import quantize_model
+from strawberry.inference.sampling import Request
 from strawberry.ops.sampling import sample
 
 SMALL = {"vocab_size": 31, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -62,7 +64,7 @@ def by_generate(model, r: Request) -> list[int]:
 
 def collect(decoder, requests) -> list[tuple[list[int], str]]:
     out, why = [[] for _ in requests], [None] * len(requests)
-    for i, token, ended in texts(decoder, requests):
+    for i, token, ended in generate(decoder, requests):
         assert why[i] is None
         out[i].append(token)
         why[i] = ended
@@ -88,7 +90,7 @@ def test_a_device_that_works_ahead_makes_the_same_texts(name, rows):
     model = made(name)
     requests = requests_for(model, 11)
     decoder = Decoder(model, rows, 64)
-    decoder.ahead = 1 if model.causal else 0
+    decoder.lookahead = 1 if model.causal else 0
     for request, (tokens, why) in zip(requests, collect(decoder, requests), strict=True):
         assert tokens == by_generate(model, request)
         assert why == ("stop" if tokens[-1] in request.stop else "length")
@@ -108,15 +110,15 @@ def test_alone_and_in_company_are_the_same_in_float32(name):
 
 def logits_of(decoder, requests, which: int) -> list[torch.Tensor]:
     """The logits of every step of one of the requests, all of which are admitted at once."""
-    seen, after, handles = [], decoder.logits.after, []
+    seen, decode_step, handles = [], decoder.logits.decode_step, []
 
-    def watched(token, held):
-        logits = after(token, held)
-        places = [i for i, row in enumerate(decoder.at) if row is not None and row.handle == handles[which]]
-        seen.extend(logits[place].clone() for place in places)
+    def watched(token, max_cached):
+        logits = decode_step(token, max_cached)
+        rows = [i for i, s in enumerate(decoder.sequences) if s is not None and s.handle == handles[which]]
+        seen.extend(logits[row].clone() for row in rows)
         return logits
 
-    decoder.logits.after = watched
+    decoder.logits.decode_step = watched
     handles += [decoder.admit(request) for request in requests]
     while decoder.busy:
         decoder.step()
@@ -131,8 +133,8 @@ def unlike_requests(model) -> list[Request]:
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "batch scope"])  # which has no cache
-@pytest.mark.parametrize("smallest", [256, 512])
-def test_logits_are_bit_for_bit_those_of_a_text_alone(name, smallest):
+@pytest.mark.parametrize("min_bucket", [256, 512])
+def test_logits_are_bit_for_bit_those_of_a_text_alone(name, min_bucket):
     """In any row, in any company; widths of 40 channels, so that rows of the cache begin at odd addresses."""
     width = {"n_embd": 40} | ({"n_qkv": 40} if "n_qkv" in MODELS[name] else {})
     model = made(name, **width).float()
@@ -140,7 +142,7 @@ def test_logits_are_bit_for_bit_those_of_a_text_alone(name, smallest):
     request = Request([5, 6, 7], 20, seed=3, top_k=7, top_p=0.9, source=source)
 
     def decoder():
-        return Decoder(model, 8, 512, batch_invariant=True, smallest=smallest)
+        return Decoder(model, 8, 512, batch_invariant=True, min_bucket=min_bucket)
 
     alone = logits_of(decoder(), [request], 0)
     assert len(alone) == 19
@@ -156,14 +158,14 @@ def test_every_step_has_one_shape(name, monkeypatch):
     step, begin_chunks = model.decode_step, model.begin_chunks
     monkeypatch.setattr(model, "decode_step", lambda token, cache, held: shapes.add((len(token), held + 1)) or
                         step(token, cache, held))  # fmt: skip
-    decoder = Decoder(model, 8, 512, batch_invariant=True, smallest=512)
+    decoder = Decoder(model, 8, 512, batch_invariant=True, min_bucket=512)
     whole = decoder.logits.cache
     monkeypatch.setattr(model, "begin_chunks", lambda cache, rows: opened.extend([rows] if cache is whole else []) or
                         begin_chunks(cache, rows))  # fmt: skip
-    draw = decoder.draws.draw
-    monkeypatch.setattr(decoder.draws, "draw", lambda *args: drawn.append(args[2]) or draw(*args))
+    draw = decoder.sampler.draw
+    monkeypatch.setattr(decoder.sampler, "draw", lambda *args: drawn.append(args[2]) or draw(*args))
     requests = [Request([1 + i], 17, seed=i, **wish) for i, wish in enumerate(({}, {"top_k": 5}, {"top_p": 0.5}, {}))]
-    own = {decoder.draws.filters([request]) for request in requests}
+    own = {decoder.sampler.select_filters([request]) for request in requests}
     collect(decoder, requests)
     assert shapes == {(8, 512)}
     assert all(len(rows) == 1 for rows in opened) and bool(opened) == (name == "strawberry")
@@ -343,8 +345,8 @@ def test_a_prompt_that_several_texts_share_is_read_once(name, monkeypatch):
     first, other, *_ = requests_for(model, 3)
     requests = [Request(other.prompt, 9 + i, seed=i, source=other.source) for i in range(3)]
     decoder, read = Decoder(model, 5, 64), []
-    begin = decoder.logits.begin
-    monkeypatch.setattr(decoder.logits, "begin", lambda *args: read.append(args) or begin(*args))
+    prefill = decoder.logits.prefill
+    monkeypatch.setattr(decoder.logits, "prefill", lambda *args: read.append(args) or prefill(*args))
     results = collect(decoder, [first, *requests, Request(other.prompt + [1], 5, source=other.source)])
     assert len(read) == 3
     assert collect(decoder, requests) == results[1:4]  # what was read before a step is not used after it
@@ -381,7 +383,7 @@ def test_eight_bits_keep_what_was_learned(name):
     with torch.no_grad():
         exact = model(judged[:, :-1], judged[:, 1:])[1].item()
         before = {n for n, _ in model.named_parameters()}
-        quantize(model)
+        quantize_model(model)
         loss = model(judged[:, :-1], judged[:, 1:])[1].item()
     assert exact < 2.9 < math.log(31)  # it has learned something
     assert loss != exact and loss == pytest.approx(exact, rel=0.005)
@@ -391,4 +393,4 @@ def test_eight_bits_keep_what_was_learned(name):
 
 def test_only_int8_is_known():
     with pytest.raises(UserError, match="--quantize int4.*int8"):
-        quantize(made("tinystar"), "int4")
+        quantize_model(made("tinystar"), "int4")

@@ -199,7 +199,7 @@ def test_chunking_is_invisible(case):
 
 @causal_cases
 def test_steps_of_rows_that_stand_apart(case):
-    """What decode.py does: each row's prompt is read by the row alone, then all take steps, whatever their lengths; a
+    """What engine.py does: each row's prompt is read by the row alone, then all take steps, whatever their lengths; a
     row that nobody uses stands at −1."""
     model = shaken(case)
     idx, source = tokens(3, T), source_for(model, 3)

@@ -30,6 +30,7 @@ from strawberry.bench import growth
 from strawberry.common import CHECKPOINTS, KINDS, Input, Output, check_outputs, find_previous, has_kind
 from strawberry.data import assemble
 from strawberry.data.token_file import TokenFileWriter
+from strawberry.inference.bulk import Results
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "ten", "dogs", "run", "over", "two", "hills", "in", "sun"]
 TEXT = "".join(" ".join(WORDS[(7 * i + j * j) % len(WORDS)] for j in range(12)) + ".\n" for i in range(200))
@@ -349,9 +350,9 @@ def made(template, tmp_path_factory):
     log = train.Metrics(folder / "metrics.jsonl")
     log.add(step=1, tokens=8, loss=3.0)
     checkpoint.save_checkpoint(folder / "ck", 2, {"model": lambda file: file.write(b"x")})
-    results = sample.Results(str(folder / "texts.jsonl"))
-    results.begin({"prompts_file": "0", "model": "1", "seed": 2})
-    results.add({"index": 0, "prompt": "a", "text": "b", "finish_reason": "stop", "tokens": 1})
+    results = Results(str(folder / "texts.jsonl"))
+    results.create({"prompts_file": "0", "model": "1", "seed": 2})
+    results.append({"index": 0, "prompt": "a", "text": "b", "finish_reason": "stop", "tokens": 1})
     plot.curves(log.path, folder)
     figure = plot.SHEETS["loss.png"]({"a": plot.read_metrics(log.path)}, "step")
     for suffix in ("svg", "pdf"):

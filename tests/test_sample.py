@@ -24,9 +24,22 @@ import checkpoint
 import encoder as encoders
 import model as models
 import sample
-from decode import Request
 from options import UserError, run_cli
+from strawberry import command_line
 from strawberry.data.objectives import decode_with_sentinels
+from strawberry.inference import bulk, engine
+from strawberry.inference.sampling import Request
+from strawberry.inference.scoring import iter_windows, score_text
+from strawberry.inference.text import (
+    StopStringFilter,
+    TextStream,
+    encode_source_text,
+    encode_text,
+    explain_errors,
+    make_request,
+    stream_in_order,
+    stream_texts,
+)
 from strawberry.ops import sampling
 
 PROGRAM = Path(sample.__file__)
@@ -128,13 +141,13 @@ def spoken(text: str) -> list[int]:
 def a_text(options=None, prompt=(), source=None, seed=0, label=None):
     """A text that is asked for, of the encoder of bytes."""
     encoder, options = bytes_encoder(), options or sample.Settings()
-    request = sample.make_request(options, encoder, list(prompt), source, seed)
-    return sample.Text(encoder, request, options.stop, label)
+    request = make_request(options, encoder, list(prompt), source, seed)
+    return TextStream(encoder, request, options.stop, label)
 
 
 def pieces(tokens, length=1000, stop=(), **asked):
     text = a_text(sample.Settings(length=length, stop=list(stop)), **asked)
-    return [piece for _, piece, _ in sample.make(Scripted(tokens), [text])]
+    return [piece for _, piece, _ in stream_texts(Scripted(tokens), [text])]
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
@@ -165,7 +178,7 @@ def test_settings_reach_the_decoder():
 
 def test_each_token_is_printed_before_the_next_is_made():
     decoder = Scripted(spoken("abc"))
-    made = sample.make(decoder, [a_text()])
+    made = stream_texts(decoder, [a_text()])
     for count, letter in enumerate("abc", 1):
         assert next(made)[1] == letter and decoder.made == count
 
@@ -204,7 +217,8 @@ def test_samples_made_at_once_are_those_made_one_by_one(run):
 def test_the_first_text_streams_and_the_others_wait_their_turn():
     decoder = Scripted(spoken("abcd"), spoken("12"), spoken("xyz"), rows=3)
     texts = [a_text(sample.Settings(length=n), label=name) for n, name in ((4, "A"), (2, "B"), (3, "C"))]
-    seen = [(text.label, piece, decoder.made) for text, piece, _ in sample.in_turn(sample.make(decoder, texts), texts)]
+    streams = stream_in_order(stream_texts(decoder, texts), texts)
+    seen = [(text.label, piece, decoder.made) for text, piece, _ in streams]
     assert seen[:4] == [("A", "a", 3), ("A", "b", 6), ("A", "c", 8), ("A", "d", 9)]  # at each step, with all others
     assert seen[4:] == [("B", "1", 9), ("B", "2", 9), ("C", "x", 9), ("C", "y", 9), ("C", "z", 9)]
 
@@ -213,7 +227,7 @@ def test_a_row_that_is_free_takes_the_next_text():
     scripts = [spoken(word) for word in ("abcdef", "12", "xyz", "KL")]
     decoder = Scripted(*scripts, rows=2)
     texts = [a_text(sample.Settings(length=len(script)), label=i) for i, script in enumerate(scripts)]
-    seen = [(text.label, piece) for text, piece, _ in sample.make(decoder, texts)]
+    seen = [(text.label, piece) for text, piece, _ in stream_texts(decoder, texts)]
     by_text = ["".join(piece for label, piece in seen if label == i) for i in range(4)]
     assert by_text == ["abcdef", "12", "xyz", "KL"] and decoder.made == 13
     assert [label for label, _ in seen] == [0, 1, 0, 1, 0, 2, 0, 2, 0, 2, 0, 3, 3]
@@ -241,8 +255,8 @@ def test_half_a_character_at_the_end_is_marked_once():
 @pytest.mark.parametrize("end", [256, 257])
 def test_the_end_of_the_text_ends_the_sample_unprinted(end):
     decoder, text = Scripted([*spoken("ab"), end, *spoken("cd")]), a_text()
-    assert [piece for _, piece, _ in sample.make(decoder, [text])] == ["a", "b", ""]
-    assert decoder.made == text.made == 3 and text.why == "stop"
+    assert [piece for _, piece, _ in stream_texts(decoder, [text])] == ["a", "b", ""]
+    assert decoder.made == text.num_tokens == 3 and text.finish_reason == "stop"
 
 
 def test_ids_beyond_the_encoder_spell_nothing():
@@ -267,29 +281,29 @@ LETTERS = st.text("ab\n", min_size=1, max_size=4)
 @settings(max_examples=200, deadline=None)
 @given(st.lists(LETTERS, max_size=6), st.lists(LETTERS, max_size=3))
 def test_stop_strings_are_found_across_borders_and_never_printed(parts, stops):
-    until, printed, expected = sample.Until(stops), "", until_first_stop("".join(parts), stops)
+    stop_filter, printed, expected = StopStringFilter(stops), "", until_first_stop("".join(parts), stops)
     for i, part in enumerate(parts):
-        printed += until.push(part, last=i == len(parts) - 1)
+        printed += stop_filter.push(part, last=i == len(parts) - 1)
         assert expected.startswith(printed)
-        if until.found:
+        if stop_filter.found:
             break
     assert printed == expected
 
 
 def test_no_more_is_held_back_than_may_become_a_stop_string():
-    until = sample.Until(["abc", "bx"])
-    assert [until.push(letter) for letter in "zababd"] == ["z", "", "", "ab", "", "abd"]
+    stop_filter = StopStringFilter(["abc", "bx"])
+    assert [stop_filter.push(letter) for letter in "zababd"] == ["z", "", "", "ab", "", "abd"]
 
 
 def test_a_stop_string_ends_the_making_of_text():
     decoder, text = Scripted(spoken("Once upon a time. And then")), a_text(sample.Settings(stop=["xx", "me. A"]))
-    assert "".join(piece for _, piece, _ in sample.make(decoder, [text])) == "Once upon a ti"
-    assert decoder.made == len("Once upon a time. A") and decoder.released == [0] and text.why == "stop"
+    assert "".join(piece for _, piece, _ in stream_texts(decoder, [text])) == "Once upon a ti"
+    assert decoder.made == len("Once upon a time. A") and decoder.released == [0] and text.finish_reason == "stop"
 
 
 def test_a_stop_string_at_the_very_end_is_the_reason():
     decoder, text = Scripted(spoken("abcd")), a_text(sample.Settings(stop=["cd"], length=4))
-    assert [(piece, why) for _, piece, why in sample.make(decoder, [text])] == [("a", None), ("b", None), ("", None),
+    assert [(piece, why) for _, piece, why in stream_texts(decoder, [text])] == [("a", None), ("b", None), ("", None),
                                                                                 ("", "stop")]  # fmt: skip
     assert decoder.released == []  # the decoder ended it too
 
@@ -325,7 +339,7 @@ def test_an_escaped_line_end_stops_a_text(run):
 @pytest.mark.parametrize("value", ["-h", "--help", "-x", "--", "-", "--unknown", "--help=1"])
 def test_a_value_that_begins_with_a_dash_is_a_value(run, value):
     for name in ("prompt", "source", "prompt_file", "out"):
-        assert sample.parse_arguments([f"--{name}", value], ["prompt", "seed"]) == (None, [(name, value)], [])
+        assert command_line.parse_arguments([f"--{name}", value], ["prompt", "seed"]) == (None, [(name, value)], [])
     assert sample.read_settings(["--prompt", value]).prompt == value
     out = run("--prompt", "ab", "--stop", value, "--length", "5").out
     assert out.startswith("ab") and "usage" not in out
@@ -350,7 +364,7 @@ def test_an_empty_prompt_starts_at_the_end_of_text_token(run):
 
 
 def test_special_strings_in_a_prompt_are_ordinary_text():
-    assert sample.encode(bytes_encoder(), "<|eot|>") == spoken("<|eot|>")
+    assert encode_text(bytes_encoder(), "<|eot|>") == spoken("<|eot|>")
 
 
 @pytest.mark.parametrize(("name", "reads_all"), [("strawberry", True), ("batch", False)])
@@ -516,16 +530,16 @@ def test_ruined_weights_and_too_little_memory_are_named(folder, tmp_path, capsys
     monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "a", "--model", str(tmp_path / "m")])
     with pytest.raises(UserError, match="predicts NaN"):
         sample.main(sys.argv[1:])
-    with pytest.raises(UserError, match="not enough memory for 7 tokens"), sample.clear_errors(7):
+    with pytest.raises(UserError, match="not enough memory for 7 tokens"), explain_errors(7):
         torch.empty(2**60)
-    with pytest.raises(RuntimeError, match="something else"), sample.clear_errors(7):
+    with pytest.raises(RuntimeError, match="something else"), explain_errors(7):
         raise RuntimeError("something else")
 
 
 def test_help_names_every_option(capsys):
     sample.main(["--help"])
     out = capsys.readouterr().out
-    assert all(f"--{name} " in out for name in sample.declared(sample.Settings))
+    assert all(f"--{name} " in out for name in command_line.declared(sample.Settings))
 
 
 # ---- encoder-decoders ------------------------------------------------------------------------------------------------
@@ -594,7 +608,7 @@ def test_sentinels_are_read_where_spans_were_learned(answering, capsys, monkeypa
     model, encoder, record = checkpoint.load_model(path)
     a, b, c = (encoder.decode([i]) for i in range(3))
     asked = f"{a}{b}<|0|>{c}<|2|>"
-    assert sample.read_source(asked, model, encoder, record) == [0, 1, 12, 2, 14, encoder.eot]
+    assert encode_source_text(asked, model, encoder, record) == [0, 1, 12, 2, 14, encoder.eot]
     answer(capsys, path, "--source", asked)
     error = fails(capsys, monkeypatch, "--model", str(path), "--source", "ab<|3|>")
     assert error == "error: --source: <|3|> is one of too many; the model knows 3"
@@ -687,7 +701,7 @@ def test_conversation(folder, run, monkeypatch, capsys):
 
 def test_a_stopped_text_uses_up_its_seed(folder, run, monkeypatch, capsys):
     expected = run("--prompt", "ab", "--length", "12", "--temperature", "2", "--seed", "5").out.removeprefix("ab")
-    real, calls = sample.make, []
+    real, calls = stream_texts, []
 
     def stopped_once(*args):
         calls.append(args)
@@ -695,12 +709,12 @@ def test_a_stopped_text_uses_up_its_seed(folder, run, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(sample, "make", stopped_once)
+    monkeypatch.setattr(sample, "stream_texts", stopped_once)
     assert talk(folder, monkeypatch, capsys, "ab", "ab", EOFError()).out == "\n" + expected + "\n"
 
 
 def test_a_conversation_keeps_its_decoder_until_it_needs_more_room_or_is_stopped(folder, monkeypatch, capsys):
-    real, made, stops = sample.Decoder, [], iter([False, False, False, True, False])
+    real, made, stops = engine.Decoder, [], iter([False, False, False, True, False])
 
     def counted(model, rows, longest, **options):
         made.append(longest)
@@ -709,11 +723,10 @@ def test_a_conversation_keeps_its_decoder_until_it_needs_more_room_or_is_stopped
     def stopped_once(decoder, texts):
         if next(stops):
             raise KeyboardInterrupt
-        return make(decoder, texts)
+        return stream_texts(decoder, texts)
 
-    make = sample.make
-    monkeypatch.setattr(sample, "Decoder", counted)
-    monkeypatch.setattr(sample, "make", stopped_once)
+    monkeypatch.setattr(engine, "Decoder", counted)
+    monkeypatch.setattr(sample, "stream_texts", stopped_once)
     long = "abcdefgh" * 40
     talk(folder, monkeypatch, capsys, "ab", "abcd", long, "ab", "ab", EOFError())
     assert made == [256, 512, 256]  # for two prompts; for the long one and the one after it, which is stopped; anew
@@ -797,7 +810,7 @@ def desk(folder, tmp_path, monkeypatch):
 BULK = ["--prompts_file", "prompts.jsonl", "--out", "texts.jsonl", "--temperature", "2", "--seed", "7"]
 
 
-def bulk(desk, *argv, out="texts.jsonl"):
+def run_bulk(desk, *argv, out="texts.jsonl"):
     sample.main(["--model", desk.model, *BULK[:2], "--out", out, *BULK[4:], *argv])
     return results(out)
 
@@ -814,7 +827,7 @@ def test_bulk_texts_are_those_of_each_prompt_alone(desk, run):
              {"prompt": "", "max_tokens": 21, "top_p": 0.7, "min_p": 0.1, "id": 5},
              {"prompt": "c", "seed": 99, "stop": ["a", "b"]}, {"prompt": "f", "stop": []}]  # fmt: skip
     desk(*lines)
-    found = bulk(desk, "--length", "15", "--batch", "3", "--stop", "h")
+    found = run_bulk(desk, "--length", "15", "--batch", "3", "--stop", "h")
     assert sorted(found) == [0, 1, 2, 3, 4]
     for index, line in enumerate(lines):
         own = {"length": 15, "temperature": 2, "seed": 7 + index, **line}
@@ -830,14 +843,14 @@ def test_bulk_texts_are_those_of_each_prompt_alone(desk, run):
 
 
 def test_a_text_does_not_depend_on_its_company(desk):
-    """Letter for letter, in whatever company and order; see decode.py's tests for the tokens."""
+    """Letter for letter, in whatever company and order; see engine.py's tests for the tokens."""
     lines = [{"prompt": "abcdefgh"[: i % 7 + 1], "max_tokens": 5 + 7 * i % 23, "seed": i} for i in range(12)]
     desk(*lines)
-    together = bulk(desk, "--batch", "5")
+    together = run_bulk(desk, "--batch", "5")
     desk(*lines[::-1], name="prompts.jsonl")
-    turned = bulk(desk, "--batch", "4", out="turned.jsonl")
+    turned = run_bulk(desk, "--batch", "4", out="turned.jsonl")
     desk(lines[4])
-    alone = bulk(desk, out="alone.jsonl")
+    alone = run_bulk(desk, out="alone.jsonl")
     assert {line["text"] for line in together.values()} == {line["text"] for line in turned.values()}
     assert alone[0]["text"] == together[4]["text"] == turned[7]["text"]
 
@@ -859,16 +872,16 @@ def test_texts_in_bulk_do_not_depend_on_batch(desk, folder, name, capsys):
 
 def test_the_shape_that_a_text_is_computed_in_is_fixed_by_its_line_alone(desk, monkeypatch):
     """Whatever --batch, the other lines, and what is there already."""
-    made, real = [], sample.Decoder
-    monkeypatch.setattr(sample, "Decoder", lambda *args, **more: made.append((args[1:], more)) or real(*args, **more))
+    made, real = [], engine.Decoder
+    monkeypatch.setattr(engine, "Decoder", lambda *args, **more: made.append((args[1:], more)) or real(*args, **more))
     shapes = {}
     for lines in ([{"prompt": "a", "max_tokens": 9}], [{"prompt": "a", "max_tokens": 300}], VARIED[:9]):
         desk(*lines)
         for batch in ("1", "16"):
-            bulk(desk, "--batch", batch, "--device", "cpu", out=f"{len(shapes)}.jsonl")
+            run_bulk(desk, "--batch", batch, "--device", "cpu", out=f"{len(shapes)}.jsonl")
             shapes[len(lines), lines[0]["max_tokens"], batch] = made.copy()
             made.clear()
-    short, long = ([((8, room), {"on_full": "stop", "batch_invariant": True, "smallest": room, "max_source": 32})]
+    short, long = ([((8, room), {"on_full": "stop", "batch_invariant": True, "min_bucket": room, "max_source": 32})]
                    for room in (256, 512))  # fmt: skip
     assert shapes == {(n, tokens, batch): {9: short, 300: long, 5: short + long}[tokens]
                       for n, tokens in ((1, 9), (1, 300), (9, 5)) for batch in ("1", "16")}  # fmt: skip
@@ -876,9 +889,9 @@ def test_the_shape_that_a_text_is_computed_in_is_fixed_by_its_line_alone(desk, m
 
 def test_fast_follows_batch_and_says_what_it_gives_up(desk, monkeypatch, capsys):
     desk(*VARIED[:9])
-    made, real = [], sample.Decoder
-    monkeypatch.setattr(sample, "Decoder", lambda *args, **more: made.append(args[1]) or real(*args, **more))
-    bulk(desk, "--fast", "--batch", "3", "--device", "cpu")
+    made, real = [], engine.Decoder
+    monkeypatch.setattr(engine, "Decoder", lambda *args, **more: made.append(args[1]) or real(*args, **more))
+    run_bulk(desk, "--fast", "--batch", "3", "--device", "cpu")
     assert made == [3] and "note: --fast: a text may differ with --batch" in capsys.readouterr().err
     Path("texts.jsonl").write_bytes(Path("texts.jsonl").read_bytes().splitlines(keepends=True)[0])
     assert "--fast was true and is false" in fails(capsys, monkeypatch, "--model", desk.model, *BULK)
@@ -886,12 +899,12 @@ def test_fast_follows_batch_and_says_what_it_gives_up(desk, monkeypatch, capsys)
 
 def test_results_come_as_they_finish(desk):
     desk(*({"prompt": "a", "max_tokens": n, "temperature": 0} for n in (40, 3, 8)))
-    assert list(bulk(desk, "--batch", "2")) == [1, 2, 0]
+    assert list(run_bulk(desk, "--batch", "2")) == [1, 2, 0]
 
 
 def test_empty_lines_count_and_are_left_out(desk, run):
     Path("prompts.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \n{"prompt": "b"}')
-    found = bulk(desk, "--length", "5")
+    found = run_bulk(desk, "--length", "5")
     assert sorted(found) == [0, 3]
     argv = ["--temperature", "2", "--length", "5", "--seed"]
     assert found[3]["text"] == run("--prompt", "b", *argv, "10").out[1:-1]
@@ -899,42 +912,43 @@ def test_empty_lines_count_and_are_left_out(desk, run):
 
 def test_a_finished_file_is_left_alone(desk, monkeypatch, capsys):
     desk({"prompt": "a"}, {"prompt": "b"})
-    bulk(desk, "--length", "5")
+    run_bulk(desk, "--length", "5")
     before = Path("texts.jsonl").read_bytes(), Path("texts.jsonl").stat().st_mtime_ns
-    monkeypatch.setattr(sample, "Decoder", None)
-    bulk(desk, "--length", "5")
+    monkeypatch.setattr(engine, "Decoder", None)
+    run_bulk(desk, "--length", "5")
     assert (Path("texts.jsonl").read_bytes(), Path("texts.jsonl").stat().st_mtime_ns) == before
     assert "all 2 texts are in texts.jsonl already" in capsys.readouterr().err
 
 
 def test_a_kill_at_any_byte_costs_only_what_was_not_finished(desk):
     desk(*({"prompt": "ab"[i % 2], "max_tokens": 3 + i} for i in range(6)))
-    whole = bulk(desk)
+    whole = run_bulk(desk)
     data = Path("texts.jsonl").read_bytes()
     for cut in [*range(0, len(data), 37), len(data) - 1]:
         Path("texts.jsonl").write_bytes(data[:cut])
         kept = data[:cut].rpartition(b"\n")[0]
-        assert bulk(desk) == whole, cut
+        assert run_bulk(desk) == whole, cut
         assert Path("texts.jsonl").read_bytes().startswith(kept)
 
 
 def test_what_is_finished_is_not_made_again(desk, monkeypatch):
     desk(*({"prompt": "a", "max_tokens": 4} for _ in range(5)))
-    bulk(desk)
+    run_bulk(desk)
     lines = Path("texts.jsonl").read_bytes().splitlines(keepends=True)
     Path("texts.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:10])
-    asked, real = [], sample.make
-    monkeypatch.setattr(sample, "make", lambda decoder, texts: real(decoder, (asked.append(t) or t for t in texts)))
-    bulk(desk)
+    asked = []
+    monkeypatch.setattr(bulk, "stream_texts", lambda decoder, texts: stream_texts(
+        decoder, (asked.append(t) or t for t in texts)))  # fmt: skip
+    run_bulk(desk)
     done = {json.loads(line)["index"] for line in lines[:3]}
     assert {text.label["index"] for text in asked} == set(range(5)) - done
 
 
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(desk, monkeypatch, capsys):
     desk(*({"prompt": "a", "max_tokens": n, "temperature": 0} for n in (3, 30, 5, 30)))
-    whole = bulk(desk)
+    whole = run_bulk(desk)
     Path("texts.jsonl").unlink()
-    real = sample.make
+    real = stream_texts
 
     def interrupted(decoder, texts):
         for count, piece in enumerate(real(decoder, texts)):
@@ -943,24 +957,25 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(desk, monkeypatch, 
             yield piece
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sample, "make", interrupted)
-        bulk(desk)
+        patch.setattr(bulk, "stream_texts", interrupted)
+        run_bulk(desk)
     assert "interrupted: 2 of 4 texts are in texts.jsonl; the same command goes on" in capsys.readouterr().err
     assert sorted(results()) == [0, 2]
-    assert bulk(desk) == whole
+    assert run_bulk(desk) == whole
 
 
 # A process that the system ends, unasked and wherever it is, some milliseconds after its first line.
 DOOMED = """
 import signal, sys
 import sample
+from strawberry.inference.bulk import Results
 delay, *argv = sys.argv[1:]
-real = sample.Results.add
-def add(self, line):
+real = Results.append
+def append(self, line):
     real(self, line)
     if not signal.getitimer(signal.ITIMER_REAL)[0]:
         signal.setitimer(signal.ITIMER_REAL, float(delay))
-sample.Results.add = add
+Results.append = append
 sample.main(argv)
 """
 
@@ -969,7 +984,7 @@ sample.main(argv)
 def test_killed_and_started_again_until_done(desk):
     """Killed while it works at places that nobody chose, it ends up with what one that was left alone makes."""
     desk(*({"prompt": "abc"[i % 3], "max_tokens": 40 + i, "id": f"n{i}"} for i in range(40)))
-    whole = bulk(desk, "--device", "cpu", out="whole.jsonl")
+    whole = run_bulk(desk, "--device", "cpu", out="whole.jsonl")
     killed = 0
     for delay, batch in ((0.02, "2"), (0.05, "5"), (0.1, "16")):
         argv = ["--model", desk.model, *BULK, "--batch", batch, "--device", "cpu"]
@@ -980,18 +995,18 @@ def test_killed_and_started_again_until_done(desk):
         kept = Path("texts.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
         assert all(json.loads(line) == whole[json.loads(line)["index"]] for line in kept)
     assert killed and len(kept) > 0
-    assert bulk(desk, "--batch", "2", "--device", "cpu") == whole
+    assert run_bulk(desk, "--batch", "2", "--device", "cpu") == whole
 
 
 @pytest.mark.cuda
 def test_bulk_on_a_gpu_goes_on_where_it_was(desk):
     desk(*({"prompt": "abc"[i % 3], "max_tokens": 20 + i, "temperature": 0} for i in range(24)))
     argv = ["--device", "cuda", "--batch", "4"]
-    whole = bulk(desk, *argv)
+    whole = run_bulk(desk, *argv)
     assert sorted(whole) == list(range(24)) and all(whole[i]["tokens"] == 20 + i for i in whole)
     lines = Path("texts.jsonl").read_bytes().splitlines(keepends=True)
     Path("texts.jsonl").write_bytes(b"".join(lines[:9]) + lines[9][:7])
-    assert sorted(bulk(desk, *argv)) == list(range(24))
+    assert sorted(run_bulk(desk, *argv)) == list(range(24))
     assert Path("texts.jsonl").read_bytes().startswith(b"".join(lines[:9]))
 
 
@@ -1020,7 +1035,7 @@ def test_a_drawn_seed_is_kept_for_the_rest(desk):
 ])  # fmt: skip
 def test_results_of_something_else_are_not_added_to(desk, folder, capsys, monkeypatch, change, message):
     desk({"prompt": "a", "max_tokens": 3}, {"prompt": "b", "max_tokens": 3})
-    bulk(desk)
+    run_bulk(desk)
     Path("texts.jsonl").write_bytes(Path("texts.jsonl").read_bytes().splitlines(keepends=True)[0])
     before = Path("texts.jsonl").read_bytes()
     if change == "prompts":
@@ -1038,9 +1053,9 @@ def test_results_of_something_else_are_not_added_to(desk, folder, capsys, monkey
 
 def test_more_at_once_or_on_another_day_is_the_same_run(desk):
     desk(*({"prompt": "a", "max_tokens": 6} for _ in range(4)))
-    whole = bulk(desk)
+    whole = run_bulk(desk)
     Path("texts.jsonl").write_bytes(Path("texts.jsonl").read_bytes().splitlines(keepends=True)[0])
-    assert bulk(desk, "--batch", "2", "--compile", "false", "--device", "cpu") == whole
+    assert run_bulk(desk, "--batch", "2", "--compile", "false", "--device", "cpu") == whole
 
 
 @pytest.mark.parametrize(("line", "message"), [
@@ -1076,7 +1091,7 @@ def test_a_wrong_line_is_named_before_anything_is_made(desk, capsys, monkeypatch
 def test_all_wrong_lines_are_told_but_not_too_many(desk, capsys, monkeypatch):
     desk(*({"prompt": "a", "top_k": -i} for i in range(20)))
     with pytest.raises(UserError) as raised:
-        bulk(desk)
+        run_bulk(desk)
     told = str(raised.value).splitlines()
     assert told[0] == "19 of 20 lines are wrong:" and len(told) == 12 and told[-1] == "  … and 9 more"
     assert told[1].startswith("  prompts.jsonl, line 2: top_k = -1: must be")
@@ -1095,7 +1110,7 @@ def test_prompts_are_read_from_a_pipe_a_list_and_a_gzip_alike(desk):
     lines = [{"prompt": "ab"}, {"prompt": "hedge", "length": 9}]
     desk(*lines)
     data = Path("prompts.jsonl").read_bytes()
-    expected = bulk(desk)
+    expected = run_bulk(desk)
     Path("list.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(lines, indent=1).encode())
     Path("lines.json").write_bytes(data)
     Path("packed.ndjson.gz").write_bytes(gzip.compress(data))
@@ -1141,7 +1156,7 @@ def test_an_out_that_is_no_result_of_ours_is_left_alone(desk, capsys, monkeypatc
     assert "texts.jsonl is there and is not a file of texts that sample.py wrote" in fails(capsys, monkeypatch, *argv)
     assert Path("texts.jsonl").read_text() == "my diary\n"
     Path("texts.jsonl").unlink()
-    bulk(desk)
+    run_bulk(desk)
     data = Path("texts.jsonl").read_text()
     Path("texts.jsonl.from.json").rename("aside")
     assert "texts.jsonl is there, but texts.jsonl.from.json, which would say" in fails(capsys, monkeypatch, *argv)
@@ -1169,10 +1184,10 @@ def test_a_prompt_in_bulk_that_leaves_no_position_is_named(desk, folder, capsys,
     told = fails(capsys, monkeypatch, "--model", desk.model, *BULK)
     assert "prompts.jsonl, line 2: the prompt has 20 tokens, and the model's positions end at 16" in told
     desk({"prompt": "abc", "max_tokens": 30, "temperature": 0}, {"prompt": "d", "max_tokens": 4})
-    found = bulk(desk)
+    found = run_bulk(desk)
     assert found[0]["finish_reason"] == "full" and found[0]["tokens"] in (13, 14)
     assert "note: the text ends where the model's positions do, at 16 tokens" in capsys.readouterr().err
-    found = bulk(desk, "--on_full", "slide", out="slid.jsonl")
+    found = run_bulk(desk, "--on_full", "slide", out="slid.jsonl")
     assert found[0]["tokens"] == 30 and found[0]["finish_reason"] == "length"
 
 
@@ -1204,7 +1219,7 @@ def test_score_is_the_mean_over_tokens_each_predicted_from_what_stands_before_it
         with torch.no_grad():
             logits, _ = model(torch.tensor([ids[max(0, t - SHAPE["block_size"]) : t]]))
         nats -= logits[0, -1].log_softmax(-1)[ids[t]].item()
-    loss, bits = sample.score(model, encoder, TEXT, stride)
+    loss, bits = score_text(model, encoder, TEXT, stride)
     assert loss == pytest.approx(nats / len(TEXT), rel=1e-5)
     assert bits == pytest.approx(nats / len(TEXT) / math.log(2), rel=1e-5)
     (tmp_path / "t.txt").write_text(TEXT, newline="")
@@ -1215,7 +1230,7 @@ def test_score_is_the_mean_over_tokens_each_predicted_from_what_stands_before_it
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 12), st.booleans())
 def test_windows_predict_each_token_once_with_enough_before_it(n, size, stride, causal):
     stride, new = min(stride, size), []
-    for begin, done, end in sample.windows(n, size, stride, causal):
+    for begin, done, end in iter_windows(n, size, stride, causal):
         assert 0 <= begin <= done < end <= n and end - begin <= size
         assert begin == 0 or done - begin >= (size - stride if causal else size - 1)
         new += range(done, end)
@@ -1236,10 +1251,10 @@ def test_bits_are_per_byte_not_per_token():
             return None, torch.tensor(math.log(258))
 
     text = "é🙂"
-    loss, bits = sample.score(Even(), bytes_encoder(), text)
+    loss, bits = score_text(Even(), bytes_encoder(), text)
     assert loss == pytest.approx(math.log(258)) and bits == pytest.approx(math.log2(258))
     encoder = encoders.train([text * 20], 262)
-    loss, bits = sample.score(Even(), encoder, text)
+    loss, bits = score_text(Even(), encoder, text)
     assert bits == pytest.approx(math.log2(258) * len(encoder.encode(text)) / 6) and len(encoder.encode(text)) < 6
 
 

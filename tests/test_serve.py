@@ -27,8 +27,9 @@ import checkpoint
 import encoder as encoders
 import model as models
 import sample
-from decode import Decoder
 from options import UserError
+from strawberry.inference.engine import Decoder
+from strawberry.inference.text import TextStream, make_request, stream_texts
 
 require_module("fastapi", whole_file=True)
 import openai  # noqa: E402
@@ -158,8 +159,8 @@ def alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
     model, encoder, _ = checkpoint.load_model(folder / name)
     settings = sample.Settings(length=n, **{"temperature": 1.0, **options})
     decoder = Decoder(model, ROWS, 4096, batch_invariant=True)
-    request = sample.make_request(settings, encoder, encoder.encode(prompt), None, seed)
-    made = sample.make(decoder, [sample.Text(encoder, request, settings.stop)])
+    request = make_request(settings, encoder, encoder.encode(prompt), None, seed)
+    made = stream_texts(decoder, [TextStream(encoder, request, settings.stop)])
     return serve.clean("".join(piece for _, piece, _ in made))
 
 
@@ -520,13 +521,13 @@ def test_only_models_of_the_folder_are_deleted_and_by_their_whole_name(start, tm
 
 def test_a_model_that_is_deleted_while_it_is_loaded_is_gone(start, tmp_path, monkeypatch):
     make_model(tmp_path / "air.strawberry")
-    server, real = start(tmp_path), serve.load
+    server, real = start(tmp_path), serve.load_for_inference
 
     def load_late(path, settings):
         path.unlink()
         return real(path, settings)
 
-    monkeypatch.setattr(serve, "load", load_late)
+    monkeypatch.setattr(serve, "load_for_inference", load_late)
     assert error_of(server.complete(), 404)["code"] == "model_not_found"
 
 

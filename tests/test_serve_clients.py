@@ -18,7 +18,7 @@ from machine import require_module
 from test_serve import Running, make_model
 
 import checkpoint
-import sample
+from strawberry.inference.scoring import score_text
 
 TEXTS = ["The cat sat on the mat.", "import os\nprint(os.getcwd())\n", "def close(self):\n    return Né\n"]
 CHOICES = [("The sky is", ["blue", "qzx"]), ("2 + 2 =", ["5", "4"]), ("def f(", ["self", "!!!"]), ("a", ["aaa", "zz"])]
@@ -63,7 +63,7 @@ def write_tasks(path: Path) -> None:
 def likelihood(folder, question: str, answer: str) -> float:
     """Log likelihood of an answer, by what sample.py --score says of the text with it and without."""
     model, encoder, _ = checkpoint.load_model(folder / "air.strawberry")
-    whole, without = (-len(encoder.encode(text)) * sample.score(model, encoder, text)[0] for text in (
+    whole, without = (-len(encoder.encode(text)) * score_text(model, encoder, text)[0] for text in (
         f"{question} {answer}", question))  # fmt: skip
     return whole - without
 
@@ -85,7 +85,7 @@ def test_lm_eval_gets_the_scores_that_sample_gives(folder, tmp_path):
     told = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]
     model, encoder, _ = checkpoint.load_model(folder / "air.strawberry")
     sizes = [len(text.encode()) for text in TEXTS]
-    bits = sum(sample.score(model, encoder, text)[1] * size for text, size in zip(TEXTS, sizes)) / sum(sizes)
+    bits = sum(score_text(model, encoder, text)[1] * size for text, size in zip(TEXTS, sizes)) / sum(sizes)
     assert math.isclose(told["scores"]["bits_per_byte,none"], bits, rel_tol=1e-5)
     right = [likelihood(folder, question, first) > likelihood(folder, question, second)
              for question, (first, second) in CHOICES]  # fmt: skip

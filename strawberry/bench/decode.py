@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import decode
 import plot
 import train
 from checkpoint import load_model
@@ -42,6 +41,9 @@ from strawberry.bench.common import (
 )
 from strawberry.cache import Cache, ChunkCache, iter_layer_caches
 from strawberry.common import check_outputs
+from strawberry.inference import engine
+from strawberry.inference.loading import quantize_model
+from strawberry.inference.sampling import Request
 from strawberry.ops.linear import Int8Weight
 
 
@@ -152,7 +154,7 @@ class DecodeBenchmark:
 
     def prepare(self, model: LanguageModel) -> LanguageModel:
         model = model.to(self.device, self.dtype).eval()
-        return decode.quantize(model, self.quantize) if self.quantize else model
+        return quantize_model(model, self.quantize) if self.quantize else model
 
     def measure_cell(self, model: LanguageModel, batch: int, context: int) -> dict:
         """Tokens/s and all that belongs to it, in plain data; where it does not fit, `why` not."""
@@ -183,7 +185,7 @@ class DecodeBenchmark:
         """Seconds from a prompt of `context` tokens to its first token, and tokens/s of `batch` such texts after it."""
         steps = count_steps_that_fit(model, context)
         self.check_memory(model, batch, context + steps)
-        decoder = decode.Decoder(model, batch, context + steps, compile=self.compile)
+        decoder = engine.Decoder(model, batch, context + steps, compile=self.compile)
         prompts = (make_random_request(model, context, steps, seed) for seed in itertools.count())
         decoder.release(decode_first_token(decoder, next(prompts)))  # the first one chooses and compiles kernels
         began = hardware.synchronized_time(self.device)
@@ -195,7 +197,7 @@ class DecodeBenchmark:
         done, took = self.time_steps(decoder, itertools.islice(prompts, batch), n)
         return {"first_token_s": seconds, "tokens_per_s": batch * done / took, "steps": done}
 
-    def time_steps(self, decoder: decode.Decoder, prompts: Iterable[decode.Request], n: int) -> tuple[int, float]:
+    def time_steps(self, decoder: engine.Decoder, prompts: Iterable[Request], n: int) -> tuple[int, float]:
         """(steps, seconds) of n steps after these prompts, or of fewer if they take long."""
         handles = [decoder.admit(prompt) for prompt in prompts]
         for _ in range(WARMUP_STEPS):
@@ -225,13 +227,13 @@ def count_steps_that_fit(model: LanguageModel, context: int) -> int:
     return end - context
 
 
-def make_random_request(model: LanguageModel, context: int, steps: int, seed: int) -> decode.Request:
+def make_random_request(model: LanguageModel, context: int, steps: int, seed: int) -> Request:
     generator = torch.Generator().manual_seed(int(seed > 0))  # the same for all but the first: it is read once
     prompt = torch.randint(model.config.vocab_size, (context,), generator=generator).tolist()
-    return decode.Request(prompt, steps, seed=seed)
+    return Request(prompt, steps, seed=seed)
 
 
-def decode_first_token(decoder: decode.Decoder, request: decode.Request) -> int:
+def decode_first_token(decoder: engine.Decoder, request: Request) -> int:
     """Has the prompt read and waits for the first token after it. Returns the text's handle."""
     handle = decoder.admit(request)
     while all(handle != given for given, _, _ in decoder.step()):

@@ -1,0 +1,1 @@
+"""From a model to text: loading, the decoding engine, sampling, stop strings, scores."""

@@ -1,0 +1,86 @@
+"""Find a model file, load it for inference, choose its device and precision."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+import checkpoint
+from checkpoint import load_model
+from model import MODELS, LanguageModel
+from options import UserError
+from strawberry.ops.linear import Int8Weight, quantize_int8
+
+
+class LoadSettings(Protocol):
+    device: str
+    dtype: str
+    quantize: str | None
+    compile: str
+
+
+def load_for_inference(path: Path, settings: LoadSettings):
+    """(model, encoder, training record) of a model file, ready on the device that the settings name."""
+    device = choose_device_name(settings.device)
+    model, encoder, record = load_model(path, device)
+    if settings.compile == "true" and device != "cuda":
+        raise UserError(f"--compile true: steps are compiled on cuda only, and this is {device}; leave it out")
+    if not model.generates:
+        raise UserError(f"{path}: this {model.config.arch} is an encoder: it guesses masked tokens and makes no text")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{path}: the model predicts NaN: its weights are ruined; use an earlier checkpoint")
+    dtype = choose_dtype_name(settings, device)
+    model = model.to(getattr(torch, dtype))
+    about = f"{path}: {model.config.arch}, {model.num_params(non_embedding=False):,} parameters, {device} {dtype}"
+    if settings.quantize:
+        model, about = quantize_model(model, settings.quantize), f"{about}, {settings.quantize}"
+    print(about, file=sys.stderr)
+    return model, encoder, record
+
+
+def choose_dtype_name(settings: LoadSettings, device: str) -> str:
+    return {"auto": "bfloat16" if device == "cuda" else "float32"}.get(settings.dtype, settings.dtype)
+
+
+MODEL_SUFFIXES = (".safetensors", *(f".{arch}" for arch in MODELS))
+
+
+def resolve_model_path(name: str | None) -> Path:
+    """The file that --model names, or is in the checkpoint directory that it names; the newest in bin/ for None."""
+    if name is None:
+        found = [path for path in Path("bin").glob("*") if path.suffix in MODEL_SUFFIXES and path.is_file()]
+        if not found:
+            raise UserError(
+                "there is no model in bin/; train one (python train.py --config tiny.json), or name "
+                "a model file or a checkpoint directory with --model"
+            )
+        return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return checkpoint.find_model(name, "--model")
+
+
+def choose_device_name(name: str) -> str:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, is_available in available.items() if is_available)
+    if not available[name]:
+        raise UserError(f"--device {name}: this machine, or this torch, has none; use --device auto")
+    return name
+
+
+@torch.no_grad()
+def quantize_model(model: LanguageModel, kind: str = "int8") -> LanguageModel:
+    """Store the matrices that are only ever multiplied with as int8, each row with a scale of its own (as arXiv
+    2208.07339, without its outliers). In place: the model can then make text, not train. Norms, routers, positions and
+    whatever else a model computes with its weights, as retention does, stay as they are."""
+    if kind != "int8":
+        raise UserError(f"--quantize {kind}: is not known; there is int8")
+    for module in model.modules():
+        for name in getattr(module, "products", ()):
+            weight = getattr(module, name)
+            if module.roles[name] != "input":  # of which a token reads one row
+                delattr(module, name)
+                setattr(module, name, Int8Weight(*quantize_int8(weight)))
+    return model

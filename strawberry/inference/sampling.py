@@ -1,0 +1,89 @@
+"""What a request asks for, and how the next token of each row is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from strawberry.ops.sampling import sample
+
+
+@dataclass
+class Request:
+    """A sequence to be generated. What it draws depends on its seed alone."""
+
+    prompt: list[int]  # at least one token
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: the likeliest token each time
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+    stop: frozenset[int] = frozenset()  # tokens that end it; the one that does is returned last
+    source: list[int] | None = None  # what an encoder-decoder reads
+
+
+class Filters(NamedTuple):
+    """What sampling has to compute for some requests. A CUDA graph is captured for each combination."""
+
+    draws: bool  # whether any has a temperature
+    greedy: bool  # whether any has none
+    width: int | None  # how many tokens are sorted; None: none are
+    top_p: bool
+    min_p: bool
+
+
+class BatchSampler:
+    """Random numbers in [0, 1) and filters of each row, on the device; draws a token for each."""
+
+    buffer_size = 1024  # numbers of a row that are drawn at a time
+
+    def __init__(self, rows: int, vocab_size: int, device):
+        self.vocab_size = vocab_size
+        self.uniforms = torch.zeros(rows, self.buffer_size, device=device)
+        self.num_drawn = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.temperature, self.top_p, self.min_p = (torch.zeros(rows, device=device) for _ in range(3))
+        self.top_k = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.float_filters = (self.temperature, self.top_p, self.min_p)
+        self.sample_all = sample  # for all rows at once; may be compiled
+
+    def set_row(self, row: int, r: Request) -> None:
+        values = (max(r.temperature, 1e-6) if r.temperature else 0, r.top_p or 1.0, r.min_p or 0.0)
+        for tensor, value in zip(self.float_filters, values, strict=True):
+            tensor[row] = value
+        self.top_k[row] = r.top_k or self.vocab_size
+        self.num_drawn[row] = 0
+
+    def refill(self, row: int, generator: torch.Generator) -> None:
+        self.uniforms[row] = torch.rand(self.buffer_size, generator=generator).to(self.uniforms.device)
+
+    def move_row(self, source: int, target: int) -> None:
+        for tensor in (self.uniforms, self.num_drawn, self.top_k, *self.float_filters):
+            tensor[target] = tensor[source]
+
+    def select_filters(self, requests: Iterable[Request]) -> Filters:
+        greedy = any(not r.temperature for r in requests)
+        requests = [r for r in requests if r.temperature]
+        limits = [r.top_k or self.vocab_size for r in requests]
+        has_top_p = any(r.top_p is not None and r.top_p < 1 for r in requests)
+        width = 1 << (max(limits, default=1) - 1).bit_length()
+        if min(limits, default=self.vocab_size) >= self.vocab_size and not has_top_p:
+            width = None  # nobody sorts
+        has_min_p = any(r.min_p for r in requests)
+        return Filters(bool(requests), greedy, width and min(width, self.vocab_size), has_top_p, has_min_p)
+
+    def draw(self, logits: Tensor, rows: slice, filters: Filters) -> Tensor:
+        """A token for each of the rows (n,), −1 where logits (n, V) are NaN."""
+        if not filters.draws:
+            best, token = logits.max(dim=-1)
+            return torch.where(best.isnan(), -1, token)
+        u = self.uniforms[rows].gather(1, (self.num_drawn[rows] % self.buffer_size).unsqueeze(1)).squeeze(1)
+        choose = self.sample_all if len(u) == len(self.num_drawn) else sample
+        width = filters.width
+        return choose(logits, u, self.temperature[rows], self.top_k[rows] if width else None,
+                      self.top_p[rows] if filters.top_p else None, self.min_p[rows] if filters.min_p else None,
+                      None if width == self.vocab_size else width, filters.greedy)  # fmt: skip

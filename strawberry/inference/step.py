@@ -1,0 +1,327 @@
+"""A decode step on the device: logits of all rows (through a cache, or recomputed), sampling, tokens to the host.
+
+Index:  logits · copies to the host · compiling and CUDA graphs · the step
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model import LanguageModel
+from strawberry.cache import RingKVCache, iter_layer_caches
+from strawberry.inference.sampling import BatchSampler, Filters, Request
+from strawberry.ops.common import to_accum_dtype
+from strawberry.ops.sampling import sample
+
+# ---- logits --------------------------------------------------------------------------------------------------------
+
+CACHE_ALIGNMENT = 64  # cache slots: a multiple of every vector's length, so that sums over slots end alike
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+class CachedLogits:
+    """Logits through a cache: each token is computed once."""
+
+    def __init__(self, model: LanguageModel, rows: int, max_length: int, max_source: int, batch_invariant: bool):
+        self.model, self.batch_invariant = model, batch_invariant
+        self.compute, self.slices = model.decode_step, {}  # the cache's first n rows, by n
+        self.capacity = min(max_length, model.max_positions or max_length)
+        size = round_up(self.capacity, CACHE_ALIGNMENT) if batch_invariant else self.capacity
+        size = min(size, model.max_positions or size)
+        self.cache = model.new_cache(rows, size, max_source=max_source if model.takes_source else None)
+        self.cache.positions[:] = -1  # free
+
+    def prefill(self, row: int, tokens: list[int], source: list[int] | None) -> Tensor:
+        """Logits (1, V) after a prompt, which the row reads from its start."""
+        self.cache.reset(row)
+        cache, device = self.cache.slice(slice(row, row + 1)), self.cache.positions.device
+        if source is not None:
+            self.model.set_source(torch.tensor([source], device=device), cache)
+        logits = self.model.logits_after(torch.tensor([tokens], device=device), cache)
+        self.cache.lengths[row] = len(tokens)
+        return logits
+
+    def choose_min_bucket(self, smallest: int) -> int:
+        """`smallest`, doubled until a ring whose size is no multiple of CACHE_ALIGNMENT is read whole from the first
+        step."""
+        sizes = [state.size for state in iter_layer_caches(self.cache.layers) if isinstance(state, RingKVCache)]
+        while smallest < max((size for size in sizes if size % CACHE_ALIGNMENT), default=0):
+            smallest *= 2
+        return smallest
+
+    def is_full(self, row: int) -> bool:
+        return self.cache.lengths[row] >= self.capacity
+
+    def prepare_step(self, rows: list[int]) -> int:
+        """To be called before a step of these rows: those at a chunk's border get their next chunk's weights. Returns
+        how many tokens the longest row has cached before the step."""
+        length, chunk = self.cache.lengths, self.model.chunk_size
+        if chunk and (border := [row for row in rows if length[row] % chunk == 0]):
+            for some in [[row] for row in border] if self.batch_invariant else [border]:
+                self.model.begin_chunks(self.cache, some)
+        max_cached = max(length[row] for row in rows)
+        for row in rows:
+            length[row] += 1
+        return max_cached
+
+    def decode_step(self, token: Tensor, max_cached: int) -> Tensor:
+        """Logits (n, V) after one more token (n,) of the first n rows."""
+        n = len(token)
+        if n not in self.slices:
+            self.slices[n] = self.cache.slice(slice(0, n))
+        return self.compute(token, self.slices[n], max_cached)
+
+    def advance(self, active: Tensor) -> None:
+        self.cache.positions[: len(active)] += active
+
+    def free_row(self, row: int) -> None:
+        self.cache.positions[row], self.cache.lengths[row] = -1, 0
+
+    def has_only(self, row: int, tokens: list[int]) -> bool:
+        """Whether a row that has read these tokens has neither read more nor been freed since."""
+        return self.cache.lengths[row] == len(tokens)
+
+    def copy_row(self, source: int, target: int) -> None:
+        self.cache.copy_row(source, target)
+
+    def move_row(self, source: int, target: int) -> None:
+        self.cache.copy_row(source, target)
+        self.free_row(source)
+
+
+class RecomputedLogits:
+    """Logits computed from the last block_size tokens each time, row by row: for models that see the future, or other
+    rows, and so have no cache."""
+
+    capacity = 2**62
+
+    def __init__(self, model: LanguageModel, rows: int, max_length: int, max_source: int, batch_invariant: bool):
+        self.model, self.tokens = model, {}
+
+    def prefill(self, row: int, tokens: list[int], source: None) -> Tensor:
+        self.tokens[row] = list(tokens)
+        return self.compute(row)
+
+    def compute(self, row: int) -> Tensor:
+        newest = self.tokens[row][-self.model.config.block_size :]
+        return to_accum_dtype(self.model(torch.tensor([newest], device=self.model.device))[0][:, -1])
+
+    def choose_min_bucket(self, smallest: int) -> int:
+        return smallest
+
+    def is_full(self, row: int) -> bool:
+        return False
+
+    def prepare_step(self, rows: list[int]) -> int:
+        return 0
+
+    def decode_step(self, token: Tensor, max_cached: int) -> Tensor:
+        logits = torch.zeros(len(token), self.model.config.vocab_size, device=token.device)
+        for row, newest in enumerate(token.tolist()):
+            if row in self.tokens:
+                self.tokens[row].append(newest)
+                logits[row] = self.compute(row)[0]
+        return logits
+
+    def advance(self, active: Tensor) -> None:
+        pass
+
+    def free_row(self, row: int) -> None:
+        self.tokens.pop(row, None)
+
+    def has_only(self, row: int, tokens: list[int]) -> bool:
+        return self.tokens.get(row) == tokens
+
+    def copy_row(self, source: int, target: int) -> None:
+        self.tokens[target] = list(self.tokens[source])
+
+    def move_row(self, source: int, target: int) -> None:
+        self.tokens[target] = self.tokens.pop(source)
+
+
+# ---- copies to the host --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class HostCopy:
+    """Tokens that are being copied to the host, and whose they are."""
+
+    tokens: Tensor
+    owners: list[tuple[int, int]]  # (index in tokens, handle)
+    done: torch.cuda.Event | None = None
+
+    def wait(self) -> list[tuple[int, int]]:
+        """(handle, token) of each, once they have arrived."""
+        if self.done is not None:
+            self.done.synchronize()
+        tokens = self.tokens.tolist()
+        return [(handle, tokens[index]) for index, handle in self.owners]
+
+
+def copy_to_host_async(tokens: Tensor, owners: list[tuple[int, int]]) -> HostCopy:
+    if not tokens.is_cuda:
+        return HostCopy(tokens.clone(), owners)
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    return HostCopy(host, owners, done)
+
+
+# ---- compiling and CUDA graphs -------------------------------------------------------------------------------------
+
+
+def compile_step(function, rows: int):
+    """Fewer, larger launches. With one row, products become sums that are computed along with what surrounds them."""
+    return torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": rows == 1})
+
+
+class CudaGraphs:
+    """Steps captured as CUDA graphs, one for each key, when first launched. `warm_up` does, without any effect, what a
+    key does on its first call only."""
+
+    def __init__(self, run, warm_up):
+        self.run, self.warm_up = run, warm_up
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+
+    def launch(self, *key) -> None:
+        if key not in self.graphs:
+            self.warm_up(*key)
+            self.graphs[key] = self.capture(key)
+        self.graphs[key].replay()
+
+    def capture(self, key: tuple) -> torch.cuda.CUDAGraph:
+        graph, gc_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()  # collecting another graph meanwhile would invalidate this capture
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.run(*key)
+        finally:
+            if gc_enabled:
+                gc.enable()
+        return graph
+
+
+# ---- the step ------------------------------------------------------------------------------------------------------
+
+
+class StepKey(NamedTuple):
+    """What a CUDA graph is captured for."""
+
+    rows: int  # the first so many are computed
+    max_cached: int  # tokens that a row has cached before the step, at most
+    filters: Filters
+
+
+class DecodeStep:
+    """The tensors of all rows, and one step of them: logits, sampling, positions. Nothing in a step depends on what the
+    host knows, so that a CUDA graph can replay it.
+
+    min_bucket: cached tokens that a step of fixed shape (captured, or batch_invariant) reads at least; then twice as
+    many, and so on.
+    """
+
+    def __init__(self, model: LanguageModel, rows: int, max_length: int, max_source: int, *, batch_invariant: bool,
+                 min_bucket: int):  # fmt: skip
+        device = model.device
+        self.model, self.rows = model, rows
+        self.batch_invariant = batch_invariant and device.type == "cpu"
+        kind = CachedLogits if model.causal else RecomputedLogits
+        self.logits = kind(model, rows, max_length, max_source, self.batch_invariant)
+        self.sampler = BatchSampler(rows, model.config.vocab_size, device)
+        self.last_token = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.sampled = torch.zeros(rows, dtype=torch.int64, device=device)  # the same, but −1 for NaN
+        self.active = torch.zeros(rows, dtype=torch.int64, device=device)  # 1 where a row makes tokens
+        self.shrinks, self.launch = not batch_invariant, self.run
+        self.min_bucket = self.logits.choose_min_bucket(min_bucket) if self.batch_invariant else min_bucket
+        self.uses_buckets = self.batch_invariant
+
+    def use_cuda_graphs(self, compile: bool) -> None:
+        """From now on, capture steps and replay them. Whatever happens on a first call only happens here; all rows are
+        free yet, so it does no harm."""
+        self.uses_buckets = True
+        if compile:  # for one shape only: every further one would take as long again
+            self.logits.compute = compile_step(self.model.decode_step, self.rows)
+            self.sampler.sample_all = compile_step(sample, self.rows) if self.rows == 1 else sample
+            self.min_bucket, self.shrinks = self.logits.capacity, False
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.run(*self.choose_key(self.rows, 0, []))
+        torch.cuda.current_stream().wait_stream(stream)
+        self.launch = CudaGraphs(self.run, self.warm_up_sampling).launch
+
+    def choose_key(self, rows: int, max_cached: int, requests: list[Request]) -> StepKey:
+        if self.uses_buckets:
+            bucket = self.min_bucket << (max_cached // self.min_bucket).bit_length()
+            # the step's own token completes a bucket
+            max_cached = bucket - 1 if self.batch_invariant else min(bucket, self.logits.capacity)
+        return StepKey(rows, max_cached, self.sampler.select_filters(requests))
+
+    def launch_rows(self, rows: list[int], requests: list[Request]) -> None:
+        """One more token of these rows, whose requests these are."""
+        max_cached = self.logits.prepare_step(rows)
+        n = 1 << max(rows).bit_length() if self.shrinks else self.rows
+        key = self.choose_key(min(n, self.rows), max_cached, requests)
+        if self.batch_invariant:
+            self.run_batch_invariant(key.max_cached, rows, requests)
+        else:
+            self.launch(*key)
+
+    def run(self, n: int, max_cached: int, filters: Filters) -> None:
+        """A step of the first n rows."""
+        token = self.sampler.draw(self.logits.decode_step(self.last_token[:n], max_cached), slice(0, n), filters)
+        self.finish(n, token)
+
+    def run_batch_invariant(self, max_cached: int, rows: list[int], requests: list[Request]) -> None:
+        """A step of all rows in which each is drawn as its own filters alone would have it."""
+        logits, token = self.logits.decode_step(self.last_token, max_cached), torch.zeros_like(self.last_token)
+        groups: dict[Filters, list[int]] = {}
+        for row, request in zip(rows, requests, strict=True):
+            groups.setdefault(self.sampler.select_filters([request]), []).append(row)
+        for filters, some in groups.items():
+            token[some] = self.sampler.draw(logits, slice(0, self.rows), filters)[some]
+        self.finish(self.rows, token)
+
+    def finish(self, n: int, token: Tensor) -> None:
+        active = self.active[:n]
+        self.store_tokens(slice(0, n), token)
+        self.logits.advance(active)
+        self.sampler.num_drawn[:n] += active
+
+    def warm_up_sampling(self, n: int, max_cached: int, filters: Filters) -> None:
+        vocab_size = self.model.config.vocab_size
+        self.sampler.draw(torch.zeros(n, vocab_size, device=self.last_token.device), slice(0, n), filters)
+
+    def sample_first(self, row: int, logits: Tensor, request: Request) -> Tensor:
+        """The token (1,) after a prompt, given its logits (1, V). The row takes part in steps from now on."""
+        rows = slice(row, row + 1)
+        token = self.sampler.draw(logits, rows, self.sampler.select_filters([request]))
+        self.store_tokens(rows, token)
+        self.active[row] = 1
+        self.sampler.num_drawn[row] += 1
+        return token
+
+    def store_tokens(self, rows: slice, token: Tensor) -> None:
+        self.sampled[rows] = token
+        self.last_token[rows] = token.clamp(min=0)
+
+    def move_row(self, source: int, target: int) -> None:
+        self.logits.move_row(source, target)
+        self.sampler.move_row(source, target)
+        for tensor in (self.last_token, self.active):
+            tensor[target] = tensor[source]
+        self.active[source] = 0
+
+    def free_row(self, row: int) -> None:
+        self.active[row] = 0
+        self.logits.free_row(row)

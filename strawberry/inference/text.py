@@ -1,0 +1,274 @@
+"""From text to requests, and from the engine's tokens to text: stop strings, streaming, many texts at once.
+
+Index:  tokens of a text · stop strings and streaming · requests · decoders · several texts at once · notes
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from options import UserError
+from strawberry.data.objectives import decode_with_sentinels, encode_with_sentinels
+from strawberry.inference import engine
+from strawberry.inference.sampling import Request
+
+# ---- tokens of a text ----------------------------------------------------------------------------------------------
+
+def encode_text(encoder, text: str, spelled: bool = False) -> list[int]:
+    """The tokens of a text, in which <|0|>, <|1|>, … are sentinels if they are `spelled` there.
+
+    Raises UserError where it has characters that no UTF-8, or not this encoder, can spell.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # how Python passes on arguments that are not UTF-8
+        raise UserError(f"the text is not UTF-8 (character {error.start}); convert it first") from error
+    return encode_with_sentinels(encoder, text) if spelled else encoder.encode(text)
+
+
+def encode_source_text(text: str | None, model, encoder, record: dict, name: str = "--source") -> list[int] | None:
+    """The tokens that an encoder-decoder is to read, with <|eot|> at the end; None for other models.
+
+    `name` is what the source is called where it was given.
+    """
+    if not model.takes_source:
+        if text is not None:
+            raise UserError(f"{name}: this {model.config.arch} reads none; leave it out, or make it the prompt")
+        return None
+    if text is None:
+        raise UserError(f"this model is an encoder-decoder, which answers to a text; give it one with {name}")
+    spans = record.get("run", {}).get("objective") == "spans"
+    tokens = encode_text(encoder, text, spelled=spans)
+    if max(tokens, default=0) >= model.config.vocab_size:
+        n = model.config.vocab_size - encoder.vocab_size
+        raise UserError(f"{name}: <|{max(tokens) - encoder.vocab_size}|> is one of too many; the model knows {n}")
+    return [*tokens, encoder.eot]
+
+
+# ---- stop strings and streaming ------------------------------------------------------------------------------------
+
+
+class StopStringFilter:
+    """Passes text on until it contains one of the stop strings, wherever its pieces are cut.
+
+    What may be the beginning of a stop string is kept pending until that is decided. The stop string that is complete
+    first counts.
+
+    >>> stop_filter = StopStringFilter(["END"])
+    >>> [stop_filter.push(piece) for piece in ("the E", "very E", "ND.")], stop_filter.found
+    (['the ', 'Every ', ''], True)
+    """
+
+    def __init__(self, stops: list[str]):
+        self.stops, self.pending, self.found = stops, "", False
+
+    def push(self, text: str, last: bool = False) -> str:
+        """What can be printed now; with `last`, nothing more comes and so nothing stays pending."""
+        if not self.stops:
+            return text
+        self.pending += text
+        places = [(at + len(stop), at) for stop in self.stops if (at := self.pending.find(stop)) >= 0]
+        self.found = bool(places)
+        keep = 0 if last else max(map(self.overlap, self.stops), default=0)
+        cut = min(places)[1] if self.found else len(self.pending) - keep
+        ready, self.pending = self.pending[:cut], self.pending[cut:]
+        return ready
+
+    def overlap(self, stop: str) -> int:
+        """How many characters at the end of the pending text begin the stop string."""
+        for n in range(min(len(stop) - 1, len(self.pending)), 0, -1):
+            if self.pending.endswith(stop[:n]):
+                return n
+        return 0
+
+
+class TextStream:
+    """A text that is being generated: the engine's request, and what of the tokens that come can be printed.
+
+    `num_tokens` counts its tokens; `finish_reason` says why it ended: "stop" (<|eot|> or a stop string), "length" (as
+    many tokens as asked for), "full" (no positions are left). `label` is the caller's.
+    """
+
+    def __init__(self, encoder, request: Request, stops: list[str], label: Any = None):
+        self.encoder, self.request, self.label = encoder, request, label
+        self.detokenizer, self.stop_filter = encoder.stream(), StopStringFilter(stops)
+        self.num_tokens, self.finish_reason = 0, None
+
+    def push(self, token: int, reason: str | None) -> str:
+        """The piece that can be printed now, "" while a character or a stop string may be incomplete.
+
+        `reason` is why the text ends with this token, else None.
+        """
+        self.num_tokens += 1
+        if token in self.request.stop:
+            piece = ""
+        elif token < self.encoder.vocab_size:
+            piece = self.detokenizer.push(token)
+        else:  # a sentinel, or in a decoder an id that nothing uses
+            sentinel = self.request.source is not None
+            piece = self.detokenizer.flush() + decode_with_sentinels(self.encoder, [token]) if sentinel else ""
+        last = reason is not None
+        piece = self.stop_filter.push(piece + (self.detokenizer.flush() if last else ""), last)
+        self.finish_reason = "stop" if self.stop_filter.found else reason
+        return piece
+
+
+# ---- requests ------------------------------------------------------------------------------------------------------
+
+
+class SamplingSettings(Protocol):
+    """Of sample.py's command line, or of an HTTP request."""
+
+    length: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+def make_request(
+    settings: SamplingSettings, encoder, prompt: list[int], source: list[int] | None, seed: int
+) -> Request:
+    """The engine's request. An empty prompt stands for a text's beginning; an answer begins where one does."""
+    start = prompt or [encoder.eot] if source is None else [encoder.eot, *prompt]
+    return Request(
+        start, settings.length,
+        temperature=settings.temperature if settings.temperature > 1e-6 else 0.0,  # logits / 1e-40 are infinite
+        top_k=settings.top_k or None, top_p=max(settings.top_p, 1e-30) if settings.top_p < 1 else None,
+        min_p=settings.min_p or None, seed=seed, stop=frozenset({encoder.eot, encoder.pad}), source=source,
+    )  # fmt: skip
+
+
+def check_prompt_fits(model, request: Request, on_full: str) -> None:
+    """Raises UserError where the prompt leaves no position for a text."""
+    n, end = len(request.prompt), model.max_positions
+    if end is not None and n > end and on_full == "stop":
+        raise UserError(
+            f"the prompt has {n:,} tokens, and the model's positions end at {end:,}; give a shorter one, "
+            "or --on_full slide, which reads its end alone"
+        )
+
+
+# ---- decoders ------------------------------------------------------------------------------------------------------
+
+COMPILE_MIN_TOKENS = 200_000  # from here on compiling pays
+
+
+class DecoderSettings(Protocol):
+    compile: str
+    on_full: str
+    batch: int | None
+
+
+@dataclass
+class Workload:
+    """How much is to be generated, at most."""
+
+    texts: int = 0
+    tokens: int = 0
+    longest: int = 0  # tokens of a text, prompt included
+    longest_source: int = 0
+    indexes: set[int] = field(default_factory=set)  # of --prompts_file's lines
+
+    def add(self, request: Request, index: int | None = None) -> None:
+        self.texts += 1
+        self.indexes |= set() if index is None else {index}
+        self.tokens += request.max_new_tokens
+        self.longest = max(self.longest, len(request.prompt) + request.max_new_tokens)
+        self.longest_source = max(self.longest_source, len(request.source or ()))
+
+
+def make_decoder(model, settings: DecoderSettings, work: Workload) -> engine.Decoder:
+    on_cuda = model.device.type == "cuda"
+    compiled = settings.compile == "true" or (
+        settings.compile == "auto" and on_cuda and work.tokens >= COMPILE_MIN_TOKENS
+    )
+    return engine.Decoder(model, choose_num_rows(model, settings, work.texts), work.longest, on_full=settings.on_full,
+                   compile=compiled, max_source=work.longest_source or None)  # fmt: skip
+
+
+def choose_num_rows(model, settings: DecoderSettings, n: int) -> int:
+    """How many of n texts are generated at once."""
+    return min(n, settings.batch or (64 if model.device.type == "cuda" else 8))
+
+
+# ---- several texts at once -----------------------------------------------------------------------------------------
+
+TextPiece = tuple[TextStream, str, str | None]  # what can be printed of a text now, and why it ended if it did
+
+
+def stream_texts(decoder: engine.Decoder, texts: Iterable[TextStream]) -> Iterator[TextPiece]:
+    """The pieces of as many texts at once as there are rows, one for each token as it comes.
+
+    A text that ends leaves its row to the next one.
+    """
+    waiting, running = iter(texts), {}
+    while True:
+        while decoder.free and (text := next(waiting, None)) is not None:
+            running[decoder.admit(text.request)] = text
+        if not running:
+            return
+        for handle, token, reason in decoder.step():
+            text = running[handle]
+            piece = text.push(token, reason)
+            if text.finish_reason:
+                del running[handle]
+                if reason is None:  # a stop string, of which the decoder does not know
+                    decoder.release(handle)
+            yield text, piece, text.finish_reason
+
+
+def stream_in_order(pieces: Iterable[TextPiece], texts: list[TextStream]) -> Iterator[TextPiece]:
+    """The pieces of one text after the other: the first one's as they come, those of each other wait until the texts
+    before it have ended."""
+    waiting: dict[int, deque[TextPiece]] = {id(text): deque() for text in texts}
+    current = 0
+    for piece in pieces:
+        waiting[id(piece[0])].append(piece)
+        while current < len(texts) and waiting[id(texts[current])]:
+            ready = waiting[id(texts[current])].popleft()
+            yield ready
+            current += ready[2] is not None
+
+
+@contextmanager
+def explain_errors(n_tokens: int, rows: int = 1):
+    """What torch says of too little memory and of a ruined model, as a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "memory" in str(error):
+            what = f"{n_tokens:,} tokens" if rows == 1 else f"{rows} texts of up to {n_tokens:,} tokens at once"
+            mend = "give fewer, or a smaller --length" if rows == 1 else "give a smaller --batch or --length"
+            raise UserError(f"not enough memory for {what}; {mend}") from error
+        if "probability tensor" in str(error):
+            raise UserError("the model predicts NaN: its weights are ruined; use an earlier checkpoint") from error
+        raise
+
+
+# ---- notes ---------------------------------------------------------------------------------------------------------
+
+
+def format_rate(tokens: int, seconds: float) -> str:
+    return f"{tokens:,} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+
+
+def note_positions_end(reason: str, model, n: int = 1) -> None:
+    """A note where texts end because the model has no more positions."""
+    if reason == "full":
+        what = "the text ends" if n == 1 else f"{n:,} texts end"
+        print(
+            f"note: {what} where the model's positions do, at {model.max_positions:,} tokens with the prompt; "
+            "--on_full slide goes on",
+            file=sys.stderr,
+        )
+
+
+def draw_seed() -> int:
+    return int.from_bytes(os.urandom(4))
