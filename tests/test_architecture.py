@@ -23,7 +23,7 @@ ROOMS = [
     ("training", ("strawberry.training", "checkpoint", "ranks", "plot")),
     ("inference", ("strawberry.inference",)),
     ("train", ("train",)),
-    ("serving, bench", ("strawberry.serving", "strawberry.bench", "jobs")),
+    ("serving, bench", ("strawberry.serving", "strawberry.bench")),
     ("scripts", ("sample", "prepare", "serve", "bench")),
 ]
 

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 import bench
 import checkpoint
 import encoder as encoders
-import jobs
 import plot
 import prepare
 import sample
@@ -31,6 +30,7 @@ from strawberry.common import CHECKPOINTS, KINDS, Input, Output, check_outputs, 
 from strawberry.data import assemble
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.inference.bulk import Results
+from strawberry.serving.id_directory import IdDirectory
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "ten", "dogs", "run", "over", "two", "hills", "in", "sun"]
 TEXT = "".join(" ".join(WORDS[(7 * i + j * j) % len(WORDS)] for j in range(12)) + ".\n" for i in range(200))
@@ -560,7 +560,7 @@ def test_only_what_was_left_unfinished_is_removed(workshop):
         path.mkdir(parents=True)
         (path / "file").write_text("x")
     checkpoint.save_checkpoint("ck", 3, {"model": lambda file: file.write(b"x")})
-    jobs.Shelf(Path("files"), "file", "file")
+    IdDirectory(Path("files"), "file", "file")
     assert all((path / "file").exists() for path in mine) and not any(path.exists() for path in left)
 
 

@@ -21,15 +21,16 @@ import pytest
 import torch
 from machine import require_module, require_program
 
+from strawberry.serving.app import PAGE_FILE
+
 require_module("fastapi", whole_file=True)
 from test_serve import Running  # noqa: E402
 
 import checkpoint  # noqa: E402
 import encoder as encoders  # noqa: E402
 import model as models  # noqa: E402
-import serve  # noqa: E402
 
-PAGE = serve.PAGE.read_text("utf-8")
+PAGE = PAGE_FILE.read_text("utf-8")
 SCRIPT = re.search(r"<script>(.*)</script>", PAGE, re.S)[1]
 PICTURES = os.environ.get("PAGE_PICTURES")
 
@@ -480,7 +481,8 @@ def test_a_model_is_deleted_after_a_confirmation(page, site):
     page.press("Enter")
     size = (site.folder / "spare.strawberry").stat().st_size
     assert page.js(f"parts({row}).size.innerText") == f"{size / 1000:.1f} kB"
-    total = sum(path.stat().st_size for path in site.folder.iterdir() if path.suffix in serve.MODEL_SUFFIXES)
+    suffixes = (".safetensors", *(f".{arch}" for arch in models.CONFIGS))
+    total = sum(path.stat().st_size for path in site.folder.iterdir() if path.suffix in suffixes)
     assert f"on disk, {total / 1000:.1f} kB" in page.js("$('models-summary').innerText")
 
     def press_delete(accept, name="spare.strawberry"):

@@ -55,9 +55,9 @@ import bench
 import options
 import prepare
 import sample
-import serve
 from model import CONFIGS
 from strawberry.bench.common import load_spec, parse_assignment
+from strawberry.serving.settings import read_command
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -194,7 +194,7 @@ def check_bench(argv: list[str]) -> None:
 PARSERS: dict[str, Callable] = {
     "train.py": lambda argv: options.load_run([word for word in argv if word != "--check"], CONFIGS),
     "sample.py": sample.read_settings,
-    "serve.py": serve.read_command,
+    "serve.py": read_command,
     "prepare.py": prepare.parse_arguments,
     "bench.py": check_bench,
 }

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import hmac
 import http.client
 import json
 import math
@@ -30,6 +31,17 @@ import sample
 from options import UserError
 from strawberry.inference.engine import Decoder
 from strawberry.inference.text import TextStream, make_request, stream_texts
+from strawberry.serving import bodies, engine, scoring
+from strawberry.serving.app import create_app
+from strawberry.serving.completions import CompletionStream, make_request_group
+from strawberry.serving.engine import Engine, decode_token
+from strawberry.serving.errors import ApiError, replace_surrogates
+from strawberry.serving.metrics import Metrics
+from strawberry.serving.model_files import read_model_file
+from strawberry.serving.protocol import CompletionRequest
+from strawberry.serving.security import HttpProtocol, RateLimiter
+from strawberry.serving.server import Server, check_free, make_server_config
+from strawberry.serving.settings import KEY_VARIABLE, MIB, Settings, read_command
 
 require_module("fastapi", whole_file=True)
 import openai  # noqa: E402
@@ -75,12 +87,12 @@ class Running:
     def __init__(self, folder, **settings):
         self.data = tempfile.TemporaryDirectory()
         settings = {"rate": 0, "batch": ROWS, "device": "cpu", "data": self.data.name} | settings
-        self.settings = serve.Settings(models=str(folder), port=0, **settings)
-        self.app = serve.make_app(self.settings)
+        self.settings = Settings(models=str(folder), port=0, **settings)
+        self.app = create_app(self.settings)
         self.service = self.app.state.service
-        config = serve.server_config(self.app, self.settings)
+        config = make_server_config(self.app, self.settings)
         config.log_config = None
-        self.server = serve.Server(config, self.service)
+        self.server = Server(config, self.service)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         until = time.time() + 30
@@ -161,7 +173,7 @@ def alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
     decoder = Decoder(model, ROWS, 4096, batch_invariant=True)
     request = make_request(settings, encoder, encoder.encode(prompt), None, seed)
     made = stream_texts(decoder, [TextStream(encoder, request, settings.stop)])
-    return serve.clean("".join(piece for _, piece, _ in made))
+    return replace_surrogates("".join(piece for _, piece, _ in made))
 
 
 # ---- completions, through OpenAI's package -------------------------------------------------------------------------
@@ -268,10 +280,10 @@ def test_logprobs_are_the_models(running, folder):
         assert math.isclose(logp[own].item(), told.token_logprobs[i], abs_tol=1e-4)
         best = list(told.top_logprobs[i].values())[:2]
         assert best == pytest.approx(logp.topk(2).values.tolist(), abs=1e-4)
-        assert serve.token_text(encoder, own) == told.tokens[i]
+        assert decode_token(encoder, own) == told.tokens[i]
     assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
     assert told.tokens[:3] == ["a", "bytes:\\xc3", "bytes:\\xa9"] and told.text_offset[:4] == [0, 1, 1, 2]
-    assert serve.clean(encoder.decode(tokens)) == got.choices[0].text
+    assert replace_surrogates(encoder.decode(tokens)) == got.choices[0].text
 
 
 def test_top_logprobs_are_in_the_order_of_probability(running, folder):
@@ -288,7 +300,7 @@ def test_top_logprobs_are_in_the_order_of_probability(running, folder):
     model, encoder, _ = checkpoint.load_model(folder / "air.strawberry")
     with torch.no_grad():
         likeliest = model(torch.tensor([encoder.encode("a")]))[0][0, -1].topk(4).indices.tolist()
-    assert [text for text, _ in best[0]][:4] == [serve.token_text(encoder, token) for token in likeliest]
+    assert [text for text, _ in best[0]][:4] == [decode_token(encoder, token) for token in likeliest]
 
 
 def test_scores_alone(running):
@@ -521,13 +533,13 @@ def test_only_models_of_the_folder_are_deleted_and_by_their_whole_name(start, tm
 
 def test_a_model_that_is_deleted_while_it_is_loaded_is_gone(start, tmp_path, monkeypatch):
     make_model(tmp_path / "air.strawberry")
-    server, real = start(tmp_path), serve.load_for_inference
+    server, real = start(tmp_path), Engine.load
 
-    def load_late(path, settings):
-        path.unlink()
-        return real(path, settings)
+    def load_deleted(self):
+        self.path.unlink()
+        real(self)
 
-    monkeypatch.setattr(serve, "load_for_inference", load_late)
+    monkeypatch.setattr(Engine, "load", load_deleted)
     assert error_of(server.complete(), 404)["code"] == "model_not_found"
 
 
@@ -580,17 +592,17 @@ def test_many_clients_get_their_own_texts_or_are_told_to_come_again(start, folde
 
 
 class StepByStep:
-    """An engine without its thread, whose steps take time of a clock of their own: the test calls its turns."""
+    """An engine without its thread, whose steps take time of a clock of their own: the test calls them."""
 
     def __init__(self, folder, monkeypatch, step=0.5, prompt=0.0, ends=None, **settings):
         self.now, self.ends, self.token_counts = 1000.0, ends, {}
-        monkeypatch.setattr(serve.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(serve.Engine, "work", lambda *_: None)
-        file = serve.read_model_file("air.strawberry", folder / "air.strawberry", (0, 0, 0))
-        settings = serve.Settings(device="cpu", **settings)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(Engine, "run", lambda *_: None)
+        file = read_model_file("air.strawberry", folder / "air.strawberry", (0, 0, 0))
+        settings = Settings(device="cpu", **settings)
 
         async def make():
-            return serve.Engine(file, settings, serve.Metrics(), [])
+            return Engine(file, settings, Metrics(), [])
 
         self.engine = asyncio.run(make())
         self.engine.load()
@@ -617,8 +629,8 @@ class StepByStep:
         return arrived
 
     def submit(self, max_tokens, n=1):
-        body = serve.CompletionBody(model="air.strawberry", prompt="a", max_tokens=max_tokens, n=n, temperature=0)
-        order = serve.read_order(body, self.engine)
+        body = CompletionRequest(model="air.strawberry", prompt="a", max_tokens=max_tokens, n=n, temperature=0)
+        order = make_request_group(body, self.engine)
         self.engine.submit(order)
         return order
 
@@ -640,17 +652,17 @@ def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind)
         while refused is None:  # until as many wait as may
             try:
                 server.submit(**asked())
-            except serve.ApiError as error:
+            except ApiError as error:
                 refused = error
             for _ in range(dice.randint(0, 2)):
-                engine.turn()
+                engine.step()
         assert (refused.status, refused.code) == (429, "queue_full")
         began = server.now
         while engine.queued >= engine.settings.queue:
-            engine.turn()
+            engine.step()
         last = server.submit(**asked())
         while not last.active:
-            engine.turn()
+            engine.step()
         ratios.append(int(refused.headers["Retry-After"]) / (server.now - began))
     assert all(1 / 2 <= ratio <= 2 for ratio in ratios[1:]), ratios  # the first came before anything was measured
     assert 0.7 < sum(ratios[1:]) / len(ratios[1:]) < 1.4, ratios
@@ -743,16 +755,16 @@ def test_rows_of_clients_that_leave_are_free(running, kind):
 
 def test_pieces_are_not_kept_for_ever(running, monkeypatch):
     """For a client that stays and takes nothing: its rows are freed, and it is told when it reads on."""
-    monkeypatch.setattr(serve, "MOST_UNREAD", 50)
-    real, stuck = serve.Stream.data, threading.Event()
+    monkeypatch.setattr(engine, "MAX_UNREAD", 50)
+    real, stuck = CompletionStream.data, threading.Event()
 
     async def slow(self, receive):
         async for data in real(self, receive):
             yield data
             while not stuck.is_set():  # as long as nothing can be sent
-                await serve.asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)
 
-    monkeypatch.setattr(serve.Stream, "data", slow)
+    monkeypatch.setattr(CompletionStream, "data", slow)
     got = running.client.completions.create(model="air.strawberry", prompt="a", n=ROWS, **LONG, stream=True)
     running.wait_for("rows_busy", 0)
     stuck.set()
@@ -821,7 +833,7 @@ def test_an_engine_that_cannot_go_on_is_replaced(running, monkeypatch):
 
 
 def test_scoring_that_fails_is_answered(running, monkeypatch):
-    monkeypatch.setattr(serve, "scores", broken)
+    monkeypatch.setattr(scoring, "score_tokens", broken)
     error_of(running.complete(logprobs=1), 500)
     monkeypatch.undo()
     assert running.complete(logprobs=1)[0] == 200
@@ -1007,7 +1019,7 @@ BIG = {
 @pytest.mark.parametrize("kind", BIG)
 def test_large_nonsense_keeps_nobody_waiting(running, kind):
     """Bodies of some megabytes, four at once, of which each costs the most that we could think of."""
-    assert 1_000_000 < len(BIG[kind]) < 2 * serve.MIB
+    assert 1_000_000 < len(BIG[kind]) < 2 * MIB
     running.complete()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(running.send, "POST", "/v1/completions", BIG[kind]) for _ in range(4)]
@@ -1022,7 +1034,7 @@ def test_large_nonsense_keeps_nobody_waiting(running, kind):
 
 
 def test_bodies_that_do_not_come_are_not_waited_for(running, monkeypatch):
-    monkeypatch.setattr(serve, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.3)
     connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
     connection.putrequest("POST", "/v1/completions")
     for name, value in (("Content-Type", "application/json"), ("Content-Length", "100")):
@@ -1069,7 +1081,7 @@ def test_slow_clients_keep_nobody_waiting(running, monkeypatch):
 
 
 def test_connections_are_so_many_at_most(start, monkeypatch):
-    monkeypatch.setattr(serve.Protocol, "MOST", 5)
+    monkeypatch.setattr(HttpProtocol, "MAX_CONNECTIONS", 5)
     server = start()
     many = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(5)]
     with socket.create_connection(("127.0.0.1", server.port)) as one:
@@ -1082,7 +1094,7 @@ def test_connections_are_so_many_at_most(start, monkeypatch):
 
 
 def test_headers_that_do_not_come_are_not_waited_for(start, monkeypatch):
-    monkeypatch.setattr(serve.Protocol, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(HttpProtocol, "HEADER_SECONDS", 0.3)
     server = start()
     with socket.create_connection(("127.0.0.1", server.port)) as one:
         one.settimeout(5)
@@ -1115,9 +1127,9 @@ def test_keys(start):
 
 
 def test_every_key_is_compared_in_constant_time(start, monkeypatch):
-    compared, real = [], serve.hmac.compare_digest
+    compared, real = [], hmac.compare_digest
     server = start(api_key=["first-key", "second"])
-    monkeypatch.setattr(serve.hmac, "compare_digest", lambda a, b: compared.append((len(a), len(b))) or real(a, b))
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((len(a), len(b))) or real(a, b))
     for key in ("first-key", "x" * 500, ""):
         server.send("GET", "/v1/models", Authorization=f"Bearer {key}")
     assert compared == [(32, 32)] * 6
@@ -1162,38 +1174,38 @@ def test_rates_are_by_key(start):
 
 def test_rates_come_back_with_time(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(serve.time, "monotonic", lambda: now)
-    rate, served = serve.Rate(60), 0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    rate, served = RateLimiter(60), 0
     for step in range(600):  # ten a second for a minute: six at once, then one a second
         now = step / 10
-        with contextlib.suppress(serve.ApiError):
-            rate.take("me")
+        with contextlib.suppress(ApiError):
+            rate.acquire("me")
             served += 1
     assert 64 <= served <= 66
 
 
 def test_settings_of_the_command(monkeypatch):
-    monkeypatch.setenv(serve.KEY_VARIABLE, "a b")
-    settings = serve.read_command(["--host", "0.0.0.0", "--port=9", "--allow_host", "x", "--allow_host=y"])
+    monkeypatch.setenv(KEY_VARIABLE, "a b")
+    settings = read_command(["--host", "0.0.0.0", "--port=9", "--allow_host", "x", "--allow_host=y"])
     assert (settings.api_key, settings.host, settings.port, settings.allow_host) == (
         ["a", "b"],
         "0.0.0.0",
         9,
         ["x", "y"],
     )
-    monkeypatch.delenv(serve.KEY_VARIABLE)
-    assert serve.read_command([]).host == "127.0.0.1" and serve.read_command(["--host", "::1"])
+    monkeypatch.delenv(KEY_VARIABLE)
+    assert read_command([]).host == "127.0.0.1" and read_command(["--host", "::1"])
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", "127.0.0.1.example.org"):
         with pytest.raises(UserError, match="takes a key"):
-            serve.read_command(["--host", host])
+            read_command(["--host", host])
     for argv, told in ((["--prt", "5"], "did you mean 'port'"), (["--port", "70000"], "--port = 70000"),
                        (["--api_key", "ü"], "ASCII"), (["--queue=-1"], "= -1"), (["x"], "an option")):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(told)):
-            serve.read_command(argv)
+            read_command(argv)
 
 
 def test_addresses_that_are_taken_are_told(running):
-    serve.check_free("127.0.0.1", 0)
+    check_free("127.0.0.1", 0)
     for host, port in (("127.0.0.1", running.port), ("localhost", running.port), ("no.such.host.invalid", 80)):
         with pytest.raises(UserError, match=f"--port {port}: cannot listen there"):
             serve.main(["--host", host, "--port", str(port), "--api_key=k"])

@@ -32,11 +32,11 @@ from hypothesis import strategies as st
 from machine import require, require_program
 
 import encoder as encoders
-import jobs
 import options
 import serve
 import train
 from checkpoint import load_model
+from model import CONFIGS
 from options import UserError
 from strawberry import status_file
 from strawberry.data import assemble
@@ -50,6 +50,24 @@ from strawberry.data.near_duplicates import (
     jaccard,
 )
 from strawberry.data.token_file import TokenFile
+from strawberry.serving import jobs
+from strawberry.serving.app import create_app
+from strawberry.serving.id_directory import ABOUT, EVENTS, PID, RequestError, paginate
+from strawberry.serving.job import FINAL, Job
+from strawberry.serving.job_commands import JOB_KINDS, JobCommand, JobKind, build_run
+from strawberry.serving.job_requests import (
+    SERVER_KEYS,
+    check_keys,
+    create_dataset_job,
+    find_starting_point,
+    make_model_name,
+    merge_configs,
+    nest_keys,
+)
+from strawberry.serving.job_store import JobStore
+from strawberry.serving.server import make_server_config
+from strawberry.serving.settings import Settings
+from strawberry.serving.uploads import SUFFIXES, TEXT_SUFFIXES, Upload, Uploads
 
 ROOT = Path(serve.__file__).parent
 WORDS = sorted(set(Path(serve.__file__).with_name("LICENSE").read_text().lower().split()))[:60]
@@ -302,19 +320,20 @@ def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
 
 @pytest.fixture
 def keeper(tmp_path, monkeypatch):
-    """keeper() is a Jobs whose runs are a few lines of Python, which make the file "done" or don't; another call is
+    """keeper() is a JobStore whose runs are a few lines of Python, which make the file "done" or don't; another call is
     what the next server would have."""
     def work(all_jobs, job):
-        return jobs.Work(["-c", job.request["code"]], job.folder / "done")
+        return JobCommand(["-c", job.request["code"]], job.folder / "done")
 
-    monkeypatch.setitem(jobs.KINDS, "ftjob", jobs.KINDS["ftjob"]._replace(work=work))
-    monkeypatch.setattr(jobs, "TICK", 0.02)
+    monkeypatch.setitem(JOB_KINDS, "ftjob", JOB_KINDS["ftjob"]._replace(command=work))
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.02)
     open_ones = []
 
     def make(at_once=2):
-        uploads = jobs.Uploads(tmp_path / "files", MIB)
-        made = jobs.Jobs(tmp_path, tmp_path / "models", uploads, at_once)
-        made.start()
+        uploads = Uploads(tmp_path / "files", MIB)
+        made = JobStore(tmp_path, tmp_path / "models", uploads, JOB_KINDS)
+        made.supervisor = jobs.JobSupervisor(made, at_once)
+        made.supervisor.start()
         open_ones.append(made)
         return made
 
@@ -322,7 +341,7 @@ def keeper(tmp_path, monkeypatch):
     for made in open_ones:
         for job in made.running():
             job.child.kill()
-        made.stop_all(1)
+        made.supervisor.stop_all(1)
 
 
 def add(keeper, code):
@@ -351,9 +370,9 @@ def test_at_most_so_many_run_and_the_others_wait_in_order(keeper):
 
 def test_a_new_kind_is_a_function_and_a_line(keeper, monkeypatch, tmp_path):
     def nap(all_jobs, job):
-        return jobs.Work(["-c", f"import time; time.sleep({job.request['seconds']}); {DONE}"], job.folder / "done")
+        return JobCommand(["-c", f"import time; time.sleep({job.request['seconds']}); {DONE}"], job.folder / "done")
 
-    monkeypatch.setitem(jobs.KINDS, "nap", jobs.Kind("naps", "nap", nap))
+    monkeypatch.setitem(JOB_KINDS, "nap", JobKind("naps", "nap", nap))
     made = keeper()
     short, long = (made.new("nap", {"seconds": seconds}) for seconds in (0, 60))
     until(lambda: short.status == "succeeded" and long.status == "running")
@@ -375,17 +394,17 @@ def test_a_new_kind_is_a_function_and_a_line(keeper, monkeypatch, tmp_path):
 def test_what_a_child_leaves_says_what_became_of_it(keeper, code, status, told):
     made = keeper()
     job = add(made, code)
-    until(lambda: job.status in jobs.FINAL)
+    until(lambda: job.status in FINAL)
     assert job.status == status
     assert (told is None) == (job.about["error"] is None)
     if told:
         assert told in job.about["error"]["message"]
         assert job.events()[0]["level"] == "error"
-    assert json.loads((job.folder / jobs.ABOUT).read_bytes()) == job.about
+    assert json.loads((job.folder / ABOUT).read_bytes()) == job.about
 
 
 def test_a_child_that_does_not_end_is_killed(keeper, monkeypatch):
-    monkeypatch.setattr(jobs, "PATIENCE", 0.3)
+    monkeypatch.setattr(jobs, "STOP_TIMEOUT", 0.3)
     made = keeper()
     job = add(made, f"import signal, time; signal.signal(15, signal.SIG_IGN); open('ready', 'w'); {SLEEP}")
     until(lambda: (job.folder / "ready").exists())
@@ -404,7 +423,7 @@ def test_a_child_is_asked_to_end_only_once(keeper):
     for wanted in ("paused", "paused", "cancelled"):
         made.stop(job, wanted)
         time.sleep(0.05)
-    with pytest.raises(jobs.Refused, match="still saving"):
+    with pytest.raises(RequestError, match="still saving"):
         made.resume(job)
     until(lambda: job.status == "cancelled")
     assert (job.folder / "signals").read_text() == "1"
@@ -415,7 +434,7 @@ def test_a_server_that_ends_stops_its_jobs_and_the_next_one_starts_them_again(ke
     job = add(first, f"import os; n = os.path.exists('ready'); open('ready', 'w')\n"
                      f"if n: {DONE}\nelse: {SLEEP}")
     until(lambda: (job.folder / "ready").exists())
-    first.stop_all(20)
+    first.supervisor.stop_all(20)
     assert not job.child.alive()
     assert job.status == "queued"
     second = keeper()
@@ -425,7 +444,7 @@ def test_a_server_that_ends_stops_its_jobs_and_the_next_one_starts_them_again(ke
 def left_running(made, tmp_path, pid, born, **about):
     """What a killed server leaves of a running job whose process has this number and start."""
     job = made.new("ftjob", {"code": DONE}, status="running", max_iters=10, result=str(tmp_path / "LICENSE"), **about)
-    (job.folder / jobs.PID).write_text(json.dumps({"pid": pid, "born": born}))
+    (job.folder / PID).write_text(json.dumps({"pid": pid, "born": born}))
     return job.id
 
 
@@ -435,8 +454,8 @@ def born(pid):
 
 def test_the_next_server_takes_over_a_live_child_and_finds_a_dead_one(keeper, tmp_path):
     first = keeper()
-    first.closing.set()
-    first.thread.join()  # from here on nobody watches
+    first.supervisor.closing.set()
+    first.supervisor.thread.join()  # from here on nobody watches
     live, dead, told = (subprocess.Popen([sys.executable, "-c", SLEEP]) for _ in range(3))
     dead.kill()
     dead.wait()
@@ -476,7 +495,7 @@ def test_nothing_half_written_is_taken_for_a_job_or_a_file(keeper, tmp_path):
     (secret / "about.json").write_text(json.dumps(about))
     (secret / "content.txt").write_text("secret")
     (tmp_path / "files" / about["id"]).symlink_to(secret)
-    with open(job.folder / jobs.EVENTS, "ab") as file:
+    with open(job.folder / EVENTS, "ab") as file:
         file.write(b'{"id": "half')
     again = keeper()
     assert [found.id for found in again.all("ftjob")] == [job.id]
@@ -484,7 +503,7 @@ def test_nothing_half_written_is_taken_for_a_job_or_a_file(keeper, tmp_path):
     assert [event["message"] for event in again.get("ftjob", job.id).events()] == ["succeeded", "started"]
     assert not list(tmp_path.glob("*/.tmp_*"))
     for call in (again.uploads.get, again.uploads.path, again.uploads.remove):
-        with pytest.raises(jobs.Refused, match="there is no file"):
+        with pytest.raises(RequestError, match="there is no file"):
             call(about["id"])
     assert (secret / "content.txt").exists()
 
@@ -519,7 +538,7 @@ def test_nothing_brings_back_what_is_deleted(keeper):
         def attempt(call, outcomes=outcomes):
             try:
                 outcomes.append(call())
-            except jobs.Refused as error:
+            except RequestError as error:
                 outcomes.append(error.status)
 
         threads = [threading.Thread(target=attempt, args=[call]) for call in calls]
@@ -533,7 +552,7 @@ def test_nothing_brings_back_what_is_deleted(keeper):
             until(lambda job=job: job.status == "cancelled")
             made.remove(job)
         for late in (made.remove, made.resume, lambda job: made.stop(job, "cancelled")):
-            with pytest.raises(jobs.Refused, match="there is no fine-tuning job"):
+            with pytest.raises(RequestError, match="there is no fine-tuning job"):
                 late(job)
         assert not job.folder.exists()
     assert keeper().all("ftjob") == []
@@ -547,17 +566,17 @@ def test_a_job_that_runs_or_whose_dataset_is_needed_is_not_deleted(keeper):
     for job, status in ((run, "validating_files"), (run, "queued"), (run, "running"), (run, "paused"),
                         (like_it, "queued")):
         job.about["status"] = status
-        with pytest.raises(jobs.Refused, match=f"needed by the .* {job.id}, which is {status}") as caught:
+        with pytest.raises(RequestError, match=f"needed by the .* {job.id}, which is {status}") as caught:
             made.remove(dataset)
         assert caught.value.status == 409
         run.about["status"] = "succeeded"
     like_it.about["status"] = "running"
-    with pytest.raises(jobs.Refused, match="is running; cancel it first"):
+    with pytest.raises(RequestError, match="is running; cancel it first"):
         made.remove(like_it)
     like_it.about["status"] = "succeeded"
-    for status in jobs.FINAL:
+    for status in FINAL:
         run.about["status"] = status
-        assert made.reader_of(dataset) is None
+        assert made.find_reader(dataset) is None
     made.remove(dataset)
     assert not dataset.folder.exists()
 
@@ -586,7 +605,7 @@ MESSAGES = {  # what a child says → what the client reads; {data} and {models}
 @pytest.mark.parametrize("said", MESSAGES)
 def test_messages_name_what_the_client_knows_and_no_path(keeper, tmp_path, said):
     made = keeper(at_once=0)
-    upload = jobs.Upload(made.uploads)
+    upload = Upload(made.uploads)
     upload.write(b"text")
     file = upload.finish("my book.jsonl", "fine-tune")["id"]
     ds = made.new("ds", {"recipe": {"encoder": "tiny.tinystar", "files": [file]}, "name": "mine"}).id
@@ -622,46 +641,46 @@ def test_pages_go_on_where_the_last_one_ended():
     items = [{"id": f"x{i}"} for i in range(7)]
     seen, after = [], None
     while True:
-        found = jobs.page(items, after, 3)
+        found = paginate(items, after, 3)
         seen += found["data"]
         assert found["has_more"] == (len(seen) < 7)
         if not found["has_more"]:
             break
         after = found["last_id"]
     assert seen == items
-    assert jobs.page([], None, 3)["data"] == []
-    with pytest.raises(jobs.Refused, match="nothing in this list"):
-        jobs.page(items, "y", 3)
+    assert paginate([], None, 3)["data"] == []
+    with pytest.raises(RequestError, match="nothing in this list"):
+        paginate(items, "y", 3)
 
 
 def test_hyperparameters_are_nested_or_dotted_and_never_paths():
-    assert jobs.nested({"a.b": 1, "a.c.d": 2, "e": {"f": 3}, "e.g": 4, "n_epochs": "auto"}) == {
+    assert nest_keys({"a.b": 1, "a.c.d": 2, "e": {"f": 3}, "e.g": 4, "n_epochs": "auto"}) == {
         "a": {"b": 1, "c": {"d": 2}}, "e": {"f": 3, "g": 4}}
     for bad in ({"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}):
-        with pytest.raises(jobs.Refused):
-            jobs.nested(bad)
+        with pytest.raises(RequestError):
+            nest_keys(bad)
     for name in ("n_epochs", "learning_rate_multiplier"):
-        assert [jobs.nested({name: value, "a": 1}) for value in ("auto", 1, 1.0, None)] == [{"a": 1}] * 4
+        assert [nest_keys({name: value, "a": 1}) for value in ("auto", 1, 1.0, None)] == [{"a": 1}] * 4
         for value in (3, True, "1", {}, [1]):
-            with pytest.raises(jobs.Refused, match=f"hyperparameters.{name} = .*leave it out"):
-                jobs.nested({name: value})
+            with pytest.raises(RequestError, match=f"hyperparameters.{name} = .*leave it out"):
+                nest_keys({name: value})
     paths = {"model_path", "encoder_path", "init_from", "img_path", "dataset.path", "checkpoints.path"}
-    assert paths <= jobs.OWN_KEYS
-    for key in jobs.OWN_KEYS:
+    assert paths <= SERVER_KEYS
+    for key in SERVER_KEYS:
         *sections, last = key.split(".")
         raw = {last: "/etc/x"}
         for section in reversed(sections):
             raw = {section: raw}
         for spelled in ({key: "/etc/x"}, raw):
-            with pytest.raises(jobs.Refused, match=key):
-                jobs.check_own(jobs.nested(spelled))
+            with pytest.raises(RequestError, match=key):
+                check_keys(nest_keys(spelled))
 
 
 def test_a_model_is_named_after_what_it_was_made_of():
-    name = jobs.model_name("tiny", "mine", "ftjob-" + "0" * 16 + "89abcdef", "strawberry")
+    name = make_model_name("tiny", "mine", "ftjob-" + "0" * 16 + "89abcdef", "strawberry")
     assert name == "ft-tiny-mine-89abcdef.strawberry"
-    assert jobs.model_name(name, None, "ftjob-" + "1" * 24, "palm") == "ft-tiny-mine-11111111.palm"
-    assert "/" not in jobs.model_name("../x y", None, "ftjob-" + "1" * 24, "palm")
+    assert make_model_name(name, None, "ftjob-" + "1" * 24, "palm") == "ft-tiny-mine-11111111.palm"
+    assert "/" not in make_model_name("../x y", None, "ftjob-" + "1" * 24, "palm")
 
 
 # ---- uploads -------------------------------------------------------------------------------------------------------
@@ -673,11 +692,11 @@ class Served:
     def __init__(self, folder, **more):
         self.data, self.models = folder / "data", folder / "models"
         paths = {"data": str(self.data), "models": str(self.models)}
-        self.settings = serve.Settings(**paths, port=0, rate=0, device="cpu", **more)
+        self.settings = Settings(**paths, port=0, rate=0, device="cpu", **more)
 
     def __enter__(self):
-        app = serve.make_app(self.settings)
-        self.server = uvicorn.Server(serve.server_config(app, self.settings))
+        app = create_app(self.settings)
+        self.server = uvicorn.Server(make_server_config(app, self.settings))
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
         until(lambda: self.server.started or not self.thread.is_alive(), 60, "the server")
@@ -798,7 +817,7 @@ def assembled(site, **wishes):
 
 def test_every_kind_of_text_can_be_uploaded_and_read(site, tmp_path):
     require_program("curl")
-    names = [f"x{suffix}" for suffix in jobs.TEXT_SUFFIXES] + ["NOTES.MD", "Makefile", ".profile", "y.rst.gz"]
+    names = [f"x{suffix}" for suffix in TEXT_SUFFIXES] + ["NOTES.MD", "Makefile", ".profile", "y.rst.gz"]
     contents = {name: f"{i} is the text of {name}\n" for i, name in enumerate(names)}
     lists = {"a.jsonl": '"one"\n', "b.ndjson": '{"text": "two"}\n', "c.JSONLINES.gz": '"three"\n', "d.json": '["four"]'}
     ids = []
@@ -815,7 +834,7 @@ def test_every_kind_of_text_can_be_uploaded_and_read(site, tmp_path):
         error = curl(site, "-F", "purpose=fine-tune", "-F", f"file=@{tmp_path / name}", "/v1/files")["error"]
         assert (error["param"], error["code"]) == ("file", "file_kind")
         assert name in error["message"]
-        assert all(f"{suffix}," in error["message"] for suffix in jobs.SUFFIXES)
+        assert all(f"{suffix}," in error["message"] for suffix in SUFFIXES)
 
 
 @pytest.mark.parametrize("name", ["../../x.txt", "/etc/passwd.txt", "..\\..\\x.txt", "a/../../b.txt"])
@@ -942,7 +961,7 @@ def test_a_client_that_leaves_leaves_nothing(site):
 
 
 @pytest.mark.parametrize("name", [
-    "../jobs.py", "..%2f..%2fjobs.py", "%2e%2e/%2e%2e/etc/passwd", "%2e%2e%2fabout.json", "/etc/passwd", ".", "..", "*",
+    "../LICENSE", "..%2f..%2fLICENSE", "%2e%2e/%2e%2e/etc/passwd", "%2e%2e%2fabout.json", "/etc/passwd", ".", "..", "*",
     "%2fetc%2fpasswd", "%00", "file-%00" + "0" * 24, "x" * 300, "file-" + "0" * 24 + "%0a", "file-" + "٣" * 24, "%ff",
     "file-" + "A" * 24, "file-link", "file-" + "1" * 24, "con",
 ])
@@ -1158,7 +1177,7 @@ def test_a_model_that_a_job_needs_is_not_deleted(site, story):
     base = finished(client, tuning.create(model=PRESET, training_file=story, hyperparameters=TINY)).fine_tuned_model
     more = tuning.create(model=base, training_file=story, hyperparameters=ENDLESS | {"model_hyperparams": {}})
     begun(client, more)
-    all_jobs = site.service.factory.jobs
+    all_jobs = site.service.job_service.jobs
     own = all_jobs.jobs[more.id].about["model"]
     shutil.copy(site.models / base, site.models / own)  # as when it has just been written
     for model in (base, own):
@@ -1170,8 +1189,8 @@ def test_a_model_that_a_job_needs_is_not_deleted(site, story):
         client.models.delete(base)
     tuning.cancel(more.id)
     with all_jobs.lock:  # so that it does not begin
-        waiting = all_jobs.assemble(assemble.Recipe(files=[story], encoder=base, validation_share=0.3))
-        with pytest.raises(jobs.Refused, match=f"{waiting.id}, which is queued"):
+        waiting = create_dataset_job(all_jobs, assemble.Recipe(files=[story], encoder=base, validation_share=0.3))
+        with pytest.raises(RequestError, match=f"{waiting.id}, which is queued"):
             all_jobs.remove_model(base)
     until(lambda: waiting.status == "succeeded", 60, "the dataset")
     assert client.models.delete(base).deleted and not (site.models / base).exists()
@@ -1204,20 +1223,20 @@ def test_a_seed_is_drawn_and_recorded_unless_one_is_given(site, story):
     ({"checkpoints.create_checkpoints": False}, "hyperparameters.checkpoints.create_checkpoints"),
 ])
 def test_no_key_names_a_path(site, story, hyperparameters, param):
-    before = len(site.service.factory.jobs.all("ftjob"))
+    before = len(site.service.job_service.jobs.all("ftjob"))
     with pytest.raises(openai.BadRequestError) as caught:
         site.client.fine_tuning.jobs.create(model="tiny", training_file=story, hyperparameters=hyperparameters)
     assert caught.value.param == param
-    assert len(site.service.factory.jobs.all("ftjob")) == before
+    assert len(site.service.job_service.jobs.all("ftjob")) == before
 
 
 def test_keys_are_judged_as_on_the_command_line(site, story):
     for wrong in ({"learning_rate": -1}, {"learnin_rate": 1e-3}, {"model_hyperparams": {"n_layer": 0, "n_head": "x"}},
                   {"batch_size": 1.5}, {"max_iters": 10**30}, {"device": "gpu"}, {"model_hyperparams": {"arch": "x"}}):
-        raw = jobs.merged(options.read_json(ROOT / "config" / "tiny.json"), wrong)
+        raw = merge_configs(options.read_json(ROOT / "config" / "tiny.json"), wrong)
         raw.pop("$schema")
         with pytest.raises(UserError) as told:
-            options.make_run(raw, jobs.CONFIGS)
+            options.make_run(raw, CONFIGS)
         with pytest.raises(openai.BadRequestError) as caught:
             site.client.fine_tuning.jobs.create(model="tiny", training_file=story, hyperparameters=wrong)
         assert caught.value.body["message"] == str(told.value)
@@ -1272,7 +1291,7 @@ def test_queueing_idempotency_and_cancelling(site, story):
     waiting = tuning.retrieve(same[0].id)
     assert waiting.status in ("validating_files", "queued")  # max_jobs is 1
     assert tuning.cancel(waiting.id).status == "cancelled"
-    pid = site.service.factory.jobs.get("ftjob", first.id).child.pid
+    pid = site.service.job_service.jobs.get("ftjob", first.id).child.pid
     assert pid in children(site.data)
     gone = tuning.cancel(first.id)
     assert gone.status == "cancelled"
@@ -1299,14 +1318,14 @@ def test_a_schedule_that_does_not_fit_is_an_event_of_the_job(site, story):
 @pytest.fixture(scope="module")
 def undisturbed(site, story, tmp_path_factory):
     """The weights of the run of LONG with seed 3, as train.py makes them at one go, in this process."""
-    folder, factory = tmp_path_factory.mktemp("undisturbed"), site.service.factory
+    folder, service = tmp_path_factory.mktemp("undisturbed"), site.service.job_service
     recipe = assemble.Recipe(files=[story], vocab_size=300, validation_share=0.05)
-    made = factory.jobs.assemble(recipe)
+    made = create_dataset_job(service.jobs, recipe)
     until(lambda: made.status == "succeeded")
-    raw = jobs.merged(factory.jobs.starting_point(PRESET)[1], jobs.nested(LONG) | {"seed": 3})
-    like = jobs.Job(folder, {"id": "ftjob-0", "model": str(folder / "model.tinystar"),
+    raw = merge_configs(find_starting_point(service.jobs, PRESET)[1], nest_keys(LONG) | {"seed": 3})
+    like = Job(folder, {"id": "ftjob-0", "model": str(folder / "model.tinystar"),
                              "request": {"raw": raw, "base": None, "vocab_size": 300}})
-    run = options.to_dict(jobs.complete_run(factory.jobs, like, made.folder))
+    run = options.to_dict(build_run(service.jobs, like, made.folder))
     (folder / "run.json").write_text(json.dumps(run))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -1456,7 +1475,7 @@ def test_a_run_that_could_save_nothing_says_so_when_it_is_stopped(site, story):
     often = {**ENDLESS, "log_interval": 1, "checkpoints.interval": 10**6}
     job = tuning.create(model=PRESET, training_file=story, hyperparameters=often)
     begun(client, job)
-    pid = site.service.factory.jobs.get("ftjob", job.id).child.pid
+    pid = site.service.job_service.jobs.get("ftjob", job.id).child.pid
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (status_file.SIZE, resource.RLIM_INFINITY))
     until(lambda: any("metrics.jsonl" in told for told in warnings_of(client, job)), what="the warning")
     stopped = tuning.cancel(job.id)
@@ -1525,8 +1544,8 @@ def test_a_disk_that_is_full_to_the_last_byte_is_told(tmp_path):
         (data / "ballast").unlink()
 
         def is_stored():
-            about = json.loads((data / "runs" / job.id / jobs.ABOUT).read_bytes())
-            events = (data / "runs" / job.id / jobs.EVENTS).read_text()
+            about = json.loads((data / "runs" / job.id / ABOUT).read_bytes())
+            events = (data / "runs" / job.id / EVENTS).read_text()
             return about["status"] == "paused" and paused.error.message in events
 
         until(is_stored, what="what the disk did not take")

@@ -1,0 +1,1 @@
+"""Text, datasets and training over HTTP (serve.py)."""

@@ -1,0 +1,266 @@
+"""The FastAPI application: every route, its error handler and its schema.
+
+A new route is a function and a line in ROUTES.
+"""
+
+import copy
+import dataclasses
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from options import UserError, show
+from strawberry.serving.bodies import build_body_schema, read_body
+from strawberry.serving.completions import (
+    completions,
+    delete_model,
+    detokenize,
+    list_models,
+    retrieve_model,
+    tokenize,
+    tokenizer_info,
+    update_completion_schema,
+    update_tokenize_schema,
+)
+from strawberry.serving.errors import ApiError, ErrorAnswer, to_api_error
+from strawberry.serving.files import (
+    UPLOAD_FORM,
+    FileList,
+    StoredFile,
+    create_file,
+    delete_file,
+    list_files,
+    retrieve_file,
+    retrieve_file_content,
+)
+from strawberry.serving.protocol import (
+    Completion,
+    Deleted,
+    Detokenized,
+    Health,
+    Model,
+    ModelList,
+    TokenizerInfo,
+    Tokens,
+)
+from strawberry.serving.security import SecurityMiddleware
+from strawberry.serving.service import Service, TheService
+from strawberry.serving.settings import Settings
+from strawberry.serving.training import (
+    IDEMPOTENCY,
+    CheckpointList,
+    DatasetAnswer,
+    DatasetList,
+    EventList,
+    MetricList,
+    RunAnswer,
+    RunList,
+    cancel_dataset,
+    cancel_run,
+    create_dataset,
+    create_run,
+    delete_dataset,
+    delete_run,
+    draw_run_curves,
+    list_datasets,
+    list_run_checkpoints,
+    list_run_events,
+    list_run_metrics,
+    list_runs,
+    pause_run,
+    resume_run,
+    retrieve_dataset,
+    retrieve_run,
+    update_run_schema,
+)
+
+PAGE_FILE = Path(__file__).with_name("page.html")
+NO_CHAT = ("the models here are base models, which continue a text and are not trained to chat: send the text as "
+           "`prompt` to POST /v1/completions (client.completions.create)")  # fmt: skip
+
+
+NO_ROUTE = {  # how an address begins that clients may ask for and that is not there → what to do instead
+    "/v1/chat": NO_CHAT, "/v1/responses": NO_CHAT, "/v1/conversations": NO_CHAT, "/v1/messages": NO_CHAT,
+    "/v1/assistants": NO_CHAT, "/v1/threads": NO_CHAT,
+    "/v1/embeddings": "the models here make no embeddings; POST /v1/completions continues a text",
+}  # fmt: skip
+
+
+def advise_route(path: str) -> ApiError | None:
+    """What a client is told who asks for an address of OpenAI's that is not here, or leaves out the /v1 of those that
+    are, or repeats it; None for other addresses."""
+    full = "/v1/" + path.removeprefix("/v1").removeprefix("/v1").lstrip("/")
+    for start, advice in NO_ROUTE.items():
+        if full == start or full.startswith(f"{start}/"):
+            return ApiError(404, advice, "model")
+    known = {route.path.split("/")[2] for route in ROUTES if route.path.startswith("/v1/")}
+    if full != path and full.split("/")[2] in known:
+        return ApiError(404, f"there is nothing at this address; {show(full)} may be meant: a client's base_url ends "
+                        "in /v1, once")  # fmt: skip
+    return None
+
+
+async def answer_error(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        error = advise_route(request.url.path) or error
+    failure, models = to_api_error(error), Path(request.app.state.service.settings.models).resolve()
+    failure.message = failure.message.replace(f"{models}{os.sep}", "")  # where it is, is no business of clients
+    answer = failure.response()
+    if answer.status_code == 405:  # the framework names the methods of one route, and an address may have several
+        same = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+        answer.headers["Allow"] = ", ".join(sorted(set().union(*(route.methods or () for route in same))))
+    return answer
+
+
+async def health() -> Health:
+    """Whether the server is there. Needs no key."""
+    return Health("ok")
+
+
+async def metrics(service: TheService) -> Response:
+    """Counts of requests and tokens, times, and what is going on now, for Prometheus."""
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def page() -> Response:
+    """What this server offers, for people: a page to write with the models, to bring data, and to train."""
+    data = await run_in_threadpool(PAGE_FILE.read_bytes)
+    return Response(data, media_type="text/html", headers={"Cache-Control": "no-cache"})
+
+
+@dataclass
+class Route:
+    """An address. The handler is a FastAPI endpoint: parameters by their annotations, the docstring is the
+    documentation. A parameter `body`, annotated with a dataclass of options, is the checked JSON body.
+
+    answer: dataclass of what is given back, None where the handler returns a Response of its own.
+    """
+
+    method: str
+    path: str
+    handler: Callable
+    answer: type | None = None
+    tag: str = "text"
+    update_schema: Callable | None = (
+        None  # update_schema(service, properties) makes the body's schema say what there is now
+    )
+    open: bool = False  # whether it takes no key
+    responses: dict = dataclasses.field(default_factory=dict)  # FastAPI's, for other answers than JSON
+    extra: dict = dataclasses.field(default_factory=dict)  # OpenAPI's, of the operation
+
+
+ROUTES = [
+    Route("GET", "/", page, None, "server", responses={200: {"content": {"text/html": {}}}}),
+    Route("GET", "/health", health, Health, "server", open=True),
+    Route("GET", "/metrics", metrics, None, "server", responses={200: {"content": {"text/plain": {}}}}),
+    Route("POST", "/v1/completions", completions, Completion, update_schema=update_completion_schema,
+          responses={200: {"content": {"text/event-stream": {}}}}),
+    Route("POST", "/tokenize", tokenize, Tokens, update_schema=update_tokenize_schema),
+    Route("POST", "/detokenize", detokenize, Detokenized, update_schema=update_tokenize_schema),
+    Route("GET", "/tokenizer_info", tokenizer_info, TokenizerInfo),
+    Route("GET", "/v1/models", list_models, ModelList),
+    Route("GET", "/v1/models/{model}", retrieve_model, Model),
+    Route("DELETE", "/v1/models/{model}", delete_model, Deleted),
+    Route("POST", "/v1/files", create_file, StoredFile, "files", extra=UPLOAD_FORM),
+    Route("GET", "/v1/files", list_files, FileList, "files"),
+    Route("GET", "/v1/files/{file_id}", retrieve_file, StoredFile, "files"),
+    Route("GET", "/v1/files/{file_id}/content", retrieve_file_content, None, "files",
+          responses={200: {"content": {"application/octet-stream": {}}}}),
+    Route("DELETE", "/v1/files/{file_id}", delete_file, Deleted, "files"),
+    Route("POST", "/v1/datasets", create_dataset, DatasetAnswer, "datasets"),
+    Route("GET", "/v1/datasets", list_datasets, DatasetList, "datasets"),
+    Route("GET", "/v1/datasets/{dataset_id}", retrieve_dataset, DatasetAnswer, "datasets"),
+    Route("DELETE", "/v1/datasets/{dataset_id}", delete_dataset, Deleted, "datasets"),
+    Route("POST", "/v1/datasets/{dataset_id}/cancel", cancel_dataset, DatasetAnswer, "datasets"),
+    Route("POST", "/v1/fine_tuning/jobs", create_run, RunAnswer, "training", update_schema=update_run_schema,
+          extra=IDEMPOTENCY),
+    Route("GET", "/v1/fine_tuning/jobs", list_runs, RunList, "training"),
+    Route("GET", "/v1/fine_tuning/jobs/{job_id}", retrieve_run, RunAnswer, "training"),
+    Route("DELETE", "/v1/fine_tuning/jobs/{job_id}", delete_run, Deleted, "training"),
+    Route("POST", "/v1/fine_tuning/jobs/{job_id}/cancel", cancel_run, RunAnswer, "training"),
+    Route("POST", "/v1/fine_tuning/jobs/{job_id}/pause", pause_run, RunAnswer, "training"),
+    Route("POST", "/v1/fine_tuning/jobs/{job_id}/resume", resume_run, RunAnswer, "training"),
+    Route("GET", "/v1/fine_tuning/jobs/{job_id}/events", list_run_events, EventList, "training"),
+    Route("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints", list_run_checkpoints, CheckpointList, "training"),
+    Route("GET", "/v1/fine_tuning/jobs/{job_id}/metrics", list_run_metrics, MetricList, "training"),
+    Route("GET", "/v1/fine_tuning/jobs/{job_id}/curves.png", draw_run_curves, None, "training",
+          responses={200: {"content": {"image/png": {}}}}),
+]  # fmt: skip
+
+
+def create_app(settings: Settings) -> FastAPI:
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    app = FastAPIOffline(title="Strawberry", version="1", lifespan=lifespan, redoc_url=None)
+    app.state.service = service
+    open_paths = {route.path for route in ROUTES if route.open}
+    app.add_middleware(SecurityMiddleware, settings=settings, metrics=service.metrics, open_paths=open_paths)
+    for kind in (ApiError, UserError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer_error)
+    for route in ROUTES:
+        add_route(app, route)
+    plain = app.openapi
+    app.openapi = lambda: build_schema(plain(), service)
+    return app
+
+
+def build_schema(plain: dict, service: Service) -> dict:
+    """The schema of all routes, with what there is now."""
+    found = copy.deepcopy(plain)
+    if service.settings.api_key:
+        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for route in ROUTES:
+            found["paths"][route.path][route.method.lower()]["security"] = [] if route.open else [{"key": []}]
+    for route in ROUTES:
+        if route.update_schema is not None:
+            body = found["paths"][route.path][route.method.lower()]["requestBody"]
+            route.update_schema(service, body["content"]["application/json"]["schema"]["properties"])
+    return found
+
+
+def add_route(app: FastAPI, route: Route) -> None:
+    extra, handler = dict(route.extra), route.handler
+    if (body := signature(handler).parameters.get("body")) is not None:
+        content = {"application/json": {"schema": build_body_schema(body.annotation)}}
+        extra["requestBody"] = {"required": True, "content": content}
+        handler = with_body(handler, body.annotation)
+    responses = {"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}} | route.responses
+    app.add_api_route(route.path, handler, methods=[route.method], response_model=route.answer, tags=[route.tag],
+                      responses=responses, openapi_extra=extra, operation_id=handler.__name__)  # fmt: skip
+
+
+def with_body(handler: Callable, cls: type) -> Callable:
+    """The handler with a signature in which FastAPI finds how its body is read."""
+
+    async def read(request: Request):
+        return await read_body(request, cls)
+
+    async def endpoint(**values: Any) -> Any:
+        return await handler(**values)
+
+    own = signature(handler)
+    parameters = own.parameters | {"body": own.parameters["body"].replace(annotation=Annotated[cls, Depends(read)])}
+    endpoint.__signature__ = own.replace(parameters=list(parameters.values()))
+    endpoint.__name__, endpoint.__doc__ = handler.__name__, handler.__doc__
+    return endpoint

@@ -1,0 +1,423 @@
+"""A model in memory, and the thread that makes its texts: continuous batching, a token for each row at a step.
+
+One HTTP request is a `RequestGroup` of one or more `Sequence`s. Groups come from the event loop's thread. Each
+`Engine.step` drops cancelled groups, schedules waiting sequences into free rows, decodes a token for each row, and
+flushes what happened into the groups' queues.
+"""
+
+import asyncio
+import heapq
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import torch
+
+from options import UserError, show
+from strawberry.data.objectives import decode_with_sentinels
+from strawberry.inference import sampling
+from strawberry.inference.engine import Decoder
+from strawberry.inference.loading import choose_device_name, load_for_inference
+from strawberry.inference.text import (
+    TextStream,
+    choose_num_rows,
+)
+from strawberry.serving import scoring
+from strawberry.serving.errors import ApiError, replace_surrogates, to_api_error
+from strawberry.serving.metrics import Metrics
+from strawberry.serving.model_files import DamagedFile, ModelFile, hide_path
+from strawberry.serving.protocol import CompletionRequest
+from strawberry.serving.scoring import TokenScores
+from strawberry.serving.settings import Settings
+
+MAX_UNREAD = 100_000  # pieces that are kept for a client that does not take them
+log = logging.getLogger("uvicorn.error")
+CUDA_LOCK = threading.Lock()  # on CUDA: while a step is recorded, no other thread may ask for memory
+
+
+class Sequence(TextStream):
+    """One text of a request group, with all that the answer says of it."""
+
+    def __init__(self, encoder, request: sampling.Request, body: CompletionRequest, index: int, given: list[int]):
+        super().__init__(encoder, request, body.stops)
+        self.index, self.prompt_tokens = index, given  # its place in the group; the prompt as it was given
+        self.tokens: list[int] = []
+        self.echo = self.output = decode_text(encoder, given) if body.echo else ""
+        self.token_scores: TokenScores | None = None
+
+    def append_token(self, token: int, why: str | None) -> str:
+        self.tokens.append(token)
+        piece = replace_surrogates(self.push(token, why))
+        self.output += piece
+        return piece
+
+
+class RequestGroup:
+    """The sequences of one HTTP request. `events` gets what becomes of them: (sequence, piece), (sequence, None) at its
+    end, or an ApiError instead of everything else."""
+
+    def __init__(self, engine: "Engine", body: CompletionRequest, sequences: list[Sequence]):
+        self.engine, self.body, self.sequences = engine, body, sequences
+        self.waiting, self.active, self.unfinished = deque(sequences), 0, len(sequences)
+        self.arrival_time = time.perf_counter()
+        self.events: asyncio.Queue = asyncio.Queue()
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """The client has gone: its rows are to be freed."""
+        self.cancelled = True
+        self.engine.wake()
+
+
+class QueueTimeEstimator:
+    """How long a group that comes now would wait for its first row, from measured times.
+
+    It follows Engine.schedule: a group keeps a row until all its sequences are done, and gives up any others; a row
+    that it gives up goes to the oldest group that has none. A sequence takes a step for each of its tokens; how
+    many of those that were asked for it makes is measured too.
+    """
+
+    def __init__(self):
+        self.step_seconds, self.steps = 0.0, 0  # of a token for each row, the prompts read meanwhile included
+        self.share, self.texts = 1.0, 0  # of the tokens asked for, how many a text has in the end
+
+    def record_step(self, seconds: float) -> None:
+        weight = max(0.01, 1 / max(self.steps, 1))  # the first step warms up: the second one replaces it
+        self.step_seconds += weight * (seconds - self.step_seconds)
+        self.steps += 1
+
+    def record_sequence(self, sequence: Sequence) -> None:
+        if sequence.request.max_new_tokens:
+            self.texts += 1
+            self.share += max(0.05, 1 / self.texts) * (
+                sequence.num_tokens / sequence.request.max_new_tokens - self.share
+            )
+
+    def steps_waiting(self, group: RequestGroup) -> float:
+        """Of the texts that have no row yet; all of a group are of about one length."""
+        return self.share * len(group.waiting) * group.sequences[0].request.max_new_tokens
+
+    def estimate(self, running: list[tuple[RequestGroup, Sequence]], groups: list[RequestGroup], rows: int) -> float:
+        """Seconds until a group behind those begins."""
+        remaining: dict[int, list[float]] = {}  # of each group's running sequences, in steps
+        for group, sequence in running:
+            steps = self.share * (sequence.request.max_new_tokens - sequence.num_tokens)
+            remaining.setdefault(id(group), []).append(steps)
+        free_at, queue = [0.0] * (rows - len(running)), []  # in steps
+        for group in groups:
+            if id(group) in remaining:
+                *others, last = sorted(remaining[id(group)])
+                free_at += [*others, last + self.steps_waiting(group)]
+            else:
+                queue.append(self.steps_waiting(group))
+        free_at = free_at or [0.0]
+        heapq.heapify(free_at)
+        for steps in queue:
+            heapq.heapreplace(free_at, free_at[0] + steps)
+        return free_at[0] * self.step_seconds
+
+
+class ModelThread:
+    """A thread that loads a model, takes steps until nobody needs it, and tells the event loop what happened."""
+
+    def __init__(self, file: ModelFile, settings: Settings, after: list["ModelThread"]):
+        self.name, self.path, self.stamp, self.settings = file.name, file.path, file.stamp, settings
+        self.bytes = file.stamp[1]  # an estimate, until it is loaded
+        self.loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[None] = self.loop.create_future()
+        self.condition, self.stopping, self.retired, self.ended = threading.Condition(), False, False, False
+        on_cuda = choose_device_name(settings.device) == "cuda"
+        self.device_lock: Any = CUDA_LOCK if on_cuda else nullcontext()
+        self.thread = threading.Thread(target=self.run, args=(after,), name=f"engine of {file.name}", daemon=True)
+
+    def wake(self) -> None:
+        with self.condition:
+            self.condition.notify()
+
+    def stop(self) -> None:
+        """To end now; who still waits is told."""
+        self.stopping = True
+        self.wake()
+
+    def retire(self) -> None:
+        """To end when nobody needs it any more."""
+        self.retired = True
+        self.wake()
+
+    def run(self, after: list["ModelThread"]) -> None:
+        for engine in after:  # their memory first
+            engine.thread.join()
+        try:
+            with self.device_lock:
+                self.load()
+        except Exception as error:
+            log.warning("cannot load %s: %s", self.path, error)
+            self.ended = True
+            self.call_in_loop(self.fail_loading, explain_loading_failure(self, error))
+            return
+        self.call_in_loop(self.ready.set_result, None)
+        end = ApiError(503, "the server stops; come again", headers={"Retry-After": "10"})
+        try:
+            while self.step():
+                pass
+        except Exception as error:  # not even its rows could be made anew
+            end = explain_failure(self, error)
+        self.ended = True
+        self.fail_all(end)
+        self.decoder = self.model = None
+
+    def call_in_loop(self, function: Callable, *args: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens
+            self.loop.call_soon_threadsafe(function, *args)
+
+    def fail_loading(self, error: ApiError) -> None:
+        self.bytes = 0
+        self.ready.set_exception(error)
+        self.ready.exception()  # seen, also where nobody waits
+
+
+class Engine(ModelThread):
+    """Continuous batching: sequences of many request groups share the rows of one decoder."""
+
+    PREFILL_SECONDS = 0.2  # seconds that prompts are read for while texts under way wait
+
+    def __init__(self, file: ModelFile, settings: Settings, metrics: Metrics, after: list[ModelThread]):
+        super().__init__(file, settings, after)
+        self.metrics = metrics
+        self.users = 0  # requests that are about to submit; counted in the event loop's thread
+        self.groups: list[RequestGroup] = []  # guarded by condition
+        self.running: dict[int, tuple[RequestGroup, Sequence]] = {}  # handle → what is made in that row
+        self.scoring: deque[tuple[RequestGroup, Sequence]] = deque()
+        self.outbox: list[tuple[RequestGroup, Any]] = []
+        self.queue_time = QueueTimeEstimator()
+        self.thread.start()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.users or self.groups)
+
+    @property
+    def queued(self) -> int:
+        """Groups of which no sequence has begun."""
+        return sum(group.active == 0 and group.unfinished == len(group.sequences) for group in list(self.groups))
+
+    def check_queue(self) -> None:
+        """Raises ApiError where as many groups wait as may."""
+        running = list(self.running.values())
+        free = self.rows - len(running)
+        if (queued := self.queued) >= self.settings.queue + free:
+            wait = max(1, math.ceil(self.queue_time.estimate(running, list(self.groups), self.rows)))
+            raise ApiError(429, f"{queued} completions wait already (--queue {self.settings.queue}); come again in "
+                           f"{wait} s", code="queue_full", headers={"Retry-After": str(wait)})  # fmt: skip
+
+    def submit(self, group: RequestGroup) -> None:
+        self.check_queue()
+        with self.condition:
+            if self.ended:
+                raise ApiError(503, "the model is being put away; come again", "model", headers={"Retry-After": "1"})
+            self.groups.append(group)
+            self.condition.notify()
+
+    def load(self) -> None:
+        self.model, self.encoder, self.record = load_for_inference(self.path, self.settings)
+        self.rows = choose_num_rows(self.model, self.settings, 2**30)
+        self.longest_token = max(len(self.encoder.token_bytes(token)) for token in range(self.encoder.vocab_size))
+        self.make_decoder()
+        held = [*self.model.parameters(), *self.model.buffers(), *find_tensors(self.decoder.logits)]
+        self.bytes = sum({t.data_ptr(): t.nbytes for t in held}.values())
+
+    def make_decoder(self) -> None:
+        """Rows of one shape, whoever is in them, so that a text is exactly what it would be alone."""
+        self.decoder = None  # its memory first
+        self.decoder = Decoder(self.model, self.rows, self.settings.context, batch_invariant=True,
+                               compile=self.settings.compile == "true")  # fmt: skip
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and what follows it, at most."""
+        return min(self.settings.context, self.model.max_positions or self.settings.context)
+
+    def step(self) -> bool:
+        """Drop what is cancelled, schedule what waits, decode a token for each row; whether there is more to do."""
+        with self.condition:
+            self.condition.wait_for(lambda: self.groups or self.stopping or (self.retired and not self.users))
+            if self.stopping or not self.groups:
+                return False
+        began, decoded = time.perf_counter(), False
+        with self.device_lock:
+            try:
+                self.drop_cancelled()
+                self.schedule()
+                decoded = bool(self.running)
+                self.decode_step()
+                self.score()
+            except Exception as error:
+                self.fail_all(explain_failure(self, error))
+                self.make_decoder()
+        if decoded:
+            self.queue_time.record_step(time.perf_counter() - began)
+        self.flush()
+        return True
+
+    def drop_cancelled(self) -> None:
+        for handle, (group, _) in list(self.running.items()):
+            if group.cancelled:
+                del self.running[handle]
+                self.decoder.release(handle)
+        self.scoring = deque(item for item in self.scoring if not item[0].cancelled)
+        for group in [group for group in self.groups if group.cancelled]:
+            self.remove_group(group)
+
+    def schedule(self) -> None:
+        """Sequences take free rows: of the group with the fewest first, and among equals of the oldest."""
+        until = time.monotonic() + self.PREFILL_SECONDS
+        while self.decoder.free and (groups := [o for o in list(self.groups) if o.waiting and not o.cancelled]):
+            group = min(groups, key=lambda group: group.active)
+            sequence = group.waiting.popleft()
+            group.active += 1
+            if sequence.request.max_new_tokens:
+                self.admit(group, sequence)
+            else:
+                sequence.finish_reason = "length"
+                self.finish(group, sequence)
+            if time.monotonic() > until:
+                return
+
+    def admit(self, group: RequestGroup, sequence: Sequence) -> None:
+        try:
+            self.running[self.decoder.admit(sequence.request)] = group, sequence
+        except UserError as error:
+            self.fail(group, ApiError(400, str(error), "prompt"))
+        except Exception as error:
+            self.fail(group, explain_failure(self, error))
+
+    def decode_step(self) -> None:
+        if not self.running:
+            return
+        began = time.perf_counter()
+        new_tokens = self.decoder.step()
+        for handle, token, why in new_tokens:
+            group, sequence = self.running[handle]
+            if not sequence.num_tokens:
+                self.metrics.first.observe(time.perf_counter() - group.arrival_time)
+            piece = sequence.append_token(token, why)
+            if piece and group.body.stream:
+                self.outbox.append((group, (sequence, piece)))
+            if sequence.finish_reason:
+                del self.running[handle]
+                if why is None:  # a stop string, of which the decoder does not know
+                    self.decoder.release(handle)
+                self.finish(group, sequence)
+        self.metrics.tokens.labels("completion").inc(len(new_tokens))
+        self.metrics.step.observe(time.perf_counter() - began)
+
+    def finish(self, group: RequestGroup, sequence: Sequence) -> None:
+        self.queue_time.record_sequence(sequence)
+        if group.body.logprobs is None:
+            self.complete(group, sequence)
+        else:
+            self.scoring.append((group, sequence))
+
+    def score(self) -> None:
+        """The logprobs of one text that has ended."""
+        if self.scoring:
+            group, sequence = self.scoring.popleft()
+            tokens = sequence.request.prompt + sequence.tokens
+            try:
+                sequence.token_scores = scoring.score_tokens(
+                    self.model, tokens, sequence.request.source, group.body.logprobs
+                )
+                self.complete(group, sequence)
+            except Exception as error:
+                self.fail(group, explain_failure(self, error))
+
+    def complete(self, group: RequestGroup, sequence: Sequence) -> None:
+        group.active, group.unfinished = group.active - 1, group.unfinished - 1
+        self.outbox.append((group, (sequence, None)))
+        if not group.unfinished:
+            self.remove_group(group)
+
+    def remove_group(self, group: RequestGroup) -> None:
+        with self.condition:
+            if group in self.groups:
+                self.groups.remove(group)
+
+    def fail(self, group: RequestGroup, error: ApiError) -> None:
+        group.cancelled = True
+        self.outbox.append((group, error))
+
+    def fail_all(self, error: ApiError) -> None:
+        with self.condition:
+            groups, self.groups = self.groups, []
+        self.running.clear()
+        self.scoring.clear()
+        for group in groups:
+            self.fail(group, error)
+        self.flush()
+
+    def flush(self) -> None:
+        outbox, self.outbox = self.outbox, []
+        if outbox:
+            self.call_in_loop(dispatch, outbox)
+
+
+def explain_failure(engine: "ModelThread", error: Exception) -> ApiError:
+    """What whoever waits is told of what went wrong in here."""
+    log.error("the engine of %s failed", engine.path, exc_info=error)
+    if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
+        told = "there is not enough memory; a smaller --context or --batch of the server takes less"
+        return ApiError(503, told, headers={"Retry-After": "5"})
+    return ApiError(500, str(error)) if isinstance(error, UserError) else to_api_error(error)
+
+
+def explain_loading_failure(engine: "ModelThread", error: Exception) -> ApiError:
+    """What whoever waits for a model that cannot be loaded is answered."""
+    if not engine.path.exists():
+        return ApiError(404, f"model = {show(engine.name)}: was deleted", "model", "model_not_found")
+    if isinstance(error, UserError) and str(engine.path) in str(error):
+        return DamagedFile(engine.name, engine.stamp, hide_path(str(error), engine.path, engine.name)).error()
+    failure = ApiError(500, str(error)) if isinstance(error, UserError) else explain_failure(engine, error)
+    failure.message, failure.param = f"model = {show(engine.name)}: {failure.message}", "model"
+    return failure
+
+
+def dispatch(outbox: list[tuple[RequestGroup, Any]]) -> None:
+    for group, event in outbox:
+        if group.events.qsize() < MAX_UNREAD:
+            group.events.put_nowait(event)
+        elif not group.cancelled:
+            group.events.put_nowait(ApiError(408, f"the client has left {MAX_UNREAD:,} pieces unread"))
+            group.cancel()
+
+
+def find_tensors(thing: Any) -> Iterator[torch.Tensor]:
+    """The tensors of an object's attributes, lists and dicts, however deep, but not of modules."""
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, (list, tuple)):
+        for item in thing:
+            yield from find_tensors(item)
+    elif isinstance(thing, dict):
+        yield from find_tensors(list(thing.values()))
+    elif hasattr(thing, "__dict__") and not isinstance(thing, torch.nn.Module):
+        yield from find_tensors(list(vars(thing).values()))
+
+
+def decode_text(encoder, tokens: list[int]) -> str:
+    """Their text; ids that only the model has, as it may be wider than its encoder, spell nothing."""
+    return replace_surrogates(encoder.decode([token for token in tokens if token < encoder.vocab_size]))
+
+
+def decode_token(encoder, token: int) -> str:
+    """A token by itself; one that is no whole character is spelt as OpenAI does, bytes:\\xe2\\x82."""
+    is_text = token < encoder.vocab_size
+    data = encoder.token_bytes(token) if is_text else decode_with_sentinels(encoder, [token]).encode()
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -1,0 +1,104 @@
+"""From a job to the command that its child runs: assemble.py for a dataset, train.py for a run.
+
+A new kind of job is a function and a line in JOB_KINDS: the function says which command to run, and which file is there
+once all is done. It queues, survives, and is stopped and resumed as the others are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import checkpoint
+import encoder as encoders
+import options
+from model import CONFIGS
+from options import atomic_write
+from strawberry.data import assemble
+from strawberry.data.objectives import count_extra_ids
+from strawberry.serving.id_directory import RequestError
+from strawberry.serving.job import Job
+from strawberry.serving.job_requests import is_public_encoder
+from strawberry.serving.job_store import JobStore
+from strawberry.serving.settings import REPOSITORY
+
+
+class JobCommand(NamedTuple):
+    """What a job runs: arguments of Python, and the file that is there once all was done."""
+
+    argv: list[str]
+    result: Path
+
+
+def dataset_command(jobs: JobStore, job: Job) -> JobCommand | None:
+    """strawberry.data.assemble with the job's recipe, whose files and encoder are put in as paths."""
+    recipe = dict(job.request["recipe"])
+    recipe["files"] = [str(jobs.uploads.path(name, "files")) for name in recipe["files"]]
+    given = recipe["encoder"]
+    if given is not None and not is_public_encoder(given):
+        recipe["encoder"] = str(job.folder / "given.bin")
+        jobs.load_encoder(given).save(recipe["encoder"])
+    atomic_write(job.folder / "recipe.json", json.dumps(recipe).encode())
+    (job.folder / assemble.PROGRESS).unlink(missing_ok=True)
+    return JobCommand(["-m", "strawberry.data.assemble", "recipe.json", "."], job.folder / assemble.RESULT)
+
+
+def training_command(jobs: JobStore, job: Job) -> JobCommand | None:
+    """train.py with the job's configuration; None as long as its dataset isn't there."""
+    made_of = jobs.get("ds", job.request["dataset"], "training_file")
+    if made_of.status in ("failed", "cancelled"):
+        told = (made_of.about.get("error") or {}).get("message", made_of.status)
+        raise RequestError(
+            400, f"the dataset {made_of.id} could not be assembled: {told}", "training_file", "invalid_file"
+        )
+    if made_of.status != "succeeded":
+        return None
+    run = build_run(jobs, job, made_of.folder)
+    atomic_write(job.folder / "run.json", json.dumps(options.to_dict(run)).encode())
+    root = job.folder / "checkpoints"
+    root.mkdir(exist_ok=True)
+    saved = any(not path.name.startswith(checkpoint.UNFINISHED) for path in root.glob("*step_*"))
+    resume = ["--init_from=resume"] if saved else []
+    return JobCommand(
+        [str(REPOSITORY / "train.py"), "--config", str(job.folder / "run.json"), *resume], Path(run.model_path)
+    )
+
+
+def build_run(jobs: JobStore, job: Job, made_of: Path) -> options.Run:
+    """The run of a job, with the paths, the division and the vocabulary of its dataset."""
+    raw = json.loads(json.dumps(job.request["raw"]))
+    result = json.loads((made_of / assemble.RESULT).read_bytes())
+    raw.setdefault("dataset", {}).update(
+        path=str(made_of / assemble.TOKENS), data_division=result["data_division"], load_from_file=True
+    )
+    raw.setdefault("checkpoints", {}).update(path=str(job.folder / "checkpoints"), create_checkpoints=True)
+    raw |= {
+        "encoder_path": str(made_of / assemble.ENCODER),
+        "img_path": None,
+        "model_path": str(jobs.models / job.about["model"]),
+    }
+    base = job.request["base"]
+    raw["init_from"] = f"{jobs.find_model_file(base)},pretrained" if base else "scratch"
+    run = options.make_run(raw, CONFIGS)
+    hyper = run.model_hyperparams
+    if not base and not job.request["vocab_size"]:
+        encoder = encoders.load(made_of / assemble.ENCODER)
+        spare = count_extra_ids(run.objective, getattr(hyper, "kind", "decoder"), hyper.block_size, encoder)
+        hyper.vocab_size = encoder.vocab_size + spare
+    return run
+
+
+class JobKind(NamedTuple):
+    """A kind of job: where its directories are, what it is called, and what it runs; None where it must wait."""
+
+    folder: str
+    what: str
+    command: Callable[[JobStore, Job], JobCommand | None]
+
+
+JOB_KINDS = {  # by what its ids begin with
+    "ds": JobKind("datasets", "dataset", dataset_command),
+    "ftjob": JobKind("runs", "fine-tuning job", training_command),
+}

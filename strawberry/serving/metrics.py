@@ -1,0 +1,44 @@
+"""The metrics that /metrics gives, in Prometheus' text format."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.types import Scope
+
+BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class Metrics:
+    """What /metrics tells, in Prometheus' text format."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        own = {"namespace": "strawberry", "registry": self.registry}
+        self.requests = Counter("requests", "requests answered", ["method", "route", "status"], **own)
+        timed = own | {"buckets": BUCKETS}
+        self.seconds = Histogram("request_seconds", "time until an answer is complete", ["route"], **timed)
+        self.first = Histogram("first_token_seconds", "time until a text's first token", **timed)
+        self.step = Histogram("step_seconds", "time for a token of each row", **timed)
+        self.tokens = Counter("tokens", "tokens read and made", ["kind"], **own)
+        for kind in ("prompt", "completion"):
+            self.tokens.labels(kind)
+
+    def gauge(self, name: str, doc: str, value: Callable[[], float]) -> None:
+        """A number that is asked for whenever the metrics are."""
+        Gauge(name, doc, namespace="strawberry", registry=self.registry).set_function(value)
+
+    @contextmanager
+    def request(self, scope: Scope) -> Iterator[list[int]]:
+        """Counts a request and its time. What it was answered with is put into the list."""
+        began, told = time.perf_counter(), []
+        try:
+            yield told
+        except Exception:
+            told.append(500)  # will be the answer, if it has not begun
+            raise
+        finally:
+            route = getattr(scope.get("route"), "path", "none")  # the pattern, of which there are few
+            self.requests.labels(scope["method"] if route != "none" else "any", route, told[0] if told else 499).inc()
+            self.seconds.labels(route).observe(time.perf_counter() - began)

@@ -1,0 +1,60 @@
+"""Model files as the server knows them: name, path, version, hyperparameters; or why one is damaged."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoint import read_about
+from options import UserError, show
+from strawberry.serving.errors import ApiError
+
+
+@dataclass
+class ModelFile:
+    name: str  # as clients call it; for a checkpoint that is not the name of its file
+    path: Path
+    stamp: tuple  # another one when the file is
+    hyperparams: dict
+
+    @property
+    def created(self) -> int:
+        return self.stamp[0] // 10**9
+
+    @property
+    def generates(self) -> bool:
+        return self.hyperparams.get("kind") != "encoder"
+
+
+@dataclass
+class DamagedFile:
+    """A file that has a model's suffix and cannot be read as a model."""
+
+    name: str
+    stamp: tuple
+    reason: str
+
+    def error(self) -> ApiError:
+        return ApiError(500, f"model = {show(self.name)}: its file is damaged, or is no model file: {self.reason}; "
+                        "restore it, or train it again", "model", "model_damaged",
+                        {"x-should-retry": "false"})  # fmt: skip
+
+
+def read_model_file(name: str, path: Path, stamp: tuple) -> ModelFile | DamagedFile:
+    """What the file's header says of the model; its weights are left unread."""
+    try:
+        hyperparams = read_about(path)[0]
+        for key, kind in (("arch", str), ("vocab_size", int), ("block_size", int)):
+            if not isinstance(hyperparams.get(key), kind):
+                raise UserError(f"{path}: its hyperparameters have no {key}")
+    except UserError as error:
+        return DamagedFile(name, stamp, hide_path(str(error), path, name))
+    return ModelFile(name, path, stamp, hyperparams)
+
+
+def hide_path(text: str, path: Path, name: str) -> str:
+    """The text with the model's name in place of its file's path, which is no business of clients."""
+    return text.replace(str(path.resolve()), name).replace(str(path), name)
+
+
+def file_stamp(about: os.stat_result) -> tuple:
+    return (about.st_mtime_ns, about.st_size, about.st_ino)

@@ -1,0 +1,241 @@
+"""Bodies and answers of the routes of text, in the words of OpenAI and vLLM."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi import Query
+
+from options import option
+
+MAX_PROMPTS, MAX_SAMPLES, MAX_STOPS, MAX_LOGPROBS = 64, 32, 16, 5
+TOKENS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+
+
+# What OpenAI's and vLLM's clients may send to completions and nothing here implements, with the values besides null
+# that ask for nothing: many clients send these defaults with every request. Other values are refused by name.
+UNSUPPORTED_FIELDS: dict[str, tuple] = {
+    # https://platform.openai.com/docs/api-reference/completions/create
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "suffix": ("",),
+    # vLLM's CompletionRequest: sampling
+    "use_beam_search": (False,), "early_stopping": (False,), "length_penalty": (1,), "repetition_penalty": (1,),
+    "min_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],), "bad_words": ([],), "allowed_token_ids": (),
+    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "truncate_prompt_tokens": (),
+    "spaces_between_special_tokens": (True, False), "truncation_side": (), "logits_processors": ([],),
+    "repetition_detection": (), "thinking_token_budget": (),
+    # vLLM's: what is read and answered
+    "add_special_tokens": (True, False), "prompt_embeds": (), "prompt_logprobs": (), "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,), "return_token_offsets": (False,),
+    "request_id": (), "priority": (0,), "cache_salt": (), "vllm_xargs": ({},),
+    "kv_transfer_params": ({},), "ec_transfer_params": ({},),
+    # vLLM's: structured output
+    "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
+    "guided_choice": (), "guided_grammar": (), "guided_decoding_backend": (), "guided_whitespace_pattern": (),
+}  # fmt: skip
+
+
+@dataclass
+class StreamOptions:
+    include_usage: bool | None = option(None, "whether a last piece tells how many tokens it were")
+    include_obfuscation: bool | None = option(None, "of no effect: no piece is padded")
+    continuous_usage_stats: bool | None = option(False, "whether, with include_usage, every piece tells it too")
+
+
+@dataclass
+class CompletionRequest:
+    model: str = option(None, "name of a model of /v1/models")
+    prompt: Any = option(None, f"text to continue, or its tokens, or a list of at most {MAX_PROMPTS} of either")
+    source: str | None = option(None, "what an encoder-decoder reads; a prompt then begins its answer")
+    max_tokens: int | None = option(16, "tokens to make at most; a text ends sooner where the context does", low=0)
+    temperature: float | None = option(1.0, "0 takes the likeliest token each time", low=0, high=100)
+    top_p: float | None = option(1.0, "draw from the likeliest tokens that make up this probability", above=0, high=1)
+    top_k: int | None = option(0, "draw from the k likeliest tokens; 0 or -1: from all", low=-1, high=2**20)
+    min_p: float | None = option(0.0, "draw from tokens at least so often as likely as the likeliest", low=0, high=1)
+    n: int | None = option(1, "texts for each prompt; text i is drawn with seed + i", low=1, high=MAX_SAMPLES)
+    seed: int | None = option(None, "the same seed makes the same text; default, or -1: drawn", low=-1,
+                              high=2**53 - 1)  # fmt: skip
+    stop: Any = option(None, f"text that ends a text and is not part of it, or a list of at most {MAX_STOPS}")
+    echo: bool | None = option(False, "whether the prompt is given back before what continues it")
+    logprobs: int | None = option(None, "tell each token's log probability, and so many likeliest tokens'", low=0,
+                                  high=MAX_LOGPROBS)  # fmt: skip
+    stream: bool | None = option(False, "send the text as it is made, as server-sent events")
+    stream_options: StreamOptions | None = option(None, "of a stream")
+    timeout: float | None = option(None, "seconds until it is given up; the server's --timeout holds too", low=5)
+    user: str | None = option("", "who asks; of no effect")
+    best_of: int | None = option(None, "n, or 1, which is n: all texts are sent, and none is chosen among", low=1)
+
+    required: ClassVar = ("model", "prompt")
+    neutral: ClassVar = UNSUPPORTED_FIELDS
+    schemas: ClassVar = {
+        "prompt": lambda: build_prompt_schema(TOKENS_SCHEMA),
+        "stop": {"anyOf": [{"type": "null"}, {"type": "string", "minLength": 1},
+                           {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1}}]},
+        "best_of": {"enum": [None, 1]},
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self.top_k = 0 if self.top_k == -1 else self.top_k
+        self.seed = None if self.seed == -1 else self.seed
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not (isinstance(self.prompt, str) or is_token_list(self.prompt) or self.is_list()):
+            yield "prompt", f"must be text, or a list of tokens, or a list of at most {MAX_PROMPTS} of either"
+        stops = self.stops
+        if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+            yield "stop", f"must be text, not empty, or a list of at most {MAX_STOPS} of it"
+        if self.best_of not in (None, 1, self.n):
+            yield "best_of", "is not supported; ask for n texts and choose, or leave it out"
+
+    def is_list(self) -> bool:
+        """Whether the prompt is a list of texts or a list of lists of tokens."""
+        if not isinstance(self.prompt, list) or not 1 <= len(self.prompt) <= MAX_PROMPTS:
+            return False
+        return all(isinstance(p, str) for p in self.prompt) or all(map(is_token_list, self.prompt))
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop if self.stop is not None else []
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        prompts = self.prompt if self.is_list() else [self.prompt]
+        return [prompt if isinstance(prompt, str) else [int(token) for token in prompt] for prompt in prompts]
+
+    @property
+    def length(self) -> int:
+        """What sample.py calls max_tokens."""
+        return self.max_tokens
+
+
+def is_token_list(prompt: Any) -> bool:
+    """Whether it is a list of tokens; JSON has one kind of number, so that 5.0 is one too."""
+    numbers = isinstance(prompt, list) and len(prompt) > 0 and all(type(t) in (int, float) for t in prompt)
+    return numbers and all(0 <= t < 2**31 and t == int(t) for t in prompt)
+
+
+@dataclass
+class Logprobs:
+    """Of each token. The first of an echoed prompt has None. In a stream they come with the text's last piece."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+@dataclass
+class Choice:
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+@dataclass
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+@dataclass
+class Completion:
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None
+
+
+def build_prompt_schema(tokens: dict) -> dict:
+    texts = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
+    either = [{**texts, "items": {"type": "string"}}, {**texts, "items": tokens}]
+    return {"anyOf": [{"type": "string"}, tokens, *either]}
+
+
+@dataclass
+class Model:
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    arch: str
+    vocab_size: int
+    block_size: int
+    bytes: int  # on disk
+    size: int  # the older name of `bytes`
+    loaded: bool
+
+
+@dataclass
+class ModelList:
+    object: Literal["list"]
+    data: list[Model]
+
+
+@dataclass
+class TokenizeRequest:
+    prompt: Any = option(None, "text; that of a special token, and nothing else, is that token")
+    model: str | None = option(None, "whose encoder; default: the newest model's")
+    add_special_tokens: bool | None = option(False, "of no effect: there are none to add")
+
+    required: ClassVar = ("prompt",)
+    neutral: ClassVar = {"return_token_strs": (False,)}
+    schemas: ClassVar = {"prompt": {"type": "string"}}
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not isinstance(self.prompt, str):
+            yield "prompt", "must be text"
+
+
+@dataclass
+class DetokenizeRequest:
+    tokens: Any = option(None, "tokens of a text")
+    model: str | None = option(None, "whose encoder; default: the newest model's")
+
+    required: ClassVar = ("tokens",)
+    schemas: ClassVar = {"tokens": TOKENS_SCHEMA | {"minItems": 0}}
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.tokens != [] and not is_token_list(self.tokens):
+            yield "tokens", "must be a list of tokens"
+
+
+@dataclass
+class Tokens:
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+@dataclass
+class Detokenized:
+    prompt: str
+
+
+@dataclass
+class TokenizerInfo:
+    model: str
+    vocab_size: int
+    eos_token: str
+    bos_token: str
+    pad_token: str
+
+
+@dataclass
+class Health:
+    status: str
+
+
+Limit = Annotated[int, Query(ge=1, le=100, description="how many at most")]
+
+
+After = Annotated[str | None, Query(description="the id behind which the list goes on")]
+
+
+@dataclass
+class Deleted:
+    id: str
+    object: str
+    deleted: bool = True

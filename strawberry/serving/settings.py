@@ -1,0 +1,70 @@
+"""The settings of a server: its command line, and the keys of the environment."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from options import (
+    option,
+)
+from strawberry.command_line import parse_settings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+KEY_VARIABLE = "STRAWBERRY_API_KEY"
+MIB = 1 << 20
+
+
+@dataclass
+class Settings:
+    models: str = option("bin", "directory of the model files")
+    data: str = option("data", "directory of uploads, datasets and runs")
+    host: str = option("127.0.0.1", "address to listen at; beyond this machine only with a key")
+    port: int = option(8000, "port to listen at; 0: a free one, which is printed", low=0, high=65535)
+    api_key: list[str] = option(
+        [],
+        f"key that each request must bring; may be given several times, or in {KEY_VARIABLE}, apart by spaces, "
+        "where no list of processes shows it",
+    )
+    allow_host: list[str] = option([], "further name that this server is reached by; may be given several times")
+    rate: int = option(6000, "requests a minute for each key, or for each address without one; 0: no limit", low=0)
+    batch: int | None = option(None, "texts made at once; default: 64 on cuda, 8 elsewhere", low=1, high=2**12)
+    queue: int = option(256, "completions that wait for a row at most; more are told to come again", low=0)
+    context: int = option(4096, "tokens of a prompt and what follows it, at most", low=1, high=2**20)
+    timeout: float = option(600, "seconds until a completion is given up", above=0)
+    memory: float = option(0, "GiB for models, their caches included; 0: half of what there is", low=0)
+    max_body: float = option(2, "MiB of a JSON body at most", above=0)
+    max_upload: float = option(1024, "MiB of an uploaded file at most", above=0)
+    max_jobs: int = option(1, "jobs that run at once; others wait", low=1)
+    grace: float = option(10, "seconds that requests under way have once the server is told to stop", low=0)
+    device: str = option("auto", "auto: cuda, else mps, else cpu", choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = option(
+        "auto", "of the weights; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
+    )
+    quantize: str | None = option(None, "int8: matrices in 8 bits", choices=["int8"])
+    compile: str = option("false", "torch.compile, cuda only; a model's first text waits for it",
+                          choices=["true", "false"])  # fmt: skip
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not is_loopback(self.host) and not self.api_key:
+            yield "host", (f"is reached from other machines, which takes a key: set {KEY_VARIABLE} or --api_key; or "
+                           "listen at 127.0.0.1")  # fmt: skip
+        for key in self.api_key:
+            if not key.isascii() or not key.isprintable() or " " in key:
+                yield "api_key", "must be of printable ASCII characters, without spaces"
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_command(argv: list[str]) -> Settings:
+    """The settings of a command line and of the environment. Raises UserError with all that is wrong with them."""
+    keys = os.environ.get(KEY_VARIABLE, "").split()
+    return parse_settings([*argv, *(f"--api_key={key}" for key in keys)], Settings)
