@@ -13,7 +13,6 @@ Mixers mix q, k, v over time, projections make them, blocks wire, models stack. 
                                               tokens these are; `cache` is what earlier calls left, None where whole
                                               sequences are given
     new_cache(batch, max_length, device, dtype) -> LayerCache | list | None
-    flops(T) -> operations of its matrix products per token, windows and causality not discounted
 
 `python model.py --config air.json` prints a model: steps, mixers, shapes, parameters, work per token, cache.
 """
@@ -81,9 +80,6 @@ class Softmax(nn.Module):
         width = self.n_kv_head * self.d
         return RingKVCache(batch, device, dtype, self.pattern.cache_size(max_length), k=width, v=width)
 
-    def flops(self, T: int) -> float:
-        return 4 * T * self.n_head * self.d
-
 
 def softmax_scale(c, qk_transform: Callable) -> float:
     """d^(−1/2), times the squared attention factor where rotary positions are scaled."""
@@ -106,9 +102,6 @@ class AFTSimple(nn.Module):
     def new_cache(self, batch: int, max_length: int, device, dtype) -> LayerCache:
         return ops.new_state_cache(batch, device, dtype, self.width)
 
-    def flops(self, T: int) -> float:
-        return 0
-
 
 class AFTFull(nn.Module):
     """Attention-free mixing with learned positions: exp(k_s + p_{t,s}), p = a bᵀ, a and b (block_size, 128). With a
@@ -127,9 +120,6 @@ class AFTFull(nn.Module):
     def new_cache(self, batch: int, max_length: int, device, dtype) -> list:
         return ops.new_positional_cache(batch, max_length, device, dtype, self.width, self.window)
 
-    def flops(self, T: int) -> float:
-        return 4 * T * self.width + 2 * T * self.a.size(1)
-
 
 class AFTConv(nn.Module):
     """Attention-free mixing with p by the distance t − s: `window` taps for each of n_head groups of channels, 0
@@ -147,9 +137,6 @@ class AFTConv(nn.Module):
 
     def new_cache(self, batch: int, max_length: int, device, dtype) -> list:
         return ops.new_positional_cache(batch, max_length, device, dtype, self.width, self.window)
-
-    def flops(self, T: int) -> float:
-        return 4 * T * self.width
 
 
 def aft_local(c, qk_transform: Callable) -> AFTFull:
@@ -207,9 +194,6 @@ class LAM(nn.Module):
         shape = (self.n_head, self.d, self.d + 1)
         return LayerCache(batch, device, total=((self.n_head, self.d + 1), 0.0, dtype), outer=(shape, 0.0, dtype))
 
-    def flops(self, T: int) -> float:
-        return 4 * T * self.n_head * self.d
-
 
 class Router(nn.Module):
     """Chooses `active` of n for each token: p = softmax(x W), the largest p + bias kept, each weighted n·p.
@@ -251,9 +235,6 @@ class Router(nn.Module):
         self.bias += 0.01 * scale * torch.sign(self.load.mean() - self.load)
         self.load.zero_()
 
-    def flops(self, T: int) -> float:
-        return 2 * self.weight.numel()
-
 
 class ExpertAttention(nn.Module):
     """Token-level mixture of local-context attention (The Expert Abundance): groups of heads, each with a window of its
@@ -278,9 +259,6 @@ class ExpertAttention(nn.Module):
         width = self.n_head // len(self.patterns) * self.d
         sizes = [pattern.cache_size(max_length) for pattern in self.patterns]
         return [RingKVCache(batch, device, dtype, size, k=width, v=width) for size in sizes]
-
-    def flops(self, T: int) -> float:
-        return 4 * T * self.n_head * self.d + (self.router.flops(T) if self.router else 0)
 
 
 def expert_windows(c) -> list[int]:
@@ -314,9 +292,6 @@ class Linear(nn.Module):
         """The x and W of its product, for a loss that computes it in parts."""
         return x, self.weight
 
-    def flops(self, T: int) -> float:
-        return 2 * self.weight.numel()
-
 
 class LowRank(nn.Module):
     """A linear map through `rank` numbers: in → rank → out."""
@@ -330,9 +305,6 @@ class LowRank(nn.Module):
 
     def head_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.up.head_inputs(self.down(x))
-
-    def flops(self, T: int) -> float:
-        return self.down.flops(T) + self.up.flops(T)
 
 
 class Embedding(nn.Module):
@@ -393,9 +365,6 @@ class FeedForward(nn.Module):
         w1, w2 = self.w1, self.w2
         return ops.mlp(x, w1.weight, w2.weight, self.activation, w1.bias, w2.bias, w1.precision)
 
-    def flops(self, T: int) -> float:
-        return self.w1.flops(T) + self.w2.flops(T)
-
 
 def default_ffn_width(activation: str, n_embd: int) -> int:
     """4C; for swiglu, which has a third matrix, 8C/3 rounded up to 64."""
@@ -414,9 +383,6 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         weight = self.router(x, ctx)
         return sum(weight[..., e : e + 1] * expert(x, ctx) for e, expert in enumerate(self.experts))
-
-    def flops(self, T: int) -> float:
-        return self.router.flops(T) + sum(expert.flops(T) for expert in self.experts)
 
 
 NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
@@ -450,9 +416,6 @@ class SelfAttention(nn.Module):
 
     def new_cache(self, batch: int, max_length: int, device, dtype):
         return self.mixer.new_cache(batch, max_length, device, dtype)
-
-    def flops(self, T: int) -> float:
-        return sum(w.flops(T) for w in (self.wq, self.wk, self.wv, self.wo) if w is not None) + self.mixer.flops(T)
 
 
 class LatentAttention(nn.Module):
@@ -504,10 +467,6 @@ class LatentAttention(nn.Module):
         size = self.pattern.cache_size(max_length)
         return RingKVCache(batch, device, dtype, size, latent=self.rank, k_rope=self.rope_dim)
 
-    def flops(self, T: int) -> float:
-        projections = sum(w.flops(T) for w in (self.wq, self.wkv_a, self.wkv_b, self.wo))
-        return projections + 2 * T * self.n_head * (2 * self.d + self.rope_dim)
-
 
 class CrossAttention(nn.Module):
     """Softmax attention from each token to the whole source; a source of padding alone contributes zero."""
@@ -530,9 +489,6 @@ class CrossAttention(nn.Module):
     def project_source(self, source: EncodedSource) -> tuple[Tensor, Tensor]:
         """The source's keys and values."""
         return self.wk(source.x), self.wv(source.x)
-
-    def flops(self, T: int) -> float:
-        return sum(w.flops(T) for w in (self.wq, self.wk, self.wv, self.wo)) + 4 * T * self.n_head * self.d
 
 
 def attention_pattern(c, layer: int) -> AttentionPattern:
@@ -765,8 +721,8 @@ def expert_problems(c) -> Iterator[tuple[str, str]]:
 class LanguageModel(nn.Module):
     """What all families share: the call, the loss, the cache, generation.
 
-    A family gives `embed_tokens(idx, ctx)`, `trunk(x, ctx, caches)`, `head_inputs(x)`, `new_caches(…)` and `flops(T)`,
-    and sets the attributes below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
+    A family gives `embed_tokens(idx, ctx)`, `trunk(x, ctx, caches)`, `head_inputs(x)` and `new_caches(…)`, and sets the
+    attributes below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
     """
 
     Config = ModelConfig
@@ -1019,14 +975,16 @@ class LanguageModel(nn.Module):
         roles = self.roles()
         return sum(p.numel() for name, p in self.named_parameters() if roles[name] not in left_out)
 
-    def flops_per_token(self, T: int, rows: int = 1) -> float:
-        """Floating-point operations of the matrix products in one training step over `rows` windows of T tokens, per
-        token: forward 1, backward 2. Attention is counted full, T² without a causal or window discount."""
-        return 3 * (self.flops(T) - (1 - 1 / rows) * self.shared_flops() / T)
+    def count_flops(self, T: int, rows: int = 1) -> dict[str, int]:
+        """Each module's floating-point operations of a forward pass over `rows` windows of T tokens, by its path; the
+        model's own by "". Attention counts by its pattern; see strawberry/ops/flops.py."""
+        idx = torch.empty(rows, T, dtype=torch.int64, device="meta")
+        return ops.count_flops(lambda: type(self)(self.config), idx, source=idx if self.takes_source else None)
 
-    def shared_flops(self) -> float:
-        """The part of T · flops(T) that all rows have in common."""
-        return 0.0
+    def flops_per_token(self, T: int, rows: int = 1) -> float:
+        """Floating-point operations of a training step over `rows` windows of T tokens, per token; backward costs
+        twice the forward pass."""
+        return 3 * self.count_flops(T, rows)[""] / (rows * T)
 
     def routers(self) -> dict[str, Router]:
         return {name: m for name, m in self.named_modules() if isinstance(m, Router)}
@@ -1094,13 +1052,6 @@ class NoRetention:
     def new_cache(self, batch: int, device, dtype, w: ops.BlockWeights) -> None:
         return None
 
-    def flops(self, w: ops.BlockWeights, T: int) -> float:
-        return 0
-
-    def shared_flops(self, w: ops.BlockWeights) -> float:
-        """The part of T · flops that all rows have in common."""
-        return 0
-
 
 class BatchRetention(NoRetention):
     """The rule read literally: oa from all tokens of all rows. It sees the future and the other rows."""
@@ -1115,13 +1066,6 @@ class BatchRetention(NoRetention):
     def update(self, w: ops.BlockWeights, ug: Tensor, block: StrawberryBlock, ctx: ForwardContext, cache: None):
         u, g = ug.chunk(2, dim=-1)
         return ops.batch_retention_update(w, u, g, self.scale, block.out, block.tao)
-
-    def flops(self, w: ops.BlockWeights, T: int) -> float:
-        C = w.out.size(-1)
-        return 2 * C * C + self.shared_flops(w) / T
-
-    def shared_flops(self, w: ops.BlockWeights) -> float:
-        return update_flops(w)
 
 
 class CausalRetention:
@@ -1147,20 +1091,6 @@ class CausalRetention:
 
     def new_cache(self, batch: int, device, dtype, w: ops.BlockWeights) -> ChunkCache:
         return ChunkCache(batch, device, dtype, w.out.size(-1), [tuple(m.shape) for m in w])
-
-    def flops(self, w: ops.BlockWeights, T: int) -> float:
-        C, later = w.out.size(-1), -(-T // self.chunk_size) - 1  # chunk 0 needs no products
-        summed = ops.num_summed_chunks(T, self.chunk_size)
-        return (summed * 2 * C * C * self.chunk_size + later * update_flops(w)) / T
-
-    def shared_flops(self, w: ops.BlockWeights) -> float:
-        return 0
-
-
-def update_flops(w: ops.BlockWeights) -> float:
-    """Two products with a (C, C) matrix for each row of the three matrices, as the rule's f sees them."""
-    C = w.out.size(-1)
-    return 2 * 2 * C * (w.qkv.numel() + w.swiglu.numel() + w.out.numel())
 
 
 RETENTION = {"causal": CausalRetention, "batch": BatchRetention}
@@ -1237,15 +1167,6 @@ class StrawberryBlock(nn.Module):
             for i, kind in enumerate(self.steps)
         ]
 
-    def flops(self, T: int) -> float:
-        w = self.weights()
-        steps = sum(2 * sum(m.numel() for m in w) + getattr(self, kind).flops(T) for kind in self.steps)
-        routed = len(self.steps) * self.ffn_router.flops(T) if self.ffn_router else 0
-        return steps + routed + (len(self.steps) - 1) * self.retention.flops(w, T)
-
-    def shared_flops(self) -> float:
-        return (len(self.steps) - 1) * self.retention.shared_flops(self.weights())
-
 
 class Strawberry(LanguageModel):
     """Strawberry (2026): attention-free mixing, local attention, and fast weights: the context rewrites the block's
@@ -1285,14 +1206,6 @@ class Strawberry(LanguageModel):
         for caches in cache.layers:
             for block, block_caches in zip(self.blocks, caches, strict=True):
                 block.begin_chunks(block_caches, rows)
-
-    def flops(self, T: int) -> float:
-        stack = sum(block.flops(T) for block in self.blocks)
-        depth = self.depth.flops(T) if self.depth else 0
-        return self.config.recursions * stack + depth + 2 * self.embed.weight.numel()
-
-    def shared_flops(self) -> float:
-        return self.config.recursions * sum(block.shared_flops() for block in self.blocks)
 
 
 # ---- strawberry-v0 -------------------------------------------------------------------------------------------------
@@ -1358,12 +1271,6 @@ class BatchCompaction(nn.Module):
     def new_cache(self, batch: int, device, dtype) -> None:
         return None
 
-    def flops(self, T: int) -> float:
-        return 2 * 4 * self.wo.numel() + self.shared_flops() / T
-
-    def shared_flops(self) -> float:
-        return 2 * self.wo.numel() * len(self.wo)
-
 
 class CausalCompaction(nn.Module):
     """Y of each chunk from the mean over the earlier chunks of its row."""
@@ -1389,9 +1296,6 @@ class CausalCompaction(nn.Module):
 
     def new_cache(self, batch: int, device, dtype) -> ChunkCache:
         return ChunkCache(batch, device, dtype, len(self.wo), [tuple(self.wt.shape)])
-
-    def flops(self, T: int) -> float:
-        return 2 * 4 * self.wo.numel() + 2 * self.wo.numel() * len(self.wo) * -(-T // self.chunk_size) / T
 
 
 COMPACTION = {"causal": CausalCompaction, "batch": BatchCompaction}
@@ -1427,10 +1331,6 @@ class StrawberryV0Block(nn.Module):
     def new_caches(self, batch: int, max_length: int, device, dtype) -> tuple:
         compaction = self.compaction.new_cache(batch, device, dtype) if self.compaction is not None else None
         return (*(m.new_cache(batch, max_length, device, dtype) for m in (self.aft, self.tea)), compaction)
-
-    def flops(self, T: int) -> float:
-        matrices = 2 * (self.w_qkv.numel() + self.w_swiglu.numel() + self.w_out.numel())
-        return matrices + sum(m.flops(T) for m in (self.aft, self.tea, self.compaction) if m is not None)
 
 
 class StrawberryV0(LanguageModel):
@@ -1468,13 +1368,6 @@ class StrawberryV0(LanguageModel):
         for block, repeats in zip(self.blocks, cache.layers, strict=True):
             for *_, chunk_cache in repeats:
                 chunk_cache.begin_chunk(rows, lambda before, block=block: block.compaction.build(before, tokens))
-
-    def flops(self, T: int) -> float:
-        return self.config.r_layer * sum(b.flops(T) for b in self.blocks) + 2 * self.embed.weight.numel()
-
-    def shared_flops(self) -> float:
-        shared = (b.compaction.shared_flops() for b in self.blocks if b.compaction is not None and not self.causal)
-        return self.config.r_layer * sum(shared)
 
 
 def repeated_caches(blocks: nn.ModuleList, repeats: int, *args) -> list:
@@ -1531,9 +1424,6 @@ class AttentionOnDetail(nn.Module):
         q, k, v = ops.split_qkv_apply_rope(self.w2(ops.relu2(self.w1(x))), self.widths, self.mixer.qk_transform, ctx)
         return ops.swiglu(self.out(self.mixer(q, k, v, x, ctx, cache)))
 
-    def flops(self, T: int) -> float:
-        return sum(m.flops(T) for m in (self.w1, self.w2, self.mixer, self.out))
-
 
 class PalmFeedForward(nn.Module):
     """SwiGLU through low-rank maps."""
@@ -1544,9 +1434,6 @@ class PalmFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(ops.swiglu(self.w1(x)))
-
-    def flops(self, T: int) -> float:
-        return self.w1.flops(T) + self.w2.flops(T)
 
 
 class PalmBlock(nn.Module):
@@ -1564,9 +1451,6 @@ class PalmBlock(nn.Module):
 
     def new_caches(self, *args):
         return self.attn.mixer.new_cache(*args)
-
-    def flops(self, T: int) -> float:
-        return self.attn.flops(T) + (self.ffn.flops(T) if self.ffn is not None else 0)
 
 
 class Palm(LanguageModel):
@@ -1598,10 +1482,6 @@ class Palm(LanguageModel):
 
     def new_caches(self, batch: int, max_length: int, device, dtype) -> list:
         return repeated_caches(self.blocks, self.config.r_layer, batch, max_length, device, dtype)
-
-    def flops(self, T: int) -> float:
-        ends = self.unembed.flops(T) + (self.embed_up.flops(T) if self.embed_up is not None else 0)
-        return self.config.r_layer * sum(block.flops(T) for block in self.blocks) + ends
 
 
 # ---- tinystar ------------------------------------------------------------------------------------------------------
@@ -1661,9 +1541,6 @@ class TinyStarBlock(nn.Module):
     def new_caches(self, batch: int, max_length: int, device, dtype) -> LayerCache:
         return self.attn.new_cache(batch, max_length, device, dtype)
 
-    def flops(self, T: int) -> float:
-        return self.attn.flops(T) + self.ffn.flops(T)
-
 
 class TinyStar(LanguageModel):
     """One block, three slots: GPT-2's descendants side by side."""
@@ -1695,9 +1572,6 @@ class TinyStar(LanguageModel):
 
     def new_caches(self, batch: int, max_length: int, device, dtype) -> list:
         return [block.new_caches(batch, max_length, device, dtype) for block in self.blocks]
-
-    def flops(self, T: int) -> float:
-        return sum(block.flops(T) for block in self.blocks) + 2 * self.embed.weight.numel()
 
 
 # ---- transformer ---------------------------------------------------------------------------------------------------
@@ -1790,9 +1664,6 @@ class TransformerBlock(nn.Module):
     def new_caches(self, *args) -> tuple:
         return self.attn.new_cache(*args), CrossKVCache() if self.cross is not None else None
 
-    def flops(self, T: int) -> float:
-        return sum(m.flops(T) for m in (self.attn, self.cross, self.ffn) if m is not None)
-
 
 class TransformerStack(nn.Module):
     """Positions, blocks, and with pre-norm a last norm. The encoder is one, the decoder another."""
@@ -1813,10 +1684,6 @@ class TransformerStack(nn.Module):
 
     def new_caches(self, *args) -> list:
         return [[block.new_caches(*args) for block in self.blocks] for _ in range(self.recursions)]
-
-    def flops(self, T: int) -> float:
-        depth = self.depth.flops(T) if self.depth else 0
-        return depth + self.recursions * sum(block.flops(T) for block in self.blocks)
 
 
 class Transformer(LanguageModel):
@@ -1895,10 +1762,6 @@ class Transformer(LanguageModel):
         padding.copy_(F.pad(encoded.padding, (0, padding.size(1) - S), value=True))
         for cross, cross_cache in self.cross_caches(cache):
             cross_cache.k[:, :S], cross_cache.v[:, :S] = cross.project_source(encoded)
-
-    def flops(self, T: int) -> float:
-        return sum(stack.flops(T) for stack in (self.encoder, self.decoder) if stack is not None) + (
-            2 * self.embed.weight.numel())
 
 
 # ---- registry, initialisation --------------------------------------------------------------------------------------

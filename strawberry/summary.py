@@ -12,36 +12,41 @@ from torch import nn
 def summarize(model: nn.Module) -> str:
     """The model as a tree: modules, shapes, parameters, forward FLOPs per token; then what its cache holds."""
     T = model.config.block_size
+    flops = {path: count / T for path, count in model.count_flops(T).items()}
+    step = 3 * flops[""]  # backward costs twice the forward pass
     total, inner = model.num_params(non_embedding=False), model.num_params()
     lines = [
         f"{model.config.arch}: {total:,} parameters, {inner:,} without embeddings; "
-        f"{model.flops_per_token(T) / 1e6:,.2f} MFLOP per token in a training step at T = {T}",
-        *summarize_children(model, T, ""),
+        f"{step / 1e6:,.2f} MFLOP per token in a training step at T = {T}",
+        *summarize_children(model, flops, "", ""),
     ]
     if model.causal:
         lines.append(describe_cache(model))
     return "\n".join(lines)
 
 
-def summarize_children(module: nn.Module, T: int, indent: str) -> Iterator[str]:
+def summarize_children(module: nn.Module, flops: dict[str, float], prefix: str, indent: str) -> Iterator[str]:
     """A line for each child, its parameters' shapes on it; children that are alike are shown once."""
     if hasattr(module, "steps"):
         yield f"{indent}  steps: {' → '.join(module.steps)}"
-    children = [(name, child) for name, child in module.named_children() if is_shown(child)]
-    groups = [[pair] for pair in children]
+    children = [
+        (name, child, describe(child, flops.get(prefix + name)))
+        for name, child in module.named_children() if is_shown(child)
+    ]  # fmt: skip
+    groups = [[row] for row in children]
     if isinstance(module, nn.ModuleList):
-        groups = [list(group) for _, group in itertools.groupby(children, key=lambda pair: describe(pair[1], T))]
+        groups = [list(group) for _, group in itertools.groupby(children, key=lambda row: row[2])]
     for group in groups:
-        (name, child), last = group[0], group[-1][0]
-        yield f"{indent}  {name if len(group) == 1 else f'{name} … {last}'}: {describe(child, T)}"
-        yield from summarize_children(child, T, indent + "    ")
+        (name, child, line), last = group[0], group[-1][0]
+        yield f"{indent}  {name if len(group) == 1 else f'{name} … {last}'}: {line}"
+        yield from summarize_children(child, flops, f"{prefix}{name}.", indent + "    ")
 
 
 def is_shown(module: nn.Module) -> bool:
     return not isinstance(module, (nn.Dropout, nn.Identity)) and type(module).__name__ != "Rope"
 
 
-def describe(module: nn.Module, T: int) -> str:
+def describe(module: nn.Module, flops: float | None) -> str:
     """One line: what it is, how large, how much work for a token."""
     if isinstance(module, nn.ModuleList):
         return f"{len(module)}, one after the other"
@@ -53,8 +58,8 @@ def describe(module: nn.Module, T: int) -> str:
     if windows:
         words.append(f"window {', '.join(windows)}")
     words += [f"{name} {tuple(p.shape)}" for name, p in module.named_parameters(recurse=False)]
-    if hasattr(module, "flops"):
-        words.append(f"{module.flops(T) / 1e3:,.1f} kFLOP")
+    if flops:
+        words.append(f"{flops / 1e3:,.1f} kFLOP")
     return ", ".join(words)
 
 

@@ -331,8 +331,8 @@ def test_the_table_is_the_mean_and_the_standard_deviation_over_seeds(workshop):
     T, C, V = 16, 16, 44
     # GQA of two heads: q 16·16, k and v one head of 8 channels each, out 16·16; SwiGLU of 64 channels; three norms
     hidden = C * C + 2 * C * 8 + C * C + 3 * C * 64 + 3 * C
-    # forward 2 per weight of a product, the head's included, and two T·T·C products; backward twice that
-    flops = 3 * (2 * (hidden - 3 * C + V * C) + 4 * T * C)
+    # forward 2 per weight of a product, the head's included, and two products per pair of tokens; backward twice that
+    flops = 3 * (2 * (hidden - 3 * C + V * C) + 4 * (T + 1) / 2 * C)
     cells = [cell.strip() for cell in compare_report.format_main_table([row]).splitlines()[2].strip("|").split("|")]
     assert cells == ["a", "AdamW", "0.001", f"{hidden:,}", f"{hidden + V * C:,}", f"{flops / 1e6:.1f}", "1,234", "2.50",
                      "1.3000 ± 0.3606"]  # fmt: skip

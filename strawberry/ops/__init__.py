@@ -11,6 +11,7 @@ from strawberry.ops.aft_positional import ConvBias, LowRankBias, aft_positional,
 from strawberry.ops.attention import attention, grouped_attention, prefill_attention, sdpa, sdpa_with_empty_rows
 from strawberry.ops.chunks import build_per_chunk, chunked_linear
 from strawberry.ops.cross_entropy import linear_cross_entropy, plain_cross_entropy
+from strawberry.ops.flops import count_flops
 from strawberry.ops.linear import embedding, linear, prepare_weights
 from strawberry.ops.mlp import mlp, swiglu_mlp
 from strawberry.ops.qkv import (
@@ -26,7 +27,6 @@ from strawberry.ops.retention import (
     BlockWeights,
     batch_retention_update,
     causal_retention_update,
-    num_summed_chunks,
     retention_update,
 )
 from strawberry.ops.rope import RopeScaling, apply_rope, rope_frequencies

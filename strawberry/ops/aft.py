@@ -11,6 +11,7 @@ from torch import Tensor
 from strawberry.cache import LayerCache
 from strawberry.context import ForwardContext
 from strawberry.ops.common import to_accum_dtype
+from strawberry.ops.flops import counted
 from strawberry.ops.triton import aft as aft_kernels
 from strawberry.ops.triton import common as kernels
 
@@ -91,6 +92,8 @@ class AFTSimpleScan(torch.autograd.Function):
 
 def aft_simple(q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, cache: LayerCache | None = None) -> Tensor:
     """σ(q_t) ⊙ Σ exp(k_s) v_s / Σ exp(k_s), all (B, T, D), in v's dtype."""
+    if v.is_meta:
+        return counted(v, 4 * v.numel())  # a numerator and a denominator, each scaled and added to
     if ctx.causal and cache is None:
         if kernels.can_run(q, k, v):
             return aft_kernels.fused_aft_simple(q, k, v)

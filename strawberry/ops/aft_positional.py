@@ -27,6 +27,8 @@ from strawberry.ops.aft import (
 )
 from strawberry.ops.chunks import to_chunks
 from strawberry.ops.common import no_autocast, to_accum_dtype
+from strawberry.ops.flops import counted
+from strawberry.ops.masks import AttentionPattern
 from strawberry.ops.triton import aft_positional as kernels_positional
 from strawberry.ops.triton import common as kernels
 
@@ -39,6 +41,7 @@ class PositionBias(Protocol):
 
     window: int | None
     groups: int  # of channels, each with a p of its own
+    flops_per_pair: int  # to compute p
 
     def __call__(self, t: Tensor, s: Tensor) -> Tensor:
         """Index tensors t (…, T, 1) and s (…, 1, S) to (G, …, T, S)."""
@@ -56,6 +59,10 @@ class LowRankBias(NamedTuple):
     b: Tensor
     window: int | None = None
     groups: int = 1
+
+    @property
+    def flops_per_pair(self) -> int:
+        return 2 * self.a.size(1)
 
     def __call__(self, t: Tensor, s: Tensor) -> Tensor:
         last = len(self.a) - 1  # what pads the last block lies beyond
@@ -75,6 +82,7 @@ class ConvBias(NamedTuple):
     """p by the distance t − s: taps (G, window), 0 beyond."""
 
     taps: Tensor
+    flops_per_pair: int = 0
 
     @property
     def groups(self) -> int:
@@ -100,6 +108,11 @@ def aft_positional(
     q: Tensor, k: Tensor, v: Tensor, bias: PositionBias, ctx: ForwardContext, cache: list | None = None
 ) -> Tensor:
     """The mixer, all (B, T, D), in v's dtype."""
+    if v.is_meta:
+        B, T, D = v.shape
+        pairs = AttentionPattern(bias.window).num_pairs(T, ctx.causal)
+        far = 0 if bias.window is None or bias.window >= T else T  # what lies beyond the window is a scan
+        return counted(v, 4 * B * D * (pairs + far) + bias.flops_per_pair * pairs)
     if ctx.causal and cache is None and kernels.can_run(q, k, v, *bias.parameters()):
         return bias.fused(q, k, v)
     with no_autocast(q):

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from strawberry.cache import RingKVCache
 from strawberry.context import ForwardContext, Mode
+from strawberry.ops.flops import counted
 from strawberry.ops.masks import (
     AttentionPattern,
     sliding_window_block_mask,
@@ -135,6 +136,9 @@ def prefill_attention(
     """`sdpa` over whole sequences by a pattern. A sliding window costs O(T · window): in FlexAttention's blocks, where
     the compiler makes a kernel of it, or in blocks of our own."""
     T = q.size(1)
+    if q.is_meta:
+        flops = 2 * q.size(0) * q.size(2) * pattern.num_pairs(T, ctx.causal) * (q.size(3) + v.size(3))
+        return counted(q.new_empty(*q.shape[:3], v.size(3)), flops)
     if not ctx.causal:
         return sdpa_with_empty_rows(q, k, v, ctx.attention_mask(pattern), scale=scale, dropout=dropout)
     if type(pattern) is AttentionPattern and not pattern.is_full(T):

@@ -1,5 +1,7 @@
 """Small functions that all operations share."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ def to_accum_dtype(x: Tensor) -> Tensor:
 
 def no_autocast(x: Tensor):
     """A context in which matrix products are not cast down by autocast."""
-    return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def softcap(x: Tensor, cap: float | None) -> Tensor:
@@ -28,5 +30,5 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
     """Under autocast, x in autocast's type: what flows from block to block then takes half the bytes, too."""
-    kind = x.device.type
+    kind = "cpu" if x.is_meta else x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -31,10 +31,26 @@ class AttentionPattern:
         """How many of the newest keys a cache must hold."""
         return max_length if self.size is None else min(self.size, max_length)
 
+    def num_pairs(self, T: int, causal: bool = True) -> float:
+        """How many of the T² pairs of tokens a head attends to, its heads' mean."""
+        w = T if self.size is None else min(self.size, T)
+        before = w * (w + 1) // 2 + (T - w) * w  # Σ min(t, w): the token itself and those before it
+        return before if causal else 2 * before - T
+
     def mask(self, q_pos: Tensor, k_pos: Tensor, causal: bool = True) -> Tensor:
         """(B, T) and (B, S) positions to (B, H or 1, T, S)."""
         q_pos, k_pos, allowed = pair_positions(q_pos, k_pos, causal)
         return allowed if self.size is None else allowed & ((q_pos - k_pos).abs() < self.size)
+
+
+def count_pairs(pattern: AttentionPattern, T: int, causal: bool) -> float:
+    """`num_pairs` by the mask, some queries at a time."""
+    with torch.device("cpu"):
+        k_pos, total = torch.arange(T)[None], 0.0
+        for q_pos in k_pos.split(1024, dim=1):
+            mask = pattern.mask(q_pos, k_pos, causal)
+            total += mask.sum().item() / mask.size(1)
+    return total
 
 
 class LongformerPattern(AttentionPattern):
@@ -47,6 +63,9 @@ class LongformerPattern(AttentionPattern):
 
     def cache_size(self, max_length: int) -> int:
         return max_length
+
+    def num_pairs(self, T: int, causal: bool = True) -> float:
+        return count_pairs(self, T, causal)
 
     def mask(self, q_pos: Tensor, k_pos: Tensor, causal: bool = True) -> Tensor:
         q_pos, k_pos, allowed = pair_positions(q_pos, k_pos, causal)
@@ -67,7 +86,7 @@ class BigBirdPattern(AttentionPattern):
 
     def draw(self, n: int) -> Tensor:
         """(H, n, n): whether a block of queries sees a block of keys by lot."""
-        table = torch.zeros(self.n_head, n, n, dtype=torch.bool)
+        table = torch.zeros(self.n_head, n, n, dtype=torch.bool, device="cpu")
         for head in range(self.n_head):
             for b in range(n):
                 lots = random.Random(f"{self.seed},{self.layer},{head},{b}")
@@ -76,6 +95,9 @@ class BigBirdPattern(AttentionPattern):
 
     def cache_size(self, max_length: int) -> int:
         return max_length
+
+    def num_pairs(self, T: int, causal: bool = True) -> float:
+        return count_pairs(self, T, causal)
 
     def mask(self, q_pos: Tensor, k_pos: Tensor, causal: bool = True) -> Tensor:
         blocks = -(-max(q_pos.size(1), k_pos.size(1)) // self.block)
