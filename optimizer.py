@@ -6,8 +6,8 @@
     build_optimizer  both of them behind one object, grouped by the roles that the model names
 
 Several processes have one of these each. AdamW works on what a process has of each parameter; Muon needs whole
-matrices, so that it hands `newton_schulz`, which takes any part of a stack, to `spread` of ranks.py. The state's format
-is the same for any number of them.
+matrices, so that it hands `newton_schulz`, which takes any part of a stack, to `distribute` of
+strawberry/training/distributed.py. The state's format is the same for any number of them.
 """
 
 import math
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from options import UserError
-from ranks import Alone
 from strawberry.sharding import shard_like, shard_of, to_dtensor, to_local
 
 # Which role is decayed, and which Muon may take. Every role that a model may name is here.
@@ -71,6 +70,11 @@ def newton_schulz(stack: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
+def map_stacks(stacks, shapes, work):
+    """`distribute` of one process: it does all the work itself."""
+    return map(work, stacks)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: for matrices inside a network, never for embeddings, heads or vectors.
 
@@ -82,14 +86,14 @@ class Muon(torch.optim.Optimizer):
     learning rate and a decay that suit AdamW suit here too. μ grows from 0.85 to `momentum` over the first `warmup`
     steps. Parameters of equal shape go through Newton–Schulz as one stack: on CUDA in bfloat16, elsewhere in float32,
     or in `ns_dtype`. At the end of the warmup it is torch.optim.Muon with adjust_lr_fn="match_rms_adamw". Of several
-    processes each orthogonalises its share (`ranks.spread`); before that is done nothing has changed, so that a process
-    that is lost meanwhile leaves the others with whole steps.
+    processes each orthogonalises its share (`ranks.distribute`); before that is done nothing has changed, so that a
+    process that is lost meanwhile leaves the others with whole steps.
     """
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, warmup=300, ns_dtype=None, ranks=None):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "warmup": warmup, "step": 0}
         super().__init__(params, defaults)
-        self.ns_dtype, self.ranks = ns_dtype, ranks or Alone()
+        self.ns_dtype, self.ranks = ns_dtype, ranks
         self.found_inf: Tensor | None = None  # 1.0: a step changes nothing; the name is that of torch's optimizers
         self.lerp: Tensor | None = None  # 1 − μ, where it must lie on the device
         for group in self.param_groups:
@@ -107,7 +111,9 @@ class Muon(torch.optim.Optimizer):
                     stacks[i, p.shape, p.dtype, p.device].append(p)
         groups = [self.param_groups[i] for i, *_ in stacks]
         ahead = (self._ahead(params, momentum_at(group)) for group, params in zip(groups, stacks.values(), strict=True))
-        updates = self.ranks.spread(ahead, [shape for _, shape, *_ in stacks], newton_schulz)
+        shapes = [shape for _, shape, *_ in stacks]
+        distribute = map_stacks if self.ranks is None else self.ranks.distribute
+        updates = distribute(ahead, shapes, newton_schulz)
         for group, params, update in zip(groups, stacks.values(), updates, strict=True):
             self._update(params, update, group["lr"], group["weight_decay"], momentum_at(group))
         for group in self.param_groups:
@@ -163,7 +169,7 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
 
     Matrices and embeddings are decayed, nothing else is. With `use_muon`, Muon takes the parameters of the roles matrix
     and residual that have two dimensions, with the learning rate `muon_lr` (`learning_rate` where that is null), and
-    AdamW takes the rest. `ranks`: the processes among which Muon's work is spread.
+    AdamW takes the rest. `ranks`: the processes among which Muon's work is distributed.
     """
     named = parameters_by_role(model)
     rate = {"adamw": learning_rate, "muon": learning_rate if hyper.muon_lr is None else hyper.muon_lr}

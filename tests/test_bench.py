@@ -15,10 +15,8 @@ import pytest
 import torch
 
 import bench
-import checkpoint
 import encoder as encoders
 import options
-import plot
 from model import CONFIGS, build
 from options import UserError
 from strawberry.bench import child_process, compare_report, decode, growth, hardware, scale, serve, sweep, train
@@ -26,6 +24,8 @@ from strawberry.bench.common import SHARED_KEYS, get_value, load_entries, parse_
 from strawberry.bench.width import match_params
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.inference import engine
+from strawberry.model_file import save_model
+from strawberry.training import plot
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
 SMALL = {"vocab_size": 44, "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
@@ -681,7 +681,7 @@ def test_decode_measures_on_a_gpu(quick):
 
 def test_trained_files_and_models_without_a_cache_are_measured_too(quick):
     encoder, model = encoders.load("chars:text.txt"), subject("t.json")
-    checkpoint.save_model("mine.tinystar", model, encoder, {})
+    save_model("mine.tinystar", model, encoder, {})
     write_config("b", {"arch": "strawberry", "n_qkv": 16, "retention_scope": "batch"})
     found = run_decode("mine.tinystar", "b.json", "--batches", "1", "--contexts", "8", "--dtype", "bfloat16")["rows"]
     assert [row["label"] for row in found] == ["mine", "b"] and all(row["cells"][0]["tokens_per_s"] for row in found)

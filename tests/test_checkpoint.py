@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import re
 import shutil
 import subprocess
@@ -14,26 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from machine import require
 from torch import nn
 
-import checkpoint
-from checkpoint import (
-    load_model,
-    newest,
-    rng_state,
+from options import UserError, check, option
+from strawberry import model_file as model_files
+from strawberry.model_file import MAX_HEADER, load_model, save_model, serialize_model, write_model
+from strawberry.training.checkpoint import (
+    _render_manifest,
+    archive_run,
+    find_latest,
+    list_checkpoints,
     save_checkpoint,
-    save_model,
-    set_aside,
-    set_rng_state,
-    write_model,
     write_state,
 )
-from options import UserError, check, option
 
 FILES = ["model.safetensors", "state.pt", "manifest.json"]
 
@@ -126,7 +122,7 @@ def test_what_is_saved_is_what_is_found(tmp_path):
     for name in ("model.safetensors", "state.pt"):
         data = (path / name).read_bytes()
         assert manifest["files"][name] == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    found = newest(path.parent)
+    found = find_latest(path.parent)
     assert (found.path, found.step, found.val_loss) == (path, 2000, 1.5)
     assert found.meta == {"dataset": "ab12", "config": {"lr": 0.1}}
     state = found.load_state()
@@ -170,11 +166,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 
 def test_those_that_are_whole_are_listed(tmp_path):
-    assert checkpoint.listed(tmp_path / "none") == []
+    assert list_checkpoints(tmp_path / "none") == []
     for step, loss in ((1, 3.0), (20, None), (3, 1.0)):
         save(tmp_path, step, loss)
     (tmp_path / "step_00000020" / "state.pt").write_bytes(b"short")
-    assert [(found.step, found.val_loss) for found in checkpoint.listed(tmp_path)] == [(3, 1.0), (1, 3.0)]
+    assert [(found.step, found.val_loss) for found in list_checkpoints(tmp_path)] == [(3, 1.0), (1, 3.0)]
 
 
 def test_broken_checkpoints_do_not_push_out_good_ones(tmp_path):
@@ -197,14 +193,14 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 1)
     save_checkpoint(tmp_path, 1, {"state.pt": write_state({"position": "again"})}, None, 1)
     assert names(tmp_path) == ["latest", "step_00000001"]
-    assert newest(tmp_path).load_state() == {"position": "again"}
+    assert find_latest(tmp_path).load_state() == {"position": "again"}
 
 
 def test_a_checkpoint_whose_replacement_never_came_gets_its_name_back(tmp_path):
     for step in (1, 2):
         os.rename(save(tmp_path, step), tmp_path / f".old_step_0000000{step}")
     save(tmp_path, 2)
-    assert newest(tmp_path).step == 2
+    assert find_latest(tmp_path).step == 2
     save(tmp_path, 3)
     assert names(tmp_path) == ["latest", *(f"step_0000000{s}" for s in (1, 2, 3))]
 
@@ -231,7 +227,7 @@ def test_stopped_in_the_middle_of_a_file_the_older_ones_are_as_they_were(tmp_pat
     with pytest.raises(stop):
         save_checkpoint(tmp_path, 2, parts | {part: half}, None, 3)
     assert content(tmp_path) == before
-    assert newest(tmp_path).step == 1
+    assert find_latest(tmp_path).step == 1
 
 
 CALLS = ["os.mkdir", "os.open", "os.fsync", "os.rename", "os.replace", "shutil.rmtree"]
@@ -271,7 +267,7 @@ def test_killed_before_any_system_call_a_whole_checkpoint_is_found_and_the_next_
         for step in (1, 2):
             save_checkpoint(root, step, {"a": lambda file: file.write(b"old")}, None, 2)
         code = forked_kill(root, count)
-        found = newest(root)
+        found = find_latest(root)
         assert (found.path / "a").read_bytes() in {2: [b"old", b"new 2"], 3: [b"new 3"]}[found.step], count
         steps_seen.append(found.step)
         save_checkpoint(root, 4, {"a": lambda file: file.write(b"last")}, None, 1)
@@ -308,7 +304,7 @@ def test_damage_is_found_and_named_and_the_one_before_is_used(tmp_path, capsys, 
     save(tmp_path, 1)
     broken = save(tmp_path, 2)
     DAMAGE[damage](broken / file)
-    assert newest(tmp_path).step == 1
+    assert find_latest(tmp_path).step == 1
     warning = capsys.readouterr().err
     assert str(broken) in warning and file in warning and warning.count("\n") == 1
 
@@ -320,16 +316,16 @@ def test_every_byte_of_the_manifest_counts(tmp_path, capsys):
         for bit in (1, 0x20):  # 0x20 makes a capital, and a space a NUL
             path.write_bytes(good[:at] + bytes([good[at] ^ bit]) + good[at + 1 :])
             with pytest.raises(UserError, match=r"manifest\.json"):
-                newest(tmp_path)
+                find_latest(tmp_path)
     path.write_bytes(good)
-    assert newest(tmp_path).step == 1
+    assert find_latest(tmp_path).step == 1
 
 
 def signed(path, **changes):
     """A manifest with these changes and a hash that fits them."""
     manifest = json.loads(path.read_text()) | changes
     manifest.pop("sha256")
-    path.write_bytes(checkpoint._render(manifest))
+    path.write_bytes(_render_manifest(manifest))
 
 
 @pytest.mark.parametrize(
@@ -348,21 +344,21 @@ def signed(path, **changes):
 def test_a_made_up_manifest_is_refused(tmp_path, changes, message):
     signed(save(tmp_path, 1) / "manifest.json", **changes)
     with pytest.raises(UserError, match=message):
-        newest(tmp_path)
+        find_latest(tmp_path)
 
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b"{}", b"[]", b"null", b'{"a":' * 50_000, b"\xff\xfe", b"NaN"])
 def test_a_manifest_made_to_harm_is_refused(tmp_path, data):
     (save(tmp_path, 1) / "manifest.json").write_bytes(data)
     with pytest.raises(UserError, match=r"manifest\.json"):
-        newest(tmp_path)
+        find_latest(tmp_path)
 
 
 def test_all_broken_is_one_line_that_names_each(tmp_path, capsys):
     for step, file in [(1, "state.pt"), (2, "model.safetensors")]:
         flip(save(tmp_path, step) / file, 50)
     with pytest.raises(UserError) as caught:
-        newest(tmp_path)
+        find_latest(tmp_path)
     message = str(caught.value)
     assert "step_00000001: state.pt" in message and "step_00000002: model.safetensors" in message
     assert "\n" not in message and message.startswith("every checkpoint")
@@ -373,13 +369,13 @@ def test_none_is_said(tmp_path):
     (tmp_path / ".tmp_step_00000001_12").mkdir()
     for root in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=re.escape(f"no checkpoint to resume from in {root}")):
-            newest(root)
+            find_latest(root)
 
 
 def test_a_newest_that_is_gone_altogether_is_said(tmp_path, capsys):
     save(tmp_path, 1)
     shutil.rmtree(save(tmp_path, 2))
-    assert newest(tmp_path).step == 1
+    assert find_latest(tmp_path).step == 1
     assert "step_00000002, written last, is missing" in capsys.readouterr().err
 
 
@@ -388,7 +384,7 @@ def test_reading_changes_nothing(tmp_path):
     (tmp_path / ".tmp_step_00000002_12").mkdir()
     (tmp_path / ".tmp_step_00000002_12/half").write_bytes(b"half")
     before = content(tmp_path)
-    newest(tmp_path).load_state()
+    find_latest(tmp_path).load_state()
     assert content(tmp_path) == before
 
 
@@ -409,7 +405,7 @@ def test_a_pickle_with_a_valid_hash_is_not_run(tmp_path):
     writers = [lambda file: torch.save(Payload(trap), file), lambda file: file.write(pickle.dumps(Payload(trap)))]
     for step, writer in enumerate(writers):
         save_checkpoint(tmp_path / "ck", step, {"state.pt": writer, "model.safetensors": writer}, None, 9)
-        found = newest(tmp_path / "ck")
+        found = find_latest(tmp_path / "ck")
         with pytest.raises(UserError, match="not a plain training state"):
             found.load_state()
         with pytest.raises(UserError, match="is a pickle, which can run code"):
@@ -421,32 +417,13 @@ def test_a_pickle_with_a_valid_hash_is_not_run(tmp_path):
     assert trap.exists()  # it would have
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path):
-    def seed(number):
-        random.seed(number)
-        np.random.seed(number)
-        torch.manual_seed(number)
-
-    seed(1)
-    assert random.gauss(0, 1) != np.random.normal()  # each keeps a second number for later
-    save_checkpoint(tmp_path, 1, {"state.pt": write_state({"rng": rng_state()})}, None, 1)
-
-    def draw():
-        return [random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand(), torch.rand(1).item()]
-
-    expected = draw()
-    seed(2)
-    set_rng_state(newest(tmp_path).load_state()["rng"])
-    assert draw() == expected
-
-
 # ---- no room, no right -----------------------------------------------------------------------------------------------
 
 LIMITED = """
     import resource, sys
     import torch
     from options import UserError
-    from checkpoint import newest, save_checkpoint, write_state
+    from strawberry.training.checkpoint import find_latest, save_checkpoint, write_state
     root = sys.argv[1]
     save_checkpoint(root, 1, {"state.pt": write_state({"step": 1})}, 0.5, 1)
     for limit in (200_000, 10):
@@ -455,14 +432,14 @@ LIMITED = """
             save_checkpoint(root, 2, {"state.pt": write_state({"tensor": torch.zeros(100_000)})}, 0.1, 1)
         except UserError as error:
             print(error)
-        assert newest(root).load_state() == {"step": 1}
+        assert find_latest(root).load_state() == {"step": 1}
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
 def test_a_full_disk_is_an_error_that_names_the_path_and_spares_the_older(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(LIMITED), str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(checkpoint.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(cannot save the checkpoint \S+step_00000002: File too large.*\n){2}", done.stdout)
     assert names(tmp_path) == ["latest", "step_00000001"]
@@ -486,13 +463,13 @@ def test_a_directory_that_cannot_be_written_is_an_error_that_names_it(tmp_path, 
 
 def test_an_earlier_run_is_set_aside_whole(tmp_path):
     root = tmp_path / "ck"
-    assert set_aside(root) is None and not root.exists()
+    assert archive_run(root) is None and not root.exists()
     save(root, 5)
-    assert set_aside(root) == root / "earlier_1"
-    assert newest(root / "earlier_1").step == 5
+    assert archive_run(root) == root / "earlier_1"
+    assert find_latest(root / "earlier_1").step == 5
     save(root, 1)
-    assert newest(root).step == 1
-    assert set_aside(root) == root / "earlier_2"
+    assert find_latest(root).step == 1
+    assert archive_run(root) == root / "earlier_2"
     assert names(root) == ["earlier_1", "earlier_2"] and names(root / "earlier_2") == ["latest", "step_00000001"]
 
 
@@ -525,8 +502,8 @@ def test_a_model_file_gives_back_model_encoder_and_record(tmp_path):
     assert torch.equal(again.table, torch.full((5,), 3.0))  # not saved, made anew
     assert sorted(safetensors.torch.load_file(path)) == ["blocks.0.weight", "embed.weight", "router_bias"]
     assert names(path.parent) == [path.name]
-    assert checkpoint.read_about(path) == (vars(model.config), record)
-    assert checkpoint.read_encoder(path).fingerprint == encoder.fingerprint
+    assert model_files.read_about(path) == (vars(model.config), record)
+    assert model_files.read_encoder(path).fingerprint == encoder.fingerprint
 
 
 def test_real_models_come_back(tmp_path, monkeypatch):
@@ -628,11 +605,11 @@ def test_a_header_of_any_size_is_read(tmp_path):
     path, model, sizes = tmp_path / "m", small(5), set()
 
     def header(padding):
-        return int.from_bytes(checkpoint.model_bytes(model, Encoder(), {"padding": "x" * padding})[:8], "little")
+        return int.from_bytes(serialize_model(model, Encoder(), {"padding": "x" * padding})[:8], "little")
 
     for padding in [*range(0, 256, 8), 10_000 + 19_280 - header(10_000)]:
         record = {"padding": "x" * padding}
-        path.write_bytes(checkpoint.model_bytes(model, Encoder(), record))
+        path.write_bytes(serialize_model(model, Encoder(), record))
         sizes.add(path.read_bytes()[:2])
         assert load_model(path)[2] == record
     assert b"PK" in sizes and any(size[0] == 0x80 for size in sizes)
@@ -640,7 +617,7 @@ def test_a_header_of_any_size_is_read(tmp_path):
 
 def test_a_header_longer_than_its_file_or_than_any_is_not_read(tmp_path):
     path = tmp_path / "m"
-    for size, limit in [(10**6, 500), (2**63, 500), (checkpoint.MAX_HEADER + 1, 10**9)]:
+    for size, limit in [(10**6, 500), (2**63, 500), (MAX_HEADER + 1, 10**9)]:
         with open(path, "wb") as file:
             file.write(with_header({"w": F32}, size=size))
             file.truncate(limit)

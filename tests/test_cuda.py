@@ -29,6 +29,9 @@ from strawberry.ops.qkv import no_transform
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton import rope
 from strawberry.ops.triton.rope import can_fuse_rope, fused_qk_rope_norm, qkv_grad_quantize
+from strawberry.training import cuda_graph, plot
+from strawberry.training.signals import Signals
+from strawberry.training.step import TrainStep
 
 pytestmark = pytest.mark.cuda
 eight_bits = pytest.mark.skipif(
@@ -254,7 +257,7 @@ def trainer_of(folder, monkeypatch, config: str = "air.json", **keys):
     """A trainer on the GPU, ready to train."""
     from model import CONFIGS
     from options import load_run
-    from train import Signals, Trainer
+    from train import Trainer
 
     trainer = Trainer(load_run(words_of(folder, monkeypatch, config, **keys), CONFIGS), Signals())
     trainer.prepare()
@@ -267,13 +270,12 @@ def trainer_of(folder, monkeypatch, config: str = "air.json", **keys):
 ], ids=str)  # fmt: skip
 def test_recorded_training_is_training(tmp_path, monkeypatch, keys):
     """One graph does what the host's steps do: the same losses, the same weights."""
-    import plot
 
     weights, losses = [], []
     for record in ("auto", "false"):
         (tmp_path / record).mkdir()
         trainer = trainer_of(tmp_path / record, monkeypatch, record=record, **keys)
-        assert bool(trainer.recorded) == (record == "auto")
+        assert bool(trainer.graph_step) == (record == "auto")
         trainer.train()
         trainer.close()
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
@@ -283,10 +285,9 @@ def test_recorded_training_is_training(tmp_path, monkeypatch, keys):
 
 
 def test_a_recorded_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
-    from train import NonFinite, Recorded
 
     trainer = trainer_of(tmp_path, monkeypatch, log_interval=100)
-    take, before = Recorded.take, []
+    take, before = cuda_graph.CudaGraphStep.launch, []
 
     def spoiled(self, batches, step, lr):
         if step == 7:
@@ -295,8 +296,8 @@ def test_a_recorded_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatc
             before[:] = [p.clone() for p in trainer.model.parameters()]
         take(self, batches, step, lr)
 
-    monkeypatch.setattr(Recorded, "take", spoiled)
-    with pytest.raises(NonFinite, match="step 7"):
+    monkeypatch.setattr(cuda_graph.CudaGraphStep, "launch", spoiled)
+    with pytest.raises(cuda_graph.NonFinite, match="step 7"):
         trainer.train()
     assert trainer.progress.step == 6
     for p, then in zip(trainer.model.parameters(), before, strict=True):
@@ -304,18 +305,17 @@ def test_a_recorded_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatc
 
 
 def test_what_cannot_be_recorded_leaves_everything_usable(tmp_path, monkeypatch, capsys):
-    from train import Trainer
 
-    accumulate = Trainer.accumulate
+    accumulate = TrainStep.accumulate
 
     def waits(self, batches):
         loss = accumulate(self, batches)
         loss.item()  # the host may not wait in a recording
         return loss
 
-    monkeypatch.setattr(Trainer, "accumulate", waits)
+    monkeypatch.setattr(TrainStep, "accumulate", waits)
     trainer = trainer_of(tmp_path, monkeypatch, **{"model_hyperparams.dropout": 0.1})
-    assert trainer.recorded is None and "steps cannot be recorded" in capsys.readouterr().err
+    assert trainer.graph_step is None and "steps cannot be recorded" in capsys.readouterr().err
     trainer.train()
     assert trainer.progress.step == 12 and torch.rand(3, device="cuda").isfinite().all()
 
@@ -345,7 +345,6 @@ def test_the_fused_head_is_the_plain_one(arch, monkeypatch):
 ], ids=str)  # fmt: skip
 def test_training_in_8_bits_is_training(tmp_path, monkeypatch, config, hyper):
     """The same losses as in bfloat16, where steps are recorded."""
-    import plot
 
     monkeypatch.setattr(float8, "MIN_DIM", 16)
     keys = {f"model_hyperparams.{key}": value for key, value in hyper.items()}
@@ -439,7 +438,6 @@ def train_on_two(folder, monkeypatch, **keys) -> tuple[list[dict], str]:
     import sys
     from pathlib import Path
 
-    import plot
 
     folder.mkdir()
     words = words_of(folder, monkeypatch, **keys)

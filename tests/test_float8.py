@@ -8,7 +8,6 @@ import pytest
 import torch
 from test_train import metrics, run, workshop, write_config  # noqa: F401
 
-import train
 from model import build
 from options import UserError
 from strawberry.ops import cross_entropy, float8
@@ -23,6 +22,7 @@ from strawberry.ops.float8 import (
     quantize_fp8_dynamic,
 )
 from strawberry.ops.linear import prepare_weights
+from strawberry.training import setup
 
 FORWARD, BACKWARD = (3, -6, 448.0), (2, -14, 57344.0)  # mantissa bits, smallest normal exponent, largest number
 
@@ -239,13 +239,13 @@ def test_a_model_too_small_for_it_is_told_so(workshop, capfd, monkeypatch):  # n
 
 
 def test_machines_that_cannot_are_told_so(monkeypatch):
-    assert train.choose_dtype("float8", torch.device("cpu")) == torch.bfloat16
+    assert setup.choose_dtype("float8", torch.device("cpu")) == torch.bfloat16
     with pytest.raises(UserError, match='dtype = "float8": mps does not multiply in 8 bits; use "bfloat16"'):
-        train.choose_dtype("float8", torch.device("mps"))
+        setup.choose_dtype("float8", torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(UserError, match='NVIDIA A100 does not multiply in 8 bits, .* 8.9 or more; use "bfloat16"'):
-        train.choose_dtype("float8", torch.device("cuda"))
+        setup.choose_dtype("float8", torch.device("cuda"))
 
 
 def test_plain_paths_are_the_gradients_of_what_they_are_beside():

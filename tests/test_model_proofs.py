@@ -22,12 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import encoder
 import model as model_file
-from checkpoint import load_model, save_model
 from model import AFTS, CONFIGS, INITIALIZERS, LAM, MODELS, build, init_weights
 from optimizer import DECAYED, HIDDEN, ROLES, build_optimizer
 from options import OptimizerHyperparams, check
 from strawberry import ops
 from strawberry.context import ForwardContext
+from strawberry.model_file import load_model, save_model
 from strawberry.ops.aft import AFTSimpleScan
 from strawberry.ops.chunks import (
     chunk_sums,

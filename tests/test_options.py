@@ -140,7 +140,7 @@ PROGRAMS = (
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_program_runs_through_run_cli(name):
     """Which sets the encoding."""
-    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    text = (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
     assert "run_cli(" in text.partition('if __name__ == "__main__":')[2]
 
 
@@ -404,12 +404,13 @@ def set_key(raw, dotted, value):
 
 @pytest.mark.parametrize(("command", "option"), [
     *(("prepare", option) for option in ("--input", "--verify", "--pairs", "--output", "--encoder")),
-    ("encoder", "--input"), ("encoder", "--output"), ("plot", "--out"),
+    ("encoder", "--input"), ("encoder", "--output"), ("strawberry.training.plot", "--out"),
     *(("sample", option) for option in ("--model", "--prompt_file", "--prompts_file", "--out", "--score")),
 ])  # fmt: skip
 def test_every_command_refuses_control_characters_in_paths(tmp_path, monkeypatch, command, option):
     monkeypatch.chdir(tmp_path)
-    needed = {"encoder": ["--input", "a"], "plot": ["a"]}.get(command, []) if option != "--input" else []
+    needed = {"encoder": ["--input", "a"], "strawberry.training.plot": ["a"]}
+    needed = needed.get(command, []) if option != "--input" else []
     with pytest.raises(UserError) as refused:
         importlib.import_module(command).main([*needed, option, "C:\table\new"])
     told = f'{option}( =)? "C:\\\\table\\\\new": a path has no control characters'

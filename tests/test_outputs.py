@@ -16,9 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bench
-import checkpoint
 import encoder as encoders
-import plot
 import prepare
 import sample
 import serve
@@ -30,7 +28,12 @@ from strawberry.common import CHECKPOINTS, KINDS, Input, Output, check_outputs, 
 from strawberry.data import assemble
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.inference.bulk import Results
+from strawberry.model_file import save_model
 from strawberry.serving.id_directory import IdDirectory
+from strawberry.training import plot, setup
+from strawberry.training.checkpoint import save_checkpoint
+from strawberry.training.lock import Lock
+from strawberry.training.metrics import Metrics
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "ten", "dogs", "run", "over", "two", "hills", "in", "sun"]
 TEXT = "".join(" ".join(WORDS[(7 * i + j * j) % len(WORDS)] for j in range(12)) + ".\n" for i in range(200))
@@ -55,7 +58,7 @@ def template(tmp_path_factory):
         for line in TEXT.splitlines():
             writer.add(encoder.encode_batch([line])[0])
     torch.manual_seed(0)
-    checkpoint.save_model(folder / "base.model", build(MODEL), encoder, {})
+    save_model(folder / "base.model", build(MODEL), encoder, {})
     (folder / "run.json").write_text(json.dumps(RUN))
     (folder / "metrics.jsonl").write_text(METRICS)
     (folder / "prompts.jsonl").write_text('{"prompt": "the cat"}\n')
@@ -268,7 +271,7 @@ def test_an_input_is_never_replaced(template, triple, spelling):
         before = {path: path.read_bytes() for path in (source, target, Path(given.file))}
         there = sorted(folder.rglob("*"))
         if model_trained_further:
-            check_outputs(train.list_outputs(run_of(command, words)), train.list_inputs(run_of(command, words)))
+            check_outputs(setup.list_outputs(run_of(command, words)), setup.list_inputs(run_of(command, words)))
             return
         code, told = call(command.main, *(word.format(**words) for word in command.line.split()))
         assert {path: path.read_bytes() for path in before} == before
@@ -283,13 +286,14 @@ def run_of(command, words):
 
 
 def test_the_property_covers_every_command_that_writes():
-    scripts = {getattr(command.main, "__module__", "") for command in COMMANDS.values()} | {"assemble"}
+    mains = [getattr(command.main, "__module__", "") for command in COMMANDS.values()]
+    scripts = {name.rpartition(".")[2] for name in mains} | {"assemble"}
     root = Path(train.__file__).parent
     sources = [*root.glob("*.py"), *root.glob("strawberry/**/*.py")]
-    rooms = {"bench": "bench", "serving": "serve"}
     sources = [path for path in sources if "check_outputs(" in path.read_text("utf-8")]
-    guarded = {rooms.get(path.parent.name, path.stem) for path in sources}
-    guarded -= {"common"}  # defines it
+    rooms = {"bench": "bench", "serving": "serve", "inference": "sample"}
+    names = {rooms.get(path.parent.name, path.stem) for path in sources} - {"common"}  # which defines it
+    guarded = {{"setup": "train"}.get(name, name) for name in names}
     assert guarded - {"serve"} == scripts - {__name__}  # serve.py: test_a_lock_never_takes_the_place_of_a_file
 
 
@@ -347,9 +351,9 @@ def made(template, tmp_path_factory):
     """A file of each kind, as the program that writes it does: {kind: [paths]}."""
     folder = tmp_path_factory.mktemp("made")
     encoders.load(f"chars:{template}/base.txt").save(folder / "chars.enc")
-    log = train.Metrics(folder / "metrics.jsonl")
+    log = Metrics(folder / "metrics.jsonl")
     log.add(step=1, tokens=8, loss=3.0)
-    checkpoint.save_checkpoint(folder / "ck", 2, {"model": lambda file: file.write(b"x")})
+    save_checkpoint(folder / "ck", 2, {"model": lambda file: file.write(b"x")})
     results = Results(str(folder / "texts.jsonl"))
     results.create({"prompts_file": "0", "model": "1", "seed": 2})
     results.append({"index": 0, "prompt": "a", "text": "b", "finish_reason": "stop", "tokens": 1})
@@ -364,7 +368,7 @@ def made(template, tmp_path_factory):
     recipe = {"files": [f"{template}/base.txt"], "encoder": f"{template}/base.enc"}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     assemble.main([str(folder / "recipe.json"), str(folder / "ds")])
-    lock = checkpoint.Lock(folder)
+    lock = Lock(folder)
     shutil.copy(lock.path, folder / "a_lock")
     lock.release()
     files = {"encoder": [template / "base.enc", "chars.enc", "ds/encoder.bin"],
@@ -559,7 +563,7 @@ def test_only_what_was_left_unfinished_is_removed(workshop):
     for path in (*mine, *left):
         path.mkdir(parents=True)
         (path / "file").write_text("x")
-    checkpoint.save_checkpoint("ck", 3, {"model": lambda file: file.write(b"x")})
+    save_checkpoint("ck", 3, {"model": lambda file: file.write(b"x")})
     IdDirectory(Path("files"), "file", "file")
     assert all((path / "file").exists() for path in mine) and not any(path.exists() for path in left)
 

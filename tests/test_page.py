@@ -21,12 +21,12 @@ import pytest
 import torch
 from machine import require_module, require_program
 
+from strawberry.model_file import save_model
 from strawberry.serving.app import PAGE_FILE
 
 require_module("fastapi", whole_file=True)
 from test_serve import Running  # noqa: E402
 
-import checkpoint  # noqa: E402
 import encoder as encoders  # noqa: E402
 import model as models  # noqa: E402
 
@@ -128,7 +128,7 @@ def site(tmp_path_factory):
             if p.size(0) == 258:
                 p *= 8
                 p[-2:] = 0
-    checkpoint.save_model(folder / "untrained.strawberry", model, encoders.train(["x"], 258), {})
+    save_model(folder / "untrained.strawberry", model, encoders.train(["x"], 258), {})
     running = Running(folder, api_key=["first"], context=3000)
     running.folder = folder
     yield running

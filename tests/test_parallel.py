@@ -25,22 +25,24 @@ import torch.distributed as dist
 import torture
 from torture import assert_same, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
 
-import checkpoint
-import ranks
 import train
-from checkpoint import newest, own_tensors
 from model import CONFIGS, build
 from optimizer import build_optimizer, newton_schulz
 from options import OptimizerHyperparams, UserError, load_run
 from strawberry.data.objectives import Batch
+from strawberry.model_file import unique_tensors
 from strawberry.ops import float8
 from strawberry.sharding import batch_parts, divide_batch, shard_rows
+from strawberry.training import blocks, checkpoint, checkpointing, cuda_graph, distributed
+from strawberry.training.checkpoint import find_latest
+from strawberry.training.evaluation import Evaluator
+from strawberry.training.step import TrainStep
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are forked")
 PRESETS = sorted(path.stem for path in (torture.ROOT / "config").glob("*.json") if path.name != "schema.json")
 SMALL = {"vocab_size": 67, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_qkv": 16, "d_rank": 8}
 SMALL |= {"dropout": 0.0}
-MODES = {"ddp": ranks.Replicated, "fsdp": ranks.Sharded}
+MODES = {"ddp": distributed.DDP, "fsdp": distributed.FSDP}
 CPU = torch.device("cpu")
 RESUME = "--init_from=resume"
 HALF = ["--max_iters=5", "--lr_decay_iters=10"]
@@ -90,7 +92,7 @@ def batches(model, T: int, rank: int, world: int) -> list[Batch]:
 
 def steps(group, hyper: dict, T: int, n: int = 1) -> dict:
     """What n steps with both optimizers come to: train.py's own passes, clipping and update."""
-    model = group.place(perturbed(hyper), CPU, torch.float32).train()
+    model = group.place_model(perturbed(hyper), CPU, torch.float32).train()
     about = OptimizerHyperparams(use_muon=True, eps=1e-2)  # so that AdamW's first step is no mere sign of a gradient
     optimizer = build_optimizer(model, about, 1e-2, "cpu", group)
     optimizer._in_passing = True  # as on a GPU
@@ -101,28 +103,28 @@ def steps(group, hyper: dict, T: int, n: int = 1) -> dict:
         return any(p.grad is None for p in model.parameters())
 
     loads = [router.load for router in model.routers().values()]
-    forward = group.forward(model, False, idle)
+    forward = group.make_forward(model, False, idle)
     optimizer.zero_grad()
     for load in loads:
         load.zero_()
-    trainer = SimpleNamespace(ranks=group, device=CPU, forward=forward, autocast=contextlib.nullcontext,
-                              signals=SimpleNamespace(give_up_late=lambda: None))  # fmt: skip
+    state = SimpleNamespace(ranks=group, device=CPU, forward=forward, autocast=contextlib.nullcontext,
+                              signals=SimpleNamespace(raise_if_late=lambda: None))  # fmt: skip
     found = {"losses": [], "norms": []}
     torch.manual_seed(group.rank)
     for _ in range(n):
-        loss = train.Trainer.accumulate(trainer, given)
-        group.sum_([loss, *loads])
+        loss = TrainStep(state).accumulate(given)
+        group.all_reduce_([loss, *loads])
         found.setdefault("loads", [load.clone() for load in loads])
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         found.setdefault("grads", {name: g.clone() for name, g in group.gather(grads).items() if g is not None})
-        norm = group.norm(list(model.parameters()))
+        norm = group.grad_norm(list(model.parameters()))
         optimizer.clip(norm, 0.1)
         found["norms"].append(norm.item())
         found["losses"].append(loss.item())
         optimizer.step()
         model.after_step()
         optimizer.zero_grad()
-    found |= {"weights": group.gather(own_tensors(model)), "state": group.gather(optimizer.state_dict())}
+    found |= {"weights": group.gather(unique_tensors(model)), "state": group.gather(optimizer.state_dict())}
     return found
 
 
@@ -131,13 +133,13 @@ def memory(group) -> dict[str, float]:
     from torch.distributed._tools.mem_tracker import MemTracker
 
     hyper = models()["tinystar-v0.3-mha"][0] | {"n_layer": 12, "n_embd": 64, "n_qkv": 64}
-    model = group.place(perturbed(hyper), CPU, torch.float32).train()
+    model = group.place_model(perturbed(hyper), CPU, torch.float32).train()
     optimizer = build_optimizer(model, OptimizerHyperparams(), 1e-2, "cpu", group)
-    given, forward = batches(model, 32, group.rank, group.world)[0], group.forward(model, False, lambda: False)
+    given, forward = batches(model, 32, group.rank, group.world)[0], group.make_forward(model, False, lambda: False)
 
     def step():
-        forward(given.x, given.y)[1].backward(group.seed)
-        optimizer.clip(group.norm(list(model.parameters())), 1.0)
+        forward(given.x, given.y)[1].backward(group.grad_seed)
+        optimizer.clip(group.grad_norm(list(model.parameters())), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -158,7 +160,7 @@ def orthogonalised(group, shapes) -> list[torch.Tensor]:
         firsts = [[sum(shard_rows(rows, r, group.world) for r in range(rank)) for rank in range(group.world + 1)]
                   for _, rows, _ in shapes]  # fmt: skip
         stacks = [s[:, f[group.rank] : f[group.rank + 1]] for s, f in zip(stacks, firsts, strict=True)]
-    return list(group.spread(stacks, [torch.Size(shape[1:]) for shape in shapes], newton_schulz))
+    return list(group.distribute(stacks, [torch.Size(shape[1:]) for shape in shapes], newton_schulz))
 
 
 STACKS = [(3, 5, 7), (1, 1, 6), (4, 8, 8), (2, 9, 2)]
@@ -166,18 +168,26 @@ STACKS = [(3, 5, 7), (1, 1, 6), (4, 8, 8), (2, 9, 2)]
 # ---- whole runs ----------------------------------------------------------------------------------------------------
 
 
-class Seen(train.Trainer):
-    """A trainer that notes the text that it makes."""
+class SeenEvaluator(Evaluator):
+    """Notes the text that it makes, and draws nothing."""
 
-    def examine(self, results):
-        text = super().examine(results)
-        if self.ranks.main:
+    def evaluate_full_model(self, results):
+        text, state = super().evaluate_full_model(results), self.state
+        if state.ranks.main:
             with open("texts", "a") as file:
-                file.write(json.dumps([self.run.checkpoints.path, self.progress.step, text]) + "\n")
+                file.write(json.dumps([state.run.checkpoints.path, state.progress.step, text]) + "\n")
         return text
 
     def draw(self):
         pass
+
+
+class Seen(train.Trainer):
+    """A trainer that notes the text that it makes."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self.evaluator = SeenEvaluator(self)
 
 
 class Signalled(Seen):
@@ -194,7 +204,7 @@ class Together(Signalled):
 
     def prepare(self):
         super().prepare()
-        self.ranks.stop_together = True
+        self.ranks.stops_together = True
 
 
 class Event:
@@ -208,20 +218,26 @@ class Event:
         return self.asked > 3
 
 
-class Lagging(train.Recorded):
+class Lagging(cuda_graph.CudaGraphStep):
     """Answers come as late as a GPU's may, and not equally late."""
 
-    def take(self, *arguments):
-        super().take(*arguments)
-        self.taken[-1] = self.taken[-1]._replace(there=Event(self.trainer.ranks.rank == 1))
+    def launch(self, *arguments):
+        super().launch(*arguments)
+        self.pending[-1] = self.pending[-1]._replace(ready=Event(self.state.ranks.rank == 1))
 
 
 class Spoiled(Seen):
     """The seventh step's loss is not finite on one rank, of whose part the other sees nothing."""
 
-    def accumulate(self, micro_batches):
-        self.poisoned = self.ranks.rank == 1 and self.progress.position == 6
-        return super().accumulate(micro_batches)
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        accumulate = self.steps.accumulate
+
+        def poison(micro_batches):
+            self.poisoned = self.ranks.rank == 1 and self.progress.position == 6
+            return accumulate(micro_batches)
+
+        self.steps.accumulate = poison
 
     def autocast(self):
         if getattr(self, "poisoned", False):
@@ -236,14 +252,14 @@ class Spoiled(Seen):
         return super().autocast()
 
 
-class Unrecordable(train.Recorded):
+class Unrecordable(cuda_graph.CudaGraphStep):
     """A GPU's recording that breaks off: with DDP in one rank, where DDP waits for gradients, with FSDP in the midst of
     the backward pass."""
 
-    def record(self, micro_batches):
-        trainer, group = self.trainer, self.trainer.ranks
-        if group.graphs and group.sharded:
-            block, calls = next(ranks.blocks_of(trainer.model)), []
+    def capture(self, micro_batches):
+        group = self.state.ranks
+        if group.can_capture and group.sharded:
+            block, calls = next(blocks.iterate_blocks(self.state.model)), []
             run = block.forward.run
 
             def broken(*arguments):
@@ -254,21 +270,21 @@ class Unrecordable(train.Recorded):
                 return run(*arguments)
 
             block.forward.run = broken
-            trainer.accumulate(micro_batches)
-        if group.graphs and group.rank == 1:
+            self.steps.accumulate(micro_batches)
+        if group.can_capture and group.rank == 1:
             group.ddp.reducer.prepare_for_backward([])
             raise RuntimeError("operation not permitted when stream is capturing")
-        super().record(micro_batches)
+        super().capture(micro_batches)
 
 
 @contextlib.contextmanager
 def leaving_steps_to_the_device():
     """What a GPU records is called here, by the same code."""
-    can_record, train.can_record = train.can_record, lambda device: True
+    can_record, cuda_graph.can_capture = cuda_graph.can_capture, lambda device: True
     try:
         yield
     finally:
-        train.can_record = can_record
+        cuda_graph.can_capture = can_record
 
 
 @contextlib.contextmanager
@@ -295,7 +311,7 @@ def copied(source: str, target: str) -> str:
 
 def failing_once():
     """save_checkpoint that fails in the first call, on the one rank that makes it."""
-    save, calls = train.save_checkpoint, []
+    save, calls = checkpointing.save_checkpoint, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -309,9 +325,9 @@ def failing_once():
 def two(argv) -> None:
     """All that one of the two processes does."""
     device = CPU
-    first = ranks.Replicated(device)
+    first = distributed.DDP(device)
     dist.init_process_group = lambda *arguments, **about: None  # there is one already, for all that follows
-    ranks.Ranks.close = lambda self: None
+    distributed.ProcessGroup.close = lambda self: None
     found = {}
     for mode, kind in MODES.items():
         found[mode, "spread"] = orthogonalised(kind(device), STACKS)
@@ -335,9 +351,9 @@ def two(argv) -> None:
         found["eight"] = [run(f"--checkpoints.path=eight_{mode}", f"--parallel={mode}", "--dtype=float8", *HALF)
                           for mode in MODES]  # fmt: skip
     found["stopped"] = run("--checkpoints.path=stopped", "--parallel=fsdp", "--max_iters=500", trainer=Signalled)
-    save, train.save_checkpoint = train.save_checkpoint, failing_once()
+    save, checkpointing.save_checkpoint = checkpointing.save_checkpoint, failing_once()
     found["full disk"] = run("--checkpoints.path=full", "--parallel=fsdp", *HALF)
-    train.save_checkpoint = save
+    checkpointing.save_checkpoint = save
     with leaving_steps_to_the_device():
         more = ["--parallel=ddp", "--model_hyperparams.dropout=0.1"]
         found["recorded"] = [run("--checkpoints.path=recorded", "--parallel=ddp"),
@@ -348,14 +364,14 @@ def two(argv) -> None:
                              run("--checkpoints.path=recorded_fsdp", "--parallel=fsdp"),
                              run("--checkpoints.path=rolled_fsdp", "--parallel=fsdp", "--on_nan=rollback",
                                  trainer=Spoiled)]
-        recorded, train.Recorded = train.Recorded, Lagging
+        recorded, cuda_graph.CudaGraphStep = cuda_graph.CudaGraphStep, Lagging
         rare = ["--parallel=ddp", "--log_interval=100", "--eval_interval=100"]
         found["lagging"] = [run("--checkpoints.path=lagging", *rare, "--on_nan=rollback", trainer=Spoiled),
                             run("--checkpoints.path=together", *rare[:1], "--max_iters=500", trainer=Together)]
-        train.Recorded = Unrecordable
+        cuda_graph.CudaGraphStep = Unrecordable
         found["recorded"] += [run(f"--checkpoints.path=unrecordable_{mode}", f"--parallel={mode}")
                           for mode in MODES]  # fmt: skip
-        train.Recorded = recorded
+        cuda_graph.CudaGraphStep = recorded
     found["recorded"].append(run("--checkpoints.path=called_dropout", *more))
     found["no sync"] = reduced(first)
     torch.save(found, f"found{first.rank}.pt")
@@ -365,7 +381,7 @@ def two(argv) -> None:
 def reduced(group) -> list[int]:
     """How many buckets were reduced after each of three micro-batches, the last one being told to be that."""
     model = perturbed(models()["tinystar-v0.3-mha"][0])
-    ddp, calls, found = group.forward(model, False, lambda: False), [], []
+    ddp, calls, found = group.make_forward(model, False, lambda: False), [], []
 
     def hook(state, bucket):
         calls.append(bucket.index())
@@ -374,7 +390,7 @@ def reduced(group) -> list[int]:
     ddp.register_comm_hook(None, hook)
     given = batches(model, 32, group.rank, group.world)[0]
     for last in (False, False, True):
-        with group.together(last):
+        with group.sync_context(last):
             ddp(given.x, given.y)[1].backward()
         found.append(len(calls))
     return found
@@ -394,7 +410,7 @@ def compute(there: Path) -> None:
         run("--checkpoints.path=narrow_one", "--dtype=bfloat16", *HALF)
         with small_matrices_in_8_bits():
             run("--checkpoints.path=eight_one", "--dtype=float8", *HALF)
-        alone = {name: steps(ranks.Alone(), hyper, T, 2 if name == "parameters without a gradient" else 1)
+        alone = {name: steps(distributed.SingleProcess(), hyper, T, 2 if name == "parameters without a gradient" else 1)
                  for name, (hyper, T) in models().items()}  # fmt: skip
         codes = [finish(child, 300) for child in children]
     assert codes == [0, 0], "".join(read(f"log{rank}.txt")[-4000:] for rank in range(2))
@@ -495,7 +511,8 @@ def test_fsdp_divides_what_ddp_repeats(found):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_muons_work_is_spread_and_comes_back(found, mode):
-    expected, (first, second) = orthogonalised(ranks.Alone(), STACKS), (both[mode, "spread"] for both in found[1])
+    expected = orthogonalised(distributed.SingleProcess(), STACKS)
+    first, second = (both[mode, "spread"] for both in found[1])
     for whole, a, b in zip(expected, first, second, strict=True):
         if mode == "ddp":
             assert torch.equal(a, b)
@@ -555,8 +572,8 @@ def test_a_run_of_two_goes_on_alone(found, mode):
 
 
 def test_checkpoints_are_alike(found):
-    states = {path: newest(path).load_state()["optimizer"] for path in ("one", *MODES)}
-    headers = {path: newest(path).path / checkpoint.MODEL for path in states}
+    states = {path: find_latest(path).load_state()["optimizer"] for path in ("one", *MODES)}
+    headers = {path: find_latest(path).path / checkpoint.MODEL for path in states}
     for mode in MODES:
         assert_close(states["one"], states[mode], mode, rtol=1e-3, atol=1e-4)
         with open(headers["one"], "rb") as one, open(headers[mode], "rb") as many:
@@ -593,7 +610,7 @@ def test_two_processes_multiply_in_8_bits_as_one(found, mode):
 
 def test_a_signal_that_one_of_them_gets_stops_all_at_one_step(found):
     assert [both["stopped"] for both in found[1]] == [143, 143]
-    assert newest("stopped").step == timeless("stopped/metrics.jsonl")[-1]["step"] == 3
+    assert find_latest("stopped").step == timeless("stopped/metrics.jsonl")[-1]["step"] == 3
 
 
 @pytest.mark.parametrize(("hyper", "compiled", "pieces", "parcel"), [
@@ -614,9 +631,9 @@ def test_gradients_travel_in_large_parcels_where_all_come_at_once(hyper, compile
             pass
 
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", DDP)
-    monkeypatch.setattr(ranks.Replicated, "listening", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(distributed.DDP, "detect_peer_loss", lambda self: contextlib.nullcontext())
     model = build({"n_embd": 16, "n_head": 2, "vocab_size": 16, "block_size": 16} | hyper)
-    object.__new__(ranks.Replicated).forward(model, compiled, lambda: False)
+    object.__new__(distributed.DDP).make_forward(model, compiled, lambda: False)
     assert (model.compile_partitions, about.get("bucket_cap_mb")) == (pieces, parcel)
 
 
@@ -631,7 +648,7 @@ def test_steps_left_to_the_device_are_those_of_the_host(found):
         assert one.keys() == many.keys()
         for name in one:
             torch.testing.assert_close(one[name], many[name], rtol=1e-4, atol=1e-6, msg=name)
-    states = [newest(path).load_state()["optimizer"]["muon_step"] for path in ("ddp", "recorded")]
+    states = [find_latest(path).load_state()["optimizer"]["muon_step"] for path in ("ddp", "recorded")]
     assert states[0] == states[1] == 10
 
 
@@ -639,7 +656,7 @@ def test_all_ranks_hear_of_it_after_the_same_launch(found):
     """One that heard of it sooner would go back alone."""
     assert [both["lagging"] for both in found[1]] == [[0, 143]] * 2
     assert_same(newest_state("lagging")[1], newest_state("rolled")[1])
-    assert newest("together").step == timeless("together/metrics.jsonl")[-1]["step"] == 3
+    assert find_latest("together").step == timeless("together/metrics.jsonl")[-1]["step"] == 3
 
 
 def test_where_one_rank_cannot_record_none_does(found):
@@ -650,7 +667,7 @@ def test_where_one_rank_cannot_record_none_does(found):
 
 
 def test_all_ranks_hear_of_a_loss_that_is_not_finite_in_one(found):
-    assert timeless("spoiled/metrics.jsonl")[-1]["step"] == 6 and newest("spoiled").step == 4
+    assert timeless("spoiled/metrics.jsonl")[-1]["step"] == 6 and find_latest("spoiled").step == 4
     for rank in range(2):
         assert "error: step 7: the loss is inf" in read(f"log{rank}.txt")
     for path in ("rolled", "rolled_fsdp"):
@@ -660,7 +677,7 @@ def test_all_ranks_hear_of_a_loss_that_is_not_finite_in_one(found):
 
 def test_a_checkpoint_that_failed_is_tried_again_by_all(found):
     assert found[1][0]["full disk"] == 0
-    assert "cannot save" in read("log0.txt") and newest("full").step == 5
+    assert "cannot save" in read("log0.txt") and find_latest("full").step == 5
 
 
 # ---- without other processes ---------------------------------------------------------------------------------------
@@ -687,7 +704,7 @@ def test_a_step_that_cannot_be_divided_says_what_would_do():
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
 def test_muons_work_is_shared_evenly(world):
     shapes = [(12, 2304, 768), (12, 768, 768), (24, 768, 3072), (1, 8, 8)]
-    shares = ranks.share_out(shapes, world)
+    shares = distributed.divide_matrices(shapes, world)
     for (n, *_), mine in zip(shapes, shares, strict=True):
         assert [i for part in mine for i in part] == list(range(n))
     cost = [rows * columns * min(rows, columns) for _, rows, columns in shapes]
@@ -696,22 +713,22 @@ def test_muons_work_is_shared_evenly(world):
 
 
 def test_blocks_travel_in_half_precision_only_where_products_alone_read_them():
-    narrow = {name: all(map(ranks.reads_by_products_alone, ranks.blocks_of(build(hyper))))
+    narrow = {name: all(map(blocks.has_only_matmul_weights, blocks.iterate_blocks(build(hyper))))
               for name, (hyper, _) in models().items()}  # fmt: skip
     assert narrow["tinystar-v0.2-modernbase"] and narrow["transformer-decoder"] and narrow["strawberry-v0"] is False
     assert not narrow["strawberry-large"]  # retention rewrites its weights
 
 
 def test_alone_an_unknown_way_is_refused_and_a_known_one_ignored(tmp_path, monkeypatch):
-    assert isinstance(ranks.join(CPU, "fsdp"), ranks.Alone)
+    assert isinstance(distributed.join_processes(CPU, "fsdp"), distributed.SingleProcess)
     with pytest.raises(UserError, match='parallel = "fsdp2": must be "ddp" or "fsdp"'):
         load_run(["--parallel=fsdp2"], CONFIGS)
 
 
 def test_errors_of_the_connection_are_told_from_others():
-    assert ranks.is_of_connection(RuntimeError("[pair.cc:1] Connection closed by peer [127.0.0.1]:3"))
-    assert ranks.is_of_connection(dist.DistNetworkError("failed to recv, got 0 bytes"))
-    assert not ranks.is_of_connection(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert distributed.is_connection_error(RuntimeError("[pair.cc:1] Connection closed by peer [127.0.0.1]:3"))
+    assert distributed.is_connection_error(dist.DistNetworkError("failed to recv, got 0 bytes"))
+    assert not distributed.is_connection_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_where_no_process_has_all_the_last_checkpoint_is_what_is_left(tmp_path, monkeypatch):
@@ -725,7 +742,7 @@ def test_where_no_process_has_all_the_last_checkpoint_is_what_is_left(tmp_path, 
     assert finish(children[0], 60) == 4, read("log0.txt")
     told = read("log0.txt").splitlines()[-2:]
     assert told[0].startswith("error: another process of this run has ended") and told[1].endswith(RESUME)
-    step = newest("ck").step
+    step = find_latest("ck").step
     assert step % 4 == 0 and 0 <= timeless()[-1]["step"] - step < 4
     assert train.main(["--config", "run.json", RESUME, f"--max_iters={step + 1}"]) == 0
 
@@ -738,21 +755,21 @@ class Never:
 
 
 def test_a_device_that_waits_for_a_process_that_is_gone_is_left(monkeypatch):
-    monkeypatch.setattr(ranks, "BEAT", 0.05)
-    monkeypatch.setattr(ranks, "SILENT", 0.5)
-    monkeypatch.setattr(ranks, "PARTING", 0.2)
+    monkeypatch.setattr(distributed, "HEARTBEAT_INTERVAL", 0.05)
+    monkeypatch.setattr(distributed, "HEARTBEAT_TIMEOUT", 0.5)
+    monkeypatch.setattr(distributed, "DRAIN_TIMEOUT", 0.2)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    this, other = (ranks.Pulse(store, rank, 2) for rank in range(2))
-    group = ranks.Replicated.__new__(ranks.Replicated)
-    group.pulse = this
+    this, other = (distributed.Heartbeat(store, rank, 2) for rank in range(2))
+    group = distributed.DDP.__new__(distributed.DDP)
+    group.heartbeat = this
     began = time.monotonic()
     threading.Timer(1.5, other.stop).start()
-    with pytest.raises(ranks.Lost, match=r"ended or is out of reach \(rank 1 has been silent"):
-        group.wait(Never())
-    assert 1.5 < time.monotonic() - began < 4 and group.lost and not group.can_save
+    with pytest.raises(distributed.PeerLost, match=r"ended or is out of reach \(rank 1 has been silent"):
+        group.wait_for(Never())
+    assert 1.5 < time.monotonic() - began < 4 and group.peer_lost and not group.can_save
     began = time.monotonic()
-    with pytest.raises(ranks.Lost):  # it is not asked again
-        group.wait(Never())
+    with pytest.raises(distributed.PeerLost):  # it is not asked again
+        group.wait_for(Never())
     assert time.monotonic() - began < 0.5
     this.stop()
 
@@ -801,7 +818,7 @@ def test_a_machine_that_dies_ends_the_run_and_the_next_launch_goes_on(tmp_path, 
     assert "--nnodes=2 --rdzv_backend=c10d" in told
     # its agent tells the worker's code, unless the machine that died was the one where the agents met
     assert "exitcode  : 4" in told or "RendezvousConnectionError" in told
-    step = newest("ck").step
+    step = find_latest("ck").step
     assert step >= timeless()[-1]["step"]  # rank 0 has saved the step that it had done
     assert train.main(["--config", "run.json", RESUME, f"--max_iters={step + 2}"]) == 0
-    assert newest("ck").step == step + 2
+    assert find_latest("ck").step == step + 2

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from machine import require_module
 
-import plot
 from options import UserError
+from strawberry.training import plot
 
 require_module("matplotlib", whole_file=True)
 

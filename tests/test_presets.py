@@ -10,13 +10,13 @@ import torch
 
 import encoder as encoders
 import options
-import plot
 import sample
 import train
-from checkpoint import load_model
 from model import CONFIGS, build
 from options import load_run, read_json, to_dict
 from strawberry.data.token_file import TokenFileWriter
+from strawberry.model_file import load_model
+from strawberry.training import plot
 
 CONFIG = Path(options.__file__).parent / "config"
 PRESETS = sorted(path.stem for path in CONFIG.glob("*.json") if path.name != "schema.json")

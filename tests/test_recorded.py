@@ -10,8 +10,10 @@ import torch
 from test_train import assert_same, metrics, prepared, run, weights_and_state, workshop, write_config  # noqa: F401
 
 import train
-from checkpoint import newest
-from train import Recorded, Trainer
+from strawberry.training import cuda_graph
+from strawberry.training.checkpoint import find_latest
+from strawberry.training.cuda_graph import CudaGraphStep, NonFinite
+from strawberry.training.step import TrainStep
 
 EXPERTS = {"n_experts": 2, "n_ffn_experts": 2}
 
@@ -30,7 +32,7 @@ def record(monkeypatch):
         optimizer._in_passing = True
         return optimizer
 
-    monkeypatch.setattr(train, "can_record", lambda device: True)
+    monkeypatch.setattr(cuda_graph, "can_capture", lambda device: True)
     monkeypatch.setattr(train, "build_optimizer", build_for_a_gpu)
 
 
@@ -52,7 +54,8 @@ def test_recorded_steps_train_as_others_do(workshop, monkeypatch, muon, accumula
     assert plain[0] == recorded[0] == 10
     close(plain[1], recorded[1])
     close(plain[2], recorded[2])
-    assert newest("plain").load_state()["optimizer"]["muon_step"] == newest("ck").load_state()["optimizer"]["muon_step"]
+    muon_steps = [find_latest(path).load_state()["optimizer"]["muon_step"] for path in ("plain", "ck")]
+    assert muon_steps[0] == muon_steps[1]
     for a, b in zip(metrics("plain/metrics.jsonl"), metrics(), strict=True):
         assert a.keys() == b.keys()
         assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in a if key not in ("seconds", "tokens_per_s"))
@@ -68,14 +71,14 @@ def test_a_recorded_run_that_stopped_goes_on_as_if_it_had_not(workshop, recordin
 
 def test_the_console_waits_for_no_more_steps_than_are_logged(workshop, recording, monkeypatch, capsys):  # noqa: F811
     """Its rows are of steps that are waited for anyway: the first, those of an interval, and the last."""
-    heard, waits = Recorded.heard, []
+    heard, waits = CudaGraphStep.completed, []
 
     def noted(self, lag):
         if lag == 0:
-            waits.append(self.trainer.progress.step)
+            waits.append(self.state.progress.step)
         return heard(self, lag)
 
-    monkeypatch.setattr(Recorded, "heard", noted)
+    monkeypatch.setattr(CudaGraphStep, "completed", noted)
     assert run("--log_interval=3", "--eval_interval=100", "--checkpoints.create_checkpoints=false",
                "--checkpoints.interval=100") == 0  # fmt: skip
     assert sorted(set(waits)) == [1, 3, 6, 9, 10]
@@ -97,34 +100,34 @@ class Slow:
 
 def late(monkeypatch):
     """Answers come as late as a GPU's may."""
-    take = Recorded.take
+    take = CudaGraphStep.launch
 
     def taken(self, *arguments):
         take(self, *arguments)
-        self.taken[-1] = self.taken[-1]._replace(there=Slow())
+        self.pending[-1] = self.pending[-1]._replace(ready=Slow())
 
-    monkeypatch.setattr(Recorded, "take", taken)
+    monkeypatch.setattr(CudaGraphStep, "launch", taken)
 
 
 def spoil(monkeypatch, *positions, value=math.nan):
     """The loss of the steps at these positions is `value`; what the host sees of them comes late."""
-    take, accumulate = Recorded.take, Trainer.accumulate
+    take, accumulate = CudaGraphStep.launch, TrainStep.accumulate
     spoiled = []
 
     def taken(self, *arguments):
-        spoiled[:] = [self.trainer.progress.position in positions]
+        spoiled[:] = [self.state.progress.position in positions]
         take(self, *arguments)
         spoiled.clear()
 
     def accumulated(self, micro_batches):
         loss = accumulate(self, micro_batches)
         if any(spoiled):
-            for p in self.model.parameters():
+            for p in self.state.model.parameters():
                 p.grad.fill_(value)
         return loss
 
-    monkeypatch.setattr(Recorded, "take", taken)
-    monkeypatch.setattr(Trainer, "accumulate", accumulated)
+    monkeypatch.setattr(CudaGraphStep, "launch", taken)
+    monkeypatch.setattr(TrainStep, "accumulate", accumulated)
     late(monkeypatch)
 
 
@@ -135,7 +138,7 @@ def test_what_is_not_finite_changes_nothing_nor_do_later_steps(workshop, recordi
     keys = [f"--optimizer_hyperparams.use_muon={muon}", "--checkpoints.interval=100", "--log_interval=100",
             "--eval_interval=100", "--max_iters=16", "--lr_decay_iters=16"]
     trainer = prepared(*keys)
-    with monkeypatch.context() as patch, pytest.raises(train.NonFinite, match="step 7: the loss is .* not updated"):
+    with monkeypatch.context() as patch, pytest.raises(NonFinite, match="step 7: the loss is .* not updated"):
         spoil(patch, 6, value=value)
         trainer.train()
     assert trainer.progress.step == 6 and trainer.progress.tokens == 6 * trainer.tokens_per_step
@@ -144,32 +147,32 @@ def test_what_is_not_finite_changes_nothing_nor_do_later_steps(workshop, recordi
     assert_same(trainer.model.state_dict(), weights)
     mine = trainer.optimizer.state_dict()
     assert_same({f"{n}.{k}": v for n, values in mine["state"].items() for k, v in values.items()}, state)
-    assert mine["muon_step"] == newest("ck").load_state()["optimizer"]["muon_step"]
+    assert mine["muon_step"] == find_latest("ck").load_state()["optimizer"]["muon_step"]
 
 
 def test_a_rollback_goes_on_recorded(workshop, recording, monkeypatch, capsys):  # noqa: F811
     spoil(monkeypatch, 6)
     records = []
-    record = Recorded.record
-    monkeypatch.setattr(Recorded, "record", lambda self, batches: records.append(1) or record(self, batches))
+    record = CudaGraphStep.capture
+    monkeypatch.setattr(CudaGraphStep, "capture", lambda self, batches: records.append(1) or record(self, batches))
     assert run("--on_nan=rollback", "--log_interval=5") == 0
     assert "going back to step 4" in capsys.readouterr().err and len(records) == 2
     lines = metrics()
     assert [line["from_step"] for line in lines if "rollback" in line] == [7]
     assert [line["step"] for line in lines if "loss" in line] == [1, 5, 10]
-    assert newest("ck").load_state()["progress"]["skipped"] == 3 and Path("out/tiny.model").exists()
+    assert find_latest("ck").load_state()["progress"]["skipped"] == 3 and Path("out/tiny.model").exists()
 
 
 def test_the_host_is_some_steps_ahead_and_no_more(workshop, recording, monkeypatch):  # noqa: F811
     late(monkeypatch)
-    waiting, heard = [], Recorded.heard
+    waiting, heard = [], CudaGraphStep.completed
 
     def listened(self, lag):
         found = list(heard(self, lag))
-        waiting.append(len(self.taken))
+        waiting.append(len(self.pending))
         return iter(found)
 
-    monkeypatch.setattr(Recorded, "heard", listened)
+    monkeypatch.setattr(CudaGraphStep, "completed", listened)
     keys = ("--log_interval=100", "--eval_interval=100", "--checkpoints.interval=100")
     assert run("--max_iters=10", *keys) == 0
     assert waiting[:10] == [0, 1, 2, 3, 4, 4, 4, 4, 4, 0]
@@ -177,7 +180,7 @@ def test_the_host_is_some_steps_ahead_and_no_more(workshop, recording, monkeypat
 
 def test_a_signal_waits_for_the_steps_on_their_way(workshop, recording, monkeypatch):  # noqa: F811
     late(monkeypatch)
-    take = Recorded.take
+    take = CudaGraphStep.launch
     calls = []
 
     def taken(self, *arguments):
@@ -186,10 +189,10 @@ def test_a_signal_waits_for_the_steps_on_their_way(workshop, recording, monkeypa
             signal.raise_signal(signal.SIGTERM)
         take(self, *arguments)
 
-    monkeypatch.setattr(Recorded, "take", taken)
+    monkeypatch.setattr(CudaGraphStep, "launch", taken)
     keys = ("--log_interval=100", "--eval_interval=100", "--checkpoints.interval=100")
     assert run(*keys) == 143
-    assert newest("ck").step == 7
+    assert find_latest("ck").step == 7
     assert run("--init_from=resume", *keys) == 0
     assert run("--checkpoints.path=whole", *keys) == 0
     assert_same(weights_and_state("whole")[1], weights_and_state("ck")[1])
@@ -199,7 +202,7 @@ def test_what_cannot_be_recorded_trains_all_the_same(workshop, recording, monkey
     def broken(self, batches):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(Recorded, "record", broken)
+    monkeypatch.setattr(CudaGraphStep, "capture", broken)
     assert run() == 0
     assert "steps cannot be recorded" in capsys.readouterr().err
     assert run("--record=false") == 0 and "recorded" not in capsys.readouterr().err

@@ -20,7 +20,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import encoder as encoders
 import model as models
 import sample
@@ -40,7 +39,10 @@ from strawberry.inference.text import (
     stream_in_order,
     stream_texts,
 )
+from strawberry.model_file import load_model, save_model, write_model
 from strawberry.ops import sampling
+from strawberry.training import checkpoint
+from strawberry.training.checkpoint import save_checkpoint
 
 PROGRAM = Path(sample.__file__)
 ALPHABET = "abcdefgh \n"
@@ -66,7 +68,7 @@ def folder(tmp_path_factory):
             for p in model.parameters():
                 if p.size(0) == SHAPE["vocab_size"]:
                     p[-2:] = 0
-        checkpoint.save_model(path / f"{name}.strawberry", model, encoder, {})
+        save_model(path / f"{name}.strawberry", model, encoder, {})
     return path
 
 
@@ -156,7 +158,7 @@ def pieces(tokens, length=1000, stop=(), **asked):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", ARCHS)
 def test_streaming_equals_generate(run, folder, name, seed):
-    model, encoder, _ = checkpoint.load_model(folder / f"{name}.strawberry")
+    model, encoder, _ = load_model(folder / f"{name}.strawberry")
     prompt = torch.tensor([encoder.encode("abc d")])
     generator = torch.Generator().manual_seed(seed)
     made = model.generate(prompt, 30, 0.9, 5, 0.95, 0.01, {encoder.eot, encoder.pad}, generator)[0].tolist()
@@ -417,9 +419,9 @@ def test_a_checkpoint_directory_is_a_model(run, folder, tmp_path, monkeypatch, c
     assert "without checkpoints" in fails(capsys, monkeypatch, "--prompt", "a", "--model", str(tmp_path))
     steps = []
     for name in ("strawberry", "tinystar"):
-        model, encoder, record = checkpoint.load_model(folder / f"{name}.strawberry")
-        parts = {checkpoint.MODEL: checkpoint.write_model(model, encoder, record)}
-        steps.append(checkpoint.save_checkpoint(tmp_path / "ck", len(steps) + 1, parts))
+        model, encoder, record = load_model(folder / f"{name}.strawberry")
+        parts = {checkpoint.MODEL: write_model(model, encoder, record)}
+        steps.append(save_checkpoint(tmp_path / "ck", len(steps) + 1, parts))
     argv = ["--prompt", "a", "--length", "1"]
     assert ": tinystar, " in run(*argv, "--model", str(tmp_path / "ck"), model=None).err
     assert ": strawberry, " in run(*argv, "--model", str(steps[0]), model=None).err
@@ -523,10 +525,10 @@ def test_wrong_model_files_are_one_line_and_exit_2(folder, tmp_path, capsys, mon
 
 
 def test_ruined_weights_and_too_little_memory_are_named(folder, tmp_path, capsys, monkeypatch):
-    model, encoder, _ = checkpoint.load_model(folder / "tinystar.strawberry")
+    model, encoder, _ = load_model(folder / "tinystar.strawberry")
     with torch.no_grad():
         next(model.parameters()).fill_(math.nan)
-    checkpoint.save_model(tmp_path / "m", model, encoder, {})
+    save_model(tmp_path / "m", model, encoder, {})
     monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "a", "--model", str(tmp_path / "m")])
     with pytest.raises(UserError, match="predicts NaN"):
         sample.main(sys.argv[1:])
@@ -560,7 +562,7 @@ def answering(tmp_path_factory):
             for p in model.parameters():
                 p += 0.3 * torch.randn(p.shape)
             model.embed.weight[10:] *= 0.1  # so that texts are long
-        checkpoint.save_model(path / f"{objective}.transformer", model, encoder, {"run": {"objective": objective}})
+        save_model(path / f"{objective}.transformer", model, encoder, {"run": {"objective": objective}})
     return path
 
 
@@ -582,7 +584,7 @@ def said(encoder, made: list[int]) -> str:
 
 def test_an_encoder_decoder_answers_its_source(answering, capsys):
     path = answering / "pairs.transformer"
-    model, encoder, _ = checkpoint.load_model(path)
+    model, encoder, _ = load_model(path)
     answers = set()
     for source in ("abc", "hgfe dcba", "", "hhhhhhhh", "b d f", "aaaaa"):
         given = torch.tensor([[*encoder.encode(source), encoder.eot]])
@@ -596,7 +598,7 @@ def test_an_encoder_decoder_answers_its_source(answering, capsys):
 
 def test_a_prompt_begins_the_answer(answering, capsys):
     path = answering / "pairs.transformer"
-    model, encoder, _ = checkpoint.load_model(path)
+    model, encoder, _ = load_model(path)
     given = torch.tensor([[*encoder.encode("abc"), encoder.eot]])
     made = made_by(model, [encoder.eot, *encoder.encode("fg")], given)
     wanted = said(encoder, made)
@@ -605,7 +607,7 @@ def test_a_prompt_begins_the_answer(answering, capsys):
 
 def test_sentinels_are_read_where_spans_were_learned(answering, capsys, monkeypatch):
     path = answering / "spans.transformer"
-    model, encoder, record = checkpoint.load_model(path)
+    model, encoder, record = load_model(path)
     a, b, c = (encoder.decode([i]) for i in range(3))
     asked = f"{a}{b}<|0|>{c}<|2|>"
     assert encode_source_text(asked, model, encoder, record) == [0, 1, 12, 2, 14, encoder.eot]
@@ -631,7 +633,7 @@ def test_a_long_source_is_noted(answering, capsys):
 
 def test_an_answer_is_scored_given_its_source(answering, tmp_path, capsys):
     path = answering / "pairs.transformer"
-    model, encoder, _ = checkpoint.load_model(path)
+    model, encoder, _ = load_model(path)
     (tmp_path / "answer.txt").write_text("hedge")
     losses = []
     for source in ("abc", "gag"):
@@ -1213,7 +1215,7 @@ TEXT = "abcd efgh\n" * 5 + "abc"
 
 @pytest.mark.parametrize(("name", "stride"), [("strawberry", 1), ("tinystar", 1), ("batch", 0), ("batch", 3)])
 def test_score_is_the_mean_over_tokens_each_predicted_from_what_stands_before_it(run, folder, tmp_path, name, stride):
-    model, encoder, _ = checkpoint.load_model(folder / f"{name}.strawberry")
+    model, encoder, _ = load_model(folder / f"{name}.strawberry")
     ids, nats = [encoder.eot, *encoder.encode(TEXT)], 0.0
     for t in range(1, len(ids)):
         with torch.no_grad():

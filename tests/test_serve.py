@@ -24,13 +24,13 @@ import torch
 from machine import require_module
 from torture import count
 
-import checkpoint
 import encoder as encoders
 import model as models
 import sample
 from options import UserError
 from strawberry.inference.engine import Decoder
 from strawberry.inference.text import TextStream, make_request, stream_texts
+from strawberry.model_file import load_model, save_model
 from strawberry.serving import bodies, engine, scoring
 from strawberry.serving.app import create_app
 from strawberry.serving.completions import CompletionStream, make_request_group
@@ -70,7 +70,7 @@ def make_model(path: Path, seed: int = 1) -> None:
             if p.size(0) == SHAPE["vocab_size"]:
                 p *= 8  # so that some tokens are likelier than others
                 p[-2:] = 0  # <|eot|> and <|pad|>, which are never the likeliest: LONG texts don't end
-    checkpoint.save_model(path, model, encoders.train(["x"], 258), {})
+    save_model(path, model, encoders.train(["x"], 258), {})
 
 
 @pytest.fixture(scope="session")
@@ -168,7 +168,7 @@ def error_of(answer, status):
 
 def alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
     """The text that the model makes with nobody else there, in a decoder of the server's shape."""
-    model, encoder, _ = checkpoint.load_model(folder / name)
+    model, encoder, _ = load_model(folder / name)
     settings = sample.Settings(length=n, **{"temperature": 1.0, **options})
     decoder = Decoder(model, ROWS, 4096, batch_invariant=True)
     request = make_request(settings, encoder, encoder.encode(prompt), None, seed)
@@ -263,7 +263,7 @@ def test_tokens_are_prompts_too(running):
 
 def test_logprobs_are_the_models(running, folder):
     """Against the model itself, token by token, in float64."""
-    model, encoder, _ = checkpoint.load_model(folder / "air.strawberry")
+    model, encoder, _ = load_model(folder / "air.strawberry")
     got = running.client.completions.create(model="air.strawberry", prompt="aé", seed=3, max_tokens=3, echo=True,
                                             logprobs=2, temperature=1.5)  # fmt: skip
     told = got.choices[0].logprobs
@@ -297,7 +297,7 @@ def test_top_logprobs_are_in_the_order_of_probability(running, folder):
         for token, logprob, top in zip(choice.logprobs.tokens[1:], own, best, strict=True):
             values = [value for _, value in top]
             assert values == sorted(values, reverse=True) and dict(top)[token] == logprob
-    model, encoder, _ = checkpoint.load_model(folder / "air.strawberry")
+    model, encoder, _ = load_model(folder / "air.strawberry")
     with torch.no_grad():
         likeliest = model(torch.tensor([encoder.encode("a")]))[0][0, -1].topk(4).indices.tolist()
     assert [text for text, _ in best[0]][:4] == [decode_token(encoder, token) for token in likeliest]
@@ -319,7 +319,7 @@ def test_logprobs_without_echo_are_the_end_of_those_with_it(running):
 
 
 def test_models_that_see_the_future_score_what_they_drew_from(running, folder):
-    model, encoder, _ = checkpoint.load_model(folder / "future.strawberry")
+    model, encoder, _ = load_model(folder / "future.strawberry")
     asked = {"model": "future.strawberry", "prompt": "a longer prompt", "max_tokens": 1, "echo": True, "logprobs": 1}
     got = running.client.completions.create(**asked)
     tokens = encoder.encode("a longer prompt")

@@ -17,8 +17,8 @@ import pytest
 from machine import require_module
 from test_serve import Running, make_model
 
-import checkpoint
 from strawberry.inference.scoring import score_text
+from strawberry.model_file import load_model
 
 TEXTS = ["The cat sat on the mat.", "import os\nprint(os.getcwd())\n", "def close(self):\n    return Né\n"]
 CHOICES = [("The sky is", ["blue", "qzx"]), ("2 + 2 =", ["5", "4"]), ("def f(", ["self", "!!!"]), ("a", ["aaa", "zz"])]
@@ -62,7 +62,7 @@ def write_tasks(path: Path) -> None:
 
 def likelihood(folder, question: str, answer: str) -> float:
     """Log likelihood of an answer, by what sample.py --score says of the text with it and without."""
-    model, encoder, _ = checkpoint.load_model(folder / "air.strawberry")
+    model, encoder, _ = load_model(folder / "air.strawberry")
     whole, without = (-len(encoder.encode(text)) * score_text(model, encoder, text)[0] for text in (
         f"{question} {answer}", question))  # fmt: skip
     return whole - without
@@ -83,7 +83,7 @@ def test_lm_eval_gets_the_scores_that_sample_gives(folder, tmp_path):
         running.stop()
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]
-    model, encoder, _ = checkpoint.load_model(folder / "air.strawberry")
+    model, encoder, _ = load_model(folder / "air.strawberry")
     sizes = [len(text.encode()) for text in TEXTS]
     bits = sum(score_text(model, encoder, text)[1] * size for text, size in zip(TEXTS, sizes)) / sum(sizes)
     assert math.isclose(told["scores"]["bits_per_byte,none"], bits, rel_tol=1e-5)

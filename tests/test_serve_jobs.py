@@ -35,7 +35,6 @@ import encoder as encoders
 import options
 import serve
 import train
-from checkpoint import load_model
 from model import CONFIGS
 from options import UserError
 from strawberry import status_file
@@ -50,6 +49,7 @@ from strawberry.data.near_duplicates import (
     jaccard,
 )
 from strawberry.data.token_file import TokenFile
+from strawberry.model_file import load_model
 from strawberry.serving import jobs
 from strawberry.serving.app import create_app
 from strawberry.serving.id_directory import ABOUT, EVENTS, PID, RequestError, paginate

@@ -35,17 +35,23 @@ from hypothesis import strategies as st
 from machine import require, require_program
 from torture import FULL, assert_same, count, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
 
-import checkpoint
 import encoder as encoders
-import plot
-import ranks
 import train
-from checkpoint import Lock, load_model, newest
 from model import CONFIGS
 from optimizer import lr_at
 from options import UserError, check, dotted_names, load_run, run_class, to_dict
 from strawberry.data.token_file import Header, TokenFile, TokenFileWriter
-from train import Signals, Trainer
+from strawberry.model_file import load_model
+from strawberry.training import checkpoint, checkpointing, distributed, evaluation, memory, plot, setup
+from strawberry.training import lock as lock_module
+from strawberry.training import signals as signals_module
+from strawberry.training.checkpoint import _render_manifest, find_latest
+from strawberry.training.checkpointing import Checkpointer
+from strawberry.training.console import DiskFullSafeStream, format_bytes
+from strawberry.training.lock import Lock
+from strawberry.training.signals import Interrupted, Signals
+from strawberry.training.step import TrainStep
+from train import Trainer
 
 RESUME = "--init_from=resume"
 ENDLESS = ["--config", "run.json", "--max_iters=100000", "--eval_interval=100000"]
@@ -135,13 +141,13 @@ def test_resumed_at_any_point_it_is_the_same_run(den, monkeypatch, told, threads
     random_corpus(size, windows=41)  # 5 1/8 steps of 2 · 4 rows
     write_run(model_hyperparams=model)
     rows = []
-    compute = Trainer.compute_gradients
+    compute = TrainStep.compute_gradients
 
     def note(self, micro_batches):
         rows.extend(row.tobytes() for batch in micro_batches for row in batch.x.numpy())
         return compute(self, micro_batches)
 
-    monkeypatch.setattr(Trainer, "compute_gradients", note)
+    monkeypatch.setattr(TrainStep, "compute_gradients", note)
     assert run("--checkpoints.path=whole") == 0
     whole = list(rows)
     stops = range(1, 10) if FULL else (3, 5, 8)  # the middle of an epoch, its end, the middle of the next one
@@ -149,9 +155,9 @@ def test_resumed_at_any_point_it_is_the_same_run(den, monkeypatch, told, threads
     done = 0
     for stop in stops:
         with monkeypatch.context() as patch:
-            at_call(patch, Trainer, "update_weights", stop - done, terminate)
+            at_call(patch, TrainStep, "update_weights", stop - done, terminate)
             assert run(*[RESUME] * bool(done)) == 143
-        assert newest("ck").step == done + (stop - done) == stop
+        assert find_latest("ck").step == done + (stop - done) == stop
         done = stop
     assert run(RESUME) == 0
     assert rows == whole  # every batch, in order
@@ -208,7 +214,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(den, told):
 def assert_little_is_lost(interval: int) -> int:
     """The newest checkpoint is good, and at most an interval older than what was logged."""
     logged = max((line["step"] for line in timeless()), default=0) if Path("ck/metrics.jsonl").exists() else 0
-    step = newest("ck").step if list(Path("ck").glob("step_*")) else 0
+    step = find_latest("ck").step if list(Path("ck").glob("step_*")) else 0
     assert step >= logged - interval
     return step
 
@@ -216,19 +222,19 @@ def assert_little_is_lost(interval: int) -> int:
 # ---- signals -------------------------------------------------------------------------------------------------------
 
 PHASES = {  # what is called there, and how often before the signal comes
-    "reading the data": (train, "load_data", 1),
+    "reading the data": (setup, "load_data", 1),
     "building the model": (train, "build", 1),
-    "the rehearsal": (Trainer, "accumulate", 1),
-    "claiming the directory": (train, "set_aside", 1),
-    "a step's forward pass": (Trainer, "accumulate", 4),
-    "a step's update": (Trainer, "update_weights", 3),
+    "the rehearsal": (TrainStep, "accumulate", 1),
+    "claiming the directory": (checkpointing, "archive_run", 1),
+    "a step's forward pass": (TrainStep, "accumulate", 4),
+    "a step's update": (TrainStep, "update_weights", 3),
     "logging": (Trainer, "log", 3),
-    "an evaluation": (train, "mean_loss", 2),
-    "a sample": (train, "sample_tokens", 1),
+    "an evaluation": (evaluation, "mean_loss", 2),
+    "a sample": (evaluation, "sample_tokens", 1),
     "the curves": (plot, "curves", 1),
-    "a checkpoint's files": (checkpoint, "_write", 2),
+    "a checkpoint's files": (checkpoint, "_write_file", 2),
     "a checkpoint's renaming": (checkpoint, "_publish", 1),
-    "the model file": (train, "save_model", 1),
+    "the model file": (checkpointing, "save_model", 1),
 }
 
 
@@ -260,7 +266,7 @@ def test_sigterm_at_any_moment_saves_and_ends_with_143(den, monkeypatch, six_ste
     assert begun == (phase not in ("reading the data", "building the model", "the rehearsal"))
     if begun:
         logged = [line["step"] for line in timeless()]
-        assert newest("ck").step == max(logged, default=0)  # nothing at all is lost
+        assert find_latest("ck").step == max(logged, default=0)  # nothing at all is lost
     assert run(*SIX, *[RESUME] * begun) == 0
     assert_same(newest_state()[1], six_steps)
     told("SIGTERM in every phase from start-up to the model file; nothing lost", {"s": seconds})
@@ -268,11 +274,11 @@ def test_sigterm_at_any_moment_saves_and_ends_with_143(den, monkeypatch, six_ste
 
 @posix
 def test_a_signal_that_a_callback_swallows_comes_again(den, monkeypatch):
-    monkeypatch.setattr(train, "INSIST", 0.01)
+    monkeypatch.setattr(signals_module, "RERAISE_INTERVAL", 0.01)
     build, swallowed = train.build, []
 
     def deaf(hyper):
-        with contextlib.suppress(train.Interrupted):
+        with contextlib.suppress(Interrupted):
             terminate()
         swallowed.append(True)
         end = time.monotonic() + 30
@@ -289,13 +295,13 @@ def test_a_signal_that_a_callback_swallows_comes_again(den, monkeypatch):
 @posix
 def test_a_step_that_takes_too_long_is_given_up(den, monkeypatch, six_steps):
     """Of the third step's two micro-batches only one is computed; the step is done anew on resume."""
-    monkeypatch.setattr(train, "GRACE", -1.0)
+    monkeypatch.setattr(signals_module, "GRACE_PERIOD", -1.0)
     with monkeypatch.context() as patch:
-        at_call(patch, Signals, "give_up_late", 7, terminate)  # 1 in the rehearsal, 2 in each step
+        at_call(patch, Signals, "raise_if_late", 7, terminate)  # 1 in the rehearsal, 2 in each step
         calls = []
-        at_call(patch, Trainer, "update_weights", 3, lambda: calls.append(1))
+        at_call(patch, TrainStep, "update_weights", 3, lambda: calls.append(1))
         assert run(*SIX) == 143
-        assert not calls and newest("ck").step == 2
+        assert not calls and find_latest("ck").step == 2
     assert run(*SIX, RESUME) == 0
     assert_same(newest_state()[1], six_steps)
 
@@ -334,7 +340,7 @@ def test_sigterm_while_the_program_is_loaded_ends_at_once(den, told):
 def test_a_second_sigint_leaves_at_once_and_the_last_checkpoint_is_good(den, told):
     """Both come in the middle of the second save, which is never finished."""
     assert finish(start("--config", "run.json", body=torture.interrupted_twice_in_a_save)) == 130
-    assert list(Path("ck").glob(".tmp_step_00000008_*")) and newest("ck").step == 4
+    assert list(Path("ck").glob(".tmp_step_00000008_*")) and find_latest("ck").step == 4
     assert "go on" not in read()
     assert run(RESUME) == 0
     told("SIGINT twice during a save", "once")
@@ -399,7 +405,7 @@ def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(den, capsys, monke
     monkeypatch.setattr(checkpoint, "atomic_write", refuse)
     assert run(*SIX, "--checkpoints.keep=2") == 0
     assert capsys.readouterr().err.count("is saved all the same") == 3
-    assert newest("ck").step == 6 and not Path("ck/step_00000002").exists()
+    assert find_latest("ck").step == 6 and not Path("ck/step_00000002").exists()
 
 
 # ---- full disks ----------------------------------------------------------------------------------------------------
@@ -409,7 +415,7 @@ def assert_it_went_on_without_the_disk() -> None:
     """full_disk made steps 5 … 8 without room; every checkpoint then was as it had been."""
     then = json.loads(Path("then.json").read_text())
     assert then["newest"] == 4 and then["visible"] == ["step_00000002", "step_00000004"]
-    assert newest("ck").step == 12 and load_model("out/tiny.model")[2]["step"] == 12
+    assert find_latest("ck").step == 12 and load_model("out/tiny.model")[2]["step"] == 12
     assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, 13))
     assert not list(Path("ck").glob(".tmp_*"))
     assert {path.name for path in Path("img").glob("*.png")} == set(plot.SHEETS)
@@ -454,7 +460,7 @@ def test_a_log_on_a_full_disk_ends_no_run_and_a_reader_that_leaves_does():
         def write(self, text):
             raise error
 
-    stream, error = train.Sturdy(Full()), OSError(28, "No space left on device")
+    stream, error = DiskFullSafeStream(Full()), OSError(28, "No space left on device")
     assert stream.write("text") == 4 and stream.isatty() is False
     error = BrokenPipeError()
     with pytest.raises(BrokenPipeError):
@@ -468,28 +474,28 @@ BACK = "--on_nan=rollback"
 
 def poison(monkeypatch, *positions):
     """A weight becomes NaN right before the steps at these positions in the data, in whichever order they come."""
-    compute = Trainer.compute_gradients
+    compute = TrainStep.compute_gradients
 
     def poisoned(self, micro_batches):
-        if self.progress.position in positions:
+        if self.state.progress.position in positions:
             with torch.no_grad():
-                self.model.embed.weight[3, 1] = math.nan
+                self.state.model.embed.weight[3, 1] = math.nan
         return compute(self, micro_batches)
 
-    monkeypatch.setattr(Trainer, "compute_gradients", poisoned)
+    monkeypatch.setattr(TrainStep, "compute_gradients", poisoned)
 
 
 def test_a_poisoned_weight_is_rolled_back_past_its_data_at_half_the_rate(den, monkeypatch, capsys, told):
     poison(monkeypatch, 6)
     used = []
-    at_first = Trainer.update_weights
+    at_first = TrainStep.update_weights
 
     def note(self, loss, grad_norm):
         lr = at_first(self, loss, grad_norm)
-        used.append((self.progress.step, self.progress.position, lr))
+        used.append((self.state.progress.step, self.state.progress.position, lr))
         return lr
 
-    monkeypatch.setattr(Trainer, "update_weights", note)
+    monkeypatch.setattr(TrainStep, "update_weights", note)
     assert run(BACK) == 0
     lrs = [lr_at(step, load_run(["--config", "run.json"], CONFIGS)) for step in range(10)]
     first = [(step, step, lrs[step]) for step in range(6)]  # step 7 meets the poison: back to step 4, on from batch 7
@@ -499,7 +505,7 @@ def test_a_poisoned_weight_is_rolled_back_past_its_data_at_half_the_rate(den, mo
     assert [tuple(line[key] for key in keys) for line in lines] == [(4, 7, 1, 0.5)]
     record = load_model("out/tiny.model")[2]["rollbacks"]
     assert [about["from_step"] for about in record] == [7] and "the loss is nan" in record[0]["why"]
-    assert newest("ck").load_state()["progress"]["skipped"] == 3
+    assert find_latest("ck").load_state()["progress"]["skipped"] == 3
     assert "going back to step 4" in capsys.readouterr().err
     assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, 11))
     told("a weight made NaN, with on_nan: rollback", "once, gone on from; four times, ended with code 3")
@@ -508,13 +514,13 @@ def test_a_poisoned_weight_is_rolled_back_past_its_data_at_half_the_rate(den, mo
 def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypatch):
     poison(monkeypatch, 6)
     batches = []
-    at_first = Trainer.accumulate
+    at_first = TrainStep.accumulate
 
     def note(self, micro_batches):
         batches.append(torch.cat([batch.x for batch in micro_batches]))
         return at_first(self, micro_batches)
 
-    monkeypatch.setattr(Trainer, "accumulate", note)
+    monkeypatch.setattr(TrainStep, "accumulate", note)
     assert run(BACK) == 0
     trainer = prepared()
     every = [torch.from_numpy(trainer.corpus.train.read_windows(5, 8 * step, 8)[:, :-1]) for step in range(13)]
@@ -526,10 +532,11 @@ def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypat
 def test_a_run_that_was_rolled_back_resumes_as_if_it_had_not_stopped(den, monkeypatch):
     poison(monkeypatch, 6)
     assert run(BACK, "--checkpoints.path=whole") == 0
-    stops = [("take_steps", 2), ("update_weights", 1), ("update_weights", 2)]  # the first is right after the rollback
-    for i, (name, number) in enumerate(stops):
+    # the first is right after the rollback
+    stops = [(Trainer, "take_steps", 2), (TrainStep, "update_weights", 1), (TrainStep, "update_weights", 2)]
+    for i, (kind, name, number) in enumerate(stops):
         with monkeypatch.context() as patch:
-            at_call(patch, Trainer, name, number, terminate)
+            at_call(patch, kind, name, number, terminate)
             assert run(BACK, *[RESUME] * bool(i)) == 143
     assert run(BACK, RESUME) == 0
     assert_same(newest_state("whole")[1], newest_state()[1])
@@ -541,7 +548,7 @@ def test_three_rollbacks_and_no_more(den, monkeypatch, capsys):
     assert run(BACK) == 3
     assert "3 rollbacks did not help" in capsys.readouterr().err
     factors = [line["lr_factor"] for line in timeless() if "rollback" in line]
-    assert factors == [0.5, 0.25, 0.125] and newest("ck").load_state()["progress"]["rollbacks"][2]["rollback"] == 3
+    assert factors == [0.5, 0.25, 0.125] and find_latest("ck").load_state()["progress"]["rollbacks"][2]["rollback"] == 3
 
 
 def test_a_rollback_takes_the_checkpoint_before_a_broken_one(den, monkeypatch, capsys):
@@ -551,20 +558,20 @@ def test_a_rollback_takes_the_checkpoint_before_a_broken_one(den, monkeypatch, c
         assert run(BACK) == 0
     told = capsys.readouterr().err
     assert "step_00000008 is broken" in told and "going back to step 4" in told
-    assert newest("ck").step == 10 and newest("ck").load_state()["progress"]["skipped"] == 6
+    assert find_latest("ck").step == 10 and find_latest("ck").load_state()["progress"]["skipped"] == 6
 
 
 def test_weights_that_went_bad_before_a_save_are_rolled_back(den, monkeypatch):
     """The gradient was finite and the update was not."""
 
     def poisoned(self):
-        if self.progress.step == 8 and not self.progress.rollbacks:
+        if self.state.progress.step == 8 and not self.state.progress.rollbacks:
             with torch.no_grad():
-                self.model.embed.weight[3, 1] = math.inf
+                self.state.model.embed.weight[3, 1] = math.inf
         return check(self)
 
-    check = Trainer.check_weights
-    monkeypatch.setattr(Trainer, "check_weights", poisoned)
+    check = Checkpointer.check_weights
+    monkeypatch.setattr(Checkpointer, "check_weights", poisoned)
     assert run(BACK) == 0
     assert [line["step"] for line in timeless() if "rollback" in line] == [4]
 
@@ -584,14 +591,14 @@ def test_a_learning_rate_of_1e20_is_not_survived_and_nothing_bad_is_saved(den):
 
 def limited(monkeypatch, rows):
     """A device that has room for so many rows and no more."""
-    accumulate = Trainer.accumulate
+    accumulate = TrainStep.accumulate
 
     def full(self, micro_batches):
         if len(micro_batches[0].x) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return accumulate(self, micro_batches)
 
-    monkeypatch.setattr(Trainer, "accumulate", full)
+    monkeypatch.setattr(TrainStep, "accumulate", full)
 
 
 def test_out_of_memory_says_what_took_it_and_what_to_lower(den, monkeypatch):
@@ -601,10 +608,10 @@ def test_out_of_memory_says_what_took_it_and_what_to_lower(den, monkeypatch):
         run()
     message = str(caught.value)
     trainer = Trainer(load_run(["--config", "run.json"], CONFIGS), Signals())
-    trainer.get_ready()
-    need = trainer.footprint()
-    assert f"weights {train.size(need.weights)}, gradients" in message
-    assert f"activations of 4 rows of 16 tokens about {train.size(4 * need.row)}" in message
+    trainer.set_up()
+    need = trainer.memory_planner.estimate()
+    assert f"weights {format_bytes(need.weights)}, gradients" in message
+    assert f"activations of 4 rows of 16 tokens about {format_bytes(4 * need.row)}" in message
     assert "before the first step" in message and "nothing was changed" in message
     assert "Halve batch_size and double gradient_accumulation_steps (to 2 and 4), which computes the same" in message
     assert "model_hyperparams.block_size (16)" in message and "\n" not in message
@@ -632,17 +639,18 @@ def test_auto_is_recorded_and_resumed(den, monkeypatch):
     limited(monkeypatch, 5)
     run("--batch_size=auto", "--max_iters=2")
     limited(monkeypatch, 3)  # another machine computes the same, or says that it can't
-    assert newest("ck").meta["run"]["batch_size"] == 5
+    assert find_latest("ck").meta["run"]["batch_size"] == 5
     with pytest.raises(UserError, match="out of memory"):
         run("--batch_size=auto", RESUME)
 
 
 def test_a_cpu_gives_half_of_its_free_memory_and_no_more_tokens_than_help(den, monkeypatch):
-    need = prepared().footprint()
+    trainer = prepared()  # its planner does not keep it
+    need = trainer.memory_planner.estimate()
     room = need.fixed + 7 * need.row + need.row // 2
-    monkeypatch.setattr(train, "device_memory", lambda device: (2 * room, 4 * room))
+    monkeypatch.setattr(memory, "device_memory", lambda device: (2 * room, 4 * room))
     assert prepared("--batch_size=auto").run.batch_size == 7
-    monkeypatch.setattr(train, "CPU_TOKENS", 5 * 16)
+    monkeypatch.setattr(memory, "MAX_CPU_TOKENS", 5 * 16)
     assert prepared("--batch_size=auto").run.batch_size == 5
 
 
@@ -654,7 +662,7 @@ def test_what_a_row_keeps_for_the_backward_pass_is_counted():
         h = layer(torch.ones(n, 8))
         return (torch.nn.functional.silu(h) + h.square()).sum()
 
-    kept = [sum(train.kept_for_backward(layer, lambda n=n: forward(n))) for n in (1, 2, 5)]
+    kept = [sum(memory.saved_for_backward(layer, lambda n=n: forward(n))) for n in (1, 2, 5)]
     assert np.diff(kept).tolist() == [4 * (8 + 4), 3 * 4 * (8 + 4)]
 
 
@@ -662,7 +670,8 @@ def test_the_largest_is_found_whatever_it_is():
     for limit in (1, 2, 7, 8, 100):
         for n in range(limit + 3):
             asked = []
-            assert train.largest(lambda rows, n=n, asked=asked: asked.append(rows) or rows <= n, limit) == min(n, limit)
+            found = memory.largest_fitting(lambda rows, n=n, asked=asked: asked.append(rows) or rows <= n, limit)
+            assert found == min(n, limit)
             assert max(asked) <= limit and max(asked) <= max(2 * n, 1) and len(asked) == len(set(asked))
 
 
@@ -687,7 +696,7 @@ def test_a_gpu_that_is_full_and_the_batch_that_fits_it(den, capsys):
     torture.write_corpus("data.bin", torture.TEXT * 400)
     ballast = torch.empty(torch.cuda.mem_get_info()[0] - (8 << 30), dtype=torch.uint8, device="cuda")
     assert run("--batch_size=auto", "--max_iters=3") == 0
-    rows = newest("ck").meta["run"]["batch_size"]
+    rows = find_latest("ck").meta["run"]["batch_size"]
     with pytest.raises(UserError, match=r"cuda is out of memory before the first step, of .*weights"):
         run(f"--batch_size={4 * rows}")
     del ballast
@@ -725,7 +734,7 @@ def bomb() -> bytes:
 def resigned(manifest: bytes, **changes) -> bytes:
     body = json.loads(manifest) | changes
     body.pop("sha256")
-    return checkpoint._render(body)
+    return _render_manifest(body)
 
 
 def in_checkpoint(part: str, change) -> None:
@@ -874,7 +883,7 @@ def test_a_second_trainer_is_refused_by_the_name_of_the_first(den, told):
 
 
 def without_flock(monkeypatch):
-    monkeypatch.setattr(checkpoint, "fcntl", None)
+    monkeypatch.setattr(lock_module, "fcntl", None)
 
 
 @pytest.mark.parametrize("flock", [True, False])
@@ -920,13 +929,13 @@ def test_without_flock_a_lock_without_a_name_is_respected(tmp_path, monkeypatch,
 
 
 def test_a_file_system_without_flock_is_locked_by_name(tmp_path, monkeypatch):
-    if checkpoint.fcntl is None:
+    if lock_module.fcntl is None:
         pytest.skip("there is no flock at all")
 
     def unsupported(file, how):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(checkpoint.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock_module.fcntl, "flock", unsupported)
     lock = Lock(tmp_path)
     with pytest.raises(UserError, match=f"process {os.getpid()}"):
         Lock(tmp_path)
@@ -1005,7 +1014,7 @@ def test_ranks_weigh_rows_by_their_targets(den):
             writer.add(np.array(encoder.encode("abcdefghijklmno"[: 1 + n * 7 % 14])))
     run_ranks("--checkpoints.path=two")
     run("--checkpoints.path=one")
-    batch = train.make_batch(prepared().objective, prepared().corpus.train, 5, 0, 2, "cpu")
+    batch = evaluation.make_batch(prepared().objective, prepared().corpus.train, 5, 0, 2, "cpu")
     assert (batch.y[0] >= 0).sum() != (batch.y[1] >= 0).sum()
     assert_close(losses("one/metrics.jsonl"), losses("two/metrics.jsonl"))
 
@@ -1024,7 +1033,7 @@ def test_when_a_rank_is_killed_the_other_ends_and_both_resume(den, told, victim)
     assert last[0].startswith("error: another process of this run has ended")
     assert "torchrun --nproc_per_node=2" in last[1] and last[1].endswith(RESUME)
     logged = timeless()[-1]["step"]
-    assert newest("ck").step >= (logged - 4 if victim == 0 else logged)  # rank 0 loses nothing
+    assert find_latest("ck").step >= (logged - 4 if victim == 0 else logged)  # rank 0 loses nothing
     run_ranks(*many, RESUME)
     run_ranks(*many, "--checkpoints.path=whole")
     assert_same(newest_state("whole")[1], newest_state()[1])
@@ -1067,24 +1076,25 @@ def test_ranks_that_cannot_divide_the_batch_say_so(den):
 def test_ranks_roll_back_together(den):
     children = begin_ranks(BACK, body=torture.poisoned_on_one_rank)
     assert [finish(child) for child in children] == [0, 0], read("log0.txt") + read("log1.txt")
-    assert [line["step"] for line in timeless() if "rollback" in line] == [4] and newest("ck").step == 10
+    assert [line["step"] for line in timeless() if "rollback" in line] == [4] and find_latest("ck").step == 10
 
 
 def test_tensors_travel_in_buckets_of_one_dtype(monkeypatch):
-    monkeypatch.setattr(ranks, "BUCKET", 10)
+    monkeypatch.setattr(distributed, "BUCKET_SIZE", 10)
     sizes = [4, 6, 1, 12, 3, 3]
     tensors = [torch.zeros(n) for n in sizes] + [torch.zeros(2, dtype=torch.float64)]
-    assert [[t.numel() for t in bucket] for bucket in ranks.buckets(tensors)] == [[4, 6], [1], [12], [3, 3], [2]]
+    found = [[t.numel() for t in bucket] for bucket in distributed.bucket_tensors(tensors)]
+    assert found == [[4, 6], [1], [12], [3, 3], [2]]
 
 
 def test_devices_that_cannot_be_shared_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match='device = "mps": several processes need'):
-        ranks.join(torch.device("mps"))
+        distributed.join_processes(torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="lower --nproc_per_node to 1"):
-        ranks.join(torch.device("cuda"))
+        distributed.join_processes(torch.device("cuda"))
 
 
 # ---- properties ----------------------------------------------------------------------------------------------------
@@ -1224,7 +1234,7 @@ def test_a_clock_that_is_set_back_changes_nothing(den, monkeypatch, six_steps):
     clock = iter(range(2_000_000_000, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     with monkeypatch.context() as patch:
-        at_call(patch, Trainer, "update_weights", 5, terminate)
+        at_call(patch, TrainStep, "update_weights", 5, terminate)
         assert run(*SIX) == 143
     for age, path in enumerate(sorted(Path("ck").rglob("*"), reverse=True)):
         os.utime(path, (10**9 + age, 10**9 + age))
@@ -1259,7 +1269,7 @@ def test_paths_with_spaces_and_letters_of_any_alphabet(den, capsys):
     argv = ["--config", "µ run.json", "--dataset.path=µ data.bin", "--encoder_path=chars:µ text.txt",
             "--checkpoints.path=чек поинты", "--model_path=modèle 模/tiny", "--img_path=bilder ß"]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, Trainer, "update_weights", 3, terminate)
+        at_call(patch, TrainStep, "update_weights", 3, terminate)
         assert train.main(argv) == 143
     line = capsys.readouterr().out.rstrip().splitlines()[-1]
     words = subprocess.run(["sh", "-c", f"printf '%s\\n' {line}"], capture_output=True, text=True).stdout.splitlines()
@@ -1286,8 +1296,8 @@ def test_check_says_all_and_writes_nothing(den, capsys, monkeypatch):
     assert run("--check", "--compile=true") == 0
     out = capsys.readouterr().out
     trainer = prepared()
-    need = trainer.footprint()
-    assert f"about {train.size(need.fixed + 4 * need.row)} (weights {train.size(need.weights)}" in out
+    need = trainer.memory_planner.estimate()
+    assert f"about {format_bytes(need.fixed + 4 * need.row)} (weights {format_bytes(need.weights)}" in out
     assert trainer.corpus.fingerprint[:12] in out and trainer.encoder.fingerprint[:12] in out and "read whole" in out
     assert re.search(r"\nfirst batch  loss 3\.\d+, after \d+\.\d\d s", out)
     assert out.endswith("nothing was written\n")
@@ -1335,7 +1345,7 @@ def test_check_finds_what_would_go_wrong(den, argv, prepare, message):
 
 
 def test_check_warns_of_too_little_memory_and_disk(den, monkeypatch, capsys):
-    monkeypatch.setattr(train, "device_memory", lambda device: (1000, 2000))
+    monkeypatch.setattr(memory, "device_memory", lambda device: (1000, 2000))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
     assert run("--check") == 0
     warnings = capsys.readouterr().err

@@ -16,15 +16,20 @@ import pytest
 import torch
 
 import encoder as encoders
-import plot
 import train
-from checkpoint import listed, load_model, newest
 from model import CONFIGS, build
 from options import UserError, load_run
 from strawberry.data.loader import map_tensors
 from strawberry.data.objectives import Batch
 from strawberry.data.token_file import TokenFileWriter
-from train import Signals, Trainer
+from strawberry.model_file import load_model
+from strawberry.training import checkpointing, cuda_graph, evaluation, plot, setup
+from strawberry.training.checkpoint import find_latest, list_checkpoints
+from strawberry.training.console import Console
+from strawberry.training.metrics import Metrics
+from strawberry.training.signals import Interrupted, Signals
+from strawberry.training.step import TrainStep
+from train import Trainer
 
 TEXT = "".join(f"{word} sat on the mat and saw {n} dogs.\n" for n in range(40) for word in ("a cat", "the owl", "we"))
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
@@ -93,19 +98,19 @@ def metrics(path="ck/metrics.jsonl"):
 
 def at_step(monkeypatch, step, act):
     """Call `act()` once, in the middle of the step of that number."""
-    compute = Trainer.compute_gradients
+    compute = TrainStep.compute_gradients
 
     def then_compute(self, micro_batches):
-        if self.progress.step == step - 1:
+        if self.state.progress.step == step - 1:
             act()
         return compute(self, micro_batches)
 
-    monkeypatch.setattr(Trainer, "compute_gradients", then_compute)
+    monkeypatch.setattr(TrainStep, "compute_gradients", then_compute)
 
 
 def weights_and_state(root="ck"):
     """(step, weights, optimizer state flattened) of the newest checkpoint."""
-    found = newest(root)
+    found = find_latest(root)
     hyper = found.meta["run"]["model_hyperparams"]
     model = build(hyper)
     found.load_weights(model)
@@ -136,7 +141,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(workshop, model):
     grads = []
     for parts in ([slice(0, 6)], [slice(0, 2), slice(2, 4), slice(4, 6)], [slice(0, 1), slice(1, 6)]):
         trainer.optimizer.zero_grad()
-        loss = trainer.accumulate([Batch(x[part], y[part], None, int((y[part] >= 0).sum())) for part in parts])
+        loss = trainer.steps.accumulate([Batch(x[part], y[part], None, int((y[part] >= 0).sum())) for part in parts])
         grads.append([loss, *(p.grad.clone() for p in trainer.model.parameters())])
     for other in grads[1:]:
         for a, b in zip(grads[0], other, strict=True):
@@ -146,7 +151,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(workshop, model):
 def test_gradients_are_clipped_to_grad_clip(workshop):
     trainer = prepared("--grad_clip=0.01")
     with trainer.batches() as loader:
-        _, before = trainer.compute_gradients(next(loader))
+        _, before = trainer.steps.compute_gradients(next(loader))
     after = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm().item()
     assert before > 0.01 and after == pytest.approx(0.01, rel=1e-3)
 
@@ -213,8 +218,8 @@ def test_a_resumed_run_of_any_objective_is_the_uninterrupted_one(objective):
 def test_losses_of_any_objective_are_means_over_the_targets(objective):
     trainer = prepared()
     split, encoder = trainer.corpus.val, trainer.encoder
-    with train.evaluating(trainer.model):
-        got = train.mean_loss(trainer.model, split, 2, 3, trainer.lengths, trainer.objective)
+    with evaluation.evaluation_mode(trainer.model):
+        got = evaluation.mean_loss(trainer.model, split, 2, 3, trainer.lengths, trainer.objective)
         nats, n_bytes, count = 0.0, 0, 0
         for sample in range(6):  # one at a time
             x, y, source, _ = map_tensors(trainer.objective.make_batch(split, 0, sample, 1), torch.from_numpy)
@@ -237,9 +242,10 @@ def test_accumulation_weighs_rows_by_their_targets(objective):
     grads = []
     for rows in (6, 1):
         trainer.optimizer.zero_grad()
-        made = [train.make_batch(trainer.objective, trainer.corpus.train, 5, i, rows, "cpu") for i in range(0, 6, rows)]
-        grads.append([trainer.accumulate(made), *(p.grad.clone() for p in trainer.model.parameters())])
-    batch = train.make_batch(trainer.objective, trainer.corpus.train, 5, 0, 6, "cpu")
+        made = [evaluation.make_batch(trainer.objective, trainer.corpus.train, 5, i, rows, "cpu")
+                for i in range(0, 6, rows)]  # fmt: skip
+        grads.append([trainer.steps.accumulate(made), *(p.grad.clone() for p in trainer.model.parameters())])
+    batch = evaluation.make_batch(trainer.objective, trainer.corpus.train, 5, 0, 6, "cpu")
     assert grads[0][0].item() == pytest.approx(trainer.model(batch.x, batch.y, source=batch.source)[1].item(), rel=1e-5)
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -259,7 +265,7 @@ def test_evaluations_show_what_they_can(objective, capsys):
 
 def test_what_was_left_open_is_recorded(objective):
     trainer = prepared()
-    assert trainer.run.objective == trainer.record()["run"]["objective"] == objective
+    assert trainer.run.objective == trainer.checkpoints.training_record()["run"]["objective"] == objective
     assert trainer.model.config.pad_id == trainer.encoder.pad
     assert prepared(f"--model_hyperparams.pad_id={trainer.encoder.pad}").model.config.pad_id == trainer.encoder.pad
     with pytest.raises(UserError, match=r"pad_id = 3: the encoder pads with 40; set it to that or to null"):
@@ -289,7 +295,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(workshop, monkeypatch, capsys, m
     with monkeypatch.context() as patch:
         at_step(patch, stop, lambda: signal.raise_signal(signal.SIGTERM))
         assert run(*options) == 143
-    assert newest("ck").step == stop == metrics()[-1]["step"]
+    assert find_latest("ck").step == stop == metrics()[-1]["step"]
     capsys.readouterr()
     assert run(*options, "--init_from=resume") == 0
     assert "changed keys" not in capsys.readouterr().out
@@ -312,7 +318,7 @@ def test_steps_draw_dropout_and_batches_of_their_own(workshop):
     losses = []
     for trainer.progress.step in (0, 0, 1):
         trainer.optimizer.zero_grad()
-        losses.append(trainer.compute_gradients(batch)[0])
+        losses.append(trainer.steps.compute_gradients(batch)[0])
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -332,9 +338,9 @@ def test_what_was_logged_after_the_checkpoint_is_dropped_on_resume(workshop, mon
 
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(workshop, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "mean_loss", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        patch.setattr(evaluation, "mean_loss", lambda *arguments: signal.raise_signal(signal.SIGINT))
         assert run() == 130
-    assert newest("ck").step == 5 and not any("val_loss" in line for line in metrics())
+    assert find_latest("ck").step == 5 and not any("val_loss" in line for line in metrics())
     assert run("--init_from=resume") == 0
     assert [line["step"] for line in metrics() if "val_loss" in line] == [5, 10]
 
@@ -349,11 +355,11 @@ def test_resuming_a_finished_run_only_writes_the_model(workshop, capsys):
 
 def test_auto_seeds_are_drawn_and_kept(workshop):
     run("--seed=auto", "--max_iters=1")
-    first = newest("ck").meta["run"]["seed"]
+    first = find_latest("ck").meta["run"]["seed"]
     run("--seed=auto", "--max_iters=2", "--init_from=resume")
-    assert isinstance(first, int) and newest("ck").meta["run"]["seed"] == first
+    assert isinstance(first, int) and find_latest("ck").meta["run"]["seed"] == first
     run("--seed=auto", "--max_iters=1")
-    assert newest("ck").meta["run"]["seed"] != first
+    assert find_latest("ck").meta["run"]["seed"] != first
 
 
 def test_resume_lists_what_has_changed(workshop, capsys):
@@ -370,12 +376,12 @@ def test_resume_lists_what_has_changed(workshop, capsys):
 ])  # fmt: skip
 def test_resume_refuses_changed_data_and_encoders_with_both_fingerprints(workshop, change, named):
     run()
-    then = newest("ck").meta[named][:12]
+    then = find_latest("ck").meta[named][:12]
     change()
     with pytest.raises(UserError, match=f"the {named} has changed") as refused:
         run("--init_from=resume")
     trainer = Trainer(load_run(["--config", "run.json"], CONFIGS), Signals())
-    encoder, corpus = train.load_data(trainer.run)
+    encoder, corpus = setup.load_data(trainer.run)
     now = {"dataset": corpus, "encoder": encoder}[named].fingerprint[:12]
     assert then in str(refused.value) and now in str(refused.value) and now != then
 
@@ -391,7 +397,7 @@ def test_a_new_run_sets_the_earlier_one_aside_unharmed(workshop, capsys):
     before = metrics()
     assert run("--seed=6", "--max_iters=3") == 0
     assert "ck/earlier_1" in capsys.readouterr().out.replace(os.sep, "/")
-    assert newest("ck").step == 3 and newest("ck/earlier_1").step == 10
+    assert find_latest("ck").step == 3 and find_latest("ck/earlier_1").step == 10
     assert metrics("ck/earlier_1/metrics.jsonl") == before and metrics()[-1]["step"] == 3
 
 
@@ -400,24 +406,24 @@ def test_a_new_run_sets_the_earlier_one_aside_unharmed(workshop, capsys):
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(workshop, monkeypatch, capsys):
     grabbed = []
-    compute, count = Trainer.compute_gradients, Trainer.count
+    compute, count = TrainStep.compute_gradients, Trainer.count
 
     def poisoned(self, micro_batches):
         loss, norm = compute(self, micro_batches)
-        return (math.nan, norm) if self.progress.step == 6 else (loss, norm)
+        return (math.nan, norm) if self.state.progress.step == 6 else (loss, norm)
 
     def counted(self, seconds):
         count(self, seconds)
         grabbed[:] = [self, {name: p.clone() for name, p in self.model.state_dict().items()}]
 
-    monkeypatch.setattr(Trainer, "compute_gradients", poisoned)
+    monkeypatch.setattr(TrainStep, "compute_gradients", poisoned)
     monkeypatch.setattr(Trainer, "count", counted)
     assert run() == 3
     error = capsys.readouterr().err
     assert "step 7: the loss is nan" in error and "step 4 is saved" in error and "--init_from=resume" in error
     trainer, before = grabbed
     assert_same(trainer.model.state_dict(), before)
-    assert newest("ck").step == 4 and not Path("out/tiny.model").exists()
+    assert find_latest("ck").step == 4 and not Path("out/tiny.model").exists()
 
 
 def test_a_poisoned_weight_is_never_saved(workshop):
@@ -425,10 +431,10 @@ def test_a_poisoned_weight_is_never_saved(workshop):
     with torch.no_grad():
         trainer.model.embed.weight[0, 0] = math.nan
     with trainer.batches() as loader:
-        loss, norm = trainer.compute_gradients(next(loader))
-    with pytest.raises(train.NonFinite, match="step 1"):
-        trainer.update_weights(loss, norm)
-    with pytest.raises(train.NonFinite, match=r"embed\.weight"):
+        loss, norm = trainer.steps.compute_gradients(next(loader))
+    with pytest.raises(cuda_graph.NonFinite, match="step 1"):
+        trainer.steps.update_weights(loss, norm)
+    with pytest.raises(cuda_graph.NonFinite, match=r"embed\.weight"):
         trainer.save()
     assert trainer.saved == -1
 
@@ -450,12 +456,12 @@ def test_a_signal_before_the_first_step_changes_nothing(workshop, monkeypatch, c
 def test_signals_wait_for_the_end_of_what_holds_them():
     done = []
     with Signals() as signals:
-        with pytest.raises(train.Interrupted), signals.held():
-            with signals.held():
+        with pytest.raises(Interrupted), signals.deferred():
+            with signals.deferred():
                 signal.raise_signal(signal.SIGINT)
             done.append("inner")
         assert done == ["inner"] and signals.received == signal.SIGINT
-    with Signals(), pytest.raises(train.Interrupted, match="SIGTERM"):
+    with Signals(), pytest.raises(Interrupted, match="SIGTERM"):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -463,7 +469,7 @@ def test_signals_wait_for_the_end_of_what_holds_them():
 def test_a_second_signal_leaves_at_once(monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    with Signals() as signals, pytest.raises(train.Interrupted), signals.held():
+    with Signals() as signals, pytest.raises(Interrupted), signals.deferred():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
     assert left == [130]
@@ -482,7 +488,7 @@ def test_sigint_saves_and_prints_the_command_that_resumes(workshop):
         process.send_signal(signal.SIGINT)
         last = process.stdout.read().rstrip().splitlines()[-2:]
         assert process.wait(20) == 130
-    step = newest("ck").step
+    step = find_latest("ck").step
     assert f"step {step:,} is saved" in last[0]
     words = shlex.split(last[1])
     assert words[1] == script and words[2:] == ["--config", "run.json", "--max_iters=100000", "--init_from=resume"]
@@ -491,7 +497,7 @@ def test_sigint_saves_and_prints_the_command_that_resumes(workshop):
 
 
 def test_a_checkpoint_that_cannot_be_written_is_tried_again(workshop, monkeypatch, capsys):
-    save, calls = train.save_checkpoint, []
+    save, calls = checkpointing.save_checkpoint, []
 
     def full_disk(root, step, *rest):
         calls.append(step)
@@ -499,7 +505,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(workshop, monkeypatc
             raise UserError("cannot save: No space left on device")
         return save(root, step, *rest)
 
-    monkeypatch.setattr(train, "save_checkpoint", full_disk)
+    monkeypatch.setattr(checkpointing, "save_checkpoint", full_disk)
     assert run() == 0
     assert calls == [4, 5, 8, 10] and "No space left" in capsys.readouterr().err
 
@@ -508,11 +514,11 @@ def test_data_that_goes_bad_costs_no_step(workshop, monkeypatch):
     at_step(monkeypatch, 7, lambda: (_ for _ in ()).throw(UserError("data.bin was replaced")))
     with pytest.raises(UserError):
         run()
-    assert newest("ck").step == 6
+    assert find_latest("ck").step == 6
 
 
 def test_metrics_survive_a_full_disk(tmp_path, monkeypatch, capsys):
-    log = train.Metrics(tmp_path / "metrics.jsonl")
+    log = Metrics(tmp_path / "metrics.jsonl")
     log.add(step=1, loss=1.0)
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -562,9 +568,9 @@ def test_strict_and_plain_loss_agree_exactly_where_the_model_is_causal(workshop,
     with torch.no_grad():
         for p in trainer.model.parameters():
             p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    with train.evaluating(trainer.model):
-        strict, plain = train.strict_loss(trainer.model, trainer.corpus.val, positions=40, rows=3)
-        again = train.strict_loss(trainer.model, trainer.corpus.val, positions=40, rows=3)
+    with evaluation.evaluation_mode(trainer.model):
+        strict, plain = evaluation.strict_loss(trainer.model, trainer.corpus.val, positions=40, rows=3)
+        again = evaluation.strict_loss(trainer.model, trainer.corpus.val, positions=40, rows=3)
     assert (strict, plain) == again
     assert (abs(strict - plain) < 1e-5) == agree
     assert agree or abs(strict - plain) > 1e-3
@@ -577,11 +583,11 @@ def test_the_strict_loss_sees_each_prefix_alone(workshop):
         for p in trainer.model.parameters():
             p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     split = trainer.corpus.val
-    with train.evaluating(trainer.model):
-        got = train.strict_loss(trainer.model, split, positions=3, rows=2)[0]
+    with evaluation.evaluation_mode(trainer.model):
+        got = evaluation.strict_loss(trainer.model, split, positions=3, rows=2)[0]
         expected = 0
         places = (0, 9, 3)  # 16 · (0, 0.618, 0.236)
-        for window, t in zip(split.read_windows(train.EVAL_SEED, 0, 3).tolist(), places, strict=True):
+        for window, t in zip(split.read_windows(evaluation.EVAL_SEED, 0, 3).tolist(), places, strict=True):
             logits, _ = trainer.model(torch.tensor([window[: t + 1]]))
             expected -= logits[0, t].log_softmax(-1)[window[t + 1]].item() / 3
     assert got == pytest.approx(expected, rel=1e-5)
@@ -599,10 +605,10 @@ def test_evaluation_is_the_mean_over_tokens_and_bytes(workshop):
     write_corpus("data.bin", "été café né\n" * 60)
     trainer = prepared()
     split, encoder = trainer.corpus.val, trainer.encoder
-    with train.evaluating(trainer.model):
-        got = train.mean_loss(trainer.model, split, 2, 3, trainer.lengths)
+    with evaluation.evaluation_mode(trainer.model):
+        got = evaluation.mean_loss(trainer.model, split, 2, 3, trainer.lengths)
         nats, n_bytes, count = 0.0, 0, 0
-        for window in split.read_windows(train.EVAL_SEED, 0, 6):
+        for window in split.read_windows(evaluation.EVAL_SEED, 0, 6):
             log_p = trainer.model(torch.from_numpy(window[None, :-1]))[0][0].log_softmax(-1)
             for t, target in enumerate(window[1:].tolist()):
                 nats -= log_p[t, target].item()
@@ -621,12 +627,12 @@ def test_evaluations_read_each_window_at_most_once_and_always_the_same(workshop)
         return None, torch.tensor(1.0)
 
     n = trainer.corpus.val.n_windows
-    assert train.mean_loss(forward, trainer.corpus.val, 10_000, 3, trainer.lengths)[0] == 1
+    assert evaluation.mean_loss(forward, trainer.corpus.val, 10_000, 3, trainer.lengths)[0] == 1
     rows = torch.cat(seen)
-    epoch = torch.from_numpy(trainer.corpus.val.read_windows(train.EVAL_SEED, 0, n))  # n windows: each once
+    epoch = torch.from_numpy(trainer.corpus.val.read_windows(evaluation.EVAL_SEED, 0, n))  # n windows: each once
     assert torch.equal(rows, epoch[: n // 3 * 3, 1:])
     first, seen = rows, []
-    train.mean_loss(forward, trainer.corpus.val, 10_000, 3, trainer.lengths)
+    evaluation.mean_loss(forward, trainer.corpus.val, 10_000, 3, trainer.lengths)
     assert torch.equal(first, torch.cat(seen))
 
 
@@ -666,13 +672,13 @@ def test_a_checkpoint_or_a_directory_of_them_is_gone_on_from(workshop):
     with pytest.raises(UserError, match=r"init_from: empty is a directory without checkpoints; name a model file or"):
         prepared("--init_from=empty,pretrained", "--checkpoints.path=ck2")
     for name, step in (("ck", 10), ("ck/step_00000004", 4)):
-        expected = build(newest("ck").meta["run"]["model_hyperparams"])
-        checkpoint = next(found for found in listed("ck") if found.step == step)
+        expected = build(find_latest("ck").meta["run"]["model_hyperparams"])
+        checkpoint = next(found for found in list_checkpoints("ck") if found.step == step)
         checkpoint.load_weights(expected)
         trainer = prepared(f"--init_from={name},pretrained", "--checkpoints.path=ck2")
         assert_same(trainer.model.state_dict(), expected.state_dict())
     assert run("--init_from=ck,pretrained") == 0  # whose checkpoints it then sets aside
-    assert newest("ck/earlier_1").step == 10
+    assert find_latest("ck/earlier_1").step == 10
 
 
 # ---- the console ---------------------------------------------------------------------------------------------------
@@ -726,7 +732,7 @@ def test_stdout_has_a_row_for_each_logged_step_and_a_log_no_bar(workshop, capsys
 
 
 def test_the_header_is_printed_again_after_twenty_lines_of_any_kind(capsys):
-    console = train.Console()
+    console = Console()
     console.start(0, 60, hidden=False)
     for step in range(1, 51):
         console.print_step(step, 60, 2.0, 1e-3, 1e-5, 1e6)
@@ -740,7 +746,7 @@ def test_the_header_is_printed_again_after_twenty_lines_of_any_kind(capsys):
 def test_remaining_time_follows_the_pace_since_this_start(monkeypatch, capsys):
     now = [1000.0]
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    console = train.Console()
+    console = Console()
     console.start(400, 1000, hidden=True)
     now[0] += 200
     console.print_step(500, 1000, 2.0, 1e-3, 1.0, 10.0)
@@ -756,8 +762,8 @@ def test_on_a_terminal_a_bar_stays_below_the_lines_and_is_gone_at_the_end(worksh
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
     seen = []
-    row = train.Console.print_step
-    monkeypatch.setattr(train.Console, "print_step", lambda *args: (row(*args), seen.append(terminal.screen())))
+    row = Console.print_step
+    monkeypatch.setattr(Console, "print_step", lambda *args: (row(*args), seen.append(terminal.screen())))
     assert run("--log_interval=2", "--max_iters=8") == 0
     assert len(seen) == 5 and all("%|" in screen[-1] and "steps" in screen[-1] for screen in seen)
     assert all("%|" not in line for screen in seen for line in screen[:-1])
@@ -814,7 +820,7 @@ def test_a_reader_of_the_log_that_leaves_costs_no_step(workshop, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Left())
     with pytest.raises(BrokenPipeError):
         run()
-    assert newest("ck").step == metrics()[-1]["step"] == 7
+    assert find_latest("ck").step == metrics()[-1]["step"] == 7
 
 
 def test_processes_of_torchrun_report_a_mistake_once(workshop):
@@ -853,11 +859,11 @@ def test_out_of_memory_says_which_keys_to_lower(workshop, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Trainer, "accumulate", full)
+    monkeypatch.setattr(TrainStep, "accumulate", full)
     with pytest.raises(UserError, match="Halve batch_size and double gradient_accumulation_steps") as told:
         run()
     assert "record" not in str(told.value)
-    monkeypatch.setattr(train, "can_record", lambda device: True)
+    monkeypatch.setattr(cuda_graph, "can_capture", lambda device: True)
     with pytest.raises(UserError, match="or set record to false"):
         run()
     with pytest.raises(UserError, match="Halve") as told:

@@ -22,6 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from strawberry.training import checkpoint, plot
+from strawberry.training.checkpoint import find_latest
+from strawberry.training.step import TrainStep
+
 with contextlib.suppress(ImportError):  # on Windows there is none, and the tests that need it are skipped
     import resource
 
@@ -119,7 +123,6 @@ def begin(body, argv, directory, log, threads, env):
 
 def program(argv):
     """train.py, without curves."""
-    import plot
 
     plot.curves = lambda *arguments: None
     program_with_curves(argv)
@@ -134,9 +137,8 @@ def program_with_curves(argv):
 
 def interrupted_twice_in_a_save(argv):
     """Two SIGINT while the second checkpoint's second file is written."""
-    import checkpoint
 
-    write, calls = checkpoint._write, []
+    write, calls = checkpoint._write_file, []
 
     def interrupted(path, writer):
         calls.append(path)
@@ -145,29 +147,27 @@ def interrupted_twice_in_a_save(argv):
             signal.raise_signal(signal.SIGINT)
         return write(path, writer)
 
-    checkpoint._write = interrupted
+    checkpoint._write_file = interrupted
     program(argv)
 
 
 def around_steps(act) -> None:
     """Call `act(number)` before each optimizer step of that number, the first being 1."""
-    from train import Trainer
 
-    update = Trainer.update_weights
+    update = TrainStep.update_weights
 
     def then_update(self, loss, grad_norm):
-        act(self.progress.step + 1)
+        act(self.state.progress.step + 1)
         return update(self, loss, grad_norm)
 
-    Trainer.update_weights = then_update
+    TrainStep.update_weights = then_update
 
 
 def note_checkpoints() -> None:
     """then.json: what there is when the disk has room again."""
-    from checkpoint import newest
 
     visible = sorted(path.name for path in Path("ck").glob("step_*"))
-    Path("then.json").write_text(json.dumps({"newest": newest("ck").step, "visible": visible}))
+    Path("then.json").write_text(json.dumps({"newest": find_latest("ck").step, "visible": visible}))
 
 
 def full_by_limit(argv):
@@ -245,15 +245,14 @@ def watched(argv):
 
 def poisoned_on_one_rank(argv):
     """The loss of rank 1 is NaN in the seventh step, once."""
-    from train import Trainer
 
-    accumulate = Trainer.accumulate
+    accumulate = TrainStep.accumulate
 
     def poisoned(self, micro_batches):
         loss = accumulate(self, micro_batches)
-        return loss * float("nan") if self.ranks.rank == 1 and self.progress.position == 6 else loss
+        return loss * float("nan") if self.state.ranks.rank == 1 and self.state.progress.position == 6 else loss
 
-    Trainer.accumulate = poisoned
+    TrainStep.accumulate = poisoned
     program(argv)
 
 
@@ -306,10 +305,9 @@ def read(log="log.txt") -> str:
 
 def newest_state(root="ck") -> tuple[int, dict]:
     """(step, every tensor of the newest checkpoint's weights, buffers and optimizer state)."""
-    from checkpoint import newest
     from model import build
 
-    found = newest(root)
+    found = find_latest(root)
     model = build(found.meta["run"]["model_hyperparams"])
     found.load_weights(model)
     tensors = dict(model.state_dict())

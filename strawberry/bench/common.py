@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-import plot
-import train
 from model import CONFIGS, build
 from options import OptimizerHyperparams, Run, UserError, atomic_write, declared, find_config, load_run, to_dict
 from strawberry.common import Input, Output
+from strawberry.training import plot, setup
 
 ROOT = Path(os.path.abspath(__file__)).parents[2]
 SCRIPT = str(ROOT / "bench.py")
@@ -130,7 +129,7 @@ def list_spec_inputs(option: str, specs: Iterable[str], runs: Iterable[Run] = ()
     for spec in specs:
         match = re.fullmatch(r"(.+?\.json5?)(?::(.*))?", spec, re.DOTALL)
         inputs.append(Input(option, find_config(match[1]) if match else spec))
-    return inputs + [given for run in runs for given in train.list_inputs(run)]
+    return inputs + [given for run in runs for given in setup.list_inputs(run)]
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -139,7 +138,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def format_command(python: str, command: str, argv: list[str]) -> str:
-    words = [python, train.short(SCRIPT), command, *argv]
+    words = [python, setup.relative_path(SCRIPT), command, *argv]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 

@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 
-import train
 from options import UserError
 from strawberry.bench.common import (
     ArgumentParser,
@@ -25,6 +24,7 @@ from strawberry.bench.compare_report import list_caveats, list_settings, write_r
 from strawberry.bench.sweep import Plan, Sweep, hash_code, measure_speeds
 from strawberry.bench.width import match_params
 from strawberry.common import check_outputs
+from strawberry.training import setup
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -71,8 +71,8 @@ def make_plan(arguments, entries: list[Entry]) -> Plan:
     run = entries[0].run
     if run.batch_size == "auto":
         raise UserError('batch_size = "auto": what is compared has equal batches; give a number, --set batch_size=32')
-    device = train.choose_device(arguments.device)
-    encoder, corpus = train.load_data(run)
+    device = setup.choose_device(arguments.device)
+    encoder, corpus = setup.load_data(run)
     per_step = run.batch_size * run.gradient_accumulation_steps * run.model_hyperparams.block_size
     steps = round(arguments.tokens / per_step)
     if steps < 10:
@@ -133,7 +133,7 @@ def run(argv: list[str]) -> int | None:
             speeds = measure_speeds(entries, plan)
             sweep.run()
     except KeyboardInterrupt:
-        again = format_command(train.short(sys.executable), "compare", argv)
+        again = format_command(setup.relative_path(sys.executable), "compare", argv)
         print(
             f"\ninterrupted: {sweep.count_done()} of {sweep.total} runs are finished and kept in {plan.runs}; "
             f"to go on:\n    {again}",

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import torch
 
-import plot
 from options import OptimizerHyperparams, atomic_write, declared, to_dict
 from strawberry.bench import hardware
 from strawberry.bench.common import Entry, format_quantity, format_table, make_line_style, style_panel
 from strawberry.bench.sweep import MIN_LR, Plan, Sweep
 from strawberry.bench.width import TOLERANCE
+from strawberry.training import plot
 
 
 def compute_mean_and_sd(values: list[float]) -> tuple[float | None, float | None]:

@@ -18,9 +18,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import plot
-import train
-from checkpoint import load_model
 from model import CONFIGS, Embedding, LanguageModel, LearnedPositions, build
 from options import UserError, atomic_write, to_dict
 from strawberry.bench import hardware
@@ -44,7 +41,9 @@ from strawberry.common import check_outputs
 from strawberry.inference import engine
 from strawberry.inference.loading import quantize_model
 from strawberry.inference.sampling import Request
+from strawberry.model_file import load_model
 from strawberry.ops.linear import Int8Weight
+from strawberry.training import plot, setup
 
 
 @dataclass
@@ -405,7 +404,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def make_benchmark(arguments: argparse.Namespace) -> DecodeBenchmark:
-    device = train.choose_device(arguments.device)
+    device = setup.choose_device(arguments.device)
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, auto if arguments.dtype == "auto" else arguments.dtype)
     if arguments.compile and device.type != "cuda":

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-import plot
-import train
 from options import UserError, atomic_write
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import (
@@ -27,6 +25,7 @@ from strawberry.bench.common import (
     write_benchmark_config,
 )
 from strawberry.common import check_outputs
+from strawberry.training import plot, setup
 
 DEFAULT_CONFIGS = (  # what is compared unless configs are named: one shape, three ways to mix
     "strawberry-large.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,r_layer=1,window=256",
@@ -136,7 +135,7 @@ def format_point(point: dict) -> str:
 
 def write_growth(rows: list[dict], out: Path, command: str) -> None:
     """growth.json, growth.md and growth.png."""
-    where = hardware.describe_device(train.choose_device("auto"))
+    where = hardware.describe_device(setup.choose_device("auto"))
     table = [[row["config"], row["axis"], f"{row['value']:,}",
               *((row["why"], "") if "why" in row else
                 (f"{row['tokens_per_s']:,.0f}", f"{row['memory'] / 2**30:,.2f}" if row["memory"] else "–"))]

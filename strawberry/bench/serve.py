@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import encoder as encoders
-import train
-from checkpoint import save_model
 from options import UserError
 from strawberry.bench import hardware
 from strawberry.bench.common import ROOT, ArgumentParser, parse_quantity
 from strawberry.bench.decode import ROUNDS, read_model_sources
+from strawberry.model_file import save_model
+from strawberry.training import setup
 
 
 class ServerProcess:
@@ -99,7 +99,7 @@ def run(argv: list[str]) -> None:
         batch = ServerProcess(Path(folder), name, arguments.rows, arguments)
         single = ServerProcess(Path(folder), name, 1, arguments)
         with batch, single:
-            print(f"{source.label}, {hardware.describe_device(train.choose_device(arguments.device))}", flush=True)
+            print(f"{source.label}, {hardware.describe_device(setup.choose_device(arguments.device))}", flush=True)
             alone = [batch.request_completion(seed, arguments)[1] for seed in range(arguments.clients)]
             single.request_completion(0, arguments)
             found = [

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import plot
-import train
 from options import UserError, atomic_write, to_dict
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import FIXED_VALUES, ROOT, Entry
+from strawberry.training import plot
+from strawberry.training.metrics import METRICS
 
 EVALUATIONS = 20  # in each run: the points of its curve
 MIN_LR = 0.1  # the learning rate at the end, as a share of the highest
@@ -190,7 +190,7 @@ class TrialPool:
                 yield trial, None, f"exit code {child.returncode}, {why}; see {folder}/log.txt"
 
     def read_metrics(self, trial: Trial) -> list[dict]:
-        path = self.folder(trial) / "ck" / train.METRICS
+        path = self.folder(trial) / "ck" / METRICS
         return plot.read_metrics(path) if path.exists() else []
 
     def count_steps(self) -> int:

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import plot
 import train
 from model import CONFIGS
 from options import Run, UserError, atomic_write, load_run
@@ -42,7 +41,10 @@ from strawberry.bench.common import (
 )
 from strawberry.common import Input, check_outputs
 from strawberry.data.dataset import Corpus
-from train import Signals, Trainer
+from strawberry.training import plot, setup
+from strawberry.training.evaluation import Evaluator
+from strawberry.training.signals import Signals
+from train import Trainer
 
 MEASURED_SECONDS = 3.0
 STEP_PARTS = ("data", "forward", "backward", "optimizer")
@@ -110,7 +112,7 @@ class BenchmarkTrainer(Trainer):
     def measure_parts(self, steps: int = TIMED_STEPS) -> dict[str, float]:
         """Milliseconds of each part, taken one after another and not recorded: together they may be more than a step.
         `data` is what the loop waits for the loader."""
-        self.stop_recording()
+        self.steps.release_graph()
         marks, waits = StageTimer(self.device), []
         with self.batches() as loader:
             for _ in range(3 + steps):
@@ -130,7 +132,7 @@ class BenchmarkTrainer(Trainer):
         marks()
         loss.backward()
         marks()
-        self.clip()
+        self.steps.clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.after_step()
@@ -172,7 +174,7 @@ class BenchmarkTrainer(Trainer):
         before = self.progress.seconds
         self.advance(steps, 10**6)
         seconds = self.progress.seconds - before
-        compiled = train.worth_compiling(self.run, self.device)
+        compiled = setup.should_compile(self.run, self.device)
         return {
             "processes": self.ranks.world, "machine": hardware.describe_device(self.device), "torch": torch.__version__,
             "params": self.model.num_params(non_embedding=False), "tokens_per_step": self.tokens_per_step,
@@ -204,7 +206,7 @@ class BenchmarkTrainer(Trainer):
 
 def train_child(argv: list[str]) -> int | None:
     """A child's main: train.py, but for the curves that it draws at each evaluation, for which nobody looks here."""
-    Trainer.draw = lambda self: None
+    Evaluator.draw = lambda self: None
     return train.main(argv)
 
 
@@ -406,13 +408,13 @@ def run_nanogpt(directory: Path, folder: Path, run: Run, steps: int) -> dict:
     for name, split in (("train", corpus.train), ("val", corpus.val)):
         tokens = np.concatenate([file.tokens[start:stop] for file, start, stop in split.pieces])
         tokens.astype(np.uint16).tofile(folder / "data" / "same" / f"{name}.bin")
-    hyper, device = run.model_hyperparams, train.choose_device(run.device).type
+    hyper, device = run.model_hyperparams, setup.choose_device(run.device).type
     keys = {name: getattr(hyper, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     keys |= {name: getattr(run, name) for name in (*SAME_SCHEDULE, "lr_decay_iters", "batch_size")}
     (folder / "data" / "same" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": hyper.vocab_size}))
     keys |= {"dataset": "same", "gradient_accumulation_steps": 1, "max_iters": steps, "log_interval": LOG_INTERVAL,
              "eval_interval": 10**9, "eval_iters": 1, "always_save_checkpoint": False, "device": device,
-             "compile": train.worth_compiling(run, torch.device(device))}  # fmt: skip
+             "compile": setup.should_compile(run, torch.device(device))}  # fmt: skip
     if device == "cpu":
         keys["dtype"] = "float32"
     words = [f"--{key}={value}" for key, value in keys.items()]

@@ -8,11 +8,11 @@ from typing import Protocol
 
 import torch
 
-import checkpoint
-from checkpoint import load_model
 from model import MODELS, LanguageModel
 from options import UserError
+from strawberry.model_file import load_model
 from strawberry.ops.linear import Int8Weight, quantize_int8
+from strawberry.training import checkpoint
 
 
 class LoadSettings(Protocol):

@@ -21,9 +21,9 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoint
 from strawberry import status_file
 from strawberry.serving.id_directory import EVENTS, LOG, PID, STATUS, write_job_file
+from strawberry.training.checkpoint import list_checkpoints
 
 # What a child does before it becomes the program: it says who it is. Its number and its start outlast the exec. It is
 # also the first that a system out of memory ends, before the server.
@@ -220,7 +220,7 @@ class Job:
                 "fine_tuned_model_checkpoint": checkpoint_name(self.about["model"], found.step),
                 "metrics": {"step": found.step, "full_valid_loss": found.val_loss},
             }
-            for found in checkpoint.listed(self.folder / "checkpoints")
+            for found in list_checkpoints(self.folder / "checkpoints")
         ]
 
     def last_error(self) -> str:
@@ -255,7 +255,7 @@ class Job:
         """Which steps of the child that has ended no checkpoint holds, in a sentence; empty where there are none."""
         report = self.report()
         reached = max(report.get("step", 0), self.metrics.latest.get("step", 0))
-        saved = next((found.step for found in checkpoint.listed(self.folder / "checkpoints")), 0)
+        saved = next((found.step for found in list_checkpoints(self.folder / "checkpoints")), 0)
         if saved >= reached:
             return ""
         what = f"steps {saved + 1:,} to {reached:,} were not saved, resuming goes on from step {saved:,}"

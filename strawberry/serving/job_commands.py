@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import checkpoint
 import encoder as encoders
 import options
 from model import CONFIGS
@@ -23,6 +22,7 @@ from strawberry.serving.job import Job
 from strawberry.serving.job_requests import is_public_encoder
 from strawberry.serving.job_store import JobStore
 from strawberry.serving.settings import REPOSITORY
+from strawberry.training import checkpoint
 
 
 class JobCommand(NamedTuple):

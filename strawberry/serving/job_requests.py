@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import checkpoint
 import encoder as encoders
 import options
 from model import CONFIGS
 from options import UserError, nearest, read_json, show
+from strawberry import model_file as model_files
 from strawberry.data import assemble
 from strawberry.serving.id_directory import RequestError, new_id
 from strawberry.serving.job import Job
@@ -211,7 +211,7 @@ def find_starting_point(jobs: JobStore, name: str) -> tuple[str | None, dict]:
         told = f"there is no preset and no model {show(name)}{nearest(name, [*known, *jobs.list_models()])}"
         told = f"{told}; presets are {', '.join(known)}"
         raise RequestError(404, told, "model", "model_not_found") from error
-    hyperparams, record = checkpoint.read_about(path)
+    hyperparams, record = model_files.read_about(path)
     raw = record["run"] if isinstance(record.get("run"), dict) else {}
     raw = drop_server_keys({name: value for name, value in raw.items() if name != "seed"})
     if raw.get("lr_decay_iters") == raw.get("max_iters"):
@@ -239,7 +239,7 @@ def find_or_create_dataset(
         told = f"training_file = {made_of.id}: that dataset has {made_of.status}; assemble it anew"
         raise RequestError(400, told, "training_file")
     if base and made_of.status == "succeeded":
-        own = checkpoint.read_encoder(jobs.find_model_file(base)).fingerprint
+        own = model_files.read_encoder(jobs.find_model_file(base)).fingerprint
         if encoders.load(made_of.folder / assemble.ENCODER).fingerprint != own:
             raise RequestError(
                 400,

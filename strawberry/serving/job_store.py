@@ -11,15 +11,16 @@ import threading
 import time
 from pathlib import Path
 
-import checkpoint
 import encoder as encoders
 from options import nearest, show
+from strawberry import model_file as model_files
 from strawberry.data import assemble
 from strawberry.inference.loading import MODEL_SUFFIXES
 from strawberry.serving.id_directory import IdDirectory, RequestError, new_id, read_job_file, write_job_file
 from strawberry.serving.job import FINAL, RUNNING, WAITING, Job
 from strawberry.serving.settings import REPOSITORY
 from strawberry.serving.uploads import Uploads
+from strawberry.training import checkpoint
 
 
 class PathNames:
@@ -133,7 +134,7 @@ class JobStore:
                     409, f"encoder = {show(name)}: that dataset is {made_of.status}, not ready", "encoder"
                 )
             return encoders.load(made_of.folder / assemble.ENCODER)
-        return checkpoint.read_encoder(self.find_model_file(name, "encoder"))
+        return model_files.read_encoder(self.find_model_file(name, "encoder"))
 
     def remove_model(self, name: str) -> None:
         """Delete a model's file. Raises RequestError where a job that is not over writes it or reads it."""

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from fastapi.concurrency import run_in_threadpool
 
-import plot
-from checkpoint import LOCK, Lock
 from options import (
     UserError,
 )
@@ -25,6 +23,8 @@ from strawberry.serving.job_commands import JOB_KINDS
 from strawberry.serving.job_store import JobStore
 from strawberry.serving.settings import MIB, Settings
 from strawberry.serving.uploads import Uploads
+from strawberry.training import plot
+from strawberry.training.lock import LOCK, Lock
 
 STOP_SECONDS = 60  # that jobs have to save where they are when the server ends
 POLL_SECONDS = 0.2  # seconds between two looks at all children

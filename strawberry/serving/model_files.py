@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint import read_about
 from options import UserError, show
+from strawberry import model_file as model_files
 from strawberry.serving.errors import ApiError
 
 
@@ -42,7 +42,7 @@ class DamagedFile:
 def read_model_file(name: str, path: Path, stamp: tuple) -> ModelFile | DamagedFile:
     """What the file's header says of the model; its weights are left unread."""
     try:
-        hyperparams = read_about(path)[0]
+        hyperparams = model_files.read_about(path)[0]
         for key, kind in (("arch", str), ("vocab_size", int), ("block_size", int)):
             if not isinstance(hyperparams.get(key), kind):
                 raise UserError(f"{path}: its hyperparameters have no {key}")

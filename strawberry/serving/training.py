@@ -13,7 +13,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastapi import Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-import plot
 from options import declared, option, to_dict
 from strawberry.data import assemble
 from strawberry.serving.errors import ApiError
@@ -22,6 +21,7 @@ from strawberry.serving.job import Job
 from strawberry.serving.job_requests import TrainingRequest, create_dataset_job, create_training_job, find_presets
 from strawberry.serving.protocol import After, Deleted, Limit
 from strawberry.serving.service import Service, TheService
+from strawberry.training import plot
 
 WAIT_SECONDS = 45  # that an answer waits for a job to end that was cancelled or paused
 

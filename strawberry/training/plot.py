@@ -1,8 +1,8 @@
 """The curves of a run, or of several on one sheet, from their metrics.jsonl.
 
-    python plot.py bin/ck/metrics.jsonl                                    # into img/
-    python plot.py bin/ck_a/metrics.jsonl bin/ck_b/metrics.jsonl --out img/compare --x tokens
-    python plot.py bin/ck/metrics.jsonl --out loss.pdf                     # the loss alone; any other name: all sheets
+    python -m strawberry.training.plot bin/ck/metrics.jsonl                # into img/
+    python -m strawberry.training.plot a/metrics.jsonl b/metrics.jsonl --out img/compare --x tokens
+    python -m strawberry.training.plot bin/ck/metrics.jsonl --out loss.pdf # the loss alone; other names: all sheets
 
 train.py calls `curves` at each evaluation. matplotlib is imported by the functions that draw, so that nothing else
 needs it, and draws with Agg, which needs no screen.
@@ -29,10 +29,7 @@ from strawberry.common import Input, Output, check_outputs, has_kind
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 AXES = {"step": "step", "tokens": "tokens", "seconds": "time in training steps (s)"}
-
 POINTS = 2000  # of a curve: more than a picture of this width can show
-
-# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
@@ -112,9 +109,6 @@ def read_model_name(metrics: Path) -> str | None:
             name = about["model"] if path.name == "about.json" else about["meta"]["run"]["model_path"]
             return re.sub(r"\.[A-Za-z]\w*$", "", re.split(r"[/\\]", name)[-1]) or None
     return None
-
-
-# ---- style ---------------------------------------------------------------------------------------------------------
 
 
 WIDTH, HEIGHT = 6.4, 4.0  # of a sheet without its legend, in inches
@@ -213,9 +207,6 @@ def finish_axes(ax, x: str) -> None:
         (only,) = found
         ax.set_xlim(0, 2 * only) if only > 0 else ax.set_xlim(-1, 1)
     add_legend(ax)
-
-
-# ---- the three sheets ----------------------------------------------------------------------------------------------
 
 
 class Sheet(NamedTuple):
@@ -370,14 +361,17 @@ def picture_outputs(option: str, out: str | os.PathLike) -> list[Output]:
     return [Output(option, path, "picture") for path in list_pictures(out)]
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="plot.py", description="Draw the curves of one or more training runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m strawberry.training.plot", description="Draw the curves of one or more training runs."
+    )
     parser.add_argument("metrics", nargs="+", help="metrics.jsonl, in a run's checkpoints.path")
-    parser.add_argument("--out", default="img", help="directory of the pictures, as PNG (default img), "
-                        "or a .png, .svg or .pdf file: loss.pdf has the loss, any other name all sheets")
+    parser.add_argument(
+        "--out",
+        default="img",
+        help="directory of the pictures, as PNG (default img), "
+        "or a .png, .svg or .pdf file: loss.pdf has the loss, any other name all sheets",
+    )
     parser.add_argument("--x", choices=list(AXES), default="step", help="what the curves are drawn against")
     arguments = parser.parse_args(argv)
     check_path_arguments(arguments, "metrics", "out")

@@ -1,0 +1,182 @@
+"""Evaluation: mean loss and bits per byte of a split, the strict loss, and samples of text."""
+
+import contextlib
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from strawberry.data.dataset import Split
+from strawberry.data.loader import map_tensors
+from strawberry.data.objectives import Batch, NextToken, decode_with_sentinels, encode_with_sentinels
+from strawberry.sharding import batch_parts, divide_batch
+from strawberry.training import distributed, plot
+from strawberry.training.console import warn
+
+EVAL_SEED = 0  # of the windows that evaluations read: the same whatever the run's seed is
+STRICT_POSITIONS = 512
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module):
+    """Without dropout and gradients, and back to training whatever happens."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
+
+
+def byte_lengths(encoder, vocab_size: int) -> Tensor:
+    """(vocab_size,) how many bytes of text each id stands for: none for specials and for ids that nothing uses."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    for i in range(encoder.vocab_size):
+        lengths[i] = len(encoder.token_bytes(i))
+    lengths[list(encoder.specials.values())] = 0
+    return lengths
+
+
+def make_batch(objective, split, seed: int, first: int, count: int, device) -> Batch:
+    """The batch of samples first … first + count − 1, on the device."""
+    return map_tensors(objective.make_batch(split, seed, first, count), lambda part: torch.from_numpy(part).to(device))
+
+
+def mean_loss(
+    forward, split, batches: int, rows: int, lengths: Tensor, objective=None, ranks=None
+) -> tuple[float, float]:
+    """(nats per token, bits per byte) over the targets of the first samples of a split, at most all of them, each once;
+    the same in every evaluation of every run. Of several ranks each takes its part of each batch.
+
+    bits per byte = nats / ln 2 · tokens / bytes, where bytes are those of the target tokens' text: unlike the loss, it
+    can be compared between vocabularies. NaN where the objective's targets are no text.
+    """
+    objective, ranks = objective or NextToken(), ranks or distributed.SingleProcess()
+    nats, n_bytes, count = [], [], 0
+    row_parts, groups = batch_parts(rows, ranks.world)
+    n = min(batches, max(1, split.n_windows // rows))
+    share, (first, *_) = divide_batch(rows, groups, ranks.rank, ranks.world)
+    for i in range(0, n, groups):  # as many passes on each rank, since sharded ones take them together
+        batch = make_batch(objective, split, EVAL_SEED, i * rows + first, share, lengths.device)
+        loss = forward(batch.x, batch.y, source=batch.source)[1].detach().float()
+        if i * rows + first < n * rows:
+            nats.append(loss * batch.n_targets)
+            n_bytes.append((lengths[batch.y.clamp(min=0)] * (batch.y >= 0)).sum())
+            count += batch.n_targets
+    total, n_bytes = (sum(torch.stack(values).tolist()) if values else 0 for values in (nats, n_bytes))
+    total, n_bytes, count = ranks.sum_numbers(total, n_bytes, count)
+    return total / max(count, 1), total / math.log(2) / n_bytes if n_bytes and objective.has_bits_per_byte else math.nan
+
+
+def strict_loss(model: nn.Module, split: Split, positions: int = STRICT_POSITIONS, rows: int = 16, device="cpu"):
+    """(strict, plain) mean loss in nats over the same target tokens, one each from the first windows of a split.
+
+    strict: each token is predicted from its own prefix, alone, in a batch of one: what the model can really do.
+    plain: the loss that evaluations show, of whole windows in batches of `rows`. For a causal model the two are equal;
+    a model that sees the future (`model.causal` is False) looks better in the plain one than it is.
+    """
+    step = (math.sqrt(5) - 1) / 2  # the golden ratio's multiples are spread evenly over the places of a window
+    strict, plain_loss = [], []
+    for first in range(0, positions, rows):
+        count = min(rows, positions - first)
+        x, y, *_ = make_batch(NextToken(), split, EVAL_SEED, first, rows, device)
+        log_p = model(x)[0].float().log_softmax(dim=-1)
+        for row in range(count):
+            t = int((first + row) * step % 1 * split.block_size)
+            alone = model(x[row : row + 1, : t + 1])[0][0, -1].float().log_softmax(dim=-1)
+            strict.append(-alone[y[row, t]])
+            plain_loss.append(-log_p[row, t, y[row, t]])
+    return torch.stack(strict).mean().item(), torch.stack(plain_loss).mean().item()
+
+
+def sample_text(model: nn.Module, encoder, prompt: str, length: int, seed: int, device) -> str:
+    """The prompt and `length` tokens after it; without a prompt, the start of a document."""
+    start = encoder.encode(prompt) or [encoder.eot]
+    tokens = sample_tokens(model, start, length, seed, device)
+    tokens = tokens if prompt else tokens[1:]
+    return encoder.decode([token for token in tokens if token < encoder.vocab_size])  # the model may have spare ids
+
+
+def sample_answer(model: nn.Module, encoder, source: list[int], length: int, seed: int, device) -> str:
+    """A source, and what an encoder-decoder makes of it: up to its end, or `length` tokens."""
+    tokens = sample_tokens(model, [encoder.eot], length, seed, device, source)[1:]
+    answer = list(itertools.takewhile(lambda token: token != encoder.eot, tokens))
+    return f"{decode_with_sentinels(encoder, source)}\n→ {decode_with_sentinels(encoder, answer)}"
+
+
+def sample_tokens(model: nn.Module, start: list[int], length: int, seed: int, device, source=None) -> list[int]:
+    generator = torch.Generator(device).manual_seed(seed)
+    idx, given = torch.tensor([start], device=device), None if source is None else torch.tensor([source], device=device)
+    return model.generate(idx, length, temperature=0.8, top_k=50, generator=generator, source=given)[0].tolist()
+
+
+def format_evaluation(step: int, results: dict, text: str) -> str:
+    """What an evaluation prints."""
+    line = f"step {step:,}: loss {results['train_loss']:.4f} in training, {results['val_loss']:.4f} in validation"
+    line += " (nats per token)"
+    if not math.isnan(results["val_bpb"]):
+        line += f"; {results['train_bpb']:.4f} and {results['val_bpb']:.4f} bits per byte"
+    if "strict_loss" in results:
+        strict, plain_loss = results["strict_loss"], results["plain_at_strict"]
+        line += f"\n    strict loss in validation, the honest one: {strict:.4f} (the plain one there: {plain_loss:.4f})"
+    return line + "".join(f"\n    | {row}" for row in text.splitlines())
+
+
+class Evaluator:
+    """Evaluations of a run, with a sample of text and the curves."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def evaluate(self) -> None:
+        """Losses of both splits, the strict one where the model sees the future, a sample of text, the curves."""
+        run, about = self.state.run, (self.state.lengths, self.state.objective, self.state.ranks)
+        with evaluation_mode(self.state.model):
+            with self.state.autocast():
+                results = {}
+                for name, split in (("train", self.state.corpus.train), ("val", self.state.corpus.val)):
+                    asked = (split, run.eval_iters, run.batch_size, *about)
+                    results[f"{name}_loss"], results[f"{name}_bpb"] = mean_loss(self.state.forward, *asked)
+            text = self.evaluate_full_model(results) if self.state.model.generates else ""
+        with self.state.signals.deferred():
+            self.state.evaluated, self.state.val_loss = self.state.progress.step, results["val_loss"]
+            if self.state.ranks.main:
+                self.state.metrics.add(step=self.state.progress.step, tokens=self.state.progress.tokens, **results)
+                self.state.console.print(format_evaluation(self.state.progress.step, results, text))
+        if self.state.ranks.main:
+            self.draw()
+
+    def evaluate_full_model(self, results: dict) -> str:
+        """What rank 0 does by itself: the strict loss, into `results`, and a sample of text, which it returns."""
+        if self.state.model.causal and not self.state.run.sample_length:
+            return ""
+        with self.state.ranks.full_model(self.state.model) as model:
+            if model is None:
+                return ""
+            if not model.causal:
+                with self.state.autocast():
+                    found = strict_loss(
+                        model, self.state.corpus.val, rows=self.state.run.batch_size, device=self.state.device
+                    )
+                results["strict_loss"], results["plain_at_strict"] = found
+            return self.sample(model) if self.state.run.sample_length else ""
+
+    def sample(self, model: nn.Module) -> str:
+        run = self.state.run
+        asked = (run.sample_length, run.seed, self.state.device)
+        if not model.takes_source:
+            return sample_text(model, self.state.encoder, run.sample_prompt, *asked)
+        source = [*encode_with_sentinels(self.state.encoder, run.sample_prompt), self.state.encoder.eot]
+        if not run.sample_prompt:
+            first = self.state.objective.make_batch(self.state.corpus.val, EVAL_SEED, 0, 1).source[0].tolist()
+            source = [token for token in first if token != self.state.encoder.pad]
+        return sample_answer(model, self.state.encoder, source, *asked)
+
+    def draw(self) -> None:
+        if self.state.run.img_path is None:
+            return
+        try:
+            plot.curves(self.state.metrics.path, self.state.run.img_path)
+        except Exception as error:
+            warn(f"cannot draw the curves in {self.state.run.img_path} ({type(error).__name__}: {error})")

@@ -1,0 +1,216 @@
+"""Memory of a training run: what the device has, what a step takes, and the largest batch that fits."""
+
+import contextlib
+import gc
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from options import (
+    UserError,
+)
+from strawberry.data.loader import MAX_BATCH
+from strawberry.sharding import divide_batch, to_local
+from strawberry.training import cuda_graph, evaluation
+from strawberry.training.console import format_bytes
+
+MAX_CPU_TOKENS = 4096  # in a batch, at most, that batch_size "auto" makes on a CPU: more makes no token cheaper there
+STATE_BYTES = {"adamw": 8, "muon": 4}  # of an optimizer's state, for each parameter
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has no memory left; only CUDA has a class of its own for it."""
+    told = ("DefaultCPUAllocator: can't", "DefaultCPUAllocator: not enough", "MPS backend out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in told)
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """(bytes that this process could still take, bytes that there are)."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
+    if device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        return total - torch.mps.driver_allocated_memory(), total
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free, total = (int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
+    except (OSError, KeyError, ValueError):
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
+        free, total = pages // 2, pages
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free, total = min(free, max(limit - used, 0)), min(total, limit)
+    return free, total
+
+
+def saved_for_backward(model: nn.Module, forward: Callable[[], object]) -> list[int]:
+    """The sizes in bytes of what `forward()` keeps for a backward pass, in order, the model's own tensors left out."""
+    own = {to_local(t).untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    kept = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = forward()
+    del result
+    return list(kept.values())
+
+
+TRANSIENT_COPIES = 3  # of the largest tensor that is kept: the logits and their gradients, which come and go
+
+
+@dataclass
+class MemoryEstimate:
+    """Bytes that training takes, by what.
+
+    An estimate: what an operation needs only while it runs is hardly in it. Compared with the growth of a process on a
+    CPU in a step of 4 or 16 rows, it said 0.60 of it for config/tiny.json, 0.85 for strawberry-large.json and 1.02 for
+    tinystar-v0.1-baseline.json.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    row: int  # what a forward pass keeps of one row for the backward pass, and PASSING times the largest part of it
+
+    @property
+    def fixed(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+    def told(self, rows: int, block_size: int) -> str:
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        text = ", ".join(f"{what} {format_bytes(n)}" for what, n in parts.items())
+        return f"{text}, activations of {rows:,} rows of {block_size:,} tokens about {format_bytes(rows * self.row)}"
+
+
+def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest n up to `limit` that fits, where what fits leaves room for all that is smaller; 0: not even 1 does.
+
+    >>> largest(lambda n: n <= 11, limit=100)  # asks for 1, 2, 4, 8, 16, 12, 10, 11
+    11
+    """
+    good, bad, n = 0, limit + 1, 1
+    while bad - good > 1:
+        good, bad = (n, bad) if fits(n) else (good, n)
+        n = min(2 * n, limit) if bad > limit else (good + bad) // 2
+    return good
+
+
+class MemoryPlanner:
+    """Finds the batch size that fits, and says what to lower where memory is short."""
+
+    def __init__(self, state, steps):
+        self.state, self.steps = state, steps
+
+    def choose_batch_size(self) -> None:
+        """Check that the batch can be divided among the ranks; where it is "auto", find the largest that fits."""
+        run, world = self.state.run, self.state.ranks.world
+        if run.batch_size == "auto":
+            if self.state.ranks.sharded:  # one that ran out of memory would leave the others waiting for it
+                raise UserError(
+                    f'batch_size = "auto": cannot be found with parallel "fsdp" on {world} processes; '
+                    f"give a number, such as {world}"
+                )
+            run.batch_size = self.find_batch_size() * world
+            print(f"batch_size   {run.batch_size:,}, the largest that fits; write it into the JSON to keep it")
+        divide_batch(run.batch_size, run.gradient_accumulation_steps, self.state.ranks.rank, world)
+
+    def find_batch_size(self) -> int:
+        """The most rows that a rank has memory for, and at most one epoch.
+
+        A GPU is asked, by steps of more and more rows. A CPU's memory has no such edge, since a system that is out of
+        it slows down or kills: there half of what is free is taken, by estimate, and no more than CPU_TOKENS.
+        """
+        limit = max(1, min(self.state.corpus.train.n_windows, MAX_BATCH) // self.state.ranks.world)
+        if self.state.device.type == "cpu":
+            need, T = self.estimate(), self.state.run.model_hyperparams.block_size
+            room = device_memory(self.state.device)[0] // 2 - need.fixed
+            limit = max(1, int(self.state.ranks.broadcast_object(min(limit, MAX_CPU_TOKENS // T, room // need.row))))
+        found = largest_fitting(self.fits, limit)
+        if not found:
+            raise torch.OutOfMemoryError("not even one row fits")
+        return found
+
+    def fits(self, rows: int) -> bool:
+        """Whether every rank can take a step of so many rows, with room for the optimizer's state and 5 % to spare."""
+        spare = device_memory(self.state.device)[1] // 20 if self.state.device.type == "cuda" else 0
+        fit = True
+        try:
+            need = self.estimate(row=0)
+            buckets = need.gradients if self.state.ranks.world > 1 else 0  # what gradients travel in
+            self.dry_run(rows, need.optimizer + buckets + spare)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            fit = False
+        if self.state.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self.state.ranks.sum_numbers(fit)[0] == self.state.ranks.world
+
+    def dry_run(self, rows: int, reserve: int) -> None:
+        """A step's and an evaluation's passes over so many rows, with so many bytes taken besides."""
+        besides = torch.empty(reserve, dtype=torch.uint8, device=self.state.device)
+        with self.steps.preserve_model():
+            batch = evaluation.make_batch(
+                self.state.objective, self.state.corpus.train, self.state.run.seed, 0, rows, self.state.device
+            )
+            self.steps.forward_backward(batch, min(self.state.run.gradient_accumulation_steps, 2))
+        del besides
+
+    def estimate(self, row: int | None = None) -> MemoryEstimate:
+        """What training takes. `row`: what one row does, where that is known or does not matter."""
+        weights = sum(
+            to_local(p).nbytes for p in itertools.chain(self.state.model.parameters(), self.state.model.buffers())
+        )
+        optimizer = sum(STATE_BYTES[group["optimizer"]] * group["parameters"] for group in self.state.optimizer.groups)
+        optimizer //= self.state.ranks.world if self.state.ranks.sharded else 1
+        gradients = sum(to_local(p).nbytes for p in self.state.model.parameters())
+        if row is None:
+            with self.steps.preserve_model():  # the second row's alone: casts of weights and tables are made once
+                one, two = (
+                    saved_for_backward(self.state.model, lambda n=n: self.steps.forward_loss(n)) for n in (1, 2)
+                )
+            growth = [b - a for a, b in zip(one, two, strict=False)]
+            row = max(sum(two) - sum(one) + TRANSIENT_COPIES * max(growth, default=0), 1)
+        return MemoryEstimate(weights, gradients, optimizer, row)
+
+    def out_of_memory_advice(self, status: str) -> str:
+        """What took the memory that there was, and which keys to lower."""
+        when = f"at step {self.state.progress.step + 1:,}" if self.state.claimed else "before the first step"
+        told = f"{self.state.device.type} is out of memory {when}"
+        with contextlib.suppress(Exception):  # whatever goes wrong in counting, the advice holds
+            gc.collect()
+            if self.state.device.type == "cuda":
+                torch.cuda.empty_cache()
+            free, total = device_memory(self.state.device)
+            rows, T = self.state.run.batch_size, self.state.run.model_hyperparams.block_size
+            rows = 1 if rows == "auto" else self.state.rows
+            need = self.estimate(row=1 if self.state.ranks.sharded else None)  # no passes where the others take no part
+            told += f", of {format_bytes(total)}: {need.told(rows, T)}"
+        return f"{told}; {status}. {self.suggest_memory_cuts()}"
+
+    def suggest_memory_cuts(self) -> str:
+        """Which keys to lower where memory is short."""
+        run, hyper = self.state.run, self.state.run.model_hyperparams
+        rows, mend = run.batch_size, "Lower"
+        if rows != "auto" and rows > self.state.ranks.world:
+            numbers = f"{max(rows // 2, 1)} and {run.gradient_accumulation_steps * 2}"
+            mend = (
+                f"Halve batch_size and double gradient_accumulation_steps (to {numbers}), which computes the same, or "
+                'set batch_size to "auto", or lower'
+            )
+        sizes = (f"model_hyperparams.{key} ({getattr(hyper, key)})" for key in ("block_size", "n_embd", "n_layer"))
+        # a recorded step's memory
+        free = ", or set record to false" if run.record and cuda_graph.can_capture(self.state.device) else ""
+        return f"{mend} {', '.join(sizes)}{free}."

@@ -1,0 +1,47 @@
+"""metrics.jsonl: every logged step and every evaluation, one JSON object a line."""
+
+import json
+import math
+from pathlib import Path
+
+from options import (
+    atomic_write,
+)
+from strawberry.training import plot
+from strawberry.training.console import warn
+
+METRICS = "metrics.jsonl"
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, in order of steps. A full disk costs no line: it is written later."""
+
+    def __init__(self, path: Path):
+        self.path, self.pending = path, []
+
+    def rewind(self, step: int) -> list[dict]:
+        """Drop what an interrupted run logged after `step`, which is about to be done again; returns what is left."""
+        lines = plot.read_metrics(self.path) if self.path.exists() else []
+        kept = [line for line in lines if line["step"] <= step]
+        atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        return kept
+
+    def add(self, **values) -> None:
+        self.pending.append(json.dumps({key: to_json_value(value) for key, value in values.items()}) + "\n")
+        try:
+            with open(self.path, "ab") as file:
+                end = file.tell()
+                try:
+                    file.write("".join(self.pending).encode())
+                    file.flush()
+                except OSError:
+                    file.truncate(end)  # no half line
+                    raise
+            self.pending = []
+        except OSError as error:
+            warn(f"cannot write {self.path} ({error.strerror}); its lines are kept and written later")
+
+
+def to_json_value(value):
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,248 @@
+"""Set-up of a run: device, dtype, data, objective, initial weights, and checks of every path."""
+
+import contextlib
+import itertools
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import encoder as encoders
+from options import (
+    UserError,
+    find_config,
+    to_dict,
+)
+from strawberry.common import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
+from strawberry.data.dataset import Corpus, find_token_files
+from strawberry.data.objectives import make_objective
+from strawberry.model_file import load_model
+from strawberry.training import checkpoint, plot
+from strawberry.training.checkpoint import LATEST
+from strawberry.training.console import warn
+from strawberry.training.lock import LOCK
+from strawberry.training.metrics import METRICS
+
+COMPILE_ON_CPU_FROM = 5000  # steps; see worth_compiling
+MAX_VERIFIED_BYTES = 2 << 30  # bytes of token file that --check reads whole: seconds
+
+
+def choose_device(name: str) -> torch.device:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, found in there.items() if found)
+    if not there[name]:
+        raise UserError(f'device = "{name}": torch finds none on this machine; use "auto" or "cpu"')
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What activations are computed in; weights, gradients and the optimizer's state are float32 anyway."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if name == "float8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        about = f"{torch.cuda.get_device_name(device)} does not multiply in 8 bits"
+        raise UserError(f'dtype = "float8": {about}, which takes compute capability 8.9 or more; use "bfloat16"')
+    if name == "float8" and device.type not in ("cuda", "cpu"):
+        raise UserError(f'dtype = "float8": {device.type} does not multiply in 8 bits; use "bfloat16"')
+    return torch.bfloat16 if name == "float8" else getattr(torch, name)
+
+
+def load_data(run) -> tuple:
+    """(encoder, corpus), once they fit each other and the model."""
+    encoder = encoders.load(run.encoder_path)
+    hyper = run.model_hyperparams
+    if encoder.vocab_size > hyper.vocab_size:
+        raise UserError(
+            f"model_hyperparams.vocab_size = {hyper.vocab_size}: encoder_path {run.encoder_path} has "
+            f"{encoder.vocab_size} tokens; set it to {encoder.vocab_size} or more, or use a smaller encoder"
+        )
+    encoder.encode(run.sample_prompt)  # a character that it lacks is told now, not at the first sample
+    return encoder, Corpus(run.dataset, encoder.fingerprint, hyper.block_size)
+
+
+def choose_objective(run, encoder, corpus: Corpus):
+    """What the run learns, once it fits model and data. Writes into `run` what was left open: objective and pad_id."""
+    hyper = run.model_hyperparams
+    about = (getattr(hyper, "kind", "decoder"), hyper.vocab_size, hyper.block_size)
+    run.objective, objective = make_objective(run.objective, *about, encoder, corpus)
+    if objective.has_padding:
+        hyper.pad_id = encoder.pad if hyper.pad_id is None else hyper.pad_id
+        if hyper.pad_id != encoder.pad:
+            told = f"the encoder pads with {encoder.pad}; set it to that or to null"
+            raise UserError(f"model_hyperparams.pad_id = {hyper.pad_id}: {told}")
+    return objective
+
+
+def changed_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`learning_rate: 0.003 → 0.001` for each key that differs."""
+    found = []
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += changed_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {json.dumps(a)} → {json.dumps(b)}")
+    return found
+
+
+def load_pretrained(path: str | Path, model: nn.Module, encoder) -> None:
+    """Copy the weights of a model file, or of the newest checkpoint in a directory, into `model`, which must be of the
+    same shapes and vocabulary."""
+    path = checkpoint.find_model(path, "init_from")
+    other, its_encoder, _ = load_model(path)
+    if its_encoder.fingerprint != encoder.fingerprint:
+        raise UserError(
+            f"init_from: {path} was trained with encoder {its_encoder.fingerprint[:12]}…, and encoder_path is "
+            f"{encoder.fingerprint[:12]}…: set encoder_path to the one it was trained with"
+        )
+    try:
+        model.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        changed = changed_keys(to_dict(other.config), to_dict(model.config), "model_hyperparams.")
+        raise UserError(f"init_from: {path} is of another shape ({'; '.join(changed)}): set them as it has") from error
+
+
+def should_compile(run, device: torch.device) -> bool | str:
+    """Whether to compile, True for the whole model, "blocks" for its blocks; this is what `compile: "auto"` comes to.
+
+    On CUDA it does: every step gains. On a CPU it does for runs of COMPILE_ON_CPU_FROM steps or more: with a model like
+    config/tiny.json's on two slow cores, compiling took 160 s and made a step of 0.61 s one of 0.42 s, so that it was
+    paid for after 850 steps; smaller models gain less. The rule looks at max_iters, not at a clock, so that a resumed
+    run computes as the first one did. On MPS it does not.
+    """
+    if run.compile != "auto":
+        return run.compile
+    if device.type != "cpu" or run.max_iters < COMPILE_ON_CPU_FROM:
+        return device.type == "cuda"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl")):
+        warn("no C++ compiler is installed, so that the model is not compiled and steps take longer")
+        return False
+    return True
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return folder if folder.exists() or folder == folder.parent else nearest_existing(folder.parent)
+
+
+def check_writable(key: str, path: str, folder: Path) -> None:
+    """Raises UserError, naming key and path, unless things can be made in `folder` or in what is there of its parents.
+    Makes nothing itself."""
+    try:
+        folder = nearest_existing(folder)
+        good, reason = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK), f"{folder} cannot be written to"
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        good, reason = False, f"{error.strerror} ({folder})"
+    if not good:
+        raise UserError(f"{key} = {path}: {reason}; name another path, or change the rights")
+
+
+def list_outputs(run) -> list[Output]:
+    """Every file that a run writes, and the directory of its checkpoints."""
+    root = Path(run.checkpoints.path)
+    files = {METRICS: "metrics", LOCK: "lock", LATEST: "latest"}
+    outputs = [Output("model_path", run.model_path, "model"), Output("checkpoints.path", root, CHECKPOINTS)]
+    outputs += [Output("checkpoints.path", root / name, kind) for name, kind in files.items()]
+    return outputs + ([] if run.img_path is None else plot.picture_outputs("img_path", run.img_path))
+
+
+def list_inputs(run, config: str | None = None) -> list[Input]:
+    """Every file that a run reads, its --config among them. A model that is trained further into its own path is one of
+    the outputs, and checkpoints that a run starts from are set aside, not replaced."""
+    inputs = [Input("--config", find_config(config))] if config else []
+    inputs += [Input("dataset.path", path) for path in find_token_files(run.dataset)]
+    inputs += encoder_inputs("encoder_path", run.encoder_path)
+    if run.pretrained and not is_own_checkpoint(run) and not is_same_file(run.pretrained, run.model_path):
+        inputs.append(Input("init_from", run.pretrained))
+    return inputs
+
+
+def is_own_checkpoint(run) -> bool:
+    """Whether the model that a run starts from is one of the checkpoints in its own checkpoints.path."""
+    path, root = Path(os.path.realpath(run.pretrained)), Path(os.path.realpath(run.checkpoints.path))
+    return path == root or (path.is_relative_to(root) and path.relative_to(root).parts[0].startswith("step_"))
+
+
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+
+
+def command_line(argv: list[str], resume: bool) -> str:
+    """The command line of this run, or the one that goes on with it."""
+    if resume:
+        kept, rest = [], list(argv)
+        while rest:
+            word = rest.pop(0)
+            if word == "--init_from":
+                rest = rest[1:]
+            elif not word.startswith("--init_from="):
+                kept.append(word)
+        argv = [*kept, "--init_from=resume"]
+    world, machines = os.environ.get("LOCAL_WORLD_SIZE", "1"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    start = [relative_path(sys.executable)]
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        start = ["torchrun", f"--nproc_per_node={world}"]
+    if machines != "1":  # the same on each of them
+        start += [f"--nnodes={machines}", "--rdzv_backend=c10d", "--rdzv_endpoint=FIRST_MACHINE:29400"]
+    words = [*start, relative_path(str(TRAIN)), *argv]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def relative_path(path: str) -> str:
+    """Relative where the path is inside the working directory."""
+    with contextlib.suppress(ValueError):  # another drive, on Windows
+        relative = os.path.relpath(path)
+        return path if relative.startswith(os.pardir) else relative
+    return path
+
+
+def print_summary(state) -> None:
+    """One block that says what is about to be trained, on what, and how."""
+    run, model, corpus = state.run, state.model, state.corpus
+    T, accumulation = run.model_hyperparams.block_size, run.gradient_accumulation_steps
+    stacks = (module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks")
+    blocks = list(itertools.chain.from_iterable(stacks))  # of encoder and decoder
+    pattern = f" of {' → '.join(blocks[0].steps)}" if hasattr(blocks[0], "steps") else ""
+    threads = f" ({torch.get_num_threads()} threads)" if state.device.type == "cpu" else ""
+    name = f" ({torch.cuda.get_device_name()})" if state.device.type == "cuda" else threads
+    dtype = "float8" if run.dtype == "float8" else str(state.dtype).removeprefix("torch.")
+    rows = {
+        "model": f"{model.config.arch}, {len(blocks)} blocks{pattern}",
+        "parameters": f"{model.num_params(non_embedding=False):,}, {model.num_params():,} without embeddings",
+        "data": f"{run.dataset.path}: {corpus.train.n_tokens:,} tokens to train on, {corpus.val.n_tokens:,} to "
+        f"validate; {state.encoder.vocab_size:,} token ids from {run.encoder_path}",
+        "objective": run.objective + describe_truncation(state),
+        "step": f"{accumulation} × {run.batch_size} rows of {T} = {state.tokens_per_step:,} tokens of "
+        f"{model.flops_per_token(T) / 1e6:,.2f} MFLOP each",
+        "machine": f"{state.device.type}{name}, {dtype}"
+        + (f"; {state.ranks.world} processes, {run.parallel}" if state.ranks.world > 1 else ""),
+        "seed": str(run.seed),
+        "checkpoints": f"{state.root}, every {run.checkpoints.interval:,} steps"
+        if run.checkpoints.create_checkpoints
+        else "none",
+    }
+    print("\n".join(f"{key:<12} {text}" for key, text in rows.items()))
+    print("\n" + state.optimizer.table() + "\n", flush=True)
+
+
+def describe_truncation(state) -> str:
+    """How many pairs block_size cuts short, where it does."""
+    splits = (state.corpus.train, state.corpus.val)
+    n_cut, n = (sum(getattr(split, what, 0) for split in splits) for what in ("n_cut", "n_windows"))
+    return f"; {n_cut:,} of {n:,} are cut to {splits[0].block_size} tokens" if n_cut else ""
+
+
+def check_paths(run, root: Path, config: str | None) -> None:
+    if os.path.isdir(run.model_path):
+        raise UserError(f"model_path = {run.model_path}: is a directory; name a file")
+    check_writable("model_path", run.model_path, Path(run.model_path).parent)
+    check_writable("checkpoints.path", run.checkpoints.path, root)
+    check_outputs(list_outputs(run), list_inputs(run, config))
