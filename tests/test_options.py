@@ -125,14 +125,15 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark():
 
 
 PROGRAMS = (
-    "strawberry/data/assemble",
     "bench",
-    "strawberry/data/loader",
     "encoder",
-    "plot",
     "prepare",
     "sample",
     "serve",
+    "strawberry/config_docs",
+    "strawberry/data/assemble",
+    "strawberry/data/loader",
+    "strawberry/training/plot",
     "train",
 )
 

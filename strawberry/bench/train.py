@@ -154,7 +154,7 @@ class BenchmarkTrainer(Trainer):
         found = self.measure_speed()
         found |= {
             "step_ms": 1e3 * self.tokens_per_step / found["tokens_per_s"],
-            "recorded": bool(self.recorded),
+            "recorded": bool(self.graph_step),
             "tokens_per_step": self.tokens_per_step,
             "kernels": self.profile_kernels() if profile else [],
         }
@@ -180,7 +180,7 @@ class BenchmarkTrainer(Trainer):
             "params": self.model.num_params(non_embedding=False), "tokens_per_step": self.tokens_per_step,
             "tokens_per_s": steps * self.tokens_per_step / seconds, "step_ms": 1e3 * seconds / steps,
             "loss": self.loss, "memory": self.peak_memory(), "compile": compiled,
-            "recorded": bool(self.recorded and self.recorded.graph),
+            "recorded": bool(self.graph_step and self.graph_step.graph),
             "link_bytes_per_s": self.measure_all_reduce(),
         }  # fmt: skip
 
