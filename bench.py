@@ -44,8 +44,8 @@ and several share a device (--jobs). Speed is measured apart from them, while no
 
 from collections.abc import Callable
 
-from options import UserError, nearest, run_cli
 from strawberry.bench import compare, decode, growth, kernels, scale, serve, train
+from strawberry.common import UserError, nearest, run_cli
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "compare": compare.run, "train": train.run, "growth": growth.run, "scale": scale.run, "decode": decode.run,

@@ -37,9 +37,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from options import UserError, atomic_write, check_path_arguments, nearest, run_cli
-from strawberry.common import Input, Output, check_outputs, find_previous
+from strawberry.common import UserError, atomic_write, check_path_arguments, nearest, run_cli
 from strawberry.data.documents import Documents, InputFile, add_reading_options, expand_inputs
+from strawberry.outputs import Input, Output, check_outputs, find_previous
 
 EOT, PAD = "<|eot|>", "<|pad|>"  # the end of a text, and what fills ragged rows; every encoder has both
 GPT4_PATTERN = (  # tiktoken's cl100k_base: contractions, words, up to 3 digits, punctuation, four cases of whitespace

@@ -27,13 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from options import UserError, check, load_run, nearest, option, run_cli
 from strawberry import ops
 from strawberry.cache import Cache, ChunkCache, CrossKVCache, LayerCache, RingKVCache
+from strawberry.common import UserError, nearest, run_cli
 from strawberry.compile import run_blocks
+from strawberry.config import check, option
 from strawberry.context import EncodedSource, ForwardContext, Mode
 from strawberry.ops.common import no_autocast, norm, softcap, to_accum_dtype, to_autocast_dtype
 from strawberry.ops.masks import AttentionPattern, BigBirdPattern, LongformerPattern
+from strawberry.run_config import load_run
 from strawberry.summary import summarize
 
 

@@ -16,7 +16,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from options import UserError
+from strawberry.common import UserError
 from strawberry.sharding import shard_like, shard_of, to_dtensor, to_local
 
 # Which role is decayed, and which Muon may take. Every role that a model may name is here.

@@ -39,10 +39,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import options
 from encoder import Encoder, cut_pieces, load, train
-from options import UserError, check_path_arguments, show
-from strawberry.common import Input, Output, check_outputs, encoder_inputs, find_previous
+from strawberry.common import UserError, check_path_arguments, run_cli, show
 from strawberry.data import encoding
 from strawberry.data.docstrings import DocstringPairs
 from strawberry.data.documents import (
@@ -58,6 +56,7 @@ from strawberry.data.documents import (
 from strawberry.data.encoding import Spool, encode_documents, encode_pairs
 from strawberry.data.order import permutation
 from strawberry.data.token_file import TokenFile, TokenFileWriter
+from strawberry.outputs import Input, Output, check_outputs, encoder_inputs, find_previous
 
 SEED = 0  # of the shuffle
 MAX_PAIR_TOKENS = 1 << 16  # of --longest: a pair's source and target fit into a piece
@@ -397,4 +396,4 @@ def scan_documents(source: Source) -> None:
 
 
 if __name__ == "__main__":
-    options.run_cli(main)
+    run_cli(main)

@@ -21,8 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from options import UserError, asks_for_help, declared, option, run_cli
 from strawberry.command_line import flag_names, format_help, parse_settings
+from strawberry.common import UserError, run_cli
+from strawberry.config import declared, option
 from strawberry.data import documents
 from strawberry.data.documents import InputFile
 from strawberry.inference.bulk import run_bulk
@@ -44,6 +45,7 @@ from strawberry.inference.text import (
     stream_in_order,
     stream_texts,
 )
+from strawberry.run_config import asks_for_help
 
 # ---- settings ------------------------------------------------------------------------------------------------------
 

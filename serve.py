@@ -10,8 +10,10 @@ jobs.py the runs. Models are read and texts made as sample.py does it; train.py,
 
 import sys
 
-from options import asks_for_help, declared, run_cli
 from strawberry.command_line import format_help
+from strawberry.common import run_cli
+from strawberry.config import declared
+from strawberry.run_config import asks_for_help
 from strawberry.serving.app import create_app
 from strawberry.serving.server import Server, check_free, make_server_config
 from strawberry.serving.settings import KEY_VARIABLE, Settings, read_command

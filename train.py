@@ -43,15 +43,10 @@ from tqdm import tqdm
 
 from model import CONFIGS, build
 from optimizer import build_optimizer
-from options import (
-    UserError,
-    is_first_to_report,
-    load_run,
-    parse_arguments,
-    run_cli,
-)
 from strawberry import ops, status_file
+from strawberry.common import UserError, is_first_to_report, run_cli
 from strawberry.ops import float8
+from strawberry.run_config import load_run, parse_arguments
 from strawberry.training import cuda_graph, distributed, evaluation, memory, setup
 from strawberry.training.checkpointing import Checkpointer
 from strawberry.training.console import STATUS, DiskFullSafeStream, warn

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from options import UserError, check, declared, nearest, parse_arguments
+from strawberry.common import UserError, nearest
+from strawberry.config import check, declared
+from strawberry.run_config import parse_arguments
 
 
 def parse_settings(argv: list[str], cls: type, finish: Callable[[dict], Iterable[str]] | None = None) -> Any:

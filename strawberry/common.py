@@ -1,282 +1,147 @@
-"""What every command does before it writes: check that no file of the user's is lost.
-
-    check_outputs([Output("--output", "bin/cl8k.bin", "encoder")], [Input("--input", path) for path in paths])
-
-A kind of file is recognised by its content, never by its name.
-
-Index:  kinds of files · places · the check
-"""
+"""What every command shares: errors, how a program ends, whole files, words of a message."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import difflib
+import hashlib
 import json
 import os
 import re
-import stat
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
-
-from options import UserError, temporary_path
-
-# ---- kinds of files ------------------------------------------------------------------------------------------------
-
-HEAD = 1 << 16  # bytes that decide on a file's kind
-LONG_HEAD = 8 << 20  # of JSON, which is read whole, and of a model file, whose header takes at most that many
-LINES = 1000  # of a JSON lines file, that decide
+from typing import Any
 
 
-def _parse_object(data: bytes) -> dict:
-    """The JSON object in `data`; {} where there is none."""
+class UserError(Exception):
+    """A mistake that the user can mend: the message names the value, the limit and the mend."""
+
+
+def run_cli(main: Callable[[list[str]], int | None]) -> None:
+    """Run `main(argv)` as a program and exit: 2 with `error: …` on a UserError, 130 on Ctrl-C, else what it returns."""
+    for stream in (sys.stdout, sys.stderr):
+        set_encoding(stream)
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+    except UserError as error:
+        with contextlib.suppress(OSError):  # a log on a full disk
+            report_error(str(error))
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader (`| head`) left: point stdout elsewhere, or the exit's flush complains again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
 
 
-def _has_line(head: bytes, first_key: str, is_wanted: Callable[[dict], bool]) -> bool:
-    """Whether a line is a JSON object that is wanted. Where a kill left half a line and no other, its start decides."""
-    lines = [line for line in head.split(b"\n", LINES) if line.strip()]
-    start = f'{{"{first_key}": '.encode()
-    torn = len(lines) == 1 and b"\n" not in head and (lines[0].startswith(start) or start.startswith(lines[0]))
-    return torn or any(is_wanted(_parse_object(line)) for line in lines[:LINES])
+def temporary_path(target: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
-def _is_model(head: bytes) -> bool:
-    """safetensors: 8 bytes of the header's length, then the header, whose metadata name our format."""
-    header = head[8 : 8 + int.from_bytes(head[:8], "little")]
-    return header.startswith(b"{") and re.search(rb'"format"\s*:\s*"text-model"', header) is not None
+def set_encoding(stream: Any) -> None:
+    """UTF-8 for what goes to a file or a pipe, whatever the locale or PYTHONIOENCODING says. A terminal keeps its own
+    encoding, and shows "?" for a character that it lacks."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
 
-def _is_metrics(head: bytes) -> bool:
-    return _has_line(head, "step", lambda line: type(line.get("step")) is int)
+def report_error(message: str) -> None:
+    """Print `error: message` on stderr. Of several processes of torchrun that find the same error, one prints it."""
+    if is_first_to_report(message):
+        print(f"error: {message}", file=sys.stderr)
 
 
-def _is_texts(head: bytes) -> bool:
-    return _has_line(head, "index", lambda line: type(line.get("index")) is int and isinstance(line.get("text"), str))
+def is_first_to_report(message: str) -> bool:
+    """Whether no other process that this machine's torchrun has started has reported the message before this one.
 
-
-def _is_picture(head: bytes) -> bool:
-    is_svg = re.match(rb"\s*(<\?xml[^>]*>\s*)?(<!DOCTYPE[^>]*>\s*)?<svg", head) is not None
-    return is_svg or head.startswith((b"\x89PNG\r\n\x1a\n", b"%PDF-"))
-
-
-def _is_benchmark(head: bytes) -> bool:
-    """The JSON of a bench.py command: rows and the command that measured them, a list of rows, or a race."""
-    found = _parse_object(head)
-    if isinstance(found.get("rows"), list):
-        return bool({"command", "config"} & found.keys())
-    if {"nanogpt", "strawberry"} <= found.keys():
-        return True
-    rows = _parse_object(b'{"rows": ' + head + b"}").get("rows") if head.lstrip().startswith(b"[") else None
-    return isinstance(rows, list) and all(isinstance(row, dict) and "config" in row for row in rows)
-
-
-def _is_report(head: bytes) -> bool:
-    """The Markdown of a bench.py command begins with a table and ends with the command in a fence."""
-    return head.startswith(b"|") and b"bench.py" in head and head.rstrip().endswith(b"```")
-
-
-def _has_keys(*keys: str) -> Callable[[bytes], bool]:
-    return lambda head: set(keys) <= _parse_object(head).keys()
-
-
-class Kind(NamedTuple):
-    """A kind of file that a command writes: what a message calls it, and whether a file's first bytes are of it."""
-
-    name: str
-    matches: Callable[[bytes], bool]
-
-
-KINDS = {
-    "encoder": Kind("an encoder file", re.compile(rb'\s*\{\s*"format"\s*:\s*"encoder"').match),
-    "tokens": Kind("a token file", lambda head: head.startswith(b"\x89TOKENS\n")),
-    "model": Kind("a model file", _is_model),
-    "metrics": Kind("the metrics of a training run", _is_metrics),
-    "lock": Kind("the lock of a run", lambda head: head.startswith(b'{"pid": ')),
-    "latest": Kind("the name of a checkpoint", re.compile(rb"step_\d{8,18}\s*\Z").match),
-    "texts": Kind("a file of texts that sample.py wrote", _is_texts),
-    "texts origin": Kind("what sample.py writes beside its texts", _has_keys("prompts_file", "model", "seed")),
-    "picture": Kind("a picture", _is_picture),
-    "benchmark": Kind("a result of bench.py", _is_benchmark),
-    "report": Kind("a table of bench.py", _is_report),
-    "dataset result": Kind("a result of strawberry.data.assemble", _has_keys("data_division", "encoder")),
-    "progress": Kind("the progress of strawberry.data.assemble", _has_keys("phase", "done")),
-}
-CHECKPOINTS = "checkpoints"  # a directory, in which a run makes, moves and removes others named step_…
-
-
-class Output(NamedTuple):
-    """A file that a command may write: the option that names it, its path, and its kind, a key of KINDS or
-    CHECKPOINTS."""
-
-    option: str
-    path: str | os.PathLike
-    kind: str
-
-
-class Input(NamedTuple):
-    """A file that a command reads, and the option that names it."""
-
-    option: str
-    path: str | os.PathLike
-
-
-def has_kind(path: str | os.PathLike, kind: str) -> bool:
-    """Whether there is a file of that kind. Raises UserError where it cannot be read."""
-    head = _read_head(path)
-    return head is not None and bool(KINDS[kind].matches(head))
-
-
-def _read_head(path: str | os.PathLike) -> bytes | None:
-    """The first bytes of a regular file; None where there is none."""
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open(path, "rb") as file:
-            head = file.read(HEAD)
-            is_long = head.lstrip()[:1] in (b"{", b"[") or head[8:9] == b"{"
-            size = min(LONG_HEAD, os.fstat(file.fileno()).st_size)  # read() allocates all that it is asked for
-            return head + file.read(max(size - len(head), 0)) if is_long else head
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def find_previous(outputs: Iterable[Output]) -> list[str | os.PathLike]:
-    """The outputs that an earlier call of the same command wrote: they are never among the documents that it reads."""
-    return [output.path for output in outputs if has_kind(output.path, output.kind)]
-
-
-# ---- places --------------------------------------------------------------------------------------------------------
-
-
-def is_same_file(a: str | os.PathLike, b: str | os.PathLike) -> bool:
-    """Whether two paths lead to one file, through symbolic and hard links too; or would, where it is not there yet."""
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return os.path.normcase(os.path.realpath(a)) == os.path.normcase(os.path.realpath(b))
-
-
-def encoder_inputs(option: str, spec: str) -> list[Input]:
-    """The file that an encoder's name leads to: itself, or the text behind chars:; none for tiktoken:NAME."""
-    scheme, _, rest = spec.partition(":")
-    return [] if scheme == "tiktoken" else [Input(option, rest if scheme == "chars" else spec)]
-
-
-def _check_place(output: Output) -> None:
-    """Raises UserError unless a file can be written there."""
-    path = os.fspath(output.path)
-    if problem := _place_problem(path, is_folder=output.kind == CHECKPOINTS):
-        raise UserError(f"{output.option}: {problem}")
-
-
-def _place_problem(path: str, is_folder: bool) -> str | None:
-    try:
-        mode = os.stat(path or os.curdir).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return _parent_problem(path) or (None if is_folder else _name_problem(path))
-    except OSError as error:  # a name that is too long, a ring of links
-        return f"cannot write {path}: {error.strerror or error}; name another file"
-    if is_folder:
-        return None if stat.S_ISDIR(mode) else f"{path} is a file; name a directory"
-    if stat.S_ISDIR(mode):
-        return f"{path} is a directory; name a file"
-    return None if stat.S_ISREG(mode) else f"{path} is not a regular file; name another path"
-
-
-def _name_problem(path: str) -> str | None:
-    return f"{path} ends as a directory does; name a file" if path.endswith((os.sep, "/")) else None
-
-
-def _parent_problem(path: str) -> str | None:
-    folder = os.path.dirname(os.path.realpath(path))
-    while not os.path.exists(folder) and folder != os.path.dirname(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder):
-        return f"cannot write {path}: {folder} is a file, not a directory; name another path"
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return f"cannot write {path}: {folder} cannot be written to; name another path, or change the rights"
-    return None
-
-
-# ---- the check -----------------------------------------------------------------------------------------------------
-
-
-def check_outputs(outputs: Iterable[Output], inputs: Iterable[Input] = ()) -> None:
-    """Raises UserError, and writes nothing, where a command's outputs would cost a file that is not theirs to replace:
-    an input, another output, or a file of another kind.
-
-    Files are compared, not spellings: a path may be relative, have ".." in it, or lead through symbolic or hard links.
-    Outputs of the same kind from an earlier call are replaced, and so is an empty file.
+    Every rank finds the same mistake in a config, but a full GPU may be an error of one rank alone, and torchrun ends
+    all ranks when the first one fails. So the first one to find an error reports it, and torchrun's own store counts.
     """
-    outputs, inputs = list(outputs), list(inputs)
-    for output in outputs:
-        _check_place(output)
-    _check_distinct(outputs)
-    _check_inputs(outputs, inputs)
-    for output in outputs:
-        if output.kind == CHECKPOINTS:
-            _check_checkpoints(output, [*outputs, *inputs])
-        else:
-            _check_kind(output)
-
-
-def _check_distinct(outputs: list[Output]) -> None:
-    for i, second in enumerate(outputs):
-        for first in outputs[:i]:
-            if is_same_file(first.path, second.path):
-                raise UserError(
-                    f"{second.option}: {second.path} is the same file as {first.path} of {first.option}, "
-                    "and both would be written; name another file"
-                )
-
-
-def _check_inputs(outputs: list[Output], inputs: list[Input]) -> None:
-    """Only outputs that are there can be inputs: each of them once, then one look at each input, of which there may be
-    a million. What is written aside before it gets its name counts as well."""
-    found: dict[tuple[int, int], Output] = {}
-    for output in outputs:
-        for path in (output.path, temporary_path(Path(os.path.realpath(output.path)))):
-            if status := _stat(path):
-                found[status.st_dev, status.st_ino] = output
-    for given in inputs if found else ():
-        status = _stat(given.path)
-        if status and (output := found.get((status.st_dev, status.st_ino))):
-            raise UserError(
-                f"{output.option}: {output.path} is the same file as {given.path} of {given.option}, "
-                "which it would replace; name another file"
-            )
-
-
-def _stat(path: str | os.PathLike) -> os.stat_result | None:
+    env = os.environ
+    if env.get("WORLD_SIZE", "1") == "1" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
     try:
-        return os.stat(path)
-    except (OSError, ValueError):
-        return None
+        from torch.distributed import TCPStore
+
+        limit = datetime.timedelta(seconds=5)
+        store = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), wait_for_workers=False, timeout=limit)
+        launch = f"{env.get('GROUP_RANK')}/{env.get('TORCHELASTIC_RESTART_COUNT')}"
+        digest = hashlib.sha256(message.encode("utf-8", "backslashreplace")).hexdigest()
+        return store.add(f"strawberry/error/{launch}/{digest}", 1) == 1
+    except Exception:  # without the store, an error printed twice is better than one that nobody sees
+        return True
 
 
-def _check_checkpoints(folder: Output, others: Iterable[Output | Input]) -> None:
-    """No other file of the run may lie in a checkpoint: they are moved aside, replaced and removed as a run goes on."""
-    root = Path(os.path.realpath(folder.path))
-    for other in others:
-        path = Path(os.path.realpath(other.path))
-        inside = path.relative_to(root).parts if path.is_relative_to(root) else ()
-        if len(inside) > 1 and re.fullmatch(r"step_\d{8,18}", inside[0]):
-            raise UserError(
-                f"{other.option}: {other.path} lies in a checkpoint of {folder.path} ({folder.option}), "
-                "which the run may replace or remove; name another file"
-            )
+def atomic_write(path: str | os.PathLike, data: bytes | Callable) -> None:
+    """Replace the file at `path` with `data`, or with what `data(file)` writes, wholly or not at all, through power
+    cuts too. Makes missing folders.
+
+    Raises UserError, naming the path, where it cannot be written.
+    """
+    target = Path(os.path.realpath(path))  # through a symbolic link, which stays one
+    temporary = temporary_path(target)
+    if target.exists() and not target.is_file():
+        raise UserError(f"cannot write {path}: it is there and is not a regular file; name another path")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            data(file) if callable(data) else file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        if os.name != "nt":  # the rename itself is on disk once the folder is
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def _check_kind(output: Output) -> None:
-    head = _read_head(output.path)
-    is_blank = not head or len(head) < HEAD and not head.strip(b"\0")  # zeros: what a power cut may leave
-    if is_blank or KINDS[output.kind].matches(head):
-        return
-    found = next((f" but {kind.name}" for kind in KINDS.values() if kind.matches(head)), "")
-    raise UserError(
-        f"{output.option}: {output.path} is there and is not {KINDS[output.kind].name}{found}; "
-        "name another file, or remove that one"
-    )
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The hint for a misspelt name, or nothing.
+
+    >>> nearest("n_layers", ["n_layer", "n_head"])
+    " (did you mean 'n_layer'?)"
+    """
+    by_lower = {str(v).lower(): str(v) for v in valid}
+    close = difflib.get_close_matches(str(name).lower()[:200], by_lower, n=1, cutoff=0.6)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+NO_PATH = "a path has no control characters, which \\n and \\t in quotes are; write / or \\\\ instead of \\"
+
+
+def has_control_character(path: str) -> bool:
+    r"""Whether a path has a character that none has on purpose; "C:\table" in JSON has one, for \t is a tab."""
+    return CONTROL.search(path) is not None
+
+
+def check_path_arguments(given: Any, *names: str) -> None:
+    """Raises UserError where an option of an argparse namespace, or one of its texts, cannot be a path."""
+    for name in names:
+        value = getattr(given, name)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and has_control_character(text):
+                raise UserError(f"--{name} {show(text)}: {NO_PATH}")
+
+
+def show(value: Any) -> str:
+    """A value as JSON spells it, short enough for a message, in characters that every stream can carry."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(value)
+    text = text.encode("utf-8", "backslashreplace").decode()
+    text = CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # those that JSON does not escape
+    return text if len(text) <= 80 else text[:77] + "…"

@@ -4,19 +4,9 @@ which editors complete and check configs; `--table` prints the README's table of
 import json
 
 from model import CONFIGS
-from options import (
-    CONFIG_FOLDER,
-    Option,
-    Run,
-    UserError,
-    atomic_write,
-    declared,
-    object_schema,
-    run_cli,
-    sections,
-    show,
-    take_arch,
-)
+from strawberry.common import UserError, atomic_write, run_cli, show
+from strawberry.config import Option, declared, object_schema, sections
+from strawberry.run_config import CONFIG_FOLDER, Run, take_arch
 
 
 def table(archs: dict[str, type]) -> str:

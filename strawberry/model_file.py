@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from options import UserError, atomic_write, to_dict
+from strawberry.common import UserError, atomic_write
+from strawberry.config import to_dict
 from strawberry.initialization import SkipInit
 from strawberry.sharding import copy_to_shard
 

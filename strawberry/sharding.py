@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from options import UserError
+from strawberry.common import UserError
 
 
 def batch_parts(batch_size: int, world: int) -> tuple[int, int]:

@@ -16,20 +16,21 @@ import torch
 
 import bench
 import encoder as encoders
-import options
 from model import CONFIGS, build
-from options import UserError
 from strawberry.bench import child_process, compare_report, decode, growth, hardware, scale, serve, sweep, train
 from strawberry.bench.common import SHARED_KEYS, get_value, load_entries, parse_override, parse_quantity
 from strawberry.bench.width import match_params
+from strawberry.common import UserError, run_cli
+from strawberry.config import check
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.inference import engine
 from strawberry.model_file import save_model
+from strawberry.run_config import CONFIG_FOLDER, run_class
 from strawberry.training import plot
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
 SMALL = {"vocab_size": 44, "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
-PRESETS = sorted(path.name for path in options.CONFIG_FOLDER.glob("*.json") if path.name != "schema.json")
+PRESETS = sorted(path.name for path in CONFIG_FOLDER.glob("*.json") if path.name != "schema.json")
 NEXT_TOKEN = [name for name in PRESETS if name not in ("transformer-masked.json", "transformer-pairs.json",
                                                       "transformer-spans.json")]  # fmt: skip
 
@@ -169,7 +170,7 @@ def test_the_schedule_is_the_same_for_all(workshop):
         expected = {"max_iters": 100, "lr_decay_iters": 100, "warmup_iters": 5, "cooldown_frac": 0.4, "seed": 5,
                     "learning_rate": 4e-3, "min_lr": pytest.approx(4e-4), "init_from": "scratch"}  # fmt: skip
         assert {key: run[key] for key in expected} == expected
-        _, problems = options.check(options.run_class(CONFIGS, "tinystar"), run)
+        _, problems = check(run_class(CONFIGS, "tinystar"), run)
         assert problems == []
     assert run["optimizer_hyperparams"]["muon_lr"] == pytest.approx(4e-2)  # ten times the rate, as in the file
 
@@ -449,7 +450,7 @@ def test_mistakes_are_told_before_anything_is_made(workshop, words, message):
 def test_an_unknown_command_is_told_with_the_nearest(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "comapre"])
     with pytest.raises(SystemExit) as left:
-        options.run_cli(bench.main)
+        run_cli(bench.main)
     assert left.value.code == 2 and "did you mean 'compare'" in capsys.readouterr().err
 
 
@@ -798,7 +799,7 @@ def real(workshop, monkeypatch):
     """Children are what they are; what is timed is short."""
     quick = f"""
 import sys
-sys.path.insert(0, {str(options.CONFIG_FOLDER.parent)!r})
+sys.path.insert(0, {str(CONFIG_FOLDER.parent)!r})
 import bench
 from strawberry.bench import hardware, train
 train.MEASURED_SECONDS, train.TIMED_STEPS, hardware.MATMUL_SIZES = 0.01, 2, (64, 64)

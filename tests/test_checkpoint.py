@@ -19,9 +19,11 @@ import torch
 from machine import require
 from torch import nn
 
-from options import UserError, check, option
 from strawberry import model_file as model_files
+from strawberry.common import UserError
+from strawberry.config import check, option
 from strawberry.model_file import MAX_HEADER, load_model, save_model, serialize_model, write_model
+from strawberry.training import checkpoint as checkpoint_module
 from strawberry.training.checkpoint import (
     _render_manifest,
     archive_run,
@@ -170,7 +172,25 @@ def test_those_that_are_whole_are_listed(tmp_path):
     for step, loss in ((1, 3.0), (20, None), (3, 1.0)):
         save(tmp_path, step, loss)
     (tmp_path / "step_00000020" / "state.pt").write_bytes(b"short")
-    assert [(found.step, found.val_loss) for found in list_checkpoints(tmp_path)] == [(3, 1.0), (1, 3.0)]
+    found = list_checkpoints(tmp_path)
+    assert [(checkpoint.step, checkpoint.val_loss) for checkpoint in found] == [(3, 1.0), (1, 3.0)]
+    assert found[0].saved_at == (tmp_path / "step_00000003").stat().st_mtime
+
+
+@pytest.mark.parametrize("moment", ["_read_manifest", "_describe"])
+def test_one_that_vanishes_while_it_is_read_is_not_listed(tmp_path, monkeypatch, moment):
+    """Its run may remove a checkpoint, or move it aside, at any moment."""
+    for step in (1, 2):
+        save(tmp_path, step, 1.0)
+    function = getattr(checkpoint_module, moment)
+
+    def remove_first(path, *rest):
+        if path.name == "step_00000002":
+            shutil.rmtree(path)
+        return function(path, *rest)
+
+    monkeypatch.setattr(checkpoint_module, moment, remove_first)
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [1]
 
 
 def test_broken_checkpoints_do_not_push_out_good_ones(tmp_path):
@@ -422,7 +442,7 @@ def test_a_pickle_with_a_valid_hash_is_not_run(tmp_path):
 LIMITED = """
     import resource, sys
     import torch
-    from options import UserError
+    from strawberry.common import UserError
     from strawberry.training.checkpoint import find_latest, save_checkpoint, write_state
     root = sys.argv[1]
     save_checkpoint(root, 1, {"state.pt": write_state({"step": 1})}, 0.5, 1)

@@ -29,6 +29,7 @@ from strawberry.ops.qkv import no_transform
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton import rope
 from strawberry.ops.triton.rope import can_fuse_rope, fused_qk_rope_norm, qkv_grad_quantize
+from strawberry.run_config import load_run
 from strawberry.training import cuda_graph, plot
 from strawberry.training.signals import Signals
 from strawberry.training.step import TrainStep
@@ -256,7 +257,6 @@ def words_of(folder, monkeypatch, config: str = "air.json", **keys) -> list[str]
 def trainer_of(folder, monkeypatch, config: str = "air.json", **keys):
     """A trainer on the GPU, ready to train."""
     from model import CONFIGS
-    from options import load_run
     from train import Trainer
 
     trainer = Trainer(load_run(words_of(folder, monkeypatch, config, **keys), CONFIGS), Signals())

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from machine import require
 
-from options import UserError
+from strawberry.common import UserError
 from strawberry.data import token_file
 from strawberry.data.dataset import Corpus, Split
 from strawberry.data.loader import Loader

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model import build
-from options import UserError
 from strawberry.cache import iter_layer_caches
+from strawberry.common import UserError
 from strawberry.inference.engine import Decoder, generate
 from strawberry.inference.loading import quantize_model
 from strawberry.inference.sampling import Request

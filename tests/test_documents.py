@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import encoder
 import prepare
-from options import UserError
+from strawberry.common import UserError
 from strawberry.data import assemble, documents, token_file
 from strawberry.data.documents import Documents, InputFile, expand_inputs
 from strawberry.data.token_file import TokenFile

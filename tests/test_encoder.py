@@ -24,10 +24,10 @@ from torture import count
 
 import encoder as encoders
 from encoder import EOT, PAD, SEGMENT, Encoder, load, segments, train
-from options import UserError
+from strawberry.common import UserError
 
 ROOT = Path(encoders.__file__).parent
-CORPUS = [(ROOT / "encoder.py").read_text(encoding="utf-8"), (ROOT / "options.py").read_text(encoding="utf-8")]
+CORPUS = [(ROOT / name).read_text(encoding="utf-8") for name in ("encoder.py", "strawberry/config.py")]
 CORPUS += ["中文分词。也可以。 中文分词! Ünïcödé ёлка ёлки 🙂🙂 don't DON'T we'll 'tis\n\n  \t x = 12345\r\n\r\n"] * 3
 BPE = train(CORPUS, 600, ["<|user|>", "<|user|>s"])
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

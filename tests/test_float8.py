@@ -9,7 +9,7 @@ import torch
 from test_train import metrics, run, workshop, write_config  # noqa: F401
 
 from model import build
-from options import UserError
+from strawberry.common import UserError
 from strawberry.ops import cross_entropy, float8
 from strawberry.ops.activations import ACTIVATIONS
 from strawberry.ops.cross_entropy import FusedLinearCrossEntropy

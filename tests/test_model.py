@@ -14,7 +14,7 @@ from naive_others import naive_palm, naive_tinystar, naive_transformer
 from naive_strawberry import naive_strawberry, naive_strawberry_v0
 
 from model import CONFIGS, LanguageModel, build
-from options import declared
+from strawberry.config import declared
 
 torch.set_num_threads(1)
 

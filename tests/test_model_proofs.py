@@ -24,8 +24,8 @@ import encoder
 import model as model_file
 from model import AFTS, CONFIGS, INITIALIZERS, LAM, MODELS, build, init_weights
 from optimizer import DECAYED, HIDDEN, ROLES, build_optimizer
-from options import OptimizerHyperparams, check
 from strawberry import ops
+from strawberry.config import check
 from strawberry.context import ForwardContext
 from strawberry.model_file import load_model, save_model
 from strawberry.ops.aft import AFTSimpleScan
@@ -38,6 +38,7 @@ from strawberry.ops.chunks import (
 )
 from strawberry.ops.qkv import no_transform
 from strawberry.ops.retention import BlockWeights, GatedUpdate, rescale_std, update_concatenated, update_separately
+from strawberry.run_config import OptimizerHyperparams
 
 torch.set_num_threads(1)
 aft_positional = importlib.import_module("strawberry.ops.aft_positional")  # ops.aft_positional is its function

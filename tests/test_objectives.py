@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from options import UserError
+from strawberry.common import UserError
 from strawberry.data.dataset import SPLITS, Corpus
 from strawberry.data.loader import Loader
 from strawberry.data.objectives import (

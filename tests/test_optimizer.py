@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from optimizer import HIDDEN, Muon, build_optimizer, lr_at, momentum_at, newton_schulz
-from options import UserError
+from strawberry.common import UserError
 
 
 class Small(nn.Module):

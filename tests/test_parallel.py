@@ -28,10 +28,11 @@ from torture import assert_same, finish, newest_state, read, set_up, start, time
 import train
 from model import CONFIGS, build
 from optimizer import build_optimizer, newton_schulz
-from options import OptimizerHyperparams, UserError, load_run
+from strawberry.common import UserError
 from strawberry.data.objectives import Batch
 from strawberry.model_file import unique_tensors
 from strawberry.ops import float8
+from strawberry.run_config import OptimizerHyperparams, load_run
 from strawberry.sharding import batch_parts, divide_batch, shard_rows
 from strawberry.training import blocks, checkpoint, checkpointing, cuda_graph, distributed
 from strawberry.training.checkpoint import find_latest

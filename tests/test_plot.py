@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from machine import require_module
 
-from options import UserError
+from strawberry.common import UserError
 from strawberry.training import plot
 
 require_module("matplotlib", whole_file=True)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import encoder
 import prepare
-from options import UserError
+from strawberry.common import UserError
 from strawberry.data import documents, encoding
 from strawberry.data.dataset import Corpus
 from strawberry.data.docstrings import find_docstring_pairs

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 import encoder as encoders
-import options
 import sample
 import train
 from model import CONFIGS, build
-from options import load_run, read_json, to_dict
+from strawberry.common import UserError
+from strawberry.config import read_json, to_dict
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.model_file import load_model
+from strawberry.run_config import CONFIG_FOLDER, load_run
 from strawberry.training import plot
 
-CONFIG = Path(options.__file__).parent / "config"
+CONFIG = CONFIG_FOLDER
 PRESETS = sorted(path.stem for path in CONFIG.glob("*.json") if path.name != "schema.json")
 SPECIAL = {"air", "tiny"}  # the reference and the first run, whose files have names of their own
 TINYSTAR = ["v0.1-baseline", "v0.2-modernbase", "v0.3-mha", "v0.4-mqa", "v0.5-mhla", "v0.6-gelu", "v0.7-gqa-swa"]
@@ -170,7 +171,7 @@ def test_trains_evaluates_is_saved_and_makes_text(name, workshop, tmp_path, monk
     assert "bits per byte" in told or objective in ("spans", "masked")
     assert f"\nobjective    {objective}\n" in told
     if not model.generates:
-        with pytest.raises(options.UserError, match="is an encoder: it guesses masked tokens and makes no text"):
+        with pytest.raises(UserError, match="is an encoder: it guesses masked tokens and makes no text"):
             sample.main(["--prompt", "the"])
         return
     argv = ["--source", "the cat"] if model.takes_source else ["--prompt", "the"]

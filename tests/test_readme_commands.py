@@ -52,11 +52,11 @@ from machine import require, require_program
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import bench
-import options
 import prepare
 import sample
 from model import CONFIGS
 from strawberry.bench.common import load_spec, parse_assignment
+from strawberry.run_config import load_run
 from strawberry.serving.settings import read_command
 
 ROOT = Path(__file__).parent.parent
@@ -192,7 +192,7 @@ def check_bench(argv: list[str]) -> None:
 
 
 PARSERS: dict[str, Callable] = {
-    "train.py": lambda argv: options.load_run([word for word in argv if word != "--check"], CONFIGS),
+    "train.py": lambda argv: load_run([word for word in argv if word != "--check"], CONFIGS),
     "sample.py": sample.read_settings,
     "serve.py": read_command,
     "prepare.py": prepare.parse_arguments,
@@ -421,7 +421,7 @@ for command in itertools.chain.from_iterable(SECTIONS.values()):
 
 
 @pytest.mark.parametrize("line", BLOCKS)
-def test_options_of_commands_that_are_not_run(line):
+def test_config_of_commands_that_are_not_run(line):
     check_block(BLOCKS[line])
 
 

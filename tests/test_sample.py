@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 import encoder as encoders
 import model as models
 import sample
-from options import UserError, run_cli
 from strawberry import command_line
+from strawberry.common import UserError, run_cli
 from strawberry.data.objectives import decode_with_sentinels
 from strawberry.inference import bulk, engine
 from strawberry.inference.sampling import Request

@@ -27,7 +27,7 @@ from torture import count
 import encoder as encoders
 import model as models
 import sample
-from options import UserError
+from strawberry.common import UserError
 from strawberry.inference.engine import Decoder
 from strawberry.inference.text import TextStream, make_request, stream_texts
 from strawberry.model_file import load_model, save_model

@@ -39,9 +39,11 @@ import encoder as encoders
 import train
 from model import CONFIGS
 from optimizer import lr_at
-from options import UserError, check, dotted_names, load_run, run_class, to_dict
+from strawberry.common import UserError
+from strawberry.config import check, dotted_names, to_dict
 from strawberry.data.token_file import Header, TokenFile, TokenFileWriter
 from strawberry.model_file import load_model
+from strawberry.run_config import load_run, run_class
 from strawberry.training import checkpoint, checkpointing, distributed, evaluation, memory, plot, setup
 from strawberry.training import lock as lock_module
 from strawberry.training import signals as signals_module
@@ -1098,7 +1100,7 @@ def test_devices_that_cannot_be_shared_are_refused(monkeypatch):
 
 
 # ---- properties ----------------------------------------------------------------------------------------------------
-# Any string through the encoder: tests/test_encoder.py. Random values in a stand-in config: tests/test_options.py.
+# Any string through the encoder: tests/test_encoder.py. Random values in a stand-in config: tests/test_config.py.
 
 NUMBERS = st.integers(-3, 100) | st.integers() | st.floats() | st.sampled_from([10**400, 2**63, 0, -0.0, 1e-320])
 JUNK = st.recursive(

@@ -18,11 +18,12 @@ import torch
 import encoder as encoders
 import train
 from model import CONFIGS, build
-from options import UserError, load_run
+from strawberry.common import UserError
 from strawberry.data.loader import map_tensors
 from strawberry.data.objectives import Batch
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.model_file import load_model
+from strawberry.run_config import load_run
 from strawberry.training import checkpointing, cuda_graph, evaluation, plot, setup
 from strawberry.training.checkpoint import find_latest, list_checkpoints
 from strawberry.training.console import Console

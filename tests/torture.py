@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from strawberry.common import run_cli
 from strawberry.training import checkpoint, plot
 from strawberry.training.checkpoint import find_latest
 from strawberry.training.step import TrainStep
@@ -130,7 +131,6 @@ def program(argv):
 
 def program_with_curves(argv):
     import train
-    from options import run_cli
 
     run_cli(train.main)
 
@@ -329,7 +329,7 @@ def assert_same(a: dict, b: dict) -> None:
 
 PROPERTIES = {  # test → its row; hypothesis' tests cannot record what they did
     "tests/test_encoder.py::test_round_trip_of_any_string": ("random strings through the encoder", "20,000"),
-    "tests/test_options.py::test_round_trip": ("random valid configs: JSON → dataclass → JSON", "2,000"),
+    "tests/test_config.py::test_round_trip": ("random valid configs: JSON → dataclass → JSON", "2,000"),
     "tests/test_survival.py::test_any_mutation_of_a_config_is_valid_or_refused_by_name": ("mutated configs", "2,000"),
     "tests/test_survival.py::test_any_override_is_a_run_or_a_user_error": ("random --key=value", "2,000"),
 }

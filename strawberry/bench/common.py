@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from model import CONFIGS, build
-from options import OptimizerHyperparams, Run, UserError, atomic_write, declared, find_config, load_run, to_dict
-from strawberry.common import Input, Output
+from strawberry.common import UserError, atomic_write
+from strawberry.config import declared, to_dict
+from strawberry.outputs import Input, Output
+from strawberry.run_config import OptimizerHyperparams, Run, find_config, load_run
 from strawberry.training import plot, setup
 
 ROOT = Path(os.path.abspath(__file__)).parents[2]

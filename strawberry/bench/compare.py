@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 
-from options import UserError
 from strawberry.bench.common import (
     ArgumentParser,
     Entry,
@@ -23,7 +22,8 @@ from strawberry.bench.common import (
 from strawberry.bench.compare_report import list_caveats, list_settings, write_results
 from strawberry.bench.sweep import Plan, Sweep, hash_code, measure_speeds
 from strawberry.bench.width import match_params
-from strawberry.common import check_outputs
+from strawberry.common import UserError
+from strawberry.outputs import check_outputs
 from strawberry.training import setup
 
 

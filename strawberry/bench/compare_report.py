@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
-from options import OptimizerHyperparams, atomic_write, declared, to_dict
 from strawberry.bench import hardware
 from strawberry.bench.common import Entry, format_quantity, format_table, make_line_style, style_panel
 from strawberry.bench.sweep import MIN_LR, Plan, Sweep
 from strawberry.bench.width import TOLERANCE
+from strawberry.common import atomic_write
+from strawberry.config import declared, to_dict
+from strawberry.run_config import OptimizerHyperparams
 from strawberry.training import plot
 
 

@@ -19,7 +19,6 @@ import torch
 from tqdm import tqdm
 
 from model import CONFIGS, Embedding, LanguageModel, LearnedPositions, build
-from options import UserError, atomic_write, to_dict
 from strawberry.bench import hardware
 from strawberry.bench.common import (
     GPT2_KEYS,
@@ -37,12 +36,14 @@ from strawberry.bench.common import (
     style_panel,
 )
 from strawberry.cache import Cache, ChunkCache, iter_layer_caches
-from strawberry.common import check_outputs
+from strawberry.common import UserError, atomic_write
+from strawberry.config import to_dict
 from strawberry.inference import engine
 from strawberry.inference.loading import quantize_model
 from strawberry.inference.sampling import Request
 from strawberry.model_file import load_model
 from strawberry.ops.linear import Int8Weight
+from strawberry.outputs import check_outputs
 from strawberry.training import plot, setup
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from options import UserError, atomic_write
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import (
     ArgumentParser,
@@ -24,7 +23,8 @@ from strawberry.bench.common import (
     style_panel,
     write_benchmark_config,
 )
-from strawberry.common import check_outputs
+from strawberry.common import UserError, atomic_write
+from strawberry.outputs import check_outputs
 from strawberry.training import plot, setup
 
 DEFAULT_CONFIGS = (  # what is compared unless configs are named: one shape, three ways to mix

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-from options import UserError
+from strawberry.common import UserError
 from strawberry.ops.activations import ACTIVATIONS
 from strawberry.ops.attention import decode_attention, decode_attention_plain
 from strawberry.ops.linear import int8_linear, quantize_int8

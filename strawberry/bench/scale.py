@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 from model import CONFIGS
-from options import Run, atomic_write, load_run
 from strawberry.bench.common import (
     SCRIPT,
     ArgumentParser,
@@ -21,7 +20,9 @@ from strawberry.bench.common import (
     split_list,
     write_benchmark_config,
 )
-from strawberry.common import check_outputs
+from strawberry.common import atomic_write
+from strawberry.outputs import check_outputs
+from strawberry.run_config import Run, load_run
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

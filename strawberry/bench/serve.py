@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import encoder as encoders
-from options import UserError
 from strawberry.bench import hardware
 from strawberry.bench.common import ROOT, ArgumentParser, parse_quantity
 from strawberry.bench.decode import ROUNDS, read_model_sources
+from strawberry.common import UserError
 from strawberry.model_file import save_model
 from strawberry.training import setup
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from options import UserError, atomic_write, to_dict
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import FIXED_VALUES, ROOT, Entry
+from strawberry.common import UserError, atomic_write
+from strawberry.config import to_dict
 from strawberry.training import plot
 from strawberry.training.metrics import METRICS
 

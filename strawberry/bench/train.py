@@ -25,7 +25,6 @@ import torch
 
 import train
 from model import CONFIGS
-from options import Run, UserError, atomic_write, load_run
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import (
     GPT2_KEYS,
@@ -39,8 +38,10 @@ from strawberry.bench.common import (
     qualify_key,
     write_benchmark_config,
 )
-from strawberry.common import Input, check_outputs
+from strawberry.common import UserError, atomic_write
 from strawberry.data.dataset import Corpus
+from strawberry.outputs import Input, check_outputs
+from strawberry.run_config import Run, load_run
 from strawberry.training import plot, setup
 from strawberry.training.evaluation import Evaluator
 from strawberry.training.signals import Signals

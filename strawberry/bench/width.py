@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 
 from model import build
-from options import UserError
 from strawberry.bench.common import SHARED_KEYS, Entry, get_value
+from strawberry.common import UserError
 
 TOLERANCE = 0.02  # of --match params
 

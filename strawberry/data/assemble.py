@@ -34,15 +34,15 @@ from pathlib import Path
 import numpy as np
 
 import encoder as encoders
-import options
-from options import UserError, atomic_write, option
-from strawberry.common import Input, Output, check_outputs, encoder_inputs, find_previous
+from strawberry.common import UserError, atomic_write, run_cli, show
+from strawberry.config import check, declared, option, read_json
 from strawberry.data import encoding
 from strawberry.data.documents import ERRORS, NO_TEXTS, NOT_UTF8, OTHER_KIND, Documents, expand_inputs
 from strawberry.data.encoding import Spool, encode_documents
 from strawberry.data.near_duplicates import MAX_COMPARED_CHARS, NearDuplicates
 from strawberry.data.order import permutation
 from strawberry.data.token_file import TokenFileWriter
+from strawberry.outputs import Input, Output, check_outputs, encoder_inputs, find_previous
 
 # key of "left_out" in result.json → why a file is left out
 LEFT_OUT_REASONS = {"not_utf8": NOT_UTF8, "other_kinds": OTHER_KIND, "without_texts": NO_TEXTS}
@@ -404,11 +404,11 @@ def main(argv: list[str]) -> None:
         raise UserError(
             "usage: python -m strawberry.data.assemble RECIPE.json FOLDER; the keys of a recipe:\n"
             + "\n".join(
-                f"  {name} = {options.show(key.default)}: {key.doc} [{key.allowed}]"
-                for name, key in options.declared(Recipe).items()
+                f"  {name} = {show(key.default)}: {key.doc} [{key.allowed}]"
+                for name, key in declared(Recipe).items()
             )
         )
-    recipe, problems = options.check(Recipe, options.read_json(argv[0]))
+    recipe, problems = check(Recipe, read_json(argv[0]))
     if problems:
         raise UserError(f"{argv[0]}: " + "\n  ".join(problems))
     folder = Path(argv[1])
@@ -425,4 +425,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    options.run_cli(main)
+    run_cli(main)

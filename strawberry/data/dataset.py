@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from options import UserError
+from strawberry.common import UserError
 from strawberry.data import token_file
 from strawberry.data.order import derive_keys, mix64, permute
 from strawberry.data.token_file import TokenFile

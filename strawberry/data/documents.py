@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from options import UserError, show
+from strawberry.common import UserError, show
 
 PIECE = 1 << 20  # bytes that are read at a time
 JSON_PIECE = 1 << 22  # the same of a .json: yajl reads a string of n pieces in the time of n²

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-import options
+from strawberry.common import run_cli
 from strawberry.data.dataset import Corpus, Split
 from strawberry.data.objectives import Batch, NextToken
 
@@ -202,4 +202,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    options.run_cli(main)
+    run_cli(main)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from options import UserError
+from strawberry.common import UserError
 from strawberry.data.dataset import Corpus
 from strawberry.data.order import GOLDEN_GAMMA, derive_keys, mix64
 

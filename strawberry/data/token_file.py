@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-import options
-from options import UserError
+from strawberry.common import UserError, temporary_path
 
 MAGIC = b"\x89TOKENS\n"  # \x89 starts no UTF-8 text: a token file is never taken for a document
 VERSION = 1
@@ -128,7 +127,7 @@ class TokenFileWriter:
         self.n_tokens = self.n_documents = 0
         self._hash = hashlib.sha256()
         target = Path(os.path.realpath(path))
-        self._temporary = options.temporary_path(target)
+        self._temporary = temporary_path(target)
         if target.exists() and not target.is_file():
             raise UserError(f"cannot write {path}: it is there and is not a regular file; name another path")
         try:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
-from options import UserError, atomic_write, check, option, show
-from strawberry.common import Input, Output, check_outputs
+from strawberry.common import UserError, atomic_write, show
+from strawberry.config import check, option
 from strawberry.data import documents
 from strawberry.data.documents import InputFile
 from strawberry.inference import engine
@@ -44,6 +44,7 @@ from strawberry.inference.text import (
     note_positions_end,
     stream_texts,
 )
+from strawberry.outputs import Input, Output, check_outputs
 
 # ---- prompts -------------------------------------------------------------------------------------------------------
 

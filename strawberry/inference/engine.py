@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from model import LanguageModel
-from options import UserError
+from strawberry.common import UserError
 from strawberry.inference.sampling import Request
 from strawberry.inference.step import (
     DecodeStep,

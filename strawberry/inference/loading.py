@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from model import MODELS, LanguageModel
-from options import UserError
+from strawberry.common import UserError
 from strawberry.model_file import load_model
 from strawberry.ops.linear import Int8Weight, quantize_int8
 from strawberry.training import checkpoint

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from options import UserError
+from strawberry.common import UserError
 from strawberry.inference.text import encode_text, explain_errors
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from options import UserError
+from strawberry.common import UserError
 from strawberry.data.objectives import decode_with_sentinels, encode_with_sentinels
 from strawberry.inference import engine
 from strawberry.inference.sampling import Request

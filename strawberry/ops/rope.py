@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from options import UserError, option
+from strawberry.common import UserError
+from strawberry.config import option
 from strawberry.ops.common import to_accum_dtype
 from strawberry.ops.triton.rope import NORM_EPS
 

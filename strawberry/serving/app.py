@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from options import UserError, show
+from strawberry.common import UserError, show
 from strawberry.serving.bodies import build_body_schema, read_body
 from strawberry.serving.completions import (
     completions,

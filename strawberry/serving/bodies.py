@@ -12,7 +12,8 @@ from typing import Any
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from options import check, declared, object_schema, show
+from strawberry.common import show
+from strawberry.config import check, declared, object_schema
 from strawberry.serving.errors import ApiError
 from strawberry.serving.settings import MIB
 

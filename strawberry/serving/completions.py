@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from encoder import EOT, PAD
-from options import UserError
+from strawberry.common import UserError
 from strawberry.inference.text import (
     draw_seed,
     encode_source_text,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from options import UserError, show
+from strawberry.common import UserError, show
 from strawberry.data.objectives import decode_with_sentinels
 from strawberry.inference import sampling
 from strawberry.inference.engine import Decoder

@@ -14,7 +14,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from options import show
+from strawberry.common import show
 from strawberry.serving.errors import ApiError
 from strawberry.serving.id_directory import RequestError, paginate
 from strawberry.serving.protocol import After, Deleted

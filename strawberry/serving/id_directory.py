@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from options import UserError, atomic_write, show
+from strawberry.common import UserError, atomic_write, show
 
 ABOUT, LOG, EVENTS, PID, STATUS = "about.json", "log.txt", "events.jsonl", "pid.json", "status.json"
 

@@ -214,7 +214,7 @@ class Job:
             {
                 "id": f"ftckpt-{self.id.rpartition('-')[2]}-{found.step}",
                 "object": "fine_tuning.job.checkpoint",
-                "created_at": int(found.path.stat().st_mtime),
+                "created_at": int(found.saved_at),
                 "fine_tuning_job_id": self.id,
                 "step_number": found.step,
                 "fine_tuned_model_checkpoint": checkpoint_name(self.about["model"], found.step),

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import encoder as encoders
-import options
 from model import CONFIGS
-from options import atomic_write
+from strawberry.common import atomic_write
+from strawberry.config import to_dict
 from strawberry.data import assemble
 from strawberry.data.objectives import count_extra_ids
+from strawberry.run_config import Run, make_run
 from strawberry.serving.id_directory import RequestError
 from strawberry.serving.job import Job
 from strawberry.serving.job_requests import is_public_encoder
@@ -56,7 +57,7 @@ def training_command(jobs: JobStore, job: Job) -> JobCommand | None:
     if made_of.status != "succeeded":
         return None
     run = build_run(jobs, job, made_of.folder)
-    atomic_write(job.folder / "run.json", json.dumps(options.to_dict(run)).encode())
+    atomic_write(job.folder / "run.json", json.dumps(to_dict(run)).encode())
     root = job.folder / "checkpoints"
     root.mkdir(exist_ok=True)
     saved = any(not path.name.startswith(checkpoint.UNFINISHED) for path in root.glob("*step_*"))
@@ -66,7 +67,7 @@ def training_command(jobs: JobStore, job: Job) -> JobCommand | None:
     )
 
 
-def build_run(jobs: JobStore, job: Job, made_of: Path) -> options.Run:
+def build_run(jobs: JobStore, job: Job, made_of: Path) -> Run:
     """The run of a job, with the paths, the division and the vocabulary of its dataset."""
     raw = json.loads(json.dumps(job.request["raw"]))
     result = json.loads((made_of / assemble.RESULT).read_bytes())
@@ -81,7 +82,7 @@ def build_run(jobs: JobStore, job: Job, made_of: Path) -> options.Run:
     }
     base = job.request["base"]
     raw["init_from"] = f"{jobs.find_model_file(base)},pretrained" if base else "scratch"
-    run = options.make_run(raw, CONFIGS)
+    run = make_run(raw, CONFIGS)
     hyper = run.model_hyperparams
     if not base and not job.request["vocab_size"]:
         encoder = encoders.load(made_of / assemble.ENCODER)

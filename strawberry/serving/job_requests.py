@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import encoder as encoders
-import options
 from model import CONFIGS
-from options import UserError, nearest, read_json, show
 from strawberry import model_file as model_files
+from strawberry.common import UserError, nearest, show
+from strawberry.config import MAX_CONFIG_BYTES, check, path_names, read_json, to_dict
 from strawberry.data import assemble
+from strawberry.run_config import CONFIG_FOLDER, Run, make_run
 from strawberry.serving.id_directory import RequestError, new_id
 from strawberry.serving.job import Job
 from strawberry.serving.job_store import JobStore
 
 # The keys of the JSON that a client can't set: those that name paths, and those that would say what the path is of.
-SERVER_KEYS = {*options.path_names(options.Run), "dataset.load_from_file", "checkpoints.create_checkpoints"}
+SERVER_KEYS = {*path_names(Run), "dataset.load_from_file", "checkpoints.create_checkpoints"}
 # OpenAI's hyperparameters that train.py does not have → the values that change nothing, which some clients send
 NO_EFFECT = {"n_epochs": ("auto", 1), "learning_rate_multiplier": ("auto", 1)}
 
@@ -104,10 +105,10 @@ def check_keys(raw: dict) -> None:
 
 def create_dataset_job(jobs: JobStore, recipe: assemble.Recipe, name: str = "") -> Job:
     """The dataset of a recipe of ids: the one that is there, where what it is made of is the same."""
-    raw = options.to_dict(recipe)
+    raw = to_dict(recipe)
     with jobs.lock, client_errors(jobs):
         files = [jobs.uploads.get(file, "files") for file in recipe.files]
-        _, problems = options.check(assemble.Recipe, raw)
+        _, problems = check(assemble.Recipe, raw)
         if problems:
             raise RequestError(400, "; ".join(problems), problems[0].partition(" = ")[0])
         given = recipe.encoder
@@ -150,12 +151,12 @@ def create_training_job(jobs: JobStore, asked: TrainingRequest) -> Job:
         raw = merge_configs(raw, chosen)
         if asked.seed is not None:
             raw["seed"] = asked.seed
-        run = options.make_run(raw, CONFIGS)
+        run = make_run(raw, CONFIGS)
         raw["seed"] = secrets.randbits(31) if run.seed == "auto" else run.seed
-        if len(json.dumps(raw)) > options.MAX_CONFIG_BYTES // 2:
+        if len(json.dumps(raw)) > MAX_CONFIG_BYTES // 2:
             raise RequestError(
                 400,
-                f"hyperparameters are longer than {options.MAX_CONFIG_BYTES // 2:,} bytes as JSON",
+                f"hyperparameters are longer than {MAX_CONFIG_BYTES // 2:,} bytes as JSON",
                 "hyperparameters",
             )
         made_of = find_or_create_dataset(jobs, asked, run, base, chosen)
@@ -220,7 +221,7 @@ def find_starting_point(jobs: JobStore, name: str) -> tuple[str | None, dict]:
 
 
 def find_or_create_dataset(
-    jobs: JobStore, asked: TrainingRequest, run: options.Run, base: str | None, chosen: dict
+    jobs: JobStore, asked: TrainingRequest, run: Run, base: str | None, chosen: dict
 ) -> Job:
     """The dataset that `training_file` names, or one of that file alone, encoded as the model needs it."""
     division = chosen.get("dataset", {}).get("data_division")
@@ -261,7 +262,7 @@ def drop_server_keys(raw: dict, prefix: str = "") -> dict:
 
 def find_presets() -> dict[str, Path]:
     """The configurations of config/, by name."""
-    return {path.stem: path for path in sorted(options.CONFIG_FOLDER.glob("*.json")) if path.name != "schema.json"}
+    return {path.stem: path for path in sorted(CONFIG_FOLDER.glob("*.json")) if path.name != "schema.json"}
 
 
 def make_model_name(base: str, suffix: str | None, job: str, arch: str) -> str:

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import encoder as encoders
-from options import nearest, show
 from strawberry import model_file as model_files
+from strawberry.common import nearest, show
 from strawberry.data import assemble
 from strawberry.inference.loading import MODEL_SUFFIXES
 from strawberry.serving.id_directory import IdDirectory, RequestError, new_id, read_job_file, write_job_file

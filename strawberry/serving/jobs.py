@@ -13,10 +13,8 @@ from pathlib import Path
 
 from fastapi.concurrency import run_in_threadpool
 
-from options import (
-    UserError,
-)
-from strawberry.common import Output, check_outputs
+from strawberry.common import UserError
+from strawberry.outputs import Output, check_outputs
 from strawberry.serving.id_directory import LOG
 from strawberry.serving.job import WAITING, ChildProcess, Job, classify_error
 from strawberry.serving.job_commands import JOB_KINDS

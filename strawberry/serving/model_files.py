@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from options import UserError, show
 from strawberry import model_file as model_files
+from strawberry.common import UserError, show
 from strawberry.serving.errors import ApiError
 
 

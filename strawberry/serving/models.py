@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from fastapi.concurrency import run_in_threadpool
 
-from options import nearest, show
+from strawberry.common import nearest, show
 from strawberry.inference.loading import MODEL_SUFFIXES, choose_device_name
 from strawberry.serving.engine import Engine, log
 from strawberry.serving.errors import ApiError

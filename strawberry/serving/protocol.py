@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Query
 
-from options import option
+from strawberry.config import option
 
 MAX_PROMPTS, MAX_SAMPLES, MAX_STOPS, MAX_LOGPROBS = 64, 32, 16, 5
 TOKENS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from options import show
+from strawberry.common import show
 from strawberry.serving.errors import ApiError
 from strawberry.serving.metrics import Metrics
 from strawberry.serving.settings import Settings

@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from options import UserError
+from strawberry.common import UserError
 from strawberry.serving.security import HttpProtocol
 from strawberry.serving.service import Service
 from strawberry.serving.settings import Settings

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from options import (
-    option,
-)
 from strawberry.command_line import parse_settings
+from strawberry.config import option
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEY_VARIABLE = "STRAWBERRY_API_KEY"

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastapi import Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from options import declared, option, to_dict
+from strawberry.config import declared, option, to_dict
 from strawberry.data import assemble
 from strawberry.serving.errors import ApiError
 from strawberry.serving.id_directory import disk_use, paginate

@@ -13,7 +13,7 @@ import time
 import zlib
 from pathlib import Path
 
-from options import show
+from strawberry.common import show
 from strawberry.serving.id_directory import IdDirectory, RequestError, new_id, read_job_file, write_job_file
 
 # What may be uploaded, by the end of its name: a document, or a list of documents. This is the only place that knows.

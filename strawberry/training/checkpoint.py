@@ -31,7 +31,7 @@ from typing import BinaryIO
 import torch
 from torch import nn
 
-from options import UserError, atomic_write
+from strawberry.common import UserError, atomic_write
 from strawberry.model_file import Writer, copy_weights, open_tensors
 
 MODEL, STATE, MANIFEST, LATEST = "model.safetensors", "state.pt", "manifest.json", "latest"
@@ -219,6 +219,7 @@ class Checkpoint:
     step: int
     val_loss: float | None
     meta: dict
+    saved_at: float  # seconds since 1970
 
     def load_weights(self, model: nn.Module) -> None:
         """Copies the saved parameters and buffers into `model`. Raises UserError where they are another model's."""
@@ -258,7 +259,7 @@ def find_latest(root) -> Checkpoint:
             reasons.append(f"{path.name}: {reason}")
             print(f"warning: the checkpoint {path} is broken ({reason}); trying an older one", file=sys.stderr)
         else:
-            return Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["meta"])
+            return _describe(path, manifest)
     mend = 'bring one back from a copy or start with "init_from": "scratch"'
     raise UserError(f"every checkpoint in {root} is broken ({'; '.join(reasons)}): {mend}")
 
@@ -268,10 +269,13 @@ def list_checkpoints(root) -> list[Checkpoint]:
     What is in the files is not looked at: `find_latest` does that."""
     found = []
     for _, path in _candidates(Path(root)):
-        with contextlib.suppress(_BrokenCheckpoint):
-            manifest = _read_manifest(path)
-            found.append(Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["meta"]))
+        with contextlib.suppress(_BrokenCheckpoint, OSError):  # its run may move or remove it meanwhile
+            found.append(_describe(path, _read_manifest(path)))
     return found
+
+
+def _describe(path: Path, manifest: dict) -> Checkpoint:
+    return Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["meta"], path.stat().st_mtime)
 
 
 class _BrokenCheckpoint(Exception):

@@ -7,10 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from options import (
-    UserError,
-    to_dict,
-)
+from strawberry.common import UserError
+from strawberry.config import to_dict
 from strawberry.model_file import save_model, unique_tensors, write_model
 from strawberry.sharding import to_local
 from strawberry.training import checkpoint, cuda_graph, distributed, memory, setup

@@ -57,7 +57,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from options import UserError
+from strawberry.common import UserError
 from strawberry.sharding import shard_rows, to_local
 from strawberry.training import blocks
 

@@ -10,7 +10,7 @@ import time
 import weakref
 from pathlib import Path
 
-from options import UserError
+from strawberry.common import UserError
 
 try:
     import fcntl

@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from options import (
-    UserError,
-)
+from strawberry.common import UserError
 from strawberry.data.loader import MAX_BATCH
 from strawberry.sharding import divide_batch, to_local
 from strawberry.training import cuda_graph, evaluation

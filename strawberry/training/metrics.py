@@ -4,9 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from options import (
-    atomic_write,
-)
+from strawberry.common import atomic_write
 from strawberry.training import plot
 from strawberry.training.console import warn
 

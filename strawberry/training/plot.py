@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from options import PICTURES, UserError, atomic_write, check_path_arguments, explain_picture_path, run_cli
-from strawberry.common import Input, Output, check_outputs, has_kind
+from strawberry.common import UserError, atomic_write, check_path_arguments, run_cli
+from strawberry.outputs import Input, Output, check_outputs, has_kind
+from strawberry.run_config import PICTURES, explain_picture_path
 
 # Okabe and Ito's colours, which the colour-blind tell apart too (https://jfly.uni-koeln.de/color/)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

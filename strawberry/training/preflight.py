@@ -5,9 +5,7 @@ import os
 import shutil
 import time
 
-from options import (
-    UserError,
-)
+from strawberry.common import UserError
 from strawberry.training import cuda_graph, memory, setup
 from strawberry.training.console import format_bytes, warn
 

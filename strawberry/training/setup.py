@@ -14,15 +14,13 @@ import torch
 from torch import nn
 
 import encoder as encoders
-from options import (
-    UserError,
-    find_config,
-    to_dict,
-)
-from strawberry.common import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
+from strawberry.common import UserError
+from strawberry.config import to_dict
 from strawberry.data.dataset import Corpus, find_token_files
 from strawberry.data.objectives import make_objective
 from strawberry.model_file import load_model
+from strawberry.outputs import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
+from strawberry.run_config import find_config
 from strawberry.training import checkpoint, plot
 from strawberry.training.checkpoint import LATEST
 from strawberry.training.console import warn

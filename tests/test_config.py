@@ -1,4 +1,4 @@
-"""What options.py promises: every key declared once, every problem in one message, nothing a traceback."""
+"""What strawberry/config.py promises: every key declared once, every problem in one message, nothing a traceback."""
 
 import copy
 import dataclasses
@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from machine import require_module
 from torture import count
 
-import options
 from optimizer import lr_at
-from options import Run, UserError, check, declared, dotted_names, load_run, option, run_class, to_dict
 from strawberry import config_docs
+from strawberry.common import UserError, atomic_write, is_first_to_report, nearest, report_error
+from strawberry.config import check, declared, dotted_names, option, path_names, read_json, sections, to_dict
+from strawberry.run_config import Run, load_run, make_run, run_class
 
-ROOT = Path(options.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass
@@ -94,9 +95,10 @@ MISTAKE = "batch_size = 0: must be integer >= 1"
 
 def program(body, *argv, cwd=None, **pipes):
     """Run `body`, the lines of a main(argv) that ends in run_cli, as a program."""
-    code = "import sys, options, time\ndef main(argv):\n" + "".join(f"    {line}\n" for line in body.splitlines())
+    code = "import sys, time\nfrom strawberry.common import UserError, run_cli\ndef main(argv):\n"
+    code += "".join(f"    {line}\n" for line in body.splitlines())
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code + "options.run_cli(main)", *argv]
+    command = [sys.executable, "-c", code + "run_cli(main)", *argv]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=not pipes, text=True, timeout=60, **pipes)
 
 
@@ -105,7 +107,8 @@ def program(body, *argv, cwd=None, **pipes):
 ])  # fmt: skip
 def test_what_goes_to_a_pipe_is_utf_8(env):
     text = "'\\xe9\\u2605\\U0001f600'"  # in ASCII, which any locale can pass on
-    code = f"import sys, options\noptions.run_cli(lambda argv: print({text}) or print({text}, file=sys.stderr))"
+    code = "import sys\nfrom strawberry.common import run_cli\n"
+    code += f"run_cli(lambda argv: print({text}) or print({text}, file=sys.stderr))"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", **env}
     ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60)
     assert [ran.returncode, *(out.decode("utf-8").strip() for out in (ran.stdout, ran.stderr))] == [0, "é★😀", "é★😀"]
@@ -116,7 +119,7 @@ def test_a_terminal_that_lacks_a_character_shows_a_question_mark():
     import pty
 
     ours, theirs = pty.openpty()
-    code = "import options\noptions.run_cli(lambda argv: print('a\\u2605'))"
+    code = "from strawberry.common import run_cli\nrun_cli(lambda argv: print('a\\u2605'))"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"}
     ran = subprocess.run([sys.executable, "-c", code], env=env, stdout=theirs, stderr=subprocess.PIPE, timeout=60)
     os.close(theirs)
@@ -150,10 +153,10 @@ def test_every_program_runs_through_run_cli(name):
     [
         ("return", 0, ""),
         ("return 3", 3, ""),
-        (f"raise options.UserError({MISTAKE!r})", 2, f"error: {MISTAKE}\n"),
+        (f"raise UserError({MISTAKE!r})", 2, f"error: {MISTAKE}\n"),
         ("raise KeyboardInterrupt", 130, ""),
         ("raise BrokenPipeError", 141, ""),
-        ("raise options.UserError('\\ud800')", 2, "error: ?\n"),
+        ("raise UserError('\\ud800')", 2, "error: ?\n"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(body, code, stderr):
@@ -173,34 +176,34 @@ def test_a_reader_that_leaves_early_is_no_error(characters):
 
 def test_atomic_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     target = tmp_path / "new" / "folder" / "file.bin"
-    options.atomic_write(target, b"old")
+    atomic_write(target, b"old")
     assert target.read_bytes() == b"old"
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"file\.bin: No space left"):
-        options.atomic_write(target, b"new")
+        atomic_write(target, b"new")
     assert target.read_bytes() == b"old" and os.listdir(target.parent) == ["file.bin"]
     with pytest.raises(UserError, match="not a regular file"):
-        options.atomic_write(tmp_path / "new", b"")
+        atomic_write(tmp_path / "new", b"")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
 def test_atomic_write_keeps_a_symbolic_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    options.atomic_write(tmp_path / "link", b"x")
+    atomic_write(tmp_path / "link", b"x")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"x"
 
 
 def test_nearest_name():
-    assert options.nearest("n_layers", ["n_head", "n_layer"]) == " (did you mean 'n_layer'?)"
-    assert options.nearest("gqa", ["MHA", "GQA"]) == " (did you mean 'GQA'?)"
-    assert options.nearest("zebra", ["n_layer"]) == options.nearest("n_layer", []) == ""
+    assert nearest("n_layers", ["n_head", "n_layer"]) == " (did you mean 'n_layer'?)"
+    assert nearest("gqa", ["MHA", "GQA"]) == " (did you mean 'GQA'?)"
+    assert nearest("zebra", ["n_layer"]) == nearest("n_layer", []) == ""
 
 
 # ---- the JSON as pasted --------------------------------------------------------------------------------------------
 
 
 def test_air_json_is_the_defaults():
-    assert options.read_json(ROOT / "config" / "air.json") == AIR
+    assert read_json(ROOT / "config" / "air.json") == AIR
     run = load_run(["--config", "air.json"], ARCHS)
     assert to_dict(run) == to_dict(load_run([], ARCHS)) == to_dict(BERRY_RUN())
     assert isinstance(run, Run) and isinstance(run.model_hyperparams, Berry)
@@ -344,8 +347,9 @@ def test_all_problems_are_in_one_message_and_nothing_is_made(tmp_path):
     config["model_hyperparams"] |= {"n_qkv": 255, "n_layers": 3, "n_embd": 0}
     text = json.dumps(config).replace('"seed": "auto"', '"seed": 1, "seed": 2').replace("0.95", "NaN", 1)
     write(tmp_path, text)
-    body = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import test_options\n"
-    body += "run = options.load_run(argv, test_options.ARCHS); open('made', 'w').write('x')"
+    body = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import test_config\n"
+    body += "from strawberry.run_config import load_run\n"
+    body += "run = load_run(argv, test_config.ARCHS); open('made', 'w').write('x')"
     ran = program(body, "--config", "run.json", "--n_head=3", "--checkpoints.keep=0", cwd=tmp_path)
     assert (ran.returncode, ran.stdout, os.listdir(tmp_path)) == (2, "", ["run.json"])
     first, *lines = ran.stderr.splitlines()
@@ -376,7 +380,7 @@ def test_text_that_no_path_can_be_is_refused():
     assert check(Run, {"sample_prompt": "a\0b"}) == (None, ['sample_prompt = "a\\u0000b": must be text'])
 
 
-PATH_KEYS = options.path_names(Run)
+PATH_KEYS = path_names(Run)
 
 
 @pytest.mark.parametrize("key", PATH_KEYS)
@@ -432,7 +436,7 @@ def test_a_backslash_that_escapes_nothing_is_refused_with_its_line(tmp_path):
         (problem,) = problems_of("--config", path)
         assert problem.endswith(f"run.json, line 3: \\{escape[0]} {told}")
         with pytest.raises(UserError, match="line 3"):
-            options.read_json(path)
+            read_json(path)
     assert problems_of('--dataset={"path": "C:\\data"}')[0].endswith(f"\\d {told}")
     good = '{"sample_prompt": "\\\\d \\" \\\' \\/ \\b\\f\\n\\r\\t\\v \\u00e9 \\x41", "model_path": \'C:\\\\data\'}'
     run = load_run(["--config", write(tmp_path, good)], ARCHS)
@@ -518,16 +522,16 @@ def torchrun(monkeypatch):
 
 def test_processes_report_an_error_once_and_each_error_of_its_own(torchrun, monkeypatch, capsys):
     for message, told in (("both find this", True), ("both find this", False), ("one finds this", True)):
-        options.report_error(message)
+        report_error(message)
         assert capsys.readouterr().err == (f"error: {message}\n" if told else "")
     monkeypatch.setenv("GROUP_RANK", "1")  # another machine has a console of its own
-    options.report_error("both find this")
+    report_error("both find this")
     assert capsys.readouterr().err == "error: both find this\n"
 
 
 def test_an_error_is_printed_where_the_store_is_gone(torchrun, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "not a port")
-    assert options.is_first_to_report("x") and options.is_first_to_report("x")
+    assert is_first_to_report("x") and is_first_to_report("x")
 
 
 
@@ -543,7 +547,7 @@ def test_duplicate_keys_are_all_named(tmp_path):
     expected = ["seed = 1, 2, 2: given 3 times; keep one", 'dataset.path = "a", "b": given 2 times; keep one']
     assert problems_of("--config", path) == expected
     with pytest.raises(UserError, match="given 3 times"):
-        options.read_json(path)
+        read_json(path)
 
 
 @pytest.mark.parametrize(
@@ -676,7 +680,7 @@ def test_help_and_table_tell_every_key(arch, capsys):
         load_run(["--config", "air.json", f"--model_hyperparams.arch={arch}", "--n_layer=bad", "--help"], ARCHS)
     text, markdown = capsys.readouterr().out, config_docs.table(ARCHS)
     assert stop.value.code == 0
-    for prefix, _, keys in options.sections(run_class(ARCHS, arch)):
+    for prefix, _, keys in sections(run_class(ARCHS, arch)):
         for name, key in keys.items():
             default = key.default if isinstance(key.default, str) else json.dumps(key.default)
             assert f"\n  --{prefix}{name}={default}\n" in text
@@ -739,16 +743,16 @@ def test_no_default_is_out_of_its_own_bounds():
 
 
 def test_every_key_that_takes_a_path_is_known_as_one():
-    named = {name for name in dotted_names(options.Run) if name.rpartition(".")[2].endswith("path")} | {"init_from"}
-    assert set(options.path_names(options.Run)) == named
+    named = {name for name in dotted_names(Run) if name.rpartition(".")[2].endswith("path")} | {"init_from"}
+    assert set(path_names(Run)) == named
     assert len(named) == 6
 
 
 def test_plain_data_is_judged_as_a_file_and_a_command_line_are(tmp_path):
-    made = options.make_run({"model_hyperparams": {"n_layer": 3}}, ARCHS)
+    made = make_run({"model_hyperparams": {"n_layer": 3}}, ARCHS)
     assert to_dict(made) == to_dict(load_run(["--model_hyperparams.n_layer=3"], ARCHS))
     with pytest.raises(UserError) as told:
-        options.make_run({"learning_rate": -1, "model_hyperparams": {"n_layr": 3}}, ARCHS)
+        make_run({"learning_rate": -1, "model_hyperparams": {"n_layr": 3}}, ARCHS)
     with pytest.raises(UserError) as expected:
         load_run(["--learning_rate=-1", "--model_hyperparams.n_layr=3"], ARCHS)
     assert str(told.value) == str(expected.value)

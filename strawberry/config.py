@@ -1,0 +1,340 @@
+"""Configuration classes: declare, read, check and describe the keys of a JSON file.
+
+A config is a dataclass whose fields are made with `option(default, doc, bounds …)`. Type (the annotation), default,
+bounds and meaning stand there and nowhere else; validation, `train.py --help`, the README's table and
+config/schema.json are all made from them.
+
+Index:  declaring · reading JSON · checking · describing
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from strawberry.common import NO_PATH, UserError, has_control_character, nearest, show
+
+# ---- declaring -------------------------------------------------------------------------------------------------------
+
+
+def option(default: Any, doc: str, *, low=None, high=None, above=None, below=None, choices=None, path=False) -> Any:
+    """A dataclass field with its meaning and bounds: low and high inclusive, above and below exclusive.
+
+    On a list the bounds hold for each item; a list, dict or dataclass given as default is copied for each instance.
+    `choices` are the valid strings (other types in the annotation are bounded as usual: `int | str`, choices ["auto"]).
+    `path`: its text names a file or a directory, which no one but the machine's owner may choose.
+    """
+    metadata = {"doc": doc, "low": low, "high": high, "above": above, "below": below, "choices": choices, "path": path}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    if dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=lambda: dataclasses.replace(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What a config class declares about one key; `kinds` are the members of its annotation, `int | None` has two."""
+
+    kinds: tuple
+    default: Any
+    doc: str = ""
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    path: bool = False
+
+    @property
+    def section(self) -> type | None:
+        """The dataclass of a nested object, else None."""
+        return next((kind for kind in self.kinds if dataclasses.is_dataclass(kind)), None)
+
+    @property
+    def allowed(self) -> str:
+        """What may stand there, in words: `integer >= 1 or null`."""
+        words = {type(None): "null", bool: "true or false", int: "integer", float: "number", str: "text"}
+        signs = {">=": self.low, ">": self.above, "<=": self.high, "<": self.below}
+        bounds = " and ".join(f"{sign} {limit}" for sign, limit in signs.items() if limit is not None)
+        parts = []
+        for kind in self.kinds:
+            item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+            word = "{ section }" if dataclasses.is_dataclass(kind) else words.get(item, "anything")
+            if item is str and self.choices:
+                word = " or ".join(map(show, self.choices))
+            if item in (int, float) and bounds:
+                word += f" {bounds}"
+            parts.append(word if item is kind else f"list of {word}")
+        return " or ".join(parts) or "anything"
+
+
+@functools.cache
+def declared(cls: type) -> dict[str, Option]:
+    """Every key of a config class, in order."""
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        hint, meta = hints[field.name], dict(field.metadata)
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kinds = typing.get_args(hint) if union else () if hint is Any else (hint,)
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        meta["choices"] = tuple(meta.get("choices") or ())
+        found[field.name] = Option(kinds, default, **meta)
+    return found
+
+
+def dotted_names(cls: type, prefix: str = "") -> list[str]:
+    """The dotted names of every key, sections included: `dataset`, `dataset.path`, …"""
+    names = []
+    for name, key in declared(cls).items():
+        names.append(prefix + name)
+        names += dotted_names(key.section, f"{prefix}{name}.") if key.section else []
+    return names
+
+
+def path_names(cls: type, prefix: str = "") -> list[str]:
+    """The dotted names of the keys that name files or directories."""
+    names = []
+    for name, key in declared(cls).items():
+        names += [prefix + name] if key.path else path_names(key.section, f"{prefix}{name}.") if key.section else []
+    return names
+
+
+def to_dict(config: Any) -> dict:
+    """The config as plain JSON-able data; `check(type(config), to_dict(config))` gives it back."""
+    return dataclasses.asdict(config)
+
+
+# ---- reading JSON ----------------------------------------------------------------------------------------------------
+
+MAX_CONFIG_BYTES = 65_536
+
+
+class JsonObject(dict):
+    """A JSON object that remembers the values of names that it was given more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        values: dict[str, list] = {}
+        for name, value in pairs:
+            values.setdefault(name, []).append(value)
+        self.repeated = {name: given for name, given in values.items() if len(given) > 1}
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The object in a JSON file that may have `//` and `/* */` comments and trailing commas.
+
+    Raises UserError with the line where it is no JSON, and with every key that is given twice in one object.
+    """
+    raw = parse_config(path)
+    if problems := find_repeated_keys(raw):
+        raise UserError(join_problems(problems, f"{path}: "))
+    return raw
+
+
+def parse_config(path: str | os.PathLike) -> dict:
+    import json5  # only reading configs needs it: a loaded model brings its config as plain data
+
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, so it is no config; name a JSON file")
+        text = data.decode("utf-8")
+        if found := find_bad_escape(text):
+            raise UserError(f"{path}, line {found[0]}: {found[1]}")
+        raw = json5.loads(text, object_pairs_hook=JsonObject)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeError) else error.strerror or error
+        raise UserError(f"cannot read {path}: {reason}; name a JSON file") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: brackets are nested too deeply; a config has two levels") from error
+    except ValueError as error:  # "<string>:3 Unexpected "x" at column 7"
+        line, _, what = str(error).removeprefix("<string>:").partition(" ")
+        where = f"{path}, line {line}: {what}" if line.isdigit() else f"{path}: {error}"
+        raise UserError(f"{' '.join(where.split())}; mend the JSON there") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds {show(raw)}, but a config is an object, {{ … }}")
+    return raw
+
+
+_COMMENT_OR_STRING = re.compile(r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'""", re.DOTALL)
+_ESCAPE = re.compile(r"""\\(?:["'\\/bfnrtv0\n\r]|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|(?P<bad>.))""", re.DOTALL)
+
+
+def find_bad_escape(text: str) -> tuple[int, str] | None:
+    r"""(line, message) of the first backslash in a string of JSON5 that escapes nothing and that JSON5 would drop, as
+    "C:\data" has; None where there is none."""
+    for token in _COMMENT_OR_STRING.finditer(text):
+        for escape in _ESCAPE.finditer(token[0]) if token[0][0] in "\"'" else ():
+            if escape["bad"]:
+                line = text.count("\n", 0, token.start() + escape.start()) + 1
+                return line, f"\\{escape['bad']} is no escape; write / or \\\\ instead of \\"
+    return None
+
+
+def find_repeated_keys(raw: Any, prefix: str = "") -> list[str]:
+    problems = []
+    for name, given in getattr(raw, "repeated", {}).items():
+        problems.append(f"{prefix}{name} = {', '.join(map(show, given))}: given {len(given)} times; keep one")
+    for name, value in raw.items() if isinstance(raw, dict) else ():
+        problems += find_repeated_keys(value, f"{prefix}{name}.")
+    return problems
+
+
+def join_problems(problems: list[str], source: str = "") -> str:
+    if len(problems) == 1:
+        return source + problems[0]
+    return f"{source}{len(problems)} problems:\n" + "\n".join(f"  {line}" for line in problems)
+
+
+# ---- checking --------------------------------------------------------------------------------------------------------
+
+_WRONG = object()
+
+
+def check(cls: type, raw: Any, prefix: str = "") -> tuple[Any, list[str]]:
+    """A config object made of plain data: (instance, []) or (None, every problem).
+
+    A problem names the key by its dotted name (`prefix` and a dot go before it), the value, and what is allowed.
+    A class may define `problems(self)`, an iterator of (key, message), for rules between its keys.
+
+    >>> check(Dataset, {"data_division": 2, "pth": "x"})
+    (None, ["data_division = 2: must be number > 0 and < 1", "pth = \\"x\\": unknown key (did you mean 'path'?)"])
+    """
+    return _check(cls, raw, f"{prefix.rstrip('.')}." if prefix else "", dotted_names(cls))
+
+
+def _check(cls: type, raw: Any, prefix: str, names: list[str]) -> tuple[Any, list[str]]:
+    if not isinstance(raw, dict):
+        return None, [f"{prefix.rstrip('.') or 'the config'} = {show(raw)}: must be an object, {{ … }}"]
+    known, values, wrong, problems = declared(cls), {}, set(), []
+    for name, value in raw.items():
+        label = f"{prefix}{name} = {show(value)}"
+        if name not in known:
+            hint = _hint(str(name), list(known), names) if len(problems) < 20 else ""  # which takes a while
+            problems.append(f"{label}: unknown key{hint}")
+            continue
+        key = known[name]
+        if key.section and not (value is None and type(None) in key.kinds):
+            values[name], found = _check(key.section, value, f"{prefix}{name}.", names)
+        else:
+            values[name] = next((fit for kind in key.kinds if (fit := _fit(value, kind, key)) is not _WRONG), _WRONG)
+            values[name] = value if not key.kinds else values[name]
+            found = [f"{label}: {_explain(value, key)}"] if values[name] is _WRONG else []
+        problems += found
+        wrong |= {name} if found else set()
+    config = cls(**{name: value for name, value in values.items() if name not in wrong})
+    for name, message in config.problems() if hasattr(config, "problems") else ():
+        # a rule that mentions a key that is wrong in itself has judged its default: say nothing yet
+        if not wrong & set(re.findall(r"\w+", f"{name} {message}")):
+            value = functools.reduce(getattr, name.split("."), config)
+            problems.append(f"{prefix}{name} = {show(value)}: {message}")
+    return (None, problems) if problems else (config, [])
+
+
+def _fit(value: Any, kind: Any, key: Option) -> Any:
+    """The value as `kind`, or _WRONG. An integer passes as a float and 2e3 as an integer; a bool is neither."""
+    if kind in (bool, type(None)):
+        return value if isinstance(value, kind) else _WRONG
+    if kind is str:
+        return value if isinstance(value, str) and _good_text(value, key) else _WRONG
+    if typing.get_origin(kind) is list:
+        items = [_fit(item, typing.get_args(kind)[0], key) for item in value] if isinstance(value, list) else [_WRONG]
+        return _WRONG if any(item is _WRONG for item in items) else items
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return _WRONG
+    try:
+        number = kind(value)
+        if not math.isfinite(number) or (kind is int and (number != value or abs(number) >= 2**63)):
+            return _WRONG
+    except (OverflowError, ValueError):  # NaN, Infinity, or too large for a float
+        return _WRONG
+    low, high = -math.inf if key.low is None else key.low, math.inf if key.high is None else key.high
+    above, below = -math.inf if key.above is None else key.above, math.inf if key.below is None else key.below
+    return number if low <= number <= high and above < number < below else _WRONG
+
+
+def _good_text(value: str, key: Option) -> bool:
+    if key.choices:
+        return value in key.choices
+    try:
+        os.fsencode(value)  # half a surrogate pair is neither text nor a path
+    except UnicodeEncodeError:
+        return False
+    if key.path and has_control_character(value):
+        return False
+    return "\0" not in value and (value != "" or key.default == "")  # empty only where that is the default
+
+
+def _explain(value: Any, key: Option) -> str:
+    """Why a value is refused."""
+    items = value if isinstance(value, list) else [value]
+    if key.path and any(isinstance(item, str) and has_control_character(item) for item in items):
+        return NO_PATH
+    return f"must be {_must_be(value, key)}"
+
+
+def _must_be(value: Any, key: Option) -> str:
+    if isinstance(value, (int, float)) and not abs(value) < 2**63:  # NaN and Infinity too
+        return f"{key.allowed}, finite" + (" and < 2**63" if int in key.kinds else "")
+    return key.allowed + (nearest(value, key.choices) if isinstance(value, str) else "")
+
+
+def _hint(name: str, siblings: list[str], names: list[str]) -> str:
+    """Where an unknown key may belong: the same name in another section, one spelt alike here or there, or the list."""
+    moved = [dotted for dotted in names if dotted.rpartition(".")[2] == name.rpartition(".")[2]]
+    if moved:
+        return f" (did you mean {moved[0]!r}?)"
+    places = {dotted.rpartition(".")[2]: dotted for dotted in reversed(names)} | {key: key for key in siblings}
+    close = difflib.get_close_matches(name.lower()[:200], places, n=1, cutoff=0.6)
+    return f" (did you mean {places[close[0]]!r}?)" if close else f"; valid here: {', '.join(siblings)}"
+
+
+# ---- describing ------------------------------------------------------------------------------------------------------
+
+
+def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, str, dict[str, Option]]]:
+    """(dotted name, doc, plain keys) of the config itself, then of each nested object."""
+    yield prefix, "", {name: key for name, key in declared(cls).items() if not key.section}
+    for name, key in declared(cls).items():
+        if key.section:
+            for dotted, doc, keys in sections(key.section, f"{prefix}{name}."):
+                yield dotted, doc or key.doc, keys
+
+
+def object_schema(cls: type) -> dict:
+    """The JSON schema of a config class."""
+    properties = {}
+    for name, key in declared(cls).items():
+        variants = [_kind_schema(kind, key) for kind in key.kinds]
+        found = dict(variants[0]) if len(variants) == 1 else {"anyOf": variants} if variants else {}
+        if not key.section:
+            found["default"] = key.default
+        properties[name] = {**found, "description": key.doc}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _kind_schema(kind: Any, key: Option) -> dict:
+    if dataclasses.is_dataclass(kind):
+        return object_schema(kind)
+    if typing.get_origin(kind) is list:
+        return {"type": "array", "items": _kind_schema(typing.get_args(kind)[0], key)}
+    if kind is str:
+        if key.choices:
+            return {"enum": list(key.choices)}
+        shape = {"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"} if key.path else {}
+        return {"type": "string", "minLength": int(key.default != ""), **shape}
+    if kind in (bool, type(None)):
+        return {"type": "boolean" if kind is bool else "null"}
+    bounds = {"minimum": key.low, "maximum": key.high, "exclusiveMinimum": key.above, "exclusiveMaximum": key.below}
+    limits = {word: limit for word, limit in bounds.items() if limit is not None}
+    return {"type": "integer" if kind is int else "number", **limits}

@@ -1,0 +1,388 @@
+"""The keys of a training run, with their defaults, and how a run is read from a file and a command line.
+
+Index:  the keys · loading · command line · help
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from strawberry.common import UserError, nearest, show
+from strawberry.config import (
+    JsonObject,
+    check,
+    declared,
+    dotted_names,
+    find_bad_escape,
+    find_repeated_keys,
+    join_problems,
+    option,
+    parse_config,
+    sections,
+)
+
+# ---- the keys --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Dataset:
+    data_division: float = option(0.8, "share of the tokens that trains; the rest validates", above=0, below=1)
+    load_from_file: bool = option(True, "true: path is a token file; false: a directory, each token file in it is read")
+    path: str = option("data/webtext.bin", "token file or directory, made by prepare.py", path=True)
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    path: str = option("bin/ck", "directory of the checkpoints, one directory a step", path=True)
+    interval: int = option(2000, "steps between checkpoints", low=1)
+    create_checkpoints: bool = option(True, "false: none are written, and the run cannot be resumed")
+    keep: int = option(3, "newest checkpoints kept, besides the best by validation loss", low=1)
+
+
+@dataclasses.dataclass
+class OptimizerHyperparams:
+    eps: float = option(1e-10, "AdamW's epsilon", above=0)
+    beta1: float = option(0.9, "AdamW's decay of the mean of gradients", low=0, below=1)
+    beta2: float = option(0.95, "AdamW's decay of the mean of squared gradients", low=0, below=1)
+    weight_decay: float = option(0.1, "decoupled weight decay, on embeddings and hidden matrices only", low=0)
+    use_muon: bool = option(False, "true: Muon for hidden matrices, AdamW for the rest; false: AdamW for all")
+    momentum: float = option(0.95, "Muon's momentum, reached from 0.85 by warmup", low=0, below=1)
+    muon_lr: float | None = option(None, "Muon's learning rate; null: learning_rate", above=0)
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that train.py is told. `run_class` gives model_hyperparams the class of its arch."""
+
+    dataset: Dataset = option(Dataset(), "what is learned from")
+    checkpoints: Checkpoints = option(Checkpoints(), "what a run that stopped goes on from")
+    model_hyperparams: Any = option(None, "the model; its key arch picks the family, which has its own keys")
+    optimizer_hyperparams: OptimizerHyperparams = option(OptimizerHyperparams(), "AdamW and Muon")
+    model_path: str = option(
+        "bin/air.strawberry", "the trained model: one file, with its config and its encoder", path=True
+    )
+    encoder_path: str = option("bin/cl8k.bin", "encoder file, or tiktoken:<name>, or chars:<text file>", path=True)
+    init_from: str = option(
+        "scratch", 'scratch; "<path>,pretrained": start from the weights of that model file or checkpoint directory; '
+        "resume: newest good checkpoint", path=True,
+    )
+    objective: str = option(
+        "auto",
+        "what is learned: the next token, spans that the source lacks, the target of a pair, or masked tokens; auto: "
+        "next, but for an encoder masked, for an encoder-decoder pairs or spans, by what dataset.path holds",
+        choices=["auto", "next", "spans", "pairs", "masked"],
+    )
+    seed: int | str = option("auto", "auto: drawn, then recorded", low=0, choices=["auto"])
+    gradient_accumulation_steps: int = option(1, "batches summed into one optimizer step", low=1, high=2**20)
+    batch_size: int | str = option(
+        4, "rows of block_size tokens in a batch; auto: as many as the GPU has memory for, on a CPU up to 4096 tokens",
+        low=1, high=2**20, choices=["auto"],
+    )
+    parallel: str = option(
+        "ddp", "what several processes under torchrun divide, apart from batches; ddp: nothing, each has the whole "
+        "model; fsdp: weights, gradients and optimizer state, for models that do not fit, at the price of computing "
+        "activations twice", choices=["ddp", "fsdp"],
+    )
+    max_iters: int = option(50000, "optimizer steps in all", low=1)
+    eval_interval: int = option(2000, "steps between evaluations, each with a sample of text", low=1)
+    log_interval: int = option(200, "steps between logged lines", low=1)
+    eval_iters: int = option(200, "batches of each split in an evaluation", low=1)
+    decay_lr: bool = option(True, "false: the learning rate is constant after warmup")
+    lr_decay_iters: int | None = option(None, "step at which min_lr is reached; null: max_iters", low=1)
+    learning_rate: float = option(3e-3, "highest learning rate", above=0)
+    cooldown_frac: float = option(
+        0.4, "share of lr_decay_iters spent falling, by cosine; 1: the classic warmup-cosine", low=0, high=1
+    )
+    warmup_iters: int = option(2000, "steps of linear warmup", low=0)
+    min_lr: float = option(3e-4, "learning rate at the end and after", low=0)
+    grad_clip: float = option(1.0, "largest norm of all gradients together; 0: no clipping", low=0)
+    on_nan: str = option(
+        "stop", "what follows a loss or gradient that is not finite; stop: the end, with code 3; rollback: back to the "
+        "last checkpoint, past the data since then, at half the learning rate, at most 3 times",
+        choices=["stop", "rollback"],
+    )
+    device: str = option("auto", "auto: cuda, else mps, else cpu", choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = option(
+        "auto", "activations; auto: bfloat16 on cuda, float32 elsewhere; float8: bfloat16, and training's large matrix "
+        "products in 8 bits", choices=["auto", "float32", "bfloat16", "float8"]
+    )
+    compile: bool | str = option(
+        "auto", "torch.compile; blocks: each block by itself; auto: on cuda, and on cpu from max_iters 5000 on where a "
+        "C++ compiler is there, since compiling takes minutes there; where it fails, training goes on without",
+        choices=["auto", "blocks"],
+    )
+    record: bool | str = option(
+        "auto", "a step as one CUDA graph, launched at once; auto: on GPUs; where it cannot be, training goes on "
+        "without", choices=["auto"]
+    )
+    img_path: str | None = option(
+        "img", "directory of the curves, or a file for all of them, ending in .png, .svg or .pdf; null: none", path=True
+    )
+    sample_length: int = option(200, "tokens of the sample at each evaluation; 0: no sample", low=0, high=2**20)
+    sample_prompt: str = option(
+        "", "text that the sample continues, or an encoder-decoder's source; empty: a document's start, or a source of "
+        "the validation split"
+    )
+
+    def __post_init__(self):
+        if self.lr_decay_iters is None:
+            self.lr_decay_iters = self.max_iters
+
+    @property
+    def pretrained(self) -> str | None:
+        """The model file that init_from names, `"<path>,pretrained"` in either order; else None."""
+        before, after = self.init_from.removesuffix(",pretrained"), self.init_from.removeprefix("pretrained,")
+        return next((path.strip() for path in (before, after) if path != self.init_from), None)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.init_from not in ("scratch", "resume") and not self.pretrained:
+            hint = nearest(self.init_from, ["scratch", "resume"])
+            yield "init_from", f'must be "scratch", "resume" or "<path>,pretrained"{hint}'
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            yield "min_lr", f"must be <= learning_rate ({self.learning_rate:g}), since decay_lr is true"
+        if self.on_nan == "rollback" and not self.checkpoints.create_checkpoints:
+            yield "on_nan", "needs checkpoints.create_checkpoints: there is nothing else to return to"
+        taken = {"encoder_path": self.encoder_path, "dataset.path": self.dataset.path}
+        for key, path in {**taken, "checkpoints.path": self.checkpoints.path}.items():
+            if os.path.normpath(self.model_path) == os.path.normpath(path):
+                yield "model_path", f"is {key} too, which the trained model would replace; name another file"
+        if self.img_path and (problem := explain_picture_path(self.img_path)):
+            yield "img_path", problem
+
+    def warnings(self) -> Iterator[str]:
+        """What is allowed and hardly intended: a schedule that does not fit max_iters. Each names keys and values that
+        would do."""
+        warmup, decay, end = self.warmup_iters, self.lr_decay_iters, self.max_iters
+        if end <= warmup:
+            yield self._short_warmup_warning()
+        elif self.decay_lr and decay <= warmup:
+            yield (f"lr_decay_iters = {decay}: the learning rate drops to min_lr right after the warm-up "
+                   f"(warmup_iters = {warmup}); set lr_decay_iters to {end}, or warmup_iters to {decay // 20}")
+        elif self.decay_lr and self.cooldown_frac and decay > end:
+            falls = max(warmup, (1 - self.cooldown_frac) * decay) < end - 1
+            yield (f"max_iters = {end}: the run ends {'while' if falls else 'before'} the learning rate falls "
+                   f"(lr_decay_iters = {decay}); set lr_decay_iters to {end}, or max_iters to {decay}")  # fmt: skip
+        if self.checkpoints.create_checkpoints and self.checkpoints.interval > end:
+            yield (f"checkpoints.interval = {self.checkpoints.interval}: more than max_iters ({end}), so that a crash "
+                   f"before the last step loses the whole run; set checkpoints.interval to {max(1, end // 10)}")
+
+    def _short_warmup_warning(self) -> str:
+        warmup, decay, end = self.warmup_iters, self.lr_decay_iters, self.max_iters
+        shorter, longer = f"warmup_iters to {end // 20}", f"max_iters to {10 * warmup}"
+        if self.decay_lr:
+            shorter += f" and lr_decay_iters to {end}" if decay != end else ""
+            longer = f"max_iters to {decay}" if decay > warmup else f"max_iters and lr_decay_iters to {10 * warmup}"
+        reached = f"{100 * end / (warmup + 1):.2g}"
+        return (f"max_iters = {end}: the run ends during its warm-up (warmup_iters = {warmup}), at {reached} % of "
+                f"learning_rate; set {shorter}, or {longer}")  # fmt: skip
+
+
+PICTURES = (".png", ".svg", ".pdf")
+OTHER_PICTURES = (".bmp", ".eps", ".gif", ".jpeg", ".jpg", ".ps", ".tif", ".tiff", ".webp")
+
+
+def explain_picture_path(path: str) -> str | None:
+    """What is wrong with a path for pictures: a directory, or a file that ends in one of PICTURES."""
+    suffix = Path(path).suffix.lower()
+    allowed = f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}"
+    return f"cannot be drawn as {suffix}; name a directory or a {allowed} file" if suffix in OTHER_PICTURES else None
+
+
+def run_class(archs: dict[str, type], arch: str) -> type[Run]:
+    """Run, with model_hyperparams of the class that `arch` names."""
+    model = option(archs[arch](), declared(Run)["model_hyperparams"].doc)
+    return dataclasses.make_dataclass("Run", [("model_hyperparams", archs[arch], model)], bases=(Run,))
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+DEFAULT_ARCH = "strawberry"
+CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "config"
+
+
+def load_run(argv: list[str], archs: dict[str, type]) -> Run:
+    """The run that a command line describes: defaults, then the file of --config, then --key=value overrides.
+
+    Every problem of file and command line is in one UserError. `--help` prints every key and exits.
+    """
+    names = set().union(*(dotted_names(run_class(archs, arch)) for arch in archs))
+    config, overrides, problems = parse_arguments(argv, names)
+    raw: dict[str, Any] = {}
+    if config is not None:
+        try:
+            raw = parse_config(find_config(config))
+        except UserError as error:
+            problems.append(str(error))
+    raw.pop("$schema", None)  # for editors
+    texts = set().union(*(text_keys(run_class(archs, arch)) for arch in archs))
+    problems += apply_overrides(raw, overrides, texts) + find_repeated_keys(raw)
+    if asks_for_help(argv, names):
+        arch, _ = take_arch(raw, archs)
+        print(help_text(run_class(archs, arch), arch, archs))
+        raise SystemExit(0)
+    return make_run(raw, archs, problems, f"{config}: " if raw and not overrides else "")
+
+
+def make_run(raw: dict, archs: dict[str, type], problems: Iterable[str] = (), source: str = "") -> Run:
+    """The run that plain data describes. Raises UserError with every problem, those known before included."""
+    arch, arch_problems = take_arch(raw, archs)
+    run, found = check(run_class(archs, arch), raw)
+    if problems := [*problems, *arch_problems, *found]:
+        raise UserError(join_problems(problems, source))
+    return run
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = ()) -> tuple:
+    """(config file, overrides as (dotted name, text), problems) of `--name=value` and `--name value`.
+
+    `names` are the options that there are, `flags` those of them that take no value. In `--name value` any word is a
+    value, with dashes at its start too, unless it is one of the options.
+    """
+    config, overrides, problems = None, [], []
+    for word, name, text in split_arguments(argv, names, flags):
+        if name in HELP:
+            continue
+        if name is None:
+            mend = f"--config {word}" if word.endswith(".json") else "--key=value"
+            problems.append(f"{show(word)} on the command line: must be an option; write {mend}")
+        elif text is None:
+            problems.append(f"{word}: has no value; write {word}=value")
+        elif name == "config":
+            problems += [f"--config {config}: given twice; keep one"] if config is not None else []
+            config = text
+        else:
+            overrides.append((name, text))
+    return config, overrides, problems
+
+
+HELP = ("-h", "--help")
+
+
+def asks_for_help(argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = ()) -> bool:
+    """Whether -h or --help is an option of the command line, not the value of one."""
+    return any(name in HELP for _, name, _ in split_arguments(argv, names, flags))
+
+
+def split_arguments(
+    argv: list[str], names: Iterable[str], flags: Iterable[str]
+) -> Iterator[tuple[str, str | None, str | None]]:
+    """(word, option's name, value) of a command line: name None for a word that is no option, value None where it is
+    missing. The name of -h and --help is the word itself."""
+    names, flags, rest = {*names, *flags, "config"}, set(flags), list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if word in HELP:
+            yield word, word, None
+        elif not word.startswith("--") or not name:
+            yield word, None, None
+        elif equals:
+            yield word, name, text
+        elif name in flags:
+            yield word, name, "true"
+        elif not rest or (rest[0].startswith("--") and rest[0][2:].partition("=")[0] in names):
+            yield word, name, None
+        else:
+            yield word, name, rest.pop(0)
+
+
+def find_config(name: str) -> Path:
+    """The file of that name in the working directory, else in config/ beside this file."""
+    for path in (Path(name), CONFIG_FOLDER / name):
+        with contextlib.suppress(OSError, ValueError):
+            if path.exists() and not path.is_dir():
+                return path
+    known = sorted(path.name for path in CONFIG_FOLDER.glob("*.json") if path.name != "schema.json")
+    raise UserError(
+        f"--config {show(name)}: no such file here or in config/{nearest(Path(name).name, known)}; "
+        f"config/ has {', '.join(known) or 'none'}"
+    )
+
+
+def apply_overrides(raw: dict, overrides: list[tuple[str, str]], text_keys: set[str]) -> list[str]:
+    """Set each `a.b` of the command line in the nested data; returns the problems."""
+    problems = []
+    for dotted, text in overrides:
+        *sections, name = dotted.split(".")
+        target: Any = raw
+        for section in sections:
+            target = target.setdefault(section, {}) if isinstance(target, dict) else None
+        if isinstance(target, dict):
+            try:
+                target[name] = _value(text, dotted in text_keys)
+            except UserError as error:
+                problems.append(f"{dotted} = {text}: {error}")
+        else:
+            problems.append(f"{dotted} = {text}: {'.'.join(sections)} is a value, not a section")
+    return problems
+
+
+def _value(text: str, is_text: bool) -> Any:
+    """A command line's value: JSON, else the text itself. Keys that hold text only keep `123` and `true` as text.
+    Raises UserError for JSON with a backslash that escapes nothing."""
+    import json5
+
+    if text in ("True", "False", "None") and not is_text:  # Python's spelling comes easily to the fingers
+        return {"True": True, "False": False, "None": None}[text]
+    if is_text and not text.startswith('"') and text != "null":
+        return text
+    try:
+        value = json5.loads(text, object_pairs_hook=JsonObject)
+    except (ValueError, RecursionError):
+        return text
+    if found := find_bad_escape(text):
+        raise UserError(found[1])
+    return value
+
+
+def text_keys(cls: type, prefix: str = "") -> set[str]:
+    names = set()
+    for name, key in declared(cls).items():
+        names |= text_keys(key.section, f"{prefix}{name}.") if key.section else set()
+        names |= {prefix + name} if str in key.kinds and not set(key.kinds) - {str, type(None)} else set()
+    return names
+
+
+def take_arch(raw: dict, archs: dict[str, type]) -> tuple[str, list[str]]:
+    """(the arch that the model's keys are judged by, problems)."""
+    default = DEFAULT_ARCH if DEFAULT_ARCH in archs else next(iter(archs))
+    model = raw.get("model_hyperparams", {})
+    arch = model.get("arch", default) if isinstance(model, dict) else default
+    if isinstance(arch, str) and arch in archs:
+        return arch, []
+    raw["model_hyperparams"] = {}  # without its arch no other key of it can be judged
+    allowed = f"must be one of {', '.join(map(show, archs))}{nearest(str(arch), archs)}"
+    return default, [f"model_hyperparams.arch = {show(arch)}: {allowed}"]
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def help_text(cls: type, arch: str, archs: dict[str, type]) -> str:
+    """What `train.py --help` prints: every key with its default, what is allowed, and its meaning."""
+    lines = [
+        f"usage: {Path(sys.argv[0]).name} [--check] [--quiet] [--config FILE] [--key=value …]",
+        "",
+        "--check says in seconds whether the run would work, and writes nothing.",
+        "--quiet prints nothing but warnings and errors.",
+        "FILE is JSON, comments and trailing commas welcome; it is looked for here, then in config/.",
+        "Any key can be given on the command line too: --learning_rate=1e-3 --model_hyperparams.n_layer=4",
+    ]
+    for prefix, doc, keys in sections(cls):
+        title = f"{prefix.rstrip('.')} ({doc})" if prefix else "the run"
+        lines += ["", title + (f", for arch {arch}" if prefix == "model_hyperparams." else "")]
+        for name, key in keys.items():
+            lines.append(f"  --{prefix}{name}={key.default if isinstance(key.default, str) else show(key.default)}")
+            lines += textwrap.indent(textwrap.fill(f"{key.doc} [{key.allowed}]", 92), " " * 8).splitlines()
+    lines += ["", f"The keys of another model: --help --model_hyperparams.arch=NAME, one of {', '.join(archs)}"]
+    return "\n".join(lines)
