@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-GPU_TESTS = $(shell grep -l "mark.cuda" tests/test_*.py)
+GPU_TESTS = $(shell grep -rl "mark.cuda" --include="test_*.py" tests)
 
 train: $(VENV)/installed
 	$(BIN)/python prepare.py
@@ -20,7 +20,7 @@ test-gpu:
 
 # the tests of survival with full counts: a quarter of an hour; prints the README's table
 torture: $(VENV)/installed
-	OMP_NUM_THREADS=1 TORTURE=1 $(BIN)/python tests/torture.py
+	PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 TORTURE=1 $(BIN)/python tests/training/torture.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

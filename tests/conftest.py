@@ -23,3 +23,18 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if bool(item.get_closest_marker("cuda")) != wanted:
             item.add_marker(pytest.mark.skip(reason="needs a GPU" if not wanted else "runs on the CPU"))
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """A working directory with a corpus and run.json, the config of a run of milliseconds; its curves are not drawn."""
+    import runs
+
+    from strawberry.training import plot
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plot, "curves", lambda *arguments: None)
+    (tmp_path / "text.txt").write_text(runs.ALPHABET)
+    runs.write_corpus("data.bin")
+    runs.write_config()
+    return tmp_path

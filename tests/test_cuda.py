@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_decode import SMALL as TINY
-from test_decode import collect, every_model, made, requests_for
+from decoding import SMALL as TINY
+from decoding import collect, every_model, requests_for, small_model
 
 from model import AFTS, build
 from strawberry.context import ForwardContext
@@ -78,7 +78,7 @@ def test_the_cache_equals_the_full_pass_on_a_gpu(hyper):
 @every_model
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_recorded_steps_make_the_texts_that_the_cpu_makes(name, dtype):
-    model = made(name).to(dtype)
+    model = small_model(name).to(dtype)
     requests = requests_for(model, 9)
     expected = collect(Decoder(model, 3, 64), requests)
     model.cuda()
@@ -88,7 +88,7 @@ def test_recorded_steps_make_the_texts_that_the_cpu_makes(name, dtype):
 
 @every_model
 def test_compiled_steps_make_the_texts_that_the_cpu_makes(name):
-    model = made(name).float()
+    model = small_model(name).float()
     requests = requests_for(model, 5)
     expected = collect(Decoder(model, 4, 64), requests)
     assert collect(Decoder(model.cuda(), 4, 64, compile=True), requests) == expected
@@ -112,7 +112,7 @@ def test_a_step_is_one_launch():
 
 @pytest.mark.parametrize("name", ["tinystar", "tinystar, latent", "palm", "strawberry, adaptive"])
 def test_eight_bits_are_near_sixteen(name):
-    model = made(name).float().cuda()
+    model = small_model(name).float().cuda()
     idx = torch.randint(31, (2, 50), device="cuda")
     exact = model(idx, idx)[1].item()
     assert quantize_model(model)(idx, idx)[1].item() == pytest.approx(exact, rel=0.05)

@@ -108,7 +108,7 @@ def rescale_weights(w: BlockWeights, tao: Tensor) -> BlockWeights:
 def retention_update(w: BlockWeights, oa: Tensor, out: Tensor, tao: Tensor) -> BlockWeights:
     """The update rule: w + f(w), f(w) = silu(w @ oa) @ outᵀ, rescaled.
 
-    `retention_update_scaled` is the same function for training; tests/test_model_proofs.py holds them equal.
+    `retention_update_scaled` is the same function for training; tests/model/test_model_proofs.py holds them equal.
     """
 
     def f(m: Tensor) -> Tensor:

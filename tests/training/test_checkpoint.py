@@ -459,7 +459,7 @@ LIMITED = """
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
 def test_a_full_disk_is_an_error_that_names_the_path_and_spares_the_older(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(LIMITED), str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"(cannot save the checkpoint \S+step_00000002: File too large.*\n){2}", done.stdout)
     assert names(tmp_path) == ["latest", "step_00000001"]

@@ -17,10 +17,7 @@ import regex  # tiktoken's own dependency: the split pattern, run by another eng
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from torture import count
+from machine import count
 
 import encoder as encoders
 from encoder import EOT, PAD, SEGMENT, Encoder, load, segments, train

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import CASES
+from cases import CASES
 
 import model as models
 from model import build

@@ -32,8 +32,8 @@ import torch
 import torture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from machine import require, require_program
-from torture import FULL, assert_same, count, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
+from machine import FULL, count, require, require_program
+from torture import assert_same, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
 
 import encoder as encoders
 import train
@@ -1100,7 +1100,8 @@ def test_devices_that_cannot_be_shared_are_refused(monkeypatch):
 
 
 # ---- properties ----------------------------------------------------------------------------------------------------
-# Any string through the encoder: tests/test_encoder.py. Random values in a stand-in config: tests/test_config.py.
+# Any string through the encoder: tests/data/test_encoder.py. Random values in a stand-in config:
+# tests/common/test_config.py.
 
 NUMBERS = st.integers(-3, 100) | st.integers() | st.floats() | st.sampled_from([10**400, 2**63, 0, -0.0, 1e-320])
 JUNK = st.recursive(

@@ -5,78 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decoding import MODELS, SMALL, by_generate, collect, every_model, requests_for, small_model
 
 from model import build
 from strawberry.cache import iter_layer_caches
 from strawberry.common import UserError
-from strawberry.inference.engine import Decoder, generate
+from strawberry.inference.engine import Decoder
 from strawberry.inference.loading import quantize_model
 from strawberry.inference.sampling import Request
 from strawberry.ops.sampling import sample
-
-SMALL = {"vocab_size": 31, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32}
-MODELS = {
-    "strawberry": {"n_qkv": 32, "retention_chunk": 16},
-    "strawberry, experts, two passes": {"n_qkv": 32, "retention_chunk": 16, "n_experts": 2, "recursions": 2},
-    "strawberry, adaptive": {"n_qkv": 32, "retention": "none", "recursions": 2, "adaptive": True},
-    "strawberry-v0": {"arch": "strawberry-v0", "n_qkv": 32, "compaction": True, "retention_chunk": 16, "aft": "conv"},
-    "palm": {"arch": "palm", "n_qkv": 32, "d_rank": 8},
-    "palm, lam": {"arch": "palm", "n_qkv": 32, "attention_type": "lam"},
-    "tinystar": {"arch": "tinystar"},
-    "tinystar, learned": {"arch": "tinystar", "pos_encoding": "Learned", "attention_type": "MHA"},
-    "tinystar, window": {"arch": "tinystar", "attention_type": "MQA-SWA", "window": 9},
-    "tinystar, latent": {"arch": "tinystar", "attention_type": "MHLA"},
-    "transformer": {"arch": "transformer", "kind": "decoder", "sparse": "bigbird", "sparse_block": 4},
-    "encoder-decoder": {"arch": "transformer", "pad_id": 0},
-    "batch scope": {"n_qkv": 32, "retention_scope": "batch"},
-}
-every_model = pytest.mark.parametrize("name", MODELS)
-
-
-def made(name: str, **more):
-    """A model whose logits tell positions and tokens apart, in float64 so that no rounding decides a draw."""
-    torch.manual_seed(3)
-    model = build(SMALL | MODELS[name] | more).double().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.4)
-    return model
-
-
-def requests_for(model, n: int) -> list[Request]:
-    """Texts that differ in all that a text may be asked for."""
-    random = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(1, 31, (1 + 5 * i % 23,), generator=random).tolist() for i in range(n)]
-    wishes = [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.5}]
-    sources = [torch.randint(0, 31, (2 + i,), generator=random).tolist() for i in range(n)]
-    return [
-        Request(prompts[i], 4 + 7 * i % 30, seed=i, source=sources[i] if model.takes_source else None,
-                stop=frozenset({3} if i % 3 == 1 else ()), **wishes[i % len(wishes)])
-        for i in range(n)
-    ]  # fmt: skip
-
-
-def by_generate(model, r: Request) -> list[int]:
-    source = None if r.source is None else torch.tensor([r.source])
-    new = model.generate(torch.tensor([r.prompt]), r.max_new_tokens, r.temperature, r.top_k, r.top_p, r.min_p, r.stop,
-                         torch.Generator().manual_seed(r.seed), source)  # fmt: skip
-    return new[0, len(r.prompt) :].tolist()
-
-
-def collect(decoder, requests) -> list[tuple[list[int], str]]:
-    out, why = [[] for _ in requests], [None] * len(requests)
-    for i, token, ended in generate(decoder, requests):
-        assert why[i] is None
-        out[i].append(token)
-        why[i] = ended
-    assert decoder.busy == 0
-    return list(zip(out, why, strict=True))
 
 
 @every_model
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_texts_are_those_that_generate_makes(name, rows):
     """Whatever the number of rows, the company and who came before in a row; rows join while others stand elsewhere."""
-    model = made(name)
+    model = small_model(name)
     requests = requests_for(model, 9)
     for request, (tokens, why) in zip(requests, collect(Decoder(model, rows, 64), requests), strict=True):
         assert tokens == by_generate(model, request)
@@ -87,7 +31,7 @@ def test_texts_are_those_that_generate_makes(name, rows):
 @pytest.mark.parametrize("rows", [2, 8])
 def test_a_device_that_works_ahead_makes_the_same_texts(name, rows):
     """As a GPU does: the next step is under way before the tokens of the last are read."""
-    model = made(name)
+    model = small_model(name)
     requests = requests_for(model, 11)
     decoder = Decoder(model, rows, 64)
     decoder.lookahead = 1 if model.causal else 0
@@ -98,7 +42,7 @@ def test_a_device_that_works_ahead_makes_the_same_texts(name, rows):
 
 @every_model
 def test_alone_and_in_company_are_the_same_in_float32(name):
-    model = made(name).float()
+    model = small_model(name).float()
     requests = requests_for(model, 7)
     together = collect(Decoder(model, 4, 64, batch_invariant=True), requests)
     alone = [collect(Decoder(model, 4, 64, batch_invariant=True), [request])[0] for request in requests]
@@ -137,7 +81,7 @@ def unlike_requests(model) -> list[Request]:
 def test_logits_are_bit_for_bit_those_of_a_text_alone(name, min_bucket):
     """In any row, in any company; widths of 40 channels, so that rows of the cache begin at odd addresses."""
     width = {"n_embd": 40} | ({"n_qkv": 40} if "n_qkv" in MODELS[name] else {})
-    model = made(name, **width).float()
+    model = small_model(name, **width).float()
     source = [3, 4, 5] if model.takes_source else None
     request = Request([5, 6, 7], 20, seed=3, top_k=7, top_p=0.9, source=source)
 
@@ -154,7 +98,7 @@ def test_logits_are_bit_for_bit_those_of_a_text_alone(name, min_bucket):
 @pytest.mark.parametrize("name", ["strawberry", "tinystar"])
 def test_every_step_has_one_shape(name, monkeypatch):
     """All rows, whole buckets of the cache, a chunk's weights for one row at a time, each row's own filters."""
-    model, shapes, opened, drawn = made(name), set(), [], []
+    model, shapes, opened, drawn = small_model(name), set(), [], []
     step, begin_chunks = model.decode_step, model.begin_chunks
     monkeypatch.setattr(model, "decode_step", lambda token, cache, held: shapes.add((len(token), held + 1)) or
                         step(token, cache, held))  # fmt: skip
@@ -175,7 +119,7 @@ def test_every_step_has_one_shape(name, monkeypatch):
 @pytest.mark.parametrize(("window", "slots"), [(9, {256, 512}), (320, {256, 512}), (300, {512}), (600, {1024})])
 def test_rings_of_odd_sizes_are_read_whole_from_the_first_step(window, slots, monkeypatch):
     """A sum over 256 slots and one over 300 end in another way, so no text reads both."""
-    model, seen = made("tinystar, window", window=window, block_size=1024), set()
+    model, seen = small_model("tinystar, window", window=window, block_size=1024), set()
     step = model.decode_step
     monkeypatch.setattr(model, "decode_step", lambda token, cache, held: seen.add(held + 1) or step(token, cache, held))
     collect(Decoder(model, 2, 1024, batch_invariant=True), [Request([1] * 250, 10), Request([1] * 260, 3)])
@@ -186,7 +130,7 @@ def test_rings_of_odd_sizes_are_read_whole_from_the_first_step(window, slots, mo
 
 
 def test_texts_stop_where_learned_positions_end():
-    model = made("tinystar, learned")
+    model = small_model("tinystar, learned")
     (tokens, why), (short, _) = collect(Decoder(model, 2, 500), [Request([1] * 60, 100, seed=1), Request([1], 3)])
     assert (len(tokens), why, len(short)) == (5, "full", 3)  # the fifth follows the 64th position
     assert tokens == by_generate(model, Request([1] * 60, 4, seed=1)) + tokens[4:]
@@ -194,7 +138,7 @@ def test_texts_stop_where_learned_positions_end():
 
 def test_texts_slide_on_over_the_newest_half():
     """After each time that positions end, the newest 32 tokens are read anew."""
-    model = made("tinystar, learned")
+    model = small_model("tinystar, learned")
     request = Request([1] * 60, 90, seed=1)
     for rows in (1, 2):
         (tokens, why), *_ = collect(Decoder(model, rows, 500, on_full="slide"), [request, Request([2], 50)][:rows])
@@ -210,7 +154,7 @@ def test_texts_slide_on_over_the_newest_half():
 
 
 def test_a_prompt_longer_than_positions_is_refused_or_its_newest_half_read():
-    model = made("tinystar, learned")
+    model = small_model("tinystar, learned")
     with pytest.raises(UserError, match="70 tokens exceed 64, where positions end.*slide"):
         Decoder(model, 1, 500).admit(Request([1] * 70, 5))
     prompt = torch.randint(31, (70,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -228,7 +172,7 @@ def test_a_prompt_longer_than_positions_is_refused_or_its_newest_half_read():
     (Request([1] * 10, 60), "10 tokens and 60 new ones exceed max_length 64"),
 ])  # fmt: skip
 def test_requests_that_cannot_be_are_refused_and_leave_the_row_free(request_, message):
-    decoder = Decoder(made("tinystar"), 1, 64)
+    decoder = Decoder(small_model("tinystar"), 1, 64)
     with pytest.raises(UserError, match=message):
         decoder.admit(request_)
     assert decoder.free == 1
@@ -236,11 +180,11 @@ def test_requests_that_cannot_be_are_refused_and_leave_the_row_free(request_, me
 
 def test_an_encoder_decoder_without_a_source_is_refused():
     with pytest.raises(UserError, match="needs a source"):
-        Decoder(made("encoder-decoder"), 1, 64).admit(Request([1], 5))
+        Decoder(small_model("encoder-decoder"), 1, 64).admit(Request([1], 5))
 
 
 def test_a_source_too_long_is_refused_and_leaves_the_row_free():
-    decoder = Decoder(made("encoder-decoder"), 1, 64, max_source=8)
+    decoder = Decoder(small_model("encoder-decoder"), 1, 64, max_source=8)
     with pytest.raises(UserError, match="a source of 9 tokens exceeds the 8"):
         decoder.admit(Request([1], 5, source=[1] * 9))
     assert decoder.free == 1
@@ -253,7 +197,7 @@ def test_an_encoder_is_refused():
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_ruined_weights_are_named(temperature):
-    model = made("tinystar")
+    model = small_model("tinystar")
     model.blocks[1].ffn.w2.weight.data[0, 0] = float("nan")
     decoder = Decoder(model, 1, 64)
     with pytest.raises(UserError, match="NaN"):
@@ -262,7 +206,7 @@ def test_ruined_weights_are_named(temperature):
 
 
 def test_a_released_row_is_free_at_once_and_disturbs_nobody():
-    model = made("strawberry")
+    model = small_model("strawberry")
     first, second, third = requests_for(model, 3)
     decoder = Decoder(model, 2, 64)
     handle, other, got = decoder.admit(first), decoder.admit(third), {}
@@ -281,7 +225,7 @@ def test_a_released_row_is_free_at_once_and_disturbs_nobody():
 
 def test_few_busy_rows_cost_few_rows(monkeypatch):
     """Eight texts, seven of which end soon: the last is computed alone."""
-    model = made("strawberry, experts, two passes")
+    model = small_model("strawberry, experts, two passes")
     sizes, step = [], model.decode_step
     monkeypatch.setattr(model, "decode_step", lambda token, *args: sizes.append(len(token)) or step(token, *args))
     requests = [Request([1 + i], 40 if i == 6 else 3, seed=i) for i in range(8)]
@@ -292,7 +236,7 @@ def test_few_busy_rows_cost_few_rows(monkeypatch):
 
 def test_the_cache_is_allocated_once():
     """No tensor of the cache moves or grows while texts are made, joined, moved and ended."""
-    model = made("strawberry")
+    model = small_model("strawberry")
     decoder = Decoder(model, 4, 64)
 
     def addresses() -> list[int]:
@@ -341,7 +285,7 @@ def test_draws_follow_the_filtered_probabilities(asked, size):
 
 @every_model
 def test_a_prompt_that_several_texts_share_is_read_once(name, monkeypatch):
-    model = made(name)
+    model = small_model(name)
     first, other, *_ = requests_for(model, 3)
     requests = [Request(other.prompt, 9 + i, seed=i, source=other.source) for i in range(3)]
     decoder, read = Decoder(model, 5, 64), []
@@ -393,4 +337,4 @@ def test_eight_bits_keep_what_was_learned(name):
 
 def test_only_int8_is_known():
     with pytest.raises(UserError, match="--quantize int4.*int8"):
-        quantize_model(made("tinystar"), "int4")
+        quantize_model(small_model("tinystar"), "int4")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from cases import CASES, T, every_case, shaken, source_for, tokens
 from machine import require_program
 from naive_strawberry import aft, aft_conv_position, aft_full_position, aft_local_position, aft_simple_long, sigmoid
-from test_model import CASES, T, every_case, shaken, source_for, tokens
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

@@ -1,7 +1,7 @@
 """Several processes compute what one does: batches divided by DDP, models divided by FSDP, Muon's work divided by both.
 
 Two processes are started once and take everything in turn; the tests compare what they leave with what one process,
-this one, computes meanwhile. tests/test_survival.py kills and signals such runs.
+this one, computes meanwhile. tests/training/test_survival.py kills and signals such runs.
 """
 
 import contextlib

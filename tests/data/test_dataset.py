@@ -29,7 +29,7 @@ from strawberry.data.objectives import OBJECTIVES
 from strawberry.data.order import derive_keys, permute
 from strawberry.data.token_file import HEADER_SIZE, Header, TokenFile, TokenFileWriter, dtype_for
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EOT = 99_999
 ENCODER = SimpleNamespace(vocab_size=100_000, eot=EOT, fingerprint="ab" * 32)  # ids as large as positions: uint32
 SMALL = SimpleNamespace(vocab_size=500, eot=499, fingerprint="cd" * 32)  # uint16

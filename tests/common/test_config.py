@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machine import require_module
-from torture import count
+from machine import count, require_module
 
 from optimizer import lr_at
 from strawberry import config_docs
@@ -25,7 +24,7 @@ from strawberry.common import UserError, atomic_write, is_first_to_report, neare
 from strawberry.config import check, declared, dotted_names, option, path_names, read_json, sections, to_dict
 from strawberry.run_config import Run, load_run, make_run, run_class
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass

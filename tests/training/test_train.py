@@ -1,7 +1,6 @@
 """Training: the same run whether interrupted or not, gradients that are exact, losses that are honest."""
 
 import io
-import json
 import math
 import os
 import re
@@ -14,6 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import (
+    ALPHABET,
+    MODELS,
+    TEXT,
+    assert_same,
+    metrics,
+    prepared,
+    run,
+    weights_and_state,
+    write_config,
+    write_corpus,
+)
 
 import encoder as encoders
 import train
@@ -32,15 +43,6 @@ from strawberry.training.signals import Interrupted, Signals
 from strawberry.training.step import TrainStep
 from train import Trainer
 
-TEXT = "".join(f"{word} sat on the mat and saw {n} dogs.\n" for n in range(40) for word in ("a cat", "the owl", "we"))
-ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
-STRAWBERRY = {
-    "vocab_size": 44, "block_size": 16, "n_layer": 1, "r_layer": 1, "n_head": 2, "n_embd": 16, "n_qkv": 16,
-    "retention_chunk": 4,
-}  # fmt: skip
-TINYSTAR = {"arch": "tinystar", "vocab_size": 44, "block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
-MODELS = {"strawberry": STRAWBERRY, "tinystar": TINYSTAR}
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -48,53 +50,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def workshop(tmp_path, monkeypatch):
-    """A directory with a corpus and a config, where nothing is drawn."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plot, "curves", lambda *arguments: None)
-    Path("text.txt").write_text(ALPHABET)
-    write_corpus("data.bin", TEXT)
-    write_config()
-    return tmp_path
-
-
-def write_corpus(path, text):
-    encoder = encoders.load("chars:text.txt")
-    with TokenFileWriter(path, encoder) as writer:
-        for line in text.splitlines(keepends=True):
-            writer.add(np.array(encoder.encode(line)))
-
-
-def write_config(model="strawberry", **changes):
-    config = {
-        "dataset": {"path": "data.bin", "data_division": 0.8},
-        "checkpoints": {"path": "ck", "interval": 4, "keep": 9},
-        "model_hyperparams": MODELS[model] | changes.pop("model_hyperparams", {}),
-        "optimizer_hyperparams": {"use_muon": True},
-        "model_path": "out/tiny.model", "encoder_path": "chars:text.txt", "seed": 5, "device": "cpu", "compile": False,
-        "batch_size": 3, "max_iters": 10, "eval_interval": 5, "log_interval": 1, "eval_iters": 2,
-        "learning_rate": 3e-3, "warmup_iters": 2, "min_lr": 1e-3, "sample_length": 8,
-    }  # fmt: skip
-    Path("run.json").write_text(json.dumps(config | changes))
-
-
-def run(*overrides):
-    return train.main(["--config", "run.json", *overrides])
-
-
-def prepared(*overrides):
-    """A trainer before its first step, which keeps its directory from no other one."""
-    trainer = Trainer(load_run(["--config", "run.json", *overrides], CONFIGS), Signals())
-    trainer.prepare()
-    trainer.close()
-    return trainer
-
-
-def metrics(path="ck/metrics.jsonl"):
-    return plot.read_metrics(path)
 
 
 def at_step(monkeypatch, step, act):
@@ -109,28 +64,11 @@ def at_step(monkeypatch, step, act):
     monkeypatch.setattr(TrainStep, "compute_gradients", then_compute)
 
 
-def weights_and_state(root="ck"):
-    """(step, weights, optimizer state flattened) of the newest checkpoint."""
-    found = find_latest(root)
-    hyper = found.meta["run"]["model_hyperparams"]
-    model = build(hyper)
-    found.load_weights(model)
-    state = found.load_state()["optimizer"]["state"]
-    flat = {f"{name}.{key}": value for name, values in state.items() for key, value in values.items()}
-    return found.step, model.state_dict(), flat
-
-
-def assert_same(a: dict, b: dict):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
 # ---- gradients -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_accumulated_gradients_are_those_of_one_large_batch(workshop, model):
+def test_accumulated_gradients_are_those_of_one_large_batch(run_folder, model):
     write_config(model)
     trainer = prepared()
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +87,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(workshop, model):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_are_clipped_to_grad_clip(workshop):
+def test_gradients_are_clipped_to_grad_clip(run_folder):
     trainer = prepared("--grad_clip=0.01")
     with trainer.batches() as loader:
         _, before = trainer.steps.compute_gradients(next(loader))
@@ -157,7 +95,7 @@ def test_gradients_are_clipped_to_grad_clip(workshop):
     assert before > 0.01 and after == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_rehearsal_leaves_weights_and_buffers_as_they_were(workshop, monkeypatch):
+def test_the_rehearsal_leaves_weights_and_buffers_as_they_were(run_folder, monkeypatch):
     class Counting(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -190,7 +128,7 @@ OBJECTIVES = {
 
 
 @pytest.fixture(params=OBJECTIVES)
-def objective(request, workshop, monkeypatch):
+def objective(request, run_folder, monkeypatch):
     """The name of an objective, for which there are data and a config."""
     monkeypatch.setitem(MODELS, "transformer", TRANSFORMER | OBJECTIVES[request.param])
     write_config("transformer", dataset={"path": "pairs.bin" if request.param == "pairs" else "data.bin"})
@@ -273,7 +211,7 @@ def test_what_was_left_open_is_recorded(objective):
         prepared("--model_hyperparams.pad_id=3")
 
 
-def test_pairs_that_are_cut_are_counted_at_the_start(workshop, monkeypatch, capsys):
+def test_pairs_that_are_cut_are_counted_at_the_start(run_folder, monkeypatch, capsys):
     encoder = encoders.load("chars:text.txt")
     with TokenFileWriter("pairs.bin", encoder, kind="pairs") as writer:
         for length in (3, 15, 16, 40) * 3:
@@ -289,7 +227,7 @@ def test_pairs_that_are_cut_are_counted_at_the_start(workshop, monkeypatch, caps
 
 
 @pytest.mark.parametrize("model,muon,stop", [("strawberry", "true", 7), ("tinystar", "false", 3)])
-def test_a_resumed_run_is_the_uninterrupted_one(workshop, monkeypatch, capsys, model, muon, stop):
+def test_a_resumed_run_is_the_uninterrupted_one(run_folder, monkeypatch, capsys, model, muon, stop):
     write_config(model, gradient_accumulation_steps=2, model_hyperparams={"dropout": 0.2})
     options = [f"--optimizer_hyperparams.use_muon={muon}"]
     assert run(*options, "--checkpoints.path=whole") == 0
@@ -309,7 +247,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(workshop, monkeypatch, capsys, m
     assert timeless[0] == timeless[1]
 
 
-def test_steps_draw_dropout_and_batches_of_their_own(workshop):
+def test_steps_draw_dropout_and_batches_of_their_own(run_folder):
     write_config(model_hyperparams={"dropout": 0.5})
     trainer = prepared()
     with trainer.batches() as loader:
@@ -323,7 +261,7 @@ def test_steps_draw_dropout_and_batches_of_their_own(workshop):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_what_was_logged_after_the_checkpoint_is_dropped_on_resume(workshop, monkeypatch):
+def test_what_was_logged_after_the_checkpoint_is_dropped_on_resume(run_folder, monkeypatch):
     at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), 0) or (_ for _ in ()).throw(RuntimeError("power cut")))
     with pytest.raises(RuntimeError):
         run()
@@ -331,13 +269,13 @@ def test_what_was_logged_after_the_checkpoint_is_dropped_on_resume(workshop, mon
     with open("ck/metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
     monkeypatch.undo()
-    os.chdir(workshop)
+    os.chdir(run_folder)
     monkeypatch.setattr(plot, "curves", lambda *arguments: None)
     assert run("--init_from=resume") == 0
     assert [line["step"] for line in metrics()] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
 
 
-def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(workshop, monkeypatch):
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(run_folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "mean_loss", lambda *arguments: signal.raise_signal(signal.SIGINT))
         assert run() == 130
@@ -346,7 +284,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(workshop, monkeypa
     assert [line["step"] for line in metrics() if "val_loss" in line] == [5, 10]
 
 
-def test_resuming_a_finished_run_only_writes_the_model(workshop, capsys):
+def test_resuming_a_finished_run_only_writes_the_model(run_folder, capsys):
     assert run() == 0
     before = metrics()
     Path("out/tiny.model").unlink()
@@ -354,7 +292,7 @@ def test_resuming_a_finished_run_only_writes_the_model(workshop, capsys):
     assert Path("out/tiny.model").exists() and metrics() == before
 
 
-def test_auto_seeds_are_drawn_and_kept(workshop):
+def test_auto_seeds_are_drawn_and_kept(run_folder):
     run("--seed=auto", "--max_iters=1")
     first = find_latest("ck").meta["run"]["seed"]
     run("--seed=auto", "--max_iters=2", "--init_from=resume")
@@ -363,7 +301,7 @@ def test_auto_seeds_are_drawn_and_kept(workshop):
     assert find_latest("ck").meta["run"]["seed"] != first
 
 
-def test_resume_lists_what_has_changed(workshop, capsys):
+def test_resume_lists_what_has_changed(run_folder, capsys):
     run()
     capsys.readouterr()
     assert run("--init_from=resume", "--max_iters=12", "--learning_rate=0.002") == 0
@@ -375,7 +313,7 @@ def test_resume_lists_what_has_changed(workshop, capsys):
     (lambda: write_corpus("data.bin", TEXT + "one line more\n"), "dataset"),
     (lambda: (Path("text.txt").write_text(ALPHABET + "ZQ"), write_corpus("data.bin", TEXT)), "encoder"),
 ])  # fmt: skip
-def test_resume_refuses_changed_data_and_encoders_with_both_fingerprints(workshop, change, named):
+def test_resume_refuses_changed_data_and_encoders_with_both_fingerprints(run_folder, change, named):
     run()
     then = find_latest("ck").meta[named][:12]
     change()
@@ -387,13 +325,13 @@ def test_resume_refuses_changed_data_and_encoders_with_both_fingerprints(worksho
     assert then in str(refused.value) and now in str(refused.value) and now != then
 
 
-def test_resume_refuses_a_model_of_another_shape(workshop):
+def test_resume_refuses_a_model_of_another_shape(run_folder):
     run()
     with pytest.raises(UserError, match="model_hyperparams.n_embd: 16 → 32"):
         run("--init_from=resume", "--model_hyperparams.n_embd=32")
 
 
-def test_a_new_run_sets_the_earlier_one_aside_unharmed(workshop, capsys):
+def test_a_new_run_sets_the_earlier_one_aside_unharmed(run_folder, capsys):
     run()
     before = metrics()
     assert run("--seed=6", "--max_iters=3") == 0
@@ -405,7 +343,7 @@ def test_a_new_run_sets_the_earlier_one_aside_unharmed(workshop, capsys):
 # ---- stopping ------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(workshop, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_before_the_update(run_folder, monkeypatch, capsys):
     grabbed = []
     compute, count = TrainStep.compute_gradients, Trainer.count
 
@@ -427,7 +365,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(workshop, monkeypatch
     assert find_latest("ck").step == 4 and not Path("out/tiny.model").exists()
 
 
-def test_a_poisoned_weight_is_never_saved(workshop):
+def test_a_poisoned_weight_is_never_saved(run_folder):
     trainer = prepared()
     with torch.no_grad():
         trainer.model.embed.weight[0, 0] = math.nan
@@ -440,12 +378,12 @@ def test_a_poisoned_weight_is_never_saved(workshop):
     assert trainer.saved == -1
 
 
-def test_an_exploding_run_ends_with_code_3(workshop, capsys):
+def test_an_exploding_run_ends_with_code_3(run_folder, capsys):
     assert run("--learning_rate=1e20", "--warmup_iters=0", "--max_iters=200", "--log_interval=50") == 3
     assert "lower learning_rate" in capsys.readouterr().err
 
 
-def test_a_signal_before_the_first_step_changes_nothing(workshop, monkeypatch, capsys):
+def test_a_signal_before_the_first_step_changes_nothing(run_folder, monkeypatch, capsys):
     run("--max_iters=2")
     before = sorted(Path("ck").rglob("*"))
     monkeypatch.setattr(train, "build", lambda hyper: signal.raise_signal(signal.SIGTERM))
@@ -477,7 +415,7 @@ def test_a_second_signal_leaves_at_once(monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGINT to a process alone")
-def test_sigint_saves_and_prints_the_command_that_resumes(workshop):
+def test_sigint_saves_and_prints_the_command_that_resumes(run_folder):
     script = str(Path(train.__file__).resolve())
     command = [sys.executable, script, "--config", "run.json", "--init_from", "scratch", "--max_iters=100000"]
     with subprocess.Popen(
@@ -497,7 +435,7 @@ def test_sigint_saves_and_prints_the_command_that_resumes(workshop):
     assert metrics()[-1]["step"] == step + 1
 
 
-def test_a_checkpoint_that_cannot_be_written_is_tried_again(workshop, monkeypatch, capsys):
+def test_a_checkpoint_that_cannot_be_written_is_tried_again(run_folder, monkeypatch, capsys):
     save, calls = checkpointing.save_checkpoint, []
 
     def full_disk(root, step, *rest):
@@ -511,7 +449,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(workshop, monkeypatc
     assert calls == [4, 5, 8, 10] and "No space left" in capsys.readouterr().err
 
 
-def test_data_that_goes_bad_costs_no_step(workshop, monkeypatch):
+def test_data_that_goes_bad_costs_no_step(run_folder, monkeypatch):
     at_step(monkeypatch, 7, lambda: (_ for _ in ()).throw(UserError("data.bin was replaced")))
     with pytest.raises(UserError):
         run()
@@ -533,7 +471,7 @@ def test_metrics_survive_a_full_disk(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_overfits_a_small_corpus_and_writes_a_model_that_knows_it(workshop, capsys, model):
+def test_overfits_a_small_corpus_and_writes_a_model_that_knows_it(run_folder, capsys, model):
     write_config(model)
     write_corpus("data.bin", "the cat sat on the mat.\n" * 40)
     assert run("--max_iters=150", "--eval_interval=150", "--learning_rate=0.02", "--batch_size=8",
@@ -546,7 +484,7 @@ def test_overfits_a_small_corpus_and_writes_a_model_that_knows_it(workshop, caps
     assert record["step"] == 150 and record["run"]["seed"] == 5 and record["val_loss"] < 0.1
 
 
-def test_metrics_have_every_logged_step_and_evaluation(workshop, capsys):
+def test_metrics_have_every_logged_step_and_evaluation(run_folder, capsys):
     assert run("--log_interval=2", "--max_iters=7", "--gradient_accumulation_steps=2") == 0
     logged = [line for line in metrics() if "loss" in line]
     assert [line["step"] for line in logged] == [1, 2, 4, 6, 7]
@@ -563,7 +501,7 @@ def test_metrics_have_every_logged_step_and_evaluation(workshop, capsys):
 
 
 @pytest.mark.parametrize("scope,agree", [("causal", True), ("batch", False)])
-def test_strict_and_plain_loss_agree_exactly_where_the_model_is_causal(workshop, scope, agree):
+def test_strict_and_plain_loss_agree_exactly_where_the_model_is_causal(run_folder, scope, agree):
     write_config(model_hyperparams={"retention_scope": scope})
     trainer = prepared()
     with torch.no_grad():
@@ -577,7 +515,7 @@ def test_strict_and_plain_loss_agree_exactly_where_the_model_is_causal(workshop,
     assert agree or abs(strict - plain) > 1e-3
 
 
-def test_the_strict_loss_sees_each_prefix_alone(workshop):
+def test_the_strict_loss_sees_each_prefix_alone(run_folder):
     write_config(model_hyperparams={"retention_scope": "batch"})
     trainer = prepared()
     with torch.no_grad():
@@ -594,14 +532,14 @@ def test_the_strict_loss_sees_each_prefix_alone(workshop):
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_strict_loss_is_told_where_the_model_sees_the_future(workshop, capsys):
+def test_the_strict_loss_is_told_where_the_model_sees_the_future(run_folder, capsys):
     write_config(model_hyperparams={"retention_scope": "batch"})
     assert run("--max_iters=2") == 0
     assert "the honest one" in capsys.readouterr().out
     assert {"strict_loss", "plain_at_strict"} <= metrics()[-1].keys()
 
 
-def test_evaluation_is_the_mean_over_tokens_and_bytes(workshop):
+def test_evaluation_is_the_mean_over_tokens_and_bytes(run_folder):
     Path("text.txt").write_text(ALPHABET + "é", encoding="utf-8")  # two bytes a character
     write_corpus("data.bin", "été café né\n" * 60)
     trainer = prepared()
@@ -619,7 +557,7 @@ def test_evaluation_is_the_mean_over_tokens_and_bytes(workshop):
     assert got == pytest.approx((nats / count, nats / math.log(2) / n_bytes), rel=1e-5)
 
 
-def test_evaluations_read_each_window_at_most_once_and_always_the_same(workshop):
+def test_evaluations_read_each_window_at_most_once_and_always_the_same(run_folder):
     trainer = prepared()
     seen = []
 
@@ -637,7 +575,7 @@ def test_evaluations_read_each_window_at_most_once_and_always_the_same(workshop)
     assert torch.equal(first, torch.cat(seen))
 
 
-def test_a_pretrained_model_is_gone_on_from(workshop):
+def test_a_pretrained_model_is_gone_on_from(run_folder):
     run()
     trainer = prepared("--init_from=out/tiny.model,pretrained", "--checkpoints.path=ck2")
     assert_same(trainer.model.state_dict(), load_model("out/tiny.model")[0].state_dict())
@@ -646,7 +584,7 @@ def test_a_pretrained_model_is_gone_on_from(workshop):
         run("--init_from=pretrained,out/tiny.model", "--model_hyperparams.n_layer=2")
 
 
-def test_training_goes_on_where_compiling_fails(workshop, monkeypatch, capsys):
+def test_training_goes_on_where_compiling_fails(run_folder, monkeypatch, capsys):
     run("--checkpoints.path=eager")
 
     def broken(*arguments):
@@ -658,7 +596,7 @@ def test_training_goes_on_where_compiling_fails(workshop, monkeypatch, capsys):
     assert_same(weights_and_state("eager")[1], weights_and_state("ck")[1])
 
 
-def test_training_goes_on_where_drawing_fails(workshop, monkeypatch, capsys):
+def test_training_goes_on_where_drawing_fails(run_folder, monkeypatch, capsys):
     def broken(*arguments):
         raise ValueError("no fonts")
 
@@ -667,7 +605,7 @@ def test_training_goes_on_where_drawing_fails(workshop, monkeypatch, capsys):
     assert "cannot draw the curves" in capsys.readouterr().err
 
 
-def test_a_checkpoint_or_a_directory_of_them_is_gone_on_from(workshop):
+def test_a_checkpoint_or_a_directory_of_them_is_gone_on_from(run_folder):
     run()
     Path("empty").mkdir()
     with pytest.raises(UserError, match=r"init_from: empty is a directory without checkpoints; name a model file or"):
@@ -718,7 +656,7 @@ def table_of(out: str) -> list[list[str]]:
     return [line.split() for line in lines if line != HEADER]
 
 
-def test_stdout_has_a_row_for_each_logged_step_and_a_log_no_bar(workshop, capsys):
+def test_stdout_has_a_row_for_each_logged_step_and_a_log_no_bar(run_folder, capsys):
     assert run("--log_interval=2", "--max_iters=7") == 0
     out, err = capsys.readouterr()
     assert "\r" not in out + err and "%|" not in out + err
@@ -758,7 +696,7 @@ def test_remaining_time_follows_the_pace_since_this_start(monkeypatch, capsys):
     assert [row[5:] for row in rows] == [["03:20", "16:40"], ["1:26:40", "75:00:00"]]
 
 
-def test_on_a_terminal_a_bar_stays_below_the_lines_and_is_gone_at_the_end(workshop, monkeypatch):
+def test_on_a_terminal_a_bar_stays_below_the_lines_and_is_gone_at_the_end(run_folder, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -772,7 +710,7 @@ def test_on_a_terminal_a_bar_stays_below_the_lines_and_is_gone_at_the_end(worksh
     assert [row[0] for row in table_of("\n".join(terminal.screen()))] == ["1", "2", "4", "6", "8"]
 
 
-def test_a_terminal_on_stderr_alone_has_the_bar_and_the_file_the_lines(workshop, monkeypatch):
+def test_a_terminal_on_stderr_alone_has_the_bar_and_the_file_the_lines(run_folder, monkeypatch):
     log, terminal = io.StringIO(), Terminal()
     monkeypatch.setattr(sys, "stdout", log)
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -781,7 +719,7 @@ def test_a_terminal_on_stderr_alone_has_the_bar_and_the_file_the_lines(workshop,
 
 
 @pytest.mark.parametrize("words", [[], ["--check"]])
-def test_quiet_prints_warnings_and_errors_only(workshop, monkeypatch, capsys, words):
+def test_quiet_prints_warnings_and_errors_only(run_folder, monkeypatch, capsys, words):
     assert run("--quiet", *words) == 0
     assert capsys.readouterr() == ("", "")
     assert run("--quiet", "--warmup_iters=10", *words) == 0
@@ -795,7 +733,7 @@ def test_quiet_prints_warnings_and_errors_only(workshop, monkeypatch, capsys, wo
     assert terminal.getvalue() == ""
 
 
-def test_a_quiet_run_that_is_stopped_says_how_to_go_on(workshop, monkeypatch, capsys):
+def test_a_quiet_run_that_is_stopped_says_how_to_go_on(run_folder, monkeypatch, capsys):
     at_step(monkeypatch, 7, lambda: signal.raise_signal(signal.SIGTERM))
     assert run("--quiet") == 143
     out, err = capsys.readouterr()
@@ -803,7 +741,7 @@ def test_a_quiet_run_that_is_stopped_says_how_to_go_on(workshop, monkeypatch, ca
 
 
 @pytest.mark.parametrize("words", [[], ["--check"]])
-def test_a_schedule_that_does_not_fit_is_warned_of_at_the_start(workshop, capsys, words):
+def test_a_schedule_that_does_not_fit_is_warned_of_at_the_start(run_folder, capsys, words):
     assert run("--warmup_iters=20", "--checkpoints.interval=11", *words) == 0
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("warning: max_iters = 10: the run ends during its warm-up (warmup_iters = 20)")
@@ -811,7 +749,7 @@ def test_a_schedule_that_does_not_fit_is_warned_of_at_the_start(workshop, capsys
     assert second.startswith("warning: checkpoints.interval = 11: more than max_iters (10)")
 
 
-def test_a_reader_of_the_log_that_leaves_costs_no_step(workshop, monkeypatch):
+def test_a_reader_of_the_log_that_leaves_costs_no_step(run_folder, monkeypatch):
     class Left(io.StringIO):
         def write(self, text):
             if text.lstrip().startswith("7 "):
@@ -824,7 +762,7 @@ def test_a_reader_of_the_log_that_leaves_costs_no_step(workshop, monkeypatch):
     assert find_latest("ck").step == metrics()[-1]["step"] == 7
 
 
-def test_processes_of_torchrun_report_a_mistake_once(workshop):
+def test_processes_of_torchrun_report_a_mistake_once(run_folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__]
     for mistake in ("--learning_rat=1", "--dataset.path=none.bin"):  # before and after they have met
         done = subprocess.run([*command, "--config", "run.json", mistake], capture_output=True, text=True, timeout=120)
@@ -847,16 +785,16 @@ def test_processes_of_torchrun_report_a_mistake_once(workshop):
     (["--model_path=."], "model_path"),
     (["--learning_rat=1"], "learning_rate"),
 ])  # fmt: skip
-def test_mistakes_are_told_and_nothing_is_created(workshop, overrides, told):
+def test_mistakes_are_told_and_nothing_is_created(run_folder, overrides, told):
     if "mps" in overrides[0] and torch.backends.mps.is_available():
         pytest.skip("this machine has it")
-    before = sorted(workshop.rglob("*"))
+    before = sorted(run_folder.rglob("*"))
     with pytest.raises(UserError, match=told):
         run(*overrides)
-    assert sorted(workshop.rglob("*")) == before
+    assert sorted(run_folder.rglob("*")) == before
 
 
-def test_out_of_memory_says_which_keys_to_lower(workshop, monkeypatch):
+def test_out_of_memory_says_which_keys_to_lower(run_folder, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -1,7 +1,7 @@
 """What the tests of survival share: a tiny run to hurt, children that can be killed, and the counts of `make torture`.
 
 Children are forked from a server that has torch imported already, so that a hundred of them cost no hundred imports.
-`python tests/torture.py` runs tests/test_survival.py with full counts and prints the README's table.
+`python tests/training/torture.py` runs tests/training/test_survival.py with full counts and prints the README's table.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import time
 import traceback
 from pathlib import Path
 
-import numpy as np
+from runs import ALPHABET, write_corpus
 
 from strawberry.common import run_cli
 from strawberry.training import checkpoint, plot
@@ -30,32 +30,15 @@ from strawberry.training.step import TrainStep
 with contextlib.suppress(ImportError):  # on Windows there is none, and the tests that need it are skipped
     import resource
 
-ROOT = Path(__file__).resolve().parent.parent
-FULL = bool(os.environ.get("TORTURE"))
-ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .\n"
-TEXT = "".join(f"{word} sat on the mat and saw {n} dogs.\n" for n in range(40) for word in ("a cat", "the owl", "we"))
+ROOT = Path(__file__).resolve().parents[2]
+SURVIVAL = "tests/training/test_survival.py"
 MODEL = {
     "vocab_size": 44, "block_size": 16, "n_layer": 1, "r_layer": 1, "n_head": 2, "n_embd": 16, "n_qkv": 16,
     "retention_chunk": 4, "n_experts": 2, "a_experts": 1,
 }  # fmt: skip
 
 
-def count(few: int, many: int) -> int:
-    """How often: few times in every run of the tests, many under `make torture`."""
-    return many if FULL else few
-
-
 # ---- a run to hurt -------------------------------------------------------------------------------------------------
-
-
-def write_corpus(path, text=TEXT):
-    import encoder as encoders
-    from strawberry.data.token_file import TokenFileWriter
-
-    encoder = encoders.load("chars:text.txt")
-    with TokenFileWriter(path, encoder) as writer:
-        for line in text.splitlines(keepends=True):
-            writer.add(np.array(encoder.encode(line)))
 
 
 def write_run(path="run.json", **changes):
@@ -91,7 +74,8 @@ def timeless(path="ck/metrics.jsonl") -> list[dict]:
 @functools.cache
 def server():
     """multiprocessing, with a server that has imported train and its kin."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    folders = [ROOT, ROOT / "tests" / "helpers", Path(__file__).parent]
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     os.environ["PYTHONPATH"] = path
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torture", "safetensors.torch"])
@@ -328,10 +312,10 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 PROPERTIES = {  # test → its row; hypothesis' tests cannot record what they did
-    "tests/test_encoder.py::test_round_trip_of_any_string": ("random strings through the encoder", "20,000"),
-    "tests/test_config.py::test_round_trip": ("random valid configs: JSON → dataclass → JSON", "2,000"),
-    "tests/test_survival.py::test_any_mutation_of_a_config_is_valid_or_refused_by_name": ("mutated configs", "2,000"),
-    "tests/test_survival.py::test_any_override_is_a_run_or_a_user_error": ("random --key=value", "2,000"),
+    "tests/data/test_encoder.py::test_round_trip_of_any_string": ("random strings through the encoder", "20,000"),
+    "tests/common/test_config.py::test_round_trip": ("random valid configs: JSON → dataclass → JSON", "2,000"),
+    f"{SURVIVAL}::test_any_mutation_of_a_config_is_valid_or_refused_by_name": ("mutated configs", "2,000"),
+    f"{SURVIVAL}::test_any_override_is_a_run_or_a_user_error": ("random --key=value", "2,000"),
 }
 
 
@@ -371,7 +355,7 @@ def main() -> int:
     os.chdir(ROOT)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     others = [name for name in PROPERTIES if "test_survival" not in name]
-    code = pytest.main(["-q", "tests/test_survival.py", *others], plugins=[notes])
+    code = pytest.main(["-q", SURVIVAL, *others], plugins=[notes])
     version = re.search(r"[\d.]+", sys.version)[0]
     print("\n| what was done to it | how much |\n| --- | --- |")
     print("\n".join(f"| {what} | {how} |" for what, how in notes.rows()))

@@ -1,10 +1,20 @@
-"""What tests need of the machine. Where it is missing they are skipped; in CI (CI=true) they fail and name it."""
+"""What tests need of the machine, and how much of each they do.
+
+Where something is missing, a test is skipped; in CI (CI=true) it fails and names it.
+"""
 
 import importlib.util
 import os
 import shutil
 
 import pytest
+
+FULL = bool(os.environ.get("TORTURE"))
+
+
+def count(few: int, many: int) -> int:
+    """How often: few times in every run of the tests, many under `make torture`."""
+    return many if FULL else few
 
 
 def is_ci() -> bool:

@@ -12,13 +12,13 @@ from machine import require_module
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.common import INTERPRETED
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GROUPS = [
     "decode",
     "aft",
     "grow",
     "not decode and not aft and not grow",
-]  # each a share of tests/kernels_in_interpreter.py, as pytest's -k has it
+]  # each a share of tests/ops/kernels_in_interpreter.py, as pytest's -k has it
 
 
 def python(*args: str, **variables: str) -> subprocess.CompletedProcess:
@@ -29,7 +29,7 @@ def python(*args: str, **variables: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("group", GROUPS)
 def test_kernels_in_the_interpreter(group):
     require_module("triton")
-    run = python("-m", "pytest", "-q", "-x", "tests/kernels_in_interpreter.py", "-k", group, TRITON_INTERPRET="1")
+    run = python("-m", "pytest", "-q", "-x", "tests/ops/kernels_in_interpreter.py", "-k", group, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert "skipped" not in run.stdout
 

@@ -1,4 +1,4 @@
-"""The kernels of strawberry/ops/triton in Triton's interpreter, on the CPU. tests/test_kernels.py runs this file in
+"""The kernels of strawberry/ops/triton in Triton's interpreter, on the CPU. tests/ops/test_kernels.py runs this file in
 processes of its own, with TRITON_INTERPRET=1, so that no other test's Triton is changed.
 
 References are written out in float64 and share no code with them.
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_decode import by_generate, collect, made, requests_for
+from decoding import by_generate, collect, requests_for, small_model
 
 from model import AFTS, build
 from strawberry.context import ForwardContext
@@ -31,7 +31,7 @@ from strawberry.ops.triton.decode_attention import num_splits
 from strawberry.ops.triton.retention import can_fuse_update
 from strawberry.ops.triton.rope import can_fuse_rope, fused_qk_rope_norm, qkv_grad_quantize
 
-assert INTERPRETED, "run by tests/test_kernels.py, or with TRITON_INTERPRET=1"
+assert INTERPRETED, "run by tests/ops/test_kernels.py, or with TRITON_INTERPRET=1"
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,7 @@ def test_decode_writes_the_new_token_into_the_ring(shape, splits):
 @pytest.mark.parametrize("name", ["tinystar", "tinystar, window", "strawberry, experts, two passes", "encoder-decoder"])
 def test_decoder_through_kernels_makes_the_texts_that_generate_makes(name, monkeypatch):
     """Without kernels."""
-    model = made(name).float()
+    model = small_model(name).float()
     requests = requests_for(model, 4)
     got = collect(Decoder(model, 2, 64), requests)
     monkeypatch.setattr(kernels, "can_run", lambda *tensors: False)

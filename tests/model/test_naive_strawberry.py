@@ -5,17 +5,12 @@ another form, and values worked out by hand. Nothing here knows model.py.
 """
 
 import math
-import os
-import sys
 
+import naive_strawberry as naive
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
-import naive_strawberry as naive
 
 CFG = {"vocab_size": 11, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 8, "n_qkv": 16, "r_layer": 2}
 CFG |= {"window": 5, "retention_chunk": 4, "aft_ratio": 1}

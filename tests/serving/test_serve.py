@@ -21,8 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from machine import require_module
-from torture import count
+from machine import count, require_module
 
 import encoder as encoders
 import model as models

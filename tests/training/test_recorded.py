@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import assert_same, metrics, prepared, run, weights_and_state, workshop, write_config  # noqa: F401
+from runs import assert_same, metrics, prepared, run, weights_and_state, write_config
 
 import train
 from strawberry.training import cuda_graph
@@ -44,7 +44,7 @@ def close(a: dict, b: dict):
 
 @pytest.mark.parametrize("muon", ["true", "false"])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_recorded_steps_train_as_others_do(workshop, monkeypatch, muon, accumulation):  # noqa: F811
+def test_recorded_steps_train_as_others_do(run_folder, monkeypatch, muon, accumulation):  # noqa: F811
     write_config(model_hyperparams=EXPERTS | {"dropout": 0.1})
     keys = [f"--optimizer_hyperparams.use_muon={muon}", f"--gradient_accumulation_steps={accumulation}"]
     assert run(*keys, "--checkpoints.path=plain") == 0
@@ -61,7 +61,7 @@ def test_recorded_steps_train_as_others_do(workshop, monkeypatch, muon, accumula
         assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in a if key not in ("seconds", "tokens_per_s"))
 
 
-def test_a_recorded_run_that_stopped_goes_on_as_if_it_had_not(workshop, recording):  # noqa: F811
+def test_a_recorded_run_that_stopped_goes_on_as_if_it_had_not(run_folder, recording):  # noqa: F811
     assert run("--checkpoints.path=whole") == 0
     assert run("--max_iters=6", "--lr_decay_iters=10") == 0
     assert run("--init_from=resume") == 0
@@ -69,7 +69,7 @@ def test_a_recorded_run_that_stopped_goes_on_as_if_it_had_not(workshop, recordin
         assert_same(whole, resumed)
 
 
-def test_the_console_waits_for_no_more_steps_than_are_logged(workshop, recording, monkeypatch, capsys):  # noqa: F811
+def test_the_console_waits_for_no_more_steps_than_are_logged(run_folder, recording, monkeypatch, capsys):  # noqa: F811
     """Its rows are of steps that are waited for anyway: the first, those of an interval, and the last."""
     heard, waits = CudaGraphStep.completed, []
 
@@ -133,7 +133,7 @@ def spoil(monkeypatch, *positions, value=math.nan):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("muon", ["true", "false"])
-def test_what_is_not_finite_changes_nothing_nor_do_later_steps(workshop, recording, monkeypatch, muon, value):  # noqa: F811
+def test_what_is_not_finite_changes_nothing_nor_do_later_steps(run_folder, recording, monkeypatch, muon, value):  # noqa: F811
     write_config(model_hyperparams=EXPERTS)
     keys = [f"--optimizer_hyperparams.use_muon={muon}", "--checkpoints.interval=100", "--log_interval=100",
             "--eval_interval=100", "--max_iters=16", "--lr_decay_iters=16"]
@@ -150,7 +150,7 @@ def test_what_is_not_finite_changes_nothing_nor_do_later_steps(workshop, recordi
     assert mine["muon_step"] == find_latest("ck").load_state()["optimizer"]["muon_step"]
 
 
-def test_a_rollback_goes_on_recorded(workshop, recording, monkeypatch, capsys):  # noqa: F811
+def test_a_rollback_goes_on_recorded(run_folder, recording, monkeypatch, capsys):  # noqa: F811
     spoil(monkeypatch, 6)
     records = []
     record = CudaGraphStep.capture
@@ -163,7 +163,7 @@ def test_a_rollback_goes_on_recorded(workshop, recording, monkeypatch, capsys): 
     assert find_latest("ck").load_state()["progress"]["skipped"] == 3 and Path("out/tiny.model").exists()
 
 
-def test_the_host_is_some_steps_ahead_and_no_more(workshop, recording, monkeypatch):  # noqa: F811
+def test_the_host_is_some_steps_ahead_and_no_more(run_folder, recording, monkeypatch):  # noqa: F811
     late(monkeypatch)
     waiting, heard = [], CudaGraphStep.completed
 
@@ -178,7 +178,7 @@ def test_the_host_is_some_steps_ahead_and_no_more(workshop, recording, monkeypat
     assert waiting[:10] == [0, 1, 2, 3, 4, 4, 4, 4, 4, 0]
 
 
-def test_a_signal_waits_for_the_steps_on_their_way(workshop, recording, monkeypatch):  # noqa: F811
+def test_a_signal_waits_for_the_steps_on_their_way(run_folder, recording, monkeypatch):  # noqa: F811
     late(monkeypatch)
     take = CudaGraphStep.launch
     calls = []
@@ -198,7 +198,7 @@ def test_a_signal_waits_for_the_steps_on_their_way(workshop, recording, monkeypa
     assert_same(weights_and_state("whole")[1], weights_and_state("ck")[1])
 
 
-def test_what_cannot_be_recorded_trains_all_the_same(workshop, recording, monkeypatch, capsys):  # noqa: F811
+def test_what_cannot_be_recorded_trains_all_the_same(run_folder, recording, monkeypatch, capsys):  # noqa: F811
     def broken(self, batches):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 

@@ -1,7 +1,7 @@
 """Who starts how and who is optimized by whom, parameter by parameter, as the families say it."""
 
 import pytest
-from test_model import CASES
+from cases import CASES
 
 from model import build
 

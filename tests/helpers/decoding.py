@@ -1,0 +1,65 @@
+"""One small model of each family that generates text, requests to it, and the texts that it makes."""
+
+import pytest
+import torch
+
+from model import build
+from strawberry.inference.engine import generate
+from strawberry.inference.sampling import Request
+
+SMALL = {"vocab_size": 31, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32}
+MODELS = {
+    "strawberry": {"n_qkv": 32, "retention_chunk": 16},
+    "strawberry, experts, two passes": {"n_qkv": 32, "retention_chunk": 16, "n_experts": 2, "recursions": 2},
+    "strawberry, adaptive": {"n_qkv": 32, "retention": "none", "recursions": 2, "adaptive": True},
+    "strawberry-v0": {"arch": "strawberry-v0", "n_qkv": 32, "compaction": True, "retention_chunk": 16, "aft": "conv"},
+    "palm": {"arch": "palm", "n_qkv": 32, "d_rank": 8},
+    "palm, lam": {"arch": "palm", "n_qkv": 32, "attention_type": "lam"},
+    "tinystar": {"arch": "tinystar"},
+    "tinystar, learned": {"arch": "tinystar", "pos_encoding": "Learned", "attention_type": "MHA"},
+    "tinystar, window": {"arch": "tinystar", "attention_type": "MQA-SWA", "window": 9},
+    "tinystar, latent": {"arch": "tinystar", "attention_type": "MHLA"},
+    "transformer": {"arch": "transformer", "kind": "decoder", "sparse": "bigbird", "sparse_block": 4},
+    "encoder-decoder": {"arch": "transformer", "pad_id": 0},
+    "batch scope": {"n_qkv": 32, "retention_scope": "batch"},
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def small_model(name: str, **more):
+    """A model whose logits tell positions and tokens apart, in float64 so that no rounding decides a draw."""
+    torch.manual_seed(3)
+    model = build(SMALL | MODELS[name] | more).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def requests_for(model, n: int) -> list[Request]:
+    """Texts that differ in all that a text may be asked for."""
+    random = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(1, 31, (1 + 5 * i % 23,), generator=random).tolist() for i in range(n)]
+    wishes = [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.5}]
+    sources = [torch.randint(0, 31, (2 + i,), generator=random).tolist() for i in range(n)]
+    return [
+        Request(prompts[i], 4 + 7 * i % 30, seed=i, source=sources[i] if model.takes_source else None,
+                stop=frozenset({3} if i % 3 == 1 else ()), **wishes[i % len(wishes)])
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def by_generate(model, r: Request) -> list[int]:
+    source = None if r.source is None else torch.tensor([r.source])
+    new = model.generate(torch.tensor([r.prompt]), r.max_new_tokens, r.temperature, r.top_k, r.top_p, r.min_p, r.stop,
+                         torch.Generator().manual_seed(r.seed), source)  # fmt: skip
+    return new[0, len(r.prompt) :].tolist()
+
+
+def collect(decoder, requests) -> list[tuple[list[int], str]]:
+    out, why = [[] for _ in requests], [None] * len(requests)
+    for i, token, ended in generate(decoder, requests):
+        assert why[i] is None
+        out[i].append(token)
+        why[i] = ended
+    assert decoder.busy == 0
+    return list(zip(out, why, strict=True))
