@@ -12,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from strawberry.common import UserError, nearest, show
 from strawberry.config import (
@@ -118,9 +118,9 @@ class Run:
         "C++ compiler is there, since compiling takes minutes there; where it fails, training goes on without",
         choices=["auto", "blocks"],
     )
-    record: bool | str = option(
-        "auto", "a step as one CUDA graph, launched at once; auto: on GPUs; where it cannot be, training goes on "
-        "without", choices=["auto"]
+    cuda_graph: bool | str = option(
+        "auto", "capture a step as one CUDA graph; auto: on GPUs; where that fails, training goes on without",
+        choices=["auto"]
     )
     img_path: str | None = option(
         "img", "directory of the curves, or a file for all of them, ending in .png, .svg or .pdf; null: none", path=True
@@ -130,6 +130,8 @@ class Run:
         "", "text that the sample continues, or an encoder-decoder's source; empty: a document's start, or a source of "
         "the validation split"
     )
+
+    renamed: ClassVar[tuple[str, ...]] = ()  # of an instance: a sentence for each key that has its old name
 
     def __post_init__(self):
         if self.lr_decay_iters is None:
@@ -157,8 +159,9 @@ class Run:
             yield "img_path", problem
 
     def warnings(self) -> Iterator[str]:
-        """What is allowed and hardly intended: a schedule that does not fit max_iters. Each names keys and values that
-        would do."""
+        """What is allowed and hardly intended: old names of keys, and a schedule that does not fit max_iters. Each
+        names keys and values that would do."""
+        yield from self.renamed
         warmup, decay, end = self.warmup_iters, self.lr_decay_iters, self.max_iters
         if end <= warmup:
             yield self._short_warmup_warning()
@@ -207,12 +210,31 @@ DEFAULT_ARCH = "strawberry"
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "config"
 
 
+RENAMED = {"record": "cuda_graph"}  # old name of a key → its name
+
+
+def rename_old_keys(raw: dict) -> tuple[list[str], list[str]]:
+    """Give the keys of RENAMED their names, in place: (a warning for each, a problem where both names are given).
+
+    >>> rename_old_keys({"record": False})
+    (["record is now called cuda_graph: write cuda_graph = false"], [])
+    """
+    warnings, problems = [], []
+    for old, new in RENAMED.items():
+        if old in raw and new in raw:
+            problems.append(f"{old} = {show(raw.pop(old))}: is the old name of {new}, which is given too; keep {new}")
+        elif old in raw:
+            raw[new] = raw.pop(old)
+            warnings.append(f"{old} is now called {new}: write {new} = {show(raw[new])}")
+    return warnings, problems
+
+
 def load_run(argv: list[str], archs: dict[str, type]) -> Run:
     """The run that a command line describes: defaults, then the file of --config, then --key=value overrides.
 
     Every problem of file and command line is in one UserError. `--help` prints every key and exits.
     """
-    names = set().union(*(dotted_names(run_class(archs, arch)) for arch in archs))
+    names = set(RENAMED).union(*(dotted_names(run_class(archs, arch)) for arch in archs))
     config, overrides, problems = parse_arguments(argv, names)
     raw: dict[str, Any] = {}
     if config is not None:
@@ -232,10 +254,12 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
 
 def make_run(raw: dict, archs: dict[str, type], problems: Iterable[str] = (), source: str = "") -> Run:
     """The run that plain data describes. Raises UserError with every problem, those known before included."""
+    warnings, old_problems = rename_old_keys(raw)
     arch, arch_problems = take_arch(raw, archs)
     run, found = check(run_class(archs, arch), raw)
-    if problems := [*problems, *arch_problems, *found]:
+    if problems := [*problems, *old_problems, *arch_problems, *found]:
         raise UserError(join_problems(problems, source))
+    run.renamed = tuple(warnings)
     return run
 
 

@@ -77,7 +77,7 @@ def test_the_cache_equals_the_full_pass_on_a_gpu(hyper):
 
 @every_model
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_recorded_steps_make_the_texts_that_the_cpu_makes(name, dtype):
+def test_captured_steps_make_the_texts_that_the_cpu_makes(name, dtype):
     model = small_model(name).to(dtype)
     requests = requests_for(model, 9)
     expected = collect(Decoder(model, 3, 64), requests)
@@ -268,14 +268,14 @@ def trainer_of(folder, monkeypatch, config: str = "air.json", **keys):
     {}, {"dtype": "float32", "optimizer_hyperparams.use_muon": "true", "gradient_accumulation_steps": 3},
     {"model_hyperparams.n_experts": 2, "model_hyperparams.dropout": 0.1},
 ], ids=str)  # fmt: skip
-def test_recorded_training_is_training(tmp_path, monkeypatch, keys):
+def test_captured_training_is_training(tmp_path, monkeypatch, keys):
     """One graph does what the host's steps do: the same losses, the same weights."""
 
     weights, losses = [], []
-    for record in ("auto", "false"):
-        (tmp_path / record).mkdir()
-        trainer = trainer_of(tmp_path / record, monkeypatch, record=record, **keys)
-        assert bool(trainer.graph_step) == (record == "auto")
+    for graph in ("auto", "false"):
+        (tmp_path / graph).mkdir()
+        trainer = trainer_of(tmp_path / graph, monkeypatch, cuda_graph=graph, **keys)
+        assert bool(trainer.graph_step) == (graph == "auto")
         trainer.train()
         trainer.close()
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
@@ -284,7 +284,7 @@ def test_recorded_training_is_training(tmp_path, monkeypatch, keys):
     assert (weights[0] - weights[1]).norm() / weights[1].norm() < 1e-2
 
 
-def test_a_recorded_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
+def test_a_captured_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch):
 
     trainer = trainer_of(tmp_path, monkeypatch, log_interval=100)
     take, before = cuda_graph.CudaGraphStep.launch, []
@@ -304,7 +304,7 @@ def test_a_recorded_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatc
         assert torch.equal(p.nan_to_num(), then.nan_to_num())
 
 
-def test_what_cannot_be_recorded_leaves_everything_usable(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_captured_leaves_everything_usable(tmp_path, monkeypatch, capsys):
 
     accumulate = TrainStep.accumulate
 
@@ -315,7 +315,7 @@ def test_what_cannot_be_recorded_leaves_everything_usable(tmp_path, monkeypatch,
 
     monkeypatch.setattr(TrainStep, "accumulate", waits)
     trainer = trainer_of(tmp_path, monkeypatch, **{"model_hyperparams.dropout": 0.1})
-    assert trainer.graph_step is None and "steps cannot be recorded" in capsys.readouterr().err
+    assert trainer.graph_step is None and "cannot be captured as a CUDA graph" in capsys.readouterr().err
     trainer.train()
     assert trainer.progress.step == 12 and torch.rand(3, device="cuda").isfinite().all()
 
@@ -344,7 +344,7 @@ def test_the_fused_head_is_the_plain_one(arch, monkeypatch):
     ("air.json", {"retention": "none"}), ("air.json", {"retention_scope": "batch"}),
 ], ids=str)  # fmt: skip
 def test_training_in_8_bits_is_training(tmp_path, monkeypatch, config, hyper):
-    """The same losses as in bfloat16, where steps are recorded."""
+    """The same losses as in bfloat16, where steps are captured."""
 
     monkeypatch.setattr(float8, "MIN_DIM", 16)
     keys = {f"model_hyperparams.{key}": value for key, value in hyper.items()}
@@ -457,10 +457,10 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
     {"parallel": "fsdp"}, {"parallel": "fsdp", "optimizer_hyperparams.use_muon": "true"},
     {"dtype": "float32", "optimizer_hyperparams.use_muon": "true", "gradient_accumulation_steps": 3},
 ], ids=str)  # fmt: skip
-def test_recorded_training_on_two_gpus_is_training(tmp_path, monkeypatch, keys):
+def test_captured_training_on_two_gpus_is_training(tmp_path, monkeypatch, keys):
     keys = {"checkpoints.path": "checkpoints", "batch_size": 8} | keys
-    runs = [train_on_two(tmp_path / record, monkeypatch, record=record, **keys) for record in ("true", "false")]
+    runs = [train_on_two(tmp_path / graph, monkeypatch, cuda_graph=graph, **keys) for graph in ("true", "false")]
     for what in ("loss", "val_loss", "grad_norm"):
-        recorded, called = ([line[what] for line in lines if what in line] for lines, _ in runs)
-        assert recorded and recorded == pytest.approx(called, rel=2e-3 if what != "grad_norm" else 2e-2)
-    assert not any("cannot be recorded" in told for _, told in runs)
+        captured, called = ([line[what] for line in lines if what in line] for lines, _ in runs)
+        assert captured and captured == pytest.approx(called, rel=2e-3 if what != "grad_norm" else 2e-2)
+    assert not any("cannot be captured" in told for _, told in runs)

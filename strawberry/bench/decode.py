@@ -192,7 +192,7 @@ class DecodeBenchmark:
         decoder.release(decode_first_token(decoder, next(prompts)))
         seconds = hardware.synchronized_time(self.device) - began
         n = steps - WARMUP_STEPS - 2  # the device may be a step ahead
-        if self.device.type == "cuda":  # steps are recorded as texts grow: none while the time is taken
+        if self.device.type == "cuda":  # graphs are captured as texts grow: none while the time is taken
             n, _ = self.time_steps(decoder, itertools.islice(prompts, batch), n)
         done, took = self.time_steps(decoder, itertools.islice(prompts, batch), n)
         return {"first_token_s": seconds, "tokens_per_s": batch * done / took, "steps": done}

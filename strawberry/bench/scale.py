@@ -101,6 +101,6 @@ def format_row(rows: list[dict]) -> str:
     line = (
         f"{name:<8} {row['tokens_per_s']:>11,.0f} tokens/s, {share}"
         f"{row['step_ms']:,.2f} ms a step of {row['tokens_per_step']:,} tokens, loss {row['loss']:.6f}{memory}"
-        f"{link}; {how}{', recorded' if row['recorded'] else ''}, ready after {row['ready_s']:,.0f} s"
+        f"{link}; {how}{', CUDA graph' if row['cuda_graph'] else ''}, ready after {row['ready_s']:,.0f} s"
     )
     return "\n".join([line, *(f"         {warning}" for warning in row["warnings"])])

@@ -49,6 +49,7 @@ from train import Trainer
 
 MEASURED_SECONDS = 3.0
 STEP_PARTS = ("data", "forward", "backward", "optimizer")
+STEP_KINDS = {"compiled": "compiled", "cuda_graph": "CUDA graph"}  # key of a row → how a step is taken
 TIMED_STEPS = 20  # steps whose parts are timed
 ALL_REDUCE_BYTES = 256 << 20  # of the tensor whose sum over all processes is timed
 
@@ -111,7 +112,7 @@ class BenchmarkTrainer(Trainer):
         }
 
     def measure_parts(self, steps: int = TIMED_STEPS) -> dict[str, float]:
-        """Milliseconds of each part, taken one after another and not recorded: together they may be more than a step.
+        """Milliseconds of each part, one after another and without a CUDA graph: the sum may exceed a step.
         `data` is what the loop waits for the loader."""
         self.steps.release_graph()
         marks, waits = StageTimer(self.device), []
@@ -155,7 +156,7 @@ class BenchmarkTrainer(Trainer):
         found = self.measure_speed()
         found |= {
             "step_ms": 1e3 * self.tokens_per_step / found["tokens_per_s"],
-            "recorded": bool(self.graph_step),
+            "cuda_graph": bool(self.graph_step),
             "tokens_per_step": self.tokens_per_step,
             "kernels": self.profile_kernels() if profile else [],
         }
@@ -181,12 +182,12 @@ class BenchmarkTrainer(Trainer):
             "params": self.model.num_params(non_embedding=False), "tokens_per_step": self.tokens_per_step,
             "tokens_per_s": steps * self.tokens_per_step / seconds, "step_ms": 1e3 * seconds / steps,
             "loss": self.loss, "memory": self.peak_memory(), "compile": compiled,
-            "recorded": bool(self.graph_step and self.graph_step.graph),
+            "cuda_graph": bool(self.graph_step and self.graph_step.graph),
             "link_bytes_per_s": self.measure_all_reduce(),
         }  # fmt: skip
 
     def peak_memory(self) -> int | None:
-        """Bytes at most, the rehearsal included: what a recorded step uses is counted when it is recorded, and only
+        """Bytes at most, the warm-up included: a CUDA graph's memory is counted when it is captured, and only
         then. On a CPU all that the process had in memory, torch included."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else hardware.peak_resident_bytes()
 
@@ -351,13 +352,13 @@ def format_step(row: dict) -> str:
     if "why" in row:
         return f"{row['config']}: {row['why']}"
     parts = ", ".join(f"{name} {ms:,.2f}" for name, ms in row["parts_ms"].items())
-    how = ", ".join(name for name in ("compiled", "recorded") if row[name]) or "neither compiled nor recorded"
+    how = ", ".join(name for key, name in STEP_KINDS.items() if row[key]) or "neither compiled nor a CUDA graph"
     memory = f"{row['memory'] / 2**30:,.2f} GiB at most" if row["memory"] else "memory not measured"
     lines = [
         f"{row['config']} on {row['machine']}, {row['params']:,} parameters, {row['tokens_per_step']:,} tokens a step",
         f"    {row['tokens_per_s']:,.0f} tokens/s: {row['step_ms']:,.3f} ms a step, {how}; {row['ready_s']:,.0f} s to "
         "get ready",
-        f"    one after another, not recorded: {parts} ms",
+        f"    one after another, without a CUDA graph: {parts} ms",
         f"    {row['flops_per_s'] / 1e12:,.2f} TFLOP/s, {row['share']:.1%} of the {row['ceiling'] / 1e12:,.1f} of a "
         f"large product; {memory}",
     ]

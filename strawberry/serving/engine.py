@@ -37,7 +37,7 @@ from strawberry.serving.settings import Settings
 
 MAX_UNREAD = 100_000  # pieces that are kept for a client that does not take them
 log = logging.getLogger("uvicorn.error")
-CUDA_LOCK = threading.Lock()  # on CUDA: while a step is recorded, no other thread may ask for memory
+CUDA_LOCK = threading.Lock()  # on CUDA: while a graph is captured, no other thread may ask for memory
 
 
 class Sequence(TextStream):

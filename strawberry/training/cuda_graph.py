@@ -10,7 +10,7 @@ from torch import Tensor
 from strawberry.data.loader import map_tensors
 from strawberry.data.objectives import Batch
 
-MAX_QUEUED_STEPS = 4  # recorded steps that a GPU may be behind the host
+MAX_QUEUED_STEPS = 4  # steps that the GPU may be behind the host
 
 
 def can_capture(device: torch.device) -> bool:
@@ -39,7 +39,7 @@ class CudaGraphStep:
     step whose loss or gradient is not finite changes nothing, and nor does any step after it, so that the host may
     hear of it some steps late and still find all as it was before.
 
-    `step` is what is recorded; on a device other than CUDA, and where `graph` is False, it is simply called. Of several
+    `step` is what is captured; on a device other than CUDA, and where `graph` is False, it is simply called. Of several
     ranks each launches its own graph, and their sums over NCCL are in it: all of them must launch the same steps.
     """
 

@@ -173,7 +173,7 @@ class ProcessGroup:
         self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
         self.heartbeat: Heartbeat | None = None
         if device.type == "cuda":
-            # CUDA's default stream cannot be recorded, and autograd adds up gradients where their parameters were first
+            # CUDA's default stream cannot be captured, and autograd adds up gradients where their parameters were first
             # used: so all of this process's work is on another one
             torch.cuda.synchronize()
             torch.cuda.set_stream(torch.cuda.Stream())
@@ -457,8 +457,8 @@ class FSDP(ProcessGroup):
         about = self.root._get_fsdp_state()._comm_ctx
         for stream in (about.all_gather_copy_in_stream, about.all_gather_stream, about.reduce_scatter_stream):
             with torch.cuda.stream(stream):
-                recorded = torch.cuda.is_current_stream_capturing()
-            if recorded:
+                capturing = torch.cuda.is_current_stream_capturing()
+            if capturing:
                 torch.cuda.current_stream().wait_stream(stream)
 
     def reset(self) -> None:

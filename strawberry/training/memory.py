@@ -209,6 +209,6 @@ class MemoryPlanner:
                 'set batch_size to "auto", or lower'
             )
         sizes = (f"model_hyperparams.{key} ({getattr(hyper, key)})" for key in ("block_size", "n_embd", "n_layer"))
-        # a recorded step's memory
-        free = ", or set record to false" if run.record and cuda_graph.can_capture(self.state.device) else ""
+        # a captured step's memory
+        free = ", or set cuda_graph to false" if run.cuda_graph and cuda_graph.can_capture(self.state.device) else ""
         return f"{mend} {', '.join(sizes)}{free}."

@@ -158,41 +158,41 @@ class TrainStep:
                     buffer.copy_(buffers[name])
 
     def capture(self) -> None:
-        """Have steps recorded from now on, where `record` asks for it and this machine can."""
+        """Take steps as one CUDA graph from now on, where `cuda_graph` asks for it and this machine can."""
         run = self.state.run
         ranks = self.state.ranks
-        if not run.record or self.state.graph_step or not cuda_graph.can_capture(self.state.device):
+        if not run.cuda_graph or self.state.graph_step or not cuda_graph.can_capture(self.state.device):
             return
         rows, firsts = divide_batch(run.batch_size, run.gradient_accumulation_steps, ranks.rank, ranks.world)
         batches = [
             evaluation.make_batch(self.state.objective, self.state.corpus.train, run.seed, 0, rows, self.state.device)
         ] * len(firsts)
-        recorded, why = cuda_graph.CudaGraphStep(self, ranks.can_capture), ""
+        graph_step, why = cuda_graph.CudaGraphStep(self, ranks.can_capture), ""
         try:
             with ranks.detect_peer_loss():
-                recorded.capture(batches)
+                graph_step.capture(batches)
         except Exception as error:
-            recorded.close()
+            graph_step.close()
             if memory.is_out_of_memory(error) or isinstance(error, distributed.PeerLost):
                 raise
             reason = str(error).strip().partition("\n")[0]
             why = f"{type(error).__name__}: {reason}"
         if ranks.world > 1 and ranks.max_signal(bool(why)) and not why:  # all of them, or none
-            recorded.close()
+            graph_step.close()
             why = "another process could not"
         if not why:
-            self.state.graph_step = recorded
+            self.state.graph_step = graph_step
             ranks.start_heartbeat()
             return
-        del recorded
-        warn(f"steps cannot be recorded, so that they take longer ({why})")
+        del graph_step  # frees its memory before the steps that follow
+        warn(f"a step cannot be captured as a CUDA graph, so that steps take longer ({why})")
         self.do_without_graph()
 
     def do_without_graph(self) -> None:
         """Of several ranks the steps are called one by one, and the host still waits for none. One process takes them
         in the old way."""
         if self.state.ranks.world == 1 or not self.state.ranks.can_capture:
-            self.state.run.record = False
+            self.state.run.cuda_graph = False
             return
         self.state.forward = self.state.model
         self.state.ranks.reset()

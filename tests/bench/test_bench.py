@@ -823,7 +823,7 @@ def test_train_tells_what_a_step_is_made_of(real, capsys):
         assert list(row["parts_ms"]) == ["data", "forward", "backward", "optimizer"]
         assert all(ms > 0 for ms in row["parts_ms"].values())
     told = capsys.readouterr().out
-    assert "neither compiled nor recorded" in told and "one after another, not recorded: data" in told
+    assert "neither compiled nor a CUDA graph" in told and "one after another, without a CUDA graph: data" in told
 
 
 def test_train_counts_what_rows_have_in_common_once(real):
@@ -953,7 +953,7 @@ def test_scale_measures_processes_as_train_runs_them(workshop, capsys):
 def test_scale_gives_each_process_as_many_rows_unless_told_otherwise(workshop, monkeypatch):
     seen = []
     row = {"tokens_per_s": 1.0, "step_ms": 1.0, "tokens_per_step": 1, "loss": 1.0, "memory": None, "compile": False,
-           "link_bytes_per_s": None, "recorded": False, "ready_s": 1.0, "warnings": ["warning: slow"]}  # fmt: skip
+           "link_bytes_per_s": None, "cuda_graph": False, "ready_s": 1.0, "warnings": ["warning: slow"]}  # fmt: skip
 
     def scaled(run, n, steps):
         seen.append((n, run.parallel, run.batch_size))
@@ -973,12 +973,13 @@ def test_scale_tells_why_processes_could_not_start(workshop, capsys):
 
 def test_a_share_is_of_as_many_single_processes():
     row = {"parallel": "", "processes": 1, "tokens_per_s": 100.0, "step_ms": 1.0, "tokens_per_step": 1, "loss": 1.0,
-           "memory": 2**30, "compile": "blocks", "link_bytes_per_s": None, "recorded": True, "ready_s": 1.0,
+           "memory": 2**30, "compile": "blocks", "link_bytes_per_s": None, "cuda_graph": True, "ready_s": 1.0,
            "warnings": []}  # fmt: skip
-    four = row | {"parallel": "ddp", "processes": 4, "tokens_per_s": 360.0, "link_bytes_per_s": 3e11, "recorded": False}
+    four = row | {"parallel": "ddp", "processes": 4, "tokens_per_s": 360.0, "link_bytes_per_s": 3e11}
+    four["cuda_graph"] = False
     assert "90.0% of 4 × one" in scale.format_row([row, four]) and "300.0 GB/s" in scale.format_row([row, four])
     assert "× one" not in scale.format_row([four])
-    assert "1.00 GiB at most; blocks compiled, recorded" in scale.format_row([row])
+    assert "1.00 GiB at most; blocks compiled, CUDA graph" in scale.format_row([row])
 
 
 # ---- serve ---------------------------------------------------------------------------------------------------------

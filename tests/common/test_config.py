@@ -22,7 +22,7 @@ from optimizer import lr_at
 from strawberry import config_docs
 from strawberry.common import UserError, atomic_write, is_first_to_report, nearest, report_error
 from strawberry.config import check, declared, dotted_names, option, path_names, read_json, sections, to_dict
-from strawberry.run_config import Run, load_run, make_run, run_class
+from strawberry.run_config import RENAMED, Run, load_run, make_run, run_class
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,7 +96,7 @@ def program(body, *argv, cwd=None, **pipes):
     """Run `body`, the lines of a main(argv) that ends in run_cli, as a program."""
     code = "import sys, time\nfrom strawberry.common import UserError, run_cli\ndef main(argv):\n"
     code += "".join(f"    {line}\n" for line in body.splitlines())
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])}
     command = [sys.executable, "-c", code + "run_cli(main)", *argv]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=not pipes, text=True, timeout=60, **pipes)
 
@@ -756,3 +756,28 @@ def test_plain_data_is_judged_as_a_file_and_a_command_line_are(tmp_path):
         load_run(["--learning_rate=-1", "--model_hyperparams.n_layr=3"], ARCHS)
     assert str(told.value) == str(expected.value)
     assert load_run(["--img_path=null"], ARCHS).img_path is None
+
+
+# ---- keys under their old names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [["--record=false"], ["--record", "false"], ["--config", "old.json"]])
+def test_an_old_name_works_and_a_warning_names_the_new_one(tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    Path("old.json").write_text('{"record": false, "max_iters": 5000}')
+    run = load_run(argv, ARCHS)
+    assert run.cuda_graph is False and "record" not in to_dict(run)
+    assert list(run.warnings())[0] == "record is now called cuda_graph: write cuda_graph = false"
+
+
+def test_old_names_are_judged_as_the_new_ones_are(tmp_path):
+    with pytest.raises(UserError, match="^cuda_graph = 7: must be true or false or \"auto\"$"):
+        make_run({"record": 7}, ARCHS)
+    with pytest.raises(UserError, match="record = true: is the old name of cuda_graph, which is given too; keep cuda"):
+        make_run({"record": True, "cuda_graph": True}, ARCHS)
+    assert make_run({"cuda_graph": True}, ARCHS).renamed == ()
+
+
+def test_every_old_name_leads_to_a_key():
+    names = dotted_names(Run)
+    assert RENAMED and all(new in names and old not in names for old, new in RENAMED.items())

@@ -215,7 +215,7 @@ def test_a_compiler_makes_the_same_of_it_in_one_graph(shape):
     assert torch.equal(eager, compiled)
 
 
-def test_training_in_8_bits(run_folder, capfd):  # noqa: F811
+def test_training_in_8_bits(run_folder, capfd):
     write_config(model_hyperparams={"n_embd": 32, "n_qkv": 32})
     assert run("--dtype=float8") == 0
     told = capfd.readouterr()
@@ -226,7 +226,7 @@ def test_training_in_8_bits(run_folder, capfd):  # noqa: F811
     assert eight != sixteen and eight == pytest.approx(sixteen, rel=2e-2)
 
 
-def test_a_model_too_small_for_it_is_told_so(run_folder, capfd, monkeypatch):  # noqa: F811
+def test_a_model_too_small_for_it_is_told_so(run_folder, capfd, monkeypatch):
     monkeypatch.setattr(float8, "MIN_DIM", 512)
     write_config()
     assert run("--dtype=float8", "--max_iters=2") == 0

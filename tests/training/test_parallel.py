@@ -357,23 +357,23 @@ def two(argv) -> None:
     checkpointing.save_checkpoint = save
     with leaving_steps_to_the_device():
         more = ["--parallel=ddp", "--model_hyperparams.dropout=0.1"]
-        found["recorded"] = [run("--checkpoints.path=recorded", "--parallel=ddp"),
-                             run("--checkpoints.path=recorded_turns", *more[:1], "--batch_size=3", "--max_iters=2"),
-                             run("--checkpoints.path=recorded_dropout", *more),
+        found["captured"] = [run("--checkpoints.path=captured", "--parallel=ddp"),
+                             run("--checkpoints.path=captured_turns", *more[:1], "--batch_size=3", "--max_iters=2"),
+                             run("--checkpoints.path=captured_dropout", *more),
                              run("--checkpoints.path=spoiled", "--parallel=ddp", trainer=Spoiled),
                              run("--checkpoints.path=rolled", "--parallel=ddp", "--on_nan=rollback", trainer=Spoiled),
-                             run("--checkpoints.path=recorded_fsdp", "--parallel=fsdp"),
+                             run("--checkpoints.path=captured_fsdp", "--parallel=fsdp"),
                              run("--checkpoints.path=rolled_fsdp", "--parallel=fsdp", "--on_nan=rollback",
                                  trainer=Spoiled)]
-        recorded, cuda_graph.CudaGraphStep = cuda_graph.CudaGraphStep, Lagging
+        captured, cuda_graph.CudaGraphStep = cuda_graph.CudaGraphStep, Lagging
         rare = ["--parallel=ddp", "--log_interval=100", "--eval_interval=100"]
         found["lagging"] = [run("--checkpoints.path=lagging", *rare, "--on_nan=rollback", trainer=Spoiled),
                             run("--checkpoints.path=together", *rare[:1], "--max_iters=500", trainer=Together)]
         cuda_graph.CudaGraphStep = Unrecordable
-        found["recorded"] += [run(f"--checkpoints.path=unrecordable_{mode}", f"--parallel={mode}")
+        found["captured"] += [run(f"--checkpoints.path=uncapturable_{mode}", f"--parallel={mode}")
                           for mode in MODES]  # fmt: skip
-        cuda_graph.CudaGraphStep = recorded
-    found["recorded"].append(run("--checkpoints.path=called_dropout", *more))
+        cuda_graph.CudaGraphStep = captured
+    found["captured"].append(run("--checkpoints.path=called_dropout", *more))
     found["no sync"] = reduced(first)
     torch.save(found, f"found{first.rank}.pt")
     dist.barrier()
@@ -639,17 +639,17 @@ def test_gradients_travel_in_large_parcels_where_all_come_at_once(hyper, compile
 
 
 def test_steps_left_to_the_device_are_those_of_the_host(found):
-    assert [both["recorded"] for both in found[1]] == [[0, 0, 0, 3, *[0] * 6]] * 2
-    assert_same_curve("ddp", "recorded")
-    assert_same_curve("turns_one", "recorded_turns")
-    assert_same_curve("called_dropout", "recorded_dropout")
-    assert_same_curve("fsdp", "recorded_fsdp")
-    for called, recorded in (("ddp", "recorded"), ("called_dropout", "recorded_dropout"), ("fsdp", "recorded_fsdp")):
-        (_, one), (_, many) = newest_state(called), newest_state(recorded)
+    assert [both["captured"] for both in found[1]] == [[0, 0, 0, 3, *[0] * 6]] * 2
+    assert_same_curve("ddp", "captured")
+    assert_same_curve("turns_one", "captured_turns")
+    assert_same_curve("called_dropout", "captured_dropout")
+    assert_same_curve("fsdp", "captured_fsdp")
+    for called, captured in (("ddp", "captured"), ("called_dropout", "captured_dropout"), ("fsdp", "captured_fsdp")):
+        (_, one), (_, many) = newest_state(called), newest_state(captured)
         assert one.keys() == many.keys()
         for name in one:
             torch.testing.assert_close(one[name], many[name], rtol=1e-4, atol=1e-6, msg=name)
-    states = [find_latest(path).load_state()["optimizer"]["muon_step"] for path in ("ddp", "recorded")]
+    states = [find_latest(path).load_state()["optimizer"]["muon_step"] for path in ("ddp", "captured")]
     assert states[0] == states[1] == 10
 
 
@@ -661,9 +661,10 @@ def test_all_ranks_hear_of_it_after_the_same_launch(found):
 
 
 def test_where_one_rank_cannot_record_none_does(found):
-    assert_same(newest_state("unrecordable_ddp")[1], newest_state("recorded")[1])
-    assert_same(newest_state("unrecordable_fsdp")[1], newest_state("recorded_fsdp")[1])
-    assert "steps cannot be recorded, so that they take longer (another process could not)" in read("log0.txt")
+    assert_same(newest_state("uncapturable_ddp")[1], newest_state("captured")[1])
+    assert_same(newest_state("uncapturable_fsdp")[1], newest_state("captured_fsdp")[1])
+    warning = "cannot be captured as a CUDA graph, so that steps take longer (another process could not)"
+    assert warning in read("log0.txt")
     assert read("log1.txt").count("(RuntimeError: operation not permitted when stream is capturing)") == 2
 
 

@@ -801,11 +801,11 @@ def test_out_of_memory_says_which_keys_to_lower(run_folder, monkeypatch):
     monkeypatch.setattr(TrainStep, "accumulate", full)
     with pytest.raises(UserError, match="Halve batch_size and double gradient_accumulation_steps") as told:
         run()
-    assert "record" not in str(told.value)
+    assert "cuda_graph" not in str(told.value)
     monkeypatch.setattr(cuda_graph, "can_capture", lambda device: True)
-    with pytest.raises(UserError, match="or set record to false"):
+    with pytest.raises(UserError, match="or set cuda_graph to false"):
         run()
     with pytest.raises(UserError, match="Halve") as told:
-        run("--record=false")
-    assert "record" not in str(told.value)
+        run("--cuda_graph=false")
+    assert "cuda_graph" not in str(told.value)
     assert not Path("ck").exists()

@@ -1,4 +1,4 @@
-"""Steps that the host does not wait for. What is recorded on a GPU is called on the CPU, by the same code: it must do
+"""Steps that the host does not wait for. What is captured on a GPU is called on the CPU, by the same code: it must do
 what steps taken one by one do, and where something is not finite, nothing."""
 
 import math
@@ -19,12 +19,12 @@ EXPERTS = {"n_experts": 2, "n_ffn_experts": 2}
 
 
 @pytest.fixture
-def recording(monkeypatch):
-    """Steps are `Recorded`, and AdamW clips as on a GPU."""
-    record(monkeypatch)
+def graph_steps(monkeypatch):
+    """Steps are CudaGraphSteps, and AdamW clips as on a GPU."""
+    take_graph_steps(monkeypatch)
 
 
-def record(monkeypatch):
+def take_graph_steps(monkeypatch):
     build = train.build_optimizer
 
     def build_for_a_gpu(*arguments):
@@ -44,16 +44,16 @@ def close(a: dict, b: dict):
 
 @pytest.mark.parametrize("muon", ["true", "false"])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_recorded_steps_train_as_others_do(run_folder, monkeypatch, muon, accumulation):  # noqa: F811
+def test_captured_steps_train_as_others_do(run_folder, monkeypatch, muon, accumulation):
     write_config(model_hyperparams=EXPERTS | {"dropout": 0.1})
     keys = [f"--optimizer_hyperparams.use_muon={muon}", f"--gradient_accumulation_steps={accumulation}"]
     assert run(*keys, "--checkpoints.path=plain") == 0
-    record(monkeypatch)
+    take_graph_steps(monkeypatch)
     assert run(*keys) == 0
-    plain, recorded = weights_and_state("plain"), weights_and_state("ck")
-    assert plain[0] == recorded[0] == 10
-    close(plain[1], recorded[1])
-    close(plain[2], recorded[2])
+    plain, captured = weights_and_state("plain"), weights_and_state("ck")
+    assert plain[0] == captured[0] == 10
+    close(plain[1], captured[1])
+    close(plain[2], captured[2])
     muon_steps = [find_latest(path).load_state()["optimizer"]["muon_step"] for path in ("plain", "ck")]
     assert muon_steps[0] == muon_steps[1]
     for a, b in zip(metrics("plain/metrics.jsonl"), metrics(), strict=True):
@@ -61,7 +61,7 @@ def test_recorded_steps_train_as_others_do(run_folder, monkeypatch, muon, accumu
         assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in a if key not in ("seconds", "tokens_per_s"))
 
 
-def test_a_recorded_run_that_stopped_goes_on_as_if_it_had_not(run_folder, recording):  # noqa: F811
+def test_a_captured_run_that_stopped_goes_on_as_if_it_had_not(run_folder, graph_steps):
     assert run("--checkpoints.path=whole") == 0
     assert run("--max_iters=6", "--lr_decay_iters=10") == 0
     assert run("--init_from=resume") == 0
@@ -69,7 +69,7 @@ def test_a_recorded_run_that_stopped_goes_on_as_if_it_had_not(run_folder, record
         assert_same(whole, resumed)
 
 
-def test_the_console_waits_for_no_more_steps_than_are_logged(run_folder, recording, monkeypatch, capsys):  # noqa: F811
+def test_the_console_waits_for_no_more_steps_than_are_logged(run_folder, graph_steps, monkeypatch, capsys):
     """Its rows are of steps that are waited for anyway: the first, those of an interval, and the last."""
     heard, waits = CudaGraphStep.completed, []
 
@@ -133,7 +133,7 @@ def spoil(monkeypatch, *positions, value=math.nan):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("muon", ["true", "false"])
-def test_what_is_not_finite_changes_nothing_nor_do_later_steps(run_folder, recording, monkeypatch, muon, value):  # noqa: F811
+def test_what_is_not_finite_changes_nothing_nor_do_later_steps(run_folder, graph_steps, monkeypatch, muon, value):
     write_config(model_hyperparams=EXPERTS)
     keys = [f"--optimizer_hyperparams.use_muon={muon}", "--checkpoints.interval=100", "--log_interval=100",
             "--eval_interval=100", "--max_iters=16", "--lr_decay_iters=16"]
@@ -150,11 +150,11 @@ def test_what_is_not_finite_changes_nothing_nor_do_later_steps(run_folder, recor
     assert mine["muon_step"] == find_latest("ck").load_state()["optimizer"]["muon_step"]
 
 
-def test_a_rollback_goes_on_recorded(run_folder, recording, monkeypatch, capsys):  # noqa: F811
+def test_a_rollback_goes_on_captured(run_folder, graph_steps, monkeypatch, capsys):
     spoil(monkeypatch, 6)
     records = []
-    record = CudaGraphStep.capture
-    monkeypatch.setattr(CudaGraphStep, "capture", lambda self, batches: records.append(1) or record(self, batches))
+    capture = CudaGraphStep.capture
+    monkeypatch.setattr(CudaGraphStep, "capture", lambda self, batches: records.append(1) or capture(self, batches))
     assert run("--on_nan=rollback", "--log_interval=5") == 0
     assert "going back to step 4" in capsys.readouterr().err and len(records) == 2
     lines = metrics()
@@ -163,7 +163,7 @@ def test_a_rollback_goes_on_recorded(run_folder, recording, monkeypatch, capsys)
     assert find_latest("ck").load_state()["progress"]["skipped"] == 3 and Path("out/tiny.model").exists()
 
 
-def test_the_host_is_some_steps_ahead_and_no_more(run_folder, recording, monkeypatch):  # noqa: F811
+def test_the_host_is_some_steps_ahead_and_no_more(run_folder, graph_steps, monkeypatch):
     late(monkeypatch)
     waiting, heard = [], CudaGraphStep.completed
 
@@ -178,7 +178,7 @@ def test_the_host_is_some_steps_ahead_and_no_more(run_folder, recording, monkeyp
     assert waiting[:10] == [0, 1, 2, 3, 4, 4, 4, 4, 4, 0]
 
 
-def test_a_signal_waits_for_the_steps_on_their_way(run_folder, recording, monkeypatch):  # noqa: F811
+def test_a_signal_waits_for_the_steps_on_their_way(run_folder, graph_steps, monkeypatch):
     late(monkeypatch)
     take = CudaGraphStep.launch
     calls = []
@@ -198,11 +198,11 @@ def test_a_signal_waits_for_the_steps_on_their_way(run_folder, recording, monkey
     assert_same(weights_and_state("whole")[1], weights_and_state("ck")[1])
 
 
-def test_what_cannot_be_recorded_trains_all_the_same(run_folder, recording, monkeypatch, capsys):  # noqa: F811
+def test_what_cannot_be_captured_trains_all_the_same(run_folder, graph_steps, monkeypatch, capsys):
     def broken(self, batches):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(CudaGraphStep, "capture", broken)
     assert run() == 0
-    assert "steps cannot be recorded" in capsys.readouterr().err
-    assert run("--record=false") == 0 and "recorded" not in capsys.readouterr().err
+    assert "cannot be captured as a CUDA graph" in capsys.readouterr().err
+    assert run("--cuda_graph=false") == 0 and "CUDA graph" not in capsys.readouterr().err
