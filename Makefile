@@ -1,4 +1,8 @@
-# make train: from nothing to a trained model and its text.  make test: the tests.  make test-gpu: those that need a GPU.  make torture: the long ones.
+# make train      from nothing to a trained model and its text
+# make test-fast  the edit loop: most tests, in under a minute on two cores
+# make test       every test that needs no GPU
+# make test-gpu   those that need one
+# make torture    the tests of survival with full counts
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,6 +16,9 @@ train: $(VENV)/installed
 # one thread for each of two workers: more of either only get in each other's way on two cores
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+test-fast: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 # what needs a GPU, with the Python at hand (no GPU: nothing runs); those that fill or time the GPU come one by one
 test-gpu:
@@ -34,4 +41,4 @@ $(VENV)/installed: requirements.txt
 clean:
 	rm -rf $(VENV) data/*.bin bin/* img/*.png
 
-.PHONY: train test test-gpu torture lint clean
+.PHONY: train test-fast test test-gpu torture lint clean

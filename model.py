@@ -720,94 +720,8 @@ def expert_problems(c) -> Iterator[tuple[str, str]]:
             yield active, f"must be at most {n} {getattr(c, n)}"
 
 
-class LanguageModel(nn.Module):
-    """What all families share: the call, the loss, the cache, generation.
-
-    A family gives `embed_tokens(idx, ctx)`, `trunk(x, ctx, caches)`, `head_inputs(x)` and `new_caches(…)`, and sets the
-    attributes below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
-    """
-
-    Config = ModelConfig
-    causal = True  # whether the three promises hold: causal, batch-independent, cache equals full pass
-    generates = True  # whether it predicts the next token
-    takes_source = False  # whether it needs source=, as encoder-decoders do
-    chunk_size: int | None = None  # tokens that share weights, where weights change along the row
-    max_positions: int | None = None  # where learned positions end
-    cap: float | None = None  # of `softcap`, for the logits
-    compile_partitions = 1  # graphs that torch.compile makes of the blocks
-    max_prefill = 2048  # tokens that a cache takes at once: masks stay small however long the prompt is
-    precision = None  # of the head's product in training; see ops.prepare_weights
-    compile_loss = False  # whether the fused loss is compiled by itself, where the model is not compiled as one graph
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.rope = None
-        self.can_fuse_loss = type(self).head is LanguageModel.head  # a family's own head may be of any kind
-        self.drop = nn.Dropout(config.dropout)
-        self.register_buffer("probe", torch.empty(0), persistent=False)  # of the model's device and dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.probe.device
-
-    def set_compile_partitions(self, n: int) -> bool:
-        """Split compilation into about n graphs so that DDP overlaps all-reduce with backward; whether the family can.
-        As one graph, all gradients would be ready only at the end."""
-        return self.compile_partitions > 1
-
-    # -- one call
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, lengths=None,
-                source: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Logits (B, T, V) and, given targets, the mean loss in nats. In training the logits of a loss may be None.
-
-        idx (B, T) int64; targets (B, T), −1 ignored, all −1 gives loss 0. With a cache the call continues where the
-        last one ended; lengths (B,) says how many of each row's tokens are valid, when rows are ragged.
-        Encoder-decoders take source (B, S), which a cache already holds.
-        """
-        self.check_length(idx)
-        if cache is None:
-            ctx = replace(self.make_context(idx), source=self.encode_source(source))
-            x = self.hidden_states(idx, ctx, None)
-        else:
-            x = self.forward_cached(idx, cache, lengths)
-        if targets is None:
-            return self.head(x), None
-        flat = targets.flatten()
-        if self.can_fuse_loss:
-            x, w = self.head_inputs(x)
-            keep_logits = not (self.training and torch.is_grad_enabled())
-            options = {"keep_logits": keep_logits, "compile_parts": self.compile_loss}
-            logits, loss = ops.linear_cross_entropy(x, w, flat, self.cap, self.precision, **options)
-        else:
-            logits = self.head(x)
-            loss = ops.plain_cross_entropy(logits, flat)
-        return logits, loss / (flat >= 0).sum().clamp(min=1)
-
-    def head(self, x: Tensor) -> Tensor:
-        """Logits (B, T, V)."""
-        return softcap(ops.linear(*self.head_inputs(x), precision=self.precision), self.cap)
-
-    def check_length(self, idx: Tensor) -> None:
-        if self.max_positions is not None and idx.size(1) > self.max_positions:
-            raise UserError(f"{idx.size(1)} tokens exceed block_size {self.max_positions}, where positions end; "
-                            "give fewer, or train with a larger block_size")  # fmt: skip
-
-    def make_context(self, idx: Tensor) -> ForwardContext:
-        """The context of whole sequences."""
-        positions = torch.arange(idx.size(1), device=idx.device).unsqueeze(0)
-        return ForwardContext(positions, chunk_size=min(self.chunk_size or idx.size(1), idx.size(1)))
-
-    def encode_source(self, source: Tensor | None) -> EncodedSource | None:
-        """What cross-attention reads."""
-        if source is not None:
-            raise UserError(f"a {self.config.arch} of this kind reads no source; give it to an encoder-decoder")
-
-    def hidden_states(self, idx: Tensor, ctx: ForwardContext, caches) -> Tensor:
-        """(B, T, C) before the head."""
-        ctx = replace(ctx, rope=None if self.rope is None else self.rope(ctx.positions))
-        return self.trunk(to_autocast_dtype(self.drop(self.embed_tokens(idx, ctx))), ctx, caches)
+class CachedGeneration:
+    """A language model's KV cache and what goes through it: prefill, decode steps, text. A part of LanguageModel."""
 
     # -- through a cache
 
@@ -959,6 +873,96 @@ class LanguageModel(nn.Module):
         """idx (B, T) and what follows it, (B, T + new). Arguments as `stream`."""
         tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, stop, generator, source)
         return torch.cat((idx, *(token.unsqueeze(1) for token in tokens)), dim=1)
+
+
+class LanguageModel(CachedGeneration, nn.Module):
+    """What all families share: the call, the loss, the cache, generation.
+
+    A family gives `embed_tokens(idx, ctx)`, `trunk(x, ctx, caches)`, `head_inputs(x)` and `new_caches(…)`, and sets the
+    attributes below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
+    """
+
+    Config = ModelConfig
+    causal = True  # whether the three promises hold: causal, batch-independent, cache equals full pass
+    generates = True  # whether it predicts the next token
+    takes_source = False  # whether it needs source=, as encoder-decoders do
+    chunk_size: int | None = None  # tokens that share weights, where weights change along the row
+    max_positions: int | None = None  # where learned positions end
+    cap: float | None = None  # of `softcap`, for the logits
+    compile_partitions = 1  # graphs that torch.compile makes of the blocks
+    max_prefill = 2048  # tokens that a cache takes at once: masks stay small however long the prompt is
+    precision = None  # of the head's product in training; see ops.prepare_weights
+    compile_loss = False  # whether the fused loss is compiled by itself, where the model is not compiled as one graph
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.rope = None
+        self.can_fuse_loss = type(self).head is LanguageModel.head  # a family's own head may be of any kind
+        self.drop = nn.Dropout(config.dropout)
+        self.register_buffer("probe", torch.empty(0), persistent=False)  # of the model's device and dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.probe.device
+
+    def set_compile_partitions(self, n: int) -> bool:
+        """Split compilation into about n graphs so that DDP overlaps all-reduce with backward; whether the family can.
+        As one graph, all gradients would be ready only at the end."""
+        return self.compile_partitions > 1
+
+    # -- one call
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, lengths=None,
+                source: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Logits (B, T, V) and, given targets, the mean loss in nats. In training the logits of a loss may be None.
+
+        idx (B, T) int64; targets (B, T), −1 ignored, all −1 gives loss 0. With a cache the call continues where the
+        last one ended; lengths (B,) says how many of each row's tokens are valid, when rows are ragged.
+        Encoder-decoders take source (B, S), which a cache already holds.
+        """
+        self.check_length(idx)
+        if cache is None:
+            ctx = replace(self.make_context(idx), source=self.encode_source(source))
+            x = self.hidden_states(idx, ctx, None)
+        else:
+            x = self.forward_cached(idx, cache, lengths)
+        if targets is None:
+            return self.head(x), None
+        flat = targets.flatten()
+        if self.can_fuse_loss:
+            x, w = self.head_inputs(x)
+            keep_logits = not (self.training and torch.is_grad_enabled())
+            options = {"keep_logits": keep_logits, "compile_parts": self.compile_loss}
+            logits, loss = ops.linear_cross_entropy(x, w, flat, self.cap, self.precision, **options)
+        else:
+            logits = self.head(x)
+            loss = ops.plain_cross_entropy(logits, flat)
+        return logits, loss / (flat >= 0).sum().clamp(min=1)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (B, T, V)."""
+        return softcap(ops.linear(*self.head_inputs(x), precision=self.precision), self.cap)
+
+    def check_length(self, idx: Tensor) -> None:
+        if self.max_positions is not None and idx.size(1) > self.max_positions:
+            raise UserError(f"{idx.size(1)} tokens exceed block_size {self.max_positions}, where positions end; "
+                            "give fewer, or train with a larger block_size")  # fmt: skip
+
+    def make_context(self, idx: Tensor) -> ForwardContext:
+        """The context of whole sequences."""
+        positions = torch.arange(idx.size(1), device=idx.device).unsqueeze(0)
+        return ForwardContext(positions, chunk_size=min(self.chunk_size or idx.size(1), idx.size(1)))
+
+    def encode_source(self, source: Tensor | None) -> EncodedSource | None:
+        """What cross-attention reads."""
+        if source is not None:
+            raise UserError(f"a {self.config.arch} of this kind reads no source; give it to an encoder-decoder")
+
+    def hidden_states(self, idx: Tensor, ctx: ForwardContext, caches) -> Tensor:
+        """(B, T, C) before the head."""
+        ctx = replace(ctx, rope=None if self.rope is None else self.rope(ctx.positions))
+        return self.trunk(to_autocast_dtype(self.drop(self.embed_tokens(idx, ctx))), ctx, caches)
 
     # -- about the model
 

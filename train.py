@@ -45,6 +45,7 @@ from model import CONFIGS, build
 from optimizer import build_optimizer
 from strawberry import ops, status_file
 from strawberry.common import UserError, is_first_to_report, run_cli
+from strawberry.device import choose_device
 from strawberry.ops import float8
 from strawberry.run_config import load_run, parse_arguments
 from strawberry.training import cuda_graph, distributed, evaluation, memory, setup
@@ -87,7 +88,9 @@ class Trainer(TrainState):
         """All that the first step needs, in memory."""
         run = self.run
         setup.check_paths(run, self.root, self.config)
-        self.device = setup.choose_device(run.device)
+        self.device = choose_device(run.device)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32
         self.dtype = setup.choose_dtype(run.dtype, self.device)
         self.ranks = distributed.join_processes(self.device, run.parallel)
         if self.ranks.main and self.root.is_dir():
@@ -203,7 +206,7 @@ class Trainer(TrainState):
 
     def log(self, bar: tqdm, step: int, loss: float, grad_norm: float, lr: float) -> None:
         """The bar at every step; a line of metrics.jsonl and of the console at each log_interval and at the first step.
-        Recorded steps are told some steps late, but no line is due before all are done."""
+        A CUDA graph's steps arrive some steps late, but no line is due before all are done."""
         p = self.progress
         tokens, seconds = p.tokens - self.logged[0], p.seconds - self.logged[1]  # since the last line
         speed = tokens / max(seconds, 1e-9)
@@ -301,9 +304,9 @@ def exit_gracefully(trainer: Trainer, stop: Interrupted | distributed.PeerLost, 
     """Save, say how to go on, and return the exit code, after a signal or the loss of another process."""
     number = trainer.signals.received  # torchrun sends one to all when it has lost one
     saved = trainer.checkpoints.save_on_exit()
-    told = f"\n{signal.Signals(number).name}" if number else f"error: {stop}"
+    message = f"\n{signal.Signals(number).name}" if number else f"error: {stop}"
     out = sys.stdout if number and not trainer.console.quiet else sys.stderr
-    print(f"{told}: {trainer.checkpoints.status()}; to {'go on' if saved else 'start again'}:", file=out)
+    print(f"{message}: {trainer.checkpoints.status()}; to {'go on' if saved else 'start again'}:", file=out)
     print(f"    {setup.command_line(argv, resume=saved)}", file=out, flush=True)
     return 128 + number if number else 4
 

@@ -32,9 +32,9 @@ def divide_batch(batch_size: int, accumulation: int, rank: int = 0, world: int =
     if accumulation % groups:
         better = -(-accumulation // groups) * groups
         near = max(batch_size // world, 1) * world
-        told = f"with gradient_accumulation_steps {accumulation} it cannot be divided among {world} processes"
+        message = f"with gradient_accumulation_steps {accumulation} it cannot be divided among {world} processes"
         raise UserError(
-            f"batch_size = {batch_size}: {told}; set it to {near} or {near + world}, or "
+            f"batch_size = {batch_size}: {message}; set it to {near} or {near + world}, or "
             f"gradient_accumulation_steps to {better}"
         )
     rows = batch_size // row_parts

@@ -12,6 +12,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a GPU; runs with --cuda")
+    config.addinivalue_line("markers", "slow: takes seconds; left out by make test-fast")
     config.addinivalue_line("markers", "whole_gpu: fills or times the GPU, which no other test may use meanwhile")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
     if not config.getoption("--cuda"):

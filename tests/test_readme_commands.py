@@ -63,7 +63,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECONDS = 300  # after which a command hangs
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="the commands are bash's")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="the commands are bash's")]
 
 # ---- files that commands are given ---------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from strawberry.bench.compare_report import list_caveats, list_settings, write_r
 from strawberry.bench.sweep import Plan, Sweep, hash_code, measure_speeds
 from strawberry.bench.width import match_params
 from strawberry.common import UserError
+from strawberry.device import choose_device
 from strawberry.outputs import check_outputs
 from strawberry.training import setup
 
@@ -71,7 +72,7 @@ def make_plan(arguments, entries: list[Entry]) -> Plan:
     run = entries[0].run
     if run.batch_size == "auto":
         raise UserError('batch_size = "auto": what is compared has equal batches; give a number, --set batch_size=32')
-    device = setup.choose_device(arguments.device)
+    device = choose_device(arguments.device)
     encoder, corpus = setup.load_data(run)
     per_step = run.batch_size * run.gradient_accumulation_steps * run.model_hyperparams.block_size
     steps = round(arguments.tokens / per_step)

@@ -38,13 +38,14 @@ from strawberry.bench.common import (
 from strawberry.cache import Cache, ChunkCache, iter_layer_caches
 from strawberry.common import UserError, atomic_write
 from strawberry.config import to_dict
+from strawberry.device import choose_device
 from strawberry.inference import engine
 from strawberry.inference.loading import quantize_model
 from strawberry.inference.sampling import Request
 from strawberry.model_file import load_model
 from strawberry.ops.linear import Int8Weight
 from strawberry.outputs import check_outputs
-from strawberry.training import plot, setup
+from strawberry.training import plot
 
 
 @dataclass
@@ -405,7 +406,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def make_benchmark(arguments: argparse.Namespace) -> DecodeBenchmark:
-    device = setup.choose_device(arguments.device)
+    device = choose_device(arguments.device)
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, auto if arguments.dtype == "auto" else arguments.dtype)
     if arguments.compile and device.type != "cuda":

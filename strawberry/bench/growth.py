@@ -24,8 +24,9 @@ from strawberry.bench.common import (
     write_benchmark_config,
 )
 from strawberry.common import UserError, atomic_write
+from strawberry.device import choose_device
 from strawberry.outputs import check_outputs
-from strawberry.training import plot, setup
+from strawberry.training import plot
 
 DEFAULT_CONFIGS = (  # what is compared unless configs are named: one shape, three ways to mix
     "strawberry-large.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,r_layer=1,window=256",
@@ -135,7 +136,7 @@ def format_point(point: dict) -> str:
 
 def write_growth(rows: list[dict], out: Path, command: str) -> None:
     """growth.json, growth.md and growth.png."""
-    where = hardware.describe_device(setup.choose_device("auto"))
+    where = hardware.describe_device(choose_device("auto"))
     table = [[row["config"], row["axis"], f"{row['value']:,}",
               *((row["why"], "") if "why" in row else
                 (f"{row['tokens_per_s']:,.0f}", f"{row['memory'] / 2**30:,.2f}" if row["memory"] else "–"))]

@@ -19,8 +19,8 @@ from strawberry.bench import hardware
 from strawberry.bench.common import ROOT, ArgumentParser, parse_quantity
 from strawberry.bench.decode import ROUNDS, read_model_sources
 from strawberry.common import UserError
+from strawberry.device import choose_device
 from strawberry.model_file import save_model
-from strawberry.training import setup
 
 
 class ServerProcess:
@@ -99,7 +99,7 @@ def run(argv: list[str]) -> None:
         batch = ServerProcess(Path(folder), name, arguments.rows, arguments)
         single = ServerProcess(Path(folder), name, 1, arguments)
         with batch, single:
-            print(f"{source.label}, {hardware.describe_device(setup.choose_device(arguments.device))}", flush=True)
+            print(f"{source.label}, {hardware.describe_device(choose_device(arguments.device))}", flush=True)
             alone = [batch.request_completion(seed, arguments)[1] for seed in range(arguments.clients)]
             single.request_completion(0, arguments)
             found = [

@@ -40,6 +40,7 @@ from strawberry.bench.common import (
 )
 from strawberry.common import UserError, atomic_write
 from strawberry.data.dataset import Corpus
+from strawberry.device import choose_device
 from strawberry.outputs import Input, check_outputs
 from strawberry.run_config import Run, load_run
 from strawberry.training import plot, setup
@@ -410,7 +411,7 @@ def run_nanogpt(directory: Path, folder: Path, run: Run, steps: int) -> dict:
     for name, split in (("train", corpus.train), ("val", corpus.val)):
         tokens = np.concatenate([file.tokens[start:stop] for file, start, stop in split.pieces])
         tokens.astype(np.uint16).tofile(folder / "data" / "same" / f"{name}.bin")
-    hyper, device = run.model_hyperparams, setup.choose_device(run.device).type
+    hyper, device = run.model_hyperparams, choose_device(run.device).type
     keys = {name: getattr(hyper, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     keys |= {name: getattr(run, name) for name in (*SAME_SCHEDULE, "lr_decay_iters", "batch_size")}
     (folder / "data" / "same" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": hyper.vocab_size}))

@@ -101,7 +101,7 @@ class Decoder:
     @torch.no_grad()
     def admit(self, request: Request) -> int:
         """Prefill a request's prompt into a free row; its first token comes with the next step. Returns its handle."""
-        self.check_request(request)
+        check_request(self, request)
         row = self.sequences.index(None)
         generator = torch.Generator().manual_seed(request.seed)
         sequence = RunningSequence(next(self.handles), request, list(request.prompt), generator)
@@ -136,22 +136,6 @@ class Decoder:
                 self.free_row(row)
 
     # -- beginning and ending
-
-    def check_request(self, r: Request) -> None:
-        capacity, vocab_size = self.logits.capacity, self.model.config.vocab_size
-        if not r.prompt or r.max_new_tokens < 1:
-            raise UserError("a text needs a prompt of at least one token, and at least one token to be made")
-        if self.model.takes_source and not r.source:
-            raise UserError("an encoder-decoder needs a source of at least one token")
-        if outside := [token for token in r.prompt if not 0 <= token < vocab_size]:
-            raise UserError(f"token {outside[0]} is none of the {vocab_size} of the model's vocabulary")
-        if self.model.max_positions is not None and self.model.causal:
-            if len(r.prompt) > capacity and not self.slides:
-                raise UserError(f"the prompt's {len(r.prompt)} tokens exceed {capacity}, where positions end; shorten "
-                                "it, or slide on (--on_full slide), which reads the newest only")
-        elif len(r.prompt) + r.max_new_tokens - 1 > capacity:
-            raise UserError(f"a prompt of {len(r.prompt)} tokens and {r.max_new_tokens} new ones exceed max_length "
-                            f"{capacity}; ask for less, or make a larger Decoder")
 
     def start(self, row: int, sequence: RunningSequence) -> None:
         """Prefill the sequence's tokens, the newest half of the capacity if there are too many, and draw the next."""
@@ -254,6 +238,24 @@ class Decoder:
     def refill_uniforms(self, row: int, sequence: RunningSequence) -> None:
         if sequence.num_launched % self.sampler.buffer_size == 0:
             self.sampler.refill(row, sequence.generator)
+
+
+def check_request(decoder: Decoder, r: Request) -> None:
+    """Raises UserError where the decoder's model or cache cannot take the request."""
+    capacity, vocab_size = decoder.logits.capacity, decoder.model.config.vocab_size
+    if not r.prompt or r.max_new_tokens < 1:
+        raise UserError("a text needs a prompt of at least one token, and at least one token to be made")
+    if decoder.model.takes_source and not r.source:
+        raise UserError("an encoder-decoder needs a source of at least one token")
+    if outside := [token for token in r.prompt if not 0 <= token < vocab_size]:
+        raise UserError(f"token {outside[0]} is none of the {vocab_size} of the model's vocabulary")
+    if decoder.model.max_positions is not None and decoder.model.causal:
+        if len(r.prompt) > capacity and not decoder.slides:
+            raise UserError(f"the prompt's {len(r.prompt)} tokens exceed {capacity}, where positions end; shorten "
+                            "it, or slide on (--on_full slide), which reads the newest only")
+    elif len(r.prompt) + r.max_new_tokens - 1 > capacity:
+        raise UserError(f"a prompt of {len(r.prompt)} tokens and {r.max_new_tokens} new ones exceed max_length "
+                        f"{capacity}; ask for less, or make a larger Decoder")
 
 
 def generate(decoder: Decoder, requests: Iterable[Request]) -> Iterator[tuple[int, int, str | None]]:

@@ -10,6 +10,7 @@ import torch
 
 from model import MODELS, LanguageModel
 from strawberry.common import UserError
+from strawberry.device import choose_device
 from strawberry.model_file import load_model
 from strawberry.ops.linear import Int8Weight, quantize_int8
 from strawberry.training import checkpoint
@@ -24,7 +25,7 @@ class LoadSettings(Protocol):
 
 def load_for_inference(path: Path, settings: LoadSettings):
     """(model, encoder, training record) of a model file, ready on the device that the settings name."""
-    device = choose_device_name(settings.device)
+    device = choose_device(settings.device, "--device {}").type
     model, encoder, record = load_model(path, device)
     if settings.compile == "true" and device != "cuda":
         raise UserError(f"--compile true: steps are compiled on cuda only, and this is {device}; leave it out")
@@ -59,15 +60,6 @@ def resolve_model_path(name: str | None) -> Path:
             )
         return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
     return checkpoint.find_model(name, "--model")
-
-
-def choose_device_name(name: str) -> str:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, is_available in available.items() if is_available)
-    if not available[name]:
-        raise UserError(f"--device {name}: this machine, or this torch, has none; use --device auto")
-    return name
 
 
 @torch.no_grad()

@@ -47,10 +47,10 @@ async def completions(body: CompletionRequest, request: Request, service: TheSer
     try:
         async with asyncio.timeout_at(until):
             group = await submit_request(body, service)
-            told = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
+            head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
                     "model": group.engine.name}  # fmt: skip
             if body.stream:
-                return CompletionStream(group, told, until, limit)
+                return CompletionStream(group, head, until, limit)
             async for _ in iterate_events(group, request.receive):
                 pass
     except TimeoutError as error:
@@ -58,7 +58,7 @@ async def completions(body: CompletionRequest, request: Request, service: TheSer
     if group.unfinished:
         return Response(status_code=499)  # nobody reads it
     choices = [format_choice(group, sequence, sequence.output, True) for sequence in group.sequences]
-    return JSONResponse({**told, "choices": choices, "usage": count_usage(group)})
+    return JSONResponse({**head, "choices": choices, "usage": count_usage(group)})
 
 
 def timeout_error(limit: float) -> ApiError:
@@ -113,8 +113,8 @@ def check_prompt(tokens: list[int], engine: Engine) -> None:
 
 
 def context_length_error(has: str, engine: Engine) -> ApiError:
-    told = f"prompt: has {has}, and the context is of {engine.max_model_len:,} tokens; give a shorter one"
-    return ApiError(400, told, "prompt", "context_length_exceeded")
+    message = f"prompt: has {has}, and the context is of {engine.max_model_len:,} tokens; give a shorter one"
+    return ApiError(400, message, "prompt", "context_length_exceeded")
 
 
 async def iterate_events(group: RequestGroup, receive: Receive) -> AsyncIterator[list[tuple[Sequence, str | None]]]:
@@ -148,10 +148,10 @@ async def watch_disconnect(group: RequestGroup, receive: Receive) -> None:
 class CompletionStream(Response):
     """A group's texts as server-sent events, in OpenAI's words."""
 
-    def __init__(self, group: RequestGroup, told: dict, until: float, limit: float):
+    def __init__(self, group: RequestGroup, head: dict, until: float, limit: float):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
-        self.group, self.told, self.until, self.limit = group, told, until, limit
+        self.group, self.head, self.until, self.limit = group, head, until, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
@@ -186,10 +186,10 @@ class CompletionStream(Response):
                     chunks.append(format_choice(group, sequence, piece or "", piece is None))
                     ended += piece is None
                 more = {"usage": count_usage(group) if continuous else None} if tells_usage else {}
-                yield b"".join(encode_sse({**self.told, "choices": [chunk], **more}) for chunk in chunks)
+                yield b"".join(encode_sse({**self.head, "choices": [chunk], **more}) for chunk in chunks)
         if ended == len(group.sequences):
             if tells_usage:
-                yield encode_sse({**self.told, "choices": [], "usage": count_usage(group)})
+                yield encode_sse({**self.head, "choices": [], "usage": count_usage(group)})
             yield b"data: [DONE]\n\n"
 
 
@@ -199,8 +199,8 @@ def encode_sse(data: dict) -> bytes:
 
 def format_choice(group: RequestGroup, sequence: Sequence, text: str, ended: bool) -> dict:
     why = {"full": "length"}.get(sequence.finish_reason, sequence.finish_reason) if ended else None
-    told = format_logprobs(group, sequence) if ended and sequence.token_scores is not None else None
-    return {"index": sequence.index, "text": text, "logprobs": told, "finish_reason": why}
+    logprobs = format_logprobs(group, sequence) if ended and sequence.token_scores is not None else None
+    return {"index": sequence.index, "text": text, "logprobs": logprobs, "finish_reason": why}
 
 
 def count_usage(group: RequestGroup) -> dict:

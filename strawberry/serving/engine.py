@@ -20,9 +20,10 @@ import torch
 
 from strawberry.common import UserError, show
 from strawberry.data.objectives import decode_with_sentinels
+from strawberry.device import choose_device
 from strawberry.inference import sampling
 from strawberry.inference.engine import Decoder
-from strawberry.inference.loading import choose_device_name, load_for_inference
+from strawberry.inference.loading import load_for_inference
 from strawberry.inference.text import (
     TextStream,
     choose_num_rows,
@@ -131,7 +132,7 @@ class ModelThread:
         self.loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self.loop.create_future()
         self.condition, self.stopping, self.retired, self.ended = threading.Condition(), False, False, False
-        on_cuda = choose_device_name(settings.device) == "cuda"
+        on_cuda = choose_device(settings.device, "--device {}").type == "cuda"
         self.device_lock: Any = CUDA_LOCK if on_cuda else nullcontext()
         self.thread = threading.Thread(target=self.run, args=(after,), name=f"engine of {file.name}", daemon=True)
 
@@ -370,8 +371,8 @@ def explain_failure(engine: "ModelThread", error: Exception) -> ApiError:
     """What whoever waits is told of what went wrong in here."""
     log.error("the engine of %s failed", engine.path, exc_info=error)
     if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
-        told = "there is not enough memory; a smaller --context or --batch of the server takes less"
-        return ApiError(503, told, headers={"Retry-After": "5"})
+        message = "there is not enough memory; a smaller --context or --batch of the server takes less"
+        return ApiError(503, message, headers={"Retry-After": "5"})
     return ApiError(500, str(error)) if isinstance(error, UserError) else to_api_error(error)
 
 

@@ -50,9 +50,9 @@ def training_command(jobs: JobStore, job: Job) -> JobCommand | None:
     """train.py with the job's configuration; None as long as its dataset isn't there."""
     made_of = jobs.get("ds", job.request["dataset"], "training_file")
     if made_of.status in ("failed", "cancelled"):
-        told = (made_of.about.get("error") or {}).get("message", made_of.status)
+        message = (made_of.about.get("error") or {}).get("message", made_of.status)
         raise RequestError(
-            400, f"the dataset {made_of.id} could not be assembled: {told}", "training_file", "invalid_file"
+            400, f"the dataset {made_of.id} could not be assembled: {message}", "training_file", "invalid_file"
         )
     if made_of.status != "succeeded":
         return None

@@ -162,13 +162,13 @@ class JobSupervisor:
             names = {"loss": "train_loss", "val_loss": "valid_loss"} if "loss" in line else {
                 "train_loss": "full_train_loss", "val_loss": "full_valid_loss"}  # fmt: skip
             data |= {new: line[old] for old, new in names.items() if old in line}
-            told = ", ".join(
+            losses = ", ".join(
                 f"{name.replace('_', ' ')} {value:.4f}"
                 for name, value in data.items()
                 if "loss" in name and value is not None
             )
             level = "warn" if "rollback" in line else "info"
-            what = f"rollback: {line['why']}" if "rollback" in line else told
+            what = f"rollback: {line['why']}" if "rollback" in line else losses
             job.log_event(f"step {line['step']:,}/{job.about['max_iters']:,}: {what}", level, data)
 
 

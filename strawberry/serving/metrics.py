@@ -31,14 +31,15 @@ class Metrics:
 
     @contextmanager
     def request(self, scope: Scope) -> Iterator[list[int]]:
-        """Counts a request and its time. What it was answered with is put into the list."""
-        began, told = time.perf_counter(), []
+        """Counts a request and its time. The caller appends the status of the response to the list."""
+        start, statuses = time.perf_counter(), []
         try:
-            yield told
+            yield statuses
         except Exception:
-            told.append(500)  # will be the answer, if it has not begun
+            statuses.append(500)  # will be the answer, if it has not begun
             raise
         finally:
             route = getattr(scope.get("route"), "path", "none")  # the pattern, of which there are few
-            self.requests.labels(scope["method"] if route != "none" else "any", route, told[0] if told else 499).inc()
-            self.seconds.labels(route).observe(time.perf_counter() - began)
+            method, status = scope["method"] if route != "none" else "any", statuses[0] if statuses else 499
+            self.requests.labels(method, route, status).inc()
+            self.seconds.labels(route).observe(time.perf_counter() - start)

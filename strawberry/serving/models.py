@@ -11,7 +11,8 @@ import torch
 from fastapi.concurrency import run_in_threadpool
 
 from strawberry.common import nearest, show
-from strawberry.inference.loading import MODEL_SUFFIXES, choose_device_name
+from strawberry.device import choose_device
+from strawberry.inference.loading import MODEL_SUFFIXES
 from strawberry.serving.engine import Engine, log
 from strawberry.serving.errors import ApiError
 from strawberry.serving.jobs import JobService
@@ -29,7 +30,7 @@ class ModelPool:
         self.scanning = threading.Lock()
         self.loaded: dict[str, Engine] = {}  # the one that was asked last is last
         self.limit = (
-            self.settings.memory * 2**30 or device_memory(choose_device_name(self.settings.device)) / 2
+            self.settings.memory * 2**30 or device_memory(choose_device(self.settings.device, "--device {}").type) / 2
         )  # bytes
         gauge = metrics.gauge
         gauge("models_loaded", "models in memory", lambda: len(self.loaded))

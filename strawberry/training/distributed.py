@@ -295,10 +295,10 @@ def bucket_tensors(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def is_connection_error(error: RuntimeError) -> bool:
     """Whether an error that came out of a pass of the model is the back end's, about another process."""
-    told = str(error)
+    text = str(error)
     signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "NCCL error",
              "gloo/transport", "Timed out waiting", "timed out", "remote process exited", "Socket closed")  # fmt: skip
-    return isinstance(error, dist.DistError) or any(sign in told for sign in signs)
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
 class Heartbeat:
@@ -308,7 +308,7 @@ class Heartbeat:
     def __init__(self, store, rank: int, world: int):
         self.store, self.rank, self.world = (store.clone() if hasattr(store, "clone") else store), rank, world
         self.beats, self.ended = 0, threading.Event()
-        self.seen: dict[int, tuple[bytes, float]] = {}  # what each had told last, and since when
+        self.seen: dict[int, tuple[bytes, float]] = {}  # the last heartbeat of each, and since when
         self.beat()
         self.thread = threading.Thread(target=self.run, name="heartbeat", daemon=True)
         self.thread.start()
@@ -326,13 +326,13 @@ class Heartbeat:
                 self.beat()
 
     def stale_peer(self) -> str | None:
-        """Who has told nothing for SILENT seconds, in which this was asked again and again; None: nobody."""
+        """The rank without a heartbeat for SILENT seconds, in which this was called repeatedly; None: no rank."""
         now = time.monotonic()
         try:
             for rank in range(self.world):
-                told = self.store.get(self.key(rank)) if self.store.check([self.key(rank)]) else b""
+                beat = self.store.get(self.key(rank)) if self.store.check([self.key(rank)]) else b""
                 before, since = self.seen.get(rank, (None, now))
-                self.seen[rank] = (told, since if told == before else now)
+                self.seen[rank] = (beat, since if beat == before else now)
                 if now - self.seen[rank][1] > HEARTBEAT_TIMEOUT:
                     return f"rank {rank} has been silent for {HEARTBEAT_TIMEOUT:.0f} s"
         except RuntimeError as error:

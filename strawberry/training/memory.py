@@ -23,8 +23,8 @@ STATE_BYTES = {"adamw": 8, "muon": 4}  # of an optimizer's state, for each param
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device has no memory left; only CUDA has a class of its own for it."""
-    told = ("DefaultCPUAllocator: can't", "DefaultCPUAllocator: not enough", "MPS backend out of memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in told)
+    signs = ("DefaultCPUAllocator: can't", "DefaultCPUAllocator: not enough", "MPS backend out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in signs)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
@@ -86,7 +86,7 @@ class MemoryEstimate:
     def fixed(self) -> int:
         return self.weights + self.gradients + self.optimizer
 
-    def told(self, rows: int, block_size: int) -> str:
+    def describe(self, rows: int, block_size: int) -> str:
         parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
         text = ", ".join(f"{what} {format_bytes(n)}" for what, n in parts.items())
         return f"{text}, activations of {rows:,} rows of {block_size:,} tokens about {format_bytes(rows * self.row)}"
@@ -186,7 +186,7 @@ class MemoryPlanner:
     def out_of_memory_advice(self, status: str) -> str:
         """What took the memory that there was, and which keys to lower."""
         when = f"at step {self.state.progress.step + 1:,}" if self.state.claimed else "before the first step"
-        told = f"{self.state.device.type} is out of memory {when}"
+        message = f"{self.state.device.type} is out of memory {when}"
         with contextlib.suppress(Exception):  # whatever goes wrong in counting, the advice holds
             gc.collect()
             if self.state.device.type == "cuda":
@@ -195,8 +195,8 @@ class MemoryPlanner:
             rows, T = self.state.run.batch_size, self.state.run.model_hyperparams.block_size
             rows = 1 if rows == "auto" else self.state.rows
             need = self.estimate(row=1 if self.state.ranks.sharded else None)  # no passes where the others take no part
-            told += f", of {format_bytes(total)}: {need.told(rows, T)}"
-        return f"{told}; {status}. {self.suggest_memory_cuts()}"
+            message += f", of {format_bytes(total)}: {need.describe(rows, T)}"
+        return f"{message}; {status}. {self.suggest_memory_cuts()}"
 
     def suggest_memory_cuts(self) -> str:
         """Which keys to lower where memory is short."""

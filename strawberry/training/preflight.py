@@ -31,7 +31,7 @@ def check_run(trainer) -> None:
         "paths": f"{run.model_path} and {trainer.root} can be written",
         "fingerprints": f"dataset {trainer.corpus.fingerprint[:12]}…"
         f"{' (read whole)' if read <= setup.MAX_VERIFIED_BYTES else ''}, encoder {trainer.encoder.fingerprint[:12]}…",
-        "memory": f"about {format_bytes(total)} ({need.told(rows, run.model_hyperparams.block_size)}); "
+        "memory": f"about {format_bytes(total)} ({need.describe(rows, run.model_hyperparams.block_size)}); "
         f"{format_bytes(free)} of {format_bytes(there)} are free",
         "disk": f"{format_bytes(saved)} a checkpoint, {format_bytes(wanted)} for those that are kept; "
         f"{format_bytes(disk.free)} are free",

@@ -31,17 +31,6 @@ COMPILE_ON_CPU_FROM = 5000  # steps; see worth_compiling
 MAX_VERIFIED_BYTES = 2 << 30  # bytes of token file that --check reads whole: seconds
 
 
-def choose_device(name: str) -> torch.device:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, found in there.items() if found)
-    if not there[name]:
-        raise UserError(f'device = "{name}": torch finds none on this machine; use "auto" or "cpu"')
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-    return torch.device(name)
-
-
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """What activations are computed in; weights, gradients and the optimizer's state are float32 anyway."""
     if name == "auto":
@@ -75,8 +64,8 @@ def choose_objective(run, encoder, corpus: Corpus):
     if objective.has_padding:
         hyper.pad_id = encoder.pad if hyper.pad_id is None else hyper.pad_id
         if hyper.pad_id != encoder.pad:
-            told = f"the encoder pads with {encoder.pad}; set it to that or to null"
-            raise UserError(f"model_hyperparams.pad_id = {hyper.pad_id}: {told}")
+            message = f"the encoder pads with {encoder.pad}; set it to that or to null"
+            raise UserError(f"model_hyperparams.pad_id = {hyper.pad_id}: {message}")
     return objective
 
 

@@ -178,6 +178,7 @@ def test_the_schedule_is_the_same_for_all(workshop):
 # ---- equal sizes ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEXT_TOKEN)
 def test_every_preset_can_be_given_the_same_size(name):
     target = 800_000
@@ -195,6 +196,7 @@ def test_every_preset_can_be_given_the_same_size(name):
         assert any(change.startswith(f"n_embd {before.n_embd} → {after.n_embd}") for change in entry.changes)
 
 
+@pytest.mark.slow
 def test_the_first_config_says_the_size_unless_another_is_asked_for(workshop):
     for asked, expected in (((), entries("b.json")[0].params), (("--params", "20k"), 20_000)):
         assert run_compare("b.json", "a.json", "--match", "params", *asked, "--out", f"out{expected}") == 0
@@ -213,6 +215,7 @@ def test_a_size_that_no_width_gives_is_an_error_with_the_nearest(workshop):
 # ---- nothing is done twice -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_comparison_is_not_redone(workshop):
     assert run_compare("a.json", "b.json") == 0
     assert sorted(calls()) == sorted(f"{width} {rest} False" for width in (16, 32)
@@ -226,6 +229,7 @@ def test_a_finished_comparison_is_not_redone(workshop):
     assert Path("out/compare.md").read_text() == first
 
 
+@pytest.mark.slow
 def test_more_of_the_same_does_only_what_is_new(workshop):
     run_compare("a.json")
     calls()
@@ -238,6 +242,7 @@ def test_more_of_the_same_does_only_what_is_new(workshop):
     assert len(calls()) == 1
 
 
+@pytest.mark.slow
 def test_an_interruption_keeps_what_is_finished_and_tells_how_to_go_on(workshop, monkeypatch, capsys):
     finished = sweep.TrialPool.collect_finished
 
@@ -256,6 +261,7 @@ def test_an_interruption_keeps_what_is_finished_and_tells_how_to_go_on(workshop,
     assert len(calls()) == 4 and "2 of them are done already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="children are ended there, not asked")
 def test_a_child_that_is_running_is_asked_to_stop_and_has_not_failed(workshop, monkeypatch, capfd):
     def interrupt(seconds):
@@ -283,6 +289,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(workshop):
     assert calls() == ["16 0.001 1 True"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {"lr": 2e-3}, {"seed": 2}, {"model": {"dropout": 0.1}}, {"weight_decay": 0.2}, {"dataset": "x"}, {"encoder": "x"},
     {"code": "x" * 64}, {"steps": 99}, {"warmup": 0.1}, {"batch_size": 8}, {"data_division": 0.7}])  # fmt: skip
@@ -349,6 +356,7 @@ def test_one_seed_has_no_deviation_and_a_diverged_one_no_mean(workshop):
     assert compare_report.format_bpb(diverged) == "diverged (1 of 2)"
 
 
+@pytest.mark.slow
 def test_the_best_is_first_and_every_number_is_there(workshop):
     run_compare("a.json:dropout=0.3", "b.json")
     rows, text = table(), Path("out/compare.md").read_text()
@@ -371,6 +379,7 @@ def test_a_model_that_sees_the_future_is_shown_by_its_strict_loss():
     assert sweep.strict_bpb(line | {"strict_loss": 4.7, "plain_at_strict": 4.2}) == pytest.approx(2.25)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_a_result_and_never_the_best(workshop):
     assert run_compare("a.json", "--lrs", "1e-3,1") == 0
     assert table()["a"]["lr"] == 1e-3 and table()["a"]["grid"] == {"0.001": pytest.approx(2.71), "1": None}
@@ -379,6 +388,7 @@ def test_a_diverged_run_is_a_result_and_never_the_best(workshop):
     assert calls() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["_speed", "_train"])
 def test_one_that_fails_takes_no_other_along(workshop, role):
     Path(f"fail_16_{role}").touch()
@@ -393,6 +403,7 @@ def test_one_that_fails_takes_no_other_along(workshop, role):
     assert table()["a"]["bpb"] == pytest.approx(2.515)
 
 
+@pytest.mark.slow
 def test_the_picture_has_tokens_flops_and_seconds():
     def row(label, flops, speed, last):
         curve = [[100, 3.0, 0.1], [200, last, 0.1]]
@@ -414,6 +425,7 @@ def test_the_picture_has_tokens_flops_and_seconds():
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, message", [
     (["a.json", "--tokens", "100"], "too few"),
     (["a.json", "--tokens", "lots"], "5M"),
@@ -457,6 +469,7 @@ def test_an_unknown_command_is_told_with_the_nearest(monkeypatch, capsys):
 # ---- the real thing ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_real_child_trains(workshop, monkeypatch):
     pretended = child_process.make_command
     monkeypatch.undo()
@@ -558,6 +571,7 @@ def test_the_cache_is_counted_by_hand(quick):
     assert decode.count_cache_bytes_read(config, torch.float32, 1000) == found - 4 * C * C
 
 
+@pytest.mark.slow
 def test_decode_measures_every_batch_at_every_context(quick):
     found = run_decode("t.json", "p.json", "--batches", "1,2", "--contexts", "8,24")
     assert [row["label"] for row in found["rows"]] == ["t", "p"] and found["bandwidth"] > 0
@@ -578,6 +592,7 @@ def test_decode_measures_every_batch_at_every_context(quick):
     assert re.fullmatch(r"\| t( \| [\d,]+ \([\d.,]+×\)){4} \|", lines[2])
 
 
+@pytest.mark.slow
 def test_what_a_speed_is(quick, monkeypatch):
     """With a clock that a pretended decoder moves on: a second for each token of a prompt, 0.25 for a step."""
     now = [0.0]
@@ -617,6 +632,7 @@ def test_a_copy_counts_what_is_read_and_what_is_written(quick, monkeypatch):
     assert hardware.measure_copy_bandwidth(torch.device("cpu")) == 2 * 2**20 / 0.5
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_in_the_table(quick, monkeypatch):
     found = run_decode("l.json", "t.json", "--batches", "1,2", "--contexts", "8,14,40")
     cells = {(cell["context"], cell["batch"]): cell for cell in found["rows"][0]["cells"]}
@@ -628,6 +644,7 @@ def test_what_does_not_fit_is_told_in_the_table(quick, monkeypatch):
     assert re.search(r"\| l \| [\d,]+ \([\d.,]+×\) \| — \| — \| [\d,]+ \([\d.,]+×\) \| — \| — \|", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
 def test_too_little_memory_is_told_and_the_others_are_measured(quick, monkeypatch, error):
@@ -643,12 +660,14 @@ def test_too_little_memory_is_told_and_the_others_are_measured(quick, monkeypatc
     assert [cell["why"] for cell in cells] == [None, "not enough memory", None]
 
 
+@pytest.mark.slow
 def test_a_cache_beyond_the_memory_is_not_even_tried(quick, monkeypatch):
     monkeypatch.setattr(hardware, "get_free_memory", lambda device: 64 * 60)
     cells = run_decode("t.json", "--batches", "1,4", "--contexts", "8")["rows"][0]["cells"]
     assert cells[0]["why"] is None and re.match(r"needs .* of cache, and .* are free", cells[1]["why"])
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_when_a_later_model_fails(quick, monkeypatch):
     real = decode.measure_model
 
@@ -664,6 +683,7 @@ def test_what_was_measured_is_kept_when_a_later_model_fails(quick, monkeypatch):
     assert "| t |" in Path("out/decode.md").read_text() and not Path("out/decode.json").exists()
 
 
+@pytest.mark.slow
 def test_an_error_of_another_kind_is_not_hidden(quick, monkeypatch):
     monkeypatch.setattr(engine, "Decoder", lambda *_, **__: [][0])
     with pytest.raises(IndexError):
@@ -680,6 +700,7 @@ def test_decode_measures_on_a_gpu(quick):
     assert len(cells) == 8 and all(cell["tokens_per_s"] > 100 for cell in cells)
 
 
+@pytest.mark.slow
 def test_trained_files_and_models_without_a_cache_are_measured_too(quick):
     encoder, model = encoders.load("chars:text.txt"), subject("t.json")
     save_model("mine.tinystar", model, encoder, {})
@@ -758,6 +779,7 @@ class GPT(torch.nn.Embedding):
 """
 
 
+@pytest.mark.slow
 def test_nanogpt_s_generate_is_timed_beside_ours(quick, capsys):
     (quick / "model.py").write_text(STAND_IN)
     small = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--vocab_size", "40", "--block_size", "32"]
@@ -808,6 +830,7 @@ bench.main(sys.argv[1:])
     monkeypatch.setattr(child_process, "make_command", lambda role, *words: [sys.executable, "-c", quick, role, *words])
 
 
+@pytest.mark.slow
 def test_train_tells_what_a_step_is_made_of(real, capsys):
     bench.main(["train", "--config", "a.json:n_layer=2", "b.json", "--set", "gradient_accumulation_steps=2",
                 "--jobs", "2", "--json", "t.json"])  # fmt: skip
@@ -826,6 +849,7 @@ def test_train_tells_what_a_step_is_made_of(real, capsys):
     assert "neither compiled nor a CUDA graph" in told and "one after another, without a CUDA graph: data" in told
 
 
+@pytest.mark.slow
 def test_train_counts_what_rows_have_in_common_once(real):
     hyper = SMALL | {"arch": "strawberry", "n_embd": 16, "r_layer": 1, "retention_scope": "batch"}
     config = json.loads(Path("a.json").read_text()) | {"model_hyperparams": hyper}
@@ -846,6 +870,7 @@ def test_parts_are_what_lies_between_marks(monkeypatch):
     assert marks.median_intervals() == pytest.approx([1.0, 3.0])  # medians of 1, 1, 9 and of 3, 3, 1 ms
 
 
+@pytest.mark.slow
 def test_a_config_that_fails_is_told_and_the_others_are_measured(real, capsys):
     assert bench.main(["train", "--config", "a.json:dataset.path=nowhere.bin", "b.json"]) == 2
     told = capsys.readouterr().out
@@ -885,6 +910,7 @@ for i in range(int(keys["max_iters"]) + 1):
 """
 
 
+@pytest.mark.slow
 def test_both_train_scripts_run_on_the_same_text(real, capsys):
     Path("theirs").mkdir()
     for name, text in (("train.py", THEIR_TRAIN), ("model.py", "name = 'theirs'"), ("configurator.py", "")):
@@ -942,6 +968,7 @@ def test_growth_is_drawn_an_axis_for_each_question():
 # ---- scale ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scale_measures_processes_as_train_runs_them(workshop, capsys):
     bench.main(["scale", "--config", "a.json:n_layer=1", "--processes", "1,1", "--steps", "2", "--json", "s.json"])
     (row,) = json.loads(Path("s.json").read_text())["rows"]  # one process divides nothing: no second time
@@ -966,6 +993,7 @@ def test_scale_gives_each_process_as_many_rows_unless_told_otherwise(workshop, m
     assert seen[-1] == (4, "ddp", 4)
 
 
+@pytest.mark.slow
 def test_scale_tells_why_processes_could_not_start(workshop, capsys):
     bench.main(["scale", "--config", "a.json", "--processes", "1", "--set", "dataset.path=nowhere.bin"])
     assert "nowhere.bin" in capsys.readouterr().out
@@ -1027,6 +1055,7 @@ def test_each_client_of_the_server_asks_for_its_own_text(monkeypatch):
     assert len({tuple(body["prompt"]) for body in asked}) == 5 and {len(body["prompt"]) for body in asked} == {4}
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_is_told(tmp_path):
     arguments = serve.parse_arguments(["air.json", "--queue", "4"])
     server = serve.ServerProcess(tmp_path, "m", 1, arguments)

@@ -211,6 +211,7 @@ def test_air_json_is_the_defaults():
         assert got == value or {key: got[key] for key in value} == value
 
 
+@pytest.mark.slow
 def test_every_config_is_valid():
     import model
 
@@ -261,6 +262,7 @@ def test_arch_picks_the_keys_of_the_model():
     assert check(type(run), to_dict(run)) == (run, [])
 
 
+@pytest.mark.slow
 def test_lr_decay_iters_follows_max_iters():
     assert load_run(["--max_iters=10"], ARCHS).lr_decay_iters == 10
     assert load_run(["--config=air.json", "--max_iters=10"], ARCHS).lr_decay_iters == 50000
@@ -340,6 +342,7 @@ def test_rollback_needs_checkpoints():
     assert problems_of("--on_nan=rollback", "--checkpoints.create_checkpoints=false") == [told]
 
 
+@pytest.mark.slow
 def test_all_problems_are_in_one_message_and_nothing_is_made(tmp_path):
     """Every kind of mistake at once, from file and command line, through the program's front door."""
     config = {**copy.deepcopy(AIR), "lerning_rate": 1, "eval_iters": "many", "min_lr": 1, "batch_size": -1}
@@ -609,6 +612,7 @@ def configs(cls):
     return st.fixed_dictionaries({}, optional=keys)
 
 
+@pytest.mark.slow
 @settings(max_examples=count(150, 2_000), deadline=None)
 @given(st.sampled_from(list(ARCHS)).flatmap(lambda arch: st.tuples(st.just(arch), configs(run_class(ARCHS, arch)))))
 def test_round_trip(pair):
@@ -660,6 +664,7 @@ def test_any_other_key_is_refused_by_name(section, name):
 WORDS = st.text(max_size=12) | st.sampled_from(["--", "=", "--=1", "--a..b=1", "--config", "--seed=1", "--seed.x=1"])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(WORDS, max_size=4))
 def test_any_command_line_is_a_run_or_a_user_error(argv):

@@ -256,6 +256,7 @@ def collide(given, written, spelling):
     return words | {written.place: written.shape.format(path=output, folder=output.parent)}, source, target
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows makes links for administrators only")
 @settings(max_examples=200, deadline=None)
 @given(triple=st.sampled_from(TRIPLES), spelling=st.sampled_from(SPELLINGS))
@@ -483,6 +484,7 @@ def test_a_dataset_is_made_anew_in_its_folder(workshop):
     assert sizes == {1} and Path("texts/.own.tmp").exists() and not Path("texts/.tokens.bin.99999.tmp").exists()
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_further_in_its_own_place(workshop):
     shutil.copy("base.model", "own.model")
     os.symlink("own.model", "link.model")

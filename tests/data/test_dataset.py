@@ -559,6 +559,7 @@ def test_an_abandoned_loader_ends_its_thread(split):
     assert not loader_threads()
 
 
+@pytest.mark.slow
 def test_a_program_that_forgets_to_close_ends(split):
     code = (
         "import threading\n"
@@ -611,6 +612,7 @@ def test_resident_memory_stays_flat(tmp_path):
     assert ours < 6
 
 
+@pytest.mark.slow
 def test_measure_prints_memory_and_speed(tmp_path):
     path = write_file(tmp_path / "a.bin", [500])
     sizes = ["--steps", "20", "--batch_size", "2", "--block_size", "8"]

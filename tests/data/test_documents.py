@@ -290,6 +290,7 @@ def text(tmp_path):
 PREPARE = ["--encoder", "e.bin", "--output", "out.bin"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["-", "/dev/stdin", "fifo", "/dev/fd/N"])
 def test_prepare_reads_a_pipe_as_the_file_behind_it(tmp_path, text, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -310,6 +311,7 @@ def test_prepare_reads_a_pipe_as_the_file_behind_it(tmp_path, text, monkeypatch,
     assert code == 0 and out.startswith("out.bin is up to date: the SHA-256 of 1 file ")
 
 
+@pytest.mark.slow
 def test_an_encoder_is_trained_on_a_pipe_and_on_texts_not_on_json(tmp_path):
     words = [f"{a} sat on {b}" for a in ("cats", "rats", "dogs") for b in ("mats", "hats", "logs")] * 9
     expected = encoder.train(words, 270).fingerprint

@@ -112,6 +112,7 @@ def test_round_trip_of_any_string(text):
     assert BPE.decode(BPE.encode(text)) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("char", ["a", " ", "\n", "!", "1", "é", "\u0301", "\ud800", "' ", "\x1c!"])
 def test_round_trip_of_a_megabyte_of_one_thing(pattern, char):
@@ -145,6 +146,7 @@ def measure(function, *args):
     return min(times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("char", ["a", " ", "!", "\ud800", "a\x1c"])
 def test_time_is_linear(char):
     short, long = (char * (size // len(char)) for size in (2 * SEGMENT, 16 * SEGMENT))
@@ -166,6 +168,7 @@ def test_agrees_with_a_naive_encoder(text):
 ranks_of_bpe = ranks_of(BPE)
 
 
+@pytest.mark.slow
 @given(st.lists(st.text("aab c", min_size=4, max_size=30), min_size=2, max_size=6), st.integers(1, 6))
 @settings(max_examples=100, deadline=None)
 def test_training_agrees_with_a_naive_trainer(texts, n_merges):

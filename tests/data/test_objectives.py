@@ -265,6 +265,7 @@ def test_each_epoch_hides_something_else(name):
     assert len({str(listed(objective.make_batch(split, 0, sample, 1))) for sample in range(20)}) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_any_start_and_any_number_of_processes_give_the_same_batches(tmp_path, name):
     split, objective = a_split(tmp_path, name), OBJECTIVES[name](ENCODER, CASES[name])

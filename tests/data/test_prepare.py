@@ -688,6 +688,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(prepare.os, "cpu_count", lambda: 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "txt.gz"])
 def test_memory_is_constant_whatever_the_inputs_size(tmp_path, bpe, small_parts, kind):
     line = " ".join(WORDS * 40)

@@ -16,6 +16,7 @@ from strawberry.inference.sampling import Request
 from strawberry.ops.sampling import sample
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_texts_are_those_that_generate_makes(name, rows):
@@ -27,6 +28,7 @@ def test_texts_are_those_that_generate_makes(name, rows):
         assert why == ("stop" if tokens[-1] in request.stop else "length")
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("rows", [2, 8])
 def test_a_device_that_works_ahead_makes_the_same_texts(name, rows):
@@ -40,6 +42,7 @@ def test_a_device_that_works_ahead_makes_the_same_texts(name, rows):
         assert why == ("stop" if tokens[-1] in request.stop else "length")
 
 
+@pytest.mark.slow
 @every_model
 def test_alone_and_in_company_are_the_same_in_float32(name):
     model = small_model(name).float()
@@ -76,6 +79,7 @@ def unlike_requests(model) -> list[Request]:
     return [*some, last]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "batch scope"])  # which has no cache
 @pytest.mark.parametrize("min_bucket", [256, 512])
 def test_logits_are_bit_for_bit_those_of_a_text_alone(name, min_bucket):
@@ -265,6 +269,7 @@ def probabilities(logits: list[float], temperature=1.0, top_k=None, top_p=1.0, m
     return [x / sum(p) for x in p]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [
     {}, {"temperature": 0.5}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.8, "min_p": 0.15},
 ], ids=str)  # fmt: skip
@@ -283,6 +288,7 @@ def test_draws_follow_the_filtered_probabilities(asked, size):
         assert (expected[sample(logits.expand(3, -1).float(), torch.tensor([0.0, 0.5, 1.0]), **asked)] > 0).all()
 
 
+@pytest.mark.slow
 @every_model
 def test_a_prompt_that_several_texts_share_is_read_once(name, monkeypatch):
     model = small_model(name)
@@ -319,6 +325,7 @@ def learned(name: str):
     return model.eval(), texts[-16:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["strawberry", "strawberry, adaptive", "strawberry-v0", "palm", "tinystar",
                                   "tinystar, latent", "tinystar, learned", "transformer"])  # fmt: skip
 def test_eight_bits_keep_what_was_learned(name):

@@ -734,6 +734,7 @@ def test_a_conversation_keeps_its_decoder_until_it_needs_more_room_or_is_stopped
     assert made == [256, 512, 256]  # for two prompts; for the long one and the one after it, which is stopped; anew
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_session_at_a_pseudo_terminal(folder):
     """Ctrl-C stops a text and gives the prompt back, the up arrow brings the last prompt, Ctrl-D leaves."""
@@ -780,6 +781,7 @@ def test_a_session_at_a_pseudo_terminal(folder):
         os.close(ours)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows reports closed pipes in another way")
 def test_a_reader_that_leaves_early_is_no_error(folder):
     argv = [sys.executable, str(PROGRAM), "--model", str(folder / "strawberry.strawberry"), "--prompt", "ab",
@@ -862,6 +864,7 @@ VARIED = [{"prompt": "abcdefgh"[: i % 7 + 1], "max_tokens": 280 if i % 13 == 5 e
           for i in range(40)]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["strawberry", "tinystar"])
 def test_texts_in_bulk_do_not_depend_on_batch(desk, folder, name, capsys):
     desk(*VARIED)
@@ -982,6 +985,7 @@ sample.main(argv)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such timer")
 def test_killed_and_started_again_until_done(desk):
     """Killed while it works at places that nobody chose, it ends up with what one that was left alone makes."""
@@ -1213,6 +1217,7 @@ def test_an_encoder_decoder_answers_in_bulk(answering, desk, capsys):
 TEXT = "abcd efgh\n" * 5 + "abc"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "stride"), [("strawberry", 1), ("tinystar", 1), ("batch", 0), ("batch", 3)])
 def test_score_is_the_mean_over_tokens_each_predicted_from_what_stands_before_it(run, folder, tmp_path, name, stride):
     model, encoder, _ = load_model(folder / f"{name}.strawberry")

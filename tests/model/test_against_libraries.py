@@ -401,6 +401,7 @@ def check_causal_and_alone(run):
     assert (run(changed) - logits)[:, 10].abs().max() > 1e-6  # and the past is looked at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, parts", TINY)
 def test_tinystar_is_causal(options, parts):
     params = random_params(parts, "blocks.", WHOLE)
@@ -412,6 +413,7 @@ PALM_PARTS |= {"ffn.w1": (2 * C, C), "ffn.w2": (C, C)} | AFT
 PALM_WHOLE = {"embed": (V, 3), "embed.up": (C, 3), "head.down": (3, C), "head.up": (V, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["aft", "lam", "kv", "mha"])
 @pytest.mark.parametrize("more", [{}, {"parallel": False, "r_layer": 2}, {"aft": "conv"}])
 def test_palm_is_causal(kind, more):
@@ -421,6 +423,7 @@ def test_palm_is_causal(kind, more):
     check_causal_and_alone(lambda idx: naive_palm(cfg, params, idx))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, parts", TINY)
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_transformer_decoder_is_causal(options, parts, adaptive):

@@ -7,6 +7,7 @@ without another (IDLE_ALONE), needs companions (COMPANIONS) or a slow reference 
 
 import dataclasses
 
+import pytest
 import torch
 from cases import T, causal_cases, every_case, shaken, source_for, tokens
 from naive_others import naive_palm, naive_tinystar, naive_transformer
@@ -66,6 +67,7 @@ def random_pieces(n: int, seed: int) -> list[int]:
     return torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([T])).tolist()
 
 
+@pytest.mark.slow
 @causal_cases
 def test_chunking_is_invisible(case):
     """The whole at once, token by token and in random pieces: within 1e-9 in float64."""

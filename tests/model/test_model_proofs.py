@@ -108,6 +108,7 @@ def test_the_cumulative_reference_is_the_loop():
     np.testing.assert_allclose(aft_simple_cumulative(q, k, v), aft_simple_long(q, k, v), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_aft_conv_over_65536_tokens_with_keys_of_80(shape):
     """float32 against prefix sums and a window of taps in float64, within 1e-5 (measured: at most 5e-6, most of it the
@@ -128,6 +129,7 @@ def test_aft_conv_over_65536_tokens_with_keys_of_80(shape):
     check_means(mixed(mix, *(qkv := extreme(shape, LONG))), reference, *qkv, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["full", "local", "conv"])
 def test_positional_aft_with_keys_of_80(kind, shape):
@@ -172,6 +174,7 @@ def test_the_hand_written_backward_of_aft_simple(keys, length):
     assert torch.autograd.gradcheck(AFTSimpleScan.apply, (k.requires_grad_(), v.requires_grad_()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "local", "conv", "lam"])
 def test_gradients_of_mixers(kind, monkeypatch):
     """Through q, k, v and positions, over several blocks or segments."""
@@ -193,6 +196,7 @@ def test_gradients_of_mixers(kind, monkeypatch):
         assert torch.autograd.gradcheck(lambda *p: output(*qkv, *p), positions, fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["causal", "batch"])
 def test_gradients_of_retention(scope):
     """Through a block's weights and its input, three chunks and a ragged end."""
@@ -357,6 +361,7 @@ def test_deviations_routing_and_chunk_sums_are_float32():
         torch.testing.assert_close(chunk_sums(u.float(), v.float(), 300), sums)
 
 
+@pytest.mark.slow
 @every_case
 def test_bfloat16_stays_near_float32(case):
     """Cast as a whole, and under autocast."""
@@ -578,6 +583,7 @@ def test_what_rows_have_in_common_is_counted_once(case, common):
     assert (model.flops_per_token(n, rows=3) < model.flops_per_token(n)) == common
 
 
+@pytest.mark.slow
 @every_case
 def test_flops_per_token_are_those_counted(case, monkeypatch):
     """Those that torch counts where every pair of tokens is a product of its own, in a model that computes the same."""
@@ -700,6 +706,7 @@ def test_every_architecture_has_a_tiny():
     assert {name.split(",")[0] for name in TINIES} == set(MODELS)
 
 
+@pytest.mark.slow
 @every_tiny
 def test_one_batch_is_learned_by_heart(name):
     """A loss under 0.1 nats within 300 steps; random weights have about 2.8."""
@@ -765,12 +772,14 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED)
 def test_it_compiles_as_one_graph(case):
     """torch.compile(fullgraph=True): no break in tracing, the same loss and gradients."""
     check_compiled(case, "eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["causal", "batch"])
 def test_one_compilation_serves_all_blocks(scope):
     """As many graphs for five blocks as for two; the same loss and gradients."""
@@ -790,6 +799,7 @@ def test_one_compilation_serves_all_blocks(scope):
     assert compiled[2] == compiled[5] < 9
 
 
+@pytest.mark.slow
 def test_a_stack_in_pieces_is_the_stack():
     """One graph for equal pieces, each with masks of its own; the same loss and gradients."""
     compiled = []
@@ -810,6 +820,7 @@ def test_a_stack_in_pieces_is_the_stack():
     assert whole == 1 < pieces <= 4 and uneven == pieces + 1 and of_two < 0.6 * of_six
 
 
+@pytest.mark.slow
 def test_it_compiles_to_code():
     require_program("g++", "clang++")
     check_compiled("tinystar()", "inductor")
@@ -858,6 +869,7 @@ ROUTED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", ROUTED)
 def test_the_bias_balances_a_skewed_router(names):
     """After 500 steps every load is within 20 % of uniform with the bias, and none of the routers' are without it."""

@@ -59,6 +59,7 @@ def test_files_have_the_presets_name(name):
     assert (CONFIG / f"{name}.json").read_text(encoding="utf-8").startswith("// ")
 
 
+@pytest.mark.slow
 def test_none_writes_what_another_does():
     for key in (lambda run: run.model_path, lambda run: run.checkpoints.path):
         assert len({key(loaded(name)) for name in PRESETS}) == len(PRESETS)
@@ -152,6 +153,7 @@ def small(name, folder):
     return [f"--{key}={value}" for key, value in run.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_trains_evaluates_is_saved_and_makes_text(name, workshop, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -185,6 +185,7 @@ def gradients(model, way) -> tuple[float, torch.Tensor]:
     return loss.item(), torch.cat([grad.flatten() for grad in grads if grad is not None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ARCHITECTURES, ids=str)
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_of_a_model_point_where_they_should(shape, fused, products, monkeypatch):
@@ -202,6 +203,7 @@ def test_gradients_of_a_model_point_where_they_should(shape, fused, products, mo
     assert torch.cosine_similarity(eight, sixteen, dim=0) > 0.96
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{"arch": "tinystar", "ffn_type": "GELU"}, *(
     {"arch": "strawberry", "n_layer": 1, **keys} for keys in ({"retention": "none"}, {}))], ids=str)  # fmt: skip
 def test_a_compiler_makes_the_same_of_it_in_one_graph(shape):
@@ -215,6 +217,7 @@ def test_a_compiler_makes_the_same_of_it_in_one_graph(shape):
     assert torch.equal(eager, compiled)
 
 
+@pytest.mark.slow
 def test_training_in_8_bits(run_folder, capfd):
     write_config(model_hyperparams={"n_embd": 32, "n_qkv": 32})
     assert run("--dtype=float8") == 0

@@ -110,6 +110,7 @@ def test_a_head_of_a_family_s_own_is_left_alone(monkeypatch):
     assert loss.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), idx.flatten()).item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_compiled_as_one_graph(monkeypatch):
     monkeypatch.setattr(cross_entropy, "should_fuse", lambda x: True)
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from machine import require_module
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.common import INTERPRETED
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 GROUPS = [
     "decode",

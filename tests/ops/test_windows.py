@@ -151,6 +151,7 @@ def test_the_tables_of_blocks_say_what_the_window_sees(length):
         assert torch.equal(got, right.long())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows, kv_heads", [((7, 7, 64, 150), 4), ((1, 129, 128, 300), 4), ((40,), 2), ((200,), 1)])
 @torch.no_grad()
 def test_blocks_are_the_windows_of_each_head(windows, kv_heads):
@@ -168,6 +169,7 @@ def test_blocks_are_for_compiled_code_on_a_gpu():
     assert not torch.compile(lambda q: can_use_flex_attention(q, 0.0), backend="eager", fullgraph=True)(q)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
 def test_the_compiler_takes_blocks_whole(name, monkeypatch):

@@ -30,6 +30,7 @@ from test_serve import Running  # noqa: E402
 import encoder as encoders  # noqa: E402
 import model as models  # noqa: E402
 
+pytestmark = pytest.mark.slow
 PAGE = PAGE_FILE.read_text("utf-8")
 SCRIPT = re.search(r"<script>(.*)</script>", PAGE, re.S)[1]
 PICTURES = os.environ.get("PAGE_PICTURES")

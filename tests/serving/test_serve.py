@@ -196,6 +196,7 @@ def test_text_is_what_sample_makes(running, folder):
     assert got.choices[0].text == alone(folder, "x", 3, top_p=0.4) != alone(folder, "x", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["air.strawberry", "future.strawberry", "learned.tinystar"])
 def test_streamed_equals_plain(running, name):
     asked = {
@@ -564,6 +565,7 @@ def test_idle_models_make_room(start, tmp_path):
 # ---- many at once --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_many_clients_get_their_own_texts_or_are_told_to_come_again(start, folder):
     clients, queue = count(24, 64), count(6, 32)
     server = start(queue=queue, batch=ROWS)
@@ -634,6 +636,7 @@ class StepByStep:
         return order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["equal", "mixed", "several texts", "slow prompts", "texts that end early"])
 def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind):
     """By a clock of which each step takes half a second: the time until an order at the queue's end has begun."""
@@ -715,6 +718,7 @@ def test_a_new_text_joins_those_under_way(running, folder):
     assert alone(folder, "a", 0, n=60, temperature=0.0).startswith(text[:15]) and len(text) >= 15
 
 
+@pytest.mark.slow
 def test_one_large_order_does_not_keep_others_waiting(running):
     large = running.client.completions.create(
         model="air.strawberry", prompt=["a"] * 40, n=30, **LONG | {"max_tokens": 500}, stream=True
@@ -771,6 +775,7 @@ def test_pieces_are_not_kept_for_ever(running, monkeypatch):
         list(got)
 
 
+@pytest.mark.slow
 def test_requests_time_out(start):
     server = start(timeout=0.5)
     began = time.time()
@@ -782,12 +787,14 @@ def test_requests_time_out(start):
     assert server.wait_for("rows_busy", 0) < 1
 
 
+@pytest.mark.slow
 def test_a_request_has_a_timeout_of_its_own(running):
     began = time.time()
     assert "5 seconds" in error_of(running.complete(**LONG, prompt=["a"] * 8, n=8, timeout=5), 408)["message"]
     assert 5 <= time.time() - began < 9 and running.wait_for("rows_busy", 0) < 1
 
 
+@pytest.mark.slow
 def test_what_is_under_way_is_finished_before_the_end(folder):
     server = Running(folder, grace=20)
     server.complete()
@@ -874,6 +881,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", WRONG)
 def test_hostile_values_name_their_field(running, field):
     for value in WRONG[field]:
@@ -1015,6 +1023,7 @@ BIG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BIG)
 def test_large_nonsense_keeps_nobody_waiting(running, kind):
     """Bodies of some megabytes, four at once, of which each costs the most that we could think of."""
@@ -1125,6 +1134,7 @@ def test_keys(start):
         server.client.models.list()
 
 
+@pytest.mark.slow
 def test_every_key_is_compared_in_constant_time(start, monkeypatch):
     compared, real = [], hmac.compare_digest
     server = start(api_key=["first-key", "second"])
@@ -1213,6 +1223,7 @@ def test_addresses_that_are_taken_are_told(running):
 # ---- the command, the schema, the numbers --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_stop(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -1237,6 +1248,7 @@ def test_the_command_serves_until_it_is_told_to_stop(folder):
         child.kill()
 
 
+@pytest.mark.slow
 def test_polling_does_not_fill_the_console(folder, tmp_path):
     """What the page asks every two seconds is not written down while it succeeds; all else is, errors above all."""
     with socket.socket() as free:
@@ -1270,6 +1282,7 @@ def test_polling_does_not_fill_the_console(folder, tmp_path):
         ("GET /v1/files?after=none", "404"), ("DELETE /v1/files/file-none", "404"), ("GET /", "200")]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_and_sampling_need_nothing_of_this():
     code = ("import sys, train, sample; bad = {'fastapi', 'uvicorn', 'starlette', 'prometheus_client', 'serve'} & "
             "set(sys.modules); sys.exit(str(bad) if bad else 0)")  # fmt: skip

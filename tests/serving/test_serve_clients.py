@@ -20,6 +20,7 @@ from test_serve import Running, make_model
 from strawberry.inference.scoring import score_text
 from strawberry.model_file import load_model
 
+pytestmark = pytest.mark.slow
 TEXTS = ["The cat sat on the mat.", "import os\nprint(os.getcwd())\n", "def close(self):\n    return Né\n"]
 CHOICES = [("The sky is", ["blue", "qzx"]), ("2 + 2 =", ["5", "4"]), ("def f(", ["self", "!!!"]), ("a", ["aaa", "zz"])]
 SCORES = """

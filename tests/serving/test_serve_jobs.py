@@ -156,6 +156,7 @@ def made(tmp_path, files, **wishes):
     return assemble.assemble(recipe, folder), *documents(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("similarity", [0.35, 0.6, 0.8, 0.9, 1.0])
 def test_alike_documents_are_those_that_comparing_every_pair_finds(tmp_path, similarity):
     texts = corpus(seed=round(100 * similarity))
@@ -251,6 +252,7 @@ def test_one_text_validates_by_its_end(tmp_path):
     assert (training, validation) == ([text[:800]], [text[800:]])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=30), st.floats(0.01, 0.5), st.integers(0, 5))
 def test_every_token_trains_or_validates_and_the_share_is_kept(lengths, share, seed):
@@ -291,6 +293,7 @@ def test_the_encoder_is_as_large_as_asked_or_as_the_text_gives(tmp_path):
     assert result["encoder"]["fingerprint"] == own.fingerprint
 
 
+@pytest.mark.slow
 def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
     def run(recipe):
         (tmp_path / "mix.json").write_text(json.dumps(recipe))
@@ -353,6 +356,7 @@ SLEEP = "import time; time.sleep(60)"
 DONE = "open('done', 'w')"
 
 
+@pytest.mark.slow
 def test_at_most_so_many_run_and_the_others_wait_in_order(keeper):
     made = keeper(at_once=2)
     waiting = [add(made, f"import time; time.sleep(0.4); {DONE}") for _ in range(5)]
@@ -383,6 +387,7 @@ def test_a_new_kind_is_a_function_and_a_line(keeper, monkeypatch, tmp_path):
     assert not long.child.alive()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code, status, told", [
     (DONE, "succeeded", None),
     (f"{DONE}; raise SystemExit(1)", "succeeded", None),  # all was done before it fell
@@ -404,6 +409,7 @@ def test_what_a_child_leaves_says_what_became_of_it(keeper, code, status, told):
     assert json.loads((job.folder / ABOUT).read_bytes()) == job.about
 
 
+@pytest.mark.slow
 def test_a_child_that_does_not_end_is_killed(keeper, monkeypatch):
     monkeypatch.setattr(jobs, "STOP_TIMEOUT", 0.3)
     made = keeper()
@@ -415,6 +421,7 @@ def test_a_child_that_does_not_end_is_killed(keeper, monkeypatch):
     assert any(event["level"] == "warn" for event in job.events())
 
 
+@pytest.mark.slow
 def test_a_child_is_asked_to_end_only_once(keeper):
     """A second signal would end train.py before it has saved."""
     made = keeper()
@@ -453,6 +460,7 @@ def born(pid):
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
+@pytest.mark.slow
 def test_the_next_server_takes_over_a_live_child_and_finds_a_dead_one(keeper, tmp_path):
     first = keeper()
     first.supervisor.closing.set()
@@ -816,6 +824,7 @@ def assembled(site, **wishes):
     return until(look, what="the dataset")
 
 
+@pytest.mark.slow
 def test_every_kind_of_text_can_be_uploaded_and_read(site, tmp_path):
     require_program("curl")
     names = [f"x{suffix}" for suffix in TEXT_SUFFIXES] + ["NOTES.MD", "Makefile", ".profile", "y.rst.gz"]
@@ -838,6 +847,7 @@ def test_every_kind_of_text_can_be_uploaded_and_read(site, tmp_path):
         assert all(f"{suffix}," in error["message"] for suffix in SUFFIXES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["../../x.txt", "/etc/passwd.txt", "..\\..\\x.txt", "a/../../b.txt"])
 def test_names_are_only_shown(site, name):
     before = snapshot(site.data.parent.parent)
@@ -916,6 +926,7 @@ def chunked(pieces):
     yield b"0\r\n\r\n"
 
 
+@pytest.mark.slow
 def test_the_limit_holds_whatever_the_headers_say(site):
     before = set(snapshot(site.data / "files"))
     exact = site.client.files.create(file=("exact.txt", b"x" * MIB), purpose="fine-tune")  # just fits
@@ -938,6 +949,7 @@ def test_the_limit_holds_whatever_the_headers_say(site):
     assert set(snapshot(site.data / "files")) == before
 
 
+@pytest.mark.slow
 def test_bombs_stop_at_the_limit(site):
     before = set(snapshot(site.data / "files"))
     bomb = gzip.compress(bytes(200 * MIB), 9)
@@ -961,6 +973,7 @@ def test_a_client_that_leaves_leaves_nothing(site):
     until(lambda: set(snapshot(site.data / "files")) == before, what="the end of it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
     "../LICENSE", "..%2f..%2fLICENSE", "%2e%2e/%2e%2e/etc/passwd", "%2e%2e%2fabout.json", "/etc/passwd", ".", "..", "*",
     "%2fetc%2fpasswd", "%00", "file-%00" + "0" * 24, "x" * 300, "file-" + "0" * 24 + "%0a", "file-" + "٣" * 24, "%ff",
@@ -1058,6 +1071,7 @@ def children(data):
     return found
 
 
+@pytest.mark.slow
 def test_a_dataset_is_assembled_once_and_says_what_came_of_it(site):
     files = site.client.files
     one, two = (files.create(file=("a.jsonl", stories() + b'"%d"\n' % i), purpose="fine-tune").id for i in range(2))
@@ -1108,6 +1122,7 @@ def test_a_dataset_is_assembled_once_and_says_what_came_of_it(site):
     assert str(site.data) not in failed["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     """It ends with the weights of one that nothing has disturbed."""
     tuning = site.client.fine_tuning.jobs
@@ -1172,6 +1187,7 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     assert begin[1] < begin[0] - 0.2  # it went on from what was learned
 
 
+@pytest.mark.slow
 def test_a_model_that_a_job_needs_is_not_deleted(site, story):
     """Neither the one that a run starts from, nor the one that it writes, nor one whose encoder a dataset takes."""
     client, tuning = site.client, site.client.fine_tuning.jobs
@@ -1197,6 +1213,7 @@ def test_a_model_that_a_job_needs_is_not_deleted(site, story):
     assert client.models.delete(base).deleted and not (site.models / base).exists()
 
 
+@pytest.mark.slow
 def test_a_seed_is_drawn_and_recorded_unless_one_is_given(site, story):
     tuning, asked = site.client.fine_tuning.jobs, {"model": PRESET, "training_file": story}
     assert read_json(ROOT / "config" / f"{PRESET}.json")["seed"] == 1
@@ -1231,6 +1248,7 @@ def test_no_key_names_a_path(site, story, hyperparameters, param):
     assert len(site.service.job_service.jobs.all("ftjob")) == before
 
 
+@pytest.mark.slow
 def test_keys_are_judged_as_on_the_command_line(site, story):
     for wrong in ({"learning_rate": -1}, {"learnin_rate": 1e-3}, {"model_hyperparams": {"n_layer": 0, "n_head": "x"}},
                   {"batch_size": 1.5}, {"max_iters": 10**30}, {"device": "gpu"}, {"model_hyperparams": {"arch": "x"}}):
@@ -1272,6 +1290,7 @@ def test_depth_is_refused(site, story, depth, field):
         assert "deep" in json.loads(answer)["error"]["message"]
 
 
+@pytest.mark.slow
 def test_queueing_idempotency_and_cancelling(site, story):
     tuning = site.client.fine_tuning.jobs
     ask = {"model": PRESET, "training_file": story, "hyperparameters": ENDLESS, "seed": 1}
@@ -1356,6 +1375,7 @@ BROKEN = {  # a file's name: its bytes, and what the error says
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_dataset_that_fails_names_the_file_as_it_was_uploaded(site, name):
     data, told = BROKEN[name]
@@ -1366,6 +1386,7 @@ def test_a_dataset_that_fails_names_the_file_as_it_was_uploaded(site, name):
     assert_no_path(site, failed["error"]["message"])
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_names_its_dataset_and_no_path(site, story):
     """By its configuration, by its encoder, by its tokens, and by what is refused at once."""
     tuning, model = site.client.fine_tuning.jobs, TINY["model_hyperparams"]
@@ -1403,6 +1424,7 @@ def size_of(folder):
     return sum(map(int, printed.stdout.split()))
 
 
+@pytest.mark.slow
 def test_runs_and_datasets_are_deleted_and_the_model_stays(site, story):
     client, tuning = site.client, site.client.fine_tuning.jobs
     made = assembled(site, files=[story], encoder=None, vocab_size=300, name="to delete")
@@ -1467,6 +1489,7 @@ def warnings_of(client, job):
     return [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100) if event.level == "warn"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="sets limits of another process")
 def test_a_run_that_could_save_nothing_says_so_when_it_is_stopped(site, story):
     """No file of the run can grow beyond 4 kB: neither a checkpoint nor, in the long run, the metrics."""
@@ -1508,6 +1531,7 @@ def fill(path):
             file.write(bytes(4096))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_to_the_last_byte_is_told(tmp_path):
     """Neither the run nor the server can write anything: events and the answer to pause say it all the same."""
     require_program("unshare")
@@ -1562,6 +1586,7 @@ def test_a_disk_that_is_full_to_the_last_byte_is_told(tmp_path):
 # ---- a killed server -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
     """kill −9 of the server: the next one watches the run on. kill −9 of the run too: it has failed, and can go on."""
     data, models = tmp_path / "data", tmp_path / "models"

@@ -278,6 +278,7 @@ def forked_kill(root, count):
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_killed_before_any_system_call_a_whole_checkpoint_is_found_and_the_next_save_tidies(tmp_path):
@@ -456,6 +457,7 @@ LIMITED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
 def test_a_full_disk_is_an_error_that_names_the_path_and_spares_the_older(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(LIMITED), str(tmp_path)]

@@ -42,6 +42,7 @@ def close(a: dict, b: dict):
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("muon", ["true", "false"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_captured_steps_train_as_others_do(run_folder, monkeypatch, muon, accumulation):
@@ -131,6 +132,7 @@ def spoil(monkeypatch, *positions, value=math.nan):
     late(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("muon", ["true", "false"])
 def test_what_is_not_finite_changes_nothing_nor_do_later_steps(run_folder, graph_steps, monkeypatch, muon, value):

@@ -39,7 +39,7 @@ from strawberry.training.checkpoint import find_latest
 from strawberry.training.evaluation import Evaluator
 from strawberry.training.step import TrainStep
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are forked")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="processes are forked")]
 PRESETS = sorted(path.stem for path in (torture.ROOT / "config").glob("*.json") if path.name != "schema.json")
 SMALL = {"vocab_size": 67, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_qkv": 16, "d_rank": 8}
 SMALL |= {"dropout": 0.0}

@@ -91,6 +91,7 @@ def test_short_and_broken_files_are_drawn_as_far_as_they_go(tmp_path, text):
     assert (tmp_path / "loss.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text,told", [
     ("", "holds no loss at any step"),
     ('{"step": 1, "loss": null}\n{"step": 2, "lo', "holds no loss at any step"),
@@ -187,6 +188,7 @@ def inside(fig, ax):
     return pixels[round(height - box.y1) : round(height - box.y0), round(box.x0) : round(box.x1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", plot.SHEETS)
 @pytest.mark.parametrize("runs", [1, 3])
 def test_a_single_point_can_be_seen_inside_the_axes(tmp_path, name, runs):
@@ -212,6 +214,7 @@ def test_a_run_that_has_logged_nothing_has_a_word_instead_of_axes(tmp_path, name
 # ---- legends and names ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", plot.SHEETS)
 @pytest.mark.parametrize("length", [3, 60])
 def test_the_legend_is_beside_the_curves_and_takes_none_of_their_room(tmp_path, name, length):
@@ -269,6 +272,7 @@ def test_many_runs_can_be_told_apart():
 BEGINS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", BEGINS)
 def test_the_extension_says_which_kind_of_file_is_written(tmp_path, suffix, capsys):
     run = write_run(tmp_path / "a" / "metrics.jsonl")

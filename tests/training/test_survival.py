@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import safetensors.torch
 import torch
 import torture
@@ -129,13 +130,14 @@ def random_corpus(block_size: int, windows: int) -> None:
     """One long line in which no two windows are alike."""
     rng = random.Random(block_size)
     text = "".join(rng.choice(torture.ALPHABET[:-1]) for _ in range(int((windows + 1.5) * block_size / 0.8)))
-    torture.write_corpus("data.bin", text)
+    runs.write_corpus("data.bin", text)
 
 
 TINYSTAR = {"arch": "tinystar", "vocab_size": 44, "n_layer": 1}
 WIDE = TINYSTAR | {"block_size": 64, "n_embd": 64, "n_head": 2, "dropout": 0.2}  # torch divides this among threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads,model", [(1, torture.MODEL | {"dropout": 0.2}), (2, WIDE)], ids=["1", "2"])
 def test_resumed_at_any_point_it_is_the_same_run(den, monkeypatch, told, threads, model):
     torch.set_num_threads(threads)
@@ -181,6 +183,7 @@ def assert_an_epoch_is_every_window_once(rows: list[bytes], size: int) -> None:
 # ---- kills ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @posix
 def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(den, told):
     write_run(max_iters=24, checkpoints={"path": "ck", "interval": 2, "keep": 2}, eval_interval=12)
@@ -254,6 +257,7 @@ def six_steps(tmp_path_factory):
 SIX = ["--max_iters=6", "--eval_interval=3", "--checkpoints.interval=2"]
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("phase", PHASES)
 def test_sigterm_at_any_moment_saves_and_ends_with_143(den, monkeypatch, six_steps, told, phase):
@@ -294,6 +298,7 @@ def test_a_signal_that_a_callback_swallows_comes_again(den, monkeypatch):
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 @posix
 def test_a_step_that_takes_too_long_is_given_up(den, monkeypatch, six_steps):
     """Of the third step's two micro-batches only one is computed; the step is done anew on resume."""
@@ -308,6 +313,7 @@ def test_a_step_that_takes_too_long_is_given_up(den, monkeypatch, six_steps):
     assert_same(newest_state()[1], six_steps)
 
 
+@pytest.mark.slow
 @posix
 def test_sigterm_while_compiling_ends_with_143(den, told):
     times = []
@@ -325,6 +331,7 @@ def test_sigterm_while_compiling_ends_with_143(den, told):
     told("SIGTERM while compiling", f"{len(times)} times, the slowest took {max(times):.1f} s")
 
 
+@pytest.mark.slow
 @posix
 def test_sigterm_while_the_program_is_loaded_ends_at_once(den, told):
     script = [sys.executable, str(torture.ROOT / "train.py"), "--config", "run.json"]
@@ -338,6 +345,7 @@ def test_sigterm_while_the_program_is_loaded_ends_at_once(den, told):
     told("SIGTERM while Python loads", f"{tries} times")
 
 
+@pytest.mark.slow
 @posix
 def test_a_second_sigint_leaves_at_once_and_the_last_checkpoint_is_good(den, told):
     """Both come in the middle of the second save, which is never finished."""
@@ -366,6 +374,7 @@ DAMAGE = {
 PARTS = ("model.safetensors", "state.pt", "manifest.json")
 
 
+@pytest.mark.slow
 def test_damage_is_named_and_the_checkpoint_before_is_used(den, six_steps, capsys, told):
     run(*SIX)
     shutil.copytree("ck", "sound")
@@ -383,6 +392,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(den, six_steps, capsy
     told("damaged checkpoints", f"{len(DAMAGE)} kinds in each of {len(PARTS)} files")
 
 
+@pytest.mark.slow
 @posix
 def test_all_checkpoints_damaged_is_one_line_and_never_a_new_start(den):
     run(*SIX)
@@ -426,6 +436,7 @@ def assert_it_went_on_without_the_disk() -> None:
 FULL_DISK = ["--config", "run.json", "--max_iters=12", "--checkpoints.interval=2", "--eval_interval=6"]
 
 
+@pytest.mark.slow
 @posix
 def test_files_that_cannot_grow_are_told_and_tried_again(den, told):
     """RLIMIT_FSIZE: no checkpoint and no picture fits."""
@@ -439,6 +450,7 @@ def can_mount() -> bool:
     return not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's tmpfs")
 def test_a_full_disk_is_told_and_tried_again(den, told):
     """A tmpfs of 4 MB with nothing left on it, for the log too."""
@@ -487,6 +499,7 @@ def poison(monkeypatch, *positions):
     monkeypatch.setattr(TrainStep, "compute_gradients", poisoned)
 
 
+@pytest.mark.slow
 def test_a_poisoned_weight_is_rolled_back_past_its_data_at_half_the_rate(den, monkeypatch, capsys, told):
     poison(monkeypatch, 6)
     used = []
@@ -513,6 +526,7 @@ def test_a_poisoned_weight_is_rolled_back_past_its_data_at_half_the_rate(den, mo
     told("a weight made NaN, with on_nan: rollback", "once, gone on from; four times, ended with code 3")
 
 
+@pytest.mark.slow
 def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypatch):
     poison(monkeypatch, 6)
     batches = []
@@ -531,6 +545,7 @@ def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypat
         assert torch.equal(got, every[step])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_rolled_back_resumes_as_if_it_had_not_stopped(den, monkeypatch):
     poison(monkeypatch, 6)
     assert run(BACK, "--checkpoints.path=whole") == 0
@@ -545,6 +560,7 @@ def test_a_run_that_was_rolled_back_resumes_as_if_it_had_not_stopped(den, monkey
     assert timeless("whole/metrics.jsonl") == timeless()
 
 
+@pytest.mark.slow
 def test_three_rollbacks_and_no_more(den, monkeypatch, capsys):
     poison(monkeypatch, 2, 5, 7, 9)
     assert run(BACK) == 3
@@ -553,6 +569,7 @@ def test_three_rollbacks_and_no_more(den, monkeypatch, capsys):
     assert factors == [0.5, 0.25, 0.125] and find_latest("ck").load_state()["progress"]["rollbacks"][2]["rollback"] == 3
 
 
+@pytest.mark.slow
 def test_a_rollback_takes_the_checkpoint_before_a_broken_one(den, monkeypatch, capsys):
     poison(monkeypatch, 9)
     with monkeypatch.context() as patch:
@@ -563,6 +580,7 @@ def test_a_rollback_takes_the_checkpoint_before_a_broken_one(den, monkeypatch, c
     assert find_latest("ck").step == 10 and find_latest("ck").load_state()["progress"]["skipped"] == 6
 
 
+@pytest.mark.slow
 def test_weights_that_went_bad_before_a_save_are_rolled_back(den, monkeypatch):
     """The gradient was finite and the update was not."""
 
@@ -578,6 +596,7 @@ def test_weights_that_went_bad_before_a_save_are_rolled_back(den, monkeypatch):
     assert [line["step"] for line in timeless() if "rollback" in line] == [4]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_of_1e20_is_not_survived_and_nothing_bad_is_saved(den):
     exploding = ["--learning_rate=1e20", "--warmup_iters=0", "--min_lr=0"]
     assert run(*exploding, BACK) == 3
@@ -603,6 +622,7 @@ def limited(monkeypatch, rows):
     monkeypatch.setattr(TrainStep, "accumulate", full)
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_what_took_it_and_what_to_lower(den, monkeypatch):
     limited(monkeypatch, 3)
     before = files(den)
@@ -621,6 +641,7 @@ def test_out_of_memory_says_what_took_it_and_what_to_lower(den, monkeypatch):
     assert run("--batch_size=2", "--gradient_accumulation_steps=4", "--max_iters=1") == 0  # what it said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 11, 16, 1000])
 def test_auto_finds_the_largest_batch_that_fits(den, monkeypatch, capsys, rows):
     limited(monkeypatch, rows)
@@ -631,12 +652,14 @@ def test_auto_finds_the_largest_batch_that_fits(den, monkeypatch, capsys, rows):
     assert all(not router.load.any() for router in trainer.model.routers().values())
 
 
+@pytest.mark.slow
 def test_auto_with_room_for_nothing_says_so(den, monkeypatch):
     limited(monkeypatch, 0)
     with pytest.raises(UserError, match=r"out of memory before the first step.* Lower model_hyperparams.block_size"):
         run("--batch_size=auto")
 
 
+@pytest.mark.slow
 def test_auto_is_recorded_and_resumed(den, monkeypatch):
     limited(monkeypatch, 5)
     run("--batch_size=auto", "--max_iters=2")
@@ -646,6 +669,7 @@ def test_auto_is_recorded_and_resumed(den, monkeypatch):
         run("--batch_size=auto", RESUME)
 
 
+@pytest.mark.slow
 def test_a_cpu_gives_half_of_its_free_memory_and_no_more_tokens_than_help(den, monkeypatch):
     trainer = prepared()  # its planner does not keep it
     need = trainer.memory_planner.estimate()
@@ -677,6 +701,7 @@ def test_the_largest_is_found_whatever_it_is():
             assert max(asked) <= limit and max(asked) <= max(2 * n, 1) and len(asked) == len(set(asked))
 
 
+@pytest.mark.slow
 @posix
 def test_a_cpu_that_is_out_of_memory_says_so(den):
     """A real allocation fails, in a process that may have 300 MB more than it has."""
@@ -695,7 +720,7 @@ def test_a_gpu_that_is_full_and_the_batch_that_fits_it(den, capsys):
     """With 8 GB left of the GPU, the batch that auto finds trains; four times as much does not, and is told."""
     wide = {"block_size": 256, "n_embd": 128, "n_qkv": 128, "n_layer": 4, "retention_chunk": 128}
     write_run(device="cuda", model_hyperparams=torture.MODEL | wide)
-    torture.write_corpus("data.bin", torture.TEXT * 400)
+    runs.write_corpus("data.bin", runs.TEXT * 400)
     ballast = torch.empty(torch.cuda.mem_get_info()[0] - (8 << 30), dtype=torch.uint8, device="cuda")
     assert run("--batch_size=auto", "--max_iters=3") == 0
     rows = find_latest("ck").meta["run"]["batch_size"]
@@ -829,6 +854,7 @@ def saved(value) -> bytes:
     return Path("saved.pt").read_bytes()
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("harm", HARM)
@@ -864,6 +890,7 @@ def test_metrics_made_to_harm_are_skipped(den):
 # ---- one process at a time -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @posix
 def test_a_second_trainer_is_refused_by_the_name_of_the_first(den, told):
     child = start(*ENDLESS)
@@ -980,6 +1007,7 @@ def assert_close(a, b):
     np.testing.assert_allclose([loss for _, loss in a], [loss for _, loss in b], rtol=1e-4)
 
 
+@pytest.mark.slow
 @posix
 def test_ranks_compute_what_one_process_does_and_take_over_from_each_other(den, told):
     halves = ["--max_iters=5", "--lr_decay_iters=10"]
@@ -1003,6 +1031,7 @@ def test_ranks_compute_what_one_process_does_and_take_over_from_each_other(den, 
     told("two ranks over gloo beside one, 2 → 2, 2 → 1, 1 → 2", "10 steps each, resumed after 5")
 
 
+@pytest.mark.slow
 @posix
 def test_ranks_weigh_rows_by_their_targets(den):
     """Pairs: each row has a number of targets of its own."""
@@ -1021,6 +1050,7 @@ def test_ranks_weigh_rows_by_their_targets(den):
     assert_close(losses("one/metrics.jsonl"), losses("two/metrics.jsonl"))
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_rank_is_killed_the_other_ends_and_both_resume(den, told, victim):
@@ -1042,6 +1072,7 @@ def test_when_a_rank_is_killed_the_other_ends_and_both_resume(den, told, victim)
     told("a rank of two killed; both resumed to the same bits", f"rank {victim}: the other ended after {seconds:.1f} s")
 
 
+@pytest.mark.slow
 @posix
 def test_torchrun_ends_when_a_rank_is_killed(den, told):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", free_port()]
@@ -1066,6 +1097,7 @@ def test_torchrun_ends_when_a_rank_is_killed(den, told):
     assert run("--max_iters=1", RESUME) == 0
 
 
+@pytest.mark.slow
 @posix
 def test_ranks_that_cannot_divide_the_batch_say_so(den):
     codes = [finish(child) for child in begin_ranks("--batch_size=3", "--gradient_accumulation_steps=1")]
@@ -1074,6 +1106,7 @@ def test_ranks_that_cannot_divide_the_batch_say_so(den):
     assert not Path("ck").exists()
 
 
+@pytest.mark.slow
 @posix
 def test_ranks_roll_back_together(den):
     children = begin_ranks(BACK, body=torture.poisoned_on_one_rank)
@@ -1134,6 +1167,7 @@ def test_every_preset_survives_json(name):
     assert not problems and plain(again) == BASES[name]
 
 
+@pytest.mark.slow
 @thorough
 @given(st.data())
 def test_any_mutation_of_a_config_is_valid_or_refused_by_name(data):
@@ -1170,6 +1204,7 @@ def test_any_mutation_of_a_config_is_valid_or_refused_by_name(data):
 KEYS = sorted(dotted_names(run_class(CONFIGS, "transformer")))
 
 
+@pytest.mark.slow
 @thorough
 @given(st.sampled_from(PRESETS), st.sampled_from(KEYS), st.text(max_size=12))
 def test_any_override_is_a_run_or_a_user_error(name, key, text):
@@ -1179,6 +1214,7 @@ def test_any_override_is_a_run_or_a_user_error(name, key, text):
         assert str(error)
 
 
+@pytest.mark.slow
 def test_ten_thousand_mutated_headers_are_refused_or_read(den, told):
     """Half of them with a checksum that fits."""
     rng = np.random.default_rng(7)
@@ -1209,6 +1245,7 @@ def test_ten_thousand_mutated_headers_are_refused_or_read(den, told):
 # ---- long runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_long_run_grows_nothing(den, told):
     require(Path("/proc/self/fd").exists(), "/proc, from which memory and open files are read")
     steps = count(600, 20_000)
@@ -1232,6 +1269,7 @@ def test_a_long_run_grows_nothing(den, told):
 # ---- odd surroundings ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_set_back_changes_nothing(den, monkeypatch, six_steps):
     """Every moment is before the last one, and the newest files are the oldest."""
     clock = iter(range(2_000_000_000, 0, -1000))
@@ -1247,6 +1285,7 @@ def test_a_clock_that_is_set_back_changes_nothing(den, monkeypatch, six_steps):
     assert all(line["seconds"] > 0 and line["tokens_per_s"] > 0 for line in lines if "seconds" in line)
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("key,path", [("model_path", "bin/tiny.model"), ("checkpoints.path", "bin/ck")])
 def test_a_read_only_directory_is_told_before_anything_is_trained(den, key, path):
@@ -1262,6 +1301,7 @@ def test_a_read_only_directory_is_told_before_anything_is_trained(den, key, path
     assert finish(child) == 0, read()
 
 
+@pytest.mark.slow
 @posix
 def test_paths_with_spaces_and_letters_of_any_alphabet(den, capsys):
     odd = den / "une étude — 研究 (1) 'x'"
@@ -1281,6 +1321,7 @@ def test_paths_with_spaces_and_letters_of_any_alphabet(den, capsys):
     assert load_model("modèle 模/tiny")[2]["step"] == 10
 
 
+@pytest.mark.slow
 @posix
 def test_any_working_directory_will_do_or_is_told(tmp_path):
     """The presets are found from everywhere; the data are looked for where one stands, and what makes them is told."""
@@ -1309,6 +1350,7 @@ def test_check_says_all_and_writes_nothing(den, capsys, monkeypatch):
     assert files(den) == before
 
 
+@pytest.mark.slow
 def test_check_of_a_resumed_run_changes_nothing(den, capsys):
     run("--max_iters=4")
     before = files(den)
@@ -1318,7 +1360,7 @@ def test_check_of_a_resumed_run_changes_nothing(den, capsys):
 
 def change_data():
     run("--max_iters=1")
-    torture.write_corpus("data.bin", torture.TEXT[:-9])
+    runs.write_corpus("data.bin", runs.TEXT[:-9])
 
 
 def corrupt_data():
@@ -1327,6 +1369,7 @@ def corrupt_data():
     Path("data.bin").write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv,prepare,message", [
     (["--dataset.path=none.bin"], None, "there is no token file none.bin"),
     (["--encoder_path=none.bin"], None, "no encoder at 'none.bin'"),

@@ -140,6 +140,7 @@ def objective(request, run_folder, monkeypatch):
     return request.param
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_any_objective_is_the_uninterrupted_one(objective):
     run("--gradient_accumulation_steps=2")
     whole = weights_and_state()
@@ -190,6 +191,7 @@ def test_accumulation_weighs_rows_by_their_targets(objective):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluations_show_what_they_can(objective, capsys):
     run("--max_iters=1")
     out, line = capsys.readouterr().out, metrics()[-1]
@@ -414,6 +416,7 @@ def test_a_second_signal_leaves_at_once(monkeypatch):
     assert left == [130]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send SIGINT to a process alone")
 def test_sigint_saves_and_prints_the_command_that_resumes(run_folder):
     script = str(Path(train.__file__).resolve())
@@ -470,6 +473,7 @@ def test_metrics_survive_a_full_disk(tmp_path, monkeypatch, capsys):
 # ---- what is learned and told --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_overfits_a_small_corpus_and_writes_a_model_that_knows_it(run_folder, capsys, model):
     write_config(model)
@@ -532,6 +536,7 @@ def test_the_strict_loss_sees_each_prefix_alone(run_folder):
     assert got == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_strict_loss_is_told_where_the_model_sees_the_future(run_folder, capsys):
     write_config(model_hyperparams={"retention_scope": "batch"})
     assert run("--max_iters=2") == 0
@@ -718,6 +723,7 @@ def test_a_terminal_on_stderr_alone_has_the_bar_and_the_file_the_lines(run_folde
     assert terminal.bars and "\r" not in log.getvalue() and len(table_of(log.getvalue())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["--check"]])
 def test_quiet_prints_warnings_and_errors_only(run_folder, monkeypatch, capsys, words):
     assert run("--quiet", *words) == 0
@@ -762,6 +768,7 @@ def test_a_reader_of_the_log_that_leaves_costs_no_step(run_folder, monkeypatch):
     assert find_latest("ck").step == metrics()[-1]["step"] == 7
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_report_a_mistake_once(run_folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__]
     for mistake in ("--learning_rat=1", "--dataset.path=none.bin"):  # before and after they have met
@@ -794,6 +801,7 @@ def test_mistakes_are_told_and_nothing_is_created(run_folder, overrides, told):
     assert sorted(run_folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_which_keys_to_lower(run_folder, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -809,3 +817,25 @@ def test_out_of_memory_says_which_keys_to_lower(run_folder, monkeypatch):
         run("--cuda_graph=false")
     assert "cuda_graph" not in str(told.value)
     assert not Path("ck").exists()
+
+
+# ---- from Python -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_trained_from_python_as_from_the_command_line(run_folder):
+    assert run() == 0
+    step, weights, state = weights_and_state()
+    trainer = train.train(load_run(["--config", "run.json", "--checkpoints.path=other"], CONFIGS), quiet=True)
+    again, same_weights, same_state = weights_and_state("other")
+    assert step == again == trainer.progress.step == 10
+    assert_same(weights, same_weights)
+    assert_same(state, same_state)
+    assert_same(load_model("out/tiny.model")[0].state_dict(), dict(trainer.model.state_dict()))
+
+
+def test_a_run_from_python_that_fails_gives_its_directory_back(run_folder, monkeypatch):
+    write_config(learning_rate=1e30, on_nan="stop", decay_lr=False)
+    with pytest.raises(cuda_graph.NonFinite):
+        train.train(load_run(["--config", "run.json"], CONFIGS))
+    write_config()
+    assert run() == 0  # no lock is left, and nothing else

@@ -1,0 +1,16 @@
+"""The device that computes."""
+
+import torch
+
+from strawberry.common import UserError
+
+
+def choose_device(name: str, spelling: str = 'device = "{}"') -> torch.device:
+    """The device of that name; "auto" is cuda, else mps, else cpu. Raises UserError, with the option as the user spells
+    it, where there is none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, is_available in available.items() if is_available)
+    if not available[name]:
+        raise UserError(f'{spelling.format(name)}: torch finds none on this machine; use "auto" or "cpu"')
+    return torch.device(name)
