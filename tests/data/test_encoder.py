@@ -539,7 +539,7 @@ def test_a_net_that_never_answers_is_given_up(monkeypatch):
     start = time.perf_counter()
     with pytest.raises(UserError, match="no answer"):
         load("tiktoken:gpt2")
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10  # the answer never comes
     answer.set()
 
 
