@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from strawberry import ops
 from strawberry.cache import Cache, ChunkCache, CrossKVCache, LayerCache, RingKVCache
 from strawberry.common import UserError, nearest, run_cli
-from strawberry.compile import run_blocks
 from strawberry.config import check, option
 from strawberry.context import EncodedSource, ForwardContext, Mode
 from strawberry.ops.common import no_autocast, norm, softcap, to_accum_dtype, to_autocast_dtype
 from strawberry.ops.masks import AttentionPattern, BigBirdPattern, LongformerPattern
 from strawberry.run_config import load_run
+from strawberry.stack import run_blocks
 from strawberry.summary import summarize
 
 

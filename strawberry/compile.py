@@ -1,4 +1,7 @@
-"""How torch.compile is given a stack of blocks: as one graph, or in several."""
+"""How torch.compile is given a stack of blocks in several graphs.
+
+Imported only where it compiles: torch.compiler.disable loads all of torch._dynamo, which takes most of a second.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,19 @@ from torch import Tensor, nn
 from strawberry.context import ForwardContext
 
 
-def run_blocks(
-    blocks: Sequence[nn.Module], x: Tensor, ctx: ForwardContext, caches: list | None, partitions: int = 1
-) -> Tensor:
-    """x (B, T, C) through all blocks; under torch.compile, without caches, in about as many graphs as `partitions`."""
-    if caches is None and partitions > 1 and torch.compiler.is_compiling():
-        run = run_compiled_blocks if partitions == len(blocks) else run_compiled_partitions
-        return run(blocks, x, ctx, partitions)
-    for i, block in enumerate(blocks):
-        x = block(x, ctx, None if caches is None else caches[i])
-    return x
-
-
 @torch.compiler.disable(recursive=False)
 def run_compiled_partitions(blocks: Sequence[nn.Module], x: Tensor, ctx: ForwardContext, n: int) -> Tensor:
     """Each n-th of the blocks is a graph of its own."""
     blocks = list(blocks)
     size = -(-len(blocks) // n)
     for i in range(0, len(blocks), size):
-        x = run_blocks(blocks[i : i + size], x, without_masks(ctx), None)
+        x = run_partition(blocks[i : i + size], x, without_masks(ctx))
+    return x
+
+
+def run_partition(blocks: Sequence[nn.Module], x: Tensor, ctx: ForwardContext) -> Tensor:
+    for block in blocks:
+        x = block(x, ctx, None)
     return x
 
 

@@ -16,7 +16,7 @@ ROOMS = [
                 "strawberry.run_config", "strawberry.status_file", "strawberry.data.documents")),
     ("ops.triton", ("strawberry.ops.triton",)),
     ("ops, cache", ("strawberry.ops", "strawberry.cache", "strawberry.context", "strawberry.compile",
-                    "strawberry.summary", "strawberry.sharding", "strawberry.initialization")),
+                    "strawberry.stack", "strawberry.summary", "strawberry.sharding", "strawberry.initialization")),
     ("model", ("model", "optimizer", "encoder")),
     ("model files", ("strawberry.config_docs", "strawberry.model_file", "strawberry.training.checkpoint")),
     ("data", ("strawberry.data",)),
