@@ -28,6 +28,8 @@ import os
 import signal
 import sys
 
+import strawberry  # noqa: F401  before torch: it sets what OpenMP reads when it is loaded
+
 if __name__ == "__main__":  # importing torch takes seconds, in which there is nothing to save yet
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: os._exit(128 + number))

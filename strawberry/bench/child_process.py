@@ -1,5 +1,6 @@
 """Processes of bench.py: each measures or trains apart, so that one that fails takes no other along."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from strawberry.bench.common import SCRIPT
@@ -49,25 +51,43 @@ def read_failure(log: Path) -> str:
 
 
 def run_in_turns(role: str, arguments: list[list[str]]) -> list[dict]:
-    """What child processes print, a JSON object each. All get ready at once, then one after another is told to go on;
+    """The JSON object that each child process prints. All get ready at once, then each measures while the others wait;
     of one that fails, {"why": …}."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     env = dict(os.environ)
     if len(arguments) > 1:
         threads = str(max(1, (os.cpu_count() or 1) // len(arguments)))
         env = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, **env}
-    children = [subprocess.Popen(make_command(role, *words), env=env, **pipes) for words in arguments]
     rows = []
-    try:
-        before_ready = [read_until_ready(child) for child in children]
+    with start_measuring(role, arguments, env) as (children, before_ready):
         for child, lines in zip(children, before_ready, strict=True):
             lines += child.communicate("go\n" if child.poll() is None else None)[0].splitlines()
             rows.append(parse_result(lines, child.returncode))
+    return rows
+
+
+def run_together(role: str, arguments: list[list[str]]) -> list[dict]:
+    """As `run_in_turns`, but all measure at the same time, with as many threads as each takes by itself."""
+    with start_measuring(role, arguments, dict(os.environ)) as (children, before_ready):
+        for child in children:
+            with contextlib.suppress(OSError):  # it has ended
+                child.stdin.write("go\n")
+                child.stdin.flush()
+        for child, lines in zip(children, before_ready, strict=True):
+            lines += child.communicate()[0].splitlines()
+        return [parse_result(lines, child.returncode) for child, lines in zip(children, before_ready, strict=True)]
+
+
+@contextlib.contextmanager
+def start_measuring(role: str, arguments: list[list[str]], env: dict) -> Iterator[tuple[list, list]]:
+    """(child processes that are ready, or have failed; the lines that each has printed)."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    children = [subprocess.Popen(make_command(role, *words), env=env, **pipes) for words in arguments]
+    try:
+        yield children, [read_until_ready(child) for child in children]
     finally:
         for child in children:
             child.kill()
             child.wait()
-    return rows
 
 
 def read_until_ready(child: subprocess.Popen) -> list[str]:

@@ -301,6 +301,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=1,
         help="get so many ready at once; they are measured in turns (default 1)",
     )
+    add("--beside", type=parse_quantity, default=0, metavar="N", help="measure again beside N more of the same config")
     add("--json", type=Path, help="write what was measured there, too")
     add("--against", choices=["nanogpt"], help="train tinystar in GPT-2's shape beside nanoGPT's own train.py instead")
     add("--nanogpt_path", type=Path, help="a checkout of nanoGPT")
@@ -343,10 +344,21 @@ def measure_configs(arguments: argparse.Namespace) -> list[dict]:
             files = [write_benchmark_config(Path(folder) / str(i), run)
                      for i, run in enumerate(runs[first : first + arguments.jobs])]  # fmt: skip
             found = child_process.run_in_turns("_step", [[file, str(int(arguments.profile))] for file in files])
+            for i, row in enumerate(found if arguments.beside else ()):
+                row |= {} if "why" in row else measure_beside(runs[first + i], arguments.beside)
         for spec, row in zip(specs, found, strict=True):
             rows.append({"config": spec, **row})
             print(format_step(rows[-1]), flush=True)
     return rows
+
+
+def measure_beside(run: Run, others: int) -> dict:
+    """{"beside": tokens/s of each of others + 1 processes that train the same config at once}, or why there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [write_benchmark_config(Path(folder) / str(i), run) for i in range(others + 1)]
+        found = child_process.run_together("_speed", [[file] for file in files])
+    failed = [row["why"] for row in found if "why" in row]
+    return {"why": failed[0]} if failed else {"beside": [row["tokens_per_s"] for row in found]}
 
 
 def format_step(row: dict) -> str:
@@ -363,6 +375,9 @@ def format_step(row: dict) -> str:
         f"    {row['flops_per_s'] / 1e12:,.2f} TFLOP/s, {row['share']:.1%} of the {row['ceiling'] / 1e12:,.1f} of a "
         f"large product; {memory}",
     ]
+    if speeds := row.get("beside"):
+        mean = statistics.mean(speeds)
+        lines.append(f"    {len(speeds)} at once: {mean:,.0f} tokens/s each, {mean / row['tokens_per_s']:.1%} of one")
     shown = row["kernels"][:25]
     lines += [f"    {k['ms']:8.3f} ms {k['launches']:7.1f} × {k['name'][:100]}" for k in shown]
     return "\n".join(lines)

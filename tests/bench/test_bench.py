@@ -1062,3 +1062,43 @@ def test_a_server_that_does_not_start_is_told(tmp_path):
     server.command[2:] = ["--batch=0"]
     with pytest.raises(UserError, match="did not start: .*--batch = 0"), server:
         pass
+
+
+BARRIER = """
+import os, sys, time
+print("some output", "ready", sep="\\n", flush=True)
+sys.stdin.readline()
+open(sys.argv[1], "w").close()
+while sum(name.startswith("going") for name in os.listdir(".")) < int(sys.argv[2]):
+    time.sleep(0.01)
+print("warning: slow")
+print('{"tokens_per_s": ' + sys.argv[1][-1] + '}')
+"""
+
+
+def test_children_beside_each_other_measure_at_the_same_time(tmp_path, monkeypatch):
+    """Each of three ends only when all three have begun."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(child_process, "make_command", lambda role, *words: [sys.executable, "-c", BARRIER, *words])
+    rows = child_process.run_together("_speed", [[f"going{i}", "3"] for i in (1, 2, 3)])
+    assert rows == [{"tokens_per_s": 1}, {"tokens_per_s": 2}, {"tokens_per_s": 3}]
+
+
+def test_a_child_that_fails_beside_others_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    body = "import sys; sys.exit('error: no memory') if sys.argv[1] == 'b' else 0; print('ready', flush=True); " \
+           "sys.stdin.readline(); print('{\"tokens_per_s\": 2}')"  # fmt: skip
+    monkeypatch.setattr(child_process, "make_command", lambda role, *words: [sys.executable, "-c", body, *words])
+    assert child_process.run_together("_speed", [["a"], ["b"]]) == [{"tokens_per_s": 2}, {"why": "no memory"}]
+    monkeypatch.setattr(child_process, "run_together", lambda role, words: [{"tokens_per_s": 2}, {"why": "no memory"}])
+    monkeypatch.setattr(train, "write_benchmark_config", lambda folder, run: "a.json")
+    assert train.measure_beside(None, 1) == {"why": "no memory"}
+
+
+@pytest.mark.slow
+def test_train_measures_beside_others(real, capsys):
+    bench.main(["train", "--config", "a.json", "--beside", "1", "--json", "t.json"])
+    (row,) = json.loads(Path("t.json").read_text())
+    assert len(row["beside"]) == 2 and min(row["beside"]) > 0
+    share = sum(row["beside"]) / 2 / row["tokens_per_s"]
+    assert re.search(rf"2 at once: [\d,]+ tokens/s each, {share:.1%} of one", capsys.readouterr().out)
