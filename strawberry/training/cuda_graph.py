@@ -73,7 +73,6 @@ class CudaGraphStep:
             # what other threads ask of CUDA meanwhile (NCCL's watchdog) does not disturb
             with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
                 self.step()
-                self.state.ranks.join_streams()
             self.optimizer.count(-self.step_calls)
         self.optimizer.count(0)
         self.all_finite.fill_(1.0)

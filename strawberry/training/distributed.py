@@ -30,7 +30,6 @@ All three have the same methods: train.py does not ask how many processes there 
     can_capture                          whether the collectives of a step can be part of a CUDA graph
     start_heartbeat()                    from here on, wait_for() looks after the others
     wait_for(event)                      until the device has reached it; PeerLost where a lost process prevents that
-    join_streams()                       side streams end before what comes next on the current one: so a graph ends
     reset()                              forget a step that was given up in the middle; then make_forward() anew
     detect_peer_loss()                   a context that turns the back ends' errors about a lost process into PeerLost
     close()
@@ -125,9 +124,6 @@ class SingleProcess:
 
     def wait_for(self, event: torch.cuda.Event) -> None:
         event.synchronize()
-
-    def join_streams(self) -> None:
-        pass
 
     def reset(self) -> None:
         pass
@@ -247,7 +243,6 @@ class ProcessGroup:
                 raise PeerLost(f"another process of this run has ended or is out of reach ({gone or 'no answer'})")
             time.sleep(min(2e-4 + waited / 200, 0.05))
 
-    join_streams = SingleProcess.join_streams
 
     def shares_for(self, shapes: list[tuple[int, int, int]]) -> list[list[range]]:
         """`divide_matrices`, remembered: a step asks for the same each time."""
@@ -433,6 +428,7 @@ class FSDP(ProcessGroup):
     """
 
     sharded = True
+    can_capture = False  # a graph would need private parts of fully_shard: the streams that it gathers and reduces on
 
     def place_model(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The model, built whole in the host's memory, is sharded block by block on its way to the device."""
@@ -446,23 +442,8 @@ class FSDP(ProcessGroup):
             half = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
             narrow = dtype != torch.float32 and blocks.has_only_matmul_weights(block)
             fully_shard(block, mesh=mesh, mp_policy=half if narrow else wide)
-        # with dropout, what computes activations twice asks the device for the state of its random numbers
-        self.can_capture = not any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
         self.root = fully_shard(model, mesh=mesh, mp_policy=wide)
         return self.root
-
-    def join_streams(self) -> None:
-        """What fully_shard gathers and reduces on streams of its own is waited for where it is used; that each of them
-        ends in the recorded one, a graph wants to be told."""
-        about = self.root._get_fsdp_state()._comm_ctx
-        for stream in (about.all_gather_copy_in_stream, about.all_gather_stream, about.reduce_scatter_stream):
-            with torch.cuda.stream(stream):
-                capturing = torch.cuda.is_current_stream_capturing()
-            if capturing:
-                torch.cuda.current_stream().wait_stream(stream)
-
-    def reset(self) -> None:
-        reset_fsdp_state(self.root)
 
     def make_forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
         """Blocks are always compiled one by one, between what puts them together and what takes them apart."""
@@ -546,32 +527,6 @@ class FSDP(ProcessGroup):
         for name, buffer in model.named_buffers():
             plain.get_buffer(name).copy_(buffer)
         yield plain.eval()
-
-
-def reset_fsdp_state(root: nn.Module) -> None:
-    """Make a sharded model what it is between steps. What torch's reset_iter_state would wait for is dropped: events of
-    a recording that broke off never come."""
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
-    state = root._get_fsdp_state()
-    context, about = state._state_ctx, state._comm_ctx
-    context.iter_forward_root, context.post_backward_final_callback_queued = None, False
-    about.all_gather_state = about.reduce_scatter_state = None
-    for name in ("reduce_scatter_states", "_last_post_reduce_events", "post_forward_order"):  # some are torch 2.13's
-        getattr(about, name, []).clear()
-    for state in context.all_states:
-        state._training_state = TrainingState.IDLE
-        getattr(state, "_modules_to_run_forward", set()).clear()
-        for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
-            if group is not None:
-                group._training_state = TrainingState.IDLE
-                group._all_gather_result = group._post_reduce_event = group._all_reduce_state = None
-                group._post_forward_indices.clear()
-                group._to_sharded()
-                for p in group.fsdp_params:
-                    p.unsharded_accumulated_grad = None
-                    if hasattr(p, "_unsharded_param"):
-                        p._unsharded_param.grad = None
 
 
 PARALLEL = {"ddp": DDP, "fsdp": FSDP}

@@ -370,8 +370,7 @@ def two(argv) -> None:
         found["lagging"] = [run("--checkpoints.path=lagging", *rare, "--on_nan=rollback", trainer=Spoiled),
                             run("--checkpoints.path=together", *rare[:1], "--max_iters=500", trainer=Together)]
         cuda_graph.CudaGraphStep = Unrecordable
-        found["captured"] += [run(f"--checkpoints.path=uncapturable_{mode}", f"--parallel={mode}")
-                          for mode in MODES]  # fmt: skip
+        found["captured"].append(run("--checkpoints.path=uncapturable", "--parallel=ddp"))
         cuda_graph.CudaGraphStep = captured
     found["captured"].append(run("--checkpoints.path=called_dropout", *more))
     found["no sync"] = reduced(first)
@@ -639,7 +638,7 @@ def test_gradients_travel_in_large_parcels_where_all_come_at_once(hyper, compile
 
 
 def test_steps_left_to_the_device_are_those_of_the_host(found):
-    assert [both["captured"] for both in found[1]] == [[0, 0, 0, 3, *[0] * 6]] * 2
+    assert [both["captured"] for both in found[1]] == [[0, 0, 0, 3, *[0] * 5]] * 2
     assert_same_curve("ddp", "captured")
     assert_same_curve("turns_one", "captured_turns")
     assert_same_curve("called_dropout", "captured_dropout")
@@ -661,11 +660,10 @@ def test_all_ranks_hear_of_it_after_the_same_launch(found):
 
 
 def test_where_one_rank_cannot_record_none_does(found):
-    assert_same(newest_state("uncapturable_ddp")[1], newest_state("captured")[1])
-    assert_same(newest_state("uncapturable_fsdp")[1], newest_state("captured_fsdp")[1])
+    assert_same(newest_state("uncapturable")[1], newest_state("captured")[1])
     warning = "cannot be captured as a CUDA graph, so that steps take longer (another process could not)"
     assert warning in read("log0.txt")
-    assert read("log1.txt").count("(RuntimeError: operation not permitted when stream is capturing)") == 2
+    assert read("log1.txt").count("(RuntimeError: operation not permitted when stream is capturing)") == 1
 
 
 def test_all_ranks_hear_of_a_loss_that_is_not_finite_in_one(found):
