@@ -11,9 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 # Rooms from the bottom up. A module may import from its own room and from rooms below it.
 ROOMS = [
-    ("common", ("strawberry.command_line",
-                "strawberry.common", "strawberry.config", "strawberry.outputs", "strawberry.run_config",
-                "strawberry.status_file", "strawberry.data.documents")),
+    ("common", ("strawberry.command_line", "strawberry.common", "strawberry.config", "strawberry.machine",
+                "strawberry.outputs", "strawberry.run_config", "strawberry.status_file", "strawberry.data.documents")),
     ("ops.triton", ("strawberry.ops.triton",)),
     ("ops, cache", ("strawberry.ops", "strawberry.cache", "strawberry.context", "strawberry.compile",
                     "strawberry.summary", "strawberry.sharding", "strawberry.initialization")),
