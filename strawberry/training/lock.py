@@ -26,6 +26,7 @@ class Lock:
     Raises UserError, naming the process that has the directory, where another one does. The file `lock` says who that
     is. What keeps it is flock on the directory, which the system undoes when a process dies; where there is none
     (Windows, some network file systems) it is the file, and one that a dead process of this machine left is taken over.
+    filelock locks the file instead of the directory: after a user has removed it, a second process gets in.
     """
 
     def __init__(self, root, key: str = "checkpoints.path"):
