@@ -5,7 +5,6 @@ python -m strawberry.data.loader --measure data/webtext.bin      # resident memo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -19,6 +18,7 @@ from functools import partial
 import numpy as np
 import psutil
 
+from strawberry.argument_parser import ArgumentParser
 from strawberry.common import run_cli
 from strawberry.data.dataset import Corpus, Split
 from strawberry.data.objectives import Batch, NextToken
@@ -185,7 +185,9 @@ def measure_loader(path: str, steps: int, batch_size: int, block_size: int) -> N
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Measure the loader's resident memory and speed on a token file.")
+    parser = ArgumentParser(
+        "-m strawberry.data.loader", "Measure the loader's resident memory and speed on a token file."
+    )
     parser.add_argument("--measure", metavar="FILE", required=True)
     parser.add_argument("--steps", type=int, default=10_000, help="batches to draw (default 10000)")
     parser.add_argument("--batch_size", type=int, default=64)
