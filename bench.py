@@ -61,7 +61,7 @@ CHILDREN: dict[str, Callable[[list[str]], int | None]] = {
 def main(argv: list[str]) -> int | None:
     known = "\n".join(f"  {name:<10} {function.__doc__.splitlines()[0]}" for name, function in COMMANDS.items())
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: bench.py COMMAND …; bench.py COMMAND --help says more\n\n{known}")
+        print(f"usage: python bench.py COMMAND …; python bench.py COMMAND --help says more\n\n{known}")
         return 0
     name, *rest = argv
     if name not in COMMANDS | CHILDREN:

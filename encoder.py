@@ -37,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
+from strawberry.argument_parser import ArgumentParser
 from strawberry.common import UserError, atomic_write, check_path_arguments, nearest, run_cli
 from strawberry.data.documents import Documents, InputFile, add_reading_options, expand_inputs
 from strawberry.outputs import Input, Output, check_outputs, find_previous
@@ -582,9 +583,9 @@ class TrainingText:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="encoder.py", description="Train a byte-level BPE encoder on text files.")
-    parser.add_argument("--input", nargs="+", required=True, help="what prepare.py reads: files, folders or globs of "
-                        "text, .json or .jsonl, packed with gzip or not; - is standard input")
+    parser = ArgumentParser("encoder.py", "Train a byte-level BPE encoder on text files.")
+    parser.add_argument("--input", nargs="+", action="extend", required=True, help="what prepare.py reads: files, "
+                        "folders or globs of text, .json or .jsonl, packed with gzip or not; - is standard input")
     parser.add_argument("--vocab_size", type=int, default=8192, help="special tokens included (default 8192)")
     parser.add_argument("--output", default="bin/cl8k.bin", help="the encoder file (default bin/cl8k.bin)")
     parser.add_argument("--special", nargs="+", action="extend", default=[], help=f"more specials than {EOT} and {PAD}")

@@ -40,6 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 from encoder import Encoder, cut_pieces, load, train
+from strawberry.argument_parser import ArgumentParser
 from strawberry.common import UserError, check_path_arguments, run_cli, show
 from strawberry.data import encoding
 from strawberry.data.docstrings import DocstringPairs
@@ -304,7 +305,7 @@ def verify_token_file(path: str) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Turn text into a token file.")
+    parser = ArgumentParser("prepare.py", "Turn text into a token file.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--input", nargs="+", action="extend", metavar="PATH", help="files, directories or globs of "
                       "text; .json is a list and .jsonl has lines of strings or of {\"text\": …}, .gz is unpacked; a "

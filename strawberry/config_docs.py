@@ -4,7 +4,8 @@ which editors complete and check configs; `--table` prints the README's table of
 import json
 
 from model import CONFIGS
-from strawberry.common import UserError, atomic_write, run_cli, show
+from strawberry.argument_parser import ArgumentParser
+from strawberry.common import atomic_write, run_cli, show
 from strawberry.config import Option, declared, object_schema, sections
 from strawberry.run_config import CONFIG_FOLDER, Run, take_arch
 
@@ -45,13 +46,15 @@ def schema(archs: dict[str, type]) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    if argv == ["--schema"]:
+    parser = ArgumentParser("-m strawberry.config_docs", "Generate what the declared keys say.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--schema", action="store_true", help="write config/schema.json")
+    what.add_argument("--table", action="store_true", help="print the README's table of keys")
+    if parser.parse_args(argv).schema:
         text = json.dumps(schema(CONFIGS), indent=2, ensure_ascii=False) + "\n"
         atomic_write(CONFIG_FOLDER / "schema.json", text.encode())
-    elif argv == ["--table"]:
-        print(table(CONFIGS))
     else:
-        raise UserError(f"{' '.join(argv) or 'nothing'} given; write --schema or --table")
+        print(table(CONFIGS))
     return 0
 
 

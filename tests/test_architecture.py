@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 # Rooms from the bottom up. A module may import from its own room and from rooms below it.
 ROOMS = [
-    ("common", ("strawberry.command_line",
-                "strawberry.common", "strawberry.config", "strawberry.device", "strawberry.outputs",
-                "strawberry.run_config", "strawberry.status_file", "strawberry.data.documents")),
+    ("common", ("strawberry.argument_parser", "strawberry.command_line", "strawberry.common", "strawberry.config",
+                "strawberry.device", "strawberry.machine", "strawberry.outputs", "strawberry.run_config",
+                "strawberry.status_file", "strawberry.data.documents")),
     ("ops.triton", ("strawberry.ops.triton",)),
     ("ops, cache", ("strawberry.ops", "strawberry.cache", "strawberry.context", "strawberry.compile",
                     "strawberry.stack", "strawberry.summary", "strawberry.sharding", "strawberry.initialization")),

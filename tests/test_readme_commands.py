@@ -179,10 +179,6 @@ def check_bench(argv: list[str]) -> None:
     if argv[0] not in bench.COMMANDS:
         raise ValueError(f"bench.py has no {argv[0]}")
     module = importlib.import_module(f"strawberry.bench.{argv[0]}")
-    if argv[0] == "kernels" and not argv[1:]:
-        return
-    if argv[0] == "kernels":
-        raise ValueError(f"bench.py kernels takes no arguments: {argv[1:]}")
     arguments = vars(module.parse_arguments(argv[1:]))
     specs = [arguments.get(name) or [] for name in ("config", "configs", "models", "model")]
     common = [parse_assignment(text) for text in arguments.get("set", [])]

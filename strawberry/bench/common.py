@@ -1,6 +1,5 @@
 """What the commands of bench.py share: numbers as users write them, configs with changed keys, tables, pictures."""
 
-import argparse
 import json
 import math
 import os
@@ -132,11 +131,6 @@ def list_spec_inputs(option: str, specs: Iterable[str], runs: Iterable[Run] = ()
         match = re.fullmatch(r"(.+?\.json5?)(?::(.*))?", spec, re.DOTALL)
         inputs.append(Input(option, find_config(match[1]) if match else spec))
     return inputs + [given for run in runs for given in setup.list_inputs(run)]
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def format_command(python: str, command: str, argv: list[str]) -> str:

@@ -7,8 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+from strawberry.argument_parser import ArgumentParser
 from strawberry.bench.common import (
-    ArgumentParser,
     Entry,
     format_command,
     format_quantity,
@@ -29,9 +29,11 @@ from strawberry.training import setup
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser(prog="bench.py compare", allow_abbrev=False, description=(
-        "Train several configs under equal conditions; write a table and a picture. The same command goes on after an "
-        "interruption."))  # fmt: skip
+    parser = ArgumentParser(
+        "bench.py compare",
+        "Train several configs under equal conditions; write a table and a picture. The same command goes on "
+        "after an interruption.",
+    )
     add = parser.add_argument
     add("configs", nargs="+", help="config files; file.json:key=value,key=value changes keys of one")
     add("--tokens", type=parse_quantity, default=parse_quantity("5M"), help="training tokens of each run (default 5M)")

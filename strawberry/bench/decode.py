@@ -19,11 +19,11 @@ import torch
 from tqdm import tqdm
 
 from model import CONFIGS, Embedding, LanguageModel, LearnedPositions, build
+from strawberry.argument_parser import ArgumentParser
 from strawberry.bench import hardware
 from strawberry.bench.common import (
     GPT2_KEYS,
     GPT2_SHAPE,
-    ArgumentParser,
     format_command,
     format_quantity,
     format_table,
@@ -378,8 +378,10 @@ def draw_speeds(rows: list[dict], batches: list[int], title: str):
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser(prog="bench.py decode", allow_abbrev=False, description=(
-        "Measure how fast models make text, beside the floor that reading their weights and caches sets."))  # fmt: skip
+    parser = ArgumentParser(
+        "bench.py decode",
+        "Measure how fast models make text, beside the floor that reading their weights and caches sets.",
+    )
     add = parser.add_argument
     add("models", nargs="*", help="config files (file.json:key=value,key=value changes keys) and trained model files")
     add("--batches", default="1,8,64", help="texts at once (default 1,8,64)")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from strawberry.argument_parser import ArgumentParser
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import (
-    ArgumentParser,
     format_command,
     format_table,
     list_results,
@@ -41,11 +41,8 @@ AXES = {"T": "tokens in a window", "C": "channels (n_embd)"}
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
-        prog="bench.py growth",
-        allow_abbrev=False,
-        description=(
-            "Measure how tokens/s and memory of training change with the window T and with the width C; draw them."
-        ),
+        "bench.py growth",
+        "Measure how tokens/s and memory of training change with the window T and with the width C; draw them.",
     )
     add = parser.add_argument
     add(

@@ -1,7 +1,6 @@
 """The machine itself: its name, a clock that waits for it, memory, and the speeds that bound all others."""
 
 import contextlib
-import math
 import os
 import re
 import statistics
@@ -10,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from strawberry import machine
+
 
 def peak_resident_bytes() -> int | None:
     """Bytes that this process had in memory at most, torch included; None where the system does not tell."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, TypeError):  # psutil has no peak; getrusage's counts the parent's before exec
         line = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         return int(line[1]) * 1024
     return None
@@ -52,13 +53,11 @@ def synchronized_time(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def get_free_memory(device: torch.device) -> float:
-    """Bytes that can still be had; without end where the machine does not say."""
+def get_free_memory(device: torch.device) -> int:
+    """Bytes that can still be had."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    with contextlib.suppress(OSError, TypeError):
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    return math.inf
+    return machine.memory()[0]
 
 
 MATMUL_SIZES = (1024, 8192)  # rows and columns of the matrices whose product sets the ceiling, on a CPU and on a GPU

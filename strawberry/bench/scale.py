@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 from model import CONFIGS
+from strawberry.argument_parser import ArgumentParser
 from strawberry.bench.common import (
     SCRIPT,
-    ArgumentParser,
     list_json_output,
     list_spec_inputs,
     parse_assignment,
@@ -27,11 +27,8 @@ from strawberry.run_config import Run, load_run
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
-        prog="bench.py scale",
-        allow_abbrev=False,
-        description=(
-            "Measure train.py's own loop on one process and on several of this machine, which torchrun starts."
-        ),
+        "bench.py scale",
+        "Measure train.py's own loop on one process and on several of this machine, which torchrun starts.",
     )
     add = parser.add_argument
     add("--config", required=True, help="a config file; file.json:key=value,key=value changes keys of it")

@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 import encoder as encoders
+from strawberry.argument_parser import ArgumentParser
 from strawberry.bench import hardware
-from strawberry.bench.common import ROOT, ArgumentParser, parse_quantity
+from strawberry.bench.common import ROOT, parse_quantity
 from strawberry.bench.decode import ROUNDS, read_model_sources
 from strawberry.common import UserError
 from strawberry.device import choose_device
@@ -74,9 +75,11 @@ class ServerProcess:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser(prog="bench.py serve", allow_abbrev=False, description=(
-        "Measure how many tokens/s serve.py makes for clients that ask at once, beside a server without batches, and "
-        "compare each answer with what its client is told alone."))  # fmt: skip
+    parser = ArgumentParser(
+        "bench.py serve",
+        "Measure how many tokens/s serve.py makes for clients that ask at once, beside a server without "
+        "batches, and compare each answer with what its client is told alone.",
+    )
     add = parser.add_argument
     add("model", help="config file (file.json:key=value,key=value changes keys) or trained model file")
     add("--clients", type=parse_quantity, default=16, help="that ask at once (default 16)")

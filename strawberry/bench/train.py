@@ -25,11 +25,11 @@ import torch
 
 import train
 from model import CONFIGS
+from strawberry.argument_parser import ArgumentParser
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import (
     GPT2_KEYS,
     GPT2_SHAPE,
-    ArgumentParser,
     list_json_output,
     list_spec_inputs,
     load_spec,
@@ -285,11 +285,8 @@ def nanogpt_child(argv: list[str]) -> None:
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
-        prog="bench.py train",
-        allow_abbrev=False,
-        description=(
-            "Measure how fast configs train, in train.py's own loop: whole steps and their parts, arithmetic, memory."
-        ),
+        "bench.py train",
+        "Measure how fast configs train, in train.py's own loop: whole steps and their parts, arithmetic, memory.",
     )
     add = parser.add_argument
     add("--config", nargs="+", default=[], help="config files; file.json:key=value,key=value changes keys of one")

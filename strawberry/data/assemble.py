@@ -19,6 +19,7 @@ Index:  the recipe · documents on disk · copies and splits · progress · the 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -34,6 +35,7 @@ from pathlib import Path
 import numpy as np
 
 import encoder as encoders
+from strawberry.argument_parser import ArgumentParser
 from strawberry.common import UserError, atomic_write, run_cli, show
 from strawberry.config import check, declared, option, read_json
 from strawberry.data import encoding
@@ -399,21 +401,27 @@ def append_tokens(writer: TokenFileWriter, spool: Spool, span: Span, progress: P
         progress.add(len(tokens))
 
 
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    keys = [f"  {name} = {show(key.default)}: {key.doc} [{key.allowed}]" for name, key in declared(Recipe).items()]
+    parser = ArgumentParser(
+        "-m strawberry.data.assemble",
+        "Mix, deduplicate, encode and split texts into one token file.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["the keys of a recipe:", *keys]),
+    )
+    parser.add_argument("recipe", help="a JSON file that says what is mixed")
+    parser.add_argument("folder", type=Path, help="where tokens.bin, encoder.bin and result.json are written")
+    return parser.parse_args(argv)
+
+
 def main(argv: list[str]) -> None:
-    if len(argv) != 2 or argv[0].startswith("-"):
-        raise UserError(
-            "usage: python -m strawberry.data.assemble RECIPE.json FOLDER; the keys of a recipe:\n"
-            + "\n".join(
-                f"  {name} = {show(key.default)}: {key.doc} [{key.allowed}]"
-                for name, key in declared(Recipe).items()
-            )
-        )
-    recipe, problems = check(Recipe, read_json(argv[0]))
+    arguments = parse_arguments(argv)
+    recipe, problems = check(Recipe, read_json(arguments.recipe))
     if problems:
-        raise UserError(f"{argv[0]}: " + "\n  ".join(problems))
-    folder = Path(argv[1])
+        raise UserError(f"{arguments.recipe}: " + "\n  ".join(problems))
+    folder = arguments.folder
     try:
-        result = assemble(recipe, folder, argv[0])
+        result = assemble(recipe, folder, arguments.recipe)
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror or error}") from error
     left_out = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in result["left_out"].items() if n)

@@ -19,7 +19,6 @@ Index:  errors · inputs · finding them · kinds of files · checking bytes · 
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import contextlib
 import errno
@@ -39,6 +38,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from strawberry.argument_parser import ArgumentParser
 from strawberry.common import UserError, show
 
 PIECE = 1 << 20  # bytes that are read at a time
@@ -220,7 +220,7 @@ def walk_folder(root: Path, leave_out: Iterable[str] = ()) -> list[tuple[str, Pa
     return sorted((file.relative_to(root).as_posix(), file) for file in files if file.is_file())
 
 
-def add_reading_options(parser: argparse.ArgumentParser) -> None:
+def add_reading_options(parser: ArgumentParser) -> None:
     """--format and --errors, for the commands that read documents."""
     parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="what the inputs are, whatever "
                         "their names; auto goes by the names, and for a pipe by the first bytes (default auto)")

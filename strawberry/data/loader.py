@@ -5,7 +5,6 @@ python -m strawberry.data.loader --measure data/webtext.bin      # resident memo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -15,10 +14,11 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
+import psutil
 
+from strawberry.argument_parser import ArgumentParser
 from strawberry.common import run_cli
 from strawberry.data.dataset import Corpus, Split
 from strawberry.data.objectives import Batch, NextToken
@@ -164,16 +164,9 @@ def _drain_queue(ready) -> None:
 
 def resident_memory() -> dict[str, float]:
     """Resident memory of this process in MB, on Linux by part: anonymous (its own) and file (mapped pages)."""
-    try:
-        lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-        table = {line[0].rstrip(":"): int(line[1]) * 1024 / 1e6 for line in lines if len(line) == 3 and line[2] == "kB"}
-        return {"resident": table["VmRSS"], "anonymous": table["RssAnon"], "file": table["RssFile"]}
-    except OSError:
-        with contextlib.suppress(ImportError):
-            import resource  # macOS: the peak, in bytes
-
-            return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-    return {}
+    memory = psutil.Process().memory_info()
+    shared = {"anonymous": memory.rss - memory.shared, "file": memory.shared} if psutil.LINUX else {}
+    return {part: size / 1e6 for part, size in {"resident": memory.rss, **shared}.items()}
 
 
 def measure_loader(path: str, steps: int, batch_size: int, block_size: int) -> None:
@@ -192,7 +185,9 @@ def measure_loader(path: str, steps: int, batch_size: int, block_size: int) -> N
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Measure the loader's resident memory and speed on a token file.")
+    parser = ArgumentParser(
+        "-m strawberry.data.loader", "Measure the loader's resident memory and speed on a token file."
+    )
     parser.add_argument("--measure", metavar="FILE", required=True)
     parser.add_argument("--steps", type=int, default=10_000, help="batches to draw (default 10000)")
     parser.add_argument("--batch_size", type=int, default=64)

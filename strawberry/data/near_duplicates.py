@@ -5,6 +5,10 @@ shingles, runs of 8 bytes. Its signature is 128 numbers, each of which two docum
 that is the Jaccard index of their sets. Documents that agree in all rows of one band are compared by their shingles: no
 document is left out for less than `similarity`, and one that should be is missed with a probability of 1 in 1,000 at
 most.
+
+rensa or datasketch would replace compute_signature only: their indexes are in memory and compare no shingles. They want
+the shingles as Python objects, whose making takes about as long as compute_signature; and a new version of a library
+may hash differently, so that the same recipe makes another dataset.
 """
 
 from __future__ import annotations
@@ -45,9 +49,10 @@ def find_shingles(text: str) -> np.ndarray:
 def compute_signature(shingles: np.ndarray) -> np.ndarray:
     """(N_HASHES,) uint64: for each of as many hash functions the least hash of the shingles (n,)."""
     mixed, least = mix64(shingles), np.full(N_HASHES, np.iinfo(np.uint64).max, np.uint64)
-    for start in range(0, len(mixed), 2048):
-        part = mixed[start : start + 2048, None]
-        np.minimum(least, (part * HASH_MULTIPLIERS + HASH_OFFSETS).min(axis=0), out=least)
+    for start in range(0, len(mixed), 512):  # 512 KiB of hashes, which a core's cache holds
+        hashes = HASH_MULTIPLIERS[:, None] * mixed[start : start + 512]
+        hashes += HASH_OFFSETS[:, None]
+        np.minimum(least, hashes.min(axis=1), out=least)
     return least
 
 

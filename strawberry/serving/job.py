@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from strawberry import status_file
+from strawberry import machine, status_file
 from strawberry.serving.id_directory import EVENTS, LOG, PID, STATUS, write_job_file
 from strawberry.training.checkpoint import list_checkpoints
 
@@ -29,15 +29,14 @@ from strawberry.training.checkpoint import list_checkpoints
 # also the first that a system out of memory ends, before the server.
 LAUNCH = """
 import json, os, sys
+from strawberry.machine import start_time
 path, *argv = sys.argv[1:]
-born = ""
 try:
-    born = open("/proc/self/stat").read().rpartition(")")[2].split()[19]
     open("/proc/self/oom_score_adj", "w").write("500")
 except OSError:
     pass
 with open(path + ".tmp", "w") as file:
-    json.dump({"pid": os.getpid(), "born": born}, file)
+    json.dump({"pid": os.getpid(), "born": start_time(os.getpid())}, file)
     file.flush()
     os.fsync(file.fileno())
 os.replace(path + ".tmp", path)
@@ -70,22 +69,7 @@ class ChildProcess:
     def alive(self) -> bool:
         if self.process:
             return self.process.poll() is None
-        if self.pid < 1:
-            return False
-        try:
-            state, *rest = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-            return state not in "ZX" and rest[18] == self.born
-        except FileNotFoundError:
-            pass
-        except (OSError, IndexError):
-            return False
-        if Path("/proc/self/stat").exists():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except OSError:
-            return False
-        return True
+        return machine.is_running(self.pid, self.born)
 
     @property
     def code(self) -> int | None:

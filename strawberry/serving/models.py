@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from fastapi.concurrency import run_in_threadpool
 
+from strawberry import machine
 from strawberry.common import nearest, show
 from strawberry.device import choose_device
 from strawberry.inference.loading import MODEL_SUFFIXES
@@ -191,10 +192,8 @@ class ModelPool:
         return sum(engine.bytes for engine in self.loaded.values())
 
 
-def device_memory(device: str) -> float:
+def device_memory(device: str) -> int:
     """Bytes of memory that a device has."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
-    with suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 8 * 2**30
+    return machine.memory()[1]

@@ -10,6 +10,7 @@ import time
 import weakref
 from pathlib import Path
 
+from strawberry import machine
 from strawberry.common import UserError
 
 try:
@@ -25,11 +26,12 @@ class Lock:
     Raises UserError, naming the process that has the directory, where another one does. The file `lock` says who that
     is. What keeps it is flock on the directory, which the system undoes when a process dies; where there is none
     (Windows, some network file systems) it is the file, and one that a dead process of this machine left is taken over.
+    filelock locks the file instead of the directory: after a user has removed it, a second process gets in.
     """
 
     def __init__(self, root, key: str = "checkpoints.path"):
         self.path, self.key = Path(root) / LOCK, key
-        me = {"pid": os.getpid(), "born": _start_time(os.getpid()), "host": socket.gethostname()}
+        me = {"pid": os.getpid(), "born": machine.start_time(os.getpid()), "host": socket.gethostname()}
         me |= {"command": shlex.join(sys.argv), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         try:
             files = self._take()
@@ -106,29 +108,4 @@ def _is_dead(holder: dict) -> bool:
     pid = holder.get("pid")
     if type(pid) is not int or pid < 1 or holder["host"] != socket.gethostname():
         return False
-    if os.name == "nt":
-        return _is_dead_on_windows(pid)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):  # another user's
-        pass
-    return holder["born"] != _start_time(pid)  # its number was given to another process
-
-
-def _is_dead_on_windows(pid: int) -> bool:
-    import ctypes
-
-    handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
-    if handle:
-        ctypes.windll.kernel32.CloseHandle(handle)
-    return not handle
-
-
-def _start_time(pid: int) -> str:
-    """When a process started, in ticks since the system did, so that no clock matters; empty where that is not told."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+    return not machine.is_running(pid, holder["born"])

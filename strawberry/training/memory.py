@@ -3,14 +3,13 @@
 import contextlib
 import gc
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from strawberry import machine
 from strawberry.common import UserError
 from strawberry.data.loader import MAX_BATCH
 from strawberry.sharding import divide_batch, to_local
@@ -35,17 +34,7 @@ def device_memory(device: torch.device) -> tuple[int, int]:
     if device.type == "mps":
         total = torch.mps.recommended_max_memory()
         return total - torch.mps.driver_allocated_memory(), total
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free, total = (int(lines[key].split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
-    except (OSError, KeyError, ValueError):
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
-        free, total = pages // 2, pages
-    with contextlib.suppress(OSError, ValueError):  # a container's limit; "max" where there is none
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free, total = min(free, max(limit - used, 0)), min(total, limit)
-    return free, total
+    return machine.memory()
 
 
 def saved_for_backward(model: nn.Module, forward: Callable[[], object]) -> list[int]:

@@ -10,7 +10,6 @@ needs it, and draws with Agg, which needs no screen.
 Index:  reading · style · the three sheets · the command
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from strawberry.argument_parser import ArgumentParser
 from strawberry.common import UserError, atomic_write, check_path_arguments, run_cli
 from strawberry.outputs import Input, Output, check_outputs, has_kind
 from strawberry.run_config import PICTURES, explain_picture_path
@@ -363,9 +363,7 @@ def picture_outputs(option: str, out: str | os.PathLike) -> list[Output]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m strawberry.training.plot", description="Draw the curves of one or more training runs."
-    )
+    parser = ArgumentParser("-m strawberry.training.plot", "Draw the curves of one or more training runs.")
     parser.add_argument("metrics", nargs="+", help="metrics.jsonl, in a run's checkpoints.path")
     parser.add_argument(
         "--out",

@@ -435,7 +435,7 @@ def test_the_picture_has_tokens_flops_and_seconds():
     (["a.json", "--warmup", "2"], "between 0 and 1"),
     (["a.json", "--params", "1M"], "add --match params"),
     (["a.json", "--match", "size"], "params"),
-    (["a.json", "--sets", "x=1"], "unrecognized"),
+    (["a.json", "--sets", "x=1"], "--sets: unknown option .did you mean '--set'."),
     ([], "required: configs"),
     (["nowhere.json"], "no such file"),
     (["a.json", "a.json"], "given twice"),

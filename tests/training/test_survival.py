@@ -930,6 +930,15 @@ def test_a_lock_is_given_back(tmp_path, monkeypatch, flock):
 
 
 @posix
+def test_a_lock_whose_file_was_removed_still_keeps_the_directory(tmp_path):
+    lock = Lock(tmp_path)
+    lock.path.unlink()
+    with pytest.raises(UserError, match="another process, which has left no name"):
+        Lock(tmp_path)
+    lock.release()
+
+
+@posix
 @pytest.mark.parametrize("left,dead", [
     ({}, False), ({"born": "1"}, True), ({"pid": 2**30}, True), ({"host": "elsewhere"}, False),
     ({"pid": -1}, False), ({"pid": "x"}, False),

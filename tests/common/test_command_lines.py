@@ -1,0 +1,153 @@
+"""Every script is called in the same manner, whatever reads its command line."""
+
+import importlib
+import re
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from strawberry.argument_parser import ArgumentParser
+from strawberry.common import UserError, run_cli
+
+
+class Script(NamedTuple):
+    """A script, an option of it with one value, words beside it, and a value that is then refused by name."""
+
+    name: str
+    option: str
+    words: tuple[str, ...] = ()
+    bad: str = "-x"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+SCRIPTS = [
+    Script("train.py", "--model_path", ("--dataset.path=-x", "--config=tiny.json")),
+    Script("sample.py", "--temperature"),
+    Script("serve.py", "--port"),
+    Script("encoder.py", "--vocab_size", ("--input", "a")),
+    Script("prepare.py", "--verify"),
+    Script("bench.py compare", "--tokens", ("a.json",)),
+    Script("bench.py train", "--jobs", ("--config", "a.json")),
+    Script("bench.py growth", "--widths"),
+    Script("bench.py scale", "--processes", ("--config", "a.json")),
+    Script("bench.py decode", "--batches", ("a.json",)),
+    Script("bench.py serve", "--clients", ("a.json",)),
+    Script("bench.py kernels", "--help"),
+    Script("-m strawberry.training.plot", "--out", ("a.jsonl",), "-x.jpg"),
+    Script("-m strawberry.data.loader", "--measure"),
+    Script("-m strawberry.data.assemble", "--help"),
+    Script("-m strawberry.config_docs", "--help"),
+]
+OTHERS = {  # for which strawberry/run_config.py and strawberry/command_line.py write these words
+    "help": ("train.py",), "hint": ("train.py", "sample.py", "serve.py"),
+}  # fmt: skip
+
+
+def scripts(*pending: str, valued: bool = False) -> list:
+    mark = pytest.mark.xfail(strict=True, reason="run_config.py and command_line.py word it otherwise")
+    chosen = [script for script in SCRIPTS if not valued or script.option != "--help"]
+    return [pytest.param(script, marks=[mark] * (script.name in pending), id=script.name) for script in chosen]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """(exit code, standard output, standard error) of a script, run in this process in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script: Script, *words: str) -> tuple[int, str, str]:
+        file, *command = script.name.removeprefix("-m ").split()
+        monkeypatch.setattr(sys, "argv", [file, *command, *words])
+        with pytest.raises(SystemExit) as end:
+            run_cli(importlib.import_module(file.removesuffix(".py")).main)
+        return end.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("script", scripts(*OTHERS["help"]))
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_is_the_usage(call, script, word):
+    code, out, err = call(script, word)
+    assert code == 0 and not err
+    assert out.startswith(f"usage: python {script.name} ")
+    options = re.findall(r"(?<![\w-])--[a-z][\w.-]*", out)
+    assert script.option in options
+    assert not [option for option in options if "-" in option[2:]]  # words are joined by an underscore
+
+
+@pytest.mark.parametrize("script", scripts(*OTHERS["hint"]))
+@pytest.mark.parametrize("form", ["{} x", "{}=x", "{}=-x", "{} -x"])
+def test_a_part_of_a_name_is_an_unknown_option(call, script, form):
+    part = script.option[:-1]
+    code, out, err = call(script, *script.words, *form.format(part).split())
+    hint = f"error: {part}: unknown option (did you mean '{script.option}'?)\n"
+    assert (code, out, err) == (2, "", hint)
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_an_option_like_no_other_is_refused(call, script):
+    code, out, err = call(script, *script.words, "--qqqqq=1")
+    assert code == 2 and not out
+    assert re.fullmatch(r"error: .*\bqqqqq\b.*unknown .*\n", err)
+
+
+@pytest.mark.parametrize("script", scripts(valued=True))
+def test_both_forms_take_a_value_with_a_dash(call, script):
+    apart = call(script, *script.words, script.option, script.bad)
+    assert apart == call(script, *script.words, f"{script.option}={script.bad}")
+    code, out, err = apart
+    assert code == 2 and script.bad in err and "unknown option" not in err
+    assert len(err.splitlines()) == 1
+
+
+# ---- the parser itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parse():
+    parser = ArgumentParser("x.py", "An example.")
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("--name")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--input", nargs="+", action="extend", default=[])
+    parser.add_argument("--quiet", action="store_true")
+
+    def parse(*words):
+        return {key: value for key, value in vars(parser.parse_args(list(words))).items() if value}
+
+    return parse
+
+
+@pytest.mark.parametrize("value", ["-x", "--other", "-", "-1", "--other=1", "a=b", "", " "])
+def test_any_word_is_a_value(parse, value):
+    for words in (["--name", value], [f"--name={value}"]):
+        assert parse(*words, "--quiet") == {**({"name": value} if value else {}), "quiet": True}
+    assert parse("--set", value, "--set", "b") == {"set": [value, "b"]}
+
+
+@pytest.mark.parametrize("words,expected", [
+    (["--input", "a", "-", "--quiet"], {"input": ["a", "-"], "quiet": True}),
+    (["--input=-a", "--input", "b", "c"], {"input": ["-a", "b", "c"]}),
+    (["--quiet", "a", "b"], {"quiet": True, "files": ["a", "b"]}),
+    (["--", "-a", "--name"], {"files": ["-a", "--name"]}),
+])  # fmt: skip
+def test_lists_end_at_the_next_option(parse, words, expected):
+    assert parse(*words) == expected
+
+
+@pytest.mark.parametrize("words,message", [
+    (["--name"], "argument --name: expected one argument; see python x.py --help"),
+    (["--name", "--quiet"], "argument --name: expected one argument; see python x.py --help"),
+    (["--nmae", "1"], "--nmae: unknown option (did you mean '--name'?)"),
+    (["--nam", "1"], "--nam: unknown option (did you mean '--name'?)"),
+    (["--input", "a", "-b"], "-b: unknown option; python x.py --help lists them"),
+    (["--quiet=1"], "argument --quiet: ignored explicit argument '1'; see python x.py --help"),
+    (["-5"], "-5: unknown option; python x.py --help lists them"),
+])  # fmt: skip
+def test_mistakes_are_user_errors(parse, words, message):
+    with pytest.raises(UserError) as told:
+        parse(*words)
+    assert str(told.value) == message
