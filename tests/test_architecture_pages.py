@@ -1,10 +1,10 @@
 """The pages of docs/architectures: their Python computes what the implementation computes, their references lead
 somewhere."""
 
-import importlib.util
 import re
 from pathlib import Path
 
+import pages_a
 import pages_b
 import pytest
 import torch
@@ -12,11 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "architectures"
 PAGES = sorted(page.name for page in FOLDER.glob("*.md") if page.name != "README.md")
-COMPARISONS = dict(pages_b.COMPARISONS)
-if importlib.util.find_spec("pages_a"):
-    import pages_a
-
-    COMPARISONS |= pages_a.COMPARISONS
+COMPARISONS = pages_a.COMPARISONS | pages_b.COMPARISONS
 LONGEST = 20  # lines of a page's first block
 
 

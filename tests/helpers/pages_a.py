@@ -1,0 +1,102 @@
+"""What the Python of pages in docs/architectures is compared with; tests/test_architecture_pages.py runs it."""
+
+import torch
+from pages_b import C, T, context, fill, random
+from torch.testing import assert_close
+
+import model
+from strawberry import ops
+from strawberry.context import EncodedSource, ForwardContext
+from strawberry.ops.masks import AttentionPattern, LongformerPattern
+
+
+def compare_attention(page: dict) -> None:
+    for heads in (4, 2, 1):
+        q, k, v = random(1, T, 4 * 6), random(1, T, heads * 6), random(1, T, heads * 6)
+        ours = ops.attention(q, k, v, 6, AttentionPattern(), context(), None, scale=6**-0.5)
+        assert_close(page["causal_attention"](q[0], k[0], v[0], 6), ours[0])
+
+
+def compare_masks(page: dict) -> None:
+    positions = torch.arange(40)
+    for window, n_global in ((7, 3), (1, 1), (50, 0)):
+        ours = LongformerPattern(window, n_global).mask(positions[None], positions[None])[0, 0]
+        assert torch.equal(page["longformer_mask"](positions, window, n_global), ours)
+    window = AttentionPattern(7).mask(positions[None], positions[None])[0, 0]
+    assert torch.equal(page["longformer_mask"](positions, 7, 0), window)
+
+
+def compare_cross_attention(page: dict) -> None:
+    config = model.TransformerConfig(attention_type="GQA", n_embd=C, n_qkv=C, n_head=4, n_kv_head=2, bias=False)
+    layer = fill(model.CrossAttention(config))
+    layer.wo.weight.copy_(torch.eye(C))
+    x, z = random(1, T, C), random(1, 5, C)
+    for padding in ([False] * 5, [False, True, False, True, True], [True] * 5):
+        source = EncodedSource(z, torch.tensor([padding]))
+        ours = layer(x, ForwardContext(torch.arange(T)[None], source=source), None)[0]
+        parts = (layer.wq(x)[0], layer.wk(z)[0], layer.wv(z)[0])
+        assert_close(page["cross_attention"](*parts, torch.tensor(padding), 4), ours)
+
+
+def compare_positions(page: dict) -> None:
+    x, positions = random(T, 3, 8), torch.arange(T) + 1000
+    rope = model.Rope(ops.rope_frequencies(8, ops.RopeScaling(), 64)[0]).double()
+    ours = ops.apply_rope(x.unsqueeze(0), rope(positions.unsqueeze(0)))
+    assert_close(page["rotate"](x, positions), ours[0])
+
+
+def compare_kv_cache(page: dict) -> None:
+    q, k, v = (random(1, 20, 8) for _ in range(3))
+    whole = ops.attention(q, k, v, 8, AttentionPattern(5), context(20), None, scale=8**-0.5)[0]
+    keys, values = torch.zeros(5, 8).double(), torch.zeros(5, 8).double()
+    parts = [page["decode"](keys, values, q[0, t], k[0, t], v[0, t], t) for t in range(20)]
+    assert_close(torch.stack(parts), whole)
+
+
+def compare_aft(page: dict) -> None:
+    q, k, v = (random(1, 50, C) for _ in range(3))
+    for scale in (1, 80):  # exp(80) squared is no float32
+        assert_close(page["aft_simple"](q[0], scale * k[0], v[0]), ops.aft_simple(q, scale * k, v, context(50))[0])
+
+
+def compare_tea(page: dict) -> None:
+    config = model.StrawberryConfig(n_embd=C, n_qkv=24, n_head=6, n_experts=3, a_experts=2, windows=[9, 4, 2])
+    layer = fill(model.ExpertAttention(config, ops.no_transform))
+    q, k, v, x = random(1, 30, 24), random(1, 30, 24), random(1, 30, 24), random(1, 30, C)
+    weight = layer.router(x, context(30))[0]
+    ours = layer(q, k, v, x, context(30), None)[0]
+    assert_close(page["expert_attention"](q[0], k[0], v[0], weight, [9, 4, 2], 4), ours)
+
+
+def compare_retention(page: dict) -> None:
+    D = 12
+    w = ops.BlockWeights(random(3 * D, C), random(2 * C, D), random(C, C))
+    total, out, tao = random(C, C), random(C, C), random(1, 3)
+    from strawberry.ops.common import norm
+
+    ours = ops.retention_update(w, 0.3 * norm(total), out, tao)
+    for mine, theirs in zip(page["retention_update"](*w, total, out, tao[0], 0.3), ours, strict=True):
+        assert_close(mine, theirs)
+
+
+def compare_recursion(page: dict) -> None:
+    router = fill(model.Router(C, 4, 1))
+    router.bias.copy_(random(4) / 4)
+    matrix, x = random(C, C) / 4, random(1, 30, C)
+    run = lambda x, ctx, cache: ctx.keep_frozen(x, x + torch.tanh(x @ matrix))  # noqa: E731
+    ours = model.run_recursions(run, x, context(30), None, 4, router)[0]
+    plain = page["adaptive_passes"](x[0], lambda x: x + torch.tanh(x @ matrix), router.weight, router.bias)
+    assert_close(plain, ours)
+
+
+COMPARISONS = {
+    "attention.md": compare_attention,
+    "masks.md": compare_masks,
+    "cross-attention.md": compare_cross_attention,
+    "positions.md": compare_positions,
+    "kv-cache.md": compare_kv_cache,
+    "aft.md": compare_aft,
+    "tea.md": compare_tea,
+    "retention.md": compare_retention,
+    "recursion.md": compare_recursion,
+}
