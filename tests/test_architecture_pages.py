@@ -62,3 +62,14 @@ def test_the_keys_that_it_names_are_there(page):
         name = quoted.partition(":")[0].strip()
         is_other = not re.fullmatch(r"[a-z][a-z_]*", name)  # a command, a class, a value with other characters
         assert is_other or name in keys, f"{name} is no key"
+
+
+def test_papers_are_those_that_the_code_cites():
+    text = (ROOT / "docs" / "papers.md").read_text("utf-8")
+    listed = set(re.findall(r"\| (\d{4}\.\d{5}) \|", text))
+    files = [*ROOT.glob("*.py"), *ROOT.glob("strawberry/**/*.py"), *ROOT.glob("docs/architectures/*.md")]
+    cited = {number for file in files for number in re.findall(r"arXiv\s+(\d{4}\.\d{5})", file.read_text("utf-8"))}
+    assert listed == cited
+    for row in re.findall(r"^\| .*\d{4}\.\d{5}.*$", text, re.M):
+        number, where = re.search(r"\d{4}\.\d{5}", row)[0], row.rstrip(" |").rpartition("|")[2].split(",")[0].strip()
+        assert number in (ROOT / where).read_text("utf-8"), f"{where} does not cite {number}"
