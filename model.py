@@ -1,20 +1,22 @@
-"""Every architecture, in one file, read top to bottom. What each computes stands in its class; what a user may ask of
-it stands in its Config. How an operation is computed (plain PyTorch, a Triton kernel, FP8) is chosen in strawberry/ops.
+"""All architectures in one file, ordered for reading from top to bottom. Each class states the formula it computes; its
+Config declares the options. strawberry/ops selects how an operation is computed: plain PyTorch, a Triton kernel or FP8.
 
 Notation:  B rows · T tokens · S keys · V vocab_size · C n_embd · D n_qkv · H n_head · d = D / H · J chunks
+           A row is a sequence in a batch.
 
 Index:  mixers: softmax, AFT, LAM, expert attention · projections and feed-forward · attention · positions · recursion ·
         the language model · strawberry · strawberry-v0 · palm · tinystar · transformer · registry, initialisation
 
-Mixers mix q, k, v over time, projections make them, blocks wire, models stack. A mixer is a module with
+A projection computes q, k and v, a mixer mixes them over time, a block combines these modules, and a model stacks
+blocks. A mixer is a module with
 
-    qk_transform                              what q and k go through before: see strawberry/ops/qkv.py
-    forward(q, k, v, x, ctx, cache) -> y      all (B, T, ·); x is the normed input, which routers read; `ctx` says which
-                                              tokens these are; `cache` is what earlier calls left, None where whole
-                                              sequences are given
+    qk_transform                              applied to q and k before `forward`: see strawberry/ops/qkv.py
+    forward(q, k, v, x, ctx, cache) -> y      all (B, T, ·); x is the normed input, which routers read; `ctx` has the
+                                              tokens' positions and masks; `cache` is the state of earlier calls, None
+                                              for whole sequences
     new_cache(batch, max_length, device, dtype) -> LayerCache | list | None
 
-`python model.py --config air.json` prints a model: steps, mixers, shapes, parameters, work per token, cache.
+`python model.py --config air.json` prints a model: steps, mixers, shapes, parameters, FLOPs per token, cache size.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ class Rope(nn.Module):
         self.register_buffer("frequency", frequencies.float(), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        # bfloat16 frequencies would rotate far positions by the wrong angle, and float64 ones made from float32 too:
-        # whatever the model is cast to, they are made again from the exact ones
+        # recomputed from the float64 values after every cast: frequencies in bfloat16, or in float64 cast from float32,
+        # give wrong angles at large positions
         super()._apply(fn, recurse)
         dtype = torch.float64 if self.frequency.dtype == torch.float64 else torch.float32
         self.frequency = self.exact.to(self.frequency.device, dtype)
@@ -64,7 +66,7 @@ class Rope(nn.Module):
 
 
 class Softmax(nn.Module):
-    """Softmax attention, H heads of d channels; k and v may have fewer heads than q (arXiv 2305.13245)."""
+    """Softmax attention with H heads of d channels; k and v may have fewer heads than q (arXiv 2305.13245)."""
 
     def __init__(self, c, *, n_kv_head: int | None = None, pattern: AttentionPattern | None = None,
                  qk_transform: Callable = ops.no_transform):  # fmt: skip
@@ -84,7 +86,7 @@ class Softmax(nn.Module):
 
 
 def softmax_scale(c, qk_transform: Callable) -> float:
-    """d^(−1/2), times the squared attention factor where rotary positions are scaled."""
+    """d^(−1/2), multiplied by the squared attention factor where rotary positions are scaled."""
     d = c.n_qkv // c.n_head
     if qk_transform not in (ops.rotary, ops.rotary_qk_norm):
         return d**-0.5
@@ -107,7 +109,7 @@ class AFTSimple(nn.Module):
 
 class AFTFull(nn.Module):
     """Attention-free mixing with learned positions: exp(k_s + p_{t,s}), p = a bᵀ, a and b (block_size, 128). With a
-    window p is 0 from t − s = window on, but the sums still run over every s."""
+    window, p is 0 where t − s ≥ window, but the sums still include every s."""
 
     roles = {"a": "position", "b": "position"}
 
@@ -124,8 +126,8 @@ class AFTFull(nn.Module):
 
 
 class AFTConv(nn.Module):
-    """Attention-free mixing with p by the distance t − s: `window` taps for each of n_head groups of channels, 0
-    beyond."""
+    """Attention-free mixing where p depends on the distance t − s: `window` taps for each of n_head groups of channels,
+    0 at larger distances."""
 
     roles = {"kernel": "position"}
 
@@ -142,7 +144,7 @@ class AFTConv(nn.Module):
 
 
 def aft_local(c, qk_transform: Callable) -> AFTFull:
-    """As full, but p = 0 from a distance of `window` on."""
+    """AFTFull with p = 0 where t − s ≥ window."""
     return AFTFull(c, qk_transform, window=c.window)
 
 
@@ -151,10 +153,10 @@ FIXED_LENGTH_AFTS = {"full", "local"}  # kinds whose learned positions end at bl
 
 
 class LAM(nn.Module):
-    """Linear attention (arXiv 2007.14902): the similarity of q and k is 1 + their cosine, so that three sums per head
-    carry the past. y_t = (Σ v_s + q̂_t Σ k̂_sᵀ v_s) / max(t + q̂_t · Σ k̂_s, 1e-6), t from 1."""
+    """Linear attention (arXiv 2007.14902): the similarity of q and k is 1 + cos(q, k), so three sums per head represent
+    all earlier tokens. y_t = (Σ v_s + q̂_t Σ k̂_sᵀ v_s) / max(t + q̂_t · Σ k̂_s, 1e-6), where t starts at 1."""
 
-    segment = 256  # tokens whose pairs are computed one by one; earlier ones come through the sums
+    segment = 256  # tokens whose pairwise similarities are computed; earlier tokens enter through the sums
 
     def __init__(self, c, qk_transform: Callable):
         super().__init__()
@@ -178,7 +180,7 @@ class LAM(nn.Module):
         return y[..., :-1], y[..., -1:]
 
     def forward_causal(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-        """v has a column of ones, so that the denominator is one more channel of the numerator."""
+        """The last channel of v is 1, so the last channel of the weighted sum is the denominator."""
         total, outer = (0.0, 0.0) if cache is None else (cache.total.unsqueeze(2), cache.outer)
         parts = []
         for q_now, k_now, v_now in zip(*(t.split(self.segment, dim=2) for t in (q, k, v)), strict=True):
@@ -198,10 +200,11 @@ class LAM(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses `active` of n for each token: p = softmax(x W), the largest p + bias kept, each weighted n·p.
+    """Selects `active` of n items for each token: p = softmax(norm(x) Wᵀ); the items with the largest p + bias are
+    selected, each with weight n·p.
 
-    Balance without a loss (arXiv 2408.15664): after each optimizer step `bias += 0.01·sign(mean load − load)`. The bias
-    touches the choice only.
+    Auxiliary-loss-free load balancing (arXiv 2408.15664): after each optimizer step
+    `bias += 0.01·sign(mean load − load)`. The bias affects the selection only, not the weights.
     """
 
     roles = {"weight": "router"}
@@ -214,12 +217,12 @@ class Router(nn.Module):
         self.register_buffer("load", torch.zeros(n), persistent=False)  # tokens since the last optimizer step
 
     def choose(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        """Probabilities (B, T, n) for x (B, T, C), and which are kept."""
+        """Probabilities, and the mask of the selected items, both (B, T, n), for x (B, T, C)."""
         with no_autocast(x):
             p = F.linear(to_accum_dtype(norm(x)), to_accum_dtype(self.weight)).softmax(dim=-1)
         score = p.detach() + self.bias
         mine, other = score.unsqueeze(-1), score.unsqueeze(-2)
-        first = torch.ones(self.n, self.n, dtype=torch.bool, device=x.device).tril(-1)  # ties: the lower index
+        first = torch.ones(self.n, self.n, dtype=torch.bool, device=x.device).tril(-1)  # the lower index wins ties
         rank = ((other > mine) | ((other == mine) & first)).sum(dim=-1)
         kept = rank < self.active
         if self.training:
@@ -228,7 +231,7 @@ class Router(nn.Module):
         return p, kept
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """The weight of each of the n for each token, (B, T, n), zero for those not chosen."""
+        """The items' weights for each token, (B, T, n); zero for items that are not selected."""
         p, kept = self.choose(x, ctx)
         return (self.n * p * kept).to(x.dtype)
 
@@ -239,8 +242,8 @@ class Router(nn.Module):
 
 
 class ExpertAttention(nn.Module):
-    """Token-level mixture of local-context attention (The Expert Abundance): groups of heads, each with a window of its
-    own, weighted token by token by a router. Keys and values are never routed. See MoH (arXiv 2410.11842)."""
+    """Token-level mixture of local-context attention (The Expert Abundance): groups of heads, each with its own window;
+    a router weights the groups for each token. Keys and values are never routed. See MoH (arXiv 2410.11842)."""
 
     def __init__(self, c, qk_transform: Callable):
         super().__init__()
@@ -264,7 +267,7 @@ class ExpertAttention(nn.Module):
 
 
 def expert_windows(c) -> list[int]:
-    """The window of each expert: as listed, or window, window/2, window/4, … not under 16.
+    """The window of each expert: `windows`, or by default window, window/2, window/4, …, at least min(16, window).
 
     >>> expert_windows(StrawberryConfig(window=48, n_experts=4))
     [48, 24, 16, 16]
@@ -276,7 +279,7 @@ def expert_windows(c) -> list[int]:
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ (+ b), W (out, in). `role` says how it starts and who optimizes it: see `init_weights`."""
+    """y = x Wᵀ (+ b), W (out, in). `role` selects its initialization and its optimizer: see `init_weights`."""
 
     products = ("weight",)
     precision = None  # see ops.prepare_weights
@@ -291,12 +294,12 @@ class Linear(nn.Module):
         return ops.linear(x, self.weight, self.bias, self.precision)
 
     def head_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The x and W of its product, for a loss that computes it in parts."""
+        """x and W of the product x Wᵀ, for a loss that computes the product in parts."""
         return x, self.weight
 
 
 class LowRank(nn.Module):
-    """A linear map through `rank` numbers: in → rank → out."""
+    """A low-rank linear map: in → rank → out."""
 
     def __init__(self, n_in: int, n_out: int, rank: int, role: str = "matrix"):
         super().__init__()
@@ -310,7 +313,7 @@ class LowRank(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table, (B, T) int64 to (B, T, C)."""
+    """Table lookup, (B, T) int64 → (B, T, C)."""
 
     products = ("weight",)
 
@@ -318,7 +321,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.roles = {"weight": role}
         self.weight = nn.Parameter(torch.empty(n, width))
-        self.register_buffer("probe", torch.empty(0), persistent=False)  # of the dtype that the model is cast to
+        self.register_buffer("probe", torch.empty(0), persistent=False)  # has the dtype that the model is cast to
 
     def forward(self, idx: Tensor) -> Tensor:
         return ops.embedding(idx, self.weight, self.probe.dtype)
@@ -334,13 +337,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:  # the scale keeps its digits; a compiler makes one pass of it all the same
+        if x.dtype != self.weight.dtype:  # the scale keeps its precision; torch.compile still fuses this into one pass
             return (norm(to_accum_dtype(x)) * self.weight).to(x.dtype)
         return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
 
 
 class LayerNorm(nn.Module):
-    """Mean and deviation removed, with a learned scale and shift (arXiv 1607.06450)."""
+    """Normalizes to mean 0 and variance 1, then applies a learned scale and shift (arXiv 1607.06450)."""
 
     roles = {"weight": "norm", "bias": "bias"}
 
@@ -354,7 +357,7 @@ class LayerNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """f(x W₁) W₂, f by its name in ops.ACTIVATIONS; for "swiglu" W₁ makes u and g side by side (arXiv 2002.05202)."""
+    """f(x W₁ᵀ) W₂ᵀ, f from ops.ACTIVATIONS; for "swiglu", x W₁ᵀ is u and g, concatenated (arXiv 2002.05202)."""
 
     def __init__(self, c):
         super().__init__()
@@ -369,13 +372,13 @@ class FeedForward(nn.Module):
 
 
 def default_ffn_width(activation: str, n_embd: int) -> int:
-    """4C; for swiglu, which has a third matrix, 8C/3 rounded up to 64."""
+    """4C; for swiglu, which has a third matrix, 8C/3 rounded up to a multiple of 64."""
     return -(-8 * n_embd // 3 // 64) * 64 if activation == "swiglu" else 4 * n_embd
 
 
 class MoE(nn.Module):
-    """n_ffn_experts feed-forwards, a_ffn_experts of which count for a token (arXiv 1701.06538). All of them are
-    computed for every token: shapes stay fixed, and no token depends on where its neighbours went."""
+    """Mixture of n_ffn_experts feed-forwards, a_ffn_experts of which are active for each token (arXiv 1701.06538).
+    Every expert is computed for every token: shapes are fixed, and no token depends on the routing of other tokens."""
 
     def __init__(self, c):
         super().__init__()
@@ -392,7 +395,7 @@ FEED_FORWARDS = ("swiglu", "gelu", "relu", "relu2")
 
 
 def feed_forward(c) -> nn.Module:
-    """What `ffn_type` names, or a mixture of several."""
+    """The feed-forward that `ffn_type` names, or a mixture of n_ffn_experts of them."""
     return MoE(c) if c.n_ffn_experts > 1 else FeedForward(c)
 
 
@@ -400,7 +403,7 @@ def feed_forward(c) -> nn.Module:
 
 
 class SelfAttention(nn.Module):
-    """Projections around any mixer. Without wq, q is k (KV attention, arXiv 2305.19129)."""
+    """Projections around any mixer. Without wq, q equals k (KV attention, arXiv 2305.19129)."""
 
     def __init__(self, c, mixer: nn.Module, *, n_kv_head: int | None = None, has_q: bool = True):
         super().__init__()
@@ -421,8 +424,9 @@ class SelfAttention(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads are read out of one latent of
-    kv_rank numbers, positions go through a rotary key of rope_dim numbers that all heads share. It caches these two."""
+    """Multi-head latent attention (arXiv 2405.04434): keys and values of all heads are projections of one latent of
+    kv_rank channels. A rotary key of rope_dim channels, shared by all heads, encodes positions. The cache holds only
+    the latent and the rotary key."""
 
     def __init__(self, c, pattern: AttentionPattern):
         super().__init__()
@@ -450,7 +454,7 @@ class LatentAttention(nn.Module):
         return self.wo(y.flatten(2))
 
     def expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, ctx: ForwardContext) -> Tensor:
-        """Keys and values written out per head: the fewest products where all tokens are given at once."""
+        """Computes keys and values per head, which takes the fewest FLOPs when the call holds all tokens."""
         k, v = self.wkv_b(latent).unflatten(-1, (self.n_head, -1)).chunk(2, dim=-1)
         k = torch.cat((k, k_rope.expand(-1, -1, self.n_head, -1).to(k.dtype)), dim=-1)
         q = torch.cat((q, q_rope), dim=-1)
@@ -458,7 +462,8 @@ class LatentAttention(nn.Module):
         return ops.prefill_attention(q, k, v, self.pattern, ctx, scale=self.scale, dropout=dropout)
 
     def absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
-        """The same with the up-projections moved to q and to the result: one latent head serves all heads of q."""
+        """The same result with the up-projections applied to q and to the output: all query heads attend to one latent
+        head, so keys and values are never expanded per head."""
         wk, wv = self.wkv_b.weight.unflatten(0, (self.n_head, 2, self.d)).unbind(dim=1)  # (H, d, rank) each
         q = torch.cat((torch.einsum("bthd,hdr->bthr", q, wk), q_rope), dim=-1)
         k = torch.cat((latent, k_rope), dim=-1).unsqueeze(2)
@@ -471,7 +476,7 @@ class LatentAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention from each token to the whole source; a source of padding alone contributes zero."""
+    """Softmax attention from each token to the whole source; a source that is all padding contributes zero."""
 
     def __init__(self, c):
         super().__init__()
@@ -494,7 +499,7 @@ class CrossAttention(nn.Module):
 
 
 def attention_pattern(c, layer: int) -> AttentionPattern:
-    """Who sees whom in one layer: all, a window where attention_type ends in -SWA, or a sparse pattern."""
+    """The attention pattern of one layer: full, a sliding window if attention_type ends in -SWA, or sparse."""
     if c.sparse != "none":
         return SPARSE[c.sparse](c, layer)
     return AttentionPattern(c.window if c.attention_type.endswith("-SWA") else None)
@@ -504,7 +509,7 @@ SPARSE = {"longformer": lambda c, layer: LongformerPattern(c.window, c.n_global)
 
 
 def grouped_query(kv_heads: Callable) -> Callable:
-    """An attention whose number of key heads is `kv_heads(c)`."""
+    """Returns a builder of self-attention with `kv_heads(c)` heads of k and v."""
 
     def build(c, layer: int, qk_transform: Callable) -> SelfAttention:
         n, pattern = kv_heads(c), attention_pattern(c, layer)
@@ -518,7 +523,7 @@ def kv_attention(c, layer: int, qk_transform: Callable) -> SelfAttention:
     return SelfAttention(c, mixer, has_q=False)
 
 
-# attention_type, without its -SWA, to what builds the layer: (config, layer's number, transform of q and k) -> module
+# attention_type without -SWA → builder of the layer: (config, layer index, transform of q and k) -> module
 ATTENTIONS = {
     "MHA": grouped_query(lambda c: c.n_head),
     "GQA": grouped_query(lambda c: c.n_kv_head),
@@ -549,7 +554,7 @@ class LearnedPositions(nn.Module):
         self.weight = nn.Parameter(torch.empty(c.block_size, c.n_embd))
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        pos = ctx.positions.clamp(0, len(self.weight) - 1)  # padding may stand beyond, an idle row before
+        pos = ctx.positions.clamp(0, len(self.weight) - 1)  # padding may lie after the table's end; an idle row has −1
         return x + F.embedding(pos, self.weight)
 
 
@@ -569,7 +574,7 @@ class SinusoidalPositions(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    """q and k are rotated in each attention; nothing is added."""
+    """Each attention layer rotates q and k; nothing is added to the embedding."""
 
     qk_transform = staticmethod(ops.rotary)
 
@@ -581,7 +586,7 @@ class RotaryPositions(nn.Module):
 
 
 class NoPositions(nn.Module):
-    """Only the causal mask tells where a token stands (arXiv 2305.19466)."""
+    """No positional encoding: only the causal mask provides order (arXiv 2305.19466)."""
 
     qk_transform = staticmethod(ops.no_transform)
 
@@ -601,7 +606,7 @@ POSITIONS = {
 
 
 def max_positions(c) -> int | None:
-    """block_size where positions are learned, so that no text can be longer."""
+    """block_size where positions are learned, which limits the length of a sequence; else None."""
     learned = c.pos_encoding == "Learned" or (c.attention_type == "aft" and c.aft in FIXED_LENGTH_AFTS)
     return c.block_size if learned else None
 
@@ -616,10 +621,11 @@ def build_rope(c) -> Rope:
 
 
 def run_recursions(run: Callable, x: Tensor, ctx: ForwardContext, caches: list | None, n: int, depth: Router | None):
-    """n passes of run(x, ctx, cache), or, with a depth router, as many for each token as it chooses (arXiv 2507.10524).
+    """Makes n passes of run(x, ctx, cache) or, with a depth router, as many as it selects for each token
+    (arXiv 2507.10524).
 
-    After its last pass a token's x is frozen; its keys and values are still computed. x₀ + n·q·(x − x₀) lets the router
-    learn, q being the chosen depth's probability.
+    After a token's last pass its x is frozen; its keys and values are still computed. The result is
+    x₀ + n·q·(x − x₀), where q is the probability of the selected depth, so that the router receives a gradient.
     """
     caches = caches or [None] * n
     if depth is None:
@@ -640,7 +646,7 @@ def run_recursions(run: Callable, x: Tensor, ctx: ForwardContext, caches: list |
 
 @dataclass
 class ModelConfig:
-    """What every architecture is asked for."""
+    """Options of every architecture."""
 
     arch: str = option("strawberry", "the family of architectures")
     vocab_size: int = option(8192, "entries of the vocabulary, at least as many as the encoder has", low=1)
@@ -651,7 +657,7 @@ class ModelConfig:
     dropout: float = option(0.0, "on embeddings, attention probabilities and residual branches", low=0, below=1)
     rope_scaling: ops.RopeScaling = option(ops.RopeScaling(), "rotary positions beyond the length trained for")
 
-    # what some families offer and the parts ask of all
+    # defaults of options that only some families declare but that shared modules read from every config
     bias = False
     out_proj_role = "matrix"  # the role of matrices that write into the residual stream
     sparse = "none"
@@ -680,7 +686,7 @@ def half_of(n: int) -> int:
 
 
 def default_attention(c) -> None:
-    """What attention_type's kinds need, from the width."""
+    """Sets the sizes that the values of attention_type need, derived from the width."""
     default_window(c)
     c.n_qkv = c.n_qkv or c.n_embd
     c.n_kv_head = c.n_kv_head or half_of(c.n_head)
@@ -710,7 +716,7 @@ def heads_divide(name: str, width: int, n_head: int) -> Iterator[tuple[str, str]
 
 
 def expert_problems(c) -> Iterator[tuple[str, str]]:
-    """What is wrong with groups of heads and of channels that do not come out even."""
+    """Problems of expert groups: sizes that do not divide, wrong number of windows, too many active experts."""
     if c.n_head % c.n_experts:
         yield "n_experts", f"must divide n_head {c.n_head}"
     if c.windows is not None and len(c.windows) != c.n_experts:
@@ -721,14 +727,14 @@ def expert_problems(c) -> Iterator[tuple[str, str]]:
 
 
 class CachedGeneration:
-    """A language model's KV cache and what goes through it: prefill, decode steps, text. A part of LanguageModel."""
+    """The methods of LanguageModel that use a KV cache: prefill, decode steps, text generation."""
 
-    # -- through a cache
+    # -- with a cache
 
     @torch.no_grad()
     def forward_cached(self, idx: Tensor, cache: Cache, lengths=None) -> Tensor:
-        """Hidden states (B, T, C) that continue each row of the cache, computed in parts: retention's weights change at
-        chunk borders."""
+        """Hidden states (B, T, C) of idx (B, T), whose tokens continue each row of the cache. Computes the call in
+        parts, because retention's weights change at chunk boundaries: see `prefill_bounds`."""
         B, T = idx.shape
         counts = [T] * B if lengths is None else [int(n) for n in lengths]
         self.check_cached_call(idx, cache, counts)
@@ -745,9 +751,10 @@ class CachedGeneration:
     def decode_step(self, token: Tensor, cache: Cache, max_cached_tokens: int = 2**62) -> Tensor:
         """Logits (B, V), float32 or wider, after one more token (B,) of every row.
 
-        The same launches whatever the rows' lengths are, and nothing that the host must know, so that a CUDA graph can
-        capture it: see engine.py. The caller first begins the chunks of rows at a border, and afterwards advances
-        cache.positions and cache.lengths. Rows must not have more than `max_cached_tokens` tokens.
+        The kernel launches do not depend on the rows' lengths and nothing synchronizes with the host, so a CUDA graph
+        can capture this method: see strawberry/inference. Before the call, the caller calls `begin_chunks` for rows at
+        a chunk boundary; after it, the caller advances cache.positions and cache.lengths. No row may have more than
+        `max_cached_tokens` tokens in the cache.
         """
         ctx = ForwardContext(
             cache.positions.unsqueeze(1), Mode.DECODE, chunk_size=1, chunk_weights_ready=True,
@@ -755,7 +762,7 @@ class CachedGeneration:
         return to_accum_dtype(self.head(self.hidden_states(token.unsqueeze(1), ctx, cache.layers))[:, -1])
 
     def begin_chunks(self, cache: Cache, rows) -> None:
-        """Build the next chunk's weights for these rows (a list or slice), which are at a chunk border."""
+        """Build the next chunk's weights for these rows (a list or slice), which are at a chunk boundary."""
 
     def check_cached_call(self, idx: Tensor, cache: Cache, counts: list[int]) -> None:
         if not self.causal:
@@ -770,8 +777,8 @@ class CachedGeneration:
             raise UserError(f"{longest} tokens exceed the cache's max_length {cache.max_length}; make a longer one")
 
     def prefill_bounds(self, cache: Cache, T: int) -> list[int]:
-        """Where the parts of a call of T tokens end: at the first chunk border, then every `max_prefill` tokens; token
-        by token where rows differ."""
+        """Ends of the parts of a call of T tokens: the first chunk boundary, then every `max_prefill` tokens, rounded
+        up to whole chunks. Each token is a part if the model has chunks and the rows' lengths differ."""
         if T == 1 or (self.chunk_size and len(set(cache.lengths)) > 1):
             return list(range(1, T + 1))
         chunk = self.chunk_size or 1
@@ -779,7 +786,8 @@ class CachedGeneration:
         return sorted({min(first, T), *range(first + most, T, most), T} - {0})
 
     def make_cached_context(self, cache: Cache, T: int, counts: list[int]) -> ForwardContext:
-        """The context of a part of T tokens; chunks that begin here, and not within the part, get their weights."""
+        """The context of a part of T tokens. If the part lies within one chunk, this first builds the chunk's weights
+        for rows at a chunk boundary; a longer part that starts at a boundary builds the weights itself."""
         device, lengths = cache.positions.device, set(cache.lengths)
         start = lengths.pop() if len(lengths) == 1 else None
         ready = self.chunk_size is not None and (T == 1 or start is None or start % self.chunk_size != 0)
@@ -799,9 +807,9 @@ class CachedGeneration:
 
     def new_cache(self, batch_size: int, max_length: int, source: Tensor | None = None,
                   max_source: int | None = None) -> Cache:  # fmt: skip
-        """An empty cache for `batch_size` rows of up to `max_length` tokens, on the model's device. That of an
-        encoder-decoder holds the source (B, S), encoded, or has room for sources of up to `max_source` tokens: see
-        `set_source`."""
+        """An empty cache for `batch_size` rows of up to `max_length` tokens, on the model's device. For an
+        encoder-decoder it holds the encoded source (B, S), or space for sources of up to `max_source` tokens: see
+        `set_source`. Raises UserError where max_length exceeds the learned positions."""
         if self.max_positions is not None and max_length > self.max_positions:
             raise UserError(f"max_length {max_length} exceeds block_size {self.max_positions}, where positions end")
         device, dtype = self.device, self.probe.dtype
@@ -810,11 +818,11 @@ class CachedGeneration:
         return cache
 
     def init_cross_cache(self, cache: Cache, source: Tensor | None, max_source: int | None) -> None:
-        """Make room for the source in a new cache."""
+        """Allocate space for the source in a new cache. Raises UserError for a source that the model cannot read."""
         self.encode_source(source)
 
     def set_source(self, source: Tensor, cache: Cache) -> None:
-        """Give the cache's rows another source (B, S) to read."""
+        """Replace the source (B, S) of the cache's rows. Raises UserError where it cannot be read or does not fit."""
         self.encode_source(source)
 
     # -- text
@@ -823,11 +831,12 @@ class CachedGeneration:
     def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                top_p: float | None = None, min_p: float | None = None, stop=(), generator=None,
                source: Tensor | None = None) -> Iterator[Tensor]:
-        """Continue idx (B, T), one token (B,) int64 at a time.
+        """Generate tokens that continue idx (B, T), and yield them step by step, (B,) int64 each.
 
-        temperature 0 takes the likeliest. `stop` holds token ids that end a row: it repeats its stop token until all
-        rows have ended. `generator` is a torch.Generator, or one for each row. Plain, and slow on a GPU: the scripts
-        generate with engine.py.
+        temperature 0 selects the most likely token. `stop` has the token ids that end a row; an ended row repeats its
+        stop token until all rows have ended. `generator` is a torch.Generator, or one for each row. This simple loop is
+        slow on a GPU: the scripts generate with strawberry/inference/engine.py. Raises UserError for an encoder, and
+        where the model predicts NaN.
         """
         if not self.generates:
             raise UserError(f"a {self.config.arch} of kind encoder predicts masked tokens; it does not continue text")
@@ -854,13 +863,13 @@ class CachedGeneration:
 
     @torch.no_grad()
     def logits_after(self, idx: Tensor, cache: Cache) -> Tensor:
-        """Logits (B, V), float32 or wider, after the last of idx (B, T) alone."""
+        """Logits (B, V), float32 or wider, after the last token of idx (B, T)."""
         self.check_length(idx)
         return to_accum_dtype(self.head(self.forward_cached(idx, cache)[:, -1:])[:, -1])
 
     def last_logits(self, idx: Tensor, cache: Cache | None, source: Tensor | None) -> Tensor:
-        """(B, V) in float32 after the last token: through the cache, or computed anew from the last block_size tokens,
-        row by row, since rows may see each other where there is no cache to be had."""
+        """Logits (B, V), float32 or wider, after the last token. Without a cache they are recomputed from the last
+        block_size tokens, row by row, because rows may depend on each other in a model without a cache."""
         if cache is not None:
             return self.logits_after(idx, cache)
         sources = [None] * len(idx) if source is None else source.split(1)
@@ -870,56 +879,56 @@ class CachedGeneration:
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, min_p: float | None = None, stop=(), generator=None,
                  source: Tensor | None = None) -> Tensor:
-        """idx (B, T) and what follows it, (B, T + new). Arguments as `stream`."""
+        """idx (B, T) followed by the generated tokens, (B, T + new). The arguments are those of `stream`."""
         tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p, min_p, stop, generator, source)
         return torch.cat((idx, *(token.unsqueeze(1) for token in tokens)), dim=1)
 
 
 class LanguageModel(CachedGeneration, nn.Module):
-    """What all families share: the call, the loss, the cache, generation.
+    """Base class of all families: forward pass, loss, cache, generation.
 
-    A family gives `embed_tokens(idx, ctx)`, `trunk(x, ctx, caches)`, `head_inputs(x)` and `new_caches(…)`, and sets the
-    attributes below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
+    A family defines `embed_tokens(idx, ctx)`, `trunk(x, ctx, caches)`, `head_inputs(x)` and `new_caches(…)`, and
+    overrides the attributes below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
     """
 
     Config = ModelConfig
-    causal = True  # whether the three promises hold: causal, batch-independent, cache equals full pass
+    causal = True  # whether it is causal and batch-independent, and decoding with a cache equals the full pass
     generates = True  # whether it predicts the next token
     takes_source = False  # whether it needs source=, as encoder-decoders do
     chunk_size: int | None = None  # tokens that share weights, where weights change along the row
-    max_positions: int | None = None  # where learned positions end
+    max_positions: int | None = None  # number of learned positions
     cap: float | None = None  # of `softcap`, for the logits
-    compile_partitions = 1  # graphs that torch.compile makes of the blocks
-    max_prefill = 2048  # tokens that a cache takes at once: masks stay small however long the prompt is
+    compile_partitions = 1  # graphs into which torch.compile divides the blocks
+    max_prefill = 2048  # tokens in a part of a prefill, at most: bounds the masks' size for long prompts
     precision = None  # of the head's product in training; see ops.prepare_weights
-    compile_loss = False  # whether the fused loss is compiled by itself, where the model is not compiled as one graph
+    compile_loss = False  # whether the fused loss is compiled separately, if the model is not compiled as one graph
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.rope = None
-        self.can_fuse_loss = type(self).head is LanguageModel.head  # a family's own head may be of any kind
+        self.can_fuse_loss = type(self).head is LanguageModel.head  # a family's own head may be any function
         self.drop = nn.Dropout(config.dropout)
-        self.register_buffer("probe", torch.empty(0), persistent=False)  # of the model's device and dtype
+        self.register_buffer("probe", torch.empty(0), persistent=False)  # has the model's device and dtype
 
     @property
     def device(self) -> torch.device:
         return self.probe.device
 
     def set_compile_partitions(self, n: int) -> bool:
-        """Split compilation into about n graphs so that DDP overlaps all-reduce with backward; whether the family can.
-        As one graph, all gradients would be ready only at the end."""
+        """Split compilation into about n graphs so that DDP overlaps all-reduce with backward. Returns whether there is
+        more than one graph. With one graph, all gradients are ready only at the end of backward."""
         return self.compile_partitions > 1
 
-    # -- one call
+    # -- forward pass
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, lengths=None,
                 source: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Logits (B, T, V) and, given targets, the mean loss in nats. In training the logits of a loss may be None.
+        """Logits (B, T, V) and, given targets, the mean loss in nats. In training with targets, the logits may be None.
 
-        idx (B, T) int64; targets (B, T), −1 ignored, all −1 gives loss 0. With a cache the call continues where the
-        last one ended; lengths (B,) says how many of each row's tokens are valid, when rows are ragged.
-        Encoder-decoders take source (B, S), which a cache already holds.
+        idx (B, T) int64; targets (B, T), −1 is ignored, all −1 gives loss 0. With a cache, the tokens continue those of
+        earlier calls; for ragged rows, lengths (B,) is the number of valid tokens in each row. Encoder-decoders take
+        source (B, S); a cache already holds it. Raises UserError for more tokens than learned positions.
         """
         self.check_length(idx)
         if cache is None:
@@ -955,19 +964,19 @@ class LanguageModel(CachedGeneration, nn.Module):
         return ForwardContext(positions, chunk_size=min(self.chunk_size or idx.size(1), idx.size(1)))
 
     def encode_source(self, source: Tensor | None) -> EncodedSource | None:
-        """What cross-attention reads."""
+        """The source as cross-attention reads it; None in families that read none, and a UserError if given one."""
         if source is not None:
             raise UserError(f"a {self.config.arch} of this kind reads no source; give it to an encoder-decoder")
 
     def hidden_states(self, idx: Tensor, ctx: ForwardContext, caches) -> Tensor:
-        """(B, T, C) before the head."""
+        """Hidden states (B, T, C), the input of the head."""
         ctx = replace(ctx, rope=None if self.rope is None else self.rope(ctx.positions))
         return self.trunk(to_autocast_dtype(self.drop(self.embed_tokens(idx, ctx))), ctx, caches)
 
     # -- about the model
 
     def roles(self) -> dict[str, str]:
-        """Parameter name to role: what `init_weights` and the optimizer go by."""
+        """Parameter name → role, which selects its initialization (`init_weights`) and its optimizer."""
         return {
             f"{prefix}.{name}" if prefix else name: module.roles[name]
             for prefix, module in self.named_modules()
@@ -976,27 +985,27 @@ class LanguageModel(CachedGeneration, nn.Module):
         }
 
     def num_params(self, non_embedding: bool = True) -> int:
-        """How many numbers are learned; without those of embeddings and learned positions unless asked otherwise."""
+        """The number of parameters; by default without embeddings, learned positions and the head."""
         left_out = ("embedding", "input", "position", "head") if non_embedding else ()
         roles = self.roles()
         return sum(p.numel() for name, p in self.named_parameters() if roles[name] not in left_out)
 
     def count_flops(self, T: int, rows: int = 1) -> dict[str, int]:
-        """Each module's floating-point operations of a forward pass over `rows` windows of T tokens, by its path; the
-        model's own by "". Attention counts by its pattern; see strawberry/ops/flops.py."""
+        """Module path → floating-point operations of a forward pass over `rows` windows of T tokens; "" is the whole
+        model. Attention is counted by its pattern: see strawberry/ops/flops.py."""
         idx = torch.empty(rows, T, dtype=torch.int64, device="meta")
         return ops.count_flops(lambda: type(self)(self.config), idx, source=idx if self.takes_source else None)
 
     def flops_per_token(self, T: int, rows: int = 1) -> float:
-        """Floating-point operations of a training step over `rows` windows of T tokens, per token; backward costs
-        twice the forward pass."""
+        """Floating-point operations per token of a training step over `rows` windows of T tokens. The backward pass
+        costs twice the forward pass."""
         return 3 * self.count_flops(T, rows)[""] / (rows * T)
 
     def routers(self) -> dict[str, Router]:
         return {name: m for name, m in self.named_modules() if isinstance(m, Router)}
 
     def after_step(self, scale: Tensor | float = 1.0) -> None:
-        """To be called after each optimizer step in training: balances the routers, unless `scale` is 0."""
+        """Balance the routers, unless `scale` is 0. Call it after each optimizer step in training."""
         for router in self.routers().values():
             router.balance(scale)
 
@@ -1045,12 +1054,12 @@ class StrawberryConfig(ModelConfig):
 
 
 class NoRetention:
-    """The same steps with weights that stay as they are."""
+    """The same steps with fixed weights."""
 
     chunk_size = None
     causal = True
-    compile_steps = False  # whether torch.compile takes steps and updates each for themselves
-    reads_hidden = False  # whether it reads u and g
+    compile_steps = False  # whether torch.compile compiles each step and each update separately
+    reads_hidden = False  # whether `update` reads u and g
 
     def update(self, w: ops.BlockWeights, ug: Tensor, block: StrawberryBlock, ctx: ForwardContext, cache: None):
         return w
@@ -1060,11 +1069,12 @@ class NoRetention:
 
 
 class BatchRetention(NoRetention):
-    """The rule read literally: oa from all tokens of all rows. It sees the future and the other rows."""
+    """The update rule taken literally: oa sums over all tokens of all rows, so a token depends on later tokens and on
+    other rows."""
 
     causal = False
     reads_hidden = True
-    compile_steps = True  # its matrices are few: passes over them cost little beside what compiling whole blocks takes
+    compile_steps = True  # few matrices: passes over them cost little compared with compiling whole blocks
 
     def __init__(self, c):
         self.scale = c.retention_scale
@@ -1075,8 +1085,8 @@ class BatchRetention(NoRetention):
 
 
 class CausalRetention:
-    """oa of chunk j from chunks 0 … j − 1 of its own row. The cache carries the two sums, and the open chunk's weights,
-    which the next step's update starts from."""
+    """oa of chunk j sums over chunks 0 … j − 1 of the same row. The cache holds two sums, over the finished chunks and
+    over the open one, and the open chunk's weights, from which the next step's update starts."""
 
     causal = True
     compile_steps = False
@@ -1092,7 +1102,7 @@ class CausalRetention:
         return ops.BlockWeights(*ops.build_per_chunk(u, g, ctx, cache, lambda before: self.build(w, before, block)))
 
     def build(self, w: ops.BlockWeights, before: Tensor, block: StrawberryBlock) -> ops.BlockWeights:
-        """The weights of chunks from Σ uᵀ g over the chunks before each, (B, J, C, C)."""
+        """The weights of each chunk from `before` (B, J, C, C), the sums Σ uᵀ g over the chunks before it."""
         return ops.retention_update(w, self.scale * norm(before), block.out, block.tao)
 
     def new_cache(self, batch: int, device, dtype, w: ops.BlockWeights) -> ChunkCache:
@@ -1103,7 +1113,7 @@ RETENTION = {"causal": CausalRetention, "batch": BatchRetention}
 
 
 def strawberry_steps(c: StrawberryConfig) -> list[str]:
-    """Which mixer each step of a block uses: retention steps 1 … R, attention every (aft_ratio + 1)-th, then attention.
+    """The mixer of each step of a block: R retention steps, every (aft_ratio + 1)-th with attention, then attention.
 
     >>> strawberry_steps(StrawberryConfig(r_layer=5, aft_ratio=3))
     ['aft', 'aft', 'aft', 'tea', 'aft', 'tea']
@@ -1113,7 +1123,8 @@ def strawberry_steps(c: StrawberryConfig) -> list[str]:
 
 
 class StrawberryBlock(nn.Module):
-    """R retention steps and a last one, all with the same weights, which retention changes from step to step."""
+    """R retention steps and a last step, all with the same weights, which retention updates after each retention
+    step."""
 
     roles = {"w_attn_qkv": "matrix", "w_attn_swiglu": "matrix", "w_attn_out": "matrix", "out": "residual", "tao": "tao"}
     precision = None
@@ -1121,7 +1132,7 @@ class StrawberryBlock(nn.Module):
     def __init__(self, c: StrawberryConfig):
         super().__init__()
         C, D = c.n_embd, c.n_qkv
-        self.widths = [D] * 3  # of q, then k, then v
+        self.widths = [D] * 3  # of q, k and v, in this order
         self.w_attn_qkv = nn.Parameter(torch.empty(3 * D, C))
         self.w_attn_swiglu = nn.Parameter(torch.empty(2 * C, D))
         self.w_attn_out = nn.Parameter(torch.empty(C, C))
@@ -1129,7 +1140,7 @@ class StrawberryBlock(nn.Module):
         if c.r_layer and c.retention == "on":
             self.out, self.tao = nn.Parameter(torch.empty(C, C)), nn.Parameter(torch.empty(1, 3))
             self.retention = RETENTION[c.retention_scope](c)
-        else:  # the weights are read by products alone
+        else:  # only matrix products read the weights
             self.products = ("w_attn_qkv", "w_attn_swiglu", "w_attn_out")
         self.steps = strawberry_steps(c)
         self.tea = ExpertAttention(c, ops.rotary_qk_norm)
@@ -1150,12 +1161,12 @@ class StrawberryBlock(nn.Module):
         return x
 
     def step(self, mixer: nn.Module, x: Tensor, w: ops.BlockWeights, ctx: ForwardContext, cache, retain: bool):
-        """Mix, then SwiGLU, with the weights w. Returns x, and the SwiGLU's u and g side by side (B, T, 2C), which
-        retention sums after a step that it is to `retain`."""
+        """The mixer, then SwiGLU, with the weights w. Returns x, and the SwiGLU's u and g, concatenated, (B, T, 2C):
+        with `retain`, the retention update sums over them."""
         q, k, v = ops.fused_qkv_projection(norm(x), w.qkv, self.widths, mixer.qk_transform, ctx, self.precision)
         y = mixer(q, k, v, x, ctx, cache)
         gate = None
-        if self.ffn_router is not None:  # groups of channels, those not chosen at zero
+        if self.ffn_router is not None:  # (B, T, C); zero in groups of channels that are not selected
             gate = self.ffn_router(x, ctx).repeat_interleave(len(self.w_attn_out) // self.ffn_router.n, dim=-1)
         retain = retain and self.retention.reads_hidden
         out, ug = ops.swiglu_mlp(y, w.swiglu, w.out, ctx, gate, self.precision, return_hidden=retain)
@@ -1246,8 +1257,8 @@ class StrawberryV0Config(ModelConfig):
 
 
 def compact(x: Tensor, wo: Tensor, wa: Tensor, wt: Tensor) -> Tensor:
-    """Compaction Compute: Y = π·tanh((Oᵀ A) / √C) @ WT, (C, C) whatever the number of tokens in x (…, C), from
-    O = norm(x) WO and A = norm(x) WA."""
+    """Compaction Compute: Y = π·tanh((Oᵀ A) / √C) @ WT with O = norm(x) WO and A = norm(x) WA. Y is (C, C) for any
+    number of tokens in x (…, C)."""
     h = norm(x).flatten(0, -2)
     o, a = h @ wo, h @ wa
     with no_autocast(x):
@@ -1261,7 +1272,7 @@ def compaction_matrix(total: Tensor, wt: Tensor) -> Tensor:
 
 
 class BatchCompaction(nn.Module):
-    """Y from all tokens of all rows. It sees the future and the other rows."""
+    """Y sums over all tokens of all rows, so a token depends on later tokens and on other rows."""
 
     roles = {"wo": "matrix", "wa": "matrix", "wt": "residual"}
     causal = False
@@ -1279,7 +1290,7 @@ class BatchCompaction(nn.Module):
 
 
 class CausalCompaction(nn.Module):
-    """Y of each chunk from the mean over the earlier chunks of its row."""
+    """Y of each chunk is computed from the mean over the earlier chunks of its row."""
 
     roles = {"wo": "matrix", "wa": "matrix", "wt": "residual"}
     causal = True
@@ -1291,13 +1302,13 @@ class CausalCompaction(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext, cache: ChunkCache | None) -> Tensor:
         h = norm(x)
-        tokens = ctx.positions[:, :: ctx.chunk_size]  # before each chunk
+        tokens = ctx.positions[:, :: ctx.chunk_size]  # (B or 1, J), the number of tokens before each chunk
         o, a = ctx.mask_invalid(h @ self.wo), h @ self.wa
         (y,) = ops.build_per_chunk(o, a, ctx, cache, lambda before: self.build(before, tokens))
         return x + ops.chunked_linear(h, y.mT, ctx)
 
     def build(self, before: Tensor, tokens: Tensor) -> list[Tensor]:
-        """Y from the sums (B, J, C, C) over `tokens` (B, J) tokens."""
+        """Y of each chunk from `before` (B, J, C, C), the sums over `tokens` (B or 1, J) earlier tokens."""
         return [compaction_matrix(before / tokens.clamp(min=1)[..., None, None], self.wt)]
 
     def new_cache(self, batch: int, device, dtype) -> ChunkCache:
@@ -1308,7 +1319,8 @@ COMPACTION = {"causal": CausalCompaction, "batch": BatchCompaction}
 
 
 class StrawberryV0Block(nn.Module):
-    """AFT mixes v, expert attention mixes the result, SwiGLU writes it back. Run r_layer times, weights shared."""
+    """AFT mixes v, expert attention mixes the result, and SwiGLU writes to the residual stream. The block runs r_layer
+    times with the same weights."""
 
     roles = {"w_qkv": "matrix", "w_swiglu": "matrix", "w_out": "residual"}
     precision = None
@@ -1340,7 +1352,7 @@ class StrawberryV0Block(nn.Module):
 
 
 class StrawberryV0(LanguageModel):
-    """Strawberry (2025): attention-free mixing inside attention, blocks that repeat."""
+    """Strawberry (2025): attention-free mixing inside attention, and repeated blocks."""
 
     Config = StrawberryV0Config
 
@@ -1417,7 +1429,7 @@ def palm_linear(c: PalmConfig, n_in: int, n_out: int, role: str = "matrix") -> n
 
 
 class AttentionOnDetail(nn.Module):
-    """q, k, v = w₂(relu²(w₁ x)) (neural attention, arXiv 2310.11398), any mixer, and a gated way out."""
+    """q, k, v = w₂(relu²(w₁ x)) (neural attention, arXiv 2310.11398), any mixer, and a gated output projection."""
 
     def __init__(self, c: PalmConfig):
         super().__init__()
@@ -1432,7 +1444,7 @@ class AttentionOnDetail(nn.Module):
 
 
 class PalmFeedForward(nn.Module):
-    """SwiGLU through low-rank maps."""
+    """SwiGLU with low-rank linear maps."""
 
     def __init__(self, c: PalmConfig):
         super().__init__()
@@ -1443,7 +1455,7 @@ class PalmFeedForward(nn.Module):
 
 
 class PalmBlock(nn.Module):
-    """x + attention(norm(x)), and beside it + ffn(norm(x)) (arXiv 2204.02311)."""
+    """x + attention(norm(x)) + ffn(norm(x)), in parallel (arXiv 2204.02311); the feed-forward is optional."""
 
     def __init__(self, c: PalmConfig):
         super().__init__()
@@ -1460,7 +1472,7 @@ class PalmBlock(nn.Module):
 
 
 class Palm(LanguageModel):
-    """Palm: everything through low rank, an untied head, queries, keys and values out of a network."""
+    """Palm: low-rank linear maps, an untied head, and a network that computes queries, keys and values."""
 
     Config = PalmConfig
 
@@ -1514,7 +1526,7 @@ class TinyStarConfig(ModelConfig):
         "RoPE", "how tokens know where they stand", choices=("Learned", "RoPE", "Sinusoidal", "None"))
     tie_embeddings: bool = option(True, "one table for input and output")
 
-    out_proj_role = "residual"  # an embedding of deviation 0.02 would be lost under what matrices of unit gain write
+    out_proj_role = "residual"  # an embedding of std 0.02 would be negligible beside the output of unit-gain matrices
 
     def __post_init__(self):
         default_attention(self)
@@ -1549,7 +1561,7 @@ class TinyStarBlock(nn.Module):
 
 
 class TinyStar(LanguageModel):
-    """One block, three slots: GPT-2's descendants side by side."""
+    """One block with exchangeable parts, to compare the descendants of GPT-2."""
 
     Config = TinyStarConfig
 
@@ -1637,12 +1649,12 @@ class TransformerConfig(ModelConfig):
 
 
 def post_norm(x: Tensor, norm: nn.Module, part: Callable, drop: nn.Module) -> Tensor:
-    """As published: the residual stream itself is normed."""
+    """Norm after each residual sum, as published: the residual stream itself is normed."""
     return norm(x + drop(part(x)))
 
 
 def pre_norm(x: Tensor, norm: nn.Module, part: Callable, drop: nn.Module) -> Tensor:
-    """What a part reads is normed, the residual stream is not (arXiv 2002.04745)."""
+    """Norm of each part's input; the residual stream is not normed (arXiv 2002.04745)."""
     return x + drop(part(norm(x)))
 
 
@@ -1650,7 +1662,7 @@ NORM_POSITIONS = {"post": post_norm, "pre": pre_norm}
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the source where there is one, feed-forward."""
+    """Self-attention, cross-attention where there is a source, feed-forward."""
 
     def __init__(self, c: TransformerConfig, layer: int, crosses: bool):
         super().__init__()
@@ -1672,7 +1684,7 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerStack(nn.Module):
-    """Positions, blocks, and with pre-norm a last norm. The encoder is one, the decoder another."""
+    """Positions, blocks and, with pre-norm, a final norm. Encoder and decoder are one stack each."""
 
     def __init__(self, c: TransformerConfig, n_layer: int, crosses: bool):
         super().__init__()
@@ -1693,7 +1705,8 @@ class TransformerStack(nn.Module):
 
 
 class Transformer(LanguageModel):
-    """The original (arXiv 1706.03762) and what became of it: encoder, decoder or both, every part swappable."""
+    """The original Transformer (arXiv 1706.03762) and its later variants: encoder, decoder or both, every part
+    exchangeable."""
 
     Config = TransformerConfig
 
@@ -1724,7 +1737,7 @@ class Transformer(LanguageModel):
         return super().make_context(idx) if self.causal else self.make_encoder_context(idx)
 
     def make_encoder_context(self, idx: Tensor) -> ForwardContext:
-        """Every token sees every other, and none sees padding."""
+        """A bidirectional context: every token attends to all tokens except padding."""
         positions = torch.arange(idx.size(1), device=idx.device).unsqueeze(0)
         pad = -1 if self.config.pad_id is None else self.config.pad_id
         return ForwardContext(positions, Mode.ENCODE, padding_mask=idx == pad)
@@ -1783,7 +1796,8 @@ CONFIGS: dict[str, type[ModelConfig]] = {name: model.Config for name, model in M
 
 
 def build(hyperparams: dict | ModelConfig) -> LanguageModel:
-    """The model that a JSON file's "model_hyperparams" describe, its weights as `init_weights` draws them.
+    """The model of `hyperparams`, a JSON file's "model_hyperparams", with weights from `init_weights`. Raises UserError
+    where a key or a value is wrong.
 
     >>> build({"arch": "tinystar", "n_layer": 4, "n_embd": 128}).num_params()
     """
@@ -1802,7 +1816,7 @@ def build(hyperparams: dict | ModelConfig) -> LanguageModel:
 
 @torch.no_grad()
 def init_weights(model: LanguageModel) -> None:
-    """Every parameter's start, by its role.
+    """Initialize every parameter by its role.
 
     role       start                          optimized by               decay
     matrix     uniform, std fan_in^(−1/2)     Muon where asked, or AdamW yes
@@ -1816,7 +1830,7 @@ def init_weights(model: LanguageModel) -> None:
     tao        one                            AdamW                      no
     bias       zero                           AdamW                      no
 
-    `embedding` is a table that is also the head (tied), `input` one that is not.
+    `embedding` is a table that is also the head (tied weights); `input` is a table that is not.
     """
     roles = model.roles()
     for name, p in model.named_parameters():

@@ -1,13 +1,14 @@
-"""The optimizer: AdamW for everything, or Muon for the hidden matrices and AdamW for the rest; and the learning rate.
+"""The optimizer, AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest; and the learning
+rate schedule.
 
     lr_at            the learning rate at a step
-    newton_schulz    a stack of matrices made orthogonal, the heart of Muon
+    newton_schulz    orthogonalizes a stack of matrices, the core of Muon
     Muon             the optimizer for hidden matrices
-    build_optimizer  both of them behind one object, grouped by the roles that the model names
+    build_optimizer  builds AdamW and Muon as one object, with parameters grouped by the model's roles
 
-Several processes have one of these each. AdamW works on what a process has of each parameter; Muon needs whole
-matrices, so that it hands `newton_schulz`, which takes any part of a stack, to `distribute` of
-strawberry/training/distributed.py. The state's format is the same for any number of them.
+Each process has its own optimizer. AdamW updates the process's shard of each parameter. Muon needs whole matrices, so
+it passes `newton_schulz`, which accepts any part of a stack, to `distribute` of strawberry/training/distributed.py. The
+format of the state does not depend on the number of processes.
 """
 
 import math
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from strawberry.common import UserError
 from strawberry.sharding import shard_like, shard_of, to_dtensor, to_local
 
-# Which role is decayed, and which Muon may take. Every role that a model may name is here.
+# ROLES are all roles that a model may name. DECAYED have weight decay, HIDDEN may be optimized by Muon.
 DECAYED = {"matrix", "residual", "embedding", "input"}
 HIDDEN = {"matrix", "residual"}
 ROLES = ("matrix", "residual", "embedding", "input", "head", "router", "position", "norm", "bias", "tao")
@@ -31,8 +32,8 @@ def lr_at(step: int, run) -> float:
     """The learning rate of the step numbered `step`, the first being 0.
 
     Linear warmup over `warmup_iters`, then `learning_rate` until max(warmup_iters, (1 - cooldown_frac)·lr_decay_iters),
-    then half a cosine down to `min_lr` at `lr_decay_iters`, and `min_lr` after. Without `decay_lr` it stays at
-    `learning_rate`. `cooldown_frac` 1 is the classic warmup and cosine.
+    then half a cosine down to `min_lr` at `lr_decay_iters`, and `min_lr` after that. Without `decay_lr` it stays at
+    `learning_rate`. `cooldown_frac` 1 is the usual warmup with cosine decay.
 
     With learning_rate 1, min_lr 0, warmup_iters 3, lr_decay_iters 10 and cooldown_frac 0.4:
     steps 0 … 6 have 0.25, 0.5, 0.75, 1, 1, 1, 1, step 8 has 0.5, and from step 10 on it is 0.
@@ -52,16 +53,17 @@ def lr_at(step: int, run) -> float:
 
 
 def newton_schulz(stack: Tensor, steps: int = 5) -> Tensor:
-    """A stack of matrices (n, rows, cols), each turned into nearly the nearest orthogonal one, in the dtype given.
+    """Orthogonalize a stack of matrices (n, rows, cols): returns approximately the nearest orthogonal matrix of each,
+    in the same dtype.
 
-    With G = U S Vᵀ the result is U p(S) Vᵀ: each singular value, first divided by the Frobenius norm, goes through the
-    quintic p(s) = a·s + b·s³ + c·s⁵ `steps` times and ends near 1 (0.68 … 1.20), unless it was under 0.15 % of
-    the norm. The coefficients are Keller Jordan's (https://kellerjordan.github.io/posts/muon/): they give the steepest
-    slope at zero, at the price of never settling at 1 exactly. A matrix of zeros stays one.
+    With G = U S Vᵀ the result is U p(S) Vᵀ. Each singular value is divided by the Frobenius norm and then mapped
+    `steps` times by the quintic p(s) = a·s + b·s³ + c·s⁵. It ends near 1 (0.68 … 1.20), unless it was under 0.15 % of
+    the norm. The coefficients are Keller Jordan's (https://kellerjordan.github.io/posts/muon/): they maximize the slope
+    at zero, but singular values do not converge to 1 exactly. A zero matrix stays zero.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = stack.shape[1] > stack.shape[2]
-    x = stack.mT if tall else stack  # so that the product below has the smaller side
+    x = stack.mT if tall else stack  # so that the Gram matrix has the smaller side
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)  # (n, rows, rows)
@@ -71,31 +73,31 @@ def newton_schulz(stack: Tensor, steps: int = 5) -> Tensor:
 
 
 def map_stacks(stacks, shapes, work):
-    """`distribute` of one process: it does all the work itself."""
+    """`distribute` for one process, which does all the work itself."""
     return map(work, stacks)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: for matrices inside a network, never for embeddings, heads or vectors.
+    """Orthogonalized momentum, for matrices inside a network, never for embeddings, heads or vectors.
 
         m ← μ m + (1 − μ) g              momentum
-        u ← NS(μ m + (1 − μ) g)          Nesterov's look ahead, then Newton–Schulz
+        u ← NS(μ m + (1 − μ) g)          Nesterov momentum, then Newton–Schulz
         w ← (1 − lr·λ) w − lr · 0.2·√max(rows, cols) · u
 
-    The factor gives the update the RMS that AdamW's usually has (Moonlight, arXiv 2502.16982, section 2.2), so that a
-    learning rate and a decay that suit AdamW suit here too. μ grows from 0.85 to `momentum` over the first `warmup`
-    steps. Parameters of equal shape go through Newton–Schulz as one stack: on CUDA in bfloat16, elsewhere in float32,
-    or in `ns_dtype`. At the end of the warmup it is torch.optim.Muon with adjust_lr_fn="match_rms_adamw". Of several
-    processes each orthogonalises its share (`ranks.distribute`); before that is done nothing has changed, so that a
-    process that is lost meanwhile leaves the others with whole steps.
+    The factor gives the update the usual RMS of AdamW's (Moonlight, arXiv 2502.16982, section 2.2), so AdamW's learning
+    rate and weight decay also work here. μ grows from 0.85 to `momentum` over the first `warmup` steps. Parameters of
+    equal shape are orthogonalized as one stack, in bfloat16 on CUDA, in float32 elsewhere, or in `ns_dtype`. After the
+    warmup it equals torch.optim.Muon with adjust_lr_fn="match_rms_adamw". With several processes, each orthogonalizes
+    its share (`ranks.distribute`). No parameter changes before that has finished, so if a process is lost, the others
+    are left with complete steps.
     """
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, warmup=300, ns_dtype=None, ranks=None):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "warmup": warmup, "step": 0}
         super().__init__(params, defaults)
         self.ns_dtype, self.ranks = ns_dtype, ranks
-        self.found_inf: Tensor | None = None  # 1.0: a step changes nothing; the name is that of torch's optimizers
-        self.lerp: Tensor | None = None  # 1 − μ, where it must lie on the device
+        self.found_inf: Tensor | None = None  # 1.0: skip the update; torch's optimizers have the same name
+        self.lerp: Tensor | None = None  # 1 − μ on the device, for CUDA graphs
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -103,7 +105,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every parameter that has a gradient; the others stay, without decay, as with torch's AdamW."""
+        """Update every parameter that has a gradient. Parameters without one are not decayed either, as in torch's
+        AdamW."""
         stacks = defaultdict(list)
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -120,7 +123,8 @@ class Muon(torch.optim.Optimizer):
             group["step"] += 1
 
     def _ahead(self, params: list[Tensor], momentum: float) -> Tensor:
-        """What is to be orthogonalised of parameters of one shape, (n, rows, cols): of sharded ones, its own rows."""
+        """The Nesterov momentum μ m + (1 − μ) g of parameters of one shape, (n, rows, cols), before orthogonalization;
+        for sharded parameters, this rank's rows."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -133,7 +137,7 @@ class Muon(torch.optim.Optimizer):
         return ahead.to(self.ns_dtype or (torch.bfloat16 if ahead.is_cuda else torch.float32))
 
     def _update(self, params: list[Tensor], update: Tensor, lr, weight_decay: float, momentum: float) -> None:
-        """Moves momentum and parameters of one shape. `lr` may be a float or a tensor of one element."""
+        """Update momentum and parameters of one shape. `lr` may be a float or a tensor of one element."""
         if self.found_inf is None:
             buffers = [to_local(self.state[p]["momentum_buffer"]) for p in params]
             torch._foreach_lerp_(buffers, [to_local(p.grad) for p in params], 1 - momentum)
@@ -145,7 +149,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, list(update.unbind()))
 
     def _move_and_look_ahead(self, grads: list[Tensor], buffers: list[Tensor]) -> Tensor:
-        """Momentum and the look ahead, where the device alone knows whether the gradients are any good."""
+        """Update the momentum and return the Nesterov momentum, for steps in which only the device knows whether the
+        gradients are finite. If they are not, the momentum is unchanged."""
         grad, old = torch.stack(grads), torch.stack(buffers)  # (n, rows, cols)
         grad = torch.where(self.found_inf.bool(), old, grad)
         new = torch.lerp(old, grad, self.lerp)
@@ -154,7 +159,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def momentum_at(group: dict) -> float:
-    """The momentum of the group's next step: from 0.85 to its `momentum` over the first `warmup` steps, linearly."""
+    """The momentum of the group's next step: linear from 0.85 to its `momentum` over the first `warmup` steps."""
     if group["step"] >= group["warmup"]:
         return group["momentum"]
     first = min(0.85, group["momentum"])
@@ -165,11 +170,11 @@ def momentum_at(group: dict) -> float:
 
 
 def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: str, ranks=None) -> "Optimizer":
-    """The optimizer that the "optimizer_hyperparams" ask for, over the roles that `model.roles()` names.
+    """Build the optimizer of "optimizer_hyperparams", with parameters grouped by `model.roles()`.
 
-    Matrices and embeddings are decayed, nothing else is. With `use_muon`, Muon takes the parameters of the roles matrix
-    and residual that have two dimensions, with the learning rate `muon_lr` (`learning_rate` where that is null), and
-    AdamW takes the rest. `ranks`: the processes among which Muon's work is distributed.
+    Weight decay applies to matrices and embeddings only. With `use_muon`, Muon optimizes the two-dimensional parameters
+    of the roles matrix and residual, with the learning rate `muon_lr` (`learning_rate` if that is null), and AdamW the
+    rest. `ranks`: the processes among which Muon's work is distributed.
     """
     named = parameters_by_role(model)
     rate = {"adamw": learning_rate, "muon": learning_rate if hyper.muon_lr is None else hyper.muon_lr}
@@ -187,7 +192,7 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
         ]
 
     parts = {}
-    if muon := groups_of("muon"):  # first: it is the one that may lose another process
+    if muon := groups_of("muon"):  # first, since its step communicates and may raise PeerLost
         parts["muon"] = Muon(muon, momentum=hyper.momentum, ranks=ranks)
     if adamw := groups_of("adamw"):
         fused = device_type in ("cuda", "cpu", "mps")  # where torch has the fused kernel
@@ -197,13 +202,14 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
 
 
 def own_part(p: nn.Parameter) -> Tensor:
-    """What AdamW, to which each number is one of its own, works on: the parameter, or this rank's part of a sharded
-    one, in the same memory. To hand each operation a few hundred sharded tensors takes the host longer than a GPU."""
+    """The tensor that AdamW, which is elementwise, updates: the parameter, or this rank's shard of it, in the same
+    memory. With DTensors, an operation on a few hundred tensors takes more time on the host than on the GPU."""
     return p if to_local(p) is p else to_local(p).detach()
 
 
 def parameters_by_role(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-    """Name → (role, parameter), every parameter once. A RuntimeError otherwise: it is a bug in the model."""
+    """Name → (role, parameter), with every parameter once. Raises RuntimeError otherwise, since that is a bug in the
+    model."""
     named = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter may be named either way
     roles = model.roles()
     if strangers := sorted(roles.keys() - named.keys()):
@@ -221,15 +227,15 @@ def parameters_by_role(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
 
 
 class Optimizer:
-    """AdamW and Muon as one: `set_lr`, `step`, `zero_grad`, and a state that is restored bit for bit.
+    """AdamW and Muon as one optimizer: `set_lr`, `step`, `zero_grad`, and a state that is restored bitwise.
 
-    `groups` says, one dict a row, which optimizer takes which role; `table()` is the same to be printed.
+    `groups` is a list of dicts, one per role and optimizer; `table()` is the same as text.
     """
 
     def __init__(self, parts: dict[str, torch.optim.Optimizer], named: dict[str, tuple[str, nn.Parameter]],
                  held: dict[str, Tensor], in_passing: bool = False):
-        """`held`: what the parts have of each parameter, the same tensor or one in the same memory. `in_passing`:
-        AdamW clips where it reads the gradients, which a GPU need not go through once more for it."""
+        """`held`: name → the tensor that AdamW or Muon updates, the parameter itself or a shard in the same memory.
+        `in_passing`: AdamW's fused kernel clips the gradients as it reads them, which saves a pass on a GPU."""
         self.parts, self._held, self._in_passing = parts, held, in_passing
         self._params = {name: p for name, (_, p) in named.items()}
         self._apart = [(p, held[name]) for name, p in self._params.items() if held[name] is not p]
@@ -258,18 +264,19 @@ class Optimizer:
         return "\n".join(lines)
 
     def set_lr(self, factor: float) -> None:
-        """Sets every group's learning rate to `factor` times its own base: lr_at(step, run) / run.learning_rate."""
+        """Set every group's learning rate to `factor` times its base rate; factor = lr_at(step, run) /
+        run.learning_rate."""
         for part in self.parts.values():
             for group in part.param_groups:
                 lr = group["base_lr"] * factor
-                if isinstance(group["lr"], Tensor):  # a recorded step reads it there
+                if isinstance(group["lr"], Tensor):  # a captured step reads this tensor
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = lr
 
     def to_device(self, found_inf: Tensor) -> None:
-        """From here on a step is the device's alone, as a CUDA graph needs it: rates and momentum are read there, and
-        where found_inf () is 1.0, a step changes nothing. `set_lr` and `count` bring the numbers."""
+        """Make steps independent of the host, as a CUDA graph requires: learning rates and momentum become device
+        tensors, which `set_lr` and `count` fill, and a step is skipped if found_inf () is 1.0."""
         for kind, part in self.parts.items():
             part.found_inf = found_inf
             for group in part.param_groups:
@@ -280,7 +287,7 @@ class Optimizer:
             muon.lerp = torch.ones((), device=found_inf.device)
 
     def to_host(self) -> None:
-        """Undoes `to_device`."""
+        """Undo `to_device`."""
         for kind, part in self.parts.items():
             part.found_inf = None
             for group in part.param_groups:
@@ -289,8 +296,8 @@ class Optimizer:
                     group["capturable"] = False
 
     def count(self, steps: int) -> None:
-        """Tell Muon, which counts on the host, how many steps were taken where it did not see them (or were not, after
-        all: −n), and the device the next one's momentum."""
+        """Add `steps` graph replays to Muon's step count, which is on the host (negative for steps that were skipped),
+        and copy the next step's momentum to the device."""
         if muon := self.parts.get("muon"):
             for group in muon.param_groups:
                 group["step"] += steps
@@ -298,13 +305,13 @@ class Optimizer:
 
     @torch.no_grad()
     def clip(self, norm: Tensor, limit: float) -> None:
-        """Brings the gradients, whose norm () is given, to `limit` where that is larger; 0 is no limit. Those that are
-        clipped in passing are so after `step`."""
+        """Scale the gradients to the norm `limit` if their norm () exceeds it; 0 is no limit. With `in_passing`,
+        AdamW's gradients are scaled in `step`."""
         if not limit:
             return
         self._bring_grads()
         for kind, part in self.parts.items():
-            if kind == "adamw" and self._in_passing:  # torch divides by it, as its own gradient scaler has it do
+            if kind == "adamw" and self._in_passing:  # the fused kernel divides by grad_scale, as with GradScaler
                 part.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0).float()
                 continue
             grads = [to_local(p.grad) for group in part.param_groups for p in group["params"] if p.grad is not None]
@@ -317,13 +324,13 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         self._bring_grads()
         for part in self.parts.values():
             part.step()
 
     def zero_grad(self) -> None:
-        """Drops all gradients."""
+        """Set all gradients to None."""
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
             part.grad_scale = None
@@ -335,8 +342,8 @@ class Optimizer:
     def state_dict(self) -> dict:
         """Tensors and numbers only: {"kinds": {name: "adamw" | "muon"}, "state": {name: {…}}, "muon_step": int}.
 
-        The tensors are the living ones, not copies. What the JSON says (rates, decay, betas) is left out: a resumed run
-        follows its JSON, and its schedule sets the rate.
+        The tensors are references, not copies. Values from the JSON file (learning rates, decay, betas) are not
+        included: a resumed run uses its own JSON file, and its schedule sets the learning rate.
         """
         state = {name: dict(self._part(name).state.get(mine, {})) for name, mine in self._held.items()}
         for name, p in self._params.items():
@@ -347,7 +354,8 @@ class Optimizer:
         return {"kinds": kinds, "state": state, "muon_step": muon_step}
 
     def load_state_dict(self, saved: dict) -> None:
-        """Restores what `state_dict` gave. Raises UserError, and changes nothing, where it belongs to another model."""
+        """Restore a state from `state_dict`. Raises UserError, before any change, if it belongs to another model or
+        another choice of optimizers."""
         self._check(saved)
         name_of = {id(mine): name for name, mine in self._held.items()}
         for part in self.parts.values():
@@ -363,7 +371,7 @@ class Optimizer:
         return self.parts[self._part_of[id(self._held[name])]]
 
     def _mine(self, whole: Tensor, name: str) -> Tensor:
-        """What the part that has this parameter has of a tensor of its state."""
+        """This rank's shard of a state tensor, in the form that the parameter's optimizer uses: DTensor or tensor."""
         p = self._params[name]
         if self._held[name] is p or not whole.ndim:
             return shard_like(whole, p)

@@ -1,26 +1,26 @@
-"""Trains a language model: a token file and a JSON file in, one model file out.
+"""Train a language model: reads a token file and a JSON config, writes one model file.
 
     python train.py --config tiny.json                        # from scratch
-    python train.py --config tiny.json --init_from=resume     # go on from the newest good checkpoint
-    python train.py --config tiny.json --check                # would it work? says so in seconds, and writes nothing
-    python train.py --config tiny.json --quiet                # prints nothing but warnings and errors
-    torchrun --nproc_per_node=2 train.py --config tiny.json   # each batch divided among two processes
+    python train.py --config tiny.json --init_from=resume     # resume from the newest valid checkpoint
+    python train.py --config tiny.json --check                # check the run in seconds, without writing anything
+    python train.py --config tiny.json --quiet                # print only warnings and errors
+    torchrun --nproc_per_node=2 train.py --config tiny.json   # divide each batch among two processes
     python train.py --help                                    # every key
 
-Each step is a pure function of the weights, the optimizer's state, the seed and the step's number: batches and dropout
-are drawn from (seed, step). So a resumed run is, on a CPU, the uninterrupted run bit for bit.
+Each step is a pure function of the weights, the optimizer state, the seed and the step's number: batches and dropout
+are drawn from (seed, step). On a CPU, a resumed run is therefore bitwise equal to an uninterrupted run.
 
-What it writes:  checkpoints.path/step_…         to resume from
-                 checkpoints.path/metrics.jsonl  every logged step and every evaluation, one JSON object a line
-                 img_path/*.png                  the curves, redrawn at each evaluation
-                 model_path                      the trained model, when all steps are done
-A run from scratch moves what an earlier run left in checkpoints.path to earlier_1, earlier_2, … in there.
+Output files:  checkpoints.path/step_…         checkpoints to resume from
+               checkpoints.path/metrics.jsonl  every logged step and every evaluation, one JSON object per line
+               img_path/*.png                  the curves, redrawn at each evaluation
+               model_path                      the trained model, after the last step
+A run from scratch moves the files of an earlier run in checkpoints.path to its subdirectory earlier_1, earlier_2, ….
 
-Exit codes:  0 all steps done · 2 a mistake to mend, nothing changed · 3 the loss or the gradient was not finite, the
-weights were not touched · 4 another process of this run was lost · 130 SIGINT, 143 SIGTERM: the step was finished and
-saved. A second signal leaves at once.
+Exit codes:  0 all steps done · 2 user error, nothing changed · 3 the loss or the gradient was not finite, the weights
+were not updated · 4 another process of this run was lost · 130 SIGINT, 143 SIGTERM: the step was finished and saved. A
+second signal ends the process immediately.
 
-Index:  the trainer, whose take_steps is the loop · the command. What it works with is in strawberry/training:
+Index:  the trainer, whose take_steps is the training loop · the command. Its components are in strawberry/training:
         setup · step · cuda_graph · distributed · checkpointing · evaluation · memory · metrics · console · signals
 """
 
@@ -28,9 +28,9 @@ import os
 import signal
 import sys
 
-import strawberry  # noqa: F401  before torch: it sets what OpenMP reads when it is loaded
+import strawberry  # noqa: F401  before torch: sets an environment variable that OpenMP reads when it is loaded
 
-if __name__ == "__main__":  # importing torch takes seconds, in which there is nothing to save yet
+if __name__ == "__main__":  # importing torch takes seconds, during which there is nothing to save
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: os._exit(128 + number))
 
@@ -72,14 +72,14 @@ class Trainer(TrainState):
 
     def __init__(self, run, signals: Signals, config: str | None = None, quiet: bool = False):
         super().__init__(run, signals, config, quiet)
-        state = weakref.proxy(self)  # no cycle: what is dropped without close() frees its memory and its lock at once
+        state = weakref.proxy(self)  # no reference cycle: without close(), memory and lock are still freed immediately
         self.steps = TrainStep(state)
         self.checkpoints = Checkpointer(state, self.steps)
         self.evaluator = Evaluator(state)
         self.memory_planner = MemoryPlanner(state, self.steps)
 
     def prepare(self) -> None:
-        """Everything before the first step. Nothing on disk is touched before all of it is known to work."""
+        """Prepare the first step: set up, warm up, capture. Changes no file until all of it has succeeded."""
         self.set_up()
         self.steps.warm_up(setup.should_compile(self.run, self.device))
         self.steps.capture()
@@ -87,7 +87,7 @@ class Trainer(TrainState):
             self.checkpoints.claim_directory()
 
     def set_up(self) -> None:
-        """All that the first step needs, in memory."""
+        """Create in memory all that the first step needs: ranks, data, model, optimizer."""
         run = self.run
         setup.check_paths(run, self.root, self.config)
         self.device = choose_device(run.device)
@@ -124,12 +124,12 @@ class Trainer(TrainState):
         setup.print_summary(self)
 
     def train(self) -> None:
-        # sharded ranks can only save together, and GPUs only take steps together: there a signal waits until all have
-        # heard of it
+        # sharded ranks must save together, and GPUs must launch the same steps, so a signal is deferred until all ranks
+        # know of it
         held = self.signals.deferred() if self.ranks.stops_together else contextlib.nullcontext()
         with self.ranks.detect_peer_loss(), held:
             if self.run.on_nan == "rollback" and self.saved < 0:
-                self.save()  # what there is to go back to before the first interval is over
+                self.save()  # so that a rollback is possible before the first interval ends
             while self.progress.step < self.run.max_iters:
                 try:
                     self.take_steps()
@@ -138,14 +138,14 @@ class Trainer(TrainState):
             self.stop_together()
 
     def take_steps(self) -> None:
-        """The training loop, up to the last step or to one whose loss is not finite."""
+        """The training loop, up to the last step. Raises NonFinite at a step whose loss is not finite."""
         run = self.run
         if self.progress.step and self.due(run.eval_interval) and self.evaluated != self.progress.step:
-            self.evaluate()  # a signal came first
-        self.steps.capture()  # anew, after a rollback
+            self.evaluate()  # a signal interrupted the run before the evaluation
+        self.steps.capture()  # again, after a rollback
         with self.progress_bar() as bar, self.batches() as loader:
             while self.progress.step < run.max_iters:
-                with self.signals.deferred():  # a step is taken as a whole, or not at all
+                with self.signals.deferred():  # a step is atomic
                     # next batch: this rank's part of each micro-batch
                     start = time.perf_counter()
                     micro_batches = next(loader)
@@ -153,12 +153,12 @@ class Trainer(TrainState):
                     for completed in self.steps.take(micro_batches, start):
                         # log: the bar at each step, a line every log_interval
                         self.log(bar, *completed)
-                # a signal that one rank got stops all of them here
+                # a signal that one rank received stops all ranks here
                 self.stop_together()
                 # once in a while: losses on both splits, a sample, the curves
                 if self.due(run.eval_interval):
                     self.evaluate()
-                # once in a while: a checkpoint, written aside, synced, renamed
+                # once in a while: a checkpoint, written to a temporary directory, synced, renamed
                 if self.due(run.checkpoints.interval) or (self.save_failed and self.due(run.log_interval)):
                     self.save()
 
@@ -169,15 +169,15 @@ class Trainer(TrainState):
         self.checkpoints.save()
 
     def stop_together(self) -> None:
-        """Where ranks can only stop together, a signal that one of them got is one for all, after the same step."""
+        """If ranks must stop together, a signal that one of them received stops all of them after the same step."""
         if self.ranks.stops_together and (number := self.ranks.max_signal(self.signals.received or 0)):
             self.signals.raise_remote(number)
 
     def roll_back(self, error: cuda_graph.NonFinite) -> None:
-        """Back to the last good checkpoint, past all data up to here, at half the learning rate.
+        """Restore the last valid checkpoint, skip all data up to the current position, and halve the learning rate.
 
-        Where `on_nan` does not ask for it, or it was done MAX_ROLLBACKS times, the error is raised again. The
-        checkpoint is then written anew with the rollback in it, so that a resumed run knows of it too.
+        Raises the error again if `on_nan` is not "rollback", or after MAX_ROLLBACKS rollbacks. The checkpoint is saved
+        again and includes the rollback, so that a resumed run repeats it.
         """
         reached = self.progress
         number = len(reached.rollbacks) + 1
@@ -186,13 +186,13 @@ class Trainer(TrainState):
         with self.signals.deferred():
             self.optimizer.zero_grad()
             self.checkpoints.load(self.checkpoints.find())
-            for load in self.loads:  # no checkpoint has what routers have counted since the last update
+            for load in self.loads:  # checkpoints do not include the routers' counts since the last update
                 load.zero_()
             step = self.progress.step
             about = {"rollback": number, "from_step": reached.step + 1, "lr_factor": 0.5**number, "why": str(error)}
             self.progress.skipped = reached.position + 1 - step
             self.progress.rollbacks = [*reached.rollbacks, {"step": step, **about}]
-            self.checkpoints.rewind_metrics(step)  # every rank has loaded by then
+            self.checkpoints.rewind_metrics(step)  # synchronizes: every rank has loaded the checkpoint
             if self.ranks.main:
                 warn(
                     f"{error}; going back to step {step:,}, past the data since then, with the learning rate times "
@@ -207,8 +207,9 @@ class Trainer(TrainState):
         return self.console.start(self.progress.step, self.run.max_iters, hidden=not self.ranks.main)
 
     def log(self, bar: tqdm, step: int, loss: float, grad_norm: float, lr: float) -> None:
-        """The bar at every step; a line of metrics.jsonl and of the console at each log_interval and at the first step.
-        A CUDA graph's steps arrive some steps late, but no line is due before all are done."""
+        """Update the progress bar at every step; write a line to metrics.jsonl and to the console at each log_interval
+        and at the first step. A CUDA graph's steps complete some steps late, but a line is written only when no step is
+        pending."""
         p = self.progress
         tokens, seconds = p.tokens - self.logged[0], p.seconds - self.logged[1]  # since the last line
         speed = tokens / max(seconds, 1e-9)
@@ -223,7 +224,7 @@ class Trainer(TrainState):
 
     def close(self) -> None:
         if self.graph_step:
-            self.graph_step.graph = None  # NCCL would wait for it
+            self.graph_step.graph = None  # otherwise NCCL waits for it
         self.ranks.close()
         self.release()
 
@@ -234,9 +235,9 @@ class Trainer(TrainState):
 
 
 def main(argv: list[str], last: bool = False) -> int:
-    """Train as the command line says; the exit code. `last`: nothing is to come after it in this process."""
+    """Run the command line, and return the exit code. `last`: the process ends afterwards."""
     with contextlib.ExitStack() as streams:
-        talks = os.environ.get("RANK", "0") == "0" and "--quiet" not in argv  # of several processes, the first one
+        talks = os.environ.get("RANK", "0") == "0" and "--quiet" not in argv  # only rank 0
         out = sys.stdout if talks else streams.enter_context(open(os.devnull, "w"))
         streams.enter_context(contextlib.redirect_stdout(DiskFullSafeStream(out)))
         streams.enter_context(contextlib.redirect_stderr(DiskFullSafeStream(sys.stderr)))
@@ -244,7 +245,7 @@ def main(argv: list[str], last: bool = False) -> int:
 
 
 def train(run, signals: Signals | None = None, config: str | None = None, quiet: bool = False) -> Trainer:
-    """Train as `run` says, from set-up to the model file. What it returns has the model, encoder and progress."""
+    """Train the run `run`, from set-up to the model file. The returned Trainer has model, encoder and progress."""
     trainer = Trainer(run, signals or Signals(), config, quiet)
     try:
         with trainer.signals:
@@ -290,11 +291,11 @@ def run_command(argv: list[str], last: bool) -> int:
         trainer.checkpoints.save_on_exit()
         STATUS.update(error=str(error)[: status_file.MAX_LENGTH])
         raise
-    except BrokenPipeError:  # the reader of stdout left: `train.py … | head`
-        if not trainer.ranks.sharded:  # sharded ranks only save together, and the others know nothing of it
+    except BrokenPipeError:  # the reader of stdout exited: `train.py … | head`
+        if not trainer.ranks.sharded:  # sharded ranks must save together, and the other ranks have no error
             trainer.checkpoints.save_on_exit()
         raise
-    except Exception as error:  # out of memory, perhaps in the middle of an update: what there is, is not saved
+    except Exception as error:  # out of memory may interrupt an update: the state is not saved
         if memory.is_out_of_memory(error):
             raise UserError(trainer.memory_planner.out_of_memory_advice(trainer.checkpoints.status())) from error
         raise
@@ -303,8 +304,8 @@ def run_command(argv: list[str], last: bool) -> int:
 
 
 def exit_gracefully(trainer: Trainer, stop: Interrupted | distributed.PeerLost, argv: list[str]) -> int:
-    """Save, say how to go on, and return the exit code, after a signal or the loss of another process."""
-    number = trainer.signals.received  # torchrun sends one to all when it has lost one
+    """After a signal or the loss of another process: save, print how to resume, and return the exit code."""
+    number = trainer.signals.received  # torchrun signals all processes when it has lost one
     saved = trainer.checkpoints.save_on_exit()
     message = f"\n{signal.Signals(number).name}" if number else f"error: {stop}"
     out = sys.stdout if number and not trainer.console.quiet else sys.stderr

@@ -1,4 +1,4 @@
-"""One manner of command line for every script that uses argparse."""
+"""The command-line parser that every argparse script uses."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from strawberry.common import UserError, nearest
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with errors in one line, whole names of options only, and values that may begin with a dash.
+    """argparse with one-line errors, without abbreviated options, and with values that may begin with a dash.
 
     parser = ArgumentParser("prepare.py", "Turn text into a token file.")
 
-    Both `--name value` and `--name=value` work. In the first any word is a value, unless it is one of the options; an
-    option that takes several values takes one that begins with a dash as `--name=-value` only. Mistakes are raised as
-    UserError.
+    Both `--name value` and `--name=value` are accepted. In the first form, any word that is not an option is a value.
+    An option with several values accepts a value that begins with a dash only as `--name=-value`. Raises UserError for
+    invalid command lines.
     """
 
     def __init__(self, script: str, description: str, **options):
@@ -26,13 +26,14 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(list(self._join_values(list(args))), namespace)
 
     def _join_values(self, rest: list[str]):
-        """The words, with `--name=value` for `--name value`: argparse takes no dash at the start of a word of its own.
-        An unknown option is refused here, before argparse misses the one that was meant."""
+        """Yields the words with `--name value` joined to `--name=value`, because argparse does not accept a separate
+        value that begins with a dash. Raises UserError for an unknown option, before argparse reports the intended
+        option as missing."""
         known = self._option_string_actions
         while rest:
             word = rest.pop(0)
             name, equals, _ = word.partition("=")
-            if word == "--":  # what follows is no option
+            if word == "--":  # the following words are not options
                 yield from [word, *rest]
                 return
             if name in known and not equals and known[name].nargs is None:

@@ -1,6 +1,6 @@
-"""What layers keep from call to call: KV caches, running sums, weights of the open chunk.
+"""The state of layers between calls: KV caches, running sums, weights of the open chunk.
 
-Each layer allocates and owns its cache; a model only counts positions."""
+Each layer allocates and owns its cache; the model only counts positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from strawberry.context import EncodedSource, ForwardContext
 
 
 class LayerCache:
-    """What one layer carries from call to call: named tensors (B, …) and the values that they start from."""
+    """The state of one layer between calls: named tensors (B, …) and their initial values."""
 
     def __init__(self, batch: int, device, **tensors: tuple[tuple[int, ...], float, torch.dtype]):
         self.initial = {name: value for name, (_, value, _) in tensors.items()}
@@ -26,7 +26,7 @@ class LayerCache:
             getattr(self, name)[rows] = value
 
     def slice(self, rows: slice) -> LayerCache:
-        """These rows alone, in the same memory."""
+        """A cache of these rows, which shares this one's memory."""
         mine = copy.copy(self)
         for name in self.initial:
             setattr(mine, name, getattr(self, name)[rows])
@@ -41,7 +41,8 @@ class LayerCache:
 
 
 class RingKVCache(LayerCache):
-    """The newest `size` tensors of each row, at slot `position % size`; one slot more takes what is dropped."""
+    """Ring buffer of the newest `size` tokens of each row, at slot `position % size`. One extra slot, which is never
+    read, receives writes to discard."""
 
     def __init__(self, batch: int, device, dtype, size: int, **widths: int):
         self.size, self.names = size, tuple(widths)
@@ -52,20 +53,20 @@ class RingKVCache(LayerCache):
         return tuple(getattr(self, name)[:, : min(n, self.size)] for name in self.names)
 
     def positions(self, ctx: ForwardContext) -> Tensor:
-        """Positions of what `update` returns, (B or 1, S), negative where a slot is empty."""
+        """Positions of the tokens that `update` returns, (B or 1, S); negative for empty slots."""
         if ctx.positions.size(1) == 1:
             newest = ctx.positions if ctx.lengths is None else ctx.positions + ctx.lengths.unsqueeze(1) - 1
             return self.slot_positions(newest, ctx.max_cached_tokens + 1)
         return torch.cat((self.slot_positions(ctx.positions[:, :1] - 1, ctx.max_cached_tokens), ctx.positions), dim=1)
 
     def slot_positions(self, newest: Tensor, n: int) -> Tensor:
-        """The position in each of the first n slots, where a row's newest is `newest` (B, 1)."""
+        """The positions in the first n slots, (B, n), where `newest` (B, 1) is each row's newest position."""
         slot = torch.arange(min(n, self.size), device=newest.device)
         return newest - (newest - slot) % self.size
 
     def update(self, ctx: ForwardContext, *new: Tensor) -> tuple[Tensor, ...]:
-        """Add the call's tensors (B, T, ·). Returns each with what was kept before it, (B, S, ·)."""
-        if ctx.positions.size(1) == 1:  # the slot written to is the one that just left the window: all slots are seen
+        """Write the call's tensors (B, T, ·). Returns each one after the cached tokens before it, (B, S, ·)."""
+        if ctx.positions.size(1) == 1:  # overwrites the token that leaves the window, so all slots are visible
             self.write(ctx, new)
             return self.filled_slots(ctx.max_cached_tokens + 1)
         if ctx.num_cached == 0:
@@ -79,7 +80,7 @@ class RingKVCache(LayerCache):
     def write(self, ctx: ForwardContext, new: tuple[Tensor, ...]) -> None:
         B, T = new[0].shape[:2]
         slot = ctx.positions % self.size
-        if T > 1 or ctx.lengths is not None:  # what is padding, or pushed out by the call itself, goes to the last slot
+        if T > 1 or ctx.lengths is not None:  # padding and tokens that this call itself evicts go to the extra slot
             count = T if ctx.lengths is None else ctx.lengths.unsqueeze(1)
             index = torch.arange(T, device=slot.device)
             slot = torch.where((index < count) & (index >= count - self.size), slot, self.size)
@@ -93,7 +94,7 @@ class RingKVCache(LayerCache):
 
 
 def iter_layer_caches(tree) -> Iterator[LayerCache]:
-    """Every LayerCache of a nested list."""
+    """Yields every LayerCache in a nested list."""
     if isinstance(tree, LayerCache):
         yield tree
     elif tree is not None:
@@ -102,17 +103,18 @@ def iter_layer_caches(tree) -> Iterator[LayerCache]:
 
 
 class Cache:
-    """The caches of all layers, and how many tokens each row has. Allocated once; its tensors never move.
+    """The caches of all layers, and the number of tokens in each row. The tensors are allocated once and keep their
+    addresses.
 
     >>> cache = model.new_cache(batch_size=2, max_length=512)
     >>> logits, _ = model(prompt, cache=cache)      # the whole prompt, (2, T, V)
-    >>> logits, _ = model(token, cache=cache)       # (2, 1): continues where it stands
-    >>> cache.reset([1])                            # row 1 starts anew, row 0 goes on
+    >>> logits, _ = model(token, cache=cache)       # token (2, 1) continues each row
+    >>> cache.reset([1])                            # row 1 is empty again, row 0 is unchanged
     """
 
     def __init__(self, layers: list, batch_size: int, max_length: int, device, source: EncodedSource | None = None):
         self.layers, self.max_length, self.source = layers, max_length, source
-        self.lengths = [0] * batch_size  # on the host too, so that no decision waits for the device
+        self.lengths = [0] * batch_size  # a copy on the host, so that control flow never synchronizes with the device
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     def reset(self, rows) -> None:
@@ -124,14 +126,14 @@ class Cache:
             cache.reset(rows)
 
     def slice(self, rows: slice) -> Cache:
-        """A cache of these rows alone, which shares this one's memory, but not `lengths`."""
+        """A cache of these rows, which shares this one's memory except `lengths`."""
         mine = Cache(slice_rows(self.layers, rows), 0, self.max_length, self.positions.device)
         mine.source = None if self.source is None else EncodedSource(None, self.source.padding[rows])
         mine.positions, mine.lengths = self.positions[rows], self.lengths[rows]
         return mine
 
     def copy_row(self, source: int, target: int) -> None:
-        """Row `target` becomes what row `source` is."""
+        """Copy the state of row `source` to row `target`."""
         for cache in iter_layer_caches(self.layers):
             cache.copy_row(source, target)
         for mine in (self.positions, self.lengths, *(() if self.source is None else (self.source.padding,))):
@@ -146,15 +148,15 @@ class Cache:
 
 
 def slice_rows(tree, rows: slice):
-    """The nested list with these rows of every LayerCache in it."""
+    """The nested list, with every LayerCache sliced to these rows."""
     if tree is None or isinstance(tree, LayerCache):
         return tree and tree.slice(rows)
     return type(tree)(slice_rows(branch, rows) for branch in tree)
 
 
 class ChunkCache(LayerCache):
-    """For one use of `build_per_chunk`: Σ uᵀ v over finished chunks and over the open one, and the open
-    chunk's weights."""
+    """The state of one use of `build_per_chunk`: Σ uᵀ v over the finished chunks and over the open chunk, (B, C, C)
+    each, and the open chunk's weights."""
 
     def __init__(self, batch: int, device, dtype, C: int, shapes: list[tuple[int, ...]]):
         self.names = [f"weight{i}" for i in range(len(shapes))]
@@ -164,8 +166,8 @@ class ChunkCache(LayerCache):
         super().__init__(batch, device, finished=square, partial=square, **tensors)
 
     def begin_chunk(self, rows, build: Callable) -> list[Tensor]:
-        """These rows stand at a border: their open chunk is added to the finished ones, and the next one's weights are
-        built and stored. A second call changes nothing."""
+        """For rows at a chunk boundary: add the open chunk's sum to that of the finished chunks, then build and store
+        the next chunk's weights. Idempotent."""
         self.finished[rows] += self.partial[rows]
         self.partial[rows] = 0.0
         weights = build(self.finished[rows].unsqueeze(1))
@@ -177,7 +179,7 @@ class ChunkCache(LayerCache):
         return [getattr(self, name)[rows].unsqueeze(1) for name in self.names]
 
     def store(self, ctx: ForwardContext, before: Tensor, sums: Tensor, weights: Sequence[Tensor]) -> None:
-        """Carry what belongs to the chunk of each row's last real token."""
+        """Store the sums and weights of the chunk that has each row's last valid token."""
         rows = torch.arange(before.size(0), device=before.device)
         last = -1 if ctx.lengths is None else (ctx.lengths - 1).clamp(min=0) // ctx.chunk_size
         for mine, new in zip((self.finished, self.partial), (before, sums), strict=True):
@@ -187,7 +189,8 @@ class ChunkCache(LayerCache):
 
 
 class CrossKVCache(LayerCache):
-    """The source's keys and values, for as long as the cache lives: a row that starts anew reads the same source."""
+    """The source's keys and values, (B, S, ·) each. `reset` keeps them: a row that starts again reads the same
+    source."""
 
     def __init__(self):
         self.initial, self.k, self.v = {}, None, None

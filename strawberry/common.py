@@ -1,4 +1,4 @@
-"""What every command shares: errors, how a program ends, whole files, words of a message."""
+"""Functions that every command shares: errors, exit codes, atomic writes, parts of messages."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message names the value, the limit and the mend."""
+    """An error that the user can fix: the message names the value, the limit and the fix."""
 
 
 def run_cli(main: Callable[[list[str]], int | None]) -> None:
-    """Run `main(argv)` as a program and exit: 2 with `error: …` on a UserError, 130 on Ctrl-C, else what it returns."""
+    """Run `main(argv)` as a program and exit: code 2 with `error: …` on a UserError, 130 on Ctrl-C, 141 on a broken
+    pipe, otherwise the value that `main` returns."""
     for stream in (sys.stdout, sys.stderr):
         set_encoding(stream)
     try:
@@ -32,35 +33,36 @@ def run_cli(main: Callable[[list[str]], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader (`| head`) left: point stdout elsewhere, or the exit's flush complains again
+    except BrokenPipeError:  # the reader (`| head`) exited; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
 
 
 def temporary_path(target: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """The path at which a file is written before it is renamed to `target`."""
     return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 def set_encoding(stream: Any) -> None:
-    """UTF-8 for what goes to a file or a pipe, whatever the locale or PYTHONIOENCODING says. A terminal keeps its own
-    encoding, and shows "?" for a character that it lacks."""
+    """Set a file's or pipe's encoding to UTF-8, independent of the locale and PYTHONIOENCODING. A terminal keeps its
+    encoding, and shows "?" for characters that it cannot encode."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
 
 def report_error(message: str) -> None:
-    """Print `error: message` on stderr. Of several processes of torchrun that find the same error, one prints it."""
+    """Print `error: message` on stderr. If several torchrun processes find the same error, one of them prints it."""
     if is_first_to_report(message):
         print(f"error: {message}", file=sys.stderr)
 
 
 def is_first_to_report(message: str) -> bool:
-    """Whether no other process that this machine's torchrun has started has reported the message before this one.
+    """Whether this process is the first to report the message, among those of this machine's torchrun.
 
-    Every rank finds the same mistake in a config, but a full GPU may be an error of one rank alone, and torchrun ends
-    all ranks when the first one fails. So the first one to find an error reports it, and torchrun's own store counts.
+    Every rank finds the same mistake in a config, but running out of GPU memory may affect one rank only, and torchrun
+    terminates all ranks when the first one fails. So the first rank to find an error reports it; a counter in
+    torchrun's store decides which one that is.
     """
     env = os.environ
     if env.get("WORLD_SIZE", "1") == "1" or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -73,17 +75,17 @@ def is_first_to_report(message: str) -> bool:
         launch = f"{env.get('GROUP_RANK')}/{env.get('TORCHELASTIC_RESTART_COUNT')}"
         digest = hashlib.sha256(message.encode("utf-8", "backslashreplace")).hexdigest()
         return store.add(f"strawberry/error/{launch}/{digest}", 1) == 1
-    except Exception:  # without the store, an error printed twice is better than one that nobody sees
+    except Exception:  # without the store, better to print an error twice than never
         return True
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | Callable) -> None:
-    """Replace the file at `path` with `data`, or with what `data(file)` writes, wholly or not at all, through power
-    cuts too. Makes missing folders.
+    """Replace the file at `path` with `data`, or with the bytes that `data(file)` writes. The replacement is atomic,
+    even if the power fails. Creates missing folders.
 
-    Raises UserError, naming the path, where it cannot be written.
+    Raises UserError, which names the path, if it cannot be written.
     """
-    target = Path(os.path.realpath(path))  # through a symbolic link, which stays one
+    target = Path(os.path.realpath(path))  # replaces the target of a symbolic link, not the link
     temporary = temporary_path(target)
     if target.exists() and not target.is_file():
         raise UserError(f"cannot write {path}: it is there and is not a regular file; name another path")
@@ -94,7 +96,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        if os.name != "nt":  # the rename itself is on disk once the folder is
+        if os.name != "nt":  # the rename is on disk only after the folder is synced
             folder = os.open(target.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -108,7 +110,7 @@ def atomic_write(path: str | os.PathLike, data: bytes | Callable) -> None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The hint for a misspelt name, or nothing.
+    """The hint for a misspelled name; "" if no valid name is similar.
 
     >>> nearest("n_layers", ["n_layer", "n_head"])
     " (did you mean 'n_layer'?)"
@@ -123,12 +125,13 @@ NO_PATH = "a path has no control characters, which \\n and \\t in quotes are; wr
 
 
 def has_control_character(path: str) -> bool:
-    r"""Whether a path has a character that none has on purpose; "C:\table" in JSON has one, for \t is a tab."""
+    r"""Whether a path has a control character, which is always a mistake: in JSON, the \t of "C:\table" is a tab."""
     return CONTROL.search(path) is not None
 
 
 def check_path_arguments(given: Any, *names: str) -> None:
-    """Raises UserError where an option of an argparse namespace, or one of its texts, cannot be a path."""
+    """Raises UserError if one of these options of an argparse namespace, or a string in its list, has a control
+    character and so cannot be a path."""
     for name in names:
         value = getattr(given, name)
         for text in value if isinstance(value, list) else [value]:
@@ -137,11 +140,11 @@ def check_path_arguments(given: Any, *names: str) -> None:
 
 
 def show(value: Any) -> str:
-    """A value as JSON spells it, short enough for a message, in characters that every stream can carry."""
+    """A value in JSON notation for a message: at most 80 characters, all of which can be encoded as UTF-8."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         text = repr(value)
     text = text.encode("utf-8", "backslashreplace").decode()
-    text = CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # those that JSON does not escape
+    text = CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)  # control characters that JSON leaves as they are
     return text if len(text) <= 80 else text[:77] + "…"

@@ -1,6 +1,6 @@
-"""How torch.compile is given a stack of blocks in several graphs.
+"""Compile a stack of blocks as several graphs.
 
-Imported only where it compiles: torch.compiler.disable loads all of torch._dynamo, which takes most of a second.
+Imported only by processes that compile: torch.compiler.disable loads all of torch._dynamo, which takes almost a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from strawberry.context import ForwardContext
 
 @torch.compiler.disable(recursive=False)
 def run_compiled_partitions(blocks: Sequence[nn.Module], x: Tensor, ctx: ForwardContext, n: int) -> Tensor:
-    """Each n-th of the blocks is a graph of its own."""
+    """Run the blocks as about n graphs of ⌈len(blocks) / n⌉ consecutive blocks each."""
     blocks = list(blocks)
     size = -(-len(blocks) // n)
     for i in range(0, len(blocks), size):
@@ -32,8 +32,8 @@ def run_partition(blocks: Sequence[nn.Module], x: Tensor, ctx: ForwardContext) -
 
 @torch.compiler.disable(recursive=False)
 def run_compiled_blocks(blocks: Sequence[nn.Module], x: Tensor, ctx: ForwardContext, n: int) -> Tensor:
-    """Each block, or each step of one, is compiled by itself, so that what was compiled for the first serves them all;
-    a stack as one graph would take as many times as long."""
+    """Compile each block, or each step of a block, as its own graph, so that all blocks share the code compiled for the
+    first. Compiling the stack as one graph would take as many times as long as there are blocks."""
     for block in blocks:
         retention = getattr(block, "retention", None)
         run = run_compiled_steps if retention is not None and retention.compile_steps else type(block).__call__
@@ -43,7 +43,7 @@ def run_compiled_blocks(blocks: Sequence[nn.Module], x: Tensor, ctx: ForwardCont
 
 @torch.compiler.disable(recursive=False)
 def run_compiled_steps(block: nn.Module, x: Tensor, ctx: ForwardContext, caches: None) -> Tensor:
-    """StrawberryBlock.forward, each step and each update of the weights a graph of its own."""
+    """StrawberryBlock.forward, with each step and each weight update as its own graph."""
     w = block.weights()
     for i, kind in enumerate(block.steps):
         x, ug = block.step(getattr(block, kind), x, w, without_masks(ctx), None, i + 1 < len(block.steps))
@@ -53,5 +53,6 @@ def run_compiled_steps(block: nn.Module, x: Tensor, ctx: ForwardContext, caches:
 
 
 def without_masks(ctx: ForwardContext) -> ForwardContext:
-    """The context with no mask built yet: a graph that adds one would make the next call another, and compile again."""
+    """The context with an empty mask cache: masks added by one graph would change the next call's guards and make it
+    recompile."""
     return replace(ctx, mask_cache={})

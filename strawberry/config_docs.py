@@ -1,5 +1,5 @@
-"""What is generated from the declared keys: `python -m strawberry.config_docs --schema` writes config/schema.json, by
-which editors complete and check configs; `--table` prints the README's table of keys."""
+"""Documentation generated from the declared config keys: `python -m strawberry.config_docs --schema` writes
+config/schema.json, with which editors complete and check configs; `--table` prints the README's table of keys."""
 
 import json
 
@@ -11,7 +11,8 @@ from strawberry.run_config import CONFIG_FOLDER, Run, take_arch
 
 
 def table(archs: dict[str, type]) -> str:
-    """The README's table, in Markdown: one table for each object of the JSON, model_hyperparams once for each arch."""
+    """The README's tables of keys, in Markdown: one for each object of the JSON file, and for model_hyperparams one for
+    each arch."""
 
     def rows(title: str, keys: dict[str, Option]) -> list[str]:
         lines = [f"**{title}**", "", "| key | default | allowed | meaning |", "| --- | --- | --- | --- |"]
@@ -31,7 +32,7 @@ def table(archs: dict[str, type]) -> str:
 
 
 def schema(archs: dict[str, type]) -> dict:
-    """A JSON schema (draft 2020-12) of the config files: editors complete, explain and check with it."""
+    """A JSON schema (draft 2020-12) of the config files, with which editors complete, explain and check keys."""
     default, _ = take_arch({}, archs)
     root = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A training run", **object_schema(Run)}
     root["properties"]["$schema"] = {"type": "string", "description": "where this schema is, for editors"}

@@ -1,4 +1,4 @@
-"""The device that computes."""
+"""Choose the torch device."""
 
 import torch
 
@@ -6,8 +6,8 @@ from strawberry.common import UserError
 
 
 def choose_device(name: str, spelling: str = 'device = "{}"') -> torch.device:
-    """The device of that name; "auto" is cuda, else mps, else cpu. Raises UserError, with the option as the user spells
-    it, where there is none."""
+    """The device of that name; "auto" is the first available of cuda, mps and cpu. Raises UserError if the device is
+    not available; `spelling` is how the user writes the option."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, is_available in available.items() if is_available)

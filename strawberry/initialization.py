@@ -1,14 +1,14 @@
-"""Build a model without drawing its weights."""
+"""Build a model without initializing its weights."""
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
 class SkipInit(TorchFunctionMode):
-    """Leaves parameters as they were allocated, for saved values to come.
+    """Leaves parameters uninitialized, because saved values will overwrite them.
 
-    It saves the time of drawing them and the caller's dice; and memory that is not yet written to takes no room, so
-    that a file may claim any shape until it has been compared with what the file holds.
+    This saves time and leaves the caller's random number generator unchanged. Memory that is never written also takes
+    no physical memory, so the shapes that a file claims can be compared with its tensors before any memory is used.
     """
 
     FILLS = (Tensor.uniform_, Tensor.normal_, Tensor.zero_, Tensor.fill_)

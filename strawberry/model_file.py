@@ -1,8 +1,8 @@
 """Model files: one safetensors file with weights, configuration, encoder and training record. Nothing is unpickled.
 
-save_model, load_model    write and read one
-read_about, read_encoder  what is in one besides tensors, which are left unread
-write_model               the writer of one, for checkpoints
+save_model, load_model    write and read a model file
+read_about, read_encoder  read its metadata without reading its tensors
+write_model               returns a writer of a model file, for checkpoints
 unique_tensors            a model's parameters and buffers, tied ones once
 """
 
@@ -26,7 +26,8 @@ Writer = Callable[[BinaryIO], Any]  # writes one file of a checkpoint
 
 
 def write_model(model: nn.Module, encoder, record: dict, tensors: dict[str, Tensor] | None = None) -> Writer:
-    """The writer of MODEL, a file that load_model reads too. `tensors`: the model's, where it has them in parts."""
+    """Returns a function that writes a model file, which load_model can read. `tensors`: the model's whole tensors, if
+    the model itself is sharded."""
     tensors = unique_tensors(model) if tensors is None else tensors
     metadata = {
         "format": MODEL_FORMAT,
@@ -43,27 +44,27 @@ MODEL_FORMAT = "text-model"
 MODEL_VERSION = "1"
 
 
-DTYPES = {  # as safetensors spells them
+DTYPES = {  # safetensors' names
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
-MAX_HEADER = 8 << 20  # bytes; an encoder of 200,000 tokens takes about 5 MB, and tensors in it at most 140 MB of memory
+MAX_HEADER = 8 << 20  # bytes; an encoder of 200,000 tokens takes about 5 MB, tensor entries at most 140 MB of memory
 
 
 def save_model(path, model: nn.Module, encoder, record: dict, tensors: dict[str, Tensor] | None = None) -> None:
-    """Writes weights, buffers, hyperparameters, encoder and training record to one safetensors file, atomically.
+    """Write weights, buffers, hyperparameters, encoder and training record atomically to one safetensors file.
 
-    `record`: plain data about the training. Raises UserError, naming the path, where it cannot be written.
+    `record`: JSON data about the training. Raises UserError, which names the path, if it cannot be written.
     """
     atomic_write(path, write_model(model, encoder, record, tensors))
 
 
 def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
-    """(model in eval mode on `device`, encoder, training record) from a file that save_model wrote.
+    """Returns (model in eval mode on `device`, encoder, training record) from a file that save_model wrote.
 
-    Raises UserError where the file is something else, is damaged, or holds other tensors than its configuration says.
+    Raises UserError if the file is of another kind, is damaged, or has other tensors than its configuration requires.
     """
     from encoder import Encoder
     from model import build
@@ -78,7 +79,7 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
                 model = build(hyperparams)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        except (RuntimeError, MemoryError, OverflowError) as error:  # shapes beyond any memory
+        except (RuntimeError, MemoryError, OverflowError) as error:  # shapes too large to allocate
             reason = str(error).partition("\n")[0].rpartition("] ")[2]
             raise UserError(f"{path}: no model can be made of its hyperparameters ({reason})") from error
         _check_encoder(encoder, model, meta["encoder_fingerprint"], path)
@@ -87,14 +88,16 @@ def load_model(path, device: str = "cpu") -> tuple[nn.Module, Any, dict]:
 
 
 def read_about(path) -> tuple[dict, dict]:
-    """(hyperparameters, training record) of a model file, whose tensors are left unread. Raises UserError."""
+    """(hyperparameters, training record) of a model file, without reading its tensors. Raises UserError if the file is
+    not a model file or is damaged."""
     with open_tensors(path) as file:
         meta = _checked_metadata(file, path)
         return _parse_json_object(meta, "model_hyperparams", path), _parse_json_object(meta, "record", path)
 
 
 def read_encoder(path) -> Any:
-    """The encoder of a model file, whose tensors are left unread. Raises UserError."""
+    """The encoder of a model file, without reading its tensors. Raises UserError if the file is not a model file or is
+    damaged."""
     from encoder import Encoder
 
     with open_tensors(path) as file:
@@ -113,10 +116,10 @@ def serialize_model(model: nn.Module, encoder, record: dict) -> bytes:
 
 
 def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, tensor by tensor: no second copy of them is ever in memory, as in safetensors' own `save`.
+    """Write a safetensors file tensor by tensor. safetensors' own `save` holds a second copy of all tensors in memory.
 
-    8 bytes with the header's length, the header as JSON (for each tensor its dtype, its shape, where its bytes begin
-    and end), and the bytes: the larger dtypes first, then by name. https://github.com/huggingface/safetensors#format
+    Format: 8 bytes with the header's length; the header as JSON (each tensor's dtype, shape, and start and end of its
+    bytes); the bytes, larger dtypes first, then by name. https://github.com/huggingface/safetensors#format
     """
     order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header, end = {"__metadata__": metadata}, 0
@@ -132,7 +135,7 @@ def write_tensors(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name → parameter or buffer as the state dict has them, a tied one under its first name only."""
+    """Name → parameter or buffer, as in the state dict; a tied tensor has its first name only."""
     first = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         first.setdefault(id(tensor), (name, tensor))
@@ -140,7 +143,8 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def open_tensors(path) -> safe_open:
-    """The safetensors file at `path`, with a header that fits it. Raises UserError, and reads no further, otherwise."""
+    """Open the safetensors file at `path`. Raises UserError if it is of another kind or damaged; the header is not read
+    if its length exceeds the file's size or MAX_HEADER."""
     if not Path(path).is_file():
         raise UserError(f"there is no model file {path}")
     try:
@@ -150,7 +154,7 @@ def open_tensors(path) -> safe_open:
         raise UserError(f"cannot read the model file {path}: {error.strerror}") from error
     header = int.from_bytes(start[:8], "little")
     if start[8:] != b"{":
-        if start[:1] == b"\x80" or start[:2] == b"PK":  # bytes that a header's size may begin with too
+        if start[:1] == b"\x80" or start[:2] == b"PK":  # a header's length may begin with these bytes too
             raise UserError(f"{path} is a pickle, which can run code and is not read; model files are safetensors")
         raise UserError(f"{path} is not a model file: safetensors was expected")
     if header > min(size - 8, MAX_HEADER):
@@ -184,7 +188,8 @@ def _parse_json_object(meta: dict[str, str], key: str, path) -> dict:
 
 
 def _check_depth(hyperparams: dict, file) -> None:
-    """A layer has at least one tensor: what claims more layers than tensors would take for ever to build."""
+    """Raises UserError if n_layer exceeds the number of tensors: each layer has at least one, and building the model of
+    a false n_layer could take very long."""
     layers, tensors = hyperparams.get("n_layer"), len(file.keys())
     if isinstance(layers, int) and layers > tensors:
         raise UserError(f"its n_layer is {layers}, and it holds {tensors} tensors")
@@ -200,7 +205,7 @@ def _check_encoder(encoder, model: nn.Module, stated: str, path) -> None:
 
 
 def _check_tensors(model: nn.Module, file, path) -> dict[str, Tensor]:
-    """The model's tensors, once each has its like in the file by name and shape, and the file has no others."""
+    """The model's tensors. Raises UserError unless the file has exactly these names and shapes."""
     own, there = unique_tensors(model), set(file.keys())
     for name, tensor in own.items():
         if name not in there:
@@ -214,7 +219,8 @@ def _check_tensors(model: nn.Module, file, path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_weights(model: nn.Module, file, path) -> None:
-    """Copies the file's tensors into the model's, of the same dtype or of a wider one."""
+    """Copy the file's tensors into the model's, which must have the same dtype or a wider one. Raises UserError
+    otherwise."""
     for name, tensor, saved in _read_tensors(_check_tensors(model, file, path), file, path):
         if torch.promote_types(saved.dtype, tensor.dtype) != tensor.dtype:
             raise UserError(f"{path} does not fit its model: {name} is {saved.dtype}, and the model has {tensor.dtype}")

@@ -1,8 +1,8 @@
-"""What every command does before it writes: check that no file of the user's is lost.
+"""The check that every command makes before it writes: no file of the user may be lost.
 
     check_outputs([Output("--output", "bin/cl8k.bin", "encoder")], [Input("--input", path) for path in paths])
 
-A kind of file is recognised by its content, never by its name.
+A file's kind is recognized by its content, never by its name.
 
 Index:  kinds of files · places · the check
 """
@@ -21,13 +21,13 @@ from strawberry.common import UserError, temporary_path
 
 # ---- kinds of files ------------------------------------------------------------------------------------------------
 
-HEAD = 1 << 16  # bytes that decide on a file's kind
-LONG_HEAD = 8 << 20  # of JSON, which is read whole, and of a model file, whose header takes at most that many
-LINES = 1000  # of a JSON lines file, that decide
+HEAD = 1 << 16  # bytes read to recognize a file's kind
+LONG_HEAD = 8 << 20  # bytes read of JSON, which is parsed whole, and of a model file, whose header is no longer
+LINES = 1000  # lines read to recognize a JSON lines file
 
 
 def _parse_object(data: bytes) -> dict:
-    """The JSON object in `data`; {} where there is none."""
+    """The JSON object in `data`; {} if it is not one."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -36,7 +36,8 @@ def _parse_object(data: bytes) -> dict:
 
 
 def _has_line(head: bytes, first_key: str, is_wanted: Callable[[dict], bool]) -> bool:
-    """Whether a line is a JSON object that is wanted. Where a kill left half a line and no other, its start decides."""
+    """Whether a line is a JSON object for which `is_wanted` is true. If the file is one incomplete line, left by a
+    killed process, its start is compared instead."""
     lines = [line for line in head.split(b"\n", LINES) if line.strip()]
     start = f'{{"{first_key}": '.encode()
     torn = len(lines) == 1 and b"\n" not in head and (lines[0].startswith(start) or start.startswith(lines[0]))
@@ -44,7 +45,7 @@ def _has_line(head: bytes, first_key: str, is_wanted: Callable[[dict], bool]) ->
 
 
 def _is_model(head: bytes) -> bool:
-    """safetensors: 8 bytes of the header's length, then the header, whose metadata name our format."""
+    """safetensors: 8 bytes with the header's length, then the header, whose metadata has our format's name."""
     header = head[8 : 8 + int.from_bytes(head[:8], "little")]
     return header.startswith(b"{") and re.search(rb'"format"\s*:\s*"text-model"', header) is not None
 
@@ -63,7 +64,8 @@ def _is_picture(head: bytes) -> bool:
 
 
 def _is_benchmark(head: bytes) -> bool:
-    """The JSON of a bench.py command: rows and the command that measured them, a list of rows, or a race."""
+    """The JSON of a bench.py command: rows and the command that measured them, a list of rows, or a comparison of
+    nanogpt and strawberry."""
     found = _parse_object(head)
     if isinstance(found.get("rows"), list):
         return bool({"command", "config"} & found.keys())
@@ -74,7 +76,7 @@ def _is_benchmark(head: bytes) -> bool:
 
 
 def _is_report(head: bytes) -> bool:
-    """The Markdown of a bench.py command begins with a table and ends with the command in a fence."""
+    """The Markdown of a bench.py command: starts with a table and ends with the command in a code fence."""
     return head.startswith(b"|") and b"bench.py" in head and head.rstrip().endswith(b"```")
 
 
@@ -83,7 +85,7 @@ def _has_keys(*keys: str) -> Callable[[bytes], bool]:
 
 
 class Kind(NamedTuple):
-    """A kind of file that a command writes: what a message calls it, and whether a file's first bytes are of it."""
+    """A kind of file that a command writes: its name in messages, and a function that recognizes its first bytes."""
 
     name: str
     matches: Callable[[bytes], bool]
@@ -104,7 +106,7 @@ KINDS = {
     "dataset result": Kind("a result of strawberry.data.assemble", _has_keys("data_division", "encoder")),
     "progress": Kind("the progress of strawberry.data.assemble", _has_keys("phase", "done")),
 }
-CHECKPOINTS = "checkpoints"  # a directory, in which a run makes, moves and removes others named step_…
+CHECKPOINTS = "checkpoints"  # a directory in which a run creates, moves and removes directories named step_…
 
 
 class Output(NamedTuple):
@@ -124,27 +126,27 @@ class Input(NamedTuple):
 
 
 def has_kind(path: str | os.PathLike, kind: str) -> bool:
-    """Whether there is a file of that kind. Raises UserError where it cannot be read."""
+    """Whether the file exists and is of that kind. Raises UserError if it cannot be read."""
     head = _read_head(path)
     return head is not None and bool(KINDS[kind].matches(head))
 
 
 def _read_head(path: str | os.PathLike) -> bytes | None:
-    """The first bytes of a regular file; None where there is none."""
+    """The first bytes of a regular file; None if it does not exist."""
     if not os.path.isfile(path):
         return None
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD)
             is_long = head.lstrip()[:1] in (b"{", b"[") or head[8:9] == b"{"
-            size = min(LONG_HEAD, os.fstat(file.fileno()).st_size)  # read() allocates all that it is asked for
+            size = min(LONG_HEAD, os.fstat(file.fileno()).st_size)  # read() allocates its whole argument
             return head + file.read(max(size - len(head), 0)) if is_long else head
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def find_previous(outputs: Iterable[Output]) -> list[str | os.PathLike]:
-    """The outputs that an earlier call of the same command wrote: they are never among the documents that it reads."""
+    """The outputs that an earlier call of the same command wrote; the command must not read them as documents."""
     return [output.path for output in outputs if has_kind(output.path, output.kind)]
 
 
@@ -152,7 +154,7 @@ def find_previous(outputs: Iterable[Output]) -> list[str | os.PathLike]:
 
 
 def is_same_file(a: str | os.PathLike, b: str | os.PathLike) -> bool:
-    """Whether two paths lead to one file, through symbolic and hard links too; or would, where it is not there yet."""
+    """Whether two paths name one file, also through symbolic and hard links; for a missing file, whether they would."""
     try:
         return os.path.samefile(a, b)
     except OSError:
@@ -160,13 +162,13 @@ def is_same_file(a: str | os.PathLike, b: str | os.PathLike) -> bool:
 
 
 def encoder_inputs(option: str, spec: str) -> list[Input]:
-    """The file that an encoder's name leads to: itself, or the text behind chars:; none for tiktoken:NAME."""
+    """The file that an encoder's name refers to: an encoder file, or the text after chars:; none for tiktoken:NAME."""
     scheme, _, rest = spec.partition(":")
     return [] if scheme == "tiktoken" else [Input(option, rest if scheme == "chars" else spec)]
 
 
 def _check_place(output: Output) -> None:
-    """Raises UserError unless a file can be written there."""
+    """Raises UserError if the output cannot be written at its path."""
     path = os.fspath(output.path)
     if problem := _place_problem(path, is_folder=output.kind == CHECKPOINTS):
         raise UserError(f"{output.option}: {problem}")
@@ -177,7 +179,7 @@ def _place_problem(path: str, is_folder: bool) -> str | None:
         mode = os.stat(path or os.curdir).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return _parent_problem(path) or (None if is_folder else _name_problem(path))
-    except OSError as error:  # a name that is too long, a ring of links
+    except OSError as error:  # for example a name that is too long, or a cycle of symbolic links
         return f"cannot write {path}: {error.strerror or error}; name another file"
     if is_folder:
         return None if stat.S_ISDIR(mode) else f"{path} is a file; name a directory"
@@ -205,11 +207,11 @@ def _parent_problem(path: str) -> str | None:
 
 
 def check_outputs(outputs: Iterable[Output], inputs: Iterable[Input] = ()) -> None:
-    """Raises UserError, and writes nothing, where a command's outputs would cost a file that is not theirs to replace:
-    an input, another output, or a file of another kind.
+    """Raises UserError, and writes nothing, if an output would replace an input, another output, or a file of another
+    kind.
 
-    Files are compared, not spellings: a path may be relative, have ".." in it, or lead through symbolic or hard links.
-    Outputs of the same kind from an earlier call are replaced, and so is an empty file.
+    Files are compared, not the spelling of their paths: a path may be relative, contain "..", or pass through symbolic
+    or hard links. An output may replace an empty file, or a file of its own kind from an earlier call.
     """
     outputs, inputs = list(outputs), list(inputs)
     for output in outputs:
@@ -234,8 +236,8 @@ def _check_distinct(outputs: list[Output]) -> None:
 
 
 def _check_inputs(outputs: list[Output], inputs: list[Input]) -> None:
-    """Only outputs that are there can be inputs: each of them once, then one look at each input, of which there may be
-    a million. What is written aside before it gets its name counts as well."""
+    """Raises UserError if an output, or the temporary file of an output, is an input. Only existing outputs can be
+    inputs; each input, of which there may be a million, needs one os.stat."""
     found: dict[tuple[int, int], Output] = {}
     for output in outputs:
         for path in (output.path, temporary_path(Path(os.path.realpath(output.path)))):
@@ -258,7 +260,8 @@ def _stat(path: str | os.PathLike) -> os.stat_result | None:
 
 
 def _check_checkpoints(folder: Output, others: Iterable[Output | Input]) -> None:
-    """No other file of the run may lie in a checkpoint: they are moved aside, replaced and removed as a run goes on."""
+    """Raises UserError if another file of the run lies in a checkpoint directory, because a run moves, replaces and
+    removes checkpoints."""
     root = Path(os.path.realpath(folder.path))
     for other in others:
         path = Path(os.path.realpath(other.path))
@@ -272,7 +275,7 @@ def _check_checkpoints(folder: Output, others: Iterable[Output | Input]) -> None
 
 def _check_kind(output: Output) -> None:
     head = _read_head(output.path)
-    is_blank = not head or len(head) < HEAD and not head.strip(b"\0")  # zeros: what a power cut may leave
+    is_blank = not head or len(head) < HEAD and not head.strip(b"\0")  # a power failure may leave zeros
     if is_blank or KINDS[output.kind].matches(head):
         return
     found = next((f" but {kind.name}" for kind in KINDS.values() if kind.matches(head)), "")

@@ -1,4 +1,4 @@
-"""What each of several processes has: its rows of a batch, and its rows of a tensor that FSDP shards."""
+"""The shard of each process: its rows of a batch, and its rows of a tensor that FSDP shards."""
 
 import math
 
@@ -9,9 +9,10 @@ from strawberry.common import UserError
 
 
 def batch_parts(batch_size: int, world: int) -> tuple[int, int]:
-    """(into how many parts the rows of a batch are divided, among how many groups of ranks the batches are).
+    """(parts into which the rows of a batch are divided, groups of ranks among which the batches are divided).
 
-    Rows come first: what divides both batch_size and world. Whatever of world is left takes batches in turn.
+    The first number is gcd(batch_size, world). The remaining factor of world is the number of groups, which take the
+    batches in turn.
 
     >>> batch_parts(8, 2), batch_parts(3, 2), batch_parts(4, 8)
     ((2, 1), (1, 2), (4, 2))
@@ -21,9 +22,10 @@ def batch_parts(batch_size: int, world: int) -> tuple[int, int]:
 
 
 def divide_batch(batch_size: int, accumulation: int, rank: int = 0, world: int = 1) -> tuple[int, list[int]]:
-    """(rows, firsts): a rank's part of a step, whose samples are numbered from 0: `rows` samples from each of `firsts`.
+    """(rows, firsts): a rank's part of a step. It takes `rows` samples from each index in `firsts`; the step's samples
+    are numbered from 0.
 
-    Raises UserError where the step cannot be divided.
+    Raises UserError if the step cannot be divided among the ranks.
 
     >>> divide_batch(4, 2, rank=1, world=2), divide_batch(3, 2, rank=1, world=2), divide_batch(4, 4, rank=5, world=8)
     ((2, [2, 6]), (3, [3]), (1, [5, 13]))
@@ -42,22 +44,23 @@ def divide_batch(batch_size: int, accumulation: int, rank: int = 0, world: int =
     return rows, [micro * batch_size + rank % row_parts * rows for micro in micro_batches]
 
 
-# FSDP's are DTensors, of whose rows each rank has what torch.chunk would give it: the last may have fewer, or none.
+# FSDP's parameters are DTensors. Each rank has the rows that torch.chunk would give it: the last ranks may have fewer
+# rows, or none.
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, in the same memory; all of it where it is not sharded."""
+    """This rank's shard of a tensor, in the same memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def shard_rows(rows: int, rank: int, world: int) -> int:
-    """How many of a sharded tensor's rows a rank has."""
+    """The number of rows that a rank has of a sharded tensor."""
     most = -(-rows // world)
     return min(max(rows - rank * most, 0), most)
 
 
 def shard_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of `whole`, as `like`, of equal shape, is sharded."""
+    """This rank's shard of `whole`, sharded as `like`, a tensor of the same shape."""
     if not hasattr(like, "to_local"):
         return whole
     rank, world = like.device_mesh.get_local_rank(), like.device_mesh.size()
@@ -67,19 +70,20 @@ def shard_of(whole: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_to_shard(target: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded."""
+    """Copy a whole tensor into a tensor that may be sharded."""
     to_local(target).copy_(shard_of(whole, target))
 
 
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, sharded as `like` is; itself where that is not, or where it is a single number."""
+    """A whole tensor, sharded as `like`; the tensor itself if `like` is not sharded or the tensor is a scalar."""
     if whole.ndim == 0 or not hasattr(like, "to_local"):
         return whole
     return to_dtensor(shard_of(whole, like).to(like.device, copy=True), like)
 
 
 def to_dtensor(mine: Tensor, like: Tensor) -> Tensor:
-    """The sharded tensor of which this rank has `mine`, in the same memory; itself where `shard_like` gives itself."""
+    """The DTensor of which `mine` is this rank's shard, in the same memory; `mine` itself if `like` is not sharded or
+    `mine` is a scalar."""
     if mine.ndim == 0 or not hasattr(like, "to_local"):
         return mine
     from torch.distributed.tensor import DTensor

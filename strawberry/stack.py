@@ -13,7 +13,7 @@ from strawberry.context import ForwardContext
 def run_blocks(
     blocks: Sequence[nn.Module], x: Tensor, ctx: ForwardContext, caches: list | None, partitions: int = 1
 ) -> Tensor:
-    """x (B, T, C) through all blocks; under torch.compile, without caches, in about as many graphs as `partitions`."""
+    """Run all blocks on x (B, T, C). Under torch.compile and without caches, they become about `partitions` graphs."""
     if caches is None and partitions > 1 and torch.compiler.is_compiling():
         from strawberry.compile import run_compiled_blocks, run_compiled_partitions
 

@@ -1,7 +1,8 @@
-"""What a run reports when the disk is full too: a file of fixed size, allocated before the run, overwritten in place.
+"""A run's status file, which can be written even on a full disk: it has a fixed size, is allocated before the run, and
+is overwritten in place.
 
-Who starts the run calls `allocate(path)`, names the file in the environment variable STRAWBERRY_STATUS, and calls
-`read(path)` whenever it likes. Without that variable nothing is written.
+The process that starts the run calls `allocate(path)`, sets the environment variable STRAWBERRY_STATUS to the path, and
+calls `read(path)` at any time. Without that variable nothing is written.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ MAX_LENGTH = 400  # characters of a warning
 
 
 def allocate(path: str | os.PathLike) -> None:
-    """Write the empty file through to the disk, so that its blocks are there. Raises OSError where they are not."""
+    """Write the empty file and sync it, so that its disk blocks are allocated. Raises OSError if that fails."""
     with open(path, "wb") as file:
         file.write(b" " * SIZE)
         file.flush()
@@ -25,7 +26,7 @@ def allocate(path: str | os.PathLike) -> None:
 
 
 def read(path: str | os.PathLike) -> dict:
-    """What the run has reported; empty where it has reported nothing, or is writing just now."""
+    """The run's latest report; empty if it has reported nothing, or is writing the file at this moment."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(Path(path).read_bytes())
         return found if isinstance(found, dict) else {}
@@ -33,9 +34,9 @@ def read(path: str | os.PathLike) -> dict:
 
 
 class StatusFile:
-    """The writing side. `warnings` are [number, text]: the last few, numbered from 1.
+    """The writer. `warnings` is a list of [number, text], numbered from 1, with the newest MAX_WARNINGS only.
 
-    A warning that differs from an earlier one in its numbers only is not a new one until something was saved again.
+    A warning that differs from an earlier one only in its digits is dropped, until the next checkpoint is saved.
     """
 
     def __init__(self, path: str | None):
@@ -52,7 +53,8 @@ class StatusFile:
         self.update(warnings=warnings[-MAX_WARNINGS:])
 
     def update(self, **values) -> None:
-        """`step` and `saved`: the step reached and the newest checkpoint's. `error`: what ends the run."""
+        """Write new values. `step` and `saved`: the current step and the newest checkpoint's. `error`: the error that
+        ends the run."""
         if "step" in values and values["step"] == values["saved"]:
             self.known.clear()
         self.values |= values

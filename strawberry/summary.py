@@ -1,4 +1,4 @@
-"""A model as text: modules, shapes, parameters, work per token, cache."""
+"""Describe a model as text: modules, shapes, parameters, FLOPs per token, cache size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def summarize(model: nn.Module) -> str:
-    """The model as a tree: modules, shapes, parameters, forward FLOPs per token; then what its cache holds."""
+    """The model as a tree: modules, shapes, parameters, forward FLOPs per token; then the size of its cache."""
     T = model.config.block_size
     flops = {path: count / T for path, count in model.count_flops(T).items()}
     step = 3 * flops[""]  # backward costs twice the forward pass
@@ -26,7 +26,7 @@ def summarize(model: nn.Module) -> str:
 
 
 def summarize_children(module: nn.Module, flops: dict[str, float], prefix: str, indent: str) -> Iterator[str]:
-    """A line for each child, its parameters' shapes on it; children that are alike are shown once."""
+    """Yields a line for each child, with its parameters' shapes; identical neighbours in a ModuleList share one."""
     if hasattr(module, "steps"):
         yield f"{indent}  steps: {' → '.join(module.steps)}"
     children = [
@@ -47,7 +47,7 @@ def is_shown(module: nn.Module) -> bool:
 
 
 def describe(module: nn.Module, flops: float | None) -> str:
-    """One line: what it is, how large, how much work for a token."""
+    """One line: the module's type, sizes, parameter shapes and kFLOPs per token."""
     if isinstance(module, nn.ModuleList):
         return f"{len(module)}, one after the other"
     words = [type(module).__name__]
@@ -64,7 +64,7 @@ def describe(module: nn.Module, flops: float | None) -> str:
 
 
 def describe_cache(model: nn.Module) -> str:
-    """Bytes for each row: what does not depend on the text's length, and what each token of context adds."""
+    """The cache's bytes per row: a constant part, and a part for each token of context."""
     T = model.config.block_size
     source = torch.zeros(1, 1, dtype=torch.int64) if model.takes_source else None
     half, whole = (model.new_cache(1, n, source).nbytes() for n in (T // 2, T))

@@ -1,8 +1,9 @@
 # ruff: noqa: F401
-"""One module per operation: its signature, plain PyTorch that reads like the formula, and the choice of what runs.
+"""One module per operation: its signature, a plain PyTorch version that reads like the formula, and the choice of
+implementation.
 
-model.py calls operations as `ops.name`, and never asks which implementation they choose. What the fast versions compute
-is what the plain ones compute, which float64, the CPU and small inputs take.
+model.py calls operations as `ops.name` and does not depend on the implementation that they select. The fast versions
+compute the same function as the plain ones, which run for float64, on the CPU and for small inputs.
 """
 
 from strawberry.ops.activations import ACTIVATIONS, relu2, swiglu

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def swiglu(h: Tensor) -> Tensor:
-    """u ⊙ silu(g) for h = (u, g) side by side (arXiv 2002.05202)."""
+    """u ⊙ silu(g) for h = (u, g), concatenated over the last axis (arXiv 2002.05202)."""
     u, g = h.chunk(2, dim=-1)
     return u * F.silu(g)
 
@@ -27,7 +27,7 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-ACTIVATIONS = {  # name: f, and its gradient from (h, the gradient of f(h))
+ACTIVATIONS = {  # name: (f, backward), where backward(h, gradient of f(h)) is the gradient of h
     "gelu": (F.gelu, gelu_backward),
     "relu": (F.relu, lambda h, grad: grad * (h > 0)),
     "relu2": (relu2, lambda h, grad: grad * 2 * F.relu(h)),

@@ -17,10 +17,10 @@ from strawberry.ops.triton import common as kernels
 
 
 def linear_scan(decay: Tensor, x: Tensor) -> Tensor:
-    """h_t = decay_t · h_{t−1} + x_t over axis 1, from h = 0. Work O(T), depth O(log T); no step sees a later one.
+    """h_t = decay_t · h_{t−1} + x_t over axis 1, from h = 0. Work O(T), depth O(log T), causal.
 
-    Neighbours are folded into pairs, the half-length problem gives the odd steps, and those give the even ones.
-    (B, T, ·) twice to (B, T, ·).
+    decay, x (B, T, ·) → h (B, T, ·). Adjacent steps are combined into pairs; the scan of half length over the pairs
+    gives the odd steps, from which the even steps follow.
     """
     if x.size(1) == 1:
         return x
@@ -35,7 +35,8 @@ def linear_scan(decay: Tensor, x: Tensor) -> Tensor:
 
 
 class SoftmaxState(NamedTuple):
-    """Σ exp(k)·v and Σ exp(k) over some tokens, (…, D), both divided by exp(top), about their largest k."""
+    """Σ exp(k)·v and Σ exp(k) over a set of tokens, (…, D) each, both divided by exp(top), where top is about the
+    largest k."""
 
     top: Tensor
     numerator: Tensor
@@ -46,7 +47,7 @@ class SoftmaxState(NamedTuple):
 
 
 def merge_states(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
-    """The sums over two disjoint sets of tokens. An empty set has top −∞ and zero sums."""
+    """The state of the union of two disjoint sets of tokens. An empty set has top −∞ and zero sums."""
     top = torch.maximum(a.top, b.top)
     finite = torch.where(top == -torch.inf, 0.0, top)  # −∞ − −∞ would be NaN where both are empty
     fa, fb = (a.top - finite).exp(), (b.top - finite).exp()
@@ -54,8 +55,8 @@ def merge_states(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
 
 
 def online_softmax_scan(each: SoftmaxState) -> SoftmaxState:
-    """The sums over all s ≤ t, for every t (axis 1), against the running maximum: no overflow, and no early token is
-    lost to a later one's maximum."""
+    """The state over all s ≤ t, for every t (axis 1), relative to the running maximum: sums cannot overflow, and a
+    large later key does not underflow the sums before it."""
     if each.top.size(1) == 1:
         return each
     top = each.top.cummax(dim=1).values
@@ -66,9 +67,9 @@ def online_softmax_scan(each: SoftmaxState) -> SoftmaxState:
 
 
 class AFTSimpleScan(torch.autograd.Function):
-    """o_t = Σ_{s ≤ t} exp(k_s) v_s / Σ_{s ≤ t} exp(k_s), keeping five (B, T, D) tensors for the way back.
+    """o_t = Σ_{s ≤ t} exp(k_s) v_s / Σ_{s ≤ t} exp(k_s). Saves five (B, T, D) tensors for backward.
 
-    With r_t = ∂L/∂o_t / Σ_{s ≤ t} exp(k_s), the gradients are sums over the future, a scan again, backwards:
+    With r_t = ∂L/∂o_t / Σ_{s ≤ t} exp(k_s), the gradients are sums over t ≥ s, computed by a scan in reverse:
     ∂L/∂v_s = exp(k_s) Σ_{t ≥ s} r_t and ∂L/∂k_s = exp(k_s) (v_s Σ_{t ≥ s} r_t − Σ_{t ≥ s} r_t o_t).
     """
 
@@ -93,7 +94,7 @@ class AFTSimpleScan(torch.autograd.Function):
 def aft_simple(q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, cache: LayerCache | None = None) -> Tensor:
     """σ(q_t) ⊙ Σ exp(k_s) v_s / Σ exp(k_s), all (B, T, D), in v's dtype."""
     if v.is_meta:
-        return counted(v, 4 * v.numel())  # a numerator and a denominator, each scaled and added to
+        return counted(v, 4 * v.numel())  # a multiplication and an addition for numerator and denominator each
     if ctx.causal and cache is None:
         if kernels.can_run(q, k, v):
             return aft_kernels.fused_aft_simple(q, k, v)
@@ -106,18 +107,18 @@ def aft_simple(q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, cache: Laye
 
 
 def simple_bidirectional(k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
-    """In an encoder: the mean over all tokens, the same for each."""
+    """In an encoder: the weighted mean over all tokens, which is the same for every token."""
     if ctx.padding_mask is not None:
         k = k.masked_fill(ctx.padding_mask.unsqueeze(-1), -1e30)
-        v = v.masked_fill(ctx.padding_mask.all(dim=1)[:, None, None], 0.0)  # no token to see: zero
+        v = v.masked_fill(ctx.padding_mask.all(dim=1)[:, None, None], 0.0)  # rows of padding only give zero
     return (k.softmax(dim=1) * v).sum(dim=1, keepdim=True).expand_as(v)
 
 
 def simple_cached(k: Tensor, v: Tensor, ctx: ForwardContext, cache: LayerCache) -> Tensor:
-    """The means behind the cached state, which takes in the call's tokens."""
+    """The means over the cached state and the call's tokens, (B, T, D). Updates the cached state."""
     valid = ctx.valid_mask()
     if valid is not None:
-        k = k.masked_fill(~valid.unsqueeze(-1), -1e30)  # not −∞: padding must not make NaN of its own row
+        k = k.masked_fill(~valid.unsqueeze(-1), -1e30)  # not −∞, which would give NaN in a row of padding
     earlier = SoftmaxState(*(t.unsqueeze(1) for t in load_state(cache)))
     state = merge_states(earlier, online_softmax_scan(SoftmaxState(k, v, torch.ones_like(v))))
     for kept, new in zip(load_state(cache), state, strict=True):
@@ -127,7 +128,7 @@ def simple_cached(k: Tensor, v: Tensor, ctx: ForwardContext, cache: LayerCache) 
 
 
 def masked_state(k: Tensor, v: Tensor, mask: Tensor) -> SoftmaxState:
-    """Of the tokens (B, S, D) where mask (B, S) is true, (B, D); none of them is an empty set."""
+    """The state (B, D) of the tokens (B, S, D) where mask (B, S) is true; an empty set if it is false everywhere."""
     k = k.masked_fill(~mask.unsqueeze(-1), -torch.inf)
     top = k.amax(dim=1)
     e = (k - top.clamp(min=-1e30).unsqueeze(1)).exp()
@@ -150,7 +151,7 @@ def new_state_cache(batch: int, device, dtype, width: int) -> LayerCache:
 
 
 def delay_blocks(sums: SoftmaxState, r: int) -> SoftmaxState:
-    """Sums of J blocks (axis 1) as those of the J blocks that come r later; the first r have none."""
+    """The states of J blocks (axis 1) shifted by r blocks, J + r blocks; the first r are empty sets."""
     return SoftmaxState(
         *(F.pad(x, (0, 0, 0, 0, r, 0), value=e) for x, e in zip(sums, (-torch.inf, 0.0, 0.0), strict=True))
     )

@@ -1,8 +1,9 @@
 """Attention-free mixing with learned positions (arXiv 2105.14103):
 y_t = σ(q_t) ⊙ Σ exp(k_s + p_{t,s}) v_s / Σ exp(k_s + p_{t,s}).
 
-Tokens are cut into blocks: pairs within a block are computed exactly, block pairs within the window as matrix products
-against each block's largest key, and what lies before the window as running sums. On a GPU a kernel does the same.
+Tokens are divided into blocks. Pairs within a block are computed one by one, pairs of blocks within the window as
+matrix products relative to each block's largest key, and tokens before the window as running sums. On a GPU a kernel
+does the same.
 """
 
 from __future__ import annotations
@@ -36,20 +37,19 @@ BLOCK = 32  # tokens
 
 
 class PositionBias(Protocol):
-    """p_{t,s}, added to the keys. Where `window` is set it is 0 from t − s = window on, but sums still run over every
-    s."""
+    """p_{t,s}, added to the keys. With a `window`, p is 0 where t − s ≥ window, but sums still include every s."""
 
     window: int | None
-    groups: int  # of channels, each with a p of its own
+    groups: int  # of channels, each with its own p
     flops_per_pair: int  # to compute p
 
     def __call__(self, t: Tensor, s: Tensor) -> Tensor:
-        """Index tensors t (…, T, 1) and s (…, 1, S) to (G, …, T, S)."""
+        """p (G, …, T, S) from the positions t (…, T, 1) and s (…, 1, S)."""
 
     def parameters(self) -> Sequence[Tensor]: ...
 
     def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The whole mixer by one kernel."""
+        """The whole mixer as fused kernels."""
 
 
 class LowRankBias(NamedTuple):
@@ -65,7 +65,7 @@ class LowRankBias(NamedTuple):
         return 2 * self.a.size(1)
 
     def __call__(self, t: Tensor, s: Tensor) -> Tensor:
-        last = len(self.a) - 1  # what pads the last block lies beyond
+        last = len(self.a) - 1  # padding of the last block may lie beyond it
         a = to_accum_dtype(self.a)[t.clamp(0, last).squeeze(-1)]
         b = to_accum_dtype(self.b)[s.clamp(0, last).squeeze(-2)]
         p = (a @ b.mT).unsqueeze(0)
@@ -79,7 +79,7 @@ class LowRankBias(NamedTuple):
 
 
 class ConvBias(NamedTuple):
-    """p by the distance t − s: taps (G, window), 0 beyond."""
+    """p depends on the distance t − s: taps (G, window), 0 at larger distances."""
 
     taps: Tensor
     flops_per_pair: int = 0
@@ -107,11 +107,11 @@ class ConvBias(NamedTuple):
 def aft_positional(
     q: Tensor, k: Tensor, v: Tensor, bias: PositionBias, ctx: ForwardContext, cache: list | None = None
 ) -> Tensor:
-    """The mixer, all (B, T, D), in v's dtype."""
+    """σ(q_t) ⊙ Σ exp(k_s + p_{t,s}) v_s / Σ exp(k_s + p_{t,s}), all (B, T, D), in v's dtype."""
     if v.is_meta:
         B, T, D = v.shape
         pairs = AttentionPattern(bias.window).num_pairs(T, ctx.causal)
-        far = 0 if bias.window is None or bias.window >= T else T  # what lies beyond the window is a scan
+        far = 0 if bias.window is None or bias.window >= T else T  # tokens before the window cost one scan
         return counted(v, 4 * B * D * (pairs + far) + bias.flops_per_pair * pairs)
     if ctx.causal and cache is None and kernels.can_run(q, k, v, *bias.parameters()):
         return bias.fused(q, k, v)
@@ -126,7 +126,7 @@ def aft_positional(
 
 
 def new_positional_cache(batch: int, max_length: int, device, dtype, width: int, window: int | None) -> list:
-    """The newest keys and values, and, where there is a window, the state of what lies before it."""
+    """A ring buffer of the newest keys and values and, with a window, the state of the tokens before it."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     size = max_length if window is None else min(window, max_length)
     far = None if window is None else new_state_cache(batch, device, dtype, width)
@@ -134,7 +134,7 @@ def new_positional_cache(batch: int, max_length: int, device, dtype, width: int,
 
 
 def positional_states(k: Tensor, v: Tensor, bias: PositionBias, first: int = 0) -> SoftmaxState:
-    """Of each token over itself and those before it, (B, T, D); k and v begin at position `first`."""
+    """Each token's state over itself and all earlier tokens, (B, T, D); k and v start at position `first`."""
     T, c = k.size(1), BLOCK
     k, v = to_chunks(k, c), to_chunks(v, c)  # (B, J, c, D)
     J = k.size(1)
@@ -153,7 +153,7 @@ def positional_states(k: Tensor, v: Tensor, bias: PositionBias, first: int = 0) 
 
 
 def intra_block(k: Tensor, v: Tensor, bias: PositionBias, first: int) -> SoftmaxState:
-    """Of each token over its own block, pair by pair."""
+    """Each token's state over the tokens of its own block up to itself, pair by pair: (B, J, c, D)."""
     J, c = k.size(1), k.size(2)
     i = torch.arange(c, device=k.device)
     start = first + c * torch.arange(J, device=k.device)[:, None, None]
@@ -166,7 +166,7 @@ def intra_block(k: Tensor, v: Tensor, bias: PositionBias, first: int) -> Softmax
 
 
 def inter_block(blocks: SoftmaxState, r: int, bias: PositionBias, first: int) -> SoftmaxState:
-    """Of each token over the block r before its own, for blocks r …, (B, J − r, c, D)."""
+    """Each token's state over the block that is r blocks before its own, for blocks r … J − 1: (B, J − r, c, D)."""
     J, c, width = blocks.top.size(1) - r, *blocks.numerator.shape[2:]
     i = torch.arange(c, device=blocks.top.device)
     start = first + c * torch.arange(J, device=i.device)[:, None, None]
@@ -183,13 +183,14 @@ def inter_block(blocks: SoftmaxState, r: int, bias: PositionBias, first: int) ->
 
 
 def per_channel(p: Tensor, groups: int, width: int) -> Tensor:
-    """(G, …) to (…, D), or (…, 1) where all channels share p."""
+    """p (G, …) → (…, D), or (…, 1) if all channels share p."""
     p = p.movedim(0, -1)
     return p if groups == 1 else p.repeat_interleave(width // groups, dim=-1)
 
 
 def forward_bidirectional(k: Tensor, v: Tensor, bias: PositionBias, ctx: ForwardContext) -> Tensor:
-    """In an encoder: every token sees all, p by the distance where there is a window."""
+    """In an encoder: each token's weighted mean over all tokens, (B, T, D). With a window, p is 0 where |t − s| ≥
+    window."""
     if ctx.padding_mask is not None:
         k = k.masked_fill(ctx.padding_mask.unsqueeze(-1), -torch.inf)
     top = k.amax(dim=1, keepdim=True).clamp(min=-1e30).detach()
@@ -213,9 +214,9 @@ def forward_cached(k: Tensor, v: Tensor, bias: PositionBias, ctx: ForwardContext
 def prefill_chunk(
     k: Tensor, v: Tensor, bias: PositionBias, ctx: ForwardContext, ring: RingKVCache, far: LayerCache | None
 ) -> Tensor:
-    """Many tokens at once, behind those of the ring, where all rows have as many."""
+    """Several tokens at once, after the ring's; all rows must have the same number of cached tokens."""
     n = min(ctx.num_cached, ring.size)
-    slots = torch.arange(ctx.num_cached - n, ctx.num_cached, device=k.device) % ring.size  # the oldest first
+    slots = torch.arange(ctx.num_cached - n, ctx.num_cached, device=k.device) % ring.size  # oldest first
     k, v = (torch.cat((old[:, slots], new), dim=1) for old, new in zip((ring.k, ring.v), (k, v), strict=True))
     sums = SoftmaxState(*(x[:, n:] for x in positional_states(k, v, bias, ctx.num_cached - n)))
     if far is not None:
@@ -231,7 +232,7 @@ def prefill_chunk(
 def decode_step(
     k: Tensor, v: Tensor, bias: PositionBias, ctx: ForwardContext, ring: RingKVCache, far: LayerCache | None
 ) -> Tensor:
-    """One token: it joins the ring, and what it pushes out of the window joins the sums before it."""
+    """One token: writes it to the ring, and moves the token that leaves the window to the state of those before it."""
     if far is not None:
         evict(ctx, ring, far)
     (keys, values), s = ring.update(ctx, k, v), ring.positions(ctx)
@@ -248,7 +249,7 @@ def decode_step(
 
 
 def evict(ctx: ForwardContext, ring: RingKVCache, far: LayerCache) -> None:
-    """The token that the next one overwrites in the ring joins the sums before the window."""
+    """Add the token that the next one overwrites in the ring to the state of the tokens before the window."""
     slot = (ctx.positions % ring.size).expand(len(ring.k), 1)
     k, v = (x.gather(1, slot.unsqueeze(-1).expand(-1, -1, ring.k.size(-1))) for x in (ring.k, ring.v))
     leaves = (

@@ -1,4 +1,4 @@
-"""Softmax attention: over whole sequences, through a cache, and for one new token per row."""
+"""Softmax attention: over whole sequences, with a KV cache, and for one new token per row."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def decode_attention(
     new_k: Tensor | None = None,
     new_v: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v for one new token in each row, its keys in a ring.
+    """softmax(q kᵀ · scale) v for one new token in each row, with keys and values in a ring buffer.
 
-    q (B, H, d); k, v (B, size + 1, Hkv·d), slot s holding the newest position p ≤ pos with p % size == s; the slot
-    after them is never read. pos (B,) int64, on the device: the query's position, whose own k and v are in the ring. It
-    sees the slots 0 … min(pos + 1, size) − 1; with −1 a row is idle, its result zero. H is a multiple of Hkv
-    (arXiv 2305.13245). Where new_k, new_v (B, Hkv·d) are given, they are written into the ring on the way. Returns
+    q (B, H, d); k, v (B, size + 1, Hkv·d): slot s has the newest position p ≤ pos with p % size == s; the last slot is
+    never read. pos (B,) int64, on the device: the query's position, whose own k and v are in the ring. The query
+    attends to slots 0 … min(pos + 1, size) − 1; a row with pos −1 is idle, and its result is zero. H is a multiple of
+    Hkv (arXiv 2305.13245). If new_k, new_v (B, Hkv·d) are given, they are written into the ring first. Returns
     (B, H, d) in q's dtype; sums are float32.
 
-    Bytes moved: k and v of the tokens that are there, once, and 4·S·d·H·B twice for S splits of a long context
-    (flash-decoding, arXiv 2311.01282). Floor: those of k and v over the copy bandwidth.
+    Bytes moved: k and v of the cached tokens once, and 4·S·d·H·B twice for S splits of a long context (flash-decoding,
+    arXiv 2311.01282). Lower bound on the time: the bytes of k and v divided by the copy bandwidth.
     """
     if not kernels.can_run(q, k, v):
         if new_k is not None:
@@ -55,7 +55,7 @@ def decode_attention(
 
 
 def decode_attention_plain(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, size: int, scale: float) -> Tensor:
-    """`decode_attention` in plain PyTorch, by a mask over all slots; at least float32."""
+    """`decode_attention` in plain PyTorch, with a mask over all slots; computed in float32 or wider."""
     d = q.size(-1)
     wide = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
     k, v = (x[:, :size].unflatten(-1, (-1, d)).to(wide) for x in (k, v))  # (B, size, Hkv, d)
@@ -63,18 +63,19 @@ def decode_attention_plain(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, size: i
     seen = torch.arange(size, device=q.device) <= pos.unsqueeze(1)  # (B, size)
     score = torch.einsum("bhgd,bshd->bhgs", grouped, k) * scale
     weight = score.masked_fill(~seen[:, None, None], -1e30).softmax(-1) * (pos >= 0)[:, None, None, None]
-    v = v.masked_fill(~seen[:, :, None, None], 0.0)  # what an unwritten slot holds may be anything
+    v = v.masked_fill(~seen[:, :, None, None], 0.0)  # unwritten slots may hold any value
     return torch.einsum("bhgs,bshd->bhgd", weight, v).flatten(1, 2).to(q.dtype)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ · scale + mask) v. q (B, T, H, d), k and v (B, S, Hkv, ·) to (B, T, H, ·); no mask: causal, T = S,
-    or one query that sees all.
+    """softmax(q kᵀ · scale + mask) v. q (B, T, H, d), k and v (B, S, Hkv, ·) → (B, T, H, ·). Without a mask: causal
+    with T = S, or one query that attends to all keys.
 
-    SDPA's own causal mask is only right where queries and keys begin together, so a cache brings a mask.
+    SDPA's own causal mask is correct only if queries and keys start at the same position, so calls with a cache pass a
+    mask.
     """
     B, T, H, kv = *q.shape[:3], k.size(2)
-    if kv != H and T == 1 and (mask is None or mask.size(1) == 1):  # heads that share keys, as queries in a row
+    if kv != H and T == 1 and (mask is None or mask.size(1) == 1):  # query heads that share keys become T queries
         q = q.reshape(B, kv, H // kv, -1).transpose(1, 2)
     elif kv != H:
         k, v = (x.repeat_interleave(H // kv, dim=2) for x in (k, v))
@@ -88,7 +89,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float, 
 def sdpa_with_empty_rows(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """`sdpa` where padding may leave a token nothing to see: it mixes to zero, where softmax alone would give NaN."""
+    """`sdpa` whose mask may exclude every key of a token: the result is zero, where softmax alone would give NaN."""
     blind = ~mask.any(dim=-1, keepdim=True)  # (B, H or 1, T or 1, 1)
     y = sdpa(q, k, v, mask | blind, scale=scale, dropout=dropout)
     return y.masked_fill(blind.transpose(1, 2), 0.0)
@@ -98,8 +99,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, d: int, pattern: AttentionPattern, ctx: ForwardContext,
     cache: RingKVCache | None = None, *, scale: float, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Softmax attention by a pattern: q (B, T, H·d), k and v (B, T, Hkv·d) to (B, T, H·d). With a cache, k and v join
-    those that it holds."""
+    """Softmax attention with a pattern: q (B, T, H·d), k and v (B, T, Hkv·d) → (B, T, H·d). With a cache, k and v are
+    appended to the cached ones."""
     if cache is not None and ctx.mode is Mode.DECODE and type(pattern) is AttentionPattern and kernels.can_run(q):
         y = decode_attention(
             q.squeeze(1).unflatten(-1, (-1, d)), cache.k, cache.v, ctx.positions.squeeze(1), cache.size, scale,
@@ -118,8 +119,8 @@ def grouped_attention(
     q: Tensor, k: Tensor, v: Tensor, d: int, patterns: Sequence[AttentionPattern], ctx: ForwardContext,
     caches: Sequence[RingKVCache] | None = None, *, scale: float, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Attention whose heads are cut, in order, into as many groups as there are patterns, each with its window. Without
-    a cache, one FlexAttention kernel computes all groups where it can be used."""
+    """Attention whose heads are divided, in order, into one group per pattern, each with its window. Without a cache,
+    one FlexAttention kernel computes all groups if it can be used."""
     q4, n = q.unflatten(-1, (-1, d)), len(patterns)
     windows = tuple(pattern.size for pattern in patterns for _ in range(q4.size(2) // n))
     if caches is None and ctx.causal and min(windows) < q.size(1) and can_use_flex_attention(q4, dropout):
@@ -133,8 +134,8 @@ def grouped_attention(
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, ctx: ForwardContext, *, scale: float, dropout: float
 ) -> Tensor:
-    """`sdpa` over whole sequences by a pattern. A sliding window costs O(T · window): in FlexAttention's blocks, where
-    the compiler makes a kernel of it, or in blocks of our own."""
+    """`sdpa` over whole sequences with a pattern. A sliding window costs O(T · window): with FlexAttention where
+    torch.compile generates its kernel, otherwise with `block_local_attention`."""
     T = q.size(1)
     if q.is_meta:
         flops = 2 * q.size(0) * q.size(2) * pattern.num_pairs(T, ctx.causal) * (q.size(3) + v.size(3))
@@ -149,15 +150,16 @@ def prefill_attention(
     return sdpa(q, k, v, ctx.attention_mask(pattern), scale=scale, dropout=dropout)
 
 
-MIN_BLOCK = 64  # queries in a block, at least
+MIN_BLOCK = 64  # minimum number of queries in a block
 
 
 def block_local_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Queries in blocks of n ≥ window tokens, each of which attends to its own block of keys and the one before.
+    """Sliding-window attention in blocks of n ≥ window queries; each block attends to its own block of keys and to the
+    previous one.
 
-    q (B, T, H, d), k and v (B, T, Hkv, ·) to (B, T, H, ·). Work and memory are T · 2n.
+    q (B, T, H, d), k and v (B, T, Hkv, ·) → (B, T, H, ·). Work and memory are T · 2n.
     """
     T, n = q.size(1), max(window, MIN_BLOCK)
     first = sdpa(
@@ -171,13 +173,13 @@ def block_local_attention(
 
 
 def can_use_flex_attention(q: Tensor, dropout: float) -> bool:
-    """Whether FlexAttention may be used: only under torch.compile, which makes one kernel of it; in eager mode it takes
-    T² work."""
+    """Whether FlexAttention may be used: only under torch.compile, which generates one kernel; in eager mode it costs
+    O(T²)."""
     return (torch.compiler.is_compiling() and q.is_cuda and q.dtype != torch.float64 and dropout == 0
             and q.size(1) >= 256 and q.size(-1) >= 16)  # fmt: skip
 
 
-# for heads of 64 channels in half types and windows of a few blocks; FlexAttention's defaults suit long ones
+# for heads of 64 channels in half types and windows of a few blocks; FlexAttention's defaults suit long windows
 FLEX_TILES = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64,
          "bwd_BLOCK_N2": 32, "num_warps": 4, "num_stages": 3}  # fmt: skip
 
@@ -185,17 +187,18 @@ FLEX_TILES = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "bwd_BLOCK_M1": 32, "bwd_BL
 def flex_sliding_window(
     q: Tensor, k: Tensor, v: Tensor, windows: tuple[int, ...], ctx: ForwardContext, *, scale: float
 ) -> Tensor:
-    """FlexAttention (arXiv 2412.05496) where each head sees the newest `windows[h]` tokens; one number is for all.
+    """FlexAttention (arXiv 2412.05496) where head h attends to the newest `windows[h]` tokens; a single window applies
+    to all heads.
 
-    q (B, T, H, d), k and v (B, T, Hkv, ·) to (B, T, H, ·). Blocks of 128 keys that no query of a block sees are not
-    read; which they are is made once for all layers.
+    q (B, T, H, d), k and v (B, T, Hkv, ·) → (B, T, H, ·). Blocks of 128 keys that are masked for a whole block of
+    queries are not read. The block mask is built once per call for all layers.
     """
     T, grouped = q.size(1), k.size(2) != q.size(2)
     key = ("blocks", windows)
     if key not in ctx.mask_cache:
         ctx.mask_cache[key] = sliding_window_block_mask(T, windows, q.device)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # cast first: the other way round it would be a copy
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # cast before the transpose, which then stays a view
     mask = BlockMask((T, T), *ctx.mask_cache[key], (128, 128), sliding_window_mask_mod(windows))
     tiles = FLEX_TILES if q.size(-1) == v.size(-1) == 64 and dtype.itemsize == 2 else None
     y = flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=tiles)

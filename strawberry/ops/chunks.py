@@ -1,4 +1,4 @@
-"""Weights that change from chunk to chunk: products with them, and sums over chunks."""
+"""Weights that change from chunk to chunk: matrix products with them, and sums over chunks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from strawberry.ops.triton.common import HALF_DTYPES
 
 
 def to_chunks(x: Tensor, slot: int) -> Tensor:
-    """(B, T, ·) to (B, J, slot, ·), zeros after the last token."""
-    if x.size(1) % slot:  # else a view: to pad by nothing would be a copy
+    """(B, T, ·) → (B, J, slot, ·), with zeros after the last token."""
+    if x.size(1) % slot:  # otherwise a view, since F.pad by zero would copy
         x = F.pad(x, (0, 0, 0, -x.size(1) % slot))
     return x.unflatten(1, (-1, slot))
 
 
 class ScaledWeight(NamedTuple):
-    """scale · raw: a matrix whose rescaling is left to what it is used by, so that no pass is made for it."""
+    """The matrix scale · raw. The operation that uses it applies the scale, which saves a pass over the matrix."""
 
-    raw: Tensor  # (out, in), or one for each of some chunks of each row, (B, n, out, in)
+    raw: Tensor  # (out, in), or a matrix for each of n chunks of each row, (B, n, out, in)
     scale: Tensor  # (), or (B, n, 1, 1); float32 or wider
 
 
 class ChunkWeights(NamedTuple):
-    """A matrix for each chunk of each row of a whole text. The first chunk's is the same in all rows."""
+    """A matrix for each chunk of each row of whole sequences. The first chunk's matrix is the same in all rows."""
 
     first: ScaledWeight
     later: ScaledWeight
@@ -41,7 +41,7 @@ Weight = Tensor | Int8Weight | ScaledWeight | ChunkWeights
 
 
 def chunked_linear(x: Tensor, w: Weight, ctx: ForwardContext, precision: str | None = None) -> Tensor:
-    """x (B, T, in) through w (out, in), or through the w of each token's chunk: (B, J, out, in), or ChunkWeights."""
+    """x Wᵀ for x (B, T, in) and w (out, in), or the w of each token's chunk: (B, J, out, in) or ChunkWeights."""
     if isinstance(w, ChunkWeights):
         (first, one), (later, scale) = w
         scale = torch.cat((one.expand(len(x), 1, 1, 1), scale), dim=1)
@@ -55,13 +55,14 @@ def chunked_linear(x: Tensor, w: Weight, ctx: ForwardContext, precision: str | N
 
 
 def materialize(w: Weight) -> Weight:
-    """What is scaled, multiplied: for many tokens, the gradient of the scale is cheaper from it than from them."""
+    """A ScaledWeight as a tensor; others unchanged. For many tokens, the gradient of the scale is cheaper to compute
+    from the matrix than from the tokens."""
     return w.raw * w.scale if isinstance(w, ScaledWeight) else w
 
 
 class ChunkedLinear(torch.autograd.Function):
-    """x (B, T, in) through first (out, in) in the first chunk, later (B, J − 1, out, in) in the others. Where to copy
-    tokens costs more than to launch several products, the products read and write parts of the whole."""
+    """x Wᵀ for x (B, T, in), with W = first (out, in) in the first chunk and later (B, J − 1, out, in) in the others.
+    Where copying tokens costs more than launching several products, the products read and write slices of x and y."""
 
     @staticmethod
     def forward(ctx, x: Tensor, first: Tensor, later: Tensor, slot: int) -> Tensor:
@@ -96,17 +97,17 @@ def chunked_matmul_backward_plain(
 
 
 def stack_chunks(first: Tensor, later: Tensor) -> Tensor:
-    """(B, J, ·, ·)"""
+    """first (·, ·) and later (B, J − 1, ·, ·), concatenated: (B, J, ·, ·)."""
     return torch.cat((first.expand(len(later), 1, -1, -1), later), dim=1)
 
 
 def iter_chunk_batches(
     slot: int, T: int, tokens: Sequence[Tensor], matrices: Sequence[Tensor]
 ) -> Iterator[list[Tensor]]:
-    """The chunks after the first, as few batches as can be taken without a copy: tokens (B, T, ·) to (n, slot, ·) and
-    matrices (B, J − 1, ·, ·) to (n, ·, ·), of one chunk in all rows or of one row's whole chunks."""
+    """Yields the chunks after the first in as few batches as possible without a copy: tokens (B, T, ·) as (n, slot, ·)
+    and matrices (B, J − 1, ·, ·) as (n, ·, ·). A batch has one chunk of all rows, or all full chunks of one row."""
     B, later = matrices[0].shape[:2]
-    whole = T // slot - 1 if later > B else 0  # chunks that are taken row by row
+    whole = T // slot - 1 if later > B else 0  # full chunks, which are yielded row by row
     for b in range(B if whole else 0):
         rows = [x[b, slot : (whole + 1) * slot].unflatten(0, (whole, slot)) for x in tokens]
         yield [*rows, *(w[b, :whole] for w in matrices)]
@@ -149,10 +150,10 @@ def _(grad, x, first, later, slot):
 def build_per_chunk(
     u: Tensor, v: Tensor, ctx: ForwardContext, cache: ChunkCache | None, build: Callable
 ) -> Sequence[Tensor]:
-    """What each chunk of each row is given, from the chunks before it alone.
+    """The weights of each chunk of each row, computed from earlier chunks only.
 
-    u, v (B, T, C), zero where a token does not count. build(before), before (B, J, C, C) = Σ uᵀ v over the chunks
-    before each, returns tensors (B, J, ·, ·). A chunk that is open already keeps its weights.
+    u, v (B, T, C); u is zero for invalid tokens. build(before) returns tensors (B, J, ·, ·), where
+    before (B, J, C, C) = Σ uᵀ v over the chunks before each. A chunk that is already open keeps its weights.
     """
     if ctx.chunk_weights_ready:
         with no_autocast(u):
@@ -173,7 +174,8 @@ def chunk_sums(u: Tensor, v: Tensor, slot: int) -> Tensor:
 
 
 class ChunkSums(torch.autograd.Function):
-    """`chunk_sums`. Half types are multiplied as they are and summed in float32: on a GPU ten times as fast."""
+    """`chunk_sums`. Half types are multiplied without a cast and accumulated in float32, which is ten times as fast on
+    a GPU."""
 
     @staticmethod
     def forward(ctx, u: Tensor, v: Tensor, slot: int) -> Tensor:
@@ -191,7 +193,7 @@ class ChunkSums(torch.autograd.Function):
 
 
 def matmul_accum(a: Tensor, b: Tensor) -> Tensor:
-    """a b, (B, J, ·, ·) each, in float32 or wider."""
+    """a b in float32 or wider, (B, J, ·, ·) each."""
     with no_autocast(a):
         if a.is_cuda and a.dtype in HALF_DTYPES:
             y = torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
@@ -200,5 +202,5 @@ def matmul_accum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def exclusive_cumsum(sums: Tensor) -> Tensor:
-    """Σ over the chunks before each, (B, J, C, C)."""
+    """Σ over the chunks before each one, (B, J, C, C)."""
     return F.pad(sums, (0, 0, 0, 0, 1, -1)).cumsum(dim=1)

@@ -15,12 +15,13 @@ def norm(x: Tensor) -> Tensor:
 
 
 def to_accum_dtype(x: Tensor) -> Tensor:
-    """Float32 for the half types: sums, softmax and deviations are accumulated in it. float64 stays."""
+    """x in float32 if it has a half type: sums, softmax and standard deviations are accumulated in float32. Other types
+    are unchanged."""
     return x.float() if x.dtype in HALF_DTYPES else x
 
 
 def no_autocast(x: Tensor):
-    """A context in which matrix products are not cast down by autocast."""
+    """A context in which autocast does not cast matrix products to a half type."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
@@ -29,6 +30,6 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
 
 
 def to_autocast_dtype(x: Tensor) -> Tensor:
-    """Under autocast, x in autocast's type: what flows from block to block then takes half the bytes, too."""
+    """Under autocast, x in autocast's dtype, so that the residual stream takes half the bytes; otherwise x."""
     kind = "cpu" if x.is_meta else x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

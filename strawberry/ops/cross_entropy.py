@@ -1,4 +1,4 @@
-"""The loss of the head, with its gradients, without storing the logits."""
+"""Cross entropy of the head: loss and gradients without storing the logits."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from strawberry.ops.linear import linear
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.cross_entropy import fused_cross_entropy
 
-MAX_LOGITS_BYTES = 1 << 30  # of logits that exist at once, at most
+MAX_LOGITS_BYTES = 1 << 30  # maximum size of the logits in memory at one time
 MIN_PART_BYTES = (
     1 << 26
-)  # of logits that are not worth dividing; more, up to MAX_LOGITS_BYTES, are divided into eight at most
+)  # smaller logits are not worth dividing; larger ones, up to MAX_LOGITS_BYTES, are divided into at most eight parts
 
 
 def should_fuse(x: Tensor) -> bool:
-    """Whether loss and gradients of the head are computed at once. On a CPU torch's own cross entropy is faster."""
+    """Whether to compute the head's loss and gradients together. On a CPU, torch's own cross entropy is faster."""
     return x.is_cuda
 
 
@@ -43,8 +43,8 @@ def linear_cross_entropy(
     keep_logits: bool = True, compile_parts: bool = False,
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """(logits, sum of the cross entropies in nats) of logits softcap(x Wᵀ): x (B, T, C), W (V, C), targets (B · T,)
-    int64, −1 ignored. Without `keep_logits` they may be None, and are then never stored. `compile_parts`: torch.compile
-    takes what is computed for each part of the tokens by itself."""
+    int64, where −1 is ignored. Without `keep_logits` the logits may be None, and are then never stored. With
+    `compile_parts`, torch.compile compiles the computation of each part of the tokens separately."""
     if not keep_logits and should_fuse(x):
         x = to_autocast_dtype(x).flatten(0, 1)
         use_float8 = precision == "float8" and float8.is_eligible(x, w)
@@ -54,29 +54,29 @@ def linear_cross_entropy(
 
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum over targets ≥ 0, in nats: logits (B, T, V), targets (B · T,)."""
+    """The sum of cross entropies over targets ≥ 0, in nats: logits (B, T, V), targets (B · T,)."""
     return F.cross_entropy(to_accum_dtype(logits).flatten(0, 1), targets, ignore_index=-1, reduction="sum")
 
 
 class HeadMatmuls:
-    """The head's three products, for a part of the tokens: x (n, C) in a type, W (V, C)."""
+    """The head's three matrix products for a part of the tokens: x (n, C) in `dtype`, W (V, C)."""
 
-    grad_logits = 1.0, None  # times what the gradient of the logits is given, and in which type, if not theirs
+    grad_logits = 1.0, None  # scale and dtype of the gradient of the logits; None: the logits' dtype
 
     def __init__(self, w: Tensor, dtype: torch.dtype):
-        V = w.size(0)  # a product whose rows do not begin at multiples of 16 bytes is slow
+        V = w.size(0)  # products are slow unless rows start at multiples of 16 bytes
         self.table = F.pad(w.to(dtype), (0, 0, 0, -V % 64 if V % 8 else 0))
 
     def logits(self, x: Tensor) -> Tensor:
         return x @ self.table.mT
 
     def backward(self, grad_logits: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of x and W from that of the logits."""
+        """The gradients of x and W from the gradient of the logits."""
         return grad_logits @ self.table, grad_logits.mT @ x
 
 
 class Float8HeadMatmuls(HeadMatmuls):
-    """The same in 8 bits. What the logits' gradient has below 2⁻³¹ is lost."""
+    """The same products in FP8. Gradients of the logits below 2⁻³¹ underflow to zero."""
 
     grad_logits = LOGIT_GRAD_SCALE, E5M2
 
@@ -97,11 +97,11 @@ class Float8HeadMatmuls(HeadMatmuls):
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """The sum of the cross entropies, in nats, of logits softcap(x Wᵀ) with targets: x (N, C), W (V, C), targets (N,)
-    int64, negative ones ignored.
+    """The sum of the cross entropies, in nats, of logits softcap(x Wᵀ): x (N, C), W (V, C), targets (N,) int64, where
+    negative targets are ignored.
 
-    The logits are never stored. They are made for a part of the tokens, and both gradients from them at once, so that
-    the backward pass has nothing left to do (as in Liger, arXiv 2410.10989): with z = softcap(l),
+    The logits are never stored as a whole. The forward pass computes them for a part of the tokens and both gradients
+    from them, so the backward pass only scales the gradients (as in Liger, arXiv 2410.10989). With z = softcap(l),
     ∂/∂l = (softmax(z) − onehot(target)) · (1 − (z / cap)²). The sums over the vocabulary are float32 or wider.
     """
 
@@ -141,8 +141,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 def cross_entropy_fwd_bwd(
     logits: Tensor, targets: Tensor, V: int, cap: float | None, scale: float = 1.0, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Σ cross entropy over the targets ≥ 0, and scale · its gradient by the logits (N, ≥ V), of which the first V
-    count, in the logits' type or another."""
+    """Σ cross entropy over the targets ≥ 0, and scale · its gradient with respect to the logits (N, ≥ V), in `dtype` or
+    else the logits' dtype. Columns from V on are padding."""
     if kernels.can_run(logits):
         nats, grad_logits = fused_cross_entropy(logits, targets, V, cap, scale, dtype)
         return nats.sum(), grad_logits

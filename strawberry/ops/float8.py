@@ -1,15 +1,16 @@
-"""Training's large matrix products in FP8, which GPUs since Hopper and Ada compute at twice the speed of bfloat16
+"""Large matrix products of training in FP8, which GPUs since Hopper and Ada compute at twice the speed of bfloat16
 (arXiv 2209.05433). Weights, activations between products, sums and updates keep their dtypes.
 
-Two formats of 8 bits: E4M3 for what goes forward (3 bits of mantissa, 2⁻⁹ to 448), E5M2 for gradients (2 bits, 2⁻¹⁶ to
-57,344). A tensor is multiplied by a scale, rounded, and saturates beyond the format's range; the product is multiplied
-by both inverse scales. The scales are static: norms keep activations near 1, and the gradients of a mean over a batch's
-tokens have one size, so that no pass over the tensor measures its largest value. Weights are few beside tokens, and are
-measured (`quantize_fp8_dynamic`).
+There are two 8-bit formats: E4M3 for the forward pass (3 bits of mantissa, 2⁻⁹ to 448), E5M2 for gradients (2 bits,
+2⁻¹⁶ to 57,344). A tensor is multiplied by a scale, rounded, and saturates beyond the format's range; the product is
+multiplied by both inverse scales. Scales of activations and gradients are static, which saves a pass over the tensor to
+find its largest value: norms keep activations near 1, and the gradients of a mean over a batch's tokens have one
+magnitude. A weight has few numbers compared with the tokens, so its scale is dynamic (`quantize_fp8_dynamic`).
 
-`torch._scaled_mm` wants both operands with the summed axis contiguous: forward multiplies x (tokens, in) and W
-(out, in) as they are, but a weight's gradient sums over tokens, so x and the gradient are also needed transposed, in
-FP8. The kernels of ops/triton/float8.py write both layouts in one pass, with the activation where there is one.
+`torch._scaled_mm` requires that the summed axis of both operands is contiguous. The forward pass multiplies x
+(tokens, in) and W (out, in) as they are, but a weight's gradient sums over tokens, so x and the gradient are also
+needed transposed, in FP8. The kernels of ops/triton/float8.py write both layouts in one pass, fused with the activation
+if there is one.
 """
 
 from collections.abc import Sequence
@@ -26,23 +27,24 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ACT_SCALE = 2.0**2  # activations saturate at ±112
 GRAD_SCALE = 2.0**20  # of gradients of the mean loss
 LOGIT_GRAD_SCALE = 2.0**15  # of the gradients of the logits
-MIN_DIM = 512  # half the harmonic mean of rows and columns from which a product gains more than quantizing costs
-INVERSE_SCALES: dict[float, Tensor] = {}  # scale: 1 / scale on the device, see `prepare`
+MIN_DIM = 512  # minimum of m · n / (m + n) for W (m, n), above which FP8 saves more than quantizing costs
+INVERSE_SCALES: dict[float, Tensor] = {}  # scale → 1 / scale on the device, see `prepare`
 
 
 def transpose_fp8(x: Tensor) -> Tensor:
-    """x (n, m), one byte a number, as (m, n), contiguous."""
+    """x (n, m), of a one-byte dtype, as a contiguous (m, n)."""
     if not kernels.can_run(x):
         return x.t().contiguous()
     return torch.ops.strawberry.transpose_fp8(x.view(torch.uint8)).view(x.dtype)
 
 
-# Between two products of a feed-forward values are needed in FP8 only: row-major for the next product, and transposed
-# for the gradient of its weight; the gradients likewise. A kernel reads its input once.
+# Between the two products of a feed-forward, activations and gradients are needed in FP8 only: row-major for the next
+# product, and transposed for its weight's gradient. The kernels read their input once.
 
 
 def act_quantize(h: Tensor, kind: str, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(scale · f(h), the same transposed) in 8 bits, f as in ACTIVATIONS: h (n, m), or (n, 2m) for "swiglu"."""
+    """(scale · f(h), its transpose) in FP8, (n, m) and (m, n), f from ACTIVATIONS: h (n, m), or (n, 2m) for
+    "swiglu"."""
     if not kernels.can_run(h):
         y = quantize_fp8(ACTIVATIONS[kind][0](h.float()), scale, dtype)
         return y, y.t().contiguous()
@@ -52,8 +54,8 @@ def act_quantize(h: Tensor, kind: str, scale: float, dtype: torch.dtype) -> tupl
 def act_quantize_backward(
     h: Tensor, grad: Tensor, kind: str, scale: float, dtype: torch.dtype, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(scale · the gradient of h, the same transposed) in 8 bits, `grad` (n, m) being that of f(h); `more`, shaped as
-    h, is the gradient that h has from elsewhere."""
+    """(scale · the gradient of h, its transpose) in FP8, from `grad` (n, m), the gradient of f(h). `more`, of h's
+    shape, is the gradient of h from its other uses."""
     if not kernels.can_run(h, grad):
         slope = ACTIVATIONS[kind][1](h.float(), grad.float())
         y = quantize_fp8(slope if more is None else slope + more, scale, dtype)
@@ -62,8 +64,7 @@ def act_quantize_backward(
 
 
 def concat_quantize(parts: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(scale · the parts side by side, the same transposed) in 8 bits: three (n, ·), of widths that are multiples of
-    64."""
+    """(scale · the concatenated parts, its transpose) in FP8: three parts (n, ·), whose widths are multiples of 64."""
     if not kernels.can_run(*parts):
         y = quantize_fp8(torch.cat(parts, dim=1).float(), scale, dtype)
         return y, y.t().contiguous()
@@ -71,20 +72,22 @@ def concat_quantize(parts: Sequence[Tensor], scale: float, dtype: torch.dtype) -
 
 
 def quantize_fp8(x: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """scale · x, the scale a power of 2, which changes no digit; what is beyond the type's numbers is cut."""
+    """scale · x, rounded to `dtype`; values beyond its range saturate. The scale is a power of 2, so scaling is
+    exact."""
     most = torch.finfo(dtype).max
     return (x * scale).clamp(-most, most).to(dtype)
 
 
 def prepare(device: torch.device) -> None:
-    """Make the inverse scales on the device: a tensor that exists before a step needs no launch in it."""
+    """Allocate the inverse scales on the device before training, so that no step launches kernels to create them."""
     for scale in (ACT_SCALE, GRAD_SCALE, LOGIT_GRAD_SCALE):
         INVERSE_SCALES[scale] = torch.tensor(1 / scale, device=device)
 
 
 def is_eligible(x: Tensor, *matrices) -> bool:
-    """Whether x Wᵀ is worth computing in FP8: x (…, in), W (out, in); or f(x Wᵀ) W₂ᵀ, such a pair. Only in training
-    under autocast; not with int8 weights, nor with a matrix for each chunk."""
+    """Whether to compute x Wᵀ in FP8, x (…, in), W (out, in); or f(x Wᵀ) W₂ᵀ, for a pair of matrices. Only in training
+    under autocast, if the first W is large and all sizes are multiples of 16; not for int8 weights or a matrix per
+    chunk."""
     if not (torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type)):
         return False
     if not all(isinstance(w, Tensor) and w.dim() == 2 for w in matrices):
@@ -98,12 +101,13 @@ def is_large(m: int, n: int) -> bool:
 
 
 def has_eligible_weight(model: nn.Module) -> bool:
-    """Whether a model has a matrix that is large enough, alone or as one of q's, k's and v's three."""
+    """Whether a model has a matrix that is large enough, alone or concatenated with two others for q, k and v."""
     return any(p.ndim == 2 and is_large(3 * p.size(0), p.size(1)) for p in model.parameters())
 
 
 def quantize_fp8_dynamic(w: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix in 8 bits, its largest number near the end of their range, and its float32 inverse scale."""
+    """A matrix in E4M3, scaled by a power of 2 so that its largest value is near the end of the range, and its float32
+    inverse scale ()."""
     most = w.abs().amax().float().clamp(min=1e-12) / torch.finfo(E4M3).max
     inverse_scale = torch.exp2(torch.log2(most).ceil())
     return quantize_fp8(w, (1 / inverse_scale).to(w.dtype), E4M3), inverse_scale
@@ -117,16 +121,16 @@ def scaled_mm(
     dtype: torch.dtype,
     use_fast_accum: bool = False,
 ) -> Tensor:
-    """a Bᵀ, (n, k) and (m, k) in FP8, both contiguous, the only layout that the units take. `use_fast_accum`: sums are
-    kept in fewer bits than float32, which is enough for what goes forward."""
+    """a bᵀ, (n, m) in `dtype`, for a (n, k) and b (m, k) in FP8, both contiguous, the only layout that the tensor cores
+    support. With `use_fast_accum`, sums have fewer bits than float32, which suffices in the forward pass."""
     return torch._scaled_mm(
         a, b.t(), scale_a=inverse_scale_a, scale_b=inverse_scale_b, out_dtype=dtype, use_fast_accum=use_fast_accum
     )
 
 
 def linear_forward(x: Tensor, w: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """x Wᵀ, and what `linear_backward` needs. Both operands are transposed here and not in the backward
-    pass, where the compiler would quantize them once more."""
+    """x Wᵀ, and the tensors that `linear_backward` needs. Both operands are transposed here, not in the backward pass,
+    where torch.compile would quantize them again."""
     x8, (w8, inverse_scale) = quantize_fp8(x, ACT_SCALE, E4M3), quantize_fp8_dynamic(w)
     y = scaled_mm(x8, w8, INVERSE_SCALES[ACT_SCALE], inverse_scale, x.dtype, use_fast_accum=True)
     return y, (transpose_fp8(x8), transpose_fp8(w8), inverse_scale)
@@ -135,14 +139,14 @@ def linear_forward(x: Tensor, w: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 def linear_backward(
     g8: Tensor, g_t: Tensor, x_t: Tensor, w_t: Tensor, inverse_scale: Tensor, types: tuple
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and W from that of x Wᵀ, in FP8, as it is and transposed."""
+    """The gradients of x and W from the gradient of x Wᵀ in FP8, g8, and its transpose, g_t."""
     inverse_g, inverse_x = INVERSE_SCALES[GRAD_SCALE], INVERSE_SCALES[ACT_SCALE]
     dx = scaled_mm(g8, w_t, inverse_g, inverse_scale, types[0])
     return dx, scaled_mm(g_t, x_t, inverse_g, inverse_x, types[1])
 
 
 class Float8Linear(torch.autograd.Function):
-    """x Wᵀ with both gradients, all three products in 8 bits: x (n, in) in a half type, W (out, in)."""
+    """x Wᵀ and its two gradients, all three products in FP8: x (n, in) in a half type, W (out, in)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
@@ -158,7 +162,7 @@ class Float8Linear(torch.autograd.Function):
 
 
 class Float8SplitLinear(torch.autograd.Function):
-    """x Wᵀ in three parts of these widths. Concatenating their gradients and quantizing them is one pass."""
+    """x Wᵀ, split into three parts of these widths. Backward concatenates and quantizes their gradients in one pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, *widths: int) -> tuple[Tensor, ...]:
@@ -174,8 +178,8 @@ class Float8SplitLinear(torch.autograd.Function):
 
 
 class Float8QKVRope(torch.autograd.Function):
-    """q, k and v of x Wᵀ, of these widths, q and k rotated and normed in one kernel: x (B, T, in). Backward undoes that
-    and     quantizes in one kernel too."""
+    """q, k and v from x Wᵀ, x (B, T, in), with these widths. One kernel applies RoPE and, if `normed`, the norm to q
+    and k; in backward one kernel computes the gradient of x Wᵀ and quantizes it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, widths: tuple, cos: Tensor, sin: Tensor, normed: bool) -> tuple:
@@ -195,10 +199,9 @@ class Float8QKVRope(torch.autograd.Function):
 
 
 class Float8MLP(torch.autograd.Function):
-    """(f(h) W₂ᵀ, h), h = x W₁ᵀ, all six products in FP8. f(h) exists in FP8 only: x (n, in) in a half type, W₁
-    (hidden, in), W₂ (out, ·), f by its name in ACTIVATIONS. `return_hidden`: h has a gradient of its own.
-    `input_is_opaque`: x comes out of a kernel that the compiler cannot fuse with quantization, which then takes a pass
-    of its own."""
+    """(f(h) W₂ᵀ, h) with h = x W₁ᵀ, all six products in FP8; f(h) exists in FP8 only. x (n, in) in a half type, W₁
+    (hidden, in), W₂ (out, ·), f from ACTIVATIONS. With `return_hidden`, h is differentiable. `input_is_opaque`: x comes
+    from a kernel with which torch.compile cannot fuse the quantization, so a separate kernel quantizes x."""
 
     @staticmethod
     def forward(
@@ -215,7 +218,7 @@ class Float8MLP(torch.autograd.Function):
         transposed = transpose_fp8(first), transpose_fp8(second)
         ctx.save_for_backward(x_t, h, y_t, *transposed, inverse_1, inverse_2)
         ctx.activation, ctx.types = activation, (x.dtype, w1.dtype, w2.dtype)
-        if not return_hidden:  # else a gradient of zeros would be made for it
+        if not return_hidden:  # otherwise autograd would allocate a gradient of zeros
             ctx.mark_non_differentiable(h)
         ctx.return_hidden = return_hidden
         return scaled_mm(y8, second, INVERSE_SCALES[ACT_SCALE], inverse_2, x.dtype, use_fast_accum=True), h
@@ -236,6 +239,6 @@ class Float8MLP(torch.autograd.Function):
 def float8_mlp(
     x: Tensor, w1: Tensor, w2: Tensor, activation: str, return_hidden: bool = False, input_is_opaque: bool = False
 ) -> tuple:
-    """(f(h) W₂ᵀ, h), h = x W₁ᵀ, where `is_eligible(x, w1, w2)`: x (B, T, in)."""
+    """(f(h) W₂ᵀ, h) with h = x W₁ᵀ, x (B, T, in). Requires `is_eligible(x, w1, w2)`."""
     results = Float8MLP.apply(to_autocast_dtype(x).flatten(0, -2), w1, w2, activation, return_hidden, input_is_opaque)
     return tuple(y.unflatten(0, x.shape[:-1]) for y in results)

@@ -1,8 +1,8 @@
-"""Counting floating-point operations: on the meta device operations have shapes and no numbers.
+"""Count floating-point operations on the meta device, where tensors have shapes and no data.
 
-`count_flops` runs a model there under torch's FlopCounterMode, which counts every matrix product of the plain path.
-What a plain path would count wrong, since it masks what it has multiplied, an operation counts itself: attention by
-its pattern, 4 · pairs · d per head, a scan once per token. So no architecture writes a formula of its own.
+`count_flops` runs a model there under torch's FlopCounterMode, which counts every matrix product of the plain path. An
+operation whose plain path computes products and then masks them would be counted too high, so it reports its own count:
+attention by its pattern, 4 · pairs · d per head, and a scan once per token. No architecture needs its own formula.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 @torch.library.custom_op("strawberry::counted", mutates_args=())
 def counted(y: Tensor, flops: float) -> Tensor:
-    """y; under FlopCounterMode it counts as `flops` operations."""
+    """Returns y, and adds `flops` operations to the count under FlopCounterMode."""
     return y.clone()
 
 
@@ -31,7 +31,8 @@ def _flops_of_counted(y_shape, flops: float, *args, out_shape=None, **kwargs) ->
 
 
 def count_flops(build: Callable[[], nn.Module], *inputs: Tensor, **named: Tensor | None) -> dict[str, int]:
-    """Path of a module → operations of one forward pass of build() on inputs of these shapes; "" has the total."""
+    """Module path → floating-point operations of one forward pass of build() on inputs of these shapes; "" is the
+    total."""
     with torch.device("meta"):
         model = build().eval()
     inputs = [x.to("meta") for x in inputs]

@@ -1,4 +1,4 @@
-"""Linear maps, and the precision that travels with a model's weights."""
+"""Linear maps and embeddings, int8 weights, and the precision of a model's products."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from strawberry.ops.triton import common as kernels
 
 
 def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """w (N, K) as int8 with a float32 scale (N,) for each output channel, symmetric, rounded to nearest: the error of a
-    weight is at most half a scale. A row of zeros has scale 1.
+    """Quantize w (N, K) to int8 with a float32 scale (N,) per output channel: symmetric, rounded to nearest, so the
+    error of a weight is at most half a scale. A row of zeros has scale 1.
 
     >>> quantize_int8(torch.tensor([[1.0, -0.5], [0.0, 0.0]]))
     (tensor([[127, -64], [0, 0]], dtype=torch.int8), tensor([0.0079, 1.0000]))
@@ -29,8 +29,8 @@ def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
 def int8_linear(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """(x @ wᵀ) · scale + bias for x (…, K), w (N, K) int8, scale (N,) float32, bias (N,). Returns (…, N) in x's dtype.
 
-    int8 is exact in bfloat16, sums are float32. Up to 64 rows of x a kernel reads w once: N·K bytes, the floor. More
-    rows are limited by arithmetic, and go through PyTorch's matrix product.
+    int8 values are exact in bfloat16; sums are float32. For up to 64 rows of x, a kernel reads w once: N·K bytes, the
+    minimum. More rows are compute-bound and use PyTorch's matrix product.
     """
     rows = x.numel() // x.size(-1)
     if rows > 64 or not kernels.can_run(x, w):
@@ -40,7 +40,7 @@ def int8_linear(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None = None)
 
 
 class Int8Weight(NamedTuple):
-    """A matrix (out, in) in 8 bits, with a float32 scale for each row; see `quantize_int8`."""
+    """A matrix (out, in) in int8, with a float32 scale for each row; see `quantize_int8`."""
 
     w: Tensor  # int8
     scale: Tensor  # (out,)
@@ -53,9 +53,9 @@ class Int8Weight(NamedTuple):
 
 
 def linear(x: Tensor, w: Tensor | Int8Weight, bias: Tensor | None = None, precision: str | None = None) -> Tensor:
-    """x Wᵀ (+ b), W (out, in); with precision "float8" in FP8, where it is worth it."""
+    """x Wᵀ (+ b), W (out, in); with precision "float8", in FP8 where it is eligible."""
     if bias is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        return linear(x, w) + bias  # the compiler fuses the sum with what follows, and with a product of one row, too
+        return linear(x, w) + bias  # Inductor fuses the sum with later operations, and with a product of one row
     if precision == "float8" and float8.is_eligible(x, w):
         y = float8.Float8Linear.apply(to_autocast_dtype(x).flatten(0, -2), w).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias.to(y.dtype)
@@ -63,13 +63,13 @@ def linear(x: Tensor, w: Tensor | Int8Weight, bias: Tensor | None = None, precis
 
 
 def embedding(idx: Tensor, w: Tensor | Int8Weight, dtype: torch.dtype) -> Tensor:
-    """Rows of a table, (B, T) int64 to (B, T, C); those of an int8 table in `dtype`."""
+    """Table lookup, (B, T) int64 → (B, T, C); `dtype` is the result's dtype for an int8 table."""
     return w.rows(idx, dtype) if isinstance(w, Int8Weight) else F.embedding(idx, w)
 
 
 def prepare_weights(model: nn.Module, precision: str | None, device: torch.device) -> None:
-    """Set how a model multiplies by its matrices in training: in FP8 where that is worth it ("float8"), or as autocast
-    has it (None). Modules that own matrices carry it as `precision`, and pass it to the operations."""
+    """Set the precision of a model's matrix products in training: "float8" uses FP8 for eligible products, None uses
+    autocast's dtype. Modules that own matrices store it as `precision` and pass it to the operations."""
     if precision == "float8":
         float8.prepare(device)
     for module in model.modules():

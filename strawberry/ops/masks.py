@@ -1,4 +1,4 @@
-"""Who sees whom: attention patterns, as masks for SDPA and as block masks for FlexAttention."""
+"""Attention patterns, as masks for SDPA and as block masks for FlexAttention."""
 
 from __future__ import annotations
 
@@ -11,40 +11,42 @@ from torch import Tensor
 
 
 def pair_positions(q_pos: Tensor, k_pos: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions (B, T) and (B, S), −1 where a slot is empty: shaped to compare, and whether s may be seen at all."""
+    """Query positions (B, T) and key positions (B, S), negative for empty slots, reshaped for broadcasting, and the
+    mask of allowed pairs: not empty and, if causal, not later than the query."""
     q_pos, k_pos = q_pos[:, None, :, None], k_pos[:, None, None, :]  # (B, 1, T, 1) and (B, 1, 1, S)
     return q_pos, k_pos, (k_pos >= 0) & (k_pos <= q_pos) if causal else k_pos >= 0
 
 
 class AttentionPattern:
-    """Attention to all, or to the newest `size` tokens, the token itself among them; in an encoder, to both sides."""
+    """Full attention, or attention to the newest `size` tokens including the token itself; in an encoder, to tokens
+    less than `size` away on both sides."""
 
     def __init__(self, size: int | None = None):
         self.size = size
         self.key = ("window", size)
 
     def is_full(self, T: int) -> bool:
-        """Whether, for T tokens, it is plain causal attention."""
+        """Whether the pattern is plain causal attention for T tokens."""
         return self.size is None or self.size >= T
 
     def cache_size(self, max_length: int) -> int:
-        """How many of the newest keys a cache must hold."""
+        """The number of newest keys that a cache must hold."""
         return max_length if self.size is None else min(self.size, max_length)
 
     def num_pairs(self, T: int, causal: bool = True) -> float:
-        """How many of the T² pairs of tokens a head attends to, its heads' mean."""
+        """The number of the T² pairs of tokens that a head attends to, averaged over heads."""
         w = T if self.size is None else min(self.size, T)
         before = w * (w + 1) // 2 + (T - w) * w  # Σ min(t, w): the token itself and those before it
         return before if causal else 2 * before - T
 
     def mask(self, q_pos: Tensor, k_pos: Tensor, causal: bool = True) -> Tensor:
-        """(B, T) and (B, S) positions to (B, H or 1, T, S)."""
+        """Boolean mask (B, H or 1, T, S) from positions (B, T) of queries and (B, S) of keys."""
         q_pos, k_pos, allowed = pair_positions(q_pos, k_pos, causal)
         return allowed if self.size is None else allowed & ((q_pos - k_pos).abs() < self.size)
 
 
 def count_pairs(pattern: AttentionPattern, T: int, causal: bool) -> float:
-    """`num_pairs` by the mask, some queries at a time."""
+    """`num_pairs` counted from the mask, 1024 queries at a time."""
     with torch.device("cpu"):
         k_pos, total = torch.arange(T)[None], 0.0
         for q_pos in k_pos.split(1024, dim=1):
@@ -54,7 +56,8 @@ def count_pairs(pattern: AttentionPattern, T: int, causal: bool) -> float:
 
 
 class LongformerPattern(AttentionPattern):
-    """A window, and the first n_global tokens as globals (arXiv 2004.05150), which see s ≤ t like all."""
+    """A window, and the first n_global tokens as global tokens (arXiv 2004.05150). In causal attention, global tokens
+    attend to s ≤ t, as all tokens do."""
 
     def __init__(self, size: int, n_global: int):
         super().__init__(size)
@@ -74,8 +77,8 @@ class LongformerPattern(AttentionPattern):
 
 
 class BigBirdPattern(AttentionPattern):
-    """Longformer's, and n_random blocks of tokens, drawn for each head and block of queries from the blocks before it
-    (arXiv 2007.14062). The draw goes by (seed, layer, head, block) alone: a longer text changes nothing."""
+    """Longformer's pattern, and n_random blocks of keys for each head and block of queries, drawn from the blocks
+    before it (arXiv 2007.14062). The draw depends only on (seed, layer, head, block), not on the sequence's length."""
 
     def __init__(self, c, layer: int):
         super().__init__(c.window)
@@ -85,7 +88,7 @@ class BigBirdPattern(AttentionPattern):
         self.table = self.draw(-(-c.block_size // c.sparse_block))
 
     def draw(self, n: int) -> Tensor:
-        """(H, n, n): whether a block of queries sees a block of keys by lot."""
+        """(H, n, n), True where a block of queries attends to a random block of keys."""
         table = torch.zeros(self.n_head, n, n, dtype=torch.bool, device="cpu")
         for head in range(self.n_head):
             for b in range(n):
@@ -101,7 +104,7 @@ class BigBirdPattern(AttentionPattern):
 
     def mask(self, q_pos: Tensor, k_pos: Tensor, causal: bool = True) -> Tensor:
         blocks = -(-max(q_pos.size(1), k_pos.size(1)) // self.block)
-        if blocks > self.table.size(1):  # a text longer than block_size
+        if blocks > self.table.size(1):  # a sequence longer than block_size
             self.table = self.draw(blocks)
         self.table = table = self.table.to(q_pos.device)
         q, k = ((p.clamp(min=0) // self.block).clamp(max=table.size(1) - 1) for p in (q_pos, k_pos))
@@ -110,16 +113,16 @@ class BigBirdPattern(AttentionPattern):
 
 
 def sliding_window_mask(n: int, before: int, window: int, device) -> Tensor:
-    """(1, 1, n, before + n): which of `before` earlier tokens and n own ones each of n tokens sees."""
+    """Mask (1, 1, n, before + n) of n queries over `before` earlier tokens and their own n tokens."""
     t, s = torch.arange(before, before + n, device=device), torch.arange(before + n, device=device)
     return AttentionPattern(window).mask(t[None], s[None])
 
 
 def sliding_window_mask_mod(windows: tuple[int, ...]) -> Callable:
-    """FlexAttention's mask for the window of each head, or of all heads where there is one number.
+    """FlexAttention's mask_mod for one window per head, or for one window for all heads.
 
-    The windows are constants of the graph: Inductor cannot lower a mask that reads a tensor of them by the head's
-    number once that tensor is computed in the same graph (torch 2.11).
+    The windows are constants of the graph, because Inductor cannot lower a mask_mod that indexes a tensor of windows by
+    head if that tensor is computed in the same graph (torch 2.11).
     """
     (first, n), *later = [(window, len(list(run))) for window, run in itertools.groupby(windows)]
 
@@ -134,15 +137,16 @@ def sliding_window_mask_mod(windows: tuple[int, ...]) -> Callable:
 
 
 def sliding_window_block_mask(T: int, windows: tuple[int, ...], device, n: int = 128) -> tuple[Tensor, ...]:
-    """BlockMask's tables for windows (H,): for each block of n queries how many blocks of keys it sees in part, which,
-    how many whole, which; and the same for each block of keys. (1, H, J) and (1, H, J, J), by arithmetic alone."""
+    """BlockMask's tensors for windows (H,): for each block of n queries, the number and indices of its partially masked
+    key blocks, then of its full key blocks; the same for each block of keys. Counts (1, H, J), indices (1, H, J, J).
+    They are computed arithmetically, without a dense mask."""
     J = -(-T // n)
     runs = itertools.groupby(windows)
     window = torch.cat([torch.full((len(list(run)),), w, dtype=torch.int32, device=device) for w, run in runs])
     w, i = window[:, None], torch.arange(J, dtype=torch.int32, device=device)
-    ragged = 1 if T % n else 0  # the last block of queries has tokens that are not there: it sees no block whole
+    ragged = 1 if T % n else 0  # the last block of queries is incomplete: none of its key blocks is full
     first, whole = (i * n - w + 1).clamp(min=0) // n, ((i * n + 2 * n - 1 - w).clamp(min=0) // n).minimum(i)
-    whole = torch.where(i < J - ragged, whole, i)  # first … whole − 1 and i in part, whole … i − 1 whole
+    whole = torch.where(i < J - ragged, whole, i)  # first … whole − 1 and i are partial, whole … i − 1 are full
     last, end = ((i * n + n + w - 2) // n).clamp(max=J - 1), (i + w // n - 1).clamp(max=J - 1 - ragged).maximum(i)
     return (
         *padded_block_indices(
@@ -151,11 +155,12 @@ def sliding_window_block_mask(T: int, windows: tuple[int, ...], device, n: int =
         *padded_block_indices(i - whole, whole[..., None] + i),
         *padded_block_indices(
             last - end + 1, torch.where(i > 0, end[..., None] + i, i[:, None])
-        ),  # its own, end + 1 … last
+        ),  # partial: its own, end + 1 … last
         *padded_block_indices(end - i, (i[:, None] + 1 + i).expand(len(window), J, J)),
     )
 
 
 def padded_block_indices(count: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """(H, J) and (H, J, J) as BlockMask has them; what lies behind `count` is not read, but must be a block."""
+    """Counts (H, J) and indices (H, J, J) in BlockMask's layout. Indices after the first `count` are not read, but must
+    be valid block indices."""
     return count[None].contiguous(), index.clamp(max=index.size(-1) - 1)[None].contiguous()

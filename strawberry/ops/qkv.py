@@ -1,4 +1,4 @@
-"""From one projection to q, k and v as a mixer reads them."""
+"""Projections to q, k and v, and the transforms of q and k before a mixer."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Transform = Callable[[Tensor, Tensor, ForwardContext], tuple[Tensor, Tensor]]  #
 def split_qkv_apply_rope(
     qkv: Tensor | Sequence[Tensor], widths: Sequence[int], transform: Transform, ctx: ForwardContext
 ) -> tuple[Tensor, ...]:
-    """q, k and v as the mixer reads them. qkv is their joint product (B, T, Σ widths), or one tensor for each width;
-    with two widths, k's and v's, q is k."""
+    """The mixer's q, k and v: splits qkv and transforms q and k. qkv is one tensor (B, T, Σ widths), or one tensor for
+    each width; with two widths, those of k and v, q equals k."""
     if isinstance(qkv, Tensor):
         if transform in FUSED_ROPE and rope_kernels.can_fuse_rope(qkv, tuple(widths), ctx.rope[0]):
             return rope_kernels.fused_qk_rope_norm(qkv, tuple(widths), *ctx.rope, normed=FUSED_ROPE[transform])
@@ -34,8 +34,8 @@ def split_qkv_apply_rope(
 def fused_qkv_projection(
     x: Tensor, w: Weight, widths: Sequence[int], transform: Transform, ctx: ForwardContext, precision: str | None = None
 ) -> Sequence[Tensor]:
-    """q, k and v as the mixer reads them, from one product x Wᵀ, W (Σ widths, in). In FP8 their gradients are
-    concatenated, rotated back and quantized in one pass."""
+    """The mixer's q, k and v from one product x Wᵀ, W (Σ widths, in). In FP8, one pass concatenates their gradients,
+    applies the inverse rotation and quantizes them."""
     if precision != "float8":
         return split_qkv_apply_rope(chunked_linear(x, w, ctx), widths, transform, ctx)
     w = materialize(w)
@@ -54,8 +54,8 @@ def qkv_projection(
     x: Tensor, weights: Sequence[Tensor | Int8Weight], biases: Sequence[Tensor | None], transform: Transform,
     ctx: ForwardContext, precision: str | None = None,
 ) -> Sequence[Tensor]:  # fmt: skip
-    """q, k and v as the mixer reads them, from one matrix for each, or from two, k's and v's, where q is k. In training
-    they are one product, so that x's gradient is one product, too."""
+    """The mixer's q, k and v from one matrix each, or from two matrices, those of k and v, if q equals k. In training
+    the matrices are concatenated, so that the forward pass and the gradient of x are one product each."""
     widths = [w.size(0) for w in weights]
     if not torch.is_grad_enabled() or any(isinstance(w, Int8Weight) for w in weights):
         qkv = [linear(x, w, bias) for w, bias in zip(weights, biases, strict=True)]
@@ -72,8 +72,8 @@ def no_transform(q: Tensor, k: Tensor, ctx: ForwardContext) -> tuple[Tensor, Ten
 
 
 def norm_channels(q: Tensor, k: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-    """`norm` over all D channels, for AFT, in the types that q and k come in: autocast on a GPU would widen them, and
-    AFT, which is limited by the bytes it reads, would read twice as many."""
+    """`norm` over all D channels, for AFT, in the dtypes of q and k. Autocast on a GPU would return float32, and AFT,
+    which is memory-bound, would read twice as many bytes."""
     return norm(q).to(q.dtype), norm(k).to(k.dtype)
 
 
@@ -90,11 +90,12 @@ def rotary_qk_norm(q: Tensor, k: Tensor, ctx: ForwardContext) -> tuple[Tensor, T
 
 
 def rotate_heads(q: Tensor, k: Tensor, ctx: ForwardContext) -> Sequence[Tensor]:
-    """q and k rotated, (B, T, H, d); in a decode step both at once, since launches cost more there than the copy."""
+    """q and k rotated, (B, T, H, d). A decode step stacks and rotates both at once, since there a launch costs more
+    than the copy."""
     q, k = (x.unflatten(-1, (-1, 2 * ctx.rope[0].size(-1))) for x in (q, k))
     if ctx.mode is Mode.DECODE and q.shape == k.shape:
         return apply_rope(torch.stack((q, k)), ctx.rope).unbind()
     return apply_rope(q, ctx.rope), apply_rope(k, ctx.rope)
 
 
-FUSED_ROPE = {rotary: False, rotary_qk_norm: True}  # transforms that a kernel computes too: whether with the norm
+FUSED_ROPE = {rotary: False, rotary_qk_norm: True}  # transforms that have a fused kernel → whether it includes the norm

@@ -1,5 +1,5 @@
-"""Retention: the context rewrites a block's matrices ("fast weights"). `retention_update` is the rule; the rest
-computes it for each chunk of each row in few passes over the weights."""
+"""Retention: the context rewrites a block's matrices ("fast weights"). `retention_update` is the update rule; the other
+functions compute it for each chunk of each row in few passes over the weights."""
 
 from typing import NamedTuple
 
@@ -16,12 +16,12 @@ from strawberry.ops.triton.retention import can_fuse_update
 def gated_update(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, viewed: bool) -> tuple[Tensor, ...]:
     """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), for each of n chunks of each row.
 
-    raw (B, n, M, N), or (M, N) for all; scale (B, n, 1, 1), float32; oa (B, n, C, C); out (C, C). N = C; matrices that
-    are `viewed` are kept transposed, M = C: z = oaᵀ raw and raw + out h. Returns the sum and z, (B, n, M, N) in raw's
-    dtype; mean and variance of each matrix of the sum, (B, n, 1, 1), float32 or wider.
+    raw (B, n, M, N), or (M, N) shared by all; scale (B, n, 1, 1), float32; oa (B, n, C, C); out (C, C). N = C; `viewed`
+    matrices are stored transposed, M = C: z = oaᵀ raw and raw + out h. Returns the sum and z, (B, n, M, N) in raw's
+    dtype, and mean and variance of each matrix of the sum, (B, n, 1, 1), float32 or wider.
 
-    Operations: 4·M·N·C a chunk. Bytes moved for each number in half types: 6 to make z and h of raw, 6 to make the sum
-    of h and raw, with the moments on the way; plain PyTorch moves 8 more.
+    FLOPs: 4·M·N·C per chunk. Bytes moved per matrix element in half types: 6 to compute z and h from raw, 6 to compute
+    the sum and its moments from h and raw; plain PyTorch moves 8 more.
     """
     if not can_fuse_update(raw, oa):
         return gated_update_plain(raw, scale, oa, out, viewed)
@@ -44,16 +44,16 @@ def gated_update_plain(raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, view
 def gated_update_backward(
     grad: Tensor, raw: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, viewed: bool
 ) -> tuple[Tensor, ...]:
-    """Gradients of raw, for each chunk, (B, n, M, N), of scale, oa and out from that of `gated_update`'s sum.
+    """Gradients of raw, for each chunk (B, n, M, N), of scale, oa and out from the gradient of `gated_update`'s sum.
 
-    Operations: 8·M·N·C a chunk. Bytes moved for each number in half types: 8 to make dz and h of grad and z, 6 for
-    raw's gradient of dz and grad, 4 each for those of oa and out; plain PyTorch moves 8 more.
+    FLOPs: 8·M·N·C per chunk. Bytes moved per matrix element in half types: 8 to compute dz and h from grad and z, 6 to
+    compute raw's gradient from dz and grad, 4 each for the gradients of oa and out; plain PyTorch moves 8 more.
     """
     way = torch.ops.strawberry.gated_update_backward if can_fuse_update(raw, oa) else gated_update_backward_plain
     d_raw, d_scale, dz, h = way(grad, scale, oa, out, z, viewed)
     if viewed:
         d_out = to_accum_dtype(inner_product(grad, h, viewed)).sum(dim=(0, 1)).to(out.dtype)
-    else:  # all chunks' rows lie one after another
+    else:  # the rows of all chunks are contiguous, so one product sums over them
         d_out = grad.flatten(0, 2).mT @ h.flatten(0, 2)
     return d_raw, d_scale, inner_product(raw, dz, viewed), d_out
 
@@ -61,7 +61,7 @@ def gated_update_backward(
 def gated_update_backward_plain(
     grad: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, viewed: bool
 ) -> tuple[Tensor, ...]:
-    """Gradients of raw, scale and z, and h once more."""
+    """Gradients of raw, scale and z, and the recomputed h."""
     dh, wide = to_accum_dtype(right_multiply(grad, out, viewed)), to_accum_dtype(z)
     gate = torch.sigmoid(scale * wide)
     turn = wide * gate * (1 - gate)
@@ -71,14 +71,14 @@ def gated_update_backward_plain(
 
 
 def right_multiply(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
-    """a b; of those that are kept transposed, aᵀ b, transposed."""
-    if viewed:  # not left to broadcasting, which would transpose and copy the larger one
+    """a b; for matrices stored transposed, (aᵀ b)ᵀ."""
+    if viewed:  # explicit expand, since broadcasting would transpose and copy the larger operand
         return b.mT.expand(*(a.shape[:-2] if a.dim() == 4 else b.shape[:-2]), -1, -1) @ a
     return a @ b
 
 
 def inner_product(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
-    """aᵀ b, of those that are kept transposed too."""
+    """aᵀ b; for matrices stored transposed, a bᵀ."""
     a = a.expand(*b.shape[:-2], -1, -1)
     return a @ b.mT if viewed else a.mT @ b
 
@@ -89,9 +89,8 @@ def rescale_std(w: Tensor, n: int, gain: Tensor | float = 1.0) -> Tensor:
 
 
 class BlockWeights(NamedTuple):
-    """The three matrices of a block that retention changes: each shared, (rows, columns), or one for each chunk of each
-    row, (B, J, rows, columns); over whole sequences, as ScaledWeight or
-    ChunkWeights."""
+    """The three matrices of a block that retention updates: each shared, (rows, columns), or one for each chunk of each
+    row, (B, J, rows, columns); for whole sequences, as ScaledWeight or ChunkWeights."""
 
     qkv: Tensor | ScaledWeight | ChunkWeights  # (3D, C)
     swiglu: Tensor | ScaledWeight | ChunkWeights  # (2C, D)
@@ -99,7 +98,7 @@ class BlockWeights(NamedTuple):
 
 
 def rescale_weights(w: BlockWeights, tao: Tensor) -> BlockWeights:
-    """Each matrix at its usual deviation, times |tao|: what the update rule comes to where oa = 0."""
+    """Each matrix rescaled to its usual standard deviation times |tao|. This is the update rule with oa = 0."""
     C, D = w.qkv.size(-1), w.swiglu.size(-1)
     alpha, beta, gamma = tao.abs().unbind(dim=-1)
     return BlockWeights(rescale_std(w.qkv, C, alpha), rescale_std(w.swiglu, D, beta), rescale_std(w.out, C, gamma))
@@ -108,7 +107,8 @@ def rescale_weights(w: BlockWeights, tao: Tensor) -> BlockWeights:
 def retention_update(w: BlockWeights, oa: Tensor, out: Tensor, tao: Tensor) -> BlockWeights:
     """The update rule: w + f(w), f(w) = silu(w @ oa) @ outᵀ, rescaled.
 
-    `retention_update_scaled` is the same function for training; tests/model/test_model_proofs.py holds them equal.
+    `retention_update_scaled` is the same function for training; tests/model/test_model_proofs.py checks that they are
+    equal.
     """
 
     def f(m: Tensor) -> Tensor:
@@ -121,11 +121,11 @@ def retention_update(w: BlockWeights, oa: Tensor, out: Tensor, tao: Tensor) -> B
 
 
 def retention_update_scaled(w: BlockWeights, oa: Tensor | None, out: Tensor, tao: Tensor) -> BlockWeights:
-    """`retention_update` for whole sequences and ScaledWeight: the same function, in as few passes over the weights, or
-    as few launches, as there can be. oa (B, n, C, C), of n chunks of each row; None: the weights are rescaled alone.
+    """`retention_update` for whole sequences and ScaledWeight: the same function, with the fewest passes over the
+    weights or the fewest launches. oa (B, n, C, C) for n chunks of each row; with None, the weights are only rescaled.
 
-    The rescaling is left to what is multiplied by the weights: w = scale · raw gives
-    w + silu(w oa) outᵀ = scale · (raw + h outᵀ) with z = raw oa and h = z ⊙ σ(scale · z).
+    The scale is applied by the operations that use the weights: with w = scale · raw, z = raw oa and
+    h = z ⊙ σ(scale · z), w + silu(w oa) outᵀ = scale · (raw + h outᵀ).
     """
     raws, scales = zip(*w, strict=True)
     if oa is None:
@@ -143,7 +143,8 @@ def retention_update_scaled(w: BlockWeights, oa: Tensor | None, out: Tensor, tao
 def update_concatenated(
     raws: BlockWeights, scales: list[Tensor], oa: Tensor, out: Tensor
 ) -> tuple[BlockWeights, list[Tensor]]:
-    """raw + h outᵀ and its deviations, all rows of the three matrices as one: few launches, for small ones."""
+    """raw + h outᵀ and its standard deviations, with the rows of the three matrices concatenated: few launches, for
+    small matrices."""
     C, D = raws.qkv.size(-1), raws.swiglu.size(-1)
     view = raws.swiglu.unflatten(-2, (C, 2)).flatten(-2).mT  # (…, 2C, D) → (…, C, 2D) → (…, 2D, C)
     rows = (3 * D, 2 * D, C)
@@ -159,7 +160,8 @@ def update_concatenated(
 def update_separately(
     raws: BlockWeights, scales: list[Tensor], oa: Tensor, out: Tensor
 ) -> tuple[BlockWeights, list[Tensor]]:
-    """The same matrix by matrix, for large ones: nothing is transposed, and passes are parts of the products."""
+    """The same as `update_concatenated`, matrix by matrix, for large matrices: nothing is transposed, and elementwise
+    passes are fused with the products."""
     C = len(out)
     views = (raws.qkv, raws.swiglu.unflatten(-2, (C, 2)).flatten(-2), raws.out)  # (…, 2C, D) → (…, C, 2D)
     kinds = zip(views, scales, (False, True, False), strict=True)
@@ -171,12 +173,13 @@ def update_separately(
 
 
 class GatedUpdate(torch.autograd.Function):
-    """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), and the deviation of each matrix. One that the rule reads
-    as its view is kept as the view's transpose, so that nothing is transposed: z = oaᵀ raw, raw + out h.
+    """raw + h outᵀ with z = raw oa and h = z ⊙ σ(scale · z), and the standard deviation of each matrix. A matrix that
+    the update rule reads as a view is stored as the view's transpose, which avoids a transposition: z = oaᵀ raw,
+    raw + out h.
 
-    In half types 2 bytes of `raw` and 2 of `z` are kept for the backward pass for each number of a matrix. Bytes and
-    operations stand in `gated_update` and `gated_update_backward`; besides, the gradient of the deviation and that of
-    the other uses are added in one pass.
+    Saves 2 bytes of `raw` and 2 of `z` per matrix element for backward, in half types. `gated_update` and
+    `gated_update_backward` state bytes moved and FLOPs; one more pass adds the gradient of the standard deviation to
+    that of the other uses.
     """
 
     @staticmethod
@@ -200,7 +203,7 @@ class GatedUpdate(torch.autograd.Function):
 
 
 def as_scaled(w: BlockWeights, u: Tensor) -> BlockWeights:
-    """Matrices that nothing has rescaled yet as ScaledWeight; others as they are."""
+    """Tensors as ScaledWeight with scale 1; others unchanged."""
     one = to_accum_dtype(u).new_ones(())
     return BlockWeights(*(ScaledWeight(m, one) if isinstance(m, Tensor) else m for m in w))
 
@@ -209,7 +212,7 @@ def causal_retention_update(
     w: BlockWeights, u: Tensor, g: Tensor, scale: float, out: Tensor, tao: Tensor, ctx: ForwardContext
 ) -> BlockWeights:
     """The weights of each chunk of whole sequences, with oa_j = scale · norm(Σ uᵀ g over the chunks before j): u, g
-    (B, T, C). Chunk 0, whose oa is zero, is rescaled only."""
+    (B, T, C). The weights of chunk 0, whose oa is zero, are only rescaled."""
     size = ctx.chunk_size
     J, n, w = -(-u.size(1) // size), num_summed_chunks(u.size(1), size), as_scaled(w, u)
     first, later = zip(*((m, m) if isinstance(m, ScaledWeight) else m for m in w), strict=True)
@@ -223,8 +226,8 @@ def causal_retention_update(
 
 
 def num_summed_chunks(T: int, size: int) -> int:
-    """Chunks of T tokens that are summed. The last one's sum has no use, but to leave it out of several whole ones
-    would take a copy of them."""
+    """The number of chunks of T tokens that are summed. The last chunk's sum is not used, but excluding it from several
+    full chunks would copy them."""
     J = -(-T // size)
     return J if J > 2 and T % size == 0 else J - 1
 
@@ -232,7 +235,7 @@ def num_summed_chunks(T: int, size: int) -> int:
 def batch_retention_update(
     w: BlockWeights, u: Tensor, g: Tensor, scale: float, out: Tensor, tao: Tensor
 ) -> BlockWeights:
-    """The weights of all rows, with oa = scale · norm(the mean over rows of Σ uᵀ g over all T): u, g (B, T, C)."""
+    """The weights shared by all rows, with oa = scale · norm(mean over rows of Σ uᵀ g over all T): u, g (B, T, C)."""
     B = len(u)
     u, g = (x.flatten(0, 1).unsqueeze(0) for x in (u, g))  # (1, B · T, C)
     sums = chunk_sums(u, g, -(-u.size(1) // BATCH_SHARES))
@@ -241,4 +244,4 @@ def batch_retention_update(
     return BlockWeights(*(ScaledWeight(raw[0, 0], scale.view(())) for raw, scale in updated))
 
 
-BATCH_SHARES = 8  # of the tokens, summed side by side
+BATCH_SHARES = 8  # parts of the tokens that are summed in parallel

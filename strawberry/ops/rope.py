@@ -1,4 +1,4 @@
-"""Rotary positions."""
+"""Rotary position embeddings (RoPE) and their scaling to longer contexts."""
 
 import math
 from collections.abc import Iterator
@@ -36,7 +36,8 @@ def qk_rope_norm_backward_plain(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor,
 
 @dataclass
 class RopeScaling:
-    """Rotary positions beyond the length that a model was trained for. What applies is fixed at build."""
+    """Rotary positions beyond the length that a model was trained for. The frequencies are fixed when the model is
+    built."""
 
     type: str = option("none", "the method", choices=("none", "linear", "ntk", "yarn", "longrope"))
     factor: float | None = option(None, "new length / old; longrope: default block_size / original", low=1)
@@ -82,8 +83,8 @@ def rope_ntk(plain: Tensor, c: RopeScaling, block_size: int, base: float) -> tup
 
 
 def rope_yarn(plain: Tensor, c: RopeScaling, block_size: int, base: float) -> tuple[Tensor, float]:
-    """arXiv 2309.00071: between pairs that stay and pairs that are interpolated a ramp, linear in the pair's index, its
-    ends rounded outwards, as the authors' code and all published checkpoints have it."""
+    """arXiv 2309.00071: a ramp, linear in the pair's index, between the pairs that are unchanged and the pairs that are
+    interpolated. Its ends are rounded outwards, as in the authors' code and all published checkpoints."""
     dim = 2 * len(plain)
 
     def pair_that_turns(times: float) -> float:  # base^(−2i/dim) · length = 2π · times, solved for i
@@ -98,7 +99,8 @@ def rope_yarn(plain: Tensor, c: RopeScaling, block_size: int, base: float) -> tu
 
 
 def rope_longrope(plain: Tensor, c: RopeScaling, block_size: int, base: float) -> tuple[Tensor, float]:
-    """arXiv 2402.13753: a divisor for each pair, from the long list where block_size exceeds the old length."""
+    """arXiv 2402.13753: a divisor for each pair, from long_factor if block_size exceeds the original length, otherwise
+    from short_factor. Raises UserError if the list's length is not the number of pairs."""
     divisors = c.long_factor if block_size > c.original_max_position else c.short_factor
     if len(divisors) != len(plain):
         raise UserError(f"rope_scaling has {len(divisors)} factors, heads have {len(plain)} rotary pairs; give as many")
@@ -117,7 +119,7 @@ ROPE_SCALINGS = {
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the half-split pairs of x (B, T, H, d)."""
+    """Rotate the pairs of x (B, T, H, d); a pair is channel i and channel i + d/2."""
     cos, sin = rope
     x1, x2 = to_accum_dtype(x).chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""From logits to a token."""
+"""Sample a token from logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def uniform_numbers(n: int, generator, device) -> Tensor:
-    """(n,) numbers in [0, 1), from one torch.Generator, or one for each, or torch's own."""
+    """(n,) random numbers in [0, 1) from one torch.Generator, from one generator for each number, or from torch's
+    default generator."""
     if isinstance(generator, (list, tuple)):
         return torch.cat([torch.rand(1, generator=g, device=g.device) for g in generator]).to(device)
     return torch.rand(n, generator=generator, device=device if generator is None else generator.device).to(device)
@@ -16,25 +17,25 @@ def uniform_numbers(n: int, generator, device) -> Tensor:
 
 def sample(logits: Tensor, u: Tensor, temperature, top_k=None, top_p=None, min_p=None, width: int | None = None,
            greedy: bool = True) -> Tensor:  # fmt: skip
-    """Draw a token (B,) from logits (B, V): the one at which the running sum of probabilities passes u (B,) in [0, 1).
+    """Draw a token (B,) from logits (B, V): the one at which the cumulative probability exceeds u (B,) in [0, 1).
 
-    Left out are, one after the other, all but the top_k likeliest, all but the likeliest that make up top_p together,
-    and those less than min_p times as likely as the likeliest; ties stay together. Each is a number or (B,), None is
-    off; temperature 0 takes the likeliest token, unless `greedy` says that no row has it. `width`: how many tokens
-    top_k leaves at most. A row whose logits are NaN gets token −1. What a row draws does not depend on the other rows,
-    nor on what is asked for them.
+    Filters, in this order: top_k keeps the top_k most likely tokens, top_p the most likely tokens whose probabilities
+    sum to top_p, min_p the tokens at least min_p times as likely as the most likely one; tied tokens are kept or
+    dropped together. Each is a number or a tensor (B,); None turns it off. temperature 0 selects the most likely token;
+    with `greedy` False, no row may have temperature 0. `width` is an upper bound of top_k. A row whose logits are NaN
+    gets token −1. A row's token does not depend on the other rows or their parameters.
     """
     numbers = (temperature, top_k, top_p, min_p)
     temperature, top_k, top_p, min_p = (
         f if f is None else torch.as_tensor(f, device=logits.device).view(-1, 1) for f in numbers
     )
     heat = temperature + (temperature == 0)
-    p = ((logits - logits.amax(dim=-1, keepdim=True)) / heat).exp()  # as a share of the likeliest one's
+    p = ((logits - logits.amax(dim=-1, keepdim=True)) / heat).exp()  # relative to the most likely token
     if top_k is not None or top_p is not None:
         ordered = p.topk(width).values if width else p.sort(descending=True).values
         if top_k is not None:
             ordered = ordered.masked_fill(torch.arange(ordered.size(1), device=p.device) >= top_k, 0.0)
-        if top_p is not None:  # what stands before a token already makes up top_p
+        if top_p is not None:  # tokens after those that already sum to top_p
             beyond = ordered.cumsum(dim=-1) - ordered >= top_p * ordered.sum(dim=-1, keepdim=True)
             ordered = ordered.masked_fill(beyond & (top_p < 1), 0.0)
         p = p.masked_fill(p < ordered.masked_fill(ordered == 0, torch.inf).amin(dim=-1, keepdim=True), 0.0)
@@ -45,14 +46,15 @@ def sample(logits: Tensor, u: Tensor, temperature, top_k=None, top_p=None, min_p
 
 
 def sample_inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
-    """The place (B,) at which the running sum of p (B, V), at least zero, passes its share u (B,), −1 where p is NaN.
+    """The index (B,) at which the cumulative sum of p (B, V), p ≥ 0, exceeds u (B,) times the total; −1 if p is NaN.
 
-    First among some 128 groups of neighbours, then within one of them: short sums, made side by side.
+    Searches about 128 groups of neighbouring tokens first, then within one group, so that the cumulative sums are short
+    and run in parallel.
     """
     size = -(-p.size(1) // 128)
     groups = F.pad(p, (0, -p.size(1) % size)).unflatten(1, (-1, size))  # (B, G, size)
     total = groups.sum(dim=-1).cumsum(dim=-1)
-    u = u.clamp(max=1 - 2**-20).unsqueeze(1)  # so that rounding never passes the last
+    u = u.clamp(max=1 - 2**-20).unsqueeze(1)  # so that rounding cannot exceed the last index
     goal = u * total[:, -1:]
     group = (total <= goal).sum(dim=-1, keepdim=True).clamp(max=total.size(1) - 1)
     inner = groups.gather(1, group.unsqueeze(2).expand(-1, -1, size)).squeeze(1).cumsum(dim=-1)

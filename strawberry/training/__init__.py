@@ -1,1 +1,1 @@
-"""Training: set-up, steps, checkpoints, evaluation; train.py has the loop."""
+"""Training: set-up, steps, checkpoints, evaluation. train.py has the training loop."""

@@ -1,4 +1,4 @@
-"""The blocks of a model, for what is done to each: compiling, sharding and activation checkpointing."""
+"""The blocks of a model, and operations on each of them: compilation, sharding and activation checkpointing."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from torch.utils.checkpoint import checkpoint
 
 
 def iterate_blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of the outermost lists: what a model has many of."""
+    """Yields the modules of the outermost ModuleLists: the model's blocks."""
     for child in model.children():
         yield from child if isinstance(child, nn.ModuleList) else iterate_blocks(child)
 
 
 def compile_blocks(model: nn.Module, wanted: bool) -> None:
-    """Compile each block by itself, and the head's loss, or undo it. Equal blocks are compiled once."""
+    """Compile each block and the head's loss separately, or undo that. Identical blocks are compiled once."""
     model.compile_loss = wanted
     for block in iterate_blocks(model):
         plain = type(block).forward.__get__(block)
@@ -29,8 +29,9 @@ def compile_blocks(model: nn.Module, wanted: bool) -> None:
 
 
 def has_only_matmul_weights(block: nn.Module) -> bool:
-    """Whether a block's matrices are read by matrix products alone, which round them to half precision anyway: then
-    they may travel in it. A router's are small, and the norms' scales and the biases are rounded with them."""
+    """Whether only matrix products read a block's matrices. These round their operands to half precision, so the
+    all-gather may send the block's parameters in half precision. Routers' matrices are exempt, since they are small;
+    norm scales and biases are rounded too."""
     for module in block.modules():
         roles, products = getattr(module, "roles", {}), getattr(module, "products", ())
         for name, p in module.named_parameters(recurse=False):
@@ -40,9 +41,9 @@ def has_only_matmul_weights(block: nn.Module) -> bool:
 
 
 class ActivationCheckpoint:
-    """Takes the place of a block's forward: what it keeps for the way back is its input, and it computes the rest anew.
+    """Activation checkpointing: replaces a block's forward, saves only its input and recomputes the rest in backward.
 
-    What routers count is counted once.
+    The recomputation does not change the routers' load counters.
     """
 
     def __init__(self, block: nn.Module):

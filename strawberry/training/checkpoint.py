@@ -1,18 +1,18 @@
-"""Checkpoints to resume from: a directory per step, whole or not there at all. Nothing is unpickled.
+"""Checkpoints to resume from: one directory per step, written atomically. Nothing is unpickled.
 
-    save_checkpoint, find_latest, Checkpoint    write one, find the newest good one, read it
-    list_checkpoints                            all of them
-    archive_run                                 moves an earlier run's checkpoints out of the way
-    find_model                                  the model file that a path means, be it a file or a checkpoint
-    write_state                                 the writer of state.pt
+    save_checkpoint, find_latest, Checkpoint    write a checkpoint, find the newest valid one, read it
+    list_checkpoints                            lists all checkpoints
+    archive_run                                 moves an earlier run's checkpoints to another directory
+    find_model                                  the model file of a path, which may be a file or a checkpoint
+    write_state                                 returns a writer of state.pt
 
 A checkpoint directory:
 
     bin/ck/step_00002000/model.safetensors    a model file, as save_model writes it
                          state.pt             optimizer and progress: read with weights_only=True
-                         manifest.json        size and SHA-256 of each file, its own SHA-256, the step and what it is of
+                         manifest.json        size and SHA-256 of each file, its own SHA-256, step, metadata
     bin/ck/latest                             "step_00002000"
-    bin/ck/lock                               the process that writes here, while it does: see lock.py
+    bin/ck/lock                               the process that is writing here: see lock.py
 """
 
 import contextlib
@@ -37,19 +37,20 @@ from strawberry.model_file import Writer, copy_weights, open_tensors
 MODEL, STATE, MANIFEST, LATEST = "model.safetensors", "state.pt", "manifest.json", "latest"
 FORMAT = 1  # of a checkpoint
 MAX_MANIFEST = 16 << 20  # bytes
-UNFINISHED = ".tmp_"  # what a killed run may leave: never read, removed by the next save
-REPLACED = ".old_"  # a checkpoint that another of the same step is about to replace: read if that one never came
+UNFINISHED = ".tmp_"  # prefix of a partial checkpoint of a killed run: never read, removed by the next save
+REPLACED = ".old_"  # prefix of a checkpoint being replaced by one of the same step: read if that one is missing
 
 
 def save_checkpoint(root, step: int, parts: dict[str, Writer], val_loss=None, keep: int = 3, meta=None) -> Path:
-    """Writes the directory `root`/step_… and returns its path; then removes what is no longer to be kept.
+    """Write the directory `root`/step_… and return its path; then remove old checkpoints, except the newest `keep` and
+    the one with the lowest `val_loss`.
 
-    `parts`: file name → function that writes the file. `val_loss`: a number, or None where there is none. `meta`: more
-    plain data for the manifest (fingerprints, configuration). Kept are the newest `keep` and the best by `val_loss`.
+    `parts`: file name → function that writes the file. `val_loss`: a number, or None if it was not measured. `meta`:
+    other JSON data for the manifest (fingerprints, configuration).
 
-    The files are written to a directory of another name and brought to disk; one rename makes them a checkpoint.
-    Whatever happens before that, a kill or a full disk, the older checkpoints are as they were. Raises UserError,
-    naming the path, where it cannot be written.
+    The files are written to a directory with a temporary name and synced; one rename makes it a checkpoint. If the
+    process is killed or the disk is full before that, the older checkpoints are unchanged. Raises UserError, which
+    names the path, if the checkpoint cannot be written.
     """
     root = Path(root)
     final = root / f"step_{step:08d}"
@@ -71,7 +72,7 @@ def save_checkpoint(root, step: int, parts: dict[str, Writer], val_loss=None, ke
         shutil.rmtree(temporary, ignore_errors=True)
     try:
         atomic_write(root / LATEST, f"{final.name}\n".encode())
-    except UserError as error:  # it helps people, and `find_latest` in one case: the checkpoint is good without it
+    except UserError as error:  # informs users, and lets `find_latest` warn; the checkpoint is valid without it
         print(f"warning: {error}; the checkpoint {final} is saved all the same", file=sys.stderr)
     finally:
         _remove_old_checkpoints(root, step, keep)
@@ -79,12 +80,12 @@ def save_checkpoint(root, step: int, parts: dict[str, Writer], val_loss=None, ke
 
 
 def write_state(state: dict) -> Writer:
-    """The writer of STATE: tensors, numbers, strings, and lists, tuples and dicts of them."""
+    """Returns a function that writes STATE: tensors, numbers, strings, and lists, tuples and dicts of them."""
     return lambda file: torch.save(state, file)
 
 
 class _HashingFile:
-    """A file that keeps the SHA-256 and size of what is written to it, and the first error."""
+    """A file that computes the SHA-256 and size of the bytes written to it, and stores a write error."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.hash, self.size, self.error = file, hashlib.sha256(), 0, None
@@ -93,7 +94,7 @@ class _HashingFile:
         try:
             self.file.write(data)
         except OSError as error:
-            self.error = error  # torch.save goes on and reports something else
+            self.error = error  # torch.save reports another error instead of this one
             raise
         self.hash.update(data)
         self.size += memoryview(data).nbytes
@@ -104,7 +105,7 @@ class _HashingFile:
 
 
 def _write_file(path: Path, writer: Writer) -> dict:
-    """Writes one file through to the disk and returns what the manifest says of it."""
+    """Write and sync one file, and return its manifest entry: size and SHA-256."""
     with open(path, "xb") as file:
         hashing = _HashingFile(file)
         try:
@@ -119,7 +120,7 @@ def _write_file(path: Path, writer: Writer) -> dict:
 
 
 def _render_manifest(manifest: dict) -> bytes:
-    """The bytes of a manifest, its own hash included. There is one rendering, so that any changed byte shows."""
+    """The bytes of a manifest, including its own hash. The rendering is unique, so any changed byte is detected."""
     body = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
     return json.dumps(manifest | {"sha256": _sha256(body)}, indent=1, sort_keys=True, allow_nan=False).encode()
 
@@ -129,10 +130,10 @@ def _sha256(text: str) -> str:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Gives a complete directory its name, in the place of another one if need be."""
+    """Rename a complete directory to its final name, and replace an existing one."""
     aside = final.with_name(REPLACED + final.name)
     if final.exists():
-        os.rename(final, aside)  # from here to the next rename `find_latest` finds it under this name
+        os.rename(final, aside)  # until the next rename, `find_latest` finds it under this name
     os.rename(temporary, final)
     _fsync_directory(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
@@ -149,7 +150,7 @@ def _fsync_directory(path: Path) -> None:
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Removes what killed runs left unfinished, and finishes what they were replacing."""
+    """Remove the partial files of killed runs. A checkpoint whose replacement was not finished gets its name back."""
     for path in root.glob(f"{REPLACED}step_*"):
         successor = path.with_name(path.name.removeprefix(REPLACED))
         if successor.exists():
@@ -164,14 +165,15 @@ def _remove_leftovers(root: Path) -> None:
 
 
 def _remove_old_checkpoints(root: Path, step: int, keep: int) -> None:
-    """Of the checkpoints up to `step`, removes all but the newest `keep` and the best. Broken ones stay, uncounted."""
+    """Remove all checkpoints up to `step` except the newest `keep` and the best. Broken ones are neither removed nor
+    counted."""
     good = []
     for number, path in _candidates(root):
         try:
             if number <= step:
                 good.append((path, _read_manifest(path)["val_loss"]))
         except _BrokenCheckpoint:
-            continue  # it may only be out of reach for a moment
+            continue  # it may be temporarily unreadable
     kept = {path for path, _ in good[: max(1, keep)]}
     if losses := [(loss, path) for path, loss in good if loss is not None]:
         kept.add(min(losses, key=lambda pair: pair[0])[1])
@@ -179,17 +181,17 @@ def _remove_old_checkpoints(root: Path, step: int, keep: int) -> None:
         if path not in kept:
             doomed = path.with_name(f"{UNFINISHED}remove_{path.name}")
             try:
-                os.rename(path, doomed)  # so that half a checkpoint never bears a checkpoint's name
+                os.rename(path, doomed)  # so that a partial checkpoint never has a checkpoint's name
                 shutil.rmtree(doomed)
             except OSError as error:
                 print(f"warning: cannot remove the old checkpoint {path}: {error.strerror}", file=sys.stderr)
 
 
 def archive_run(root) -> Path | None:
-    """Moves the checkpoints of an earlier run to `root`/earlier_1 (or _2, …), for a run that starts from scratch.
+    """Move the checkpoints of an earlier run to `root`/earlier_1 (or _2, …), before a run from scratch.
 
-    Returns that directory, or None where there was nothing to move. Without it the older run's higher steps would be
-    taken for the newest.
+    Returns that directory, or None if there is no checkpoint. Otherwise the earlier run's higher steps would count as
+    the newest. Raises UserError if they cannot be moved.
     """
     root = Path(root)
     found = [path for _, path in _candidates(root)]
@@ -213,7 +215,7 @@ def archive_run(root) -> Path | None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are those that its manifest lists. `meta` is what save_checkpoint was given."""
+    """A checkpoint whose files match its manifest. `meta` is the argument of save_checkpoint."""
 
     path: Path
     step: int
@@ -222,28 +224,29 @@ class Checkpoint:
     saved_at: float  # seconds since 1970
 
     def load_weights(self, model: nn.Module) -> None:
-        """Copies the saved parameters and buffers into `model`. Raises UserError where they are another model's."""
+        """Copy the saved parameters and buffers into `model`. Raises UserError if they belong to another model."""
         with open_tensors(self.path / MODEL) as file:
             copy_weights(model, file, self.path / MODEL)
 
     def load_state(self) -> dict:
-        """What write_state was given, with tensors on the CPU. Raises UserError, and runs nothing, on anything else."""
+        """The argument of write_state, with tensors on the CPU. Raises UserError for any other content, and never
+        executes code in the file."""
         path = self.path / STATE
         try:
-            with zipfile.ZipFile(path) as parts:  # torch.save compresses nothing: what would grow is no state of ours
+            with zipfile.ZipFile(path) as parts:  # torch.save does not compress, so our files never unpack to more
                 if sum(part.file_size for part in parts.infolist()) > os.path.getsize(path):
                     raise ValueError("it would unpack to more than its size")
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a file of unknown content makes the reader say
+        except Exception as error:  # a file of unknown content may raise any exception
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"cannot read {path}: it is not a plain training state ({reason})") from error
 
 
 def find_latest(root) -> Checkpoint:
-    """The newest checkpoint under `root` whose files are all as they were written.
+    """The newest checkpoint under `root` whose files all match their SHA-256.
 
-    A broken one is named on stderr, file and reason, and the one before it is taken. Raises UserError where there is
-    none, or none that is good.
+    A broken checkpoint is reported on stderr with the file and the reason, and the next older one is tried. Raises
+    UserError if there is no checkpoint, or no valid one.
     """
     root = Path(root)
     candidates = _candidates(root)
@@ -265,11 +268,11 @@ def find_latest(root) -> Checkpoint:
 
 
 def list_checkpoints(root) -> list[Checkpoint]:
-    """Every checkpoint under `root`, the newest first; left out are those whose manifest or files' sizes are wrong.
-    What is in the files is not looked at: `find_latest` does that."""
+    """Every checkpoint under `root`, newest first, except those whose manifest or file sizes are wrong. The files'
+    content is not verified; `find_latest` does that."""
     found = []
     for _, path in _candidates(Path(root)):
-        with contextlib.suppress(_BrokenCheckpoint, OSError):  # its run may move or remove it meanwhile
+        with contextlib.suppress(_BrokenCheckpoint, OSError):  # the run may move or remove it at the same time
             found.append(_describe(path, _read_manifest(path)))
     return found
 
@@ -279,11 +282,11 @@ def _describe(path: Path, manifest: dict) -> Checkpoint:
 
 
 class _BrokenCheckpoint(Exception):
-    """Why a directory is no good checkpoint: the file and what is wrong with it."""
+    """A directory is not a valid checkpoint; the message names the file and the problem."""
 
 
 def _candidates(root: Path) -> list[tuple[int, Path]]:
-    """(step, directory), the newest first."""
+    """(step, directory) of each checkpoint, newest first."""
     found = []
     try:
         for path in root.iterdir():
@@ -298,7 +301,7 @@ def _candidates(root: Path) -> list[tuple[int, Path]]:
 
 
 def _warn_if_latest_is_missing(root: Path) -> None:
-    """Warns where the checkpoint written last is gone altogether."""
+    """Print a warning if the last checkpoint written, named in LATEST, no longer exists."""
     try:
         name = (root / LATEST).read_bytes()[:100].decode(errors="replace").strip()
     except OSError:
@@ -308,7 +311,8 @@ def _warn_if_latest_is_missing(root: Path) -> None:
 
 
 def _read_manifest(path: Path) -> dict:
-    """The manifest of the checkpoint at `path`, with the files' sizes checked but not yet their content."""
+    """The manifest of the checkpoint at `path`. Checks the files' sizes, but not their content. Raises
+    _BrokenCheckpoint."""
     file = path / MANIFEST
     if _file_size(file) > MAX_MANIFEST:
         raise _BrokenCheckpoint(f"{MANIFEST} has {_file_size(file)} bytes, more than {MAX_MANIFEST}")
@@ -343,7 +347,8 @@ def _file_size(path: Path) -> int:
 
 
 def _verify(path: Path) -> dict:
-    """The manifest of the checkpoint at `path`, every file of which has been read and found as it was written."""
+    """The manifest of the checkpoint at `path`, after comparing every file with its SHA-256. Raises
+    _BrokenCheckpoint."""
     manifest = _read_manifest(path)
     for name, about in manifest["files"].items():
         try:
@@ -357,8 +362,8 @@ def _verify(path: Path) -> dict:
 
 
 def find_model(path, option: str) -> Path:
-    """`path` itself where it is no directory, else the model file of that checkpoint, or of the newest good checkpoint
-    in it. Raises UserError, naming the option that the path was given by, where the directory has none."""
+    """`path` itself if it is not a directory; otherwise the model file of that checkpoint, or of the newest valid
+    checkpoint in the directory. Raises UserError, which names `option`, if the directory has no checkpoint."""
     path = Path(path)
     if not path.is_dir():
         return path

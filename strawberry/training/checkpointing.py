@@ -21,13 +21,14 @@ from strawberry.training.state import Progress
 
 
 class Checkpointer:
-    """What a run leaves on disk: its checkpoints, its metrics' beginning, and at the end its model file."""
+    """Writes and reads a run's checkpoints, truncates its metrics on resume, and writes its model file at the end."""
 
     def __init__(self, state, steps):
         self.state, self.steps = state, steps
 
     def find(self) -> Checkpoint:
-        """The newest good one, which must be of the same encoder and the same data."""
+        """The newest valid checkpoint. Raises UserError if its encoder or data differ, or if ranks find different
+        checkpoints."""
         found = find_latest(self.state.root)
         if self.state.ranks.broadcast_object(found.path.name) != found.path.name:
             raise UserError(
@@ -63,7 +64,7 @@ class Checkpointer:
         print("\n    ".join([f"resuming {found.path}" + (", with changed keys:" if changed else ""), *changed]))
 
     def load(self, found: Checkpoint) -> None:
-        self.steps.release_graph()  # the optimizer's state will lie elsewhere
+        self.steps.release_graph()  # the optimizer's state gets new addresses
         found.load_weights(self.state.model)
         state = found.load_state()
         try:
@@ -78,7 +79,8 @@ class Checkpointer:
         self.state.val_loss = found.val_loss
 
     def claim_directory(self) -> None:
-        """Make checkpoints.path this run's: another run's files there are moved aside, a resumed run's are gone on."""
+        """Claim checkpoints.path for this run: a run from scratch moves another run's files to earlier_…, a resumed run
+        continues its own."""
         if self.state.ranks.main:
             try:
                 self.state.root.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ class Checkpointer:
         self.state.claimed = True
 
     def rewind_metrics(self, step: int) -> None:
-        """Bring metrics.jsonl back to a step, and with it what is known of that step's evaluation."""
+        """Truncate metrics.jsonl after a step, and restore the validation loss if that step was evaluated."""
         self.state.evaluated = -1
         for line in self.state.metrics.rewind(step) if self.state.ranks.main else ():
             if line["step"] == step and "val_loss" in line:
@@ -106,7 +108,8 @@ class Checkpointer:
         )
 
     def save(self) -> None:
-        """A checkpoint of this step, if there is none yet. What goes wrong is told, and tried again at the next log."""
+        """Save a checkpoint of this step, if there is none yet. A failure gives a warning, and a retry at the next log
+        interval. Raises NonFinite if a weight is not finite."""
         self.steps.synchronize()
         step = self.state.progress.step
         if not self.state.run.checkpoints.create_checkpoints or self.state.saved == step:
@@ -120,13 +123,13 @@ class Checkpointer:
             self.write(step, tensors, optimizer)
         else:
             self.state.saved, self.state.save_failed = step, False
-        if self.state.ranks.sharded:  # where it failed, they try again together
+        if self.state.ranks.sharded:  # so that all ranks retry together after a failure
             self.state.saved, self.state.save_failed = self.state.ranks.broadcast_object(
                 [self.state.saved, self.state.save_failed]
             )
 
     def write(self, step: int, tensors: dict[str, Tensor], optimizer: dict) -> None:
-        """A checkpoint of whole tensors."""
+        """Write a checkpoint from whole tensors."""
         fingerprints = {"dataset": self.state.corpus.fingerprint, "encoder": self.state.encoder.fingerprint}
         state = {"optimizer": optimizer, "progress": vars(self.state.progress)}
         files = {
@@ -157,14 +160,14 @@ class Checkpointer:
             )
 
     def training_record(self) -> dict:
-        """What a model file tells about its training."""
+        """The training record of a model file."""
         p = self.state.progress
         about = {"step": p.step, "tokens": p.tokens, "seconds": round(p.seconds, 3), "val_loss": self.state.val_loss}
         about |= {"rollbacks": p.rollbacks, "dataset": self.state.corpus.fingerprint, "torch": torch.__version__}
         return about | {"run": to_dict(self.state.run)}
 
     def save_model_file(self) -> None:
-        """After the last step: the model file."""
+        """Write the model file, after the last step."""
         self.check_weights()
         tensors = self.state.ranks.gather(unique_tensors(self.state.model))
         if not self.state.ranks.main:
@@ -177,10 +180,10 @@ class Checkpointer:
         )
 
     def save_on_exit(self) -> bool:
-        """Save on the way out; whether there is something to resume. A run without a step has nothing to lose."""
+        """Save a checkpoint before the process exits. Returns whether there is a checkpoint to resume from."""
         self.state.signals.caught = True
         if self.state.claimed and self.state.ranks.can_save:
-            # what was saved before a step that was not finite is as it was
+            # a step that was not finite does not affect earlier checkpoints
             for work in (self.steps.synchronize, self.save):
                 try:
                     if self.state.ranks.can_save:
@@ -190,7 +193,7 @@ class Checkpointer:
         return self.state.claimed and self.state.saved >= 0
 
     def status(self) -> str:
-        """What is on disk, for the last line that a user reads."""
+        """The state of the checkpoints on disk, for the run's last message."""
         if not self.state.claimed:
             return "nothing was changed"
         if self.state.saved < 0:

@@ -1,4 +1,4 @@
-"""What a run prints: a table of steps, evaluations, warnings; and streams that survive a full disk."""
+"""The console output of a run: a table of steps, evaluations, warnings; and streams that tolerate a full disk."""
 
 import contextlib
 import os
@@ -10,27 +10,27 @@ from tqdm import tqdm
 
 from strawberry import status_file
 
-STATUS = status_file.StatusFile(os.environ.get(status_file.VARIABLE))  # of a run that serve.py has started
+STATUS = status_file.StatusFile(os.environ.get(status_file.VARIABLE))  # used if serve.py started the run
 COLUMNS = {"step": 8, "loss": 8, "learning rate": 13, "grad norm": 9, "tokens/s": 10, "elapsed": 8, "remaining": 9}
 HEADER_EVERY = 20  # printed lines
 
 
 class Console:
-    """What a run prints on stdout, each line at once: a table with a row for each logged step, and its evaluations.
+    """Prints a run's output on stdout and flushes each line: a table with a row for each logged step, and evaluations.
 
-    On a terminal a bar stays on stderr, below the lines; it writes nothing to a file. The header of the table is
-    printed again once HEADER_EVERY lines of any kind have followed it. Elapsed and remaining are wall-clock time from
-    this start's first step on, evaluations and checkpoints included.
+    A progress bar is shown on stderr below the lines, only if stderr is a terminal. The table's header is printed again
+    after HEADER_EVERY lines of any kind. Elapsed and remaining are wall-clock times since the first step of this
+    process, including evaluations and checkpoints.
     """
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self.since_header = HEADER_EVERY
-        self.began: float | None = None  # of the first step
-        self.resumed, self.first_step = 0.0, 0  # where the pace is counted from: there, or where a rollback led to
+        self.began: float | None = None  # time of the first step
+        self.resumed, self.first_step = 0.0, 0  # start of the rate measurement: the first step, or the last rollback
 
     def start(self, step: int, total: int, hidden: bool) -> tqdm:
-        """The bar of a run that goes on after `step`."""
+        """The progress bar of a run that continues after `step`."""
         self.resumed, self.first_step = time.monotonic(), step
         self.began = self.began or self.resumed
         style = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
@@ -55,19 +55,20 @@ class Console:
 
 
 def format_row(cells: Iterable[str]) -> str:
-    """One line of the table, each cell at the right end of its column."""
+    """One line of the table, with right-aligned cells."""
     return "  ".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True))
 
 
 def format_decimal(value: float) -> str:
-    """Four decimals, or four digits where these would not show the number: 0.1234, 1.234e-05"""
+    """Four decimals, or three significant digits for very small and large numbers: 0.1234, 1.23e-05."""
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1000 else f"{value:.3g}"
 
 
 class DiskFullSafeStream:
-    """A stream whose full disk ends no run: what cannot be written is lost, or comes when there is room again.
+    """A stream that does not raise an error on a full disk: text that cannot be written is lost, or is written when
+    there is space again.
 
-    Warnings, and that the stream cannot be written, go to STATUS too.
+    Warnings, and the failure to write the stream, are also reported in STATUS.
     """
 
     def __init__(self, stream):
@@ -89,7 +90,7 @@ class DiskFullSafeStream:
     def sparing():
         try:
             yield
-        except BrokenPipeError:  # its reader left on purpose
+        except BrokenPipeError:  # the reader closed the pipe on purpose
             raise
         except OSError as error:
             STATUS.warn(f"cannot write the log ({error.strerror}); lines of it are lost")

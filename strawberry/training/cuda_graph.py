@@ -1,4 +1,4 @@
-"""Optimizer steps as one CUDA graph, launched without waiting for the device."""
+"""Optimizer steps as one CUDA graph, launched without synchronizing with the device."""
 
 import collections
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from torch import Tensor
 from strawberry.data.loader import map_tensors
 from strawberry.data.objectives import Batch
 
-MAX_QUEUED_STEPS = 4  # steps that the GPU may be behind the host
+MAX_QUEUED_STEPS = 4  # maximum number of launched steps that have not completed
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether steps can be left to the device, as one CUDA graph or called one by one."""
+    """Whether the device supports steps without host synchronization, as one CUDA graph or called one by one."""
     return device.type == "cuda"
 
 
@@ -23,42 +23,42 @@ class NonFinite(Exception):
 
 
 class PendingStep(NamedTuple):
-    """A step that is on its way."""
+    """A step that was launched and has not completed."""
 
     step: int
     lr: float
-    answer: Tensor  # (3,) in pinned memory: loss, norm of the gradient, and 1.0 while all has been finite
-    ready: torch.cuda.Event | None  # when the answer is
+    answer: Tensor  # (3,) in pinned memory: loss, gradient norm, and 1.0 if this and all earlier steps were finite
+    ready: torch.cuda.Event | None  # recorded after the copy to `answer`
 
 
 class CudaGraphStep:
-    """Optimizer steps without a word from the host: passes, clipping and update as one CUDA graph, launched at once.
+    """Optimizer steps without host synchronization: forward, backward, clipping and update as one CUDA graph.
 
-    A small model's step is some hundred launches of a few microseconds each, which a host cannot keep up with, and a
-    large one's ends with the host waiting to hear whether the loss was finite. Here the device judges that itself: a
-    step whose loss or gradient is not finite changes nothing, and nor does any step after it, so that the host may
-    hear of it some steps late and still find all as it was before.
+    A small model's step has some hundred kernels of a few microseconds each, which the host cannot launch fast enough.
+    A large model's step ends with a host synchronization to check that the loss is finite. Here the device makes that
+    check: if the loss or gradient is NaN or infinite, the update is skipped on the device, and so are all queued steps
+    after it. The host sees this some steps later, when weights and optimizer state are still those before the step.
 
-    `step` is what is captured; on a device other than CUDA, and where `graph` is False, it is simply called. Of several
-    ranks each launches its own graph, and their sums over NCCL are in it: all of them must launch the same steps.
+    `step` is captured. On devices other than CUDA, or if `graph` is False, it is called without a graph. Each rank
+    launches its own graph, which contains its NCCL collectives, so all ranks must launch the same steps.
     """
 
-    WARM_UP = 2  # steps before the recording, which allocate and choose kernels
-    WARM_UP_TOGETHER = 11  # DDP forms its buckets in the second and takes times, waiting for the device, in ten
+    WARM_UP = 2  # steps before the capture, in which memory is allocated and kernels are selected
+    WARM_UP_TOGETHER = 11  # DDP forms its buckets in the second step, and synchronizes to measure times in ten
 
     def __init__(self, steps, graph: bool = True):
         self.steps, self.state = steps, steps.state
         self.optimizer, device = self.state.optimizer, self.state.device
-        self.all_finite = torch.zeros((), device=device)  # 1.0 as long as everything has been finite
+        self.all_finite = torch.zeros((), device=device)  # 1.0 while all losses and gradients have been finite
         self.found_inf = torch.ones((), device=device)
         self.answer = torch.zeros(3, device=device)
         self.graph = torch.cuda.CUDAGraph() if graph and device.type == "cuda" else None
         self.pending: collections.deque[PendingStep] = collections.deque()
-        self.step_calls = 0  # step(), since the recording began
+        self.step_calls = 0  # calls of step() since the capture began
         self.captured = False
 
     def capture(self, micro_batches: list[Batch]) -> None:
-        """Record a step over batches of these shapes. Nothing is trained by it, since `all_finite` is still zero."""
+        """Capture a step for batches of these shapes. It does not train, because `all_finite` is still zero."""
         self.inputs = [map_tensors(batch, torch.clone) for batch in micro_batches]
         self.optimizer.to_device(self.found_inf)
         if self.graph is not None:
@@ -70,7 +70,7 @@ class CudaGraphStep:
                 for _ in range(warm_up):
                     self.step()
             here.wait_stream(aside)
-            # what other threads ask of CUDA meanwhile (NCCL's watchdog) does not disturb
+            # thread_local: CUDA calls of other threads, such as NCCL's watchdog, do not invalidate the capture
             with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
                 self.step()
             self.optimizer.count(-self.step_calls)
@@ -83,7 +83,7 @@ class CudaGraphStep:
         self.optimizer.zero_grad()
         loss = self.steps.accumulate([batch._replace(n_targets=(batch.y >= 0).sum()) for batch in self.inputs])
         state.ranks.all_reduce_([loss, *state.loads])
-        norm = self.steps.clip()  # the same on all ranks, as the loss now is: so all of them judge alike
+        norm = self.steps.clip()  # the same on all ranks, as is the loss, so all ranks decide alike
         self.all_finite *= torch.isfinite(loss + norm)
         self.found_inf.copy_(1 - self.all_finite)
         self.optimizer.step()
@@ -113,9 +113,9 @@ class CudaGraphStep:
         self.pending.append(PendingStep(step, lr, answer, ready))
 
     def completed(self, lag: int) -> Iterator[tuple[PendingStep, float, float]]:
-        """(what was pending, loss, norm) of each step that is done, in order; waits until at most `lag` are on the way.
-        Raises NonFinite at the first that changed nothing: of several ranks in all after the same launch, which is why
-        none of them looks whether an answer is there sooner."""
+        """Yields (pending step, loss, gradient norm) of each completed step, in order; waits until at most `lag` steps
+        are pending. Raises NonFinite at the first step that was skipped. All ranks must raise it after the same launch,
+        so with several ranks the host never polls for steps that complete earlier."""
         ranks = self.state.ranks
         while self.pending and (len(self.pending) > lag or self.pending[0].ready is None or (
                 ranks.world == 1 and self.pending[0].ready.query())):  # fmt: skip
@@ -132,12 +132,12 @@ class CudaGraphStep:
             yield pending, loss, norm
 
     def close(self) -> None:
-        """From here on, steps are taken by the host again."""
+        """Release the graph and return the optimizer to host control."""
         if self.step_calls and not self.captured:
             self.optimizer.count(-self.step_calls)
         self.optimizer.to_host()
         self.optimizer.zero_grad()
-        # torch's generator would wait for the recording's end for ever
+        # after a failed capture, torch's generator would wait for its end forever
         if self.graph is not None and not self.captured:
             device = self.all_finite.device.index or 0
             torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator(self.all_finite.device))

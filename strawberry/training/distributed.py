@@ -1,42 +1,45 @@
-"""The processes that train one model together: one of them, or several, each with its part of every batch.
+"""Distributed training: one process, or several, each of which has its part of every batch.
 
     torchrun --nproc_per_node=2 train.py --config tiny.json
 
     SingleProcess  one process
     DDP            parallel: "ddp": each rank has the whole model. torch's DistributedDataParallel averages gradients,
-                   bucket by bucket, while the backward pass still runs
-    FSDP           parallel: "fsdp": each rank keeps its shard of weights, gradients and optimizer state. torch's
-                   fully_shard gathers a block while it computes, and activations are recomputed
+                   bucket by bucket, during the backward pass
+    FSDP           parallel: "fsdp": each rank has its shard of weights, gradients and optimizer state. torch's
+                   fully_shard all-gathers a block while it computes, and activations are recomputed
 
-All three have the same methods: train.py does not ask how many processes there are. Rank 0 alone prints, draws, saves.
+All three have the same interface, so train.py does not depend on the number of processes. Only rank 0 prints, draws and
+saves.
 
-    rank, world, main                    this one's number, how many there are, whether it is number 0
-    sharded                              whether no rank alone has the whole model
-    place_model(model, device, dtype)    the model on its device, each rank with what it keeps
-    make_forward(model, compiled, idle)  what takes a batch to its loss, gradients being averaged in the backward pass;
-                                         compiled as a whole (True), block by block ("blocks") or not
-    sync_context(last)                   a context for one micro-batch's passes: gradients are reduced at the last
-    total_targets(n)                     the targets of all ranks, n being this one's; a tensor where there are several
-    grad_seed                            the gradient of a loss, such that the average over ranks is the sum of losses
-    grad_norm(parameters)                the norm of all gradients together
-    distribute(stacks, shapes, work)     work(stack) of stacks of matrices, each rank doing its share
-    gather(tree)                         on rank 0, whole tensors in the place of sharded ones
-    full_model(model)                    a context with the whole model on rank 0, None elsewhere
-    all_reduce_(tensors)                 in place: the sum over ranks
+    rank, world, main                    this process's rank, the number of ranks, whether the rank is 0
+    sharded                              whether weights are sharded over the ranks
+    place_model(model, device, dtype)    moves the model to its device, sharded if the ranks are
+    make_forward(model, compiled, idle)  the function from a batch to its loss, whose backward averages the gradients;
+                                         compiled as a whole (True), block by block ("blocks") or not (False)
+    sync_context(last)                   a context for one micro-batch: gradients are reduced at the last
+    total_targets(n)                     the number of targets on all ranks; n is this rank's. A tensor if world > 1
+    grad_seed                            the initial gradient of a loss, such that the average over ranks becomes a sum
+    grad_norm(parameters)                the norm of all gradients of all ranks
+    distribute(stacks, shapes, work)     work(stack) for stacks of matrices, divided among the ranks
+    gather(tree)                         on rank 0, the tree with whole tensors in place of sharded ones
+    full_model(model)                    a context with the whole model on rank 0, None on other ranks
+    all_reduce_(tensors)                 sums the tensors over ranks in place
     sum_numbers(*numbers) -> list        the sum of each number over ranks
-    broadcast_object(value) -> value     rank 0's value, plain data, for all; nobody returns before all have asked
-    max_signal(number) -> number         the largest signal that any rank got, where all must stop at the same step
-    stops_together                       whether they must, since none can undo what it has begun with the others
+    broadcast_object(value) -> value     rank 0's value, JSON data; also a barrier
+    max_signal(number) -> number         the largest signal number that any rank received
+    stops_together                       whether all ranks must stop after the same step, because a rank cannot abandon
+                                         a collective or a launched step
     can_capture                          whether the collectives of a step can be part of a CUDA graph
-    start_heartbeat()                    from here on, wait_for() looks after the others
-    wait_for(event)                      until the device has reached it; PeerLost where a lost process prevents that
-    reset()                              forget a step that was given up in the middle; then make_forward() anew
-    detect_peer_loss()                   a context that turns the back ends' errors about a lost process into PeerLost
-    close()
-    hard_exit(code)                      ends a process whose peers may be gone
+    start_heartbeat()                    lets wait_for() detect lost processes from now on
+    wait_for(event)                      waits until the device reaches the event; raises PeerLost if a lost process
+                                         prevents that
+    reset()                              discards the state of an abandoned step; make_forward() must follow
+    detect_peer_loss()                   a context that converts a backend's connection errors to PeerLost
+    close()                              ends the process group
+    hard_exit(code)                      ends a process whose peers may be lost
 
-A process that is silent is gone: a dead process closes its connections, which the others see at once, and after TIMEOUT
-at the latest. They raise PeerLost.
+A process that does not respond is lost. A process that ends closes its connections, which the others detect
+immediately, or after TIMEOUT at the latest. They raise PeerLost.
 """
 
 import contextlib
@@ -60,20 +63,20 @@ from strawberry.common import UserError
 from strawberry.sharding import shard_rows, to_local
 from strawberry.training import blocks
 
-TIMEOUT = datetime.timedelta(minutes=30)  # longer than any evaluation or save for which the others wait
-BUCKET_SIZE = 1 << 24  # numbers that travel as one tensor
-COMPILE_PARTITIONS = 3  # graphs of a compiled model: gradients of one travel while those of the next are computed
-HEARTBEAT_INTERVAL = 2.0  # seconds between two signs of life
-HEARTBEAT_TIMEOUT = 20.0  # seconds without one after which a process counts as gone, where a device waits for it
-DRAIN_TIMEOUT = 5.0  # seconds in which a device may finish what it has begun with a process that is gone
+TIMEOUT = datetime.timedelta(minutes=30)  # longer than any evaluation or save of rank 0, for which the others wait
+BUCKET_SIZE = 1 << 24  # numbers in one all-reduce
+COMPILE_PARTITIONS = 3  # graphs of a compiled model: one's all-reduce overlaps with the backward pass of the next
+HEARTBEAT_INTERVAL = 2.0  # seconds between two heartbeats
+HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which a process is lost, if a device waits for it
+DRAIN_TIMEOUT = 5.0  # seconds for the device to finish its collectives with a lost process
 
 
 class PeerLost(Exception):
-    """Another process of this run has ended, or is out of reach."""
+    """Another process of this run has ended or cannot be reached."""
 
 
 def join_processes(device: torch.device, parallel: str = "ddp") -> "SingleProcess | ProcessGroup":
-    """The ranks that torchrun has started, this one among them; Alone without torchrun."""
+    """Join the process group of torchrun; a SingleProcess without torchrun. Raises UserError if that fails."""
     return PARALLEL[parallel](device) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else SingleProcess()
 
 
@@ -139,7 +142,7 @@ class SingleProcess:
 
 
 class ProcessGroup:
-    """What replicated and sharded have in common. Over NCCL where each process has a GPU of its own, else over gloo."""
+    """Base class of DDP and FSDP. Uses NCCL with one GPU per process, gloo on the CPU."""
 
     sharded, can_save, peer_lost, can_capture = False, True, False, False
 
@@ -160,17 +163,17 @@ class ProcessGroup:
             raise UserError(f"cannot reach the other processes of torchrun: {reason}; start them all again") from error
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.main = self.rank == 0
-        self.grad_seed = torch.tensor(float(self.world), device=device)  # gradients are averaged, and are to be a sum
+        self.grad_seed = torch.tensor(float(self.world), device=device)  # turns the average of gradients into a sum
         self.shares: dict = {}
         self.stops_together = (
             self.sharded or device.type == "cuda"
-        )  # a GPU is some steps behind, waiting for the others
-        # plain numbers that need not wait for the GPU
+        )  # a GPU has launched steps that wait for the other ranks
+        # host numbers go through gloo, which does not synchronize with the GPU
         self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
         self.heartbeat: Heartbeat | None = None
         if device.type == "cuda":
-            # CUDA's default stream cannot be captured, and autograd adds up gradients where their parameters were first
-            # used: so all of this process's work is on another one
+            # CUDA's default stream cannot be captured, and autograd accumulates gradients on the stream where their
+            # parameters were first used, so this process uses another stream for all its work
             torch.cuda.synchronize()
             torch.cuda.set_stream(torch.cuda.Stream())
 
@@ -178,7 +181,7 @@ class ProcessGroup:
         if isinstance(n, Tensor):
             total = n.float()
         else:
-            total = torch.full((), float(n), device=self.device)  # filled there: the host does not wait
+            total = torch.full((), float(n), device=self.device)  # filled on the device, without a synchronization
         with self.detect_peer_loss(certain=True):
             dist.all_reduce(total)
         return total.clamp(min=1)
@@ -209,7 +212,8 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def detect_peer_loss(self, certain: bool = False):
-        """`certain`: whatever is raised in it comes from the connection."""
+        """A context that raises PeerLost for connection errors. `certain`: every RuntimeError except out of memory is
+        one."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -231,7 +235,8 @@ class ProcessGroup:
         self.heartbeat = self.heartbeat or Heartbeat(dist.distributed_c10d._get_default_store(), self.rank, self.world)
 
     def wait_for(self, event: torch.cuda.Event) -> None:
-        """A GPU that waits for a process that is gone waits for ever, and says nothing: so the host only looks."""
+        """Poll the event. A GPU that waits for a lost process never reports an error, so a synchronization could block
+        forever. Raises PeerLost."""
         began, looked = time.monotonic(), 0.0
         while not event.query():
             waited = time.monotonic() - began
@@ -239,13 +244,13 @@ class ProcessGroup:
             if waited > looked + HEARTBEAT_INTERVAL and not gone and self.heartbeat:
                 gone, looked = self.heartbeat.stale_peer(), waited
             if gone or waited > TIMEOUT.total_seconds():
-                self.can_save, self.peer_lost = False, True  # what the device has begun cannot be undone
+                self.can_save, self.peer_lost = False, True  # launched steps cannot be undone
                 raise PeerLost(f"another process of this run has ended or is out of reach ({gone or 'no answer'})")
             time.sleep(min(2e-4 + waited / 200, 0.05))
 
 
     def shares_for(self, shapes: list[tuple[int, int, int]]) -> list[list[range]]:
-        """`divide_matrices`, remembered: a step asks for the same each time."""
+        """`divide_matrices`, cached, since each step has the same shapes."""
         key = tuple(shapes)
         if key not in self.shares:
             self.shares[key] = divide_matrices(shapes, self.world)
@@ -260,8 +265,8 @@ class ProcessGroup:
             dist.destroy_process_group()
 
     def hard_exit(self, code: int) -> None:
-        """End the process where others may be gone, and take nothing apart: what DDP began with them is dropped by a
-        thread that waits for Python's lock, while Python waits for that thread, for ever."""
+        """End the process without cleanup when peers may be lost. In a normal exit, a thread that releases DDP's
+        pending work waits for the GIL while Python waits for the thread: a deadlock."""
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -269,13 +274,14 @@ class ProcessGroup:
 
 
 def leak_process_group(thing) -> None:
-    """One reference more than there is. A back end's thread may be about to drop what it has just sent, for which it
-    waits for Python's lock; if Python takes the back end apart meanwhile, it waits for that thread, for ever."""
+    """Leak a reference. A backend's thread may wait for the GIL to release a tensor that it has sent; destroying the
+    process group at that moment waits for the thread, which is a deadlock."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def bucket_tensors(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in order, neighbours of one dtype together up to BUCKET numbers."""
+    """Yields the tensors in order, in buckets of one dtype with at most BUCKET_SIZE numbers; a larger tensor is its own
+    bucket."""
     bucket: list[Tensor] = []
     room = 0
     for t in tensors:
@@ -289,7 +295,7 @@ def bucket_tensors(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def is_connection_error(error: RuntimeError) -> bool:
-    """Whether an error that came out of a pass of the model is the back end's, about another process."""
+    """Whether an error raised in a forward or backward pass is a backend's error about another process."""
     text = str(error)
     signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "NCCL error",
              "gloo/transport", "Timed out waiting", "timed out", "remote process exited", "Socket closed")  # fmt: skip
@@ -297,13 +303,13 @@ def is_connection_error(error: RuntimeError) -> bool:
 
 
 class Heartbeat:
-    """A thread that tells the others, in the store where they met, that this process is there: a number every BEAT
-    seconds. NCCL's own watchdog does not see what a CUDA graph does."""
+    """A thread that writes an increasing number to the process group's store every HEARTBEAT_INTERVAL seconds, so that
+    other ranks know that this process is alive. NCCL's own watchdog does not monitor collectives in a CUDA graph."""
 
     def __init__(self, store, rank: int, world: int):
         self.store, self.rank, self.world = (store.clone() if hasattr(store, "clone") else store), rank, world
         self.beats, self.ended = 0, threading.Event()
-        self.seen: dict[int, tuple[bytes, float]] = {}  # the last heartbeat of each, and since when
+        self.seen: dict[int, tuple[bytes, float]] = {}  # each rank's last heartbeat, and when it was first seen
         self.beat()
         self.thread = threading.Thread(target=self.run, name="heartbeat", daemon=True)
         self.thread.start()
@@ -316,12 +322,13 @@ class Heartbeat:
         self.store.set(self.key(self.rank), str(self.beats))
 
     def run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone: the others find that out themselves
+        with contextlib.suppress(RuntimeError):  # the store is lost, which other ranks detect themselves
             while not self.ended.wait(HEARTBEAT_INTERVAL):
                 self.beat()
 
     def stale_peer(self) -> str | None:
-        """The rank without a heartbeat for SILENT seconds, in which this was called repeatedly; None: no rank."""
+        """A message about a rank without a heartbeat for HEARTBEAT_TIMEOUT seconds, or about a lost store; None if all
+        ranks are alive. Must be called repeatedly, since it compares with earlier calls."""
         now = time.monotonic()
         try:
             for rank in range(self.world):
@@ -340,32 +347,33 @@ class Heartbeat:
 
 
 class DDP(ProcessGroup):
-    """The whole model on each rank. Weights stay equal, bit for bit, since all get the same gradients and updates."""
+    """The whole model on each rank. Weights stay bitwise equal, since all ranks apply the same updates."""
 
-    ddp = None  # before forward() each rank is on its own, to find out how large a batch it has memory for
+    ddp = None  # until make_forward(), ranks do not communicate, while each measures the batch size that fits
 
     def place_model(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return model.to(device)
 
     def make_forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
-        """`idle`: whether a step leaves parameters without a gradient, for which DDP would otherwise wait. Gradients
-        travel while others are computed where a compiled model comes as several graphs; one gives all at its end."""
+        """`idle` returns whether a step leaves parameters without a gradient, for which DDP would otherwise wait. A
+        model compiled as several graphs overlaps all-reduce with backward; one graph yields all gradients at its
+        end."""
         if self.ddp is None:
             with self.detect_peer_loss():
                 about = {"gradient_as_bucket_view": True, "find_unused_parameters": idle()}
                 if compiled is True and not model.set_compile_partitions(
                     COMPILE_PARTITIONS
-                ):  # all come at once: few parcels
+                ):  # all gradients are ready at the same time: use large buckets (1 GiB)
                     about["bucket_cap_mb"] = 1 << 10
                 newer = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
-                about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # they are equal: see sum_
+                about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # equal: see all_reduce_
                 self.ddp = nn.parallel.DistributedDataParallel(model, **about)
-            self.ddp._set_ddp_runtime_logging_sample_rate(1 << 30)  # times that nobody reads, waiting for the device
+            self.ddp._set_ddp_runtime_logging_sample_rate(1 << 30)  # unused timings, which synchronize
             self.can_capture = not about[
                 "find_unused_parameters"
-            ]  # which unused ones are, DDP's host would ask the device
+            ]  # to find unused parameters, DDP synchronizes with the device
         blocks.compile_blocks(model, compiled == "blocks")
-        torch._dynamo.config.optimize_ddp = False  # it cannot divide graphs with functions that bring their gradients
+        torch._dynamo.config.optimize_ddp = False  # it cannot split graphs that contain autograd functions
         return torch.compile(self.ddp, dynamic=False) if compiled is True else self.ddp
 
     def sync_context(self, last: bool):
@@ -379,16 +387,16 @@ class DDP(ProcessGroup):
 
     def reset(self) -> None:
         self.ddp = None
-        gc.collect()  # it leaves the parameters only when nothing is left of it
+        gc.collect()  # DDP removes its hooks from the parameters only when it is destroyed
 
     def distribute(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
-        """Each rank's share is contiguous in each stack; one gather brings all of them to all."""
+        """Each rank's share is a contiguous slice of each stack; one all-gather distributes the results."""
         if not (stacks := list(stacks)):
             return []
         shares = self.shares_for([(len(stack), *stack.shape[1:]) for stack in stacks])
         sizes = [[len(mine[rank]) * stack[0].numel() for stack, mine in zip(stacks, shares, strict=True)]
                  for rank in range(self.world)]  # fmt: skip
-        flat = stacks[0].new_zeros(max(map(sum, sizes)))  # as long for all: what a gather takes
+        flat = stacks[0].new_zeros(max(map(sum, sizes)))  # the same length on all ranks, as the all-gather requires
         done = (work(stack[as_slice(mine[self.rank])]) for stack, mine in zip(stacks, shares, strict=True) if
                 mine[self.rank])  # fmt: skip
         at = 0
@@ -412,7 +420,7 @@ class DDP(ProcessGroup):
 
 
 def all_gather(into: Tensor, tensor: Tensor) -> None:
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(into, tensor)  # its newer name, where there is one
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(into, tensor)  # its name in newer versions of torch
 
 
 def as_slice(numbers: range) -> slice:
@@ -420,18 +428,18 @@ def as_slice(numbers: range) -> slice:
 
 
 class FSDP(ProcessGroup):
-    """Each rank keeps its rows of every parameter, and of its gradient and optimizer state.
+    """Each rank has its rows of every parameter, gradient and optimizer state.
 
-    A block's weights are put together when it computes, forwards and again backwards, and given up afterwards; the
-    rest (embeddings, head, last norms) is one unit of its own, there from the forward pass to the end of the backward
-    one. Gradients are averaged and divided in each micro-batch, so that no rank ever holds all of them.
+    A block's weights are all-gathered for its forward pass and again for its backward pass, and freed after each. The
+    other parameters (embeddings, head, final norms) are one unit, which stays gathered from the forward pass to the end
+    of backward. Each micro-batch reduce-scatters its gradients, so no rank ever has all of them.
     """
 
     sharded = True
-    can_capture = False  # a graph would need private parts of fully_shard: the streams that it gathers and reduces on
+    can_capture = False  # a capture would need private attributes of fully_shard: its collectives' streams
 
     def place_model(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The model, built whole in the host's memory, is sharded block by block on its way to the device."""
+        """Shard the model, which is built in host memory, block by block, and move each shard to the device."""
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -446,7 +454,7 @@ class FSDP(ProcessGroup):
         return self.root
 
     def make_forward(self, model: nn.Module, compiled: bool | str, idle: Callable[[], bool]) -> Callable:
-        """Blocks are always compiled one by one, between what puts them together and what takes them apart."""
+        """Blocks are always compiled separately, between the hooks that all-gather and free their weights."""
         blocks.compile_blocks(model, bool(compiled))
         return model
 
@@ -465,8 +473,8 @@ class FSDP(ProcessGroup):
         return square.sqrt()
 
     def distribute(self, stacks: Iterable[Tensor], shapes: list[torch.Size], work: Callable) -> Iterable[Tensor]:
-        """Stacks (n, this rank's rows, columns) of matrices whose whole shapes are given. Each matrix is put together
-        on the rank that works on it, and what comes of it goes back to where its rows are."""
+        """work() on stacks (n, this rank's rows, columns) of matrices; `shapes` are the whole matrices' shapes. An
+        all-to-all collects each matrix on the rank that works on it; a second one returns the result's rows."""
         if not (stacks := list(stacks)):
             return []
         shares = self.shares_for([(len(stack), *shape) for stack, shape in zip(stacks, shapes, strict=True)])
@@ -477,7 +485,7 @@ class FSDP(ProcessGroup):
                for rank in range(self.world)]  # fmt: skip
         pieces = self.exchange(sent, own)
         back = [[] for _ in range(self.world)]
-        for parts_of_stack in zip(*pieces, strict=True):  # from each rank (n, its rows, columns)
+        for parts_of_stack in zip(*pieces, strict=True):  # from each rank: (n, its rows, columns)
             whole = torch.cat(parts_of_stack, dim=1)
             done = work(whole) if len(whole) else whole
             for rank, piece in enumerate(done.split([piece.size(1) for piece in parts_of_stack], dim=1)):
@@ -486,7 +494,8 @@ class FSDP(ProcessGroup):
         return [torch.cat(parts_of_stack) for parts_of_stack in zip(*returned, strict=True)]
 
     def exchange(self, sent: list[list[Tensor]], shapes: list[list[tuple]]) -> list[list[Tensor]]:
-        """What each rank has sent to this one, in tensors of the shapes given, for `sent`, tensors for each rank."""
+        """All-to-all: sends the tensors sent[r] to each rank r, and returns the tensors received from each rank, whose
+        shapes are given."""
         flat = torch.cat([piece.flatten() for to_rank in sent for piece in to_rank])
         sizes = [[math.prod(shape) for shape in from_rank] for from_rank in shapes]
         got = flat.new_empty(sum(map(sum, sizes)))
@@ -500,7 +509,8 @@ class FSDP(ProcessGroup):
         ]
 
     def gather(self, tree, device: str | torch.device = "cpu"):
-        """Tensor by tensor: no rank but the first ever has more than one of them whole, and that one on the host."""
+        """Gathers tensor by tensor: at most one whole tensor is on the device at a time (with `device` "cpu"), and only
+        rank 0 keeps them."""
         if isinstance(tree, dict):
             return {key: self.gather(value, device) for key, value in tree.items()}
         if not hasattr(tree, "full_tensor"):
@@ -511,7 +521,8 @@ class FSDP(ProcessGroup):
 
     @contextlib.contextmanager
     def full_model(self, model: nn.Module):
-        """A copy on rank 0's device, in float32, for what takes one process: text, and losses token by token."""
+        """A float32 copy of the model on rank 0's device, for work of one process: text generation and the strict
+        loss."""
         from model import build
         from strawberry.initialization import SkipInit
 
@@ -533,8 +544,8 @@ PARALLEL = {"ddp": DDP, "fsdp": FSDP}
 
 
 def divide_matrices(shapes: list[tuple[int, int, int]], world: int) -> list[list[range]]:
-    """For each stack (n, rows, columns), which of its matrices each rank takes: neighbours, and such that all ranks
-    have about as much to do. The costly ones are given out first, each to the rank that has least.
+    """For each stack (n, rows, columns), the contiguous range of its matrices that each rank processes, such that all
+    ranks have about the same cost. Greedy: the most expensive matrices first, each to the rank with the lowest load.
 
     >>> divide_matrices([(3, 4, 4), (1, 8, 8)], world=2)
     [[range(0, 0), range(0, 3)], [range(0, 1), range(1, 1)]]

@@ -14,13 +14,13 @@ from strawberry.sharding import batch_parts, divide_batch
 from strawberry.training import distributed, plot
 from strawberry.training.console import warn
 
-EVAL_SEED = 0  # of the windows that evaluations read: the same whatever the run's seed is
+EVAL_SEED = 0  # seed of the evaluation windows, independent of the run's seed
 STRICT_POSITIONS = 512
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module):
-    """Without dropout and gradients, and back to training whatever happens."""
+    """A context without dropout and gradients. Restores training mode even after an exception."""
     model.eval()
     try:
         with torch.no_grad():
@@ -30,7 +30,7 @@ def evaluation_mode(model: nn.Module):
 
 
 def byte_lengths(encoder, vocab_size: int) -> Tensor:
-    """(vocab_size,) how many bytes of text each id stands for: none for specials and for ids that nothing uses."""
+    """(vocab_size,) the number of bytes of text of each token id; 0 for special tokens and unused ids."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
     for i in range(encoder.vocab_size):
         lengths[i] = len(encoder.token_bytes(i))
@@ -46,18 +46,18 @@ def make_batch(objective, split, seed: int, first: int, count: int, device) -> B
 def mean_loss(
     forward, split, batches: int, rows: int, lengths: Tensor, objective=None, ranks=None
 ) -> tuple[float, float]:
-    """(nats per token, bits per byte) over the targets of the first samples of a split, at most all of them, each once;
-    the same in every evaluation of every run. Of several ranks each takes its part of each batch.
+    """(nats per token, bits per byte) over the targets of a split's first `batches` · `rows` samples, at most one pass
+    over the split. All evaluations of all runs use the same samples. Each rank evaluates its part of each batch.
 
-    bits per byte = nats / ln 2 · tokens / bytes, where bytes are those of the target tokens' text: unlike the loss, it
-    can be compared between vocabularies. NaN where the objective's targets are no text.
+    bits per byte = nats / ln 2 · tokens / bytes, where bytes is the length of the target tokens' text. Unlike the loss,
+    it can be compared between vocabularies. It is NaN if the objective's targets are not text.
     """
     objective, ranks = objective or NextToken(), ranks or distributed.SingleProcess()
     nats, n_bytes, count = [], [], 0
     row_parts, groups = batch_parts(rows, ranks.world)
     n = min(batches, max(1, split.n_windows // rows))
     share, (first, *_) = divide_batch(rows, groups, ranks.rank, ranks.world)
-    for i in range(0, n, groups):  # as many passes on each rank, since sharded ones take them together
+    for i in range(0, n, groups):  # the same number of passes on each rank, since sharded ranks run them together
         batch = make_batch(objective, split, EVAL_SEED, i * rows + first, share, lengths.device)
         loss = forward(batch.x, batch.y, source=batch.source)[1].detach().float()
         if i * rows + first < n * rows:
@@ -72,11 +72,11 @@ def mean_loss(
 def strict_loss(model: nn.Module, split: Split, positions: int = STRICT_POSITIONS, rows: int = 16, device="cpu"):
     """(strict, plain) mean loss in nats over the same target tokens, one each from the first windows of a split.
 
-    strict: each token is predicted from its own prefix, alone, in a batch of one: what the model can really do.
-    plain: the loss that evaluations show, of whole windows in batches of `rows`. For a causal model the two are equal;
-    a model that sees the future (`model.causal` is False) looks better in the plain one than it is.
+    strict: each token is predicted from its own prefix only, in a batch of one: the model's true loss.
+    plain: the loss that evaluations report, of whole windows in batches of `rows`. For a causal model the two are
+    equal; for a model that is not causal (`model.causal` is False), the plain loss is too low.
     """
-    step = (math.sqrt(5) - 1) / 2  # the golden ratio's multiples are spread evenly over the places of a window
+    step = (math.sqrt(5) - 1) / 2  # multiples of the golden ratio are evenly distributed over a window's positions
     strict, plain_loss = [], []
     for first in range(0, positions, rows):
         count = min(rows, positions - first)
@@ -91,15 +91,15 @@ def strict_loss(model: nn.Module, split: Split, positions: int = STRICT_POSITION
 
 
 def sample_text(model: nn.Module, encoder, prompt: str, length: int, seed: int, device) -> str:
-    """The prompt and `length` tokens after it; without a prompt, the start of a document."""
+    """The prompt followed by `length` generated tokens; without a prompt, the start of a document."""
     start = encoder.encode(prompt) or [encoder.eot]
     tokens = sample_tokens(model, start, length, seed, device)
     tokens = tokens if prompt else tokens[1:]
-    return encoder.decode([token for token in tokens if token < encoder.vocab_size])  # the model may have spare ids
+    return encoder.decode([token for token in tokens if token < encoder.vocab_size])  # the model may have unused ids
 
 
 def sample_answer(model: nn.Module, encoder, source: list[int], length: int, seed: int, device) -> str:
-    """A source, and what an encoder-decoder makes of it: up to its end, or `length` tokens."""
+    """A source and the text that an encoder-decoder generates from it: up to the end token, or `length` tokens."""
     tokens = sample_tokens(model, [encoder.eot], length, seed, device, source)[1:]
     answer = list(itertools.takewhile(lambda token: token != encoder.eot, tokens))
     return f"{decode_with_sentinels(encoder, source)}\n→ {decode_with_sentinels(encoder, answer)}"
@@ -112,7 +112,7 @@ def sample_tokens(model: nn.Module, start: list[int], length: int, seed: int, de
 
 
 def format_evaluation(step: int, results: dict, text: str) -> str:
-    """What an evaluation prints."""
+    """The console output of an evaluation."""
     line = f"step {step:,}: loss {results['train_loss']:.4f} in training, {results['val_loss']:.4f} in validation"
     line += " (nats per token)"
     if not math.isnan(results["val_bpb"]):
@@ -124,13 +124,14 @@ def format_evaluation(step: int, results: dict, text: str) -> str:
 
 
 class Evaluator:
-    """Evaluations of a run, with a sample of text and the curves."""
+    """Evaluates a run: losses, a sample of text, the curves."""
 
     def __init__(self, state):
         self.state = state
 
     def evaluate(self) -> None:
-        """Losses of both splits, the strict one where the model sees the future, a sample of text, the curves."""
+        """Compute the losses of both splits, the strict loss if the model is not causal, and a sample of text; draw the
+        curves."""
         run, about = self.state.run, (self.state.lengths, self.state.objective, self.state.ranks)
         with evaluation_mode(self.state.model):
             with self.state.autocast():
@@ -148,7 +149,7 @@ class Evaluator:
             self.draw()
 
     def evaluate_full_model(self, results: dict) -> str:
-        """What rank 0 does by itself: the strict loss, into `results`, and a sample of text, which it returns."""
+        """The part that rank 0 does alone: adds the strict loss to `results`, and returns a sample of text."""
         if self.state.model.causal and not self.state.run.sample_length:
             return ""
         with self.state.ranks.full_model(self.state.model) as model:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every logged step and every evaluation, one JSON object a line."""
+"""metrics.jsonl: every logged step and every evaluation, one JSON object per line."""
 
 import json
 import math
@@ -12,13 +12,15 @@ METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, in order of steps. A full disk costs no line: it is written later."""
+    """metrics.jsonl: one JSON object per line, in order of steps. If the disk is full, lines are kept in memory and
+    written later."""
 
     def __init__(self, path: Path):
         self.path, self.pending = path, []
 
     def rewind(self, step: int) -> list[dict]:
-        """Drop what an interrupted run logged after `step`, which is about to be done again; returns what is left."""
+        """Remove the lines that an interrupted run logged after `step`, since these steps will be repeated. Returns the
+        remaining lines."""
         lines = plot.read_metrics(self.path) if self.path.exists() else []
         kept = [line for line in lines if line["step"] <= step]
         atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
@@ -33,7 +35,7 @@ class Metrics:
                     file.write("".join(self.pending).encode())
                     file.flush()
                 except OSError:
-                    file.truncate(end)  # no half line
+                    file.truncate(end)  # no partial line
                     raise
             self.pending = []
         except OSError as error:
@@ -41,5 +43,5 @@ class Metrics:
 
 
 def to_json_value(value):
-    """JSON has no NaN and no infinity."""
+    """The value, or None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

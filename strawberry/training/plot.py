@@ -1,11 +1,11 @@
-"""The curves of a run, or of several on one sheet, from their metrics.jsonl.
+"""Draw the curves of one or more runs from their metrics.jsonl.
 
     python -m strawberry.training.plot bin/ck/metrics.jsonl                # into img/
     python -m strawberry.training.plot a/metrics.jsonl b/metrics.jsonl --out img/compare --x tokens
-    python -m strawberry.training.plot bin/ck/metrics.jsonl --out loss.pdf # the loss alone; other names: all sheets
+    python -m strawberry.training.plot bin/ck/metrics.jsonl --out loss.pdf # only the loss; other names: all sheets
 
-train.py calls `curves` at each evaluation. matplotlib is imported by the functions that draw, so that nothing else
-needs it, and draws with Agg, which needs no screen.
+train.py calls `curves` at each evaluation. Only the functions that draw import matplotlib, so other code does not need
+it. They use the Agg backend, which needs no display.
 
 Index:  reading · style · the three sheets · the command
 """
@@ -26,15 +26,15 @@ from strawberry.common import UserError, atomic_write, check_path_arguments, run
 from strawberry.outputs import Input, Output, check_outputs, has_kind
 from strawberry.run_config import PICTURES, explain_picture_path
 
-# Okabe and Ito's colours, which the colour-blind tell apart too (https://jfly.uni-koeln.de/color/)
+# Okabe and Ito's colours, which colour-blind readers can distinguish (https://jfly.uni-koeln.de/color/)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 AXES = {"step": "step", "tokens": "tokens", "seconds": "time in training steps (s)"}
-POINTS = 2000  # of a curve: more than a picture of this width can show
+POINTS = 2000  # maximum points of a curve: more than a picture of this width can show
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
-    """The lines of a metrics.jsonl; what a kill left half written is skipped."""
+    """The lines of a metrics.jsonl; incomplete lines of a killed run are skipped."""
     return list(each_line(path))
 
 
@@ -48,9 +48,9 @@ def each_line(path: str | os.PathLike) -> Iterator[dict]:
 
 
 def read_points(path: str | os.PathLike) -> list[dict]:
-    """read_metrics for a picture, in memory that does not grow with the run: all evaluations, and of the logged steps
-    every one, or every second, fourth, … so that they are POINTS at most."""
-    kept, every, n = [], 1, 0  # (number among the logged steps, line); the first and evaluations have 0, and stay
+    """read_metrics for a picture, with bounded memory: all evaluations, and every 2^i-th logged step with the smallest
+    i that gives at most POINTS of them."""
+    kept, every, n = [], 1, 0  # (index among the logged steps, line); the first and evaluations have 0 and are kept
     for line in each_line(path):
         number = n if "loss" in line else 0
         n += "loss" in line
@@ -63,7 +63,7 @@ def read_points(path: str | os.PathLike) -> list[dict]:
 
 
 def series(lines: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
-    """The points of a curve: lines that have both. An evaluation has no `seconds` of its own: the last line's hold."""
+    """The points of a curve: the lines with both keys. An evaluation has no `seconds`, so it uses the last line's x."""
     xs, ys, latest = [], [], None
     for line in lines:
         latest = line.get(x, latest)
@@ -74,12 +74,12 @@ def series(lines: list[dict], x: str, y: str) -> tuple[list[float], list[float]]
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Running means with Gaussian weights, over some 8 % of the points. Near the beginning, where a loss falls fastest,
-    they reach as far ahead as back; near the end only back."""
+    """Moving averages with Gaussian weights over about 8 % of the points. Near the start, where a loss falls fastest,
+    the window is symmetric and narrow; near the end it extends only backwards."""
     import numpy as np
 
     ys, n = np.asarray(values, dtype=float), len(values)
-    reach = min(n // 8, max(2, n // 25))  # points to either side
+    reach = min(n // 8, max(2, n // 25))  # points on each side
     weights = np.exp(-((np.arange(-reach, reach + 1) / max(reach, 1)) ** 2))
     means = []
     for i in range(n):
@@ -90,7 +90,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def run_names(paths: list[Path]) -> list[str]:
-    """A name for each run: that of its model file, or as much of its directory's path as tells it from the others."""
+    """A name for each run: its model file's name, or the shortest end of its directory's path that is unique."""
     names = [read_model_name(path) for path in paths]
     if None not in names and len(set(names)) == len(names):
         return names
@@ -102,7 +102,7 @@ def run_names(paths: list[Path]) -> list[str]:
 
 
 def read_model_name(metrics: Path) -> str | None:
-    """The name of the model that a run makes, which its newest checkpoint knows, or the job that it is of."""
+    """The name of the run's model, from its newest checkpoint or from the job's about.json; None if neither has it."""
     manifests = sorted(metrics.parent.glob("*step_*/manifest.json"), reverse=True)
     for path in (*manifests[:1], metrics.parent.parent / "about.json"):
         with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
@@ -112,12 +112,12 @@ def read_model_name(metrics: Path) -> str | None:
     return None
 
 
-WIDTH, HEIGHT = 6.4, 4.0  # of a sheet without its legend, in inches
-LONGEST = 34  # characters of a name
+WIDTH, HEIGHT = 6.4, 4.0  # size of a sheet without its legend, in inches
+LONGEST = 34  # maximum characters of a name
 
 
 def style_axes(ax, title: str, x: str, ylabel: str) -> None:
-    """The look that all sheets share."""
+    """Apply the style that all sheets share."""
     from matplotlib.ticker import MaxNLocator
 
     ax.set_title(title, fontsize=12, loc="left")
@@ -133,24 +133,25 @@ def style_axes(ax, title: str, x: str, ylabel: str) -> None:
 
 
 def choose_style(number: int) -> dict:
-    """Colour, marker and dashes of a run; they differ for the first 21."""
+    """Colour, marker and dashes of a run; the first 21 runs differ."""
     again = number // len(COLOURS)
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[(number + again) % len(MARKERS)],
             "linestyle": ("-", "--", "-.")[again % 3], "markersize": 4}  # fmt: skip
 
 
 def shorten_names(names: Iterable[str]) -> list[str]:
-    """Names as a legend can show them: not too long, and without what matplotlib takes for a formula or leaves out."""
+    """Names for a legend: shortened, with "$" escaped, which starts a formula in matplotlib, and without a leading "_",
+    which matplotlib hides."""
     names = list(names)
     half = LONGEST // 2
     short = [name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}" for name in names]
-    if len(set(short)) < len(names):  # what tells them apart is in the middle
+    if len(set(short)) < len(names):  # they differ only in the middle
         short = names
     return [re.sub("^_", " _", name.replace("$", r"\$")) for name in short]
 
 
 def draw_line(ax, xs: list[float], ys: list[float], **style) -> None:
-    """A curve; where it has one point, a marker, for a line of one point cannot be seen."""
+    """Draw a curve. A single point gets a marker, since a line of one point is invisible."""
     if len(xs) == 1:
         style = {"marker": "o", "markersize": 5, **style}
     if xs:
@@ -158,7 +159,7 @@ def draw_line(ax, xs: list[float], ys: list[float], **style) -> None:
 
 
 def short_number(value: float, position=None) -> str:
-    """An axis' number: 2000 → 2k, 12500000 → 12.5M."""
+    """Format an axis number: 2000 → 2k, 12500000 → 12.5M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
@@ -173,7 +174,7 @@ def render(fig, kind: str) -> bytes:
     """The figure as a file of that kind: png, svg or pdf."""
     data = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph")  # the font lacks a character of a name
         fig.savefig(data, format=kind)
     return data.getvalue()
 
@@ -183,7 +184,7 @@ def save(fig, path: Path) -> None:
 
 
 def add_legend(ax) -> None:
-    """Beside the curves, in room of its own: the figure grows by it."""
+    """Add a legend beside the curves, and widen the figure by it."""
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) < 2:
         return
@@ -197,7 +198,7 @@ def add_legend(ax) -> None:
 
 
 def finish_axes(ax, x: str) -> None:
-    """What depends on the curves: the limits of a single point, the legend; without curves, a word instead of axes."""
+    """Set the limits for a single point, and add the legend; without curves, replace the axes by a message."""
     if not ax.lines:
         ax.set_axis_off()
         ax.set_title(ax.get_title(loc="left"), fontsize=12, loc="left")
@@ -211,7 +212,7 @@ def finish_axes(ax, x: str) -> None:
 
 
 class Sheet(NamedTuple):
-    """One kind of curves. Called with {name: lines of metrics.jsonl}, it gives a figure of them."""
+    """One kind of plot. Called with {name: lines of metrics.jsonl}, it returns a figure."""
 
     title: str
     ylabel: str
@@ -222,7 +223,7 @@ class Sheet(NamedTuple):
 
 
 def draw_figure(sheets: list[Sheet], runs: dict[str, list[dict]], x: str):
-    """Sheets, one below the other, of one run or of several."""
+    """A figure of sheets, one below the other, for one or more runs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -236,7 +237,7 @@ def draw_figure(sheets: list[Sheet], runs: dict[str, list[dict]], x: str):
 
 
 def draw_loss(ax, runs: dict[str, list[dict]], x: str) -> None:
-    """Loss against x, on a log scale."""
+    """Draw loss against x, on a log scale."""
     if len(runs) == 1:
         (lines,) = runs.values()
         draw_loss_of_one(ax, lines, x)
@@ -248,7 +249,8 @@ def draw_loss(ax, runs: dict[str, list[dict]], x: str) -> None:
 
 
 def draw_loss_of_one(ax, lines: list[dict], x: str) -> None:
-    """Batches, smoothed, above every logged step, faint; both evaluations bold, the strict loss dotted."""
+    """Draw one run's batch losses, faint as logged and smoothed on top; both evaluations bold, the strict loss
+    dotted."""
     xs, ys = series(lines, x, "loss")
     draw_line(ax, xs, ys, color=COLOURS[0], alpha=0.25, linewidth=0.7, label="_raw")
     draw_line(ax, xs, smooth(ys), color=COLOURS[0], alpha=0.8, linewidth=1.2, label="batch, smoothed")
@@ -259,7 +261,7 @@ def draw_loss_of_one(ax, lines: list[dict], x: str) -> None:
 
 
 def draw_loss_of_many(ax, name: str, lines: list[dict], x: str, style: dict) -> None:
-    """The curves of one run among several: validation bold, batches thin and smoothed, faint as they were logged."""
+    """Draw one of several runs: validation loss bold, batch losses thin and smoothed, and faint as logged."""
     colour = style["color"]
     (xs, ys), evaluations = series(lines, x, "loss"), series(lines, x, "val_loss")
     draw_line(ax, xs, ys, color=colour, alpha=0.12, linewidth=0.6, label="_raw")
@@ -273,7 +275,7 @@ STRICT = {"linestyle": ":", "marker": "x", "markersize": 5}
 
 
 def log_ticks(ax) -> None:
-    """A log scale with plain numbers at round places: its usual ticks, powers of ten, would leave one or none."""
+    """Set a log scale with ticks at round numbers, since the default ticks, powers of ten, would be one or none."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     values = [y for line in ax.lines for y in line.get_ydata()]
@@ -290,7 +292,7 @@ def log_ticks(ax) -> None:
 
 
 def draw_learning_rate(ax, runs: dict[str, list[dict]], x: str) -> None:
-    """Each run narrower than the one before it, since runs often have the same schedule."""
+    """Draw each run with a narrower line than the one before, since runs often have the same schedule."""
     for i, (name, lines) in enumerate(runs.items()):
         style, width = choose_style(i), 1.6 + min(len(runs) - 1 - i, 4)
         draw_line(ax, *series(lines, x, "lr"), color=style["color"], linestyle=style["linestyle"], linewidth=width,
@@ -300,7 +302,7 @@ def draw_learning_rate(ax, runs: dict[str, list[dict]], x: str) -> None:
 
 
 def draw_throughput(ax, runs: dict[str, list[dict]], x: str) -> None:
-    """Tokens per second from zero, with the median, which a slow moment does not move."""
+    """Draw tokens per second from zero, with the median, which short slowdowns do not affect."""
     for i, (name, lines) in enumerate(runs.items()):
         colour, single = choose_style(i)["color"], len(runs) == 1
         xs, ys = series(lines, x, "tokens_per_s")
@@ -313,7 +315,7 @@ def draw_throughput(ax, runs: dict[str, list[dict]], x: str) -> None:
     ax.yaxis.set_major_formatter(short_number)
 
 
-SHEETS = {  # by the file that each is in a directory
+SHEETS = {  # file name in a directory → sheet
     "loss.png": Sheet("Loss", "cross-entropy (nats per token)", draw_loss),
     "learning_rate.png": Sheet("Learning rate", "learning rate", draw_learning_rate),
     "throughput.png": Sheet("Throughput", "tokens per second", draw_throughput),
@@ -321,8 +323,8 @@ SHEETS = {  # by the file that each is in a directory
 
 
 def list_pictures(out: str | os.PathLike) -> dict[Path, list[Sheet]]:
-    """The files that `out` stands for, and the sheets in each. A directory has a PNG of each sheet; a .png, .svg or
-    .pdf file has the sheet that it is named after (loss.svg), else all of them."""
+    """The files of `out`, and the sheets in each. A directory has a PNG for each sheet; a .png, .svg or .pdf file has
+    the sheet of its name (loss.svg), otherwise all sheets."""
     out = Path(out)
     if out.suffix.lower() not in PICTURES or out.is_dir():
         return {out / name: [sheet] for name, sheet in SHEETS.items()}
@@ -333,8 +335,8 @@ def list_pictures(out: str | os.PathLike) -> dict[Path, list[Sheet]]:
 def curves(metrics: str | os.PathLike | Iterable[str | os.PathLike], out: str | os.PathLike, x: str = "step") -> None:
     """Draw the sheets of `out` (see `list_pictures`), for one metrics.jsonl or for several on the same sheets.
 
-    x: "step", "tokens" or "seconds". Raises UserError where a file cannot be read or written, or has nothing to draw;
-    the pictures that are there are then as they were.
+    x: "step", "tokens" or "seconds". Raises UserError if a file cannot be read or written, or has nothing to draw. If a
+    metrics file cannot be read or drawn, existing pictures are unchanged.
     """
     paths = [Path(metrics)] if isinstance(metrics, (str, os.PathLike)) else [Path(path) for path in metrics]
     try:
@@ -349,7 +351,7 @@ def curves(metrics: str | os.PathLike | Iterable[str | os.PathLike], out: str | 
 
 
 def check_points(path: Path, lines: list[dict], x: str) -> None:
-    """Raises UserError where a file holds no loss that can be drawn."""
+    """Raises UserError if a file has no loss that can be drawn."""
     if any(series(lines, x, loss)[0] for loss in ("loss", "train_loss", "val_loss")):
         return
     if path.stat().st_size and not has_kind(path, "metrics"):
@@ -358,7 +360,7 @@ def check_points(path: Path, lines: list[dict], x: str) -> None:
 
 
 def picture_outputs(option: str, out: str | os.PathLike) -> list[Output]:
-    """The pictures that `curves` writes to `out`, which an option names."""
+    """The pictures that `curves` writes to `out`, the value of an option."""
     return [Output(option, path, "picture") for path in list_pictures(out)]
 
 

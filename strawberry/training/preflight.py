@@ -1,4 +1,4 @@
-"""train.py --check: all that a run does before its first file, and what takes seconds."""
+"""train.py --check: run all checks that a run makes before it writes its first file, and others that take seconds."""
 
 import math
 import os
@@ -11,7 +11,8 @@ from strawberry.training.console import format_bytes, warn
 
 
 def check_run(trainer) -> None:
-    """What --check does: all that a run does before its first file, and what takes seconds. Writes nothing."""
+    """Set up the run as train.py does before it writes its first file, run one batch, verify small datasets, and print
+    estimates of memory and disk space. Writes nothing. Raises UserError for problems."""
     run = trainer.run
     trainer.set_up()
     start = time.perf_counter()

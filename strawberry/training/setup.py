@@ -27,12 +27,13 @@ from strawberry.training.console import warn
 from strawberry.training.lock import LOCK
 from strawberry.training.metrics import METRICS
 
-COMPILE_ON_CPU_FROM = 5000  # steps; see worth_compiling
-MAX_VERIFIED_BYTES = 2 << 30  # bytes of token file that --check reads whole: seconds
+COMPILE_ON_CPU_FROM = 5000  # steps; see should_compile
+MAX_VERIFIED_BYTES = 2 << 30  # maximum bytes of token files that --check reads whole, in seconds
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What activations are computed in; weights, gradients and the optimizer's state are float32 anyway."""
+    """The dtype of activations; weights, gradients and optimizer state are always float32. Raises UserError if the
+    device does not support it."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if name == "float8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -44,7 +45,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_data(run) -> tuple:
-    """(encoder, corpus), once they fit each other and the model."""
+    """(encoder, corpus). Raises UserError if they do not match each other or the model."""
     encoder = encoders.load(run.encoder_path)
     hyper = run.model_hyperparams
     if encoder.vocab_size > hyper.vocab_size:
@@ -52,12 +53,13 @@ def load_data(run) -> tuple:
             f"model_hyperparams.vocab_size = {hyper.vocab_size}: encoder_path {run.encoder_path} has "
             f"{encoder.vocab_size} tokens; set it to {encoder.vocab_size} or more, or use a smaller encoder"
         )
-    encoder.encode(run.sample_prompt)  # a character that it lacks is told now, not at the first sample
+    encoder.encode(run.sample_prompt)  # fails now for a character that it cannot encode, not at the first sample
     return encoder, Corpus(run.dataset, encoder.fingerprint, hyper.block_size)
 
 
 def choose_objective(run, encoder, corpus: Corpus):
-    """What the run learns, once it fits model and data. Writes into `run` what was left open: objective and pad_id."""
+    """The training objective. Sets run.objective and pad_id where they were not given. Raises UserError if they do not
+    match model and data."""
     hyper = run.model_hyperparams
     about = (getattr(hyper, "kind", "decoder"), hyper.vocab_size, hyper.block_size)
     run.objective, objective = make_objective(run.objective, *about, encoder, corpus)
@@ -82,8 +84,8 @@ def changed_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def load_pretrained(path: str | Path, model: nn.Module, encoder) -> None:
-    """Copy the weights of a model file, or of the newest checkpoint in a directory, into `model`, which must be of the
-    same shapes and vocabulary."""
+    """Copy the weights of a model file, or of the newest checkpoint in a directory, into `model`. Raises UserError if
+    its shapes or encoder differ."""
     path = checkpoint.find_model(path, "init_from")
     other, its_encoder, _ = load_model(path)
     if its_encoder.fingerprint != encoder.fingerprint:
@@ -99,12 +101,12 @@ def load_pretrained(path: str | Path, model: nn.Module, encoder) -> None:
 
 
 def should_compile(run, device: torch.device) -> bool | str:
-    """Whether to compile, True for the whole model, "blocks" for its blocks; this is what `compile: "auto"` comes to.
+    """Whether to compile: True for the whole model, "blocks" for each block, False. Resolves `compile: "auto"`.
 
-    On CUDA it does: every step gains. On a CPU it does for runs of COMPILE_ON_CPU_FROM steps or more: with a model like
-    config/tiny.json's on two slow cores, compiling took 160 s and made a step of 0.61 s one of 0.42 s, so that it was
-    paid for after 850 steps; smaller models gain less. The rule looks at max_iters, not at a clock, so that a resumed
-    run computes as the first one did. On MPS it does not.
+    "auto" compiles on CUDA, where every step is faster. On a CPU it compiles for runs of at least COMPILE_ON_CPU_FROM
+    steps: with a model like config/tiny.json's on two slow cores, compilation took 160 s and reduced a step from 0.61 s
+    to 0.42 s, so it paid off after 850 steps; smaller models gain less. The rule uses max_iters and no measurement, so
+    that a resumed run computes the same as the first one. "auto" does not compile on MPS.
     """
     if run.compile != "auto":
         return run.compile
@@ -117,17 +119,17 @@ def should_compile(run, device: torch.device) -> bool | str:
 
 
 def nearest_existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """The folder, or its nearest parent that exists."""
     return folder if folder.exists() or folder == folder.parent else nearest_existing(folder.parent)
 
 
 def check_writable(key: str, path: str, folder: Path) -> None:
-    """Raises UserError, naming key and path, unless things can be made in `folder` or in what is there of its parents.
-    Makes nothing itself."""
+    """Raises UserError, which names key and path, if files cannot be created in `folder` or its nearest existing
+    parent. Creates nothing."""
     try:
         folder = nearest_existing(folder)
         good, reason = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK), f"{folder} cannot be written to"
-    except OSError as error:  # a name that is too long, a folder that may not be searched
+    except OSError as error:  # for example a name that is too long, or a folder without search permission
         good, reason = False, f"{error.strerror} ({folder})"
     if not good:
         raise UserError(f"{key} = {path}: {reason}; name another path, or change the rights")
@@ -143,8 +145,8 @@ def list_outputs(run) -> list[Output]:
 
 
 def list_inputs(run, config: str | None = None) -> list[Input]:
-    """Every file that a run reads, its --config among them. A model that is trained further into its own path is one of
-    the outputs, and checkpoints that a run starts from are set aside, not replaced."""
+    """Every file that a run reads, including its --config. Excluded are a model that is trained further into its own
+    path, which is an output, and checkpoints that a run starts from, which are moved, not replaced."""
     inputs = [Input("--config", find_config(config))] if config else []
     inputs += [Input("dataset.path", path) for path in find_token_files(run.dataset)]
     inputs += encoder_inputs("encoder_path", run.encoder_path)
@@ -154,7 +156,7 @@ def list_inputs(run, config: str | None = None) -> list[Input]:
 
 
 def is_own_checkpoint(run) -> bool:
-    """Whether the model that a run starts from is one of the checkpoints in its own checkpoints.path."""
+    """Whether the run's initial model is a checkpoint in its own checkpoints.path."""
     path, root = Path(os.path.realpath(run.pretrained)), Path(os.path.realpath(run.checkpoints.path))
     return path == root or (path.is_relative_to(root) and path.relative_to(root).parts[0].startswith("step_"))
 
@@ -163,7 +165,7 @@ TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
 def command_line(argv: list[str], resume: bool) -> str:
-    """The command line of this run, or the one that goes on with it."""
+    """The command line of this run, or the one that resumes it."""
     if resume:
         kept, rest = [], list(argv)
         while rest:
@@ -177,14 +179,14 @@ def command_line(argv: list[str], resume: bool) -> str:
     start = [relative_path(sys.executable)]
     if os.environ.get("WORLD_SIZE", "1") != "1":
         start = ["torchrun", f"--nproc_per_node={world}"]
-    if machines != "1":  # the same on each of them
+    if machines != "1":  # the same command on each machine
         start += [f"--nnodes={machines}", "--rdzv_backend=c10d", "--rdzv_endpoint=FIRST_MACHINE:29400"]
     words = [*start, relative_path(str(TRAIN)), *argv]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def relative_path(path: str) -> str:
-    """Relative where the path is inside the working directory."""
+    """The path, relative if it is inside the working directory."""
     with contextlib.suppress(ValueError):  # another drive, on Windows
         relative = os.path.relpath(path)
         return path if relative.startswith(os.pardir) else relative
@@ -192,7 +194,7 @@ def relative_path(path: str) -> str:
 
 
 def print_summary(state) -> None:
-    """One block that says what is about to be trained, on what, and how."""
+    """Print a summary of model, data, objective, machine and optimizer before training."""
     run, model, corpus = state.run, state.model, state.corpus
     T, accumulation = run.model_hyperparams.block_size, run.gradient_accumulation_steps
     stacks = (module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks")
@@ -221,7 +223,7 @@ def print_summary(state) -> None:
 
 
 def describe_truncation(state) -> str:
-    """How many pairs block_size cuts short, where it does."""
+    """The number of pairs that block_size truncates, as text; "" if there are none."""
     splits = (state.corpus.train, state.corpus.val)
     n_cut, n = (sum(getattr(split, what, 0) for split in splits) for what in ("n_cut", "n_windows"))
     return f"; {n_cut:,} of {n:,} are cut to {splits[0].block_size} tokens" if n_cut else ""

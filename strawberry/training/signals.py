@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, deferred to where nothing is half done."""
+"""Handle SIGINT and SIGTERM, and defer them while state is inconsistent."""
 
 import contextlib
 import os
@@ -6,12 +6,12 @@ import signal
 import threading
 import time
 
-RERAISE_INTERVAL = 1.0  # seconds after which a signal that nobody heard is raised again
-GRACE_PERIOD = 3.0  # seconds after a signal in which a step may still be finished
+RERAISE_INTERVAL = 1.0  # seconds after which an exception that was lost is raised again
+GRACE_PERIOD = 3.0  # seconds after a signal within which a step may still finish
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM came. A BaseException, so that nobody on the way takes it for an error of their own."""
+    """SIGINT or SIGTERM was received. A BaseException, so that `except Exception` in other code does not catch it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -19,27 +19,26 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Lets SIGINT and SIGTERM arrive where nothing is half done, by raising Interrupted there.
+    """Raises Interrupted on SIGINT and SIGTERM, but never while state is inconsistent.
 
-    The first one is raised at once, wherever the program is, unless it is inside `with signals.deferred():`; then it is
-    raised at the end of that block. A second one ends the process. An exception that comes in the middle of a callback
-    gets lost (torch.compile has many), so that it is raised again each RERAISE_INTERVAL seconds until somebody
-    catches it.
+    The first signal raises Interrupted immediately, except inside `with signals.deferred():`, where it is raised at the
+    end of the block. A second signal ends the process. An exception raised inside a callback may be lost (torch.compile
+    has many callbacks), so it is raised again every RERAISE_INTERVAL seconds until it is caught.
     """
 
     def __init__(self):
         self.received: int | None = None
-        self.at = 0.0  # when, by time.monotonic()
-        self.caught = False  # Interrupted was caught: from here on, nothing is raised again
-        self.depth = 0  # of deferred() blocks
-        self.is_remote = False  # another process of this run was signalled, and what it told counts for this one
+        self.at = 0.0  # time of the signal, by time.monotonic()
+        self.caught = False  # Interrupted was caught and is not raised again
+        self.depth = 0  # nesting depth of deferred() blocks
+        self.is_remote = False  # another process of this run received the signal, and this one acts on it too
 
     def __enter__(self) -> "Signals":
         self.before = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self.handle)
-            if hasattr(signal, "SIGALRM"):  # on Windows there is none
+            if hasattr(signal, "SIGALRM"):  # not on Windows
                 self.before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.re_raise)
         return self
 
@@ -50,7 +49,7 @@ class Signals:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame) -> None:
-        if self.is_remote:  # its own comes later, and is no second one
+        if self.is_remote:  # this process's own copy of the signal arrives later and is not a second signal
             self.is_remote = False
             return
         if self.received is not None:
@@ -66,12 +65,13 @@ class Signals:
             raise Interrupted(self.received)
 
     def raise_if_late(self) -> None:
-        """To be called in a deferred() block where its work can be given up: raises once GRACE_PERIOD is over."""
+        """Raise Interrupted if GRACE_PERIOD has passed since the signal. Call it in a deferred() block where the work
+        can be abandoned."""
         if self.received is not None and not self.caught and time.monotonic() - self.at > GRACE_PERIOD:
             raise Interrupted(self.received)
 
     def raise_remote(self, number: int) -> None:
-        """What a signal that another process got leads to in this one: raises Interrupted, held or not."""
+        """Raise Interrupted, even in a deferred() block, because another process received the signal `number`."""
         self.is_remote = self.received is None
         self.received = self.received or number
         raise Interrupted(self.received)

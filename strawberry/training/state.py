@@ -1,7 +1,7 @@
-"""The state of a run: what its collaborators read and write.
+"""The state of a run, which its components read and write.
 
-Progress    how far it is: what a checkpoint holds besides weights, optimizer state and configuration
-TrainState  configuration, device, processes, data, model, optimizer and progress, with what follows from them
+Progress    the run's position: saved in a checkpoint besides weights, optimizer state and configuration
+TrainState  configuration, device, processes, data, model, optimizer and progress, and values derived from them
 """
 
 from dataclasses import dataclass, field
@@ -21,17 +21,17 @@ from strawberry.training.signals import Signals
 
 @dataclass
 class Progress:
-    """Where a run stands: all that a checkpoint holds besides weights, optimizer state and configuration."""
+    """A run's position: all that a checkpoint saves besides weights, optimizer state and configuration."""
 
-    step: int = 0  # optimizer steps done
+    step: int = 0  # completed optimizer steps
     tokens: int = 0
-    seconds: float = 0.0  # spent in steps: without evaluations and saves
-    skipped: int = 0  # steps whose data rollbacks have passed over
+    seconds: float = 0.0  # time in steps, without evaluations and saves
+    skipped: int = 0  # steps whose data was skipped by rollbacks
     rollbacks: list[dict] = field(default_factory=list)
 
     @property
     def position(self) -> int:
-        """Where the next step stands in the data, in steps; its batches and its dropout are drawn from this number."""
+        """The next step's position in the data, in steps. It determines the step's batches and dropout."""
         return self.step + self.skipped
 
 
@@ -40,7 +40,7 @@ class TrainState:
 
     Set by the constructor: run (the configuration), signals, config (the path that it was read from), console,
     metrics, root (checkpoints.path). Set by Trainer.set_up: device, dtype, ranks, lock, encoder, corpus, objective,
-    model, forward (the model as it is called in steps: compiled, or in DDP), loads (the routers' counters),
+    model, forward (the model as steps call it: compiled, or wrapped in DDP), loads (the routers' load counters),
     optimizer, lengths (bytes of each token).
     """
 
@@ -52,7 +52,7 @@ class TrainState:
         self.ranks: distributed.SingleProcess | distributed.ProcessGroup = distributed.SingleProcess()
         self.lock: Lock | None = None
         self.progress = Progress()
-        self.evaluated = self.saved = -1  # the step that each was last done at
+        self.evaluated = self.saved = -1  # the last step that was evaluated or saved
         self.val_loss: float | None = None
         self.save_failed = False
         self.claimed = False  # whether checkpoints.path is this run's
@@ -60,7 +60,7 @@ class TrainState:
 
     @property
     def rows(self) -> int:
-        """Of a micro-batch, on this rank."""
+        """Rows of a micro-batch on this rank."""
         return self.run.batch_size // batch_parts(self.run.batch_size, self.ranks.world)[0]
 
     @property
@@ -68,7 +68,7 @@ class TrainState:
         return self.run.gradient_accumulation_steps * self.run.batch_size * self.run.model_hyperparams.block_size
 
     def due(self, interval: int) -> bool:
-        """Every `interval` steps, and after the last one."""
+        """Whether an action is due: every `interval` steps, and after the last step."""
         return self.progress.step % interval == 0 or self.progress.step >= self.run.max_iters
 
     def autocast(self):
@@ -90,7 +90,7 @@ class TrainState:
         self.progress.seconds += seconds
 
     def rewind_progress(self, step: int) -> None:
-        """This step changed nothing, and nor did those after it."""
+        """Undo the count of this step and of those after it, whose updates were skipped."""
         p = self.progress
         p.tokens -= (p.step - step + 1) * self.tokens_per_step
         p.step = step - 1

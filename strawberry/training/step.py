@@ -16,14 +16,15 @@ from strawberry.training.console import warn
 
 
 class TrainStep:
-    """Optimizer steps, behind one call: `take` does not tell whether a step is eager, compiled or one CUDA graph."""
+    """Optimizer steps. `take` has the same interface for eager steps, compiled steps and CUDA graphs."""
 
     def __init__(self, state):
         self.state = state
 
     def take(self, micro_batches: list[Batch], start: float) -> list[tuple[int, float, float, float]]:
-        """The next optimizer step, eager, compiled or as a CUDA graph: (step, loss, gradient norm, learning rate) of
-        each step that has completed: this one, except that a CUDA graph's steps complete some calls later."""
+        """Run the next optimizer step, eager, compiled or as a CUDA graph. Returns (step, loss, gradient norm, learning
+        rate) of each step that has completed: this one, except that a CUDA graph's steps complete some calls later.
+        Raises NonFinite if a loss or gradient is not finite."""
         state = self.state
         if state.graph_step:
             return self.launch(micro_batches, start)
@@ -33,7 +34,7 @@ class TrainStep:
         return [(state.progress.step, loss, grad_norm, lr)]
 
     def launch(self, micro_batches: list[Batch], start: float) -> list[tuple[int, float, float, float]]:
-        """A step that is launched, and not waited for unless something is due that needs it done."""
+        """Launch a step. Waits for it only if a log line, an evaluation or a checkpoint is due."""
         run, step = self.state.run, self.state.progress.step + 1
         self.draw_dropout()
         self.state.graph_step.launch(micro_batches, step, self.state.lr())
@@ -44,23 +45,23 @@ class TrainStep:
         return [(pending.step, loss, grad_norm, pending.lr) for pending, loss, grad_norm in completed]
 
     def compute_gradients(self, micro_batches: list[Batch]) -> tuple[float, float]:
-        """(loss, norm of the gradient before clipping), of all ranks together."""
+        """(loss, gradient norm before clipping) over all ranks."""
         self.draw_dropout()
         loss = self.accumulate(micro_batches)
         self.state.ranks.all_reduce_([loss, *self.state.loads])
         norm = self.clip()
-        # Here, once in a step, the host waits for the device: no update by a gradient that is not finite.
+        # The only host synchronization of a step: a gradient that is not finite must not update the weights.
         return tuple(torch.stack((loss, norm)).tolist())
 
     def accumulate(self, micro_batches: list[Batch]) -> Tensor:
-        """The gradients of the mean loss over all targets of all micro-batches, as one large batch would give them:
-        each micro-batch's mean is weighted by its share of the targets that are not ignored. Of several ranks, the
-        gradients are all ranks' together, and the loss is this rank's part of it."""
+        """Accumulate the gradients of the mean loss over all targets of all micro-batches, as in one large batch: each
+        micro-batch's mean is weighted by its share of the targets that are not ignored. With several ranks, the
+        gradients are those of all ranks, and the returned loss is this rank's part of the mean."""
         total = self.state.ranks.total_targets(sum(batch.n_targets for batch in micro_batches))
         loss = torch.zeros((), device=self.state.device)
         for i, batch in enumerate(micro_batches, 1):
             if not self.state.ranks.stops_together:
-                self.state.signals.raise_if_late()  # nothing has changed yet
+                self.state.signals.raise_if_late()  # no state has changed yet
             with self.state.ranks.sync_context(last=i == len(micro_batches)):
                 with self.state.autocast():
                     _, mean = self.state.forward(batch.x, batch.y, source=batch.source)
@@ -70,13 +71,14 @@ class TrainStep:
         return loss
 
     def clip(self) -> Tensor:
-        """The norm of the gradients, which the optimizer will bring to `grad_clip`."""
+        """Clip the gradients to `grad_clip`, and return their norm before clipping. AdamW on CUDA clips in its step."""
         norm = self.state.ranks.grad_norm(list(self.state.model.parameters()))
         self.state.optimizer.clip(norm, self.state.run.grad_clip)
         return norm
 
     def update_weights(self, loss: float, grad_norm: float) -> float:
-        """One optimizer step; returns its learning rate. Raises NonFinite, before anything changes, where it must."""
+        """Update the weights, and return the step's learning rate. Raises NonFinite, before any change, if the loss or
+        the gradient is not finite."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise cuda_graph.NonFinite(cuda_graph.describe_non_finite(self.state.progress.step + 1, loss, grad_norm))
         lr = self.state.lr()
@@ -87,14 +89,14 @@ class TrainStep:
         return lr
 
     def draw_dropout(self) -> None:
-        """Dropout is drawn from (seed, position), on each rank its own."""
-        if not self.state.run.model_hyperparams.dropout:  # nothing is drawn, and a quick step would be slower for it
+        """Seed dropout from (seed, position, rank)."""
+        if not self.state.run.model_hyperparams.dropout:  # nothing is drawn, and seeding would slow down short steps
             return
         key = self.state.progress.position + (self.state.ranks.rank << 40)
         torch.manual_seed(int(derive_keys(self.state.run.seed, np.array([key]))[0]))
 
     def synchronize(self) -> None:
-        """Wait for the steps that are on their way."""
+        """Wait for pending steps."""
         if self.state.graph_step:
             for _ in self.state.graph_step.completed(0):
                 pass
@@ -102,8 +104,8 @@ class TrainStep:
     # -- before the first step
 
     def warm_up(self, compile: bool | str) -> float:
-        """One forward and backward whose results are thrown away: compiles, and finds what won't work, before any file
-        is touched and outside the time that is measured. Returns the loss."""
+        """Run one forward and backward pass and discard the gradients: this compiles the model and detects errors
+        before any file is changed, and outside the measured time. Returns the loss."""
         batch = evaluation.make_batch(
             self.state.objective, self.state.corpus.train, self.state.run.seed, 0, self.state.rows, self.state.device
         )
@@ -127,12 +129,13 @@ class TrainStep:
             return self.state.ranks.sum_numbers(loss.item())[0]
 
     def has_unused_parameters(self) -> bool:
-        """Whether a step leaves parameters without a gradient, as retention's where no chunk has an earlier one."""
+        """Whether a step leaves parameters without a gradient, such as retention's if no chunk has an earlier chunk."""
         self.forward_loss(1).backward()
         return any(p.grad is None for p in self.state.model.parameters())
 
     def forward_backward(self, batch: Batch, times: int = 1) -> Tensor:
-        """The loss of a batch, after a step's passes and an evaluation's, which needs more memory for its logits."""
+        """Run a step's forward and backward passes and an evaluation's forward pass, which needs more memory for its
+        logits. Returns the loss."""
         loss = self.accumulate([batch] * times)
         with evaluation.evaluation_mode(self.state.model), self.state.autocast():
             self.state.forward(batch.x, batch.y, source=batch.source)
@@ -147,7 +150,7 @@ class TrainStep:
 
     @contextlib.contextmanager
     def preserve_model(self):
-        """Whatever is computed in this block, model and gradients are then as before: routers have counted nothing."""
+        """A context that restores the model's buffers, such as the routers' load counters, and drops all gradients."""
         buffers = {name: buffer.clone() for name, buffer in self.state.model.named_buffers()}
         try:
             yield
@@ -158,7 +161,8 @@ class TrainStep:
                     buffer.copy_(buffers[name])
 
     def capture(self) -> None:
-        """Take steps as one CUDA graph from now on, where `cuda_graph` asks for it and this machine can."""
+        """Capture a step as a CUDA graph for all steps from now on, if `cuda_graph` is set and the device supports it.
+        If the capture fails, warns and continues without a graph."""
         run = self.state.run
         ranks = self.state.ranks
         if not run.cuda_graph or self.state.graph_step or not cuda_graph.can_capture(self.state.device):
@@ -177,20 +181,20 @@ class TrainStep:
                 raise
             reason = str(error).strip().partition("\n")[0]
             why = f"{type(error).__name__}: {reason}"
-        if ranks.world > 1 and ranks.max_signal(bool(why)) and not why:  # all of them, or none
+        if ranks.world > 1 and ranks.max_signal(bool(why)) and not why:  # all ranks use a graph, or none
             graph_step.close()
             why = "another process could not"
         if not why:
             self.state.graph_step = graph_step
             ranks.start_heartbeat()
             return
-        del graph_step  # frees its memory before the steps that follow
+        del graph_step  # frees its memory before the next steps
         warn(f"a step cannot be captured as a CUDA graph, so that steps take longer ({why})")
         self.do_without_graph()
 
     def do_without_graph(self) -> None:
-        """Of several ranks the steps are called one by one, and the host still waits for none. One process takes them
-        in the old way."""
+        """Continue without a graph. With several ranks, steps are called without a graph but still without host
+        synchronization. A single process returns to synchronous steps."""
         if self.state.ranks.world == 1 or not self.state.ranks.can_capture:
             self.state.run.cuda_graph = False
             return

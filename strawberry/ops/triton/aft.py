@@ -8,33 +8,34 @@ from torch import Tensor
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.common import fast_exp, fast_reciprocal, jit, next_power_of_2, tl
 
-AFT_ROWS = 16  # tokens that a program holds in registers at a time
-AFT_CHAINED_ROWS = 8  # that a chained one holds, more of which then fit
+AFT_ROWS = 16  # tokens in a tile, which a program keeps in registers
+AFT_CHAINED_ROWS = 8  # tokens in a tile of a chained program, so that more programs fit on a multiprocessor
 AFT_CHANNELS = 32  # channels of a program, one warp
-AFT_SEGMENT = 128  # tokens of a chained program; of a small model's, fewer
-AFT_MIN_SEGMENT = 32
+AFT_SEGMENT = 128  # maximum tokens in a chained program's segment
+AFT_MIN_SEGMENT = 32  # minimum tokens in a segment, for small models
 AFT_GROUP = 16  # segments whose sums are read at once
-AFT_MIN_PROGRAMS = 4  # programs for each multiprocessor, from which on they need not be chained
+AFT_MIN_PROGRAMS = 4  # programs per multiprocessor below which segments are chained
 
 
 def fused_aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """y_t = σ(q_t) ⊙ Σ_{s ≤ t} exp(k_s) v_s / Σ_{s ≤ t} exp(k_s), channel by channel (arXiv 2105.14103).
 
-    q, k, v (B, T, D), channels side by side, otherwise strided as they come out of a projection. Returns (B, T, D) in
-    v's dtype; sums are float32 against the running maximum, so that keys of ±80, or of any size, and T of 65,536 lose
-    nothing. Differentiable in q, k and v. Only where `usable(q, k, v)`.
+    q, k, v (B, T, D): channels are contiguous, other strides are arbitrary, as in slices of a projection. Returns
+    (B, T, D) in v's dtype. Sums are float32 relative to the running maximum, so keys of any size, such as ±80, and T of
+    65,536 lose no precision. Differentiable in q, k and v. Requires `can_run(q, k, v)`.
 
-    One warp walks down 32 channels of a row, reading the next 16 tokens while it sums the last ones. It leaves its sums
-    every 16 tokens, from which the way back, which walks from the end, makes anew what the forward pass knew.
+    One warp processes 32 channels of a row in order of time, loading the next 16 tokens while it sums the current ones.
+    It stores its sums every 16 tokens. Backward runs from the end and recomputes the other intermediate values from
+    these sums.
 
-    Where B·D is too small to fill the GPU, time is cut into segments of 128 tokens, a program each, which are chained
-    ("Single-pass parallel prefix scan with decoupled look-back", NVIDIA 2016): a program sums its segment, publishes
-    the sums, waits for those of the segments before it, and walks down its segment again, whose tokens the cache still
-    has. What is added to what does not depend on who comes first: results are the same bits each time.
+    If B·D is too small to fill the GPU, time is divided into segments of 128 tokens, one program each, which are
+    chained ("Single-pass parallel prefix scan with decoupled look-back", NVIDIA 2016): a program sums its segment,
+    publishes the sums, waits for those of earlier segments, and processes its segment again, whose tokens are still in
+    the cache. The order of additions is fixed, so results are bitwise deterministic.
 
-    Bytes moved in bfloat16, for each of B·T·D: forward 8 (q, k, v read, y written) and 0.75 for the sums, backward 14
-    (q, k, v and the gradient read, three gradients written) and 0.75. Those 8 and 14 are the floor. Segments have 1.5
-    for the sums, every 8 tokens, and read 4 and 8 more from the cache.
+    Bytes moved in bfloat16 per element of (B, T, D): forward 8 (q, k, v read, y written) and 0.75 for the sums,
+    backward 14 (q, k, v and the gradient read, three gradients written) and 0.75. 8 and 14 are the lower bounds.
+    Segments take 1.5 for the sums, stored every 8 tokens, and read 4 and 8 more from the cache.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     save = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -43,7 +44,7 @@ def fused_aft_simple(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @jit
 def load_tile(x, t, step: tl.constexpr, T, here, fill: tl.constexpr, ROWS: tl.constexpr):
-    """Tokens t … t + ROWS − 1, as a tuple. With a constant step they need one address."""
+    """Tokens t … t + ROWS − 1, as a tuple. Because the stride `step` is constant, all loads share one address."""
     rows = ()
     x += t * step
     left = (T - t).to(tl.int32)
@@ -54,8 +55,8 @@ def load_tile(x, t, step: tl.constexpr, T, here, fill: tl.constexpr, ROWS: tl.co
 
 @jit
 def empty_tile(fill: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr):
-    """What `load_tile` returns before the first token: loops begin one tile early, with loads alone, since Triton takes
-    time by the cube of the loads that a kernel is written with."""
+    """The value of `load_tile` before the first token. Loops start one tile early, where they only load, because
+    Triton's compile time is cubic in the number of loads in a kernel's source."""
     rows = ()
     for _ in tl.static_range(ROWS):
         rows = rows + (tl.full((BLOCK,), fill, tl.float32).to(TYPE),)
@@ -64,7 +65,8 @@ def empty_tile(fill: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, TYPE
 
 @jit
 def accumulate_token(top, above, below, k, v):
-    """One more token in the sums, which are divided by exp(top). Also by what they were multiplied, and its weight."""
+    """Add a token to the sums, which are divided by exp(top). Also returns the factor by which the sums were
+    multiplied, and the token's weight."""
     newer = k > top
     gap = fast_exp(-tl.abs(top - k))
     fade, weight = tl.where(newer, gap, 1.0), tl.where(newer, 1.0, gap)
@@ -73,7 +75,7 @@ def accumulate_token(top, above, below, k, v):
 
 @jit
 def kahan_accumulate(total, low, fade, more):
-    """total · fade + more, and what rounding took from it (Kahan): a long text adds thousands of times."""
+    """total · fade + more, and its rounding error (Kahan summation): a long sequence takes thousands of additions."""
     old, new = total * fade, more + low * fade
     total = old + new
     return total, new - (total - old)
@@ -81,14 +83,14 @@ def kahan_accumulate(total, low, fade, more):
 
 @jit
 def publish(x, value, here):
-    """For programs that wait: never NaN, which is what they take for missing."""
+    """Store a value for waiting programs. NaN means "not yet published", so NaN is stored as infinity."""
     tl.store(x, tl.where(value == value, value, float("inf")), mask=here)
 
 
 @jit
 def wait_for(x, there, COUNT: tl.constexpr, D: tl.constexpr):
-    """Until other programs, which started earlier, have written COUNT numbers, D apart, at each of x (GROUP, channels)
-    that is `there`. Then these numbers can be read."""
+    """Spin until other programs, which started earlier, have published COUNT numbers, with stride D, at each address of
+    x (GROUP, channels) in the mask `there`."""
     missing = 1
     while missing > 0:
         first = tl.load(x, mask=there, other=0.0, volatile=True)
@@ -100,8 +102,8 @@ def wait_for(x, there, COUNT: tl.constexpr, D: tl.constexpr):
 
 @jit
 def sums_before(totals, prefixes, segment, here, D: tl.constexpr, GROUP: tl.constexpr):
-    """The largest key, Σ exp(k) v and Σ exp(k) of all segments before one: those of its group one by one, and what the
-    last segment of the group before has made of all that went before."""
+    """The largest key, Σ exp(k) v and Σ exp(k) over all segments before `segment`: from the totals of the segments in
+    its group, and the prefix that the last segment of the previous group has published."""
     group, other = segment // GROUP, tl.arange(0, GROUP)[:, None]
     first = group * GROUP
     its, there = totals + (first + other) * 3 * D, (first + other < segment) & here[None, :]
@@ -125,13 +127,13 @@ def sums_before(totals, prefixes, segment, here, D: tl.constexpr, GROUP: tl.cons
 def segment_sums(
     k, v, start, count, T, here, k_step: tl.constexpr, v_step: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The largest key, Σ exp(k) v and Σ exp(k) of a segment of `count` tiles."""
+    """The largest key, Σ exp(k) v and Σ exp(k) over a segment of `count` tiles."""
     top = tl.full((BLOCK,), -1e30, tl.float32)  # finite: −∞ − −∞ would be NaN
     above, below, t = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), start - ROWS
     ks = empty_tile(float("-inf"), ROWS, BLOCK, k.dtype.element_ty)
     vs = empty_tile(0.0, ROWS, BLOCK, v.dtype.element_ty)
     for tile in range(-1, count):
-        limit = tl.where(tile < count - 1, T, 0)  # nothing is read after the segment
+        limit = tl.where(tile < count - 1, T, 0)  # no loads after the segment
         next_ks = load_tile(k, t + ROWS, k_step, limit, here, float("-inf"), ROWS)
         next_vs = load_tile(v, t + ROWS, v_step, limit, here, 0.0, ROWS)
         now = top
@@ -157,7 +159,8 @@ def publish_sums(x, top, above, below, here, D: tl.constexpr):
 def forward_tile(
     y, top, above, below, qs, ks, vs, left, here, D: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr
 ):
-    """A tile's largest key and its own sums; y if WRITE, with the sums before the tile."""
+    """The largest key up to a tile's end and the tile's own sums. If WRITE, stores y, which includes the sums before
+    the tile."""
     now, over, under = top, tl.zeros_like(above), tl.zeros_like(above)
     kept = tl.full(above.shape, 1.0, tl.float32)
     for i in tl.static_range(ROWS):
@@ -184,8 +187,8 @@ def aft_forward_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     SAVE: tl.constexpr, WRITE: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """A segment of 32 channels of a row: y if WRITE; if SAVE the sums before each ROWS tokens and after the last.
-    Later segments' programs start later, so that none waits for one that finds no place."""
+    """A segment of 32 channels of a row. Stores y if WRITE, and if SAVE the sums before each ROWS tokens and after the
+    last token. Programs of later segments start later, so a program never waits for one that is not yet resident."""
     c, row, segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.program_id(2)
     here, segments = c < D, tl.num_programs(2)
     q, k, v, y = q + row * q_row + c, k + row * k_row + c, v + row * v_row + c, y + row * T * D + c
@@ -233,8 +236,8 @@ def aft_forward_kernel(
 def sums_after(
     totals, prefixes, states, back, segments, tiles, end, here, D: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """Σ r_t and Σ r_t o_t of all segments after one, the `back`-th from the last, times exp(end), as `sums_before`.
-    Each segment's are times the exponential of the largest key before it, which `states` has."""
+    """Σ r_t and Σ r_t o_t over all segments after the `back`-th from the last, multiplied by exp(end), computed as in
+    `sums_before`. Each segment's sums are multiplied by exp(the largest key before it), which `states` has."""
     group, other = back // GROUP, tl.arange(0, GROUP)[:, None]
     first = group * GROUP
     its, there = totals + (first + other) * 2 * D, (first + other < back) & here[None, :]
@@ -258,8 +261,8 @@ def sums_after(
 def recompute_tile(
     dq, state, qs, ks, vs, gs, left, here, D: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr
 ):  # fmt: skip
-    """What the forward pass knew in a tile: of its tokens r, r o, by what the sums before were multiplied, and their
-    weights; by what the sums after the tile are. The gradient of q if WRITE."""
+    """Recompute a tile's intermediate values of the forward pass. Returns for each token r, r o, the factor of the sums
+    before it and its weight, and the factor of the sums after the tile. Stores the gradient of q if WRITE."""
     top = tl.load(state, mask=here, other=0.0)
     above = tl.load(state + D, mask=here, other=0.0)
     below = tl.load(state + 2 * D, mask=here, other=1.0)
@@ -284,8 +287,8 @@ def backward_tile(
     dk, dv, after, weighted, rs, ros, fades, weights, vs, left, here,
     D: tl.constexpr, ROWS: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """A tile's own Σ r and Σ r o, times what lies before its first token; the gradients of k and v if WRITE, with the
-    sums after the tile."""
+    """A tile's own Σ r and Σ r o, scaled to before its first token. If WRITE, stores the gradients of k and v, which
+    include the sums after the tile."""
     over, under = tl.zeros_like(after), tl.zeros_like(after)
     fade, kept = tl.full(after.shape, 1.0, tl.float32), tl.full(after.shape, 1.0, tl.float32)
     for i in tl.static_range(ROWS - 1, -1, -1):
@@ -305,10 +308,10 @@ def aft_backward_kernel(
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a segment, from its end; the last segment is the first program. If CHAIN it is walked twice, for
-    its sums alone and for its gradients.
+    """The gradients of a segment, computed from its end; the last segment is the first program. If CHAIN, the segment
+    is processed twice: for its sums, then for its gradients.
 
-    With o_t the mean, Z_t = Σ_{s ≤ t} exp(k_s) and r_t = σ(q_t) ∂L/∂y_t / Z_t, the gradients are sums over the future:
+    With o_t the mean, Z_t = Σ_{s ≤ t} exp(k_s) and r_t = σ(q_t) ∂L/∂y_t / Z_t, the gradients are sums over t ≥ s:
     ∂L/∂v_s = exp(k_s) Σ_{t ≥ s} r_t and ∂L/∂k_s = exp(k_s) (v_s Σ_{t ≥ s} r_t − Σ_{t ≥ s} r_t o_t).
     Z_t is divided by exp(top_t), top_t the running maximum, so the sums over t ≥ s are multiplied by exp(top_s).
     """
@@ -321,7 +324,7 @@ def aft_backward_kernel(
     first, last = segment * tiles, tl.minimum(segment * tiles + tiles, all_tiles)
     own_after, own_weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for write in tl.static_range(1 - CHAIN, 2):
-        after, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # Σ r and Σ r o, later tiles'
+        after, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # Σ r and Σ r o of later tiles
         after_low, weighted_low = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         t = last.to(tl.int64) * ROWS
         ks = empty_tile(float("-inf"), ROWS, BLOCK, k.dtype.element_ty)
@@ -341,7 +344,7 @@ def aft_backward_kernel(
         for done in range(-1, last - first):
             tile = last - 1 - done
             left = tl.where(done >= 0, T - t, 0).to(tl.int32)
-            limit = tl.where(tile > first, T, -ROWS)  # nothing is read before the segment
+            limit = tl.where(tile > first, T, -ROWS)  # no loads before the segment
             next_ks = load_tile(k, t - ROWS, k_step, limit, here, float("-inf"), ROWS)
             next_vs = load_tile(v, t - ROWS, v_step, limit, here, 0.0, ROWS)
             next_qs = load_tile(q, t - ROWS, q_step, limit, here, 0.0, ROWS)
@@ -365,7 +368,7 @@ def aft_backward_kernel(
 
 
 def segment_size(v: Tensor) -> int:
-    """Tokens of the segments into which time is cut where channels and rows make too few programs; 0: it is not cut."""
+    """Tokens in a segment if channels and rows give too few programs to fill the GPU; 0: time is not divided."""
     B, T, D = v.shape
     lines, wanted, segment = B * -(-D // AFT_CHANNELS), AFT_MIN_PROGRAMS * kernels.multiprocessors(v), AFT_SEGMENT
     while segment > AFT_MIN_SEGMENT and lines * -(-T // segment) < wanted:
@@ -382,8 +385,8 @@ def tile_rows(v: Tensor) -> int:
 
 
 def launch_config(v: Tensor, numbers: int) -> tuple[tuple[int, int, int], list[Tensor], int, dict]:
-    """Programs over channels, rows and segments; what segments and groups of them publish; tiles in a segment, none of
-    which is empty; constants."""
+    """The grid over channels, rows and segments; the buffers in which segments and groups publish sums; tiles per
+    segment, such that no segment is empty; the kernel's constants."""
     (B, T, D), chained, rows = v.shape, is_chained(v), tile_rows(v)
     block, tiles = min(AFT_CHANNELS, next_power_of_2(D)), segment_size(v) // rows if chained else -(-T // rows)
     segments = -(-T // (tiles * rows))
@@ -394,14 +397,14 @@ def launch_config(v: Tensor, numbers: int) -> tuple[tuple[int, int, int], list[T
 
 
 def state_shape(v: Tensor) -> tuple[int, int, int, int]:
-    """The shape of what `launch_aft_forward` keeps."""
+    """The shape of the sums that `launch_aft_forward` saves."""
     B, T, D = v.shape
     return B, -(-T // tile_rows(v)) + 1, 3, D
 
 
 def launch_aft_forward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, save: bool, write: bool) -> Tensor:
-    """The sums before each `tile_rows` tokens and after the last, (B, ⌈T / rows⌉ + 1, 3, D): the largest key, and
-    Σ exp(k) v and Σ exp(k) divided by its exponential; empty unless `save`. On the way, y is written if `write`."""
+    """Returns the sums before each `tile_rows` tokens and after the last, (B, ⌈T / rows⌉ + 1, 3, D): the largest key,
+    and Σ exp(k) v and Σ exp(k) divided by its exponential; empty unless `save`. Stores y if `write`."""
     (_, T, D), (grid, published, tiles, shape) = v.shape, launch_config(v, 3)
     states = torch.empty(state_shape(v) if save else (0,), dtype=torch.float32, device=v.device)
     strides = [x.stride(axis) for axis in (0, 1) for x in (q, k, v)]

@@ -19,7 +19,7 @@ from strawberry.ops.triton.common import (
 AFT_BLOCK = 64  # tokens in a block
 
 
-AFT_LAUNCH = {  # channels of a program, warps and stages: by registers, of which none spill
+AFT_LAUNCH = {  # channels of a program, warps and stages, chosen so that no registers spill
     "forward": {"BLOCK": 64, "num_warps": 8, "num_stages": 1},
     "backward": {"BLOCK": 64, "num_warps": 8, "num_stages": 1},
     "weights": {"BLOCK": 64, "num_warps": 8, "num_stages": 3},
@@ -27,8 +27,8 @@ AFT_LAUNCH = {  # channels of a program, warps and stages: by registers, of whic
 
 
 def fused_aft_conv(q: Tensor, k: Tensor, v: Tensor, taps: Tensor) -> Tensor:
-    """AFT with p_{t,s} = taps[g, t − s] for the g-th of G groups of channels, 0 from a distance of `window` on; taps
-    (G, window). The rest as in `fused_aft_positional`."""
+    """AFT with p_{t,s} = taps[g, t − s] for group g of G groups of channels, and 0 where t − s ≥ window; taps
+    (G, window). Otherwise as `fused_aft_positional`."""
     with torch.autocast(v.device.type, enabled=False):
         apart, window = block_distances(v, taps.size(1)), taps.size(1)
         p = taps.float().index_select(1, apart.clamp(0, window - 1).flatten()).unflatten(1, apart.shape)  # (G, R, N, N)
@@ -37,8 +37,8 @@ def fused_aft_conv(q: Tensor, k: Tensor, v: Tensor, taps: Tensor) -> Tensor:
 
 
 def fused_aft_local(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, window: int) -> Tensor:
-    """AFT with p_{t,s} = a_t · b_s, 0 from a distance of `window` on (window T: full); a, b (at least T, m). The rest
-    as in `fused_aft_positional`."""
+    """AFT with p_{t,s} = a_t · b_s, and 0 where t − s ≥ window (window T: full); a, b (at least T, m). Otherwise as
+    `fused_aft_positional`."""
     with torch.autocast(v.device.type, enabled=False):
         T, N, apart = v.size(1), AFT_BLOCK, block_distances(v, window)
         a, b = (F.pad(x[:T].float(), (0, 0, 0, -T % N)).unflatten(0, (-1, N)) for x in (a, b))  # (J, N, m)
@@ -50,8 +50,8 @@ def fused_aft_local(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, windo
 
 
 def block_distances(v: Tensor, window: int) -> Tensor:
-    """t − s for the tokens t and s of two blocks that are 0 … R − 1 blocks apart, (R, N, N); R − 1 blocks reach as far
-    as the window does."""
+    """t − s for the tokens t and s of two blocks that are 0 … R − 1 blocks apart, (R, N, N); R − 1 blocks cover the
+    window."""
     N, T = AFT_BLOCK, v.size(1)
     R = 1 + min(-(-(window - 1) // N), -(-T // N) - 1)
     i = torch.arange(N, device=v.device)
@@ -61,21 +61,22 @@ def block_distances(v: Tensor, window: int) -> Tensor:
 def fused_aft_positional(q: Tensor, k: Tensor, v: Tensor, p: Tensor, apart: Tensor) -> Tensor:
     """y_t = σ(q_t) ⊙ Σ_{s ≤ t} exp(k_s + p_{t,s}) v_s / Σ_{s ≤ t} exp(k_s + p_{t,s}) (arXiv 2105.14103).
 
-    q, k, v (B, T, D), channels side by side; p (J, R, G, N, N): of the tokens t in each of J blocks, s in the block
-    0 … R − 1 before it, for G groups of channels, 0 farther off; J is 1 where p depends on the distance alone. Returns
-    (B, T, D) in v's dtype; differentiable in q, k, v and p. Only where `usable(q, k, v, p)`.
+    q, k, v (B, T, D), channels contiguous. p (J, R, G, N, N): for tokens t in each of J blocks and s in the block that
+    is 0 … R − 1 blocks before it, for G groups of channels; p is 0 at larger distances. J is 1 if p depends only on the
+    distance. Returns (B, T, D) in v's dtype; differentiable in q, k, v and p. Requires `can_run(q, k, v, p)`.
 
-    What lies before the R blocks comes as a running sum; the blocks as matrix products exp(p) @ (exp(k) v, exp(k)), the
-    keys about the largest so far. In a token's own block, of which it sees a part, they are about the middle of that
-    block's keys: as far as 160 apart, ±80, they lose nothing. Nor do positions that lie under 80 apart.
+    Tokens before the R blocks enter as a running sum; the R blocks enter as matrix products
+    exp(p) @ (exp(k) v, exp(k)), with keys relative to the largest so far. In a token's own block, of which it attends
+    to a part, keys are relative to the middle of that block's range: keys up to 160 apart (±80) lose no precision, nor
+    do values of p up to 80 apart.
 
-    Bytes moved for each of B·T·D in bfloat16: forward 8, 4.75 for the running sums, 4 for the logarithms; backward 14,
-    8 for sums over the future and 14 for p; what is read again by neighbouring blocks comes from the cache. Operations:
-    4 (window + 64) forward, 8 (window + 64) backward, on the matrix units, in bfloat16 where v is. The floor is the
-    larger of 8 or 14 bytes and these operations.
+    Bytes moved per element of (B, T, D) in bfloat16: forward 8, 4.75 for the running sums, 4 for the logarithms;
+    backward 14, 8 for the sums over later tokens and 14 for p. Neighbouring blocks reread data from the cache. FLOPs:
+    4 (window + 64) forward, 8 (window + 64) backward, on the tensor cores, in bfloat16 if v is. The lower bound on the
+    time is the larger of 8 or 14 bytes and these FLOPs.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    most = p.detach().amax(dim=(1, 4)).clamp(min=0)  # (J, G, N), of each t; 0 is what lies before
+    most = p.detach().amax(dim=(1, 4)).clamp(min=0)  # (J, G, N), per t; at least 0, the p of farther tokens
     weight = torch.where((apart >= 0).unsqueeze(1), (p - most[:, None, :, :, None]).exp(), 0.0)
     return torch.ops.strawberry.aft_positional(q, k, v, weight, most)[0]
 
@@ -85,8 +86,8 @@ def load_block(
     k, v, states, block, T, here,
     D: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """k, −∞ after the last token, and v of a block; (1, channels) each, the largest key up to its end, and the middle
-    between that and the largest up to its first token, which all of the block see."""
+    """k (−∞ after the last token) and v of a block; the largest key up to its end, and the mean of that and the largest
+    key up to its first token, to which all of the block's tokens attend, (1, channels) each."""
     s = (block * N + tl.arange(0, N)).to(tl.int64)[:, None]
     mask, here = (s < T) & here[None, :], here[None, :]
     key = tl.where(s < T, tl.load(k + s * k_step, mask=mask, other=0.0).to(tl.float32), float("-inf"))
@@ -103,7 +104,7 @@ def forward_kernel(
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens, of channels of one group: y, and log Σ exp(k_s + p_{t,s})."""
+    """For a block of tokens and channels of one group, stores y and log Σ exp(k_s + p_{t,s})."""
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     groups: tl.constexpr = D // WIDTH
@@ -141,15 +142,15 @@ def sums_after_kernel(
     D: tl.constexpr, q_step: tl.constexpr, grad_step: tl.constexpr,
     BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """From the end, block by block: Σ r_t and Σ r_t o_t over t in this block and later ones, times exp(the largest key
-    before this block), with r_t = σ(q_t) ∂L/∂y_t / Z_t; and q's gradient."""
+    """Block by block from the end, stores Σ r_t and Σ r_t o_t over t in this block and later ones, multiplied by
+    exp(the largest key before this block), with r_t = σ(q_t) ∂L/∂y_t / Z_t; and q's gradient."""
     c, row, i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1).to(tl.int64), tl.arange(0, N)
     here, blocks = c < D, tl.cdiv(T, N)
     q, grad = q + row * q_row + c[None, :], grad + row * grad_row + c[None, :]
     states += row * (tl.cdiv(T, ROWS) + 1) * 3 * D + c
     after += row * blocks * 2 * D + c
     total, weighted = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    last_top = tl.full((BLOCK,), 1e30, tl.float32)  # nothing comes after the last block
+    last_top = tl.full((BLOCK,), 1e30, tl.float32)  # no block follows the last one
     for done in range(0, blocks):
         block = blocks - 1 - done
         t = (block * N + i).to(tl.int64)
@@ -174,7 +175,7 @@ def sums_after_kernel(
 def output_gradients(
     q, grad, y, logs, t, T, about, most, here, out, q_step: tl.constexpr, grad_step: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """r_t and r_t o_t, multiplied by exp(about) of each channel and exp(most) of each t."""
+    """r_t and r_t o_t, multiplied by exp(about), one value per channel, and exp(most), one value per t."""
     t = t.to(tl.int64)
     mask = (t < T)[:, None] & here[None, :]
     query = tl.load(q + t[:, None] * q_step, mask=mask, other=0.0).to(tl.float32)
@@ -191,7 +192,7 @@ def backward_kernel(
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of k and v in a block of tokens, of channels of one group, from all later tokens."""
+    """The gradients of k and v for a block of tokens and channels of one group, from this block and all later ones."""
     block, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     parts: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     groups: tl.constexpr = D // WIDTH
@@ -215,7 +216,7 @@ def backward_kernel(
     e, there = fast_exp(key - about), (here & (far < blocks))[None, :]
     top = tl.load(states + far * (N // ROWS) * 3 * D, mask=there, other=float("inf"))
     after += (row * blocks + far) * 2 * D + c[None, :]
-    e_far = fast_exp(key - top)  # none where there is nothing far
+    e_far = fast_exp(key - top)  # zero if there are no far blocks
     over = over * e + e_far * tl.load(after, mask=there, other=0.0)
     under = under * e + e_far * tl.load(after + D, mask=there, other=0.0)
     mask = (s < T)[:, None] & here[None, :]
@@ -230,15 +231,15 @@ def weights_backward_kernel(
     D: tl.constexpr, q_step: tl.constexpr, k_step: tl.constexpr, v_step: tl.constexpr, grad_step: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one tile of weights: the sum over some of the rows, over the channels of its group and over the
-    pairs of blocks that it is for."""
+    """The gradient of one tile of weights, summed over some of the rows, over the channels of its group and over the
+    pairs of blocks that share the tile."""
     mine, apart = tl.program_id(0), tl.program_id(1)
     groups: tl.constexpr = D // WIDTH
     group, share_of = tl.program_id(2) % groups, tl.program_id(2) // groups
     i, blocks = tl.arange(0, N), tl.cdiv(T, N)
     its_most = tl.load(most + (mine * groups + group) * N + i)
     total = tl.zeros((N, N), tl.float32)
-    skipped = tl.cdiv(tl.maximum(apart - mine, 0), J)  # pairs that begin before the first block
+    skipped = tl.cdiv(tl.maximum(apart - mine, 0), J)  # pairs whose earlier block would be before the first block
     for pair in range(skipped, tl.cdiv(blocks - mine, J)):
         block = mine + pair * J
         for step in range(0, tl.minimum(rows, B - share_of * rows)):
@@ -255,13 +256,13 @@ def weights_backward_kernel(
                     about, its_most, here, row * T * D + c, q_step, grad_step, D)  # fmt: skip
                 total = tl.dot(share.to(DOT), tl.trans((e * value).to(DOT)), total, input_precision="tf32x3")
                 total = tl.dot((-weighted).to(DOT), tl.trans(e.to(DOT)), total, input_precision="tf32x3")
-    seen = apart * N + i[:, None] - i[None, :] >= 0  # the rest may be anything
+    seen = apart * N + i[:, None] - i[None, :] >= 0  # other values are undefined
     tile = ((share_of * J + mine) * R + apart) * groups + group
     tl.store(dw + tile.to(tl.int64) * N * N + i[:, None] * N + i[None, :], tl.where(seen, total, 0.0))
 
 
 def positional_launch_config(v: Tensor, weight: Tensor, kernel: str) -> tuple[dict, tuple[int, int]]:
-    """Constants of a launch; programs over blocks of tokens and channels."""
+    """The kernel's constants, and the grid over blocks of tokens and channels."""
     groups = weight.size(2)
     width = v.size(-1) // groups
     shape = AFT_LAUNCH[kernel] | {"WIDTH": width, "N": AFT_BLOCK, "ROWS": tile_rows(v), "DOT": dot_dtype(v)}
@@ -270,7 +271,7 @@ def positional_launch_config(v: Tensor, weight: Tensor, kernel: str) -> tuple[di
 
 
 def to_dot_dtype(weight: Tensor, v: Tensor) -> Tensor:
-    """The weights as the matrix units take them."""
+    """The weights, contiguous and in the dtype of tl.dot's operands."""
     return (weight if INTERPRETED else weight.to(v.dtype)).contiguous()
 
 
@@ -317,7 +318,7 @@ def aft_positional_backward_op(
     known = grad, y, logs, states
     args = (q, k, v, to_dot_dtype(weight, v), most, *known, after, dk, dv, T, J, R, *rows, D, *steps)
     backward_kernel[(*grid, B)](*args, **shape)
-    share = -(-B // max(1, min(B, -(-4 * kernels.multiprocessors(v) // (J * R * G)))))  # rows of B to a program
+    share = -(-B // max(1, min(B, -(-4 * kernels.multiprocessors(v) // (J * R * G)))))  # rows per program
     dw = torch.empty(-(-B // share), J, R, G, N, N, dtype=torch.float32, device=v.device)
     args = (q, k, v, most, *known, dw, B, T, J, R, share, *rows, D, *steps)
     weights_backward_kernel[(J, R, G * len(dw))](*args, **positional_launch_config(v, weight, "weights")[0])

@@ -1,4 +1,4 @@
-"""Cross entropy and its gradient by the logits, in one kernel."""
+"""Cross entropy and its gradient with respect to the logits, in one kernel."""
 
 import torch
 from torch import Tensor
@@ -8,27 +8,28 @@ from strawberry.ops.triton.common import fast_exp, jit, next_power_of_2, tl
 MAX_EXPONENT_GAP = tl.constexpr(60.0)
 MAX_SINGLE_PASS = (
     1 << 14
-)  # logits of a token that fit a program's registers: at 50,304 it took twice as long as two passes
+)  # maximum logits per token in a program's registers: with 50,304, one pass took twice as long as two
 
 
 def fused_cross_entropy(
     logits: Tensor, targets: Tensor, V: int, cap: float | None, scale: float = 1.0, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropies (N,) float32 and scale · their gradients by the logits (N, ≥ V), of which the first V count, in
-    the logits' type or another; targets (N,) int64, what is negative costs nothing. See `cross_entropy_fwd_bwd` in
-    strawberry/ops/cross_entropy.py,
-    which is the reference. Only where `usable(logits)`.
+    """Cross entropies (N,) in float32, and scale · their gradients with respect to the logits (N, ≥ V), in `dtype` or
+    else the logits' dtype. Columns from V on are padding. targets (N,) int64; a negative target has loss 0.
+    `cross_entropy_fwd_bwd` in strawberry/ops/cross_entropy.py is the reference. Requires `can_run(logits)`.
 
-    Up to HEAD_WIDEST logits a program holds all of a token: they are read once and their gradients written once, which
-    is the floor. Of more it reads them twice, the second time out of the cache, since few tokens are worked on at once;
-    and once more where the first of them are smaller than the largest by more than exp has room for.
+    Up to MAX_SINGLE_PASS logits per token, a program keeps all of a token's logits: it reads them once and writes their
+    gradients once, which is the minimum. For more logits it reads them twice, the second time from the cache, since few
+    tokens are processed at once; and a third time if the largest logit exceeds the first ones by more than the range of
+    exp.
     """
     return torch.ops.strawberry.cross_entropy_fwd_bwd(logits, targets, V, cap, scale, dtype or logits.dtype)
 
 
 @jit
 def load_logits(logits, c, V, WIDTH, cap, CAPPED: tl.constexpr, EVICT: tl.constexpr):
-    """WIDTH, unlike V, is known to be a multiple of 16, so that loads may be wide."""
+    """Load capped logits; −∞ from column V on. WIDTH, unlike V, is known to be a multiple of 16, which allows
+    vectorized loads."""
     z = tl.load(logits + c, mask=c < WIDTH, other=0.0, eviction_policy=EVICT).to(tl.float32)
     if CAPPED:
         z = cap * (2.0 / (1.0 + tl.exp(-2.0 * z / cap)) - 1.0)  # cap · tanh(z / cap)
@@ -66,7 +67,7 @@ def cross_entropy_two_pass_kernel(
     row, lanes = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     wanted = tl.load(targets + row)
     logits += row * WIDTH
-    top = load_logits(logits, lanes, V, WIDTH, cap, CAPPED, "evict_last")  # V ≥ BLOCK: each lane has a number
+    top = load_logits(logits, lanes, V, WIDTH, cap, CAPPED, "evict_last")  # V ≥ BLOCK: each lane has a logit
     middle = tl.max(top, axis=0)
     total = fast_exp(top - middle)
     for start in range(BLOCK, V, BLOCK):
@@ -74,7 +75,7 @@ def cross_entropy_two_pass_kernel(
         total += fast_exp(z - middle)
         top = tl.maximum(top, z)
     highest = tl.max(top, axis=0)
-    if highest > middle + MAX_EXPONENT_GAP:  # the first lanes told too little of the others: exp overflows at 88
+    if highest > middle + MAX_EXPONENT_GAP:  # later logits are much larger than the first block's: exp overflows at 88
         middle = highest
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):

@@ -1,4 +1,4 @@
-"""Decoding: attention of one new query per row against a ring of keys and values (flash-decoding, arXiv 2311.01282)."""
+"""Decode attention: one new query per row over a ring buffer of keys and values (flash-decoding, arXiv 2311.01282)."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ from strawberry.ops.triton.common import LOG2E, dot_dtype, jit, next_power_of_2,
 
 
 def block_tokens(d: int) -> int:
-    """Tokens that a program takes at a time: 4096 numbers of k."""
+    """Tokens that a program processes per iteration: 4096 numbers of k."""
     return max(16, min(128, 4096 // next_power_of_2(d)))
 
 
 def num_splits(q: Tensor, k: Tensor, size: int) -> int:
-    """Into how many parts the context is cut: enough programs for every multiprocessor, at most 8192 numbers to merge
-    for a head, and one (no second kernel) where a context is short."""
+    """The number of splits of the context: enough programs for every multiprocessor, at most 8192 numbers to merge per
+    head, and one split, which needs no second kernel, for a short context."""
     d = q.size(-1)
     if size <= 8 * block_tokens(d):
         return 1
@@ -24,7 +24,7 @@ def num_splits(q: Tensor, k: Tensor, size: int) -> int:
 
 @jit
 def split_size(pos, size, splits, BLOCK: tl.constexpr):
-    """How many slots a row sees, and how many of them each split takes."""
+    """The number of slots to which a row attends, and the number of slots per split."""
     seen = tl.minimum(pos + 1, size).to(tl.int32)
     return seen, tl.cdiv(tl.cdiv(seen, splits), BLOCK) * BLOCK
 
@@ -35,8 +35,8 @@ def decode_mha_kernel(
     new_k_row, new_v_row,
     NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """A head that shares its keys with none. Each of BLOCK lanes keeps a softmax of its own over every BLOCK-th slot,
-    and they are merged at the end: nothing in the loop crosses lanes but the dot product."""
+    """A head with its own keys. Each of BLOCK lanes computes its own online softmax over every BLOCK-th slot, and the
+    lanes are merged at the end: in the loop only the dot product reduces across lanes."""
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     first = split * share
@@ -52,7 +52,7 @@ def decode_mha_kernel(
         mine = (c < D) & (first <= newest) & (newest < last)
         tl.store(k + newest * k_slot + c, fresh_k, mask=mine)
         tl.store(v + newest * v_slot + c, fresh_v, mask=mine)
-    top = tl.full((BLOCK,), -1e30, tl.float32)  # finite, so that lanes without a slot make no NaN
+    top = tl.full((BLOCK,), -1e30, tl.float32)  # finite, so that lanes without a slot do not give NaN
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK, PAD), tl.float32)
     for start in range(first, last, BLOCK):
@@ -61,7 +61,7 @@ def decode_mha_kernel(
         mask = here[:, None] & (c < D)[None, :]
         keys = tl.load(k + slot[:, None] * k_slot + c[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(v + slot[:, None] * v_slot + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        if NEW:  # what has just been stored need not have arrived
+        if NEW:  # the store above may not be visible to this load
             keys = tl.where((slot == newest)[:, None], fresh_k[None, :].to(tl.float32), keys)
             values = tl.where((slot == newest)[:, None], fresh_v[None, :].to(tl.float32), values)
         score = tl.where(here, tl.sum(keys * query[None, :], axis=1), float("-inf"))
@@ -75,7 +75,7 @@ def decode_mha_kernel(
     weight = tl.sum(total * fade, axis=0)
     mixed_all = tl.sum(mixed * fade[:, None], axis=0)
     if SPLIT:
-        part = parts + ((row * heads + head) * splits + split) * (D + 4)  # sums, highest, weight, and two to align it
+        part = parts + ((row * heads + head) * splits + split) * (D + 4)  # sums, highest, weight, and two for alignment
         tl.store(part + c, mixed_all, mask=(c < D) & (first < last))
         tl.store(part + D, highest, mask=first < last)
         tl.store(part + D + 1, weight, mask=first < last)
@@ -91,7 +91,7 @@ def decode_gqa_kernel(
     NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """GROUP heads that share their keys, which are read once: the matrix units multiply them (arXiv 2205.14135)."""
+    """GROUP heads that share their keys, which are read once and multiplied on tensor cores (arXiv 2205.14135)."""
     shared, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     first = split * share
@@ -129,7 +129,7 @@ def decode_gqa_kernel(
         mixed = mixed * fade[:, None] + tl.dot(weight.to(DOT), values, input_precision="ieee")
         top = higher
     if SPLIT:
-        part = parts + ((row * heads + head) * splits + split) * (D + 4)  # sums, highest, weight, and two to align it
+        part = parts + ((row * heads + head) * splits + split) * (D + 4)  # sums, highest, weight, and two for alignment
         tl.store(part[:, None] + c[None, :], mixed, mask=inside & (first < last))
         tl.store(part + D, top, mask=(g < GROUP) & (first < last))
         tl.store(part + D + 1, total, mask=(g < GROUP) & (first < last))
@@ -143,7 +143,7 @@ def merge_splits_kernel(
     parts, pos, out, size, heads, splits,
     D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """The splits of a head, each with its sums about its own highest score, made one."""
+    """Merge the splits of a head, each of which has its sums relative to its own highest score."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     s, c = tl.arange(0, SPLITS_PAD), tl.arange(0, PAD)

@@ -29,7 +29,7 @@ def _(x):
 
 
 def tile_grid(rows: int, columns: int, tall: int = 128, wide: int = 64) -> tuple[tuple[int, int], dict]:
-    """A grid of tiles, and what a kernel over them is told. The larger side is what memory takes at once."""
+    """The grid of tiles, and the kernel's constants. The larger side of a tile gives coalesced memory access."""
     return (-(-rows // tall), -(-columns // wide)), {"TALL": tall, "WIDE": wide, "num_warps": 8}
 
 
@@ -38,7 +38,7 @@ ACTIVATION_IDS = {"gelu": 0, "relu": 1, "relu2": 2, "swiglu": 3, "identity": 4} 
 
 @jit
 def normal_cdf_pdf(x):
-    """Φ(x) within 1e-7 (Abramowitz and Stegun 7.1.26) and φ(x), of the normal distribution."""
+    """Φ(x) within 1e-7 (Abramowitz and Stegun 7.1.26) and φ(x) of the standard normal distribution."""
     z = tl.abs(x) * 0.7071067811865476
     t, e = fast_reciprocal(1.0 + 0.3275911 * z), fast_exp(-z * z)
     p = (((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592
@@ -60,8 +60,8 @@ def activation_value(x, g, KIND: tl.constexpr):
 
 @jit
 def pack_bytes(byte):
-    """The same bytes, four to a register. Left in the halves of registers that the conversion gives, ptxas 12.8 loses
-    some of them where they are transposed."""
+    """The same bytes, packed four to a register. Without this they stay in the halves of registers that the conversion
+    gives, and ptxas 12.8 loses some of them in the transpose."""
     if NATIVE:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4)
     return byte
@@ -69,7 +69,7 @@ def pack_bytes(byte):
 
 @jit
 def store_with_transpose(y, flipped, value, r, c, ROWS, COLUMNS, here, most):
-    """A tile of `value`, cut at ± most, in 8 bits, into y (ROWS, COLUMNS) and into its transpose."""
+    """Store a tile of `value`, clamped to ± most, in y's 8-bit dtype in y (ROWS, COLUMNS) and in its transpose."""
     byte = pack_bytes(tl.minimum(tl.maximum(value, -most), most).to(y.dtype.element_ty).to(tl.int8, bitcast=True))
     y, flipped = y.to(tl.pointer_type(tl.int8)), flipped.to(tl.pointer_type(tl.int8))
     tl.store(y + r[:, None] * COLUMNS + c[None, :], byte, mask=here)
@@ -128,7 +128,7 @@ def concat_quantize_kernel(
     WIDE: tl.constexpr
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL)
-    begin = tl.program_id(1) * WIDE  # within one of the three
+    begin = tl.program_id(1) * WIDE  # a tile lies within one of the three
     c = begin.to(tl.int64) + tl.arange(0, WIDE)
     here = (r < ROWS)[:, None] & (c < A + B + C)[None, :]
     if begin < A:
@@ -167,7 +167,7 @@ def concat_quantize_op(
 ) -> tuple[Tensor, Tensor]:
     parts = [part if part.stride(1) == 1 else part.contiguous() for part in (first, second, third)]
     widths = [part.size(1) for part in parts]
-    if any(n % 64 for n in widths):  # a tile would lie in two parts
+    if any(n % 64 for n in widths):  # otherwise a tile would lie in two parts
         raise ValueError(f"widths {widths}: each must be a multiple of 64")
     y, flipped = empty_with_transpose(first, sum(widths), dtype)
     grid, shape = tile_grid(*y.shape)

@@ -1,4 +1,4 @@
-"""Linear maps by int8 weights with a scale per output channel."""
+"""Linear maps with int8 weights and a scale per output channel."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ def int8_gemv_kernel(
     x, w, scale, bias, y, M, N, K, x_row,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Up to four rows: products are summed in place along k, and across lanes once at the end."""
+    """Up to four rows of x: products accumulate elementwise along k, and are reduced across lanes once at the end."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m, at = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     start_w = w + n.to(tl.int64) * K
@@ -33,7 +33,7 @@ def int8_gemm_kernel(
     x, w, scale, bias, y, M, N, K, x_row,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Up to 64 rows: the matrix units multiply all of them by a few rows of w."""
+    """Up to 64 rows of x: tensor cores multiply all of them by a few rows of w."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m, at = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     start_w = w + n.to(tl.int64) * K

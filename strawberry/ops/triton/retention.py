@@ -1,4 +1,4 @@
-"""Retention's update of a matrix for each chunk of each row."""
+"""Retention's weight update, for each chunk of each row."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ UPDATE_LAUNCH = {"num_warps": 8, "num_stages": 3}
 
 
 def can_fuse_update(raw: Tensor, oa: Tensor) -> bool:
-    """Whether the kernels take it: half types, whose products have their own units, and more than one matrix, since
-    what is saved by fewer passes over one is less than what compiling the kernels takes; nor small ones, of which no
-    pass takes longer than its launch (at C 64, air.json's step took 1.41 ms with the kernels and 1.33 ms without)."""
+    """Whether to use the kernels: for half types, which use tensor cores; for more than one matrix, since fewer passes
+    over a single one save less time than compiling the kernels takes; and for C ≥ 128, since a pass over a small matrix
+    takes no longer than its launch (at C 64, air.json's step took 1.41 ms with the kernels and 1.33 ms without)."""
     taken = INTERPRETED or (raw.dtype == oa.dtype in HALF_DTYPES and oa.size(-1) >= 128)
     return kernels.can_run(raw, oa) and taken and oa.shape[:2].numel() > 1
 
@@ -24,8 +24,8 @@ def matmul_tile(
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `times(a, square)` in float32, a (M, N) and square (C, C) with these strides; where it lies, and which
-    of it is there."""
+    """A tile of `right_multiply(a, square)` in float32, a (M, N) and square (C, C) with these strides; the tile's
+    offsets and its mask."""
     across = tl.cdiv(N, COLS)
     i = tile // across * ROWS + tl.arange(0, ROWS)[:, None]
     c = tile % across * COLS + tl.arange(0, COLS)[None, :]
@@ -55,7 +55,7 @@ def gate_kernel(
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """z and h, a tile of a matrix in a program."""
+    """Store z and h; one tile of a matrix per program."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
     product, at, here = matmul_tile(
         raw + each * apart, oa + each * C * C, tile, M, N, C, C, 1, VIEWED, EVEN, DOT, ROWS, COLS, STEP
@@ -74,7 +74,7 @@ def add_kernel(
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """raw + h outᵀ, a tile of a matrix in a program, and the sums of its numbers and of their squares."""
+    """Store raw + h outᵀ, and the tile's sum and sum of squares; one tile of a matrix per program."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
     product, at, here = matmul_tile(h + each * M * N, out, tile, M, N, C, 1, C, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
     x = (product + tl.load(raw + each * apart + at, mask=here, other=0.0)).to(new.dtype.element_ty)
@@ -91,7 +91,7 @@ def gate_backward_kernel(
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """From dh = grad out: h once more, dz, and a share of the gradient of scale."""
+    """From dh = grad out, store the recomputed h, dz, and the tile's part of the gradient of scale."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
     dh, at, here = matmul_tile(grad + each * M * N, out, tile, M, N, C, C, 1, VIEWED, EVEN, DOT, ROWS, COLS, STEP)
     s, at = tl.load(scale + each), each * M * N + at
@@ -109,7 +109,7 @@ def add_backward_kernel(
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """grad + dz oaᵀ, a tile of a matrix in a program."""
+    """Store grad + dz oaᵀ; one tile of a matrix per program."""
     tile, each = tl.program_id(0), tl.program_id(1).to(tl.int64)
     product, at, here = matmul_tile(
         dz + each * M * N, oa + each * C * C, tile, M, N, C, 1, C, VIEWED, EVEN, DOT, ROWS, COLS, STEP
@@ -120,7 +120,7 @@ def add_backward_kernel(
 
 
 def update_launch_config(raw: Tensor, C: int, viewed: bool) -> tuple[int, dict]:
-    """Tiles of a matrix, and the constants of a launch."""
+    """The number of tiles in a matrix, and the kernel's constants."""
     M, N = raw.shape[-2:]
     rows, cols, step = UPDATE_TILE.values()
     even = M % rows == 0 and N % cols == 0 and C % step == 0

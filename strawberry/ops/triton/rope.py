@@ -1,4 +1,4 @@
-"""Rotary positions and RMS norm of queries and keys, in the layout that a joint projection writes."""
+"""RoPE and RMS norm of queries and keys, in the layout of a fused qkv projection."""
 
 import torch
 from torch import Tensor
@@ -7,30 +7,31 @@ from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.common import jit, tl
 from strawberry.ops.triton.float8 import store_with_transpose
 
-ROPE_TILE = 2048  # numbers of a program: for each thread 16 bytes of either half of a row in the half types
+ROPE_TILE = 2048  # elements per program: in half types, 16 bytes of each half of a row per thread
 NORM_EPS = 1e-6  # of the RMS norm
 
 
 def fused_qk_rope_norm(
     qkv: Tensor, widths: tuple[int, ...], cos: Tensor, sin: Tensor, normed: bool
 ) -> tuple[Tensor, ...]:
-    """Queries and keys as attention reads them: the pairs of each head turned by rotary positions, and the head, if
-    `normed`, divided by its root mean square.
+    """Queries, keys and values for attention: RoPE rotates the pairs of each head of q and k and, if `normed`, each
+    head is divided by its root mean square.
 
-    qkv (B, T, Dq + 2·Dk), what a joint projection makes, and widths (Dq, Dk, Dk); cos and sin (B or 1, T, 1, d/2), for
-    heads of d. Returns q and k, (B, T, Dq) and (B, T, Dk) in qkv's dtype, and v, a view of qkv. Differentiable in qkv.
-    Only where `can_fuse_rope`.
+    qkv (B, T, Dq + 2·Dk), the output of a fused projection, and widths (Dq, Dk, Dk); cos and sin (B or 1, T, 1, d/2),
+    for heads of d channels. Returns q and k, (B, T, Dq) and (B, T, Dk) in qkv's dtype, and v, a view of qkv.
+    Differentiable in qkv. Requires `can_fuse_rope`.
 
-    One pass each way. The gradient of qkv is written where it belongs, once, where plain PyTorch makes those of q, k
-    and v and then joins them; what the norm was is computed again from qkv, which attention keeps for v's sake.
+    One pass in each direction. Backward writes the gradient of qkv directly, where plain PyTorch computes those of q, k
+    and v and then concatenates them. It recomputes the norm from qkv, which attention keeps anyway for v.
 
-    Bytes moved in half types, D = Dq = Dk: forward 8 for each of B·T·D, backward 12, and 4 more if normed.
+    Bytes moved per element of (B, T, D) in half types, D = Dq = Dk: forward 8, backward 12, and 4 more if normed.
     """
     return QKRopeNorm.apply(qkv, widths, cos, sin, normed)
 
 
 def can_fuse_rope(qkv: Tensor, widths: tuple[int, ...], cos: Tensor) -> bool:
-    """Whether the kernels take it: in training, q, k and v of one product, the whole of each head turned."""
+    """Whether the kernels can be used: in training, with q, k and v from one product, and RoPE over the whole of each
+    head, of 16 … 256 channels, a power of two."""
     d = 2 * cos.size(-1)
     fits = 16 <= d <= 256 and d & (d - 1) == 0 and len(widths) == 3 and widths[1] == widths[2]
     taken = fits and kernels.can_run(qkv, cos) and qkv.dtype.is_floating_point and cos.size(1) == qkv.size(1)
@@ -38,7 +39,8 @@ def can_fuse_rope(qkv: Tensor, widths: tuple[int, ...], cos: Tensor) -> bool:
 
 
 class QKRopeNorm(torch.autograd.Function):
-    """`fused_qk_rope_norm`. An autograd function, since an operator of torch.library may not return a view, as v is."""
+    """`fused_qk_rope_norm`. An autograd function, because an operator of torch.library may not return a view such as
+    v."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, widths: tuple[int, ...], cos: Tensor, sin: Tensor, normed: bool) -> tuple:
@@ -55,14 +57,15 @@ class QKRopeNorm(torch.autograd.Function):
 
 @jit
 def program_rows(heads, tokens, HALF: tl.constexpr, ROWS: tl.constexpr):
-    """The program's rows, each a head of a token: its token; where it lies among the token's; which are there."""
+    """The program's rows, each a head of a token: the token index, the columns of the head's first half, and the
+    mask."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     return row // heads, row % heads * (2 * HALF) + tl.arange(0, HALF)[None, :], row < tokens * heads
 
 
 @jit
 def load_halves(x, at, here, HALF: tl.constexpr):
-    """Both halves of rows."""
+    """Both halves of the rows, in float32."""
     first = tl.load(x + at, mask=here, other=0.0)
     return first.to(tl.float32), tl.load(x + at + HALF, mask=here, other=0.0).to(tl.float32)
 
@@ -75,7 +78,7 @@ def store_halves(x, at, here, first, second, HALF: tl.constexpr):
 
 @jit
 def load_cos_sin(cos, sin, token, places, here, HALF: tl.constexpr):
-    """Cosines and sines of the rows' tokens; `places` of them are in the tables, T or B · T."""
+    """Cosines and sines of the rows' tokens; the tables have `places` positions, T or B · T."""
     at = token % places * HALF + tl.arange(0, HALF)[None, :]
     c, s = tl.load(cos + at, mask=here, other=0.0), tl.load(sin + at, mask=here, other=0.0)
     return c.to(tl.float32), s.to(tl.float32)
@@ -83,7 +86,7 @@ def load_cos_sin(cos, sin, token, places, here, HALF: tl.constexpr):
 
 @jit
 def rms_reciprocal(first, second, HALF: tl.constexpr, EPS: tl.constexpr):
-    """One over the root mean square of each row; turned or not, it is the same."""
+    """One over the root mean square of each row, which rotation does not change."""
     return tl.rsqrt(tl.sum(first * first + second * second, axis=1)[:, None] * (0.5 / HALF) + EPS)
 
 
@@ -107,7 +110,7 @@ def rope_norm_kernel(
     qkv, cos, sin, q, k, heads, kv_heads, tokens, places, width,
     NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of q, or of k: some heads of some tokens, which lie one after another."""
+    """Consecutive rows (heads of tokens) of q or of k, depending on the program's second index."""
     if tl.program_id(1) == 0:
         rope_norm_part(qkv, cos, sin, q, heads, tokens, places, width, NORMED, EPS, HALF, ROWS)
     else:
@@ -120,7 +123,7 @@ def rope_norm_gradient(
     grad, its, qkv, at, cos, sin, token, places, here,
     TURNED: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of rows of the gradient of qkv, at `at` in it, from that of what was made of them, at `its`."""
+    """Both halves of rows of the gradient of qkv, at offset `at`, from the gradient of q, k or v at offset `its`."""
     a, b = load_halves(grad, its, here, HALF)
     if TURNED:
         c, s = load_cos_sin(cos, sin, token, places, here, HALF)
@@ -151,7 +154,7 @@ def rope_norm_backward_kernel(
     sq_row, sk_row, sv_row, sq_token, sk_token, sv_token,
     NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of rows of q, of k, or of v, whose own is copied."""
+    """The gradient of qkv for rows of q, k or v; v's gradient is copied."""
     part = tl.program_id(1)
     k = heads * (2 * HALF)
     if part == 0:
@@ -174,7 +177,7 @@ def qkv_grad_quantize_kernel(
     sq_row, sk_row, sv_row, sq_token, sk_token, sv_token,
     NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    """One head of q, of k, or of v of some tokens: what `rope_norm_backward_kernel` writes, in 8 bits."""
+    """One head of q, k or v for some tokens: the gradient of `rope_norm_backward_kernel`, quantized to 8 bits."""
     head, k = tl.program_id(1), heads * (2 * HALF)
     token = (tl.program_id(0) * TALL + tl.arange(0, TALL))[:, None]
     column = head * (2 * HALF) + tl.arange(0, HALF)[None, :]
@@ -197,7 +200,7 @@ def qkv_grad_quantize_kernel(
 
 
 def rope_launch_config(tokens: int, heads: int, cos: Tensor, parts: int, normed: bool) -> tuple[tuple[int, int], dict]:
-    """Programs over rows and parts; constants."""
+    """The grid over rows and parts, and the kernel's constants."""
     half = cos.size(-1)
     rows = ROPE_TILE // (2 * half)
     shape = {"NORMED": normed, "EPS": NORM_EPS, "HALF": half, "ROWS": rows, "num_warps": 4}
@@ -223,7 +226,7 @@ def _(qkv, cos, sin, n_q, n_k, normed):
 def qk_rope_norm_backward_op(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    """The gradient of qkv, (B, T, Dq + 2·Dk), from those of q, k and v; qkv where q and k were normed."""
+    """The gradient of qkv, (B, T, Dq + 2·Dk), from those of q, k and v; qkv is given if q and k were normed."""
     normed = qkv is not None
     grads = [x if x.stride(-1) == 1 else x.contiguous() for x in (dq, dk, dv)]
     qkv, cos, sin = (x if x is None else x.contiguous() for x in (qkv, cos, sin))
@@ -244,7 +247,8 @@ def _(dq, dk, dv, qkv, cos, sin):
 def qkv_grad_quantize(
     dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor | None, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What `turn_backward` gives, (B · T, Dq + 2·Dk), times `scale` in 8 bits, and the same transposed."""
+    """scale · the gradient of qkv in FP8, (B · T, Dq + 2·Dk), and its transpose; arguments as in
+    `qk_rope_norm_backward`."""
     found = torch.ops.strawberry.qkv_grad_quantize(dq, dk, dv, qkv, cos, sin, scale, dtype)
     return tuple(y.view(dtype) for y in found)
 
