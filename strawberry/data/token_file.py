@@ -148,7 +148,7 @@ class TokenFileWriter:
 
     def add(self, tokens: np.ndarray, last: bool = True) -> None:
         """Append the tokens (n,) of a document, or of a part of it if `last` is False. Raises ValueError for the eot or
-        an id that is not in the vocabulary.
+        an id outside the vocabulary.
         """
         tokens = np.asarray(tokens)
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.encoder.vocab_size:
@@ -327,7 +327,7 @@ class TokenFile:
     def find_pairs(self, start: int, stop: int) -> np.ndarray:
         """The positions of the pairs in tokens start … stop−1, (n, 3) int64: a source's first token, its target's first
         token, and the pair's end. Memory: 24 bytes for each pair; nothing else here grows with the file. Raises
-        UserError if the documents do not alternate.
+        UserError if these tokens do not divide into pairs.
         """
         found, position = [], start
         for chunk in self.read_chunks(start, stop):
