@@ -65,7 +65,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in test_docs.PAGES if page.count("/") < 2}
 SECONDS = 300  # after which a command hangs
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="the commands are bash's")]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the commands are bash's")
 
 # ---- files that commands are given ---------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ def check_module(argv: list[str]) -> None:
 
 PARSERS: dict[str, Callable] = {
     "-m": check_module,
-    "train.py": lambda argv: load_run([word for word in argv if word != "--check"], CONFIGS),
+    "train.py": lambda argv: load_run([word for word in argv if word not in ("--check", "--quiet")], CONFIGS),
     "sample.py": sample.read_settings,
     "serve.py": read_command,
     "prepare.py": prepare.parse_arguments,
@@ -440,6 +440,7 @@ def runs(page: str) -> bool:
     return any(command.marker.mode in ("run", "serve") for command in COMMANDS[page])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in COMMANDS if runs(page)])
 def test_commands_of_a_page(tmp_path, page):
     for program in ("bash", "curl", "make"):
@@ -500,7 +501,7 @@ def test_commands_are_split_as_bash_does():
     ("python nothing.py", "nothing.py"),
     ("python -m pytest tests/nothing.py", "tests/nothing.py"),
     ("python -m nothing", "-m nothing"),
-    ("python tests/freeze.py --bas HEAD", "--base"),
+    ("python tests/freeze.py --bsae HEAD", "bsae"),
     ("pip install -r requirement.txt", "requirement.txt"),
     ("wget x", "wget"),
     ('echo "a', "unexpected EOF"),
