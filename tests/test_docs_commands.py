@@ -449,6 +449,29 @@ def test_commands_of_a_page(tmp_path, page):
     run_page(COMMANDS[page], tmp_path)
 
 
+@pytest.mark.slow
+def test_the_architecture_that_the_readme_adds_trains_and_is_tested(tmp_path):
+    """In model.py, where the README says that it belongs."""
+    copy_repository(tmp_path)
+    whole, registry = (tmp_path / "model.py").read_text(encoding="utf-8"), "MODELS: dict[str"
+    added, _, entry = test_docs.example().rpartition("MODELS[")
+    assert entry == '"mean"] = Mean\n' and whole.count(registry) == 1
+    start, end = whole.split(registry)
+    end = end.replace("{", '{\n    "mean": Mean,', 1)
+    (tmp_path / "model.py").write_text(f"{start}{added}\n{registry}{end}", encoding="utf-8")
+    config = {"model_hyperparams": {"arch": "mean", "block_size": 16}, "max_iters": 3, "warmup_iters": 1,
+              "eval_iters": 1, "encoder_path": "chars:input.txt", "model_path": "bin/a.mean"}  # fmt: skip
+    (tmp_path / "mean.json").write_text(json.dumps(config))
+    with Shell(tmp_path) as shell:
+        shell.give("input.txt")
+        for command in ("python prepare.py --input input.txt --encoder chars:input.txt",
+                        "python train.py --config mean.json",
+                        "python sample.py --model bin/a.mean --prompt Once --length 5",
+                        "python -m pytest -q tests/model/test_model.py -k 'mean and not reference'"):  # fmt: skip
+            done = shell.bash(command)
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
 def test_blocks_that_other_tests_cover_name_them():
     named = [word for commands in COMMANDS.values() for command in commands if command.marker.mode == "by"
              for word in command.marker.words]  # fmt: skip
