@@ -887,8 +887,8 @@ class CachedGeneration:
 class LanguageModel(CachedGeneration, nn.Module):
     """Base class of all families: forward pass, loss, cache, generation.
 
-    A family defines `embed`, `trunk(x, ctx, caches)`, `head_inputs(x)` and `new_caches(…)`, and overrides the attributes
-    below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
+    A family defines `embed`, `trunk(x, ctx, caches)`, `head_inputs(x)` and `new_caches(…)`, and overrides the
+    attributes below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
     """
 
     Config = ModelConfig
