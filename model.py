@@ -930,8 +930,8 @@ class CachedGeneration:
 class LanguageModel(CachedGeneration, nn.Module):
     """Base class of all families: forward pass, loss, cache, generation.
 
-    A family defines `embed_tokens(idx, ctx)`, `trunk(x, ctx, caches)`, `head_inputs(x)` and `new_caches(…)`, and
-    overrides the attributes below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
+    A family defines `embed`, `trunk(x, ctx, caches)`, `head_inputs(x)` and `new_caches(…)`, and overrides the
+    attributes below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
     """
 
     Config = ModelConfig
@@ -1010,6 +1010,9 @@ class LanguageModel(CachedGeneration, nn.Module):
         """The source as cross-attention reads it; None in families that read none, and a UserError if given one."""
         if source is not None:
             raise UserError(f"a {self.config.arch} of this kind reads no source; give it to an encoder-decoder")
+
+    def embed_tokens(self, idx: Tensor, ctx: ForwardContext) -> Tensor:
+        return norm(self.embed(idx))
 
     def hidden_states(self, idx: Tensor, ctx: ForwardContext, caches) -> Tensor:
         """Hidden states (B, T, C), the input of the head."""
@@ -1240,9 +1243,6 @@ class Strawberry(LanguageModel):
         self.causal, self.chunk_size, self.cap = retention.causal, retention.chunk_size, c.logit_softcap
         self.max_positions = c.block_size if c.aft in FIXED_LENGTH_AFTS and self.blocks[0].aft is not None else None
 
-    def embed_tokens(self, idx: Tensor, ctx: ForwardContext) -> Tensor:
-        return norm(self.embed(idx))
-
     def trunk(self, x: Tensor, ctx: ForwardContext, caches: list | None) -> Tensor:
         return run_recursions(self.run_stack, x, ctx, caches, self.config.recursions, self.depth)
 
@@ -1400,9 +1400,6 @@ class StrawberryV0(LanguageModel):
         compaction = self.blocks[0].compaction
         if compaction is not None:
             self.causal, self.chunk_size = compaction.causal, compaction.chunk_size
-
-    def embed_tokens(self, idx: Tensor, ctx: ForwardContext) -> Tensor:
-        return norm(self.embed(idx))
 
     def trunk(self, x: Tensor, ctx: ForwardContext, caches: list | None) -> Tensor:
         for i, block in enumerate(self.blocks):
