@@ -25,7 +25,7 @@ test-gpu:
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --cuda -n 8 -m "not whole_gpu" $(GPU_TESTS)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --cuda -m whole_gpu $(GPU_TESTS)
 
-# the tests of survival with full counts: a quarter of an hour; prints the README's table
+# the tests of survival with full counts: a quarter of an hour; prints the table of docs/measurements.md
 torture: $(VENV)/installed
 	PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 TORTURE=1 $(BIN)/python tests/training/torture.py
 

@@ -666,6 +666,44 @@ class ModelConfig:
     n_ffn_experts = 1
 
 
+@dataclass
+class ExpertOptions:
+    """Of expert attention."""
+
+    n_experts: int = option(1, "groups of heads that a router chooses from, token by token", low=1)
+    a_experts: int | None = option(None, "groups active for a token; default half", low=1)
+    windows: list[int] | None = option(None, "each expert's; default window, window / 2, … not under 16", low=1)
+
+
+@dataclass
+class FeedForwardExpertOptions:
+    """Of a mixture of feed-forwards."""
+
+    n_ffn_experts: int = option(1, "feed-forwards that a router chooses from, token by token", low=1)
+    a_ffn_experts: int | None = option(None, "feed-forwards active for a token; default half", low=1)
+
+
+@dataclass
+class RecursionOptions:
+    """Of passes that share weights."""
+
+    recursions: int = option(1, "times that each stack is run", low=1, high=1024)
+    adaptive: bool = option(False, "each token chooses its number of recursions")
+
+
+@dataclass
+class AttentionOptions:
+    """Of families whose attention_type names softmax attention."""
+
+    n_qkv: int | None = option(None, "channels of q; default n_embd", low=1)
+    n_kv_head: int | None = option(
+        None, "heads of k and v in GQA; default n_head / 2, or what divides n_head below it", low=1)
+    kv_rank: int | None = option(None, "MHLA's latent; default n_embd / 4", low=1)
+    rope_dim: int | None = option(None, "MHLA's rotary channels; default half a head's", low=2)
+    tie_embeddings: bool = option(True, "one table for input and output")
+
+
+
 def default_window(c) -> None:
     c.window = c.window or max(1, c.block_size // 4)
 
@@ -713,6 +751,11 @@ def heads_divide(name: str, width: int, n_head: int) -> Iterator[tuple[str, str]
         yield name, f"must be a multiple of n_head {n_head}; try {-(-width // n_head) * n_head}"
     elif width // n_head % 2:
         yield name, f"gives heads of {width // n_head} channels, but rotary positions turn pairs: an even number"
+
+
+def recursion_problems(c: RecursionOptions) -> Iterator[tuple[str, str]]:
+    if c.adaptive and c.recursions < 2:
+        yield "adaptive", "needs recursions of at least 2, to have depths to choose from"
 
 
 def expert_problems(c) -> Iterator[tuple[str, str]]:
@@ -887,8 +930,8 @@ class CachedGeneration:
 class LanguageModel(CachedGeneration, nn.Module):
     """Base class of all families: forward pass, loss, cache, generation.
 
-    A family defines `embed_tokens(idx, ctx)`, `trunk(x, ctx, caches)`, `head_inputs(x)` and `new_caches(…)`, and
-    overrides the attributes below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
+    A family defines `embed`, `trunk(x, ctx, caches)`, `head_inputs(x)` and `new_caches(…)`, and overrides the
+    attributes below where it differs. `head_inputs` returns (x, W), whose product x Wᵀ is the logits.
     """
 
     Config = ModelConfig
@@ -968,6 +1011,9 @@ class LanguageModel(CachedGeneration, nn.Module):
         if source is not None:
             raise UserError(f"a {self.config.arch} of this kind reads no source; give it to an encoder-decoder")
 
+    def embed_tokens(self, idx: Tensor, ctx: ForwardContext) -> Tensor:
+        return norm(self.embed(idx))
+
     def hidden_states(self, idx: Tensor, ctx: ForwardContext, caches) -> Tensor:
         """Hidden states (B, T, C), the input of the head."""
         ctx = replace(ctx, rope=None if self.rope is None else self.rope(ctx.positions))
@@ -1014,20 +1060,15 @@ class LanguageModel(CachedGeneration, nn.Module):
 
 
 @dataclass
-class StrawberryConfig(ModelConfig):
+class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
     arch: str = option("strawberry", "the family of architectures", choices=("strawberry",))
     n_qkv: int = option(256, "D, channels of q, of k and of v", low=1)
     r_layer: int = option(2, "retention steps of each block before its last step; 0: none", low=0, high=1024)
     aft_ratio: int = option(3, "attention-free steps for each step of expert attention", low=0)
     aft: str = option("simple", "positions of attention-free mixing", choices=tuple(AFTS))
     window: int | None = option(None, "tokens that attention sees; default block_size / 4", low=1)
-    n_experts: int = option(1, "groups of heads that a router chooses from, token by token", low=1)
-    a_experts: int | None = option(None, "groups active for a token; default half", low=1)
-    windows: list[int] | None = option(None, "each expert's; default window, window / 2, … not under 16", low=1)
     n_ffn_experts: int = option(1, "groups of SwiGLU channels that a router chooses from", low=1)
     a_ffn_experts: int | None = option(None, "groups active for a token; default half", low=1)
-    recursions: int = option(1, "times that the whole stack is run", low=1, high=1024)
-    adaptive: bool = option(False, "each token chooses its number of recursions")
     retention: str = option("on", "'none': the same steps with weights that stay as they are", choices=("on", "none"))
     retention_scope: str = option(
         "causal", "what the update sums over: earlier chunks of the row, or ('batch', not causal) everything",
@@ -1049,8 +1090,7 @@ class StrawberryConfig(ModelConfig):
         yield from expert_problems(self)
         if self.n_embd % self.n_ffn_experts:
             yield "n_ffn_experts", f"must divide n_embd {self.n_embd}"
-        if self.adaptive and self.recursions < 2:
-            yield "adaptive", "needs recursions of at least 2, to have depths to choose from"
+        yield from recursion_problems(self)
 
 
 class NoRetention:
@@ -1203,9 +1243,6 @@ class Strawberry(LanguageModel):
         self.causal, self.chunk_size, self.cap = retention.causal, retention.chunk_size, c.logit_softcap
         self.max_positions = c.block_size if c.aft in FIXED_LENGTH_AFTS and self.blocks[0].aft is not None else None
 
-    def embed_tokens(self, idx: Tensor, ctx: ForwardContext) -> Tensor:
-        return norm(self.embed(idx))
-
     def trunk(self, x: Tensor, ctx: ForwardContext, caches: list | None) -> Tensor:
         return run_recursions(self.run_stack, x, ctx, caches, self.config.recursions, self.depth)
 
@@ -1229,15 +1266,12 @@ class Strawberry(LanguageModel):
 
 
 @dataclass
-class StrawberryV0Config(ModelConfig):
+class StrawberryV0Config(ExpertOptions, ModelConfig):
     arch: str = option("strawberry-v0", "the family of architectures", choices=("strawberry-v0",))
     n_qkv: int = option(256, "D, channels of q, of k and of v", low=1)
     r_layer: int = option(2, "times that each block is run", low=1, high=1024)
     aft: str = option("full", "positions of attention-free mixing", choices=tuple(AFTS))
     window: int | None = option(None, "tokens that attention sees; default block_size / 4", low=1)
-    n_experts: int = option(1, "groups of heads that a router chooses from, token by token", low=1)
-    a_experts: int | None = option(None, "groups active for a token; default half", low=1)
-    windows: list[int] | None = option(None, "each expert's; default window, window / 2, … not under 16", low=1)
     compaction: bool = option(False, "Compaction Compute: before its attention a block adds norm(x) @ Y to x")
     compaction_scope: str = option(
         "causal", "what Y sums over: earlier chunks of the row, or ('batch', not causal) everything",
@@ -1366,9 +1400,6 @@ class StrawberryV0(LanguageModel):
         compaction = self.blocks[0].compaction
         if compaction is not None:
             self.causal, self.chunk_size = compaction.causal, compaction.chunk_size
-
-    def embed_tokens(self, idx: Tensor, ctx: ForwardContext) -> Tensor:
-        return norm(self.embed(idx))
 
     def trunk(self, x: Tensor, ctx: ForwardContext, caches: list | None) -> Tensor:
         for i, block in enumerate(self.blocks):
@@ -1506,17 +1537,10 @@ class Palm(LanguageModel):
 
 
 @dataclass
-class TinyStarConfig(ModelConfig):
+class TinyStarConfig(FeedForwardExpertOptions, AttentionOptions, ModelConfig):
     arch: str = option("tinystar", "the family of architectures", choices=("tinystar",))
-    n_qkv: int | None = option(None, "channels of q; default n_embd", low=1)
-    n_kv_head: int | None = option(
-        None, "heads of k and v in GQA; default n_head / 2, or what divides n_head below it", low=1)
     n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 8C/3 (SwiGLU) or 4C", low=1)
     window: int | None = option(None, "tokens that -SWA attention sees; default block_size / 4", low=1)
-    kv_rank: int | None = option(None, "MHLA's latent; default n_embd / 4", low=1)
-    rope_dim: int | None = option(None, "MHLA's rotary channels; default half a head's", low=2)
-    n_ffn_experts: int = option(1, "feed-forwards that a router chooses from, token by token", low=1)
-    a_ffn_experts: int | None = option(None, "feed-forwards active for a token; default half", low=1)
     norm_type: str = option("RMSNorm", "norms, with learned scales", choices=tuple(NORMS))
     attention_type: str = option(
         "GQA", "heads of k and v: as q, grouped, one, or a latent; -SWA: over a sliding window",
@@ -1524,7 +1548,6 @@ class TinyStarConfig(ModelConfig):
     ffn_type: str = option("SwiGLU", "feed-forward", choices=("SwiGLU", "GELU"))
     pos_encoding: str = option(
         "RoPE", "how tokens know where they stand", choices=("Learned", "RoPE", "Sinusoidal", "None"))
-    tie_embeddings: bool = option(True, "one table for input and output")
 
     out_proj_role = "residual"  # an embedding of std 0.02 would be negligible beside the output of unit-gain matrices
 
@@ -1596,16 +1619,11 @@ class TinyStar(LanguageModel):
 
 
 @dataclass
-class TransformerConfig(ModelConfig):
+class TransformerConfig(RecursionOptions, ExpertOptions, FeedForwardExpertOptions, AttentionOptions, ModelConfig):
     arch: str = option("transformer", "the family of architectures", choices=("transformer",))
     kind: str = option("encoder-decoder", "which stacks", choices=("encoder-decoder", "decoder", "encoder"))
     n_encoder_layer: int | None = option(None, "blocks of the encoder; default n_layer", low=1, high=4096)
-    n_qkv: int | None = option(None, "channels of q; default n_embd", low=1)
-    n_kv_head: int | None = option(
-        None, "heads of k and v in GQA; default n_head / 2, or what divides n_head below it", low=1)
     n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 4C, for swiglu 8C/3", low=1)
-    n_ffn_experts: int = option(1, "feed-forwards that a router chooses from, token by token", low=1)
-    a_ffn_experts: int | None = option(None, "feed-forwards active for a token; default half", low=1)
     norm_position: str = option("post", "norm after each residual sum, or before each part", choices=("post", "pre"))
     norm_type: str = option("LayerNorm", "norms, with learned scales", choices=tuple(NORMS))
     attention_type: str = option(
@@ -1614,22 +1632,14 @@ class TransformerConfig(ModelConfig):
     ffn_type: str = option("relu", "feed-forward", choices=tuple(FEED_FORWARDS))
     pos_encoding: str = option("Sinusoidal", "how tokens know where they stand", choices=tuple(POSITIONS))
     bias: bool = option(True, "biases in linear maps")
-    tie_embeddings: bool = option(True, "one table for input and output")
     pad_id: int | None = option(None, "token that is padding, in the source and in an encoder", low=0)
     window: int | None = option(None, "tokens that -SWA and sparse attention see nearby; default block_size / 4", low=1)
-    kv_rank: int | None = option(None, "MHLA's latent; default n_embd / 4", low=1)
-    rope_dim: int | None = option(None, "MHLA's rotary channels; default half a head's", low=2)
     aft: str = option("simple", "positions of attention-free mixing", choices=tuple(AFTS))
-    n_experts: int = option(1, "expert attention: groups of heads that a router chooses from", low=1)
-    a_experts: int | None = option(None, "groups active for a token; default half", low=1)
-    windows: list[int] | None = option(None, "each expert's; default window, window / 2, … not under 16", low=1)
     sparse: str = option("none", "pattern of softmax attention", choices=("none", *SPARSE))
     n_global: int = option(0, "sparse: first tokens that everyone sees", low=0)
     n_random: int = option(3, "bigbird: blocks drawn for each block of queries", low=0)
     sparse_block: int = option(64, "bigbird: tokens in a block", low=1)
     sparse_seed: int = option(0, "bigbird: seed of the draw", low=0)
-    recursions: int = option(1, "times that each stack is run", low=1, high=1024)
-    adaptive: bool = option(False, "each token chooses its number of recursions")
 
     def __post_init__(self):
         default_attention(self)
@@ -1640,8 +1650,7 @@ class TransformerConfig(ModelConfig):
         yield from heads_divide("n_qkv", self.n_qkv, self.n_head)
         yield from attention_problems(self)
         yield from expert_problems(self)
-        if self.adaptive and self.recursions < 2:
-            yield "adaptive", "needs recursions of at least 2, to have depths to choose from"
+        yield from recursion_problems(self)
         if self.sparse != "none" and self.attention_type in ("aft", "lam", "expert"):
             yield "sparse", f"is for softmax attention, which attention_type {self.attention_type!r} is not"
         if self.sparse != "none" and self.attention_type.endswith("-SWA"):

@@ -1,8 +1,8 @@
 """Configuration classes: declare, read, check and describe the keys of a JSON file.
 
 A config is a dataclass whose fields are made with `option(default, doc, bounds …)`. Type (the annotation), default,
-bounds and meaning stand there and nowhere else; validation, `train.py --help`, the README's table and
-config/schema.json are all made from them.
+bounds and meaning stand there and nowhere else; validation, `train.py --help`, docs/options.md and config/schema.json
+are all made from them.
 
 Index:  declaring · reading JSON · checking · describing
 """

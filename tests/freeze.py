@@ -199,13 +199,17 @@ def compare(before: dict, after: dict) -> list[str]:
     return found
 
 
-def main() -> int:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", required=True, help="the commit to compare with")
     parser.add_argument("--only", choices=PARTS, action="append", help="probe this part alone; may be repeated")
     parser.add_argument("--match", default="", help="probe only names that this regular expression finds")
     parser.add_argument("--probe", nargs=3, metavar=("TREE", "WANTED", "OUT"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    given = parse_arguments(sys.argv[1:])
     if given.probe:
         tree, wanted, out = map(Path, given.probe)
         probe(tree, json.loads(wanted.read_text("utf-8")), out)

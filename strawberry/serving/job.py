@@ -54,13 +54,16 @@ class ChildProcess:
             known = json.loads((folder / PID).read_bytes())
             self.pid, self.born = int(known["pid"]), str(known["born"])
 
-    def start(self, argv: list[str]) -> None:
-        """Run `python argv…` in the job's folder, its output at the end of LOG, its reports in STATUS."""
+    def start(self, argv: list[str], n_jobs: int = 1) -> None:
+        """Run `python argv…` in the job's folder, its output at the end of LOG, its reports in STATUS. Of `n_jobs` at
+        once each gets its share of the cores, unless the server's environment has OMP_NUM_THREADS."""
         (self.folder / PID).unlink(missing_ok=True)
         status_file.allocate(self.folder / STATUS)
         command = [sys.executable, "-c", LAUNCH, str(self.folder / PID), *argv]
         path = [str(Path(status_file.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), status_file.VARIABLE: str(self.folder / STATUS)}
+        if n_jobs > 1:
+            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_jobs)))
         with open(self.folder / LOG, "ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                             cwd=self.folder, env=env, start_new_session=True)  # fmt: skip

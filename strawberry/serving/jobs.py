@@ -122,7 +122,7 @@ class JobSupervisor:
         )
         job.child, job.n_warnings, job.warned = ChildProcess(job.folder), 0, job.first_warnings()
         try:
-            job.child.start(command.argv)
+            job.child.start(command.argv, self.at_once)
         except OSError as error:
             job.fail(f"the process could not be started: {error.strerror}", "server_error")
             return False

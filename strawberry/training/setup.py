@@ -1,7 +1,6 @@
 """Set-up of a run: device, dtype, data, objective, initial weights, and checks of every path."""
 
 import contextlib
-import itertools
 import json
 import os
 import shlex
@@ -22,6 +21,7 @@ from strawberry.model_file import load_model
 from strawberry.outputs import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
 from strawberry.run_config import find_config
 from strawberry.training import checkpoint, plot
+from strawberry.training.blocks import iterate_blocks
 from strawberry.training.checkpoint import LATEST
 from strawberry.training.console import warn
 from strawberry.training.lock import LOCK
@@ -197,9 +197,8 @@ def print_summary(state) -> None:
     """Print a summary of model, data, objective, machine and optimizer before training."""
     run, model, corpus = state.run, state.model, state.corpus
     T, accumulation = run.model_hyperparams.block_size, run.gradient_accumulation_steps
-    stacks = (module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks")
-    blocks = list(itertools.chain.from_iterable(stacks))  # of encoder and decoder
-    pattern = f" of {' → '.join(blocks[0].steps)}" if hasattr(blocks[0], "steps") else ""
+    blocks = list(iterate_blocks(model))  # of encoder and decoder
+    pattern = f" of {' → '.join(blocks[0].steps)}" if blocks and hasattr(blocks[0], "steps") else ""
     threads = f" ({torch.get_num_threads()} threads)" if state.device.type == "cpu" else ""
     name = f" ({torch.cuda.get_device_name()})" if state.device.type == "cuda" else threads
     dtype = "float8" if run.dtype == "float8" else str(state.dtype).removeprefix("torch.")

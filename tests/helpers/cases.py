@@ -72,7 +72,8 @@ def cases() -> dict[str, dict]:
     """Name → model_hyperparams."""
     found = {}
     for arch, config in CONFIGS.items():
-        base = {"arch": arch, **SMALL, **BASES.get(arch, {})}
+        small = {key: value for key, value in SMALL.items() if key in declared(config)}
+        base = {"arch": arch, **small, **BASES.get(arch, {})}
         variants = [{}, *COMPANIONS.get(arch, [])]
         for name, key in declared(config).items():
             if name == "arch":

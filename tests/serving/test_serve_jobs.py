@@ -54,7 +54,7 @@ from strawberry.run_config import Dataset, make_run
 from strawberry.serving import jobs
 from strawberry.serving.app import create_app
 from strawberry.serving.id_directory import ABOUT, EVENTS, PID, RequestError, paginate
-from strawberry.serving.job import FINAL, Job
+from strawberry.serving.job import FINAL, ChildProcess, Job
 from strawberry.serving.job_commands import JOB_KINDS, JobCommand, JobKind, build_run
 from strawberry.serving.job_requests import (
     SERVER_KEYS,
@@ -1640,3 +1640,16 @@ def check_memory(pid, port, data):
         assert status == 200
         assert json.loads(answer)["bytes"] == 100 * MIB
     assert memory("VmHWM") - before < 50, "MB of memory taken by uploads of 200 MB"
+
+
+@pytest.mark.parametrize(("n_jobs", "given", "expected"), [(1, None, "-"), (2, None, "4"), (16, None, "1"),
+                                                           (2, "3", "3")])  # fmt: skip
+def test_jobs_at_once_divide_the_cores(tmp_path, monkeypatch, n_jobs, given, expected):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    child = ChildProcess(tmp_path)
+    child.start(["-c", "import os; print(os.environ.get('OMP_NUM_THREADS', '-'))"], n_jobs)
+    child.process.wait(60)
+    assert (tmp_path / "log.txt").read_text().split() == [expected]

@@ -168,7 +168,8 @@ def test_resumed_at_any_point_it_is_the_same_run(den, monkeypatch, told, threads
     assert_same(newest_state("whole")[1], newest_state("ck")[1])
     assert timeless("whole/metrics.jsonl") == timeless()
     assert_an_epoch_is_every_window_once(rows, size)
-    told("stopped and resumed: the same bits", f"{threads} thread{'s' * (threads > 1)}: after {len(stops)} of 10 steps")
+    threads = f"{threads} thread{'s' * (threads > 1)}"
+    told("stopped and resumed: identical bits", f"{threads}: after {len(stops)} of 10 steps")
 
 
 def assert_an_epoch_is_every_window_once(rows: list[bytes], size: int) -> None:
@@ -213,7 +214,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(den, told):
             shutil.rmtree("ck")
             runs += 1
     assert runs
-    told("killed (SIGKILL) at random moments", f"{kills} times, {in_saves} of them in the middle of a save")
+    told("SIGKILL at random moments", f"{kills} times, {in_saves} of them during a save")
 
 
 def assert_little_is_lost(interval: int) -> int:
@@ -275,7 +276,7 @@ def test_sigterm_at_any_moment_saves_and_ends_with_143(den, monkeypatch, six_ste
         assert find_latest("ck").step == max(logged, default=0)  # nothing at all is lost
     assert run(*SIX, *[RESUME] * begun) == 0
     assert_same(newest_state()[1], six_steps)
-    told("SIGTERM in every phase from start-up to the model file; nothing lost", {"s": seconds})
+    told("SIGTERM in every phase from start to the model file; nothing lost", {"s": seconds})
 
 
 @posix
@@ -523,7 +524,7 @@ def test_a_poisoned_weight_is_rolled_back_past_its_data_at_half_the_rate(den, mo
     assert find_latest("ck").load_state()["progress"]["skipped"] == 3
     assert "going back to step 4" in capsys.readouterr().err
     assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, 11))
-    told("a weight made NaN, with on_nan: rollback", "once, gone on from; four times, ended with code 3")
+    told("a weight set to NaN, `on_nan: \"rollback\"`", "once: continued; four times: exit code 3")
 
 
 @pytest.mark.slow
@@ -873,7 +874,7 @@ def test_a_file_made_to_harm_is_refused_quickly_and_runs_nothing(den, told, harm
     assert used["seconds"] < 5 and used["megabytes"] < 200, used
     assert lines[-1].startswith("error: ") and "Traceback" not in read()
     assert not Path("it_ran").exists()
-    told("files made to harm, refused", {"s": used["seconds"], "MB": used["megabytes"]})
+    told("malicious files, refused", {"s": used["seconds"], "MB": used["megabytes"]})
 
 
 def test_a_payload_would_have_run(den):
@@ -908,7 +909,7 @@ def test_a_second_trainer_is_refused_by_the_name_of_the_first(den, told):
     assert finish(child) == -9
     assert Path("ck/lock").exists()
     assert run(RESUME, "--max_iters=1") == 0 and not Path("ck/lock").exists()
-    told("a second trainer on one directory", "refused; welcome once the first was killed")
+    told("a second trainer on one directory", "refused; accepted once the first was killed")
 
 
 def without_flock(monkeypatch):
@@ -1037,7 +1038,7 @@ def test_ranks_compute_what_one_process_does_and_take_over_from_each_other(den, 
     run("--checkpoints.path=other", *halves)
     run_ranks("--checkpoints.path=other", RESUME)
     assert_close(losses("one/metrics.jsonl"), losses("other/metrics.jsonl"))
-    told("two ranks over gloo beside one, 2 → 2, 2 → 1, 1 → 2", "10 steps each, resumed after 5")
+    told("two processes over gloo beside one, 2 → 2, 2 → 1, 1 → 2", "10 steps each, resumed after 5")
 
 
 @pytest.mark.slow
@@ -1078,7 +1079,8 @@ def test_when_a_rank_is_killed_the_other_ends_and_both_resume(den, told, victim)
     run_ranks(*many, RESUME)
     run_ranks(*many, "--checkpoints.path=whole")
     assert_same(newest_state("whole")[1], newest_state()[1])
-    told("a rank of two killed; both resumed to the same bits", f"rank {victim}: the other ended after {seconds:.1f} s")
+    told("one of two processes killed; both resumed to identical bits",
+         f"rank {victim}: the other ended after {seconds:.1f} s")  # fmt: skip
 
 
 @pytest.mark.slow
@@ -1271,7 +1273,7 @@ def test_a_long_run_grows_nothing(den, told):
     assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, steps + 1))
     told(
         f"{steps:,} steps", f"memory {memory[3]:.0f} MB after half, {memory[-1]:.0f} MB at the end; "
-        f"{descriptors[-1]:.0f} open files throughout; {1e3 * each[3]:.2f} and {1e3 * each[-1]:.2f} ms of CPU a step",
+        f"{descriptors[-1]:.0f} open files throughout; {1e3 * each[3]:.2f} and {1e3 * each[-1]:.2f} ms of CPU per step",
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """What the tests of survival share: a tiny run to hurt, children that can be killed, and the counts of `make torture`.
 
 Children are forked from a server that has torch imported already, so that a hundred of them cost no hundred imports.
-`python tests/training/torture.py` runs tests/training/test_survival.py with full counts and prints the README's table.
+`python tests/training/torture.py` runs tests/training/test_survival.py with full counts and prints the table of
+docs/measurements.md.
 """
 
 import contextlib
@@ -312,7 +313,7 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 PROPERTIES = {  # test → its row; hypothesis' tests cannot record what they did
-    "tests/data/test_encoder.py::test_round_trip_of_any_string": ("random strings through the encoder", "20,000"),
+    "tests/data/test_encoder.py::test_round_trip_of_any_string": ("random strings through the tokenizer", "20,000"),
     "tests/common/test_config.py::test_round_trip": ("random valid configs: JSON → dataclass → JSON", "2,000"),
     f"{SURVIVAL}::test_any_mutation_of_a_config_is_valid_or_refused_by_name": ("mutated configs", "2,000"),
     f"{SURVIVAL}::test_any_override_is_a_run_or_a_user_error": ("random --key=value", "2,000"),
@@ -347,7 +348,7 @@ class Notes:
 
 
 def main() -> int:
-    """Run the tests of survival with full counts; print the table that the README has."""
+    """Run the tests of survival with full counts; print the table of docs/measurements.md."""
     import pytest
 
     notes = Notes()
@@ -357,7 +358,7 @@ def main() -> int:
     others = [name for name in PROPERTIES if "test_survival" not in name]
     code = pytest.main(["-q", SURVIVAL, *others], plugins=[notes])
     version = re.search(r"[\d.]+", sys.version)[0]
-    print("\n| what was done to it | how much |\n| --- | --- |")
+    print("\n| fault | times |\n| --- | --- |")
     print("\n".join(f"| {what} | {how} |" for what, how in notes.rows()))
     print("\n".join(["", f"{len(notes.failed)} failed", *notes.failed]))
     minutes = (time.perf_counter() - start) / 60

@@ -1,4 +1,4 @@
-"""Every fenced block of README.md does what the README says.
+"""Every fenced block of README.md and docs/*.md does what the page says.
 
 Before each block stands a comment that readers do not see, with one line for each command in the block, or one for all:
 
@@ -11,10 +11,11 @@ MODE
     serve            a server: it is started at a free port, must answer, and is stopped
     check            nothing is run: bash reads the command, make must know its targets, and the parsers of the scripts
                      here must accept their options, keys and configs (clone, install, torchrun, GPUs and long runs)
-    by TEST          a Python block that this test in tests/test_readme.py covers
+    by TEST          a Python block that this test in tests/test_docs.py covers
+    file NAME        no command: the block is written to this file, where the commands after it find it
     text             no command: what a program has printed
 EFFECT, any number after it, each after a semicolon
-    given FILE …     the test puts these there before (GIVEN)
+    given FILE …     the test puts these there before (GIVEN), but for models that are there already
     where OLD = NEW  in this command NEW stands for OLD
     served           `python serve.py` is running at a free port, which stands for 8000 in the command
     types TEXT       the command runs in a terminal; TEXT is typed at its prompt `> `, then Ctrl-D
@@ -25,7 +26,7 @@ EFFECT, any number after it, each after a semicolon
     keeps WORD       in later commands the "id" of the JSON that this one prints stands for WORD
 TEXT is as it stands there, or a JSON string ("a\\n").
 
-A section's commands run in order, in a folder with the repository's tracked files and nothing else.
+A page's commands run in order, in a folder with the repository's tracked files and nothing else.
 """
 
 import contextlib
@@ -46,8 +47,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import freeze
 import pytest
-import test_readme
+import test_docs
 from machine import require, require_program
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -60,10 +62,10 @@ from strawberry.run_config import load_run
 from strawberry.serving.settings import read_command
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in test_docs.PAGES if page.count("/") < 2}
 SECONDS = 300  # after which a command hangs
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="the commands are bash's")]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the commands are bash's")
 
 # ---- files that commands are given ---------------------------------------------------------------------------------
 
@@ -71,7 +73,7 @@ VERSE = "".join(f"Once a {who} {did}.\n\n" for who in ("cat", "dog", "fox") for 
 SMALL = ("--max_iters=40 --warmup_iters=2 --eval_interval=40 --eval_iters=1 --sample_length=0 "
          "--model_hyperparams.n_layer=1 --checkpoints.create_checkpoints=false")  # fmt: skip
 GIVEN: dict[str, str | list[str]] = {  # a text, or the commands that make the file
-    "book.txt": README,
+    "book.txt": "".join(PAGES.values()),
     "notes/day.txt": VERSE,
     "logs/a.jsonl": "".join(f'{{"text": "{verse.strip()}"}}\n' for verse in VERSE.split("\n\n") if verse) * 2,
     "input.txt": VERSE,
@@ -89,10 +91,10 @@ GIVEN: dict[str, str | list[str]] = {  # a text, or the commands that make the f
         "--model_hyperparams.n_embd=32 --model_hyperparams.block_size=64"],
 }  # fmt: skip
 
-# ---- reading the README --------------------------------------------------------------------------------------------
+# ---- reading a page -----------------------------------------------------------------------------------------------
 
 EFFECTS = {"given", "where", "served", "types", "exits", "creates", "prints", "lacks", "keeps"}
-MODES = {"run", "serve", "check", "by", "text"}
+MODES = {"run", "serve", "check", "by", "file", "text"}
 
 
 @dataclass
@@ -107,6 +109,7 @@ class Marker:
 
 @dataclass
 class Command:
+    page: str
     block: int  # line of the block's first command
     line: int
     text: str
@@ -123,7 +126,8 @@ def read_marker(line: str) -> Marker:
     marker = Marker(mode, words, [tuple(f"{effect} ".split(" ", 1)) for effect in effects])
     marker.effects = [(name, value.strip()) for name, value in marker.effects]
     unknown = {mode} - MODES | {name for name, _ in marker.effects} - EFFECTS
-    if unknown or (words and mode not in ("run", "by")) or (mode == "run" and not all("=" in word for word in words)):
+    fits = {"run": all("=" in word for word in words), "by": len(words) > 0, "file": len(words) == 1}
+    if unknown or not fits.get(mode, not words):
         raise ValueError(f"unknown marker {line!r}: {', '.join(unknown) or ' '.join(words)}")
     return marker
 
@@ -141,34 +145,30 @@ def split_commands(block: str, line: int) -> list[tuple[int, str]]:
 
 
 BLOCK = re.compile(r"""
-    ^\#{1,2}\ (?P<title>[^\n]+)$ |
     (?: ^<!--(?P<marker>(?:(?!-->).)*)-->\n )?  ^```(?P<language>\w*)\n(?P<block>.*?)^```$
 """, re.M | re.S | re.X)  # fmt: skip
 
 
-def read_commands(text: str) -> dict[str, list[Command]]:
-    """The commands of each section of a README, with their markers. Raises ValueError for a block without."""
-    sections: dict[str, list[Command]] = {}
+def read_commands(text: str, page: str) -> list[Command]:
+    """The commands of a page, with their markers. Raises ValueError for a block without."""
+    commands = []
     for match in BLOCK.finditer(text):
-        if match["title"]:
-            title = match["title"]
-            continue
         line = text[: match.start("block")].count("\n") + 1
         try:
             lines = [row.strip() for row in (match["marker"] or "").split("\n")]
             if not all(row.startswith("test: ") for row in lines):
                 raise ValueError("a block needs a marker before it, <!-- test: … -->")
             markers = [read_marker(row.removeprefix("test: ").strip()) for row in lines]
-            is_whole = match["language"] == "python" or markers[0].mode == "text"
+            is_whole = match["language"] == "python" or markers[0].mode in ("text", "file")
             found = [(line, match["block"])] if is_whole else split_commands(match["block"], line)
             if len(markers) not in (1, len(found)):
                 raise ValueError(f"{len(markers)} markers for {len(found)} commands")
         except ValueError as error:
-            raise ValueError(f"README.md:{line}: {error}") from error
+            raise ValueError(f"{page}:{line}: {error}") from error
         markers = markers * len(found) if len(markers) == 1 else markers
-        sections.setdefault(title, []).extend(
-            Command(line, *at, match["language"], marker) for at, marker in zip(found, markers, strict=True))
-    return sections
+        commands += [Command(page, line, *at, match["language"], marker)
+                     for at, marker in zip(found, markers, strict=True)]  # fmt: skip
+    return commands
 
 
 # ---- checking without running --------------------------------------------------------------------------------------
@@ -187,12 +187,22 @@ def check_bench(argv: list[str]) -> None:
             load_spec(spec, common)
 
 
+def check_module(argv: list[str]) -> None:
+    """`python -m pytest`, of which the files must be there."""
+    name, *argv = argv
+    missing = [word for word in argv if word.endswith(".py") and not (ROOT / word).exists()]
+    if name != "pytest" or missing:
+        raise ValueError(f"python -m {name} {' '.join(argv)}: {' '.join(missing) or 'no parser is known for it'}")
+
+
 PARSERS: dict[str, Callable] = {
-    "train.py": lambda argv: load_run([word for word in argv if word != "--check"], CONFIGS),
+    "-m": check_module,
+    "train.py": lambda argv: load_run([word for word in argv if word not in ("--check", "--quiet")], CONFIGS),
     "sample.py": sample.read_settings,
     "serve.py": read_command,
     "prepare.py": prepare.parse_arguments,
     "bench.py": check_bench,
+    "tests/freeze.py": freeze.parse_arguments,
 }
 
 
@@ -218,7 +228,7 @@ def check_call(program: str, *argv: str) -> None:
 
 # functions in the place of programs write down how they are called; without a PATH there is nothing else to be called
 RECORD = """PATH=; exec 3>&1 1>/dev/null
-for program in cd curl git lm_eval make pip python torchrun; do
+for program in cd curl git lm_eval make pip python source torchrun; do
     eval "$program() { printf '%s\\0' $program \\$# \\"\\$@\\" >&3; }"
 done
 """
@@ -228,7 +238,7 @@ def check_block(commands: list[Command]) -> None:
     """Checks all commands of a block, which may use each other's variables."""
     text = "\n".join(replace_words(command) for command in commands)
     done = subprocess.run([require_program("bash"), "-c", RECORD + text], capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, f"README.md:{commands[0].line}: bash says {done.stderr}"
+    assert done.returncode == 0 and not done.stderr, f"{commands[0].page}:{commands[0].line}: bash says {done.stderr}"
     words, problems = done.stdout.split("\0")[:-1], []
     while words:
         program, count = words[:2]
@@ -237,7 +247,7 @@ def check_block(commands: list[Command]) -> None:
             check_call(program, *argv)
         except (Exception, SystemExit) as error:  # whatever a parser reports with
             problems.append(f"{program} {' '.join(argv)}\n    {error}")
-    assert not problems, f"README.md:{commands[0].line}: " + "\n".join(problems)
+    assert not problems, f"{commands[0].page}:{commands[0].line}: " + "\n".join(problems)
 
 
 def replace_words(command: Command, more: dict[str, str] | None = None) -> str:
@@ -253,15 +263,15 @@ def replace_words(command: Command, more: dict[str, str] | None = None) -> str:
 
 PYTHON = f"""#!/bin/sh
 case "$1" in
-    train.py) set -- "$@" $README_TRAIN ;;
-    serve.py) set -- "$@" $README_SERVE ;;
+    train.py) set -- "$@" $DOCS_TRAIN ;;
+    serve.py) set -- "$@" $DOCS_SERVE ;;
 esac
 exec "{sys.executable}" "$@"
 """
 
 
 def copy_repository(folder: Path) -> None:
-    """The tracked files, and an installed .venv whose python adds what README_TRAIN and README_SERVE say."""
+    """The tracked files, and an installed .venv whose python adds what DOCS_TRAIN and DOCS_SERVE say."""
     command = [require_program("git"), "-c", "safe.directory=*", "ls-files", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     require(listed.returncode == 0, "a git checkout")
@@ -283,7 +293,7 @@ def free_port() -> str:
 
 
 class Shell:
-    """Runs the commands of a section one after another in a folder."""
+    """Runs the commands of a page one after another in a folder."""
 
     def __init__(self, folder: Path):
         self.folder, self.words, self.server = folder, {}, None
@@ -308,6 +318,8 @@ class Shell:
         if isinstance(content, str):
             path.write_text(content, encoding="utf-8")
             return
+        if path.exists():
+            return
         for command in content:
             for needed in GIVEN:
                 if re.search(rf" {re.escape(needed)}( |$)", command):
@@ -320,7 +332,7 @@ class Shell:
         port = free_port()
         with open(self.folder / "server.log", "wb") as log:
             server = subprocess.Popen(["bash", "-c", text], cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log,
-                                      stderr=log, env=self.environment | {"README_SERVE": f"--port={port}"},
+                                      stderr=log, env=self.environment | {"DOCS_SERVE": f"--port={port}"},
                                       start_new_session=True)  # fmt: skip
         end = time.monotonic() + SECONDS
         while True:
@@ -372,19 +384,22 @@ class Shell:
         if command.language == "python":
             (self.folder / "block.py").write_text(text, encoding="utf-8")
             text = "python block.py"
-        return self.bash(text, README_TRAIN=" ".join(added))
+        return self.bash(text, DOCS_TRAIN=" ".join(added))
 
     def run_and_check(self, command: Command) -> None:
         """Runs one command and looks at its effects."""
         marker = command.marker
         for name in [name for names in marker.get("given") for name in names.split()]:
             self.give(name)
+        if marker.mode == "file":
+            (self.folder / marker.words[0]).write_text(command.text, encoding="utf-8")
+            return
         if marker.mode == "serve":
             self.stop(self.start(replace_words(command, self.words))[0])
             return
         created = {name: changed_at(self.folder / name) for names in marker.get("creates") for name in names.split()}
         done = self.run(command)
-        where = f"README.md:{command.line}: {command.text}\n{done.stdout}\n{done.stderr}"
+        where = f"{command.page}:{command.line}: {command.text}\n{done.stdout}\n{done.stderr}"
         assert done.returncode == int((marker.get("exits") or ["0"])[0]), f"exit code {done.returncode}: {where}"
         for name, before in created.items():
             assert changed_at(self.folder / name) not in (None, before), f"has not created {name}: {where}"
@@ -400,43 +415,67 @@ def changed_at(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def run_section(commands: list[Command], folder: Path) -> None:
+def run_page(commands: list[Command], folder: Path) -> None:
     with Shell(folder) as shell:
         for command in commands:
-            if command.marker.mode in ("run", "serve"):
+            if command.marker.mode in ("run", "serve", "file"):
                 shell.run_and_check(command)
 
 
 # ---- the tests -----------------------------------------------------------------------------------------------------
 
-SECTIONS = read_commands(README)
-BLOCKS: dict[int, list[Command]] = {}
-for command in itertools.chain.from_iterable(SECTIONS.values()):
+COMMANDS = {page: read_commands(text, page) for page, text in PAGES.items()}
+BLOCKS: dict[str, list[Command]] = {}
+for command in itertools.chain.from_iterable(COMMANDS.values()):
     if command.marker.mode == "check":
-        BLOCKS.setdefault(command.block, []).append(command)
+        BLOCKS.setdefault(f"{command.page}:{command.block}", []).append(command)
 
 
-@pytest.mark.parametrize("line", BLOCKS)
-def test_config_of_commands_that_are_not_run(line):
-    check_block(BLOCKS[line])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_options_of_commands_that_are_not_run(block):
+    check_block(BLOCKS[block])
 
 
-def runs(title: str) -> bool:
-    return any(command.marker.mode in ("run", "serve") for command in SECTIONS[title])
+def runs(page: str) -> bool:
+    return any(command.marker.mode in ("run", "serve") for command in COMMANDS[page])
 
 
-@pytest.mark.parametrize("title", [title for title in SECTIONS if runs(title)])
-def test_commands_of_a_section(tmp_path, title):
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in COMMANDS if runs(page)])
+def test_commands_of_a_page(tmp_path, page):
     for program in ("bash", "curl", "make"):
         require_program(program)
     copy_repository(tmp_path)
-    run_section(SECTIONS[title], tmp_path)
+    run_page(COMMANDS[page], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_architecture_that_the_readme_adds_trains_and_is_tested(tmp_path):
+    """In model.py, where the README says that it belongs."""
+    copy_repository(tmp_path)
+    whole, registry = (tmp_path / "model.py").read_text(encoding="utf-8"), "MODELS: dict[str"
+    added, _, entry = test_docs.example().rpartition("MODELS[")
+    assert entry == '"mean"] = Mean\n' and whole.count(registry) == 1
+    start, end = whole.split(registry)
+    end = end.replace("{", '{\n    "mean": Mean,', 1)
+    (tmp_path / "model.py").write_text(f"{start}{added}\n{registry}{end}", encoding="utf-8")
+    config = {"model_hyperparams": {"arch": "mean", "block_size": 16}, "max_iters": 3, "warmup_iters": 1,
+              "eval_iters": 1, "encoder_path": "chars:input.txt", "model_path": "bin/a.mean"}  # fmt: skip
+    (tmp_path / "mean.json").write_text(json.dumps(config))
+    with Shell(tmp_path) as shell:
+        shell.give("input.txt")
+        for command in ("python prepare.py --input input.txt --encoder chars:input.txt",
+                        "python train.py --config mean.json",
+                        "python sample.py --model bin/a.mean --prompt Once --length 5",
+                        "python -m pytest -q tests/model/test_model.py -k 'mean and not reference'"):  # fmt: skip
+            done = shell.bash(command)
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
 def test_blocks_that_other_tests_cover_name_them():
-    named = [word for commands in SECTIONS.values() for command in commands if command.marker.mode == "by"
+    named = [word for commands in COMMANDS.values() for command in commands if command.marker.mode == "by"
              for word in command.marker.words]  # fmt: skip
-    assert named and all(callable(getattr(test_readme, name, None)) for name in named)
+    assert named and all(callable(getattr(test_docs, name, None)) for name in named)
 
 
 # ---- the tests of the markers --------------------------------------------------------------------------------------
@@ -444,7 +483,7 @@ def test_blocks_that_other_tests_cover_name_them():
 
 def read_one(marker: str, *lines: str, language: str = "") -> list[Command]:
     comment = f"<!-- {marker} -->\n" if marker else ""
-    return read_commands("\n".join(["# Title", f"{comment}```{language}", *lines, "```", ""]))["Title"]
+    return read_commands("\n".join([f"{comment}```{language}", *lines, "```", ""]), "page.md")
 
 
 @pytest.mark.parametrize("marker,says", [
@@ -454,10 +493,12 @@ def read_one(marker: str, *lines: str, language: str = "") -> list[Command]:
     ("test: run; makes x", "makes"),
     ("test: run now", "now"),
     ("test: check max_iters=3", "max_iters=3"),
+    ("test: text of.txt", "of.txt"),
+    ("test: file", "file"),
     ("test: run\n     test: run\n     test: run", "3 markers for 2 commands"),
 ])  # fmt: skip
 def test_a_block_that_is_not_marked_well_is_refused(marker, says):
-    with pytest.raises(ValueError, match=f"README.md:.*{says}"):
+    with pytest.raises(ValueError, match=f"page.md:.*{says}"):
         read_one(marker, "true", "# a comment", "echo \\", "  two")
 
 
@@ -481,6 +522,9 @@ def test_commands_are_split_as_bash_does():
     ('P=air.json:n_layer=0; python bench.py scale --config "$P"', "n_layer"),
     ("python bench.py kernels --fast", "fast"),
     ("python nothing.py", "nothing.py"),
+    ("python -m pytest tests/nothing.py", "tests/nothing.py"),
+    ("python -m nothing", "-m nothing"),
+    ("python tests/freeze.py --bsae HEAD", "bsae"),
     ("pip install -r requirement.txt", "requirement.txt"),
     ("wget x", "wget"),
     ('echo "a', "unexpected EOF"),
@@ -510,7 +554,7 @@ def test_checking_runs_nothing(tmp_path):
 def test_an_effect_that_is_not_there_is_named(tmp_path, marker, line, says):
     (tmp_path / "old").touch()
     with pytest.raises(AssertionError, match=says):
-        run_section(read_one(f"test: {marker}", line), tmp_path)
+        run_page(read_one(f"test: {marker}", line), tmp_path)
 
 
 def test_effects_that_are_there(tmp_path):
@@ -522,7 +566,20 @@ def test_effects_that_are_there(tmp_path):
         'run; keeps x-…; prints "id"': """echo '{"id": "x-1"}'""",
         "run; prints x-1": "echo x-…",
         "run; types word; prints read=word": 'printf "\\n> "; read x; echo read=$x; read -p "> " x || true',
-        "run n=3 m=4; prints --n=3": 'echo --n=100 "train.py $README_TRAIN"',
-        "run m=4; prints train.py --m=4": 'echo "train.py $README_TRAIN"',
+        "run n=3 m=4; prints --n=3": 'echo --n=100 "train.py $DOCS_TRAIN"',
+        "run m=4; prints train.py --m=4": 'echo "train.py $DOCS_TRAIN"',
     }
-    run_section(read_one("\n     ".join(f"test: {marker}" for marker in lines), *lines.values()), tmp_path)
+    run_page(read_one("\n     ".join(f"test: {marker}" for marker in lines), *lines.values()), tmp_path)
+
+
+def test_a_file_is_written_as_it_is_printed(tmp_path):
+    text = '{\n  "n": 1, // a comment \\\n}'
+    run_page(read_one("test: file a.json", text, language="json") + read_one("test: run; prints comment", "cat a.json"),
+             tmp_path)  # fmt: skip
+    assert (tmp_path / "a.json").read_text() == text + "\n"
+
+
+def test_a_model_that_is_there_is_not_made_again(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tiny.strawberry").write_text("mine")
+    run_page(read_one("test: run; given bin/tiny.strawberry; prints mine", "cat bin/tiny.strawberry"), tmp_path)
