@@ -264,7 +264,7 @@ def warn_of_source(model, source: list[int] | None) -> None:
 
 def converse(writer: Writer) -> None:
     """Read prompts from a terminal and print a continuation of each, until Ctrl-D."""
-    with suppress(ImportError):  # Windows has none: its terminal brings its own history
+    with suppress(ImportError):  # not on Windows, where the terminal has its own history
         import readline  # noqa: F401 (history and editing of the line for `input`)
     print("Type a prompt; an empty line starts a new text. Ctrl-C stops a text, Ctrl-D leaves.", file=sys.stderr)
     while True:

@@ -114,7 +114,8 @@ def run(argv: list[str]) -> None:
 
 
 def format_result(found: list[tuple], alone: list[str], arguments: argparse.Namespace) -> str:
-    """The result as text: tokens/s without and with batching, and how many texts equal those that a client gets alone.
+    """The result as text: tokens/s without and with batching, and the number of texts equal to the text of a request
+    alone.
     """
     ratios = [batched[0] / single[0] for single, batched in found]
     slow, fast = (statistics.median(speed for speed, _ in column) for column in zip(*found, strict=True))

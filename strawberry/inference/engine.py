@@ -53,8 +53,8 @@ class Decoder:
     model: in eval mode, on its device and in its dtype. max_length: the largest number of tokens of a prompt and its
     continuation. on_full: what happens at the last learned position. With "stop" the sequence ends (reason "full");
     with "slide" its newest block_size / 2 tokens are prefilled again and decoding continues. compile: makes a CUDA step
-    faster, and takes up to a minute. A step computes only the first n rows, n a power of two, and reads the cache only
-    up to the length of the longest row.
+    faster, and takes up to a minute. If only some rows are busy, a step computes the first n rows, n a power of two.
+    It reads the cache up to the length of the longest row.
 
     batch_invariant: a text is bit for bit the same whatever the other rows contain, on a CPU with a given number of
     threads. Every step computes all rows, reads a multiple of CACHE_ALIGNMENT slots of the cache, begins the chunks of
