@@ -52,7 +52,7 @@ class Decoder:
 
     model: in eval mode, on its device and in its dtype. max_length: the largest number of tokens of a prompt and its
     continuation. on_full: what happens at the last learned position. With "stop" the sequence ends (reason "full");
-    with "slide" its newest block_size / 2 tokens are prefilled again and decoding continues. compile: makes a CUDA step
+    with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a CUDA step
     faster, and takes up to a minute. If only some rows are busy, a step computes the first n rows, n a power of two.
     It reads the cache up to the length of the longest row.
 
