@@ -1,13 +1,14 @@
-"""Text from a trained model, printed as it is made; or how well the model predicts a text of yours.
+"""Generate text with a trained model, or measure how well the model predicts a given text.
 
     python sample.py                                             the newest model in bin/; prompts are typed in
     python sample.py --prompt "The cat" --length 100 --stop "."
     python sample.py --model bin/air.strawberry --prompt_file start.txt --num_samples 3 --seed 7
     python sample.py --model bin/pairs.transformer --source "The larger of two numbers."     from an encoder-decoder
-    python sample.py --prompts_file prompts.jsonl --out texts.jsonl      many texts at once; the same command goes on
+    python sample.py --prompts_file prompts.jsonl --out texts.jsonl      many texts at once; rerun it to resume
     python sample.py --score book.txt                            loss and bits per byte
 
-Text goes to stdout; what model, which seed and how fast goes to stderr. strawberry/inference generates it.
+The text goes to stdout, as it is generated. The model's path, the seed and the speed go to stderr.
+strawberry/inference generates the text.
 
 Index:  settings · the prompt · samples and conversation · the command
 """
@@ -110,12 +111,12 @@ class Settings:
 
 
 def read_settings(argv: list[str]) -> Settings:
-    """The settings of a command line. Raises UserError with all that is wrong with them, in one line."""
+    """Parse the settings of a command line. Raises UserError that lists all problems in one line."""
     return parse_settings(argv, Settings, finish_options)
 
 
 def finish_options(raw: dict) -> Iterator[str]:
-    """Replace the escapes in stop strings. Yields what is wrong with them, and with options that are given together."""
+    """Replace the escapes in stop strings. Yields the problems with them, and with options that exclude each other."""
     yield from find_conflicts(raw)
     problems: list[str] = []
     if "stop" in raw:
@@ -127,7 +128,7 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def unescape(text: str, problems: list[str]) -> str:
-    r"""The text that a --stop stands for; one backslash at its end is itself. Adds what is wrong to `problems`.
+    r"""Replace the escapes in a --stop string. A single backslash at its end stays. Adds problems to `problems`.
 
     >>> unescape(r"a\\n\n", [])
     'a\\n\n'
@@ -144,7 +145,7 @@ def unescape(text: str, problems: list[str]) -> str:
 
 
 def find_conflicts(raw: dict) -> Iterator[str]:
-    """What is wrong with options that are given together."""
+    """Yield a problem for each combination of options that is not allowed."""
     texts = [f"--{name}" for name in ("prompt", "prompt_file", "prompts_file", "score") if name in raw]
     if len(texts) > 1:
         yield f"{' and '.join(texts)} exclude each other; keep one"
@@ -162,7 +163,7 @@ def find_conflicts(raw: dict) -> Iterator[str]:
 
 
 def read_prompt(settings: Settings) -> str | None:
-    """The prompt, from wherever it comes; None where it is to be typed in."""
+    """The prompt from --prompt, --prompt_file or standard input; None if the user types it at the terminal."""
     if settings.prompt is not None:
         return settings.prompt
     if settings.prompt_file is not None:
@@ -174,7 +175,7 @@ def read_prompt(settings: Settings) -> str | None:
 
 
 def read_prompt_file(path: str) -> str:
-    """The text of a file as it is; of a pipe or standard input, without the line end that `echo` adds."""
+    """The text of a file, unchanged; of a pipe or standard input, without the final line end that `echo` adds."""
     file = InputFile(path)
     text = documents.read_text(file)
     if not file.is_stream or not text.endswith("\n"):
@@ -187,7 +188,7 @@ def read_prompt_file(path: str) -> str:
 
 @dataclass
 class Writer:
-    """Prints samples, each with the next seed; counts their tokens and the time that they take."""
+    """Print samples, each with the next seed, and count their tokens and seconds."""
 
     model: Any
     encoder: Any
@@ -200,9 +201,10 @@ class Writer:
     seconds: float = 0.0
 
     def write_samples(self, prompt: str, echo: bool) -> None:
-        """Prints num_samples continuations, each behind its prompt if `echo`, with a line of dashes between them.
+        """Print num_samples continuations, each after its prompt if `echo`, with a line of dashes between them.
 
-        All are made at once; the first is printed as it comes, the others each in its turn.
+        All samples are generated in one batch. The first is printed as it is generated, each of the others after the
+        ones before it are complete.
         """
         tokens = encode_text(self.encoder, prompt)
         seeds = itertools.islice(self.seeds, self.settings.num_samples)
@@ -236,7 +238,7 @@ class Writer:
             self.seconds += time.perf_counter() - began
 
     def get_decoder(self, work: Workload) -> Decoder:
-        """The decoder of the last prompt, or one with more room."""
+        """The decoder of the previous prompt, or a new one if that one's max_length is too small."""
         if self.decoder is None or work.longest > self.longest:
             self.decoder = None  # its memory first
             self.longest = work.longest = -(-work.longest // 256) * 256  # the next prompts may be a little longer
@@ -261,8 +263,8 @@ def warn_of_source(model, source: list[int] | None) -> None:
 
 
 def converse(writer: Writer) -> None:
-    """Prompts typed in at a terminal, each with its continuation, until Ctrl-D."""
-    with suppress(ImportError):  # Windows has none: its terminal brings its own history
+    """Read prompts from a terminal and print a continuation of each, until Ctrl-D."""
+    with suppress(ImportError):  # not on Windows, where the terminal has its own history
         import readline  # noqa: F401 (history and editing of the line for `input`)
     print("Type a prompt; an empty line starts a new text. Ctrl-C stops a text, Ctrl-D leaves.", file=sys.stderr)
     while True:

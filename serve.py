@@ -1,11 +1,12 @@
-"""Text, datasets and training over HTTP, in OpenAI's words: one process, for the tools that people already have.
+"""An OpenAI-compatible HTTP server for text, datasets and training, in one process.
 
     python serve.py                                           models of bin/ at http://127.0.0.1:8000; /docs explains
     python serve.py --models bin/ --data data/ --port 8000
-    STRAWBERRY_API_KEY=… python serve.py --host 0.0.0.0       beyond this machine: only with a key
+    STRAWBERRY_API_KEY=… python serve.py --host 0.0.0.0       other machines can connect; this requires a key
 
-Everything is in strawberry/serving: settings.py has the options, app.py the routes, engine.py the batches of texts, and
-jobs.py the runs. Models are read and texts made as sample.py does it; train.py, as a child process, trains.
+The code is in strawberry/serving: settings.py has the options, app.py the routes, engine.py the batching of requests,
+and jobs.py the training jobs. Models are loaded and text is generated as in sample.py; train.py runs as a child
+process.
 """
 
 import sys

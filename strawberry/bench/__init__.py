@@ -1,1 +1,1 @@
-"""Measurements behind bench.py."""
+"""The measurements of bench.py."""

@@ -1,4 +1,4 @@
-"""Processes of bench.py: each measures or trains apart, so that one that fails takes no other along."""
+"""Child processes of bench.py. Each measurement and each training run has its own, so that a failure stops no other."""
 
 import contextlib
 import itertools
@@ -19,7 +19,12 @@ def make_command(role: str, *arguments: str) -> list[str]:
 
 
 def start(command: list[str], log: Path, jobs: int, **pipes) -> subprocess.Popen:
-    """A child out of the terminal's reach: Ctrl-C is for this process, which passes it on once."""
+    """Start a child in a process group or session of its own, so that the terminal's Ctrl-C does not reach it: this
+    process receives it and signals the child once.
+
+    stderr goes to `log`, and stdout too unless `pipes` says otherwise. With several jobs, each child gets a share of
+    the CPU threads.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     env = dict(os.environ)
     if jobs > 1:
@@ -31,7 +36,9 @@ def start(command: list[str], log: Path, jobs: int, **pipes) -> subprocess.Popen
 
 
 def stop_all(children: list[subprocess.Popen], patience: float = 60) -> None:
-    """Let each finish its step and save; a second Ctrl-C, or the end of patience, ends them."""
+    """Interrupt the children, so that each finishes its step and saves. Kill them after `patience` seconds or a second
+    Ctrl-C.
+    """
     try:
         for child in children:
             if child.poll() is None:
@@ -45,14 +52,15 @@ def stop_all(children: list[subprocess.Popen], patience: float = 60) -> None:
 
 
 def read_failure(log: Path) -> str:
-    """Why a child failed: the last `error:` of its log, else its last line."""
+    """Why a child failed: the last line of its log that begins with `error: `, else the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
 
 
 def run_in_turns(role: str, arguments: list[list[str]]) -> list[dict]:
-    """The JSON object that each child process prints. All get ready at once, then each measures while the others wait;
-    of one that fails, {"why": …}."""
+    """The JSON object that each child process prints; {"why": …} for a child that fails. All children prepare at the
+    same time, then they measure one at a time.
+    """
     env = dict(os.environ)
     if len(arguments) > 1:
         threads = str(max(1, (os.cpu_count() or 1) // len(arguments)))
@@ -66,10 +74,12 @@ def run_in_turns(role: str, arguments: list[list[str]]) -> list[dict]:
 
 
 def run_together(role: str, arguments: list[list[str]]) -> list[dict]:
-    """As `run_in_turns`, but all measure at the same time, with as many threads as each takes by itself."""
+    """As `run_in_turns`, but all children measure at the same time, each with the number of threads that it would use
+    alone.
+    """
     with start_measuring(role, arguments, dict(os.environ)) as (children, before_ready):
         for child in children:
-            with contextlib.suppress(OSError):  # it has ended
+            with contextlib.suppress(OSError):  # the child has ended
                 child.stdin.write("go\n")
                 child.stdin.flush()
         for child, lines in zip(children, before_ready, strict=True):
@@ -79,7 +89,9 @@ def run_together(role: str, arguments: list[list[str]]) -> list[dict]:
 
 @contextlib.contextmanager
 def start_measuring(role: str, arguments: list[list[str]], env: dict) -> Iterator[tuple[list, list]]:
-    """(child processes that are ready, or have failed; the lines that each has printed)."""
+    """Start child processes and wait until each is ready or has failed. Yields (children, lines that each has printed);
+    kills the children at the end.
+    """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     children = [subprocess.Popen(make_command(role, *words), env=env, **pipes) for words in arguments]
     try:
@@ -91,7 +103,7 @@ def start_measuring(role: str, arguments: list[list[str]], env: dict) -> Iterato
 
 
 def read_until_ready(child: subprocess.Popen) -> list[str]:
-    """What a child prints before it is ready, or all if it ends."""
+    """The lines that a child prints before its `ready` line; all lines if it ends without one."""
     return list(itertools.takewhile(lambda line: line != "ready\n", child.stdout))
 
 

@@ -70,7 +70,9 @@ def parse_learning_rates(text: str) -> list[float]:
 
 
 def make_plan(arguments, entries: list[Entry]) -> Plan:
-    """Checks that the data fit; raises UserError before anything is trained."""
+    """The plan of all runs. Raises UserError, before any training, if the data, the batch size or the budget is
+    unsuitable.
+    """
     run = entries[0].run
     if run.batch_size == "auto":
         raise UserError('batch_size = "auto": what is compared has equal batches; give a number, --set batch_size=32')
@@ -89,7 +91,7 @@ def make_plan(arguments, entries: list[Entry]) -> Plan:
 
 
 def print_summary(entries: list[Entry], sweep: Sweep) -> None:
-    """What is about to be done, before it takes hours."""
+    """Print the models, the settings and the number of runs before the training begins, which can take hours."""
     plan = sweep.plan
     rows = [[e.label, f"{e.params:,}", f"{e.params_total:,}", f"{e.flops / 1e6:.1f}"] for e in entries]
     print(format_table(["model", "parameters, non-embedding", "total", "MFLOP / token"], rows))
@@ -105,7 +107,9 @@ def print_summary(entries: list[Entry], sweep: Sweep) -> None:
 
 @contextlib.contextmanager
 def interrupt_on_signals():
-    """SIGTERM and a closed terminal end this as Ctrl-C does: children stop too."""
+    """Within this context, SIGTERM and SIGHUP (a closed terminal) raise KeyboardInterrupt as Ctrl-C does, so that the
+    children are stopped too.
+    """
 
     def interrupt(number, frame):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""compare's tables and picture."""
+"""The tables and the picture of `bench.py compare`."""
 
 import json
 import math
@@ -18,13 +18,13 @@ from strawberry.training import plot
 
 
 def compute_mean_and_sd(values: list[float]) -> tuple[float | None, float | None]:
-    """The mean, and the standard deviation of a sample (divided by n − 1), None of a single value."""
+    """(mean, sample standard deviation with divisor n − 1). The deviation of a single value is None."""
     mean = statistics.fmean(values) if values else None
     return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
 def average_curves(results: list[dict]) -> list[list[float]]:
-    """[tokens, mean, standard deviation] wherever every seed was evaluated."""
+    """[tokens, mean, standard deviation] for each number of tokens at which every seed was evaluated."""
     curves = [dict(map(tuple, result["curve"])) for result in results]
     places = [t for t in curves[0] if all(curve.get(t) is not None for curve in curves)] if curves else []
     return [[t, mean, deviation or 0.0]
@@ -32,7 +32,7 @@ def average_curves(results: list[dict]) -> list[list[float]]:
 
 
 def make_row(entry: Entry, grid: list[dict], seeds: list[dict], speed: dict | None) -> dict:
-    """All that is known of one config, in plain data. bpb is None if a seed diverged or a run failed."""
+    """The results of one config as plain data. bpb is None if a seed diverged or a run failed."""
     values = [result["bpb"] for result in seeds]
     mean, deviation = compute_mean_and_sd(values) if values and None not in values else (None, None)
     return {
@@ -62,7 +62,7 @@ def sort_by_bpb(rows: list[dict]) -> list[dict]:
 
 
 def format_main_table(rows: list[dict]) -> str:
-    """The models, the best first."""
+    """The table of the models, sorted by bits per byte, best first."""
     memory = any(row["memory"] for row in rows)
     header = ["model", "optimizer", "learning rate", "parameters, non-embedding", "total", "MFLOP / token", "tokens/s"]
     header += ["memory, GB"] * memory + ["validation, bits per byte"]
@@ -77,7 +77,7 @@ def format_main_table(rows: list[dict]) -> str:
 
 
 def format_grid_table(rows: list[dict], lrs: list[float]) -> str:
-    """Bits per byte of every run of the grid."""
+    """The table of the learning rate grid: bits per byte of every run."""
     lines = []
     for row in sort_by_bpb(rows):
         cells = [row["grid"].get(f"{lr:g}", "–") for lr in lrs]
@@ -86,7 +86,7 @@ def format_grid_table(rows: list[dict], lrs: list[float]) -> str:
 
 
 def list_settings(entries: list[Entry], plan: Plan) -> list[str]:
-    """How everything was measured, a sentence each."""
+    """Sentences that state how the results were measured."""
     run = entries[0].run
     T, rows = run.model_hyperparams.block_size, run.batch_size * run.gradient_accumulation_steps
     evaluated = run.eval_iters * run.batch_size * T
@@ -111,7 +111,7 @@ def list_settings(entries: list[Entry], plan: Plan) -> list[str]:
 
 
 def iter_config_differences(entries: list[Entry]) -> Iterator[str]:
-    """What differs though it is no part of the architecture."""
+    """Yield a sentence for each difference between the configs that is not part of the architecture."""
     muon = any(entry.run.optimizer_hyperparams.use_muon for entry in entries)
     names = [name for name in declared(OptimizerHyperparams) if muon or name not in ("momentum", "muon_lr")]
     keys = [("optimizer_hyperparams", name) for name in names]
@@ -128,7 +128,7 @@ def iter_config_differences(entries: list[Entry]) -> Iterator[str]:
 
 
 def list_caveats(entries: list[Entry], rows: list[dict], plan: Plan) -> list[str]:
-    """What a reader should know before believing the table."""
+    """Sentences that limit what the table shows: changed keys, differences between configs, failures."""
     found = [f"{entry.label}: changed: {', '.join(entry.changes)}." for entry in entries if entry.changes]
     found += iter_config_differences(entries)
     sizes = [entry.params for entry in entries]
@@ -157,7 +157,7 @@ def list_caveats(entries: list[Entry], rows: list[dict], plan: Plan) -> list[str
 
 
 def format_report(entries: list[Entry], rows: list[dict], plan: Plan, command: str) -> str:
-    """compare.md."""
+    """The text of compare.md."""
     parts = [format_main_table(rows), "![validation bits per byte against tokens, FLOPs and seconds](compare.png)"]
     parts.append("\n".join(f"- {line}" for line in list_settings(entries, plan) + list_caveats(entries, rows, plan)))
     if len(plan.lrs) > 1:
@@ -165,7 +165,7 @@ def format_report(entries: list[Entry], rows: list[dict], plan: Plan, command: s
     return "\n\n".join([*parts, f"```\n{command}\n```"]) + "\n"
 
 
-PANELS = {  # what the x axis counts, and how much of it a token takes
+PANELS = {  # x axis → its units per training token
     "training tokens": lambda row: 1.0,
     "training FLOPs": lambda row: row["flops_per_token"],
     "training time, alone on the device (s)": lambda row: row["tokens_per_s"] and 1 / row["tokens_per_s"],
@@ -173,7 +173,8 @@ PANELS = {  # what the x axis counts, and how much of it a token takes
 
 
 def draw_comparison(rows: list[dict], title: str, seeds: int):
-    """One sheet, three panels: bits per byte against tokens, FLOPs and seconds, the band one standard deviation."""
+    """A figure with three panels: bits per byte against tokens, FLOPs and seconds. Bands show one standard deviation.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -182,7 +183,7 @@ def draw_comparison(rows: list[dict], title: str, seeds: int):
     fig = Figure(figsize=(11, 4.3 + 0.2 * math.ceil(len(shown) / columns)), dpi=200, layout="constrained")
     FigureCanvasAgg(fig)
     panels = fig.subplots(1, 3, sharey=True)
-    order = {row["label"]: i for i, row in enumerate(rows)}  # colours follow the command line, not the result
+    order = {row["label"]: i for i, row in enumerate(rows)}  # colours follow the command line's order
     for ax, (xlabel, per_token) in zip(panels, PANELS.items(), strict=True):
         for row in shown:
             if per_token(row):
@@ -207,7 +208,9 @@ def draw_curve(ax, row: dict, scale: float, number: int) -> None:
 
 
 def set_limits(panels, rows: list[dict]) -> None:
-    """From the best value to where the slowest learner stands after a tenth of the budget: until then, all fall."""
+    """Set the y limits from the best value to the worst value after a tenth of the budget: until then, all curves fall.
+    Set the x limits to the points in that range.
+    """
     curves = [[mean for _, mean, _ in row["curve"]] for row in rows]
     if not curves:
         return
@@ -222,7 +225,7 @@ def set_limits(panels, rows: list[dict]) -> None:
 
 
 def write_results(sweep: Sweep, speeds: dict[str, dict], command: str) -> str:
-    """compare.md, compare.json and compare.png; returns the table."""
+    """Write compare.md, compare.json and compare.png. Returns the main table."""
     entries, plan = sweep.entries, sweep.plan
     rows = []
     for entry in entries:

@@ -1,4 +1,4 @@
-"""`bench.py decode`: how fast models make text, beside the floor that reading their weights and caches sets."""
+"""`bench.py decode`: text generation speed, next to a floor: the time to read the model's weights and its cache."""
 
 import argparse
 import gc
@@ -50,19 +50,22 @@ from strawberry.training import plot
 
 @dataclass
 class ModelSource:
-    """A model to make text with: a config's, freshly initialised, or a trained file's."""
+    """A model to benchmark: built from a config with fresh weights, or loaded from a trained file."""
 
     label: str
     make: Callable[[], LanguageModel]
 
 
 def read_model_sources(specs: list[str]) -> list[ModelSource]:
-    """`config.json:key=value` as in compare, or the path of a model file."""
+    """One ModelSource for each spec: `config.json:key=value` as in compare, or the path of a model file.
+
+    Raises UserError if a model cannot continue text or two labels are equal.
+    """
     configs = [spec for spec in specs if re.match(r".+\.json5?(:|$)", spec)]
     entries = dict(zip(configs, read_specs(configs), strict=True))
     for entry in entries.values():
         entry.load([])
-        entry.measure()  # refuses what makes no text
+        entry.measure()  # raises for models that cannot continue text
     sources = [
         ModelSource(entries[spec].label, partial(build_fresh, entries[spec].run.model_hyperparams)) if spec in entries
         else ModelSource(Path(spec).stem, partial(load_trained, spec)) for spec in specs
@@ -74,7 +77,8 @@ def read_model_sources(specs: list[str]) -> list[ModelSource]:
 
 
 def build_fresh(config) -> LanguageModel:
-    """A model as it starts, but with a little in the place of zeros, so that no part of it is idle."""
+    """A freshly initialized model. Parameters that start at zero get small random values, so that every part computes.
+    """
     torch.manual_seed(0)
     model = build(config)
     with torch.no_grad():
@@ -92,8 +96,9 @@ def load_trained(path: str) -> LanguageModel:
 
 
 def count_weight_bytes(model: LanguageModel, rows: int) -> int:
-    """Bytes of weights that a step for `rows` texts has to read: every one once, and of tables that are only looked up
-    (input embeddings, learned positions) a line for each text. A table that is also the head is read whole."""
+    """Bytes of weights that a step for `rows` texts reads. Every weight is read once, except for lookup tables (input
+    embeddings, learned positions): one row for each text. A table that is also the head is read completely.
+    """
     total = 0
     for module in model.modules():
         table = isinstance(module, Embedding) and module.roles["weight"] == "input"
@@ -105,27 +110,32 @@ def count_weight_bytes(model: LanguageModel, rows: int) -> int:
 
 
 def make_meta_cache(config, dtype: torch.dtype, length: int) -> Cache | None:
-    """A text's cache as shapes without memory; None of a model that has none, and computes all anew."""
+    """The cache of one text on the meta device (shapes only); None for a model without a cache, which recomputes all
+    tokens.
+    """
     with torch.device("meta"):
         model = build(config).to(dtype)
         return model.new_cache(1, length) if model.causal else None
 
 
 def count_cache_bytes(config, dtype: torch.dtype, length: int) -> int:
-    """Bytes that are kept for a text of `length` tokens."""
+    """Bytes of the cache of a text of `length` tokens."""
     cache = make_meta_cache(config, dtype, length)
     return cache.nbytes() if cache else 0
 
 
 def count_cache_bytes_read(config, dtype: torch.dtype, length: int) -> int:
-    """Bytes of them that a step has to read: all but the sums over finished chunks, which only a border asks for."""
+    """Cache bytes that a step reads: all except the sums over finished chunks, which are read only at a chunk boundary.
+    """
     cache = make_meta_cache(config, dtype, length)
     states = iter_layer_caches(cache.layers if cache else None)
     return sum(state.nbytes() - (state.finished.nbytes if isinstance(state, ChunkCache) else 0) for state in states)
 
 
 def fit_cache_bytes(config, dtype: torch.dtype, length: int) -> tuple[float, float]:
-    """(constant, per token): the bytes of a text's cache around `length` tokens, or half of where positions end."""
+    """(constant, per token): a linear fit of the bytes of a text's cache between n and 2 n tokens. n is `length`, or
+    half the number of positions if that is less.
+    """
     with torch.device("meta"):
         end = build(config).max_positions
     n = length if end is None else min(length, end // 2)
@@ -134,18 +144,18 @@ def fit_cache_bytes(config, dtype: torch.dtype, length: int) -> tuple[float, flo
 
 
 WARMUP_STEPS = 8
-MAX_STEPS = 256  # timed at most
-MIN_STEPS = 16  # at least, or a context is said not to fit
-MAX_SECONDS = 8.0  # of timed steps, about
+MAX_STEPS = 256  # largest number of timed steps
+MIN_STEPS = 16  # smallest number; a context that leaves fewer does not fit
+MAX_SECONDS = 8.0  # approximate limit of the timed steps' duration
 
 
 class DoesNotFit(Exception):
-    """Why a batch at a context cannot be measured, in words for the table."""
+    """A batch at a context cannot be measured. The message is the reason, for the table."""
 
 
 @dataclass
 class DecodeBenchmark:
-    """What all measurements of a call have in common."""
+    """The settings that all measurements of a command share."""
 
     device: torch.device
     dtype: torch.dtype
@@ -158,7 +168,9 @@ class DecodeBenchmark:
         return quantize_model(model, self.quantize) if self.quantize else model
 
     def measure_cell(self, model: LanguageModel, batch: int, context: int) -> dict:
-        """Tokens/s and all that belongs to it, in plain data; where it does not fit, `why` not."""
+        """The measurements of one batch size and context, as plain data. `why` is the reason if it does not fit, else
+        None.
+        """
         row = {"batch": batch, "context": context, "why": None}
         try:
             row |= self.time_decoding(model, batch, context)
@@ -183,23 +195,24 @@ class DecodeBenchmark:
             torch.cuda.empty_cache()
 
     def time_decoding(self, model: LanguageModel, batch: int, context: int) -> dict:
-        """Seconds from a prompt of `context` tokens to its first token, and tokens/s of `batch` such texts after it."""
+        """Seconds from a prompt of `context` tokens to its first token, and tokens/s of `batch` such texts after that.
+        """
         steps = count_steps_that_fit(model, context)
         self.check_memory(model, batch, context + steps)
         decoder = engine.Decoder(model, batch, context + steps, compile=self.compile)
         prompts = (make_random_request(model, context, steps, seed) for seed in itertools.count())
-        decoder.release(decode_first_token(decoder, next(prompts)))  # the first one chooses and compiles kernels
+        decoder.release(decode_first_token(decoder, next(prompts)))  # the first prompt selects and compiles kernels
         began = hardware.synchronized_time(self.device)
         decoder.release(decode_first_token(decoder, next(prompts)))
         seconds = hardware.synchronized_time(self.device) - began
-        n = steps - WARMUP_STEPS - 2  # the device may be a step ahead
-        if self.device.type == "cuda":  # graphs are captured as texts grow: none while the time is taken
+        n = steps - WARMUP_STEPS - 2  # the device may run a step ahead
+        if self.device.type == "cuda":  # capture the CUDA graphs of all lengths before the timed steps
             n, _ = self.time_steps(decoder, itertools.islice(prompts, batch), n)
         done, took = self.time_steps(decoder, itertools.islice(prompts, batch), n)
         return {"first_token_s": seconds, "tokens_per_s": batch * done / took, "steps": done}
 
     def time_steps(self, decoder: engine.Decoder, prompts: Iterable[Request], n: int) -> tuple[int, float]:
-        """(steps, seconds) of n steps after these prompts, or of fewer if they take long."""
+        """(steps, seconds) of n steps after these prompts; of fewer steps if they exceed MAX_SECONDS."""
         handles = [decoder.admit(prompt) for prompt in prompts]
         for _ in range(WARMUP_STEPS):
             decoder.step()
@@ -219,7 +232,9 @@ class DecodeBenchmark:
 
 
 def count_steps_that_fit(model: LanguageModel, context: int) -> int:
-    """How many tokens to make after a context: fewer where positions end soon after it."""
+    """The number of tokens to generate after a context; fewer if the model's positions end soon after it. Raises
+    DoesNotFit.
+    """
     steps, end = WARMUP_STEPS + MAX_STEPS + 2, model.max_positions
     if end is None or context + steps <= end:
         return steps
@@ -229,13 +244,13 @@ def count_steps_that_fit(model: LanguageModel, context: int) -> int:
 
 
 def make_random_request(model: LanguageModel, context: int, steps: int, seed: int) -> Request:
-    generator = torch.Generator().manual_seed(int(seed > 0))  # the same for all but the first: it is read once
+    generator = torch.Generator().manual_seed(int(seed > 0))  # the same for seed > 0: prefilled once
     prompt = torch.randint(model.config.vocab_size, (context,), generator=generator).tolist()
     return Request(prompt, steps, seed=seed)
 
 
 def decode_first_token(decoder: engine.Decoder, request: Request) -> int:
-    """Has the prompt read and waits for the first token after it. Returns the text's handle."""
+    """Prefill the prompt and wait for the first token after it. Returns the text's handle."""
     handle = decoder.admit(request)
     while all(handle != given for given, _, _ in decoder.step()):
         pass
@@ -243,7 +258,7 @@ def decode_first_token(decoder: engine.Decoder, request: Request) -> int:
 
 
 def measure_model(source: ModelSource, benchmark: DecodeBenchmark, batches: list[int], contexts: list[int]) -> dict:
-    """All that is found of one model, in plain data."""
+    """All measurements of one model, as plain data."""
     model = source.make()
     config, params = model.config, model.num_params(non_embedding=False)
     model = benchmark.prepare(model)
@@ -264,7 +279,7 @@ def format_cell(cell: dict) -> str:
 
 
 def format_models_table(rows: list[dict], contexts: list[int]) -> str:
-    """What does not depend on the batch: sizes, and the seconds until a prompt's first token."""
+    """The table of what does not depend on the batch: sizes, and the time from a prompt to its first token."""
     header = ["model", "parameters", "weights read, MB", "cache, constant, bytes", "and per token",
               *(f"first token after {format_quantity(context)}, ms" for context in contexts)]  # fmt: skip
     lines = []
@@ -281,7 +296,7 @@ def list_cells(rows: list[dict]) -> list[tuple[str, dict]]:
 
 
 def format_speeds_table(rows: list[dict]) -> str:
-    """tokens/s of each model, and how many times the floor's time a token takes."""
+    """The table of tokens/s of each model, and the ratio of a token's time to the floor."""
     columns = sorted({(cell["batch"], cell["context"]) for _, cell in list_cells(rows)})
     lines = []
     for row in rows:
@@ -293,7 +308,7 @@ def format_speeds_table(rows: list[dict]) -> str:
 
 
 def format_details_table(rows: list[dict]) -> str:
-    """Every batch at every context, with what the floor is made of."""
+    """The table of every batch and context, with the bytes that the floor counts."""
     header = ["model", "batch", "context", "tokens/s", "µs per token", "floor, µs", "times the floor", "MB per token"]
     lines = []
     for label, cell in list_cells(rows):
@@ -307,7 +322,7 @@ def format_details_table(rows: list[dict]) -> str:
 
 
 def list_missing_cells(rows: list[dict]) -> list[str]:
-    """Why there is a — in the table, a line for each reason."""
+    """A line for each reason why the table has a —."""
     batches: dict[tuple, list[str]] = {}
     for label, cell in list_cells(rows):
         if cell["why"]:
@@ -333,7 +348,7 @@ def describe_setup(benchmark: DecodeBenchmark) -> str:
 
 
 def list_notes(benchmark: DecodeBenchmark, rows: list[dict]) -> list[str]:
-    """How it was measured, a sentence each, and what is missing."""
+    """Sentences that state how the results were measured, and which are missing."""
     recomputing = [row["label"] for row in rows if not row["causal"]]
     return [
         f"{describe_setup(benchmark)}.",
@@ -351,7 +366,7 @@ def list_notes(benchmark: DecodeBenchmark, rows: list[dict]) -> list[str]:
 
 
 def draw_speeds(rows: list[dict], batches: list[int], title: str):
-    """One sheet, a panel for each batch: tokens/s against context, both on log scales."""
+    """A figure with a panel for each batch size: tokens/s against context, both on log scales."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -419,7 +434,7 @@ def make_benchmark(arguments: argparse.Namespace) -> DecodeBenchmark:
 
 
 def run(argv: list[str]) -> None:
-    """Measure how fast models make text; write a table and a picture."""
+    """Measure how fast models generate text; write a table and a picture."""
     arguments = parse_arguments(argv)
     if arguments.against:
         run_against_nanogpt(arguments)
@@ -431,12 +446,12 @@ def run(argv: list[str]) -> None:
     rows, command = [], format_command("python", "decode", argv)
     for source in sources:
         rows.append(measure_model(source, benchmark, arguments.batches, arguments.contexts))
-        text = write_results(rows, benchmark, arguments, command)  # so far
+        text = write_results(rows, benchmark, arguments, command)  # the results so far
     print(f"\n{text}\n\nthe tables and the picture are in {arguments.out}")
 
 
 def write_results(rows: list[dict], benchmark: DecodeBenchmark, arguments: argparse.Namespace, command: str) -> str:
-    """decode.md, decode.json and decode.png; returns the tables and what is to be known of them."""
+    """Write decode.md, decode.json and decode.png. Returns the tables and the notes."""
     notes = list_notes(benchmark, rows)
     tables = f"{format_speeds_table(rows)}\n\n{format_models_table(rows, arguments.contexts)}"
     text = "\n".join(f"- {note}" for note in notes)
@@ -460,7 +475,7 @@ ROUNDS = 3
 
 
 def run_against_nanogpt(arguments: argparse.Namespace) -> None:
-    """Tokens/s of tinystar in GPT-2's manner and of nanoGPT's generate, in turns."""
+    """Print tokens/s of tinystar with GPT-2's keys and of nanoGPT's generate, measured in turns."""
     shape = {name: getattr(arguments, name) for name in GPT2_SHAPE}
     theirs = load_nanogpt(arguments.nanogpt_path / "model.py", shape)
     benchmark = make_benchmark(arguments)
@@ -477,7 +492,7 @@ def run_against_nanogpt(arguments: argparse.Namespace) -> None:
 
 
 def load_nanogpt(path: Path, shape: dict) -> torch.nn.Module:
-    """The user's own checkout: its code is run, as `python train.py` in it would."""
+    """The GPT model of the user's nanoGPT checkout. This executes its model.py, as the checkout's own train.py does."""
     if not path.is_file():
         raise UserError(f"--nanogpt_path: there is no {path}; name a checkout of nanoGPT")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
@@ -487,7 +502,8 @@ def load_nanogpt(path: Path, shape: dict) -> torch.nn.Module:
 
 
 def compare_with_nanogpt(benchmark: DecodeBenchmark, ours: LanguageModel, theirs, batch: int, context: int) -> str:
-    """A line: tokens/s of both in ROUNDS turns, and how many times as fast ours is, after the prompt and with it."""
+    """A line with tokens/s of both, medians of ROUNDS turns, and the speedup over nanoGPT without and with the prefill.
+    """
     found = []
     for _ in range(ROUNDS):
         cell = benchmark.measure_cell(ours, batch, context)
@@ -508,10 +524,10 @@ def compare_with_nanogpt(benchmark: DecodeBenchmark, ours: LanguageModel, theirs
 
 @torch.no_grad()
 def measure_nanogpt(benchmark: DecodeBenchmark, model, batch: int, context: int) -> float:
-    """Tokens/s of nanoGPT's own generate, after a text of `context` tokens."""
+    """Tokens/s of nanoGPT's own generate, after a prompt of `context` tokens."""
     idx = torch.randint(model.config.vocab_size, (batch, context), device=benchmark.device)
     began = hardware.synchronized_time(benchmark.device)
-    model.generate(idx, 2)  # the first chooses kernels, and tells how many to measure
+    model.generate(idx, 2)  # selects kernels; its time determines the number of tokens to measure
     n = min(64, max(4, round(2 * 2 / (hardware.synchronized_time(benchmark.device) - began))))
     began = hardware.synchronized_time(benchmark.device)
     model.generate(idx, n)

@@ -1,4 +1,4 @@
-"""`bench.py growth`: how training's tokens/s and memory change with the window and with the width."""
+"""`bench.py growth`: tokens/s and memory of training as functions of the window T and of the width C."""
 
 import argparse
 import json
@@ -28,14 +28,14 @@ from strawberry.device import choose_device
 from strawberry.outputs import check_outputs
 from strawberry.training import plot
 
-DEFAULT_CONFIGS = (  # what is compared unless configs are named: one shape, three ways to mix
+DEFAULT_CONFIGS = (  # used if no configs are named: one shape with three ways to mix tokens
     "strawberry-large.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,r_layer=1,window=256",
     "palm-aft.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,d_rank=null,use_muon=false",
     "palm-aft.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,d_rank=null,use_muon=false,attention_type=mha",
 )
 
 
-HEAD_DIM = 64  # channels of a head, whatever the width
+HEAD_DIM = 64  # channels of a head, for every width
 AXES = {"T": "tokens in a window", "C": "channels (n_embd)"}
 
 
@@ -79,7 +79,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def list_points(arguments: argparse.Namespace) -> list[dict]:
-    """What is measured: a config's label, the axis, its value, and the run."""
+    """The points to measure: label of the config, axis, value on the axis, and run."""
     common, points = [parse_assignment(text) for text in arguments.set], []
     for spec in arguments.configs:
         values = [("T", T) for T in arguments.contexts] + [("C", C) for C in arguments.widths]
@@ -94,9 +94,9 @@ def list_points(arguments: argparse.Namespace) -> list[dict]:
 
 
 def make_label(spec: str) -> str:
-    """What tells it from the others: the arch, and how it mixes where that was said.
+    """A label that distinguishes a config from the others: the file's stem and the changes that are not sizes.
 
-    >>> growth_label("palm-aft.json:n_layer=4,attention_type=mha")
+    >>> make_label("palm-aft.json:n_layer=4,attention_type=mha")
     'palm-aft attention_type=mha'
     """
     file, _, changes = spec.partition(".json:")
@@ -117,7 +117,7 @@ def run(argv: list[str]) -> None:
             files = [write_benchmark_config(Path(folder) / str(i), point["run"]) for i, point in enumerate(group)]
             for point, row in zip(group, child_process.run_in_turns("_speed", [[file] for file in files]), strict=True):
                 point |= row
-                if "why" not in point:  # on a CPU what the process had in memory
+                if "why" not in point:  # on a CPU, the peak resident memory of the process
                     point["memory"] = point["memory"] or point["resident"]
                 print(format_point(point), flush=True)
     rows = [{key: value for key, value in point.items() if key != "run"} for point in points]
@@ -132,7 +132,7 @@ def format_point(point: dict) -> str:
 
 
 def write_growth(rows: list[dict], out: Path, command: str) -> None:
-    """growth.json, growth.md and growth.png."""
+    """Write growth.json, growth.md and growth.png."""
     where = hardware.describe_device(choose_device("auto"))
     table = [[row["config"], row["axis"], f"{row['value']:,}",
               *((row["why"], "") if "why" in row else
@@ -146,7 +146,9 @@ def write_growth(rows: list[dict], out: Path, command: str) -> None:
 
 
 def draw_growth(rows: list[dict], title: str):
-    """Tokens/s above, memory below where it was measured; against the window on the left, the width on the right."""
+    """A figure: tokens/s above, memory below if it was measured; against the window on the left, the width on the
+    right.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,5 +1,5 @@
-"""`python bench.py kernels`: hold each Triton kernel against float64 on a GPU, and time it against its floor: the bytes
-that it must move over the bandwidth at which the machine copies.
+"""`python bench.py kernels`: compare each Triton kernel with float64 on a GPU, and time it against its floor: the bytes
+that it must move, divided by the machine's copy bandwidth.
 """
 
 import argparse
@@ -21,8 +21,9 @@ from strawberry.ops.triton.rope import qkv_grad_quantize
 
 
 def time_graph(call, sets: list[tuple]) -> float:
-    """Seconds of one call(*set), the median of seven replays of a CUDA graph that takes every set in turn: more sets
-    than the cache holds, so that each reads its inputs from memory."""
+    """Seconds of one call(*set): the median of seven replays of a CUDA graph that calls every set in turn. There are
+    more sets than fit the L2 cache, so that each call reads its inputs from memory.
+    """
     call(*sets[0])  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -40,7 +41,7 @@ def time_graph(call, sets: list[tuple]) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written each second by a large copy on the device."""
+    """Bytes read and written per second by a large copy on the device."""
     x = torch.randn(2**28, device="cuda")
     y = torch.empty_like(x)
     return 2 * x.nbytes / time_graph(lambda a, b: b.copy_(a), [(x, y)] * 3)
@@ -55,7 +56,7 @@ def random_tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def print_row(name: str, error: float, bound: float, seconds: float, floor: float) -> bool:
-    """Prints a row of the table; whether the error is within its bound."""
+    """Print a row of the table. Returns whether the error is below its bound."""
     right = error < bound
     print(
         f"{name:46} {error:8.1e} {seconds * 1e6:9.1f} {floor * 1e6:9.1f} {floor / seconds:6.0%}",
@@ -65,7 +66,7 @@ def print_row(name: str, error: float, bound: float, seconds: float, floor: floa
 
 
 def num_input_sets(nbytes: float) -> int:
-    """How many sets of inputs are more than the cache holds."""
+    """The number of input sets that together exceed the L2 cache."""
     return max(2, min(64, int(3e8 / nbytes) + 1))
 
 
@@ -108,7 +109,7 @@ def measure_int8(bandwidth: float) -> bool:
 
 
 def measure_cross_entropy(bandwidth: float) -> bool:
-    """Gradients by the logits of some tokens, in their type and in 8 bits; floor: logits read and gradients written."""
+    """Gradients of the logits, in bfloat16 and in FP8. Floor: logits read, gradients written."""
     right = True
     for N, V in ((8192, 50304), (32768, 8192)):
         sets = [(2 * random_tensor(N, V), torch.randint(0, V, (N,), device="cuda"), V, None) for _ in range(2)]
@@ -126,7 +127,7 @@ def measure_cross_entropy(bandwidth: float) -> bool:
 
 
 def measure_float8(bandwidth: float) -> bool:
-    """What is between products in 8 bits; floor: each number read and written once."""
+    """The kernels between FP8 matrix products. Floor: each number read once and written once."""
     n, m, right, ops = 32768, 3072, True, torch.ops.strawberry
     sets = [(random_tensor(n, m).to(torch.float8_e4m3fn).view(torch.uint8),) for _ in range(2)]
     error = relative_error(ops.transpose_fp8(*sets[0]), sets[0][0].t().double())
@@ -159,8 +160,9 @@ def measure_float8(bandwidth: float) -> bool:
 
 
 def measure_retention(bandwidth: float) -> bool:
-    """Each way's four products with (C, C), two and two; floor: the larger of bytes and operations, these at the speed
-    of a large product. Plain: the same in PyTorch, compiled."""
+    """gated_update, forward and backward: two products with a (C, C) matrix in each. Floor: the larger of bytes and
+    FLOPs, the latter at the speed of a large product. Plain: the same in PyTorch, compiled.
+    """
     a, right = random_tensor(8192, 8192), True
     ceiling = 2 * 8192**3 / time_graph(torch.mm, [(a, a)] * 2)
     for n, M, N, C, viewed in [
@@ -207,8 +209,9 @@ def measure_retention(bandwidth: float) -> bool:
 
 
 def measure_rope(bandwidth: float) -> bool:
-    """q and k of a training step, with and without the norm; heads that share keys; heads of 128. Plain: the same in
-    PyTorch, compiled."""
+    """RoPE of q and k in a training step, with and without the norm, with grouped-query heads, with 128 channels per
+    head. Plain: the same in PyTorch, compiled.
+    """
     right = True
     for B, T, H, Hkv, d, normed in [
         (32, 1024, 12, 12, 64, True), (32, 1024, 12, 12, 64, False), (8, 4096, 32, 8, 128, True),
@@ -253,13 +256,15 @@ def measure_rope(bandwidth: float) -> bool:
 
 
 def exact_aft(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """AFT simple in float64, which carries e^±80."""
+    """AFT-simple in float64, whose range includes e^±80."""
     q, k, v = q.double(), k.double(), v.double()
     return torch.sigmoid(q) * (k.exp() * v).cumsum(1) / k.exp().cumsum(1)
 
 
 def measure_aft(bandwidth: float) -> bool:
-    """Forward with what the way back needs, then backward; each error the largest of result and gradients."""
+    """AFT-simple: forward, which also returns the states for backward, then backward. The error of backward is the
+    largest error of the gradients.
+    """
     right = True
     for B, T, D, spread in [(32, 1024, 768, 1), (8, 4096, 768, 1), (1, 65536, 768, 80), (4, 256, 256, 1)]:
         sets = [[random_tensor(B, T, D) for _ in range(4)] for _ in range(num_input_sets(8 * B * T * D))]
@@ -283,7 +288,9 @@ def measure_aft(bandwidth: float) -> bool:
 
 
 def measure_aft_positional(bandwidth: float) -> bool:
-    """Forward and backward of a module's call, result and gradients of one group of channels against float64."""
+    """Forward, then forward and backward, of AFT-conv and AFT-local. The error is the largest of result and gradients
+    of one group of channels, against float64.
+    """
     right = True
     product = (random_tensor(8192, 8192), random_tensor(8192, 8192))
     arithmetic = 2 * 8192**3 / time_graph(torch.matmul, [product] * 3)
@@ -320,7 +327,7 @@ def measure_aft_positional(bandwidth: float) -> bool:
 
 
 def exact_aft_positional(q: Tensor, k: Tensor, v: Tensor, *p_window) -> Tensor:
-    """AFT by all pairs, for one group of channels, in what types the tensors have."""
+    """AFT over all pairs of positions, for one group of channels, in the dtypes of the inputs."""
     *p, window = p_window
     i = torch.arange(v.size(1), device=v.device)
     away = i[:, None] - i
@@ -347,13 +354,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def run(argv: list[str]) -> int:
-    """Each Triton kernel against float64 on a GPU, and against its floor."""
+    """Compare each Triton kernel with float64 on a GPU, and time it against its floor."""
     parse_arguments(argv)
     return print_table()
 
 
 def print_table() -> int:
-    """1 where a kernel's error is above its bound."""
+    """Print the table. Returns 1 if a kernel's error exceeds its bound, else 0. Raises UserError without a GPU and
+    Triton.
+    """
     if triton is None or not torch.cuda.is_available():
         raise UserError("bench.py kernels times the kernels on a GPU; there is no GPU with Triton here")
     bandwidth = copy_bandwidth()

@@ -1,4 +1,4 @@
-"""`bench.py scale`: how training speeds up with processes, one for each GPU."""
+"""`bench.py scale`: the training speed with several processes, one for each GPU."""
 
 import argparse
 import itertools
@@ -56,7 +56,7 @@ def run(argv: list[str]) -> None:
     check_outputs(list_json_output(arguments.json), read)
     for n, parallel in itertools.product(arguments.processes, arguments.parallel):
         if n == 1 and any(row["processes"] == 1 for row in rows):
-            continue  # one process divides nothing
+            continue  # one process has nothing to divide
         run = load_run(["--config", config, *words, f"--parallel={parallel}"], CONFIGS)
         if not arguments.same_batch and run.batch_size != "auto":
             run.batch_size *= n
@@ -67,7 +67,7 @@ def run(argv: list[str]) -> None:
 
 
 def measure_processes(run: Run, processes: int, steps: int) -> dict:
-    """One row: what so many processes make of a run, or why they do not."""
+    """Measure a run with this number of processes. Returns a row; {"why": …} if it fails."""
     command = [sys.executable, SCRIPT]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -85,7 +85,9 @@ def measure_processes(run: Run, processes: int, steps: int) -> dict:
 
 
 def format_row(rows: list[dict]) -> str:
-    """The last row; its efficiency is against as many single processes, where there is one."""
+    """The text of the last row. Its efficiency is relative to n times the speed of one process, if the first row has
+    that.
+    """
     row, first = rows[-1], rows[0]
     name = f"{row['processes']} {row['parallel']}".strip()
     if "why" in row:

@@ -1,4 +1,4 @@
-"""`bench.py serve`: tokens/s of serve.py for many clients at once, beside a server without batches."""
+"""`bench.py serve`: tokens/s of serve.py for many simultaneous clients, next to a server without batching."""
 
 import argparse
 import concurrent.futures
@@ -25,7 +25,7 @@ from strawberry.model_file import save_model
 
 
 class ServerProcess:
-    """serve.py as a child process with one model, for a with statement."""
+    """A context manager that runs serve.py as a child process with one model."""
 
     def __init__(self, folder: Path, name: str, rows: int, arguments: argparse.Namespace):
         self.name, self.rows = name, rows
@@ -41,7 +41,7 @@ class ServerProcess:
             lines.append(line)
             if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
                 self.port = int(found[1])
-                threading.Thread(target=self.child.stderr.read, daemon=True).start()  # so that it never waits for us
+                threading.Thread(target=self.child.stderr.read, daemon=True).start()  # drain the pipe
                 return self
         self.__exit__()
         raise UserError(f"serve.py did not start: {''.join(lines[-3:]).strip()}")
@@ -51,7 +51,9 @@ class ServerProcess:
         self.child.wait()
 
     def request_completion(self, seed: int, arguments: argparse.Namespace) -> tuple[int, str, int]:
-        """(status, text, tokens made) of one completion; each seed has a prompt of its own."""
+        """(status, text, generated tokens) of one completion. Each seed has its own prompt. Raises UserError for a
+        status other than 200 or 429.
+        """
         prompt = [(seed * 7919 + i * 104729) % 256 for i in range(arguments.prompt)]
         body = {"model": self.name, "prompt": prompt, "max_tokens": arguments.tokens, "seed": seed}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
@@ -66,7 +68,7 @@ class ServerProcess:
         return 200, content["choices"][0]["text"], content["usage"]["completion_tokens"]
 
     def request_all_at_once(self, arguments: argparse.Namespace) -> tuple[float, list[tuple[int, str, int]]]:
-        """(tokens/s, what each client was answered)."""
+        """(tokens/s, the result of each client) of simultaneous requests."""
         with concurrent.futures.ThreadPoolExecutor(arguments.clients) as pool:
             began = time.perf_counter()
             answers = list(pool.map(lambda seed: self.request_completion(seed, arguments), range(arguments.clients)))
@@ -92,7 +94,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def run(argv: list[str]) -> None:
-    """Measure how fast many clients of serve.py are served at once, and whether each gets its own text."""
+    """Measure how fast serve.py serves many clients at once, and whether each gets its own text."""
     arguments = parse_arguments(argv)
     source = read_model_sources([arguments.model])[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +114,9 @@ def run(argv: list[str]) -> None:
 
 
 def format_result(found: list[tuple], alone: list[str], arguments: argparse.Namespace) -> str:
-    """What came out of the turns: tokens/s without batches and with, and how often a client got what it gets alone."""
+    """The result as text: tokens/s without and with batching, and the number of texts equal to the text of a request
+    alone.
+    """
     ratios = [batched[0] / single[0] for single, batched in found]
     slow, fast = (statistics.median(speed for speed, _ in column) for column in zip(*found, strict=True))
     answers = [answer for _, (_, answers) in found for answer in enumerate(answers)]

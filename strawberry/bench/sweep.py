@@ -1,4 +1,5 @@
-"""compare's training runs: the grid of learning rates of each config, then its other seeds; nothing runs twice."""
+"""compare's training runs: the learning rate grid of each config, then its other seeds. Finished runs are not repeated.
+"""
 
 import ast
 import dataclasses
@@ -23,17 +24,17 @@ from strawberry.config import to_dict
 from strawberry.training import plot
 from strawberry.training.metrics import METRICS
 
-EVALUATIONS = 20  # in each run: the points of its curve
-MIN_LR = 0.1  # the learning rate at the end, as a share of the highest
-RESULT_FORMAT = 1  # of the files in runs/: those of another are not read
-POLL_SECONDS = 0.3  # between looks at the children
-BENCH = ROOT / "strawberry" / "bench"  # changes no result
-CODE_GLOBS = ("model.py", "optimizer.py", "train.py", "strawberry/**/*.py")  # what a result depends on
+EVALUATIONS = 20  # in each run: the number of points of its curve
+MIN_LR = 0.1  # final learning rate, as a share of the highest
+RESULT_FORMAT = 1  # format of the files in runs/; files of another format are not read
+POLL_SECONDS = 0.3  # between polls of the children
+BENCH = ROOT / "strawberry" / "bench"  # does not affect the results
+CODE_GLOBS = ("model.py", "optimizer.py", "train.py", "strawberry/**/*.py")  # the code that affects a result
 
 
 @dataclass
 class Plan:
-    """What all runs have in common."""
+    """The settings that all runs share."""
 
     steps: int
     tokens_per_step: int
@@ -62,15 +63,15 @@ class Trial:
     label: str
     lr: float
     seed: int
-    config: dict  # what train.py reads, but for the paths
-    key: str  # the name of its result's file: all that the result depends on, hashed
+    config: dict  # the config that train.py reads, without the paths
+    key: str  # hash of all that the result depends on; the name of its file
 
     def __str__(self) -> str:
         return f"{self.label}, lr {self.lr:g}, seed {self.seed}"
 
 
 def dump_without_comments(source: str) -> str:
-    """A Python file without comments, docstrings and layout, which change no result."""
+    """The syntax tree of a Python file, without comments, docstrings and layout, which do not affect a result."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
@@ -79,7 +80,7 @@ def dump_without_comments(source: str) -> str:
 
 
 def hash_code() -> str:
-    """SHA-256 of the code that trains."""
+    """SHA-256 of the code that affects training."""
     paths = sorted(path for name in CODE_GLOBS for path in ROOT.glob(name) if BENCH not in path.parents)
     texts = [dump_without_comments(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
@@ -90,13 +91,13 @@ def hash_json(value) -> str:
 
 
 def make_trial(entry: Entry, plan: Plan, lr: float, seed: int) -> Trial:
-    """The run of one config with one learning rate and one seed."""
+    """The training run of a config with one learning rate and one seed."""
     run, steps = to_dict(entry.run), plan.steps
     every = max(1, steps // EVALUATIONS)
     if every >= 5:
-        every -= every % 5  # so that an evaluation has a logged line, with the seconds, at its step
+        every -= every % 5  # so that each evaluation coincides with a logged line, which has the seconds
     muon_lr = run["optimizer_hyperparams"]["muon_lr"]
-    if muon_lr is not None:  # goes with the learning rate, in the config's own proportion
+    if muon_lr is not None:  # scales with the learning rate, as in the config
         run["optimizer_hyperparams"]["muon_lr"] = muon_lr * lr / run["learning_rate"]
     run |= FIXED_VALUES | {
         "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": round(plan.warmup * steps),
@@ -111,7 +112,7 @@ def make_trial(entry: Entry, plan: Plan, lr: float, seed: int) -> Trial:
 
 
 def read_result(plan: Plan, trial: Trial) -> dict | None:
-    """What an earlier call found, or None."""
+    """The result that an earlier command wrote, or None."""
     path = plan.runs / f"{trial.key}.json"
     return read_result_file(path) if path.exists() else None
 
@@ -124,10 +125,10 @@ def read_result_file(path: Path) -> dict:
 
 
 def strict_bpb(line: dict) -> float | None:
-    """Validation bits per byte of an evaluation; of a model that sees the future, as it would be without.
+    """Validation bits per byte of an evaluation, corrected for a model that sees the future.
 
-    Such a model's evaluation also has the strict loss of some positions, and the plain one of the same positions: what
-    seeing the future gains there is taken off.
+    The evaluation of such a model also has the strict loss of some positions and the plain loss of the same positions.
+    Their relative difference, the gain from seeing the future, is subtracted.
     """
     bpb = line.get("val_bpb")
     if bpb is None or line.get("strict_loss") is None:
@@ -136,7 +137,7 @@ def strict_bpb(line: dict) -> float | None:
 
 
 def make_result(trial: Trial, lines: list[dict], diverged: bool) -> dict:
-    """A finished run, from its metrics.jsonl. bits per byte is None where it diverged."""
+    """The result of a finished run, from the lines of its metrics.jsonl. bpb is None if it diverged."""
     points = {line["step"]: line for line in lines if "val_bpb" in line}
     curve = [[line["tokens"], strict_bpb(line)] for _, line in sorted(points.items())]
     bpb = curve[-1][1] if curve and not diverged else None
@@ -146,7 +147,7 @@ def make_result(trial: Trial, lines: list[dict], diverged: bool) -> dict:
 
 
 def write_trial_config(folder: Path, trial: Trial, **changes) -> Path:
-    """The JSON file that a child reads; everything that it writes goes into the folder."""
+    """Write the JSON config that a child reads. All output paths in it are in the folder."""
     checkpoints = {"path": str(folder / "ck"), "interval": trial.config["max_iters"], "create_checkpoints": True,
                    "keep": 1}  # fmt: skip
     paths = {"checkpoints": checkpoints, "model_path": str(folder / "model"), "img_path": str(folder)}
@@ -155,7 +156,7 @@ def write_trial_config(folder: Path, trial: Trial, **changes) -> Path:
 
 
 class TrialPool:
-    """Up to plan.jobs runs at once, each in a folder of its own until its result is written."""
+    """Up to plan.jobs simultaneous runs, each in its own folder until its result is written."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -172,7 +173,9 @@ class TrialPool:
         self.running[trial.key] = (trial, child_process.start(command, folder / "log.txt", self.plan.jobs))
 
     def collect_finished(self) -> Iterator[tuple[Trial, dict | None, str]]:
-        """(trial, its result or None, why not) of each child that has ended since. Writes the results."""
+        """Write the results of the children that have ended since the last call. Yields (trial, result or None, reason
+        for failure).
+        """
         for key, (trial, child) in list(self.running.items()):
             if child.poll() is None:
                 continue
@@ -181,7 +184,7 @@ class TrialPool:
             lines = self.read_metrics(trial)
             evaluated = any(line["step"] == self.plan.steps and "val_bpb" in line for line in lines)
             done = child.returncode == 0 and evaluated
-            if done or child.returncode == 3:  # train.py's code for a loss that is not finite
+            if done or child.returncode == 3:  # train.py's exit code for a loss that is not finite
                 result = make_result(trial, lines, diverged=not done)
                 atomic_write(self.plan.runs / f"{key}.json", json.dumps(result).encode())
                 shutil.rmtree(folder, ignore_errors=True)
@@ -203,7 +206,9 @@ class TrialPool:
 
 
 def make_speed_trial(entry: Entry, plan: Plan) -> Trial:
-    """What a speed depends on: the run but for its learning rate and seed, the machine and torch's version."""
+    """A trial whose key hashes all that its speed depends on: the run without its learning rate and seed, the machine
+    and torch's version.
+    """
     trial = make_trial(entry, plan, entry.run.learning_rate, 1)
     return dataclasses.replace(
         trial, key=f"speed-{hash_json([trial.key, hardware.describe_device(plan.device), torch.__version__])}"
@@ -211,8 +216,9 @@ def make_speed_trial(entry: Entry, plan: Plan) -> Trial:
 
 
 def measure_speeds(entries: list[Entry], plan: Plan) -> dict[str, dict]:
-    """label → tokens/s and memory of each config, alone on the device. Children get ready --jobs at a time, compiling
-    included, then take turns. A config that fails here gets its `failure`."""
+    """label → tokens/s and memory of each config, alone on the device. --jobs children prepare at the same time, with
+    compilation, then measure one at a time. A config that fails gets its `failure` set.
+    """
     trials = {entry.label: make_speed_trial(entry, plan) for entry in entries}
     found = {label: result for label, trial in trials.items() if (result := read_result(plan, trial))}
     missing = [entry for entry in entries if entry.label not in found]
@@ -254,7 +260,7 @@ def measure_speed_group(trials: dict[str, Trial], plan: Plan) -> dict[str, dict]
 
 
 class Sweep:
-    """Which runs there are to do, given those that are done: the grid of each config, then its other seeds."""
+    """The schedule of the runs: the learning rate grid of each config, then its other seeds, without finished runs."""
 
     def __init__(self, entries: list[Entry], plan: Plan):
         self.entries, self.plan = entries, plan
@@ -263,26 +269,28 @@ class Sweep:
         self.pool = TrialPool(plan)
 
     def find_best_lr(self, entry: Entry) -> float | None:
-        """The learning rate with the lowest bits per byte, once the grid is done; the lowest where all diverged."""
+        """The learning rate with the lowest bits per byte; the lowest learning rate if all diverged; None until the
+        grid is done.
+        """
         found = [self.results.get(trial.key) for trial in self.grid[entry.label]]
         if None in found:
             return None
         return min(found, key=lambda result: (math.inf if result["bpb"] is None else result["bpb"], result["lr"]))["lr"]
 
     def list_seed_trials(self, entry: Entry) -> list[Trial]:
-        """The runs of the table: the winner of the grid, which is seed 1, and the other seeds."""
+        """The runs that the table averages: the best of the grid, with seed 1, and the other seeds."""
         lr = self.find_best_lr(entry)
         seeds = range(1, self.plan.seeds + 1) if lr is not None else ()
         return [make_trial(entry, self.plan, lr, seed) for seed in seeds]
 
     def has_result(self, trial: Trial) -> bool:
-        """Whether the result is there, from this call or an earlier one."""
+        """Whether the trial has a result, from this command or an earlier one."""
         if trial.key not in self.results and (result := read_result(self.plan, trial)):
             self.results[trial.key] = result
         return trial.key in self.results
 
     def list_pending(self) -> list[Trial]:
-        """What could be started now."""
+        """The trials that can start now."""
         found = []
         for entry in (entry for entry in self.entries if not entry.failure):
             grid = [trial for trial in self.grid[entry.label] if not self.has_result(trial)]
@@ -290,7 +298,7 @@ class Sweep:
         return [trial for trial in found if trial.key not in self.pool.running]
 
     def count_done(self) -> int:
-        """How many results there are, by now or from earlier calls."""
+        """The number of results, from this command and earlier ones."""
         for entry in self.entries:
             grid = [self.has_result(trial) for trial in self.grid[entry.label]]
             for trial in self.list_seed_trials(entry) if all(grid) else ():
@@ -302,7 +310,7 @@ class Sweep:
         return len(self.entries) * (len(self.plan.lrs) + self.plan.seeds - 1)
 
     def run(self) -> None:
-        """Train what is not trained yet. A run that fails is reported and left out; the others go on."""
+        """Train all runs without a result. A run that fails is reported and skipped; the others continue."""
         style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
         total, done = self.total * self.plan.steps, len(self.results) * self.plan.steps
         every = 1 if sys.stderr.isatty() else 30  # seconds
@@ -321,7 +329,9 @@ class Sweep:
                 raise
 
     def collect(self, stopped: bool = False) -> int:
-        """Take in what has finished since; returns how many runs that were. Those that were stopped have not failed."""
+        """Store the results of finished runs. Returns the number of runs that ended. If `stopped`, a run without a
+        result is not a failure.
+        """
         finished = list(self.pool.collect_finished())
         for trial, result, why in finished:
             if result is None and stopped:

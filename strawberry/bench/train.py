@@ -1,6 +1,7 @@
-"""`bench.py train`: how fast configs train, in train.py's own loop, and beside nanoGPT's train.py.
+"""`bench.py train`: training speed of configs in train.py's own loop, and next to nanoGPT's train.py.
 
-BenchmarkTrainer is the only class here that knows train.py's Trainer; the processes of all commands that train use it.
+BenchmarkTrainer is the only class in bench that depends on train.py's Trainer. All commands that train use it in their
+child processes.
 """
 
 import argparse
@@ -50,13 +51,13 @@ from train import Trainer
 
 MEASURED_SECONDS = 3.0
 STEP_PARTS = ("data", "forward", "backward", "optimizer")
-STEP_KINDS = {"compiled": "compiled", "cuda_graph": "CUDA graph"}  # key of a row → how a step is taken
+STEP_KINDS = {"compiled": "compiled", "cuda_graph": "CUDA graph"}  # key of a row → name of the way in which a step runs
 TIMED_STEPS = 20  # steps whose parts are timed
-ALL_REDUCE_BYTES = 256 << 20  # of the tensor whose sum over all processes is timed
+ALL_REDUCE_BYTES = 256 << 20  # bytes of the tensor whose all-reduce is timed
 
 
 class StageTimer:
-    """Moments in the device's own time, a row of them for each step."""
+    """Time marks on the device's own clock, a row of them for each step."""
 
     def __init__(self, device: torch.device):
         self.cuda, self.rows = device.type == "cuda", []
@@ -74,7 +75,7 @@ class StageTimer:
         self.rows[-1].append(mark)
 
     def median_intervals(self) -> list[float]:
-        """The median over the rows of the milliseconds between each mark and the next."""
+        """Milliseconds between each mark and the next, the median over the rows."""
         if self.cuda:
             torch.cuda.synchronize()
         spans = [[a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in itertools.pairwise(row)]
@@ -83,14 +84,15 @@ class StageTimer:
 
 
 class BenchmarkTrainer(Trainer):
-    """train.py's own loop, measured and without evaluations. The only class that knows the inside of Trainer: the
-    processes of compare, growth, train and scale use this one."""
+    """train.py's own loop, timed and without evaluations. The only class that depends on the internals of Trainer: the
+    child processes of compare, growth, train and scale use it.
+    """
 
     def evaluate(self) -> None:
         pass
 
     def advance(self, steps: int, every: int) -> list[float]:
-        """Train for `steps`; tokens/s of each `every` of them."""
+        """Train for `steps`. Returns the tokens/s of each `every` of them."""
         first = self.progress.step
         self.run.max_iters, self.run.log_interval = first + steps, every
         self.train()
@@ -98,7 +100,7 @@ class BenchmarkTrainer(Trainer):
         return [line["tokens_per_s"] for line in lines if line["step"] > first + (first == 0)]
 
     def measure_speed(self) -> dict:
-        self.advance(6, 3)  # the first steps allocate and choose kernels
+        self.advance(6, 3)  # the first steps allocate memory and select kernels
         pace = statistics.median(self.advance(4, 2)) / self.tokens_per_step  # steps per second
         steps = min(max(round(MEASURED_SECONDS * pace), 10), 1000) // 10 * 10
         speed = statistics.median(self.advance(steps, steps // 10))
@@ -113,8 +115,9 @@ class BenchmarkTrainer(Trainer):
         }
 
     def measure_parts(self, steps: int = TIMED_STEPS) -> dict[str, float]:
-        """Milliseconds of each part, one after another and without a CUDA graph: the sum may exceed a step.
-        `data` is what the loop waits for the loader."""
+        """Milliseconds of each part of a step, run sequentially and without a CUDA graph, so that the sum may exceed a
+        step's time. `data` is the time that the loop waits for the loader.
+        """
         self.steps.release_graph()
         marks, waits = StageTimer(self.device), []
         with self.batches() as loader:
@@ -142,7 +145,7 @@ class BenchmarkTrainer(Trainer):
         marks()
 
     def profile_kernels(self, steps: int = 3) -> list[dict]:
-        """What a GPU does in a step, the longest first: name, launches and milliseconds."""
+        """The GPU kernels of a step, longest first: name, launches and milliseconds."""
         if self.device.type != "cuda":
             return []
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -153,7 +156,7 @@ class BenchmarkTrainer(Trainer):
         return sorted(rows, key=lambda row: -row["ms"])
 
     def measure_all(self, profile: bool) -> dict:
-        """All that `bench.py train` prints of a config."""
+        """All numbers that `bench.py train` prints for a config."""
         found = self.measure_speed()
         found |= {
             "step_ms": 1e3 * self.tokens_per_step / found["tokens_per_s"],
@@ -188,13 +191,15 @@ class BenchmarkTrainer(Trainer):
         }  # fmt: skip
 
     def peak_memory(self) -> int | None:
-        """Bytes at most, the warm-up included: a CUDA graph's memory is counted when it is captured, and only
-        then. On a CPU all that the process had in memory, torch included."""
+        """Peak bytes, with the warm-up: a CUDA graph's memory is counted only when it is captured. On a CPU, the peak
+        resident memory of the process, including torch.
+        """
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else hardware.peak_resident_bytes()
 
     def measure_all_reduce(self) -> float | None:
-        """Bytes per second on each process's way out, in a sum over all processes that goes around a ring: of n
-        processes each sends 2 (n − 1) / n of the bytes."""
+        """Bytes per second that each process sends in a ring all-reduce, in which each of n processes sends 2 (n − 1) /
+        n of the tensor's bytes. None for one process.
+        """
         if self.ranks.world == 1:
             return None
         numbers = (ALL_REDUCE_BYTES if self.device.type == "cuda" else ALL_REDUCE_BYTES >> 5) // 4
@@ -208,13 +213,16 @@ class BenchmarkTrainer(Trainer):
 
 
 def train_child(argv: list[str]) -> int | None:
-    """A child's main: train.py, but for the curves that it draws at each evaluation, for which nobody looks here."""
+    """The main function of a child: train.py without the curves that it draws at each evaluation, which nobody reads
+    here.
+    """
     Evaluator.draw = lambda self: None
     return train.main(argv)
 
 
 def speed_child(argv: list[str]) -> None:
-    """A child's main: get ready, print `ready`, and measure after a line on stdin: by then nothing else runs."""
+    """The main function of a child: prepare, print `ready`, and measure after a line on stdin, when nothing else runs.
+    """
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         timer = BenchmarkTrainer(load_run(["--config", *argv], CONFIGS), Signals())
@@ -225,7 +233,7 @@ def speed_child(argv: list[str]) -> None:
 
 
 def step_child(argv: list[str]) -> None:
-    """A child's main: measure the config of a JSON file and print the result."""
+    """The main function of a child: measure the config of a JSON file and print the result."""
     file, profile = argv
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
@@ -239,7 +247,7 @@ def step_child(argv: list[str]) -> None:
 
 
 def race_child(argv: list[str]) -> None:
-    """A child's main: train a config without evaluations; print speed, losses and memory."""
+    """The main function of a child: train a config without evaluations; print speed, losses and memory."""
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         timer = BenchmarkTrainer(load_run(["--config", *argv], CONFIGS), Signals())
@@ -256,7 +264,7 @@ def race_child(argv: list[str]) -> None:
 
 
 def scale_child(argv: list[str]) -> None:
-    """One of the processes: measure; the first of them prints the result."""
+    """The main function of each process: measure. The first process prints the result."""
     file, steps = argv
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")):
@@ -270,11 +278,13 @@ def scale_child(argv: list[str]) -> None:
 
 
 def nanogpt_child(argv: list[str]) -> None:
-    """A child's main: run the train.py of a folder as its own command would, then print the memory that it took."""
+    """The main function of a child: run the train.py of a folder as its own command line does, then print the peak
+    memory.
+    """
     folder, *words = argv
     os.chdir(folder)
     sys.path.insert(0, folder)
-    for name in ("model", "train"):  # theirs, not this repository's
+    for name in ("model", "train"):  # nanoGPT's modules, not this repository's
         sys.modules.pop(name, None)
     sys.argv = ["train.py", *words]
     scope = runpy.run_path("train.py", run_name="__main__")
@@ -331,7 +341,7 @@ def run(argv: list[str]) -> int | None:
 
 
 def measure_configs(arguments: argparse.Namespace) -> list[dict]:
-    """A row for each config, measured in a process of its own and printed."""
+    """Measure each config in its own child process, and print its row. Returns the rows."""
     common = [parse_assignment(text) for text in arguments.set]
     runs, rows = [load_spec(spec, common) for spec in arguments.config], []
     check_outputs(list_json_output(arguments.json), list_spec_inputs("--config", arguments.config, runs))
@@ -350,7 +360,9 @@ def measure_configs(arguments: argparse.Namespace) -> list[dict]:
 
 
 def measure_beside(run: Run, others: int) -> dict:
-    """{"beside": tokens/s of each of others + 1 processes that train the same config at once}, or why there is none."""
+    """{"beside": tokens/s of each of others + 1 processes that train the same config at the same time}; {"why": …} if
+    one fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = [write_benchmark_config(Path(folder) / str(i), run) for i in range(others + 1)]
         found = child_process.run_together("_speed", [[file] for file in files])
@@ -380,14 +392,14 @@ def format_step(row: dict) -> str:
     return "\n".join(lines)
 
 
-# GPT-2's manner with what nanoGPT leaves out by default, biases, left out: as many parameters as its own
+# GPT-2's keys without biases, which nanoGPT omits by default too: both have equally many parameters
 GPT2_KEYS_WITHOUT_BIAS = GPT2_KEYS | {"norm_type": "RMSNorm"}
-SAME_SCHEDULE = {"learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 100}  # of both
-LOG_INTERVAL = 10  # steps between the lines that are timed
+SAME_SCHEDULE = {"learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 100}  # the same for both
+LOG_INTERVAL = 10  # steps between the lines whose times are read
 
 
 def train_against_nanogpt(arguments: argparse.Namespace) -> dict:
-    """Both train.py on the same text, one after the other: tokens/s, memory, losses."""
+    """Train with both train.py on the same text, one after the other. Returns speed, memory and losses of both."""
     directory = arguments.nanogpt_path.resolve()
     if not (directory / "train.py").is_file():
         raise UserError(f"--nanogpt_path: there is no {directory / 'train.py'}; name a checkout of nanoGPT")
@@ -409,13 +421,15 @@ def train_against_nanogpt(arguments: argparse.Namespace) -> dict:
 
 
 def median_step_seconds(times: list[list[float]]) -> float:
-    """Seconds of a step: the median over the later half of the times (step, seconds) between lines."""
+    """Seconds per step: the median over the later half of the intervals between (step, seconds) pairs."""
     spans = [(b - a) / (n - m) for (m, a), (n, b) in itertools.pairwise(times)]
     return statistics.median(spans[len(spans) // 2 :])
 
 
 def run_nanogpt(directory: Path, folder: Path, run: Run, steps: int) -> dict:
-    """nanoGPT's own train.py, in a folder of links to its files, on the same tokens in its format."""
+    """Run nanoGPT's own train.py in a folder of links to its files, on the same tokens in its format. Raises UserError
+    if it fails.
+    """
     for name in ("train.py", "model.py", "configurator.py"):
         os.symlink(directory / name, folder / name)
     (folder / "data" / "same").mkdir(parents=True)

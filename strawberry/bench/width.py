@@ -1,4 +1,4 @@
-"""Widths at which models have equally many parameters."""
+"""Widths at which models have equal parameter counts."""
 
 import dataclasses
 import json
@@ -11,22 +11,22 @@ from model import build
 from strawberry.bench.common import SHARED_KEYS, Entry, get_value
 from strawberry.common import UserError
 
-TOLERANCE = 0.02  # of --match params
+TOLERANCE = 0.02  # of --match params, as a share
 
 
-# What widths are multiples of, from what a GPU likes best to the finest: (n_embd, channels of a head, other widths).
-# n_embd is a multiple of its heads too, as n_qkv must be; but for the finest.
+# Multiples for (n_embd, channels of a head, other widths), from the most efficient on a GPU to the finest. n_embd is a
+# multiple of the number of heads too, as n_qkv must be, except with the finest.
 WIDTH_MULTIPLES = ((64, 16, 64), (32, 8, 32), (16, 8, 16), (8, 8, 8), (8, 2, 8), (2, 2, 2))
-CLOSE_ENOUGH = 0.005  # near enough to look no further
-ACCEPTABLE = 0.015  # near enough not to try the finest
-MAX_STRETCH = 0.15  # how far one width may leave its proportion to n_embd, to meet the number
+CLOSE_ENOUGH = 0.005  # the search stops at this relative error
+ACCEPTABLE = 0.015  # the finest multiples are skipped at this relative error
+MAX_STRETCH = 0.15  # limit of one width's deviation from its proportion to n_embd
 
 
-param_counts: dict[str, int] = {}  # by repr of a config: a search asks for the same again
+param_counts: dict[str, int] = {}  # cache by repr of a config, because a search repeats configs
 
 
 def count_params(config) -> int:
-    """Non-embedding parameters."""
+    """The number of non-embedding parameters."""
     if repr(config) not in param_counts:
         with torch.device("meta"):
             param_counts[repr(config)] = build(config).num_params()
@@ -38,7 +38,7 @@ def round_to_multiple(value: float, of: int) -> int:
 
 
 def find_dependent_widths(config, multiples: tuple[int, int, int]) -> dict[str, tuple[float, int]]:
-    """The widths that grow with n_embd: name → (now, what it must be a multiple of)."""
+    """The widths that scale with n_embd: name → (current value, multiple)."""
     _, head, step = multiples
     found = {"n_qkv": (config.n_qkv, head * config.n_head)}
     if hasattr(config, "n_ffn"):
@@ -61,7 +61,7 @@ def resize(config, n_embd: int, multiples: tuple[int, int, int]):
 
 
 def fit_width(config, target: int, multiples: tuple[int, int, int]):
-    """The config with one width, the feed-forward's or else the attention's, moved to come nearest to the target."""
+    """The config with one width adjusted to come closest to the target: the feed-forward's, or else the attention's."""
     widths, now = find_dependent_widths(config, multiples), count_params(config)
     for name in ("n_ffn", "n_qkv"):
         width, of = widths.get(name, (0, 1))
@@ -73,16 +73,16 @@ def fit_width(config, target: int, multiples: tuple[int, int, int]):
 
 
 def iter_candidates(config, target: int, multiples: tuple[int, int, int]) -> Iterator:
-    """Configs of nearly `target` parameters: of the last n_embd below it and of the first one above."""
+    """Yield configs of nearly `target` parameters: with the last n_embd below it and the first one above."""
     heads = multiples[1] * config.n_head if multiples != WIDTH_MULTIPLES[-1] else 1
     step = math.lcm(multiples[0], heads, config.n_ffn_experts)
 
     def small(n: int) -> bool:
         return n < 1 or count_params(resize(config, n * step, multiples)) < target
 
-    # matrices grow with the square
+    # matrices grow with the square of the width
     guess = max(1, round(config.n_embd * math.sqrt(target / count_params(config)) / step))
-    low, high = guess - 1, guess  # in steps, until small(low) and not small(high)
+    low, high = guess - 1, guess  # in steps; search until small(low) and not small(high)
     while small(high):
         low, high = high, 2 * high
     while not small(low):
@@ -96,7 +96,7 @@ def iter_candidates(config, target: int, multiples: tuple[int, int, int]) -> Ite
 
 
 def fit_params(config, target: int):
-    """The config resized to `target` non-embedding parameters: (config, how far off, as a share)."""
+    """Resize the config to `target` non-embedding parameters. Returns (config, relative deviation)."""
 
     def off(c) -> float:
         return abs(count_params(c) / target - 1)
@@ -111,7 +111,7 @@ def fit_params(config, target: int):
 
 
 def match_params(entries: list[Entry], target: int, common: list[tuple[str, str]]) -> None:
-    """Resize every entry to `target` non-embedding parameters, within TOLERANCE. Raises UserError where none fits."""
+    """Resize every entry to `target` non-embedding parameters, within TOLERANCE. Raises UserError if no widths fit."""
     for entry in entries:
         old = entry.run.model_hyperparams
         new, off = fit_params(old, target)

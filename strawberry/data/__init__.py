@@ -1,1 +1,1 @@
-"""Text in, batches out: documents, token files, splits, objectives, the loader."""
+"""From text to batches: documents, token files, splits, objectives, the loader."""

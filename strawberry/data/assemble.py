@@ -1,18 +1,19 @@
-"""A dataset from several files: mixed by weight, deduplicated, encoded and split, in one token file.
+"""Assemble a dataset from several files: mixed by weight, deduplicated, encoded and split, in one token file.
 
     python -m strawberry.data.assemble mix.json data/mix      # writes data/mix/tokens.bin, encoder.bin and result.json
 
 mix.json:  {"files": ["books/", "chat.jsonl.gz"], "weights": [1, 2.5], "deduplicate": "near", "validation_share": 0.05}
 
-The files are what prepare.py reads. In their order, each document is checked against the limits of length, then
-compared with all that were kept before it: the first of equal or near-duplicate documents stays. A share of the rest
-validates, each document once; the others train, as often as the weight of their file says, shuffled. No document is in
-both splits, and with "near" no near-duplicate is. The training split stands first in the file: `data_division` in
-result.json says where it ends, and
+The files are of the kinds that prepare.py reads. Documents are processed in order. Each is checked against the length
+limits, then compared with all documents kept so far: the first of equal or near-duplicate documents is kept. A share of
+the kept documents forms the validation split, each document once. The others form the training split, repeated by the
+weight of their file and shuffled. No document is in both splits; with "near", no near-duplicate is either. The training
+split comes first in the file and ends at `data_division` of result.json:
 `train.py --dataset.path=data/mix/tokens.bin --encoder_path=data/mix/encoder.bin --dataset.data_division=…` reads it.
 
-The same recipe and the same files give the same bytes. Texts are on disk, in unnamed temporary files of about five
-times their size with "near", which compares documents by their bytes; memory holds some 100 bytes for each document.
+The same recipe and files give the same bytes. Texts are stored on disk, in unnamed temporary files. With "near", which
+compares documents by their bytes, these have about five times the size of the texts. Memory use is about 100 bytes for
+each document.
 
 Index:  the recipe · documents on disk · copies and splits · progress · the command
 """
@@ -46,16 +47,16 @@ from strawberry.data.order import permutation
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.outputs import Input, Output, check_outputs, encoder_inputs, find_previous
 
-# key of "left_out" in result.json → why a file is left out
+# key of "left_out" in result.json → why files are left out
 LEFT_OUT_REASONS = {"not_utf8": NOT_UTF8, "other_kinds": OTHER_KIND, "without_texts": NO_TEXTS}
 TOKENS, ENCODER, RESULT, PROGRESS = "tokens.bin", "encoder.bin", "result.json", "progress.json"
 KINDS = {TOKENS: "tokens", ENCODER: "encoder", RESULT: "dataset result", PROGRESS: "progress"}
-VERSION = 2  # raised whenever the same recipe gives other bytes
+VERSION = 2  # incremented whenever the same recipe gives other bytes
 
 
 @dataclasses.dataclass
 class Recipe:
-    """What a dataset is made of, and how."""
+    """The contents and the processing of a dataset."""
 
     files: list[str] = option([], "what it is made of: files, folders or globs")
     weights: list[float] | None = option(
@@ -103,32 +104,34 @@ class Recipe:
 
 
 class DocumentStore:
-    """Documents on disk, each in the pieces in which it was read, so that its tokens are those of the whole."""
+    """Documents on disk. Each keeps the pieces in which it was read, so that their tokens are those of the whole
+    document.
+    """
 
     def __init__(self, folder: Path):
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by close)
         self.ends = array("Q", [0])  # of the pieces, in bytes
-        self.first = array("Q", [0])  # piece of each document, and of the next one
+        self.first = array("Q", [0])  # index of each document's first piece; the last entry is for the next document
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def write(self, piece: str) -> None:
-        """One more piece of the document that is being read."""
+        """Append a piece to the document that is being read."""
         self.ends.append(self.ends[-1] + self.file.write(piece.encode("utf-8", "surrogatepass")))
 
     def commit(self) -> None:
-        """End the document that was written."""
+        """End the current document."""
         self.first.append(len(self.ends) - 1)
 
     def rollback(self) -> None:
-        """Forget what was written since the last document."""
+        """Remove the pieces of the current document."""
         del self.ends[self.first[-1] + 1 :]
         self.file.seek(self.ends[-1])
         self.file.truncate()
 
     def read_pieces(self, document: int) -> Iterator[tuple[str, bool]]:
-        """(text, whether it ends the document)"""
+        """Yield (text, whether it is the document's last piece)."""
         first, stop = self.first[document], self.first[document + 1]
         for i in range(first, stop):
             self.file.seek(self.ends[i])
@@ -136,7 +139,7 @@ class DocumentStore:
             yield data.decode("utf-8", "surrogatepass"), i == stop - 1
 
     def size(self, document: int) -> int:
-        """In bytes."""
+        """Bytes of a document."""
         return self.ends[self.first[document + 1]] - self.ends[self.first[document]]
 
     def close(self) -> None:
@@ -144,9 +147,10 @@ class DocumentStore:
 
 
 class DocumentCollector:
-    """Reads files into a DocumentStore and leaves out what the recipe excludes; .left_out counts why.
+    """Reads files into a DocumentStore, without the documents that the recipe excludes. .left_out counts them by
+    reason.
 
-    .sources[i] is the number of document i's entry in recipe.files.
+    .sources[i] is the index of document i's entry in recipe.files.
     """
 
     def __init__(self, recipe: Recipe, store: DocumentStore, near_duplicates: NearDuplicates | None):
@@ -179,7 +183,7 @@ class DocumentCollector:
         return self.recipe.max_chars or math.inf
 
     def finish(self, source: int, chars: int, digest: bytes, text: str | None) -> None:
-        """A document is read: keep it, or leave it out and say why."""
+        """At the end of a document: commit it, or roll it back and count the reason."""
         exact = self.recipe.deduplicate != "none"
         reasons = {
             "too_short": chars < self.recipe.min_chars,
@@ -199,13 +203,13 @@ class DocumentCollector:
             self.near_duplicates.add(text)
 
 
-Span = tuple[int, int]  # tokens of the spool, start and end
+Span = tuple[int, int]  # start and end, in tokens of the spool
 
 
 def count_copies(sources: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
-    """How often each document is taken, by the weight of the file (n,) that it is of.
+    """The number of copies of each document, (n,), by the weight of its file.
 
-    A weight of 2.25 takes each document twice and a quarter of them, rounded up, once more.
+    A weight of 2.25 takes each document twice, and a quarter of the documents (rounded up) a third time.
     """
     times = np.zeros(len(sources), np.int64)
     for source, weight in enumerate(weights):
@@ -217,10 +221,11 @@ def count_copies(sources: np.ndarray, weights: list[float], seed: int) -> np.nda
 
 
 def split_documents(spans: list[Span], share: float, seed: int) -> tuple[list[Span | None], list[Span]]:
-    """(what trains of each document, what validates): whole documents, drawn so that they hold that share of tokens.
+    """(training span of each document or None, validation spans). Whole documents are drawn at random for validation,
+    until they have that share of the tokens.
 
-    A document longer than all of the share together is not drawn. Where less than half the share comes of it, because
-    documents are few or long, the end of the longest one validates instead.
+    A document that exceeds the share's total is not drawn. If the drawn documents have less than half the share,
+    because documents are few or long, the end of the longest document is used for validation instead.
 
     >>> split_documents([(0, 100)], 0.1, seed=0)
     ([(0, 90)], [(90, 100)])
@@ -242,7 +247,8 @@ def split_documents(spans: list[Span], share: float, seed: int) -> tuple[list[Sp
 
 
 class ProgressFile:
-    """Writes the progress to a file, twice a second at most: {"phase": "reading", "done": 0.31} of the phase."""
+    """Writes the progress of the current phase to a file, at most twice a second: {"phase": "reading", "done": 0.31}.
+    """
 
     def __init__(self, path: Path):
         self.path, self.written_at = path, 0.0
@@ -261,19 +267,21 @@ class ProgressFile:
         if time.monotonic() - self.written_at > 0.5:
             self.written_at = time.monotonic()
             status = {"phase": self.phase, "done": round(min(self.n / self.total, 1), 4)}
-            with contextlib.suppress(UserError):  # a full disk will show elsewhere
+            with contextlib.suppress(UserError):  # other writes report a full disk
                 atomic_write(self.path, json.dumps(status).encode())
 
 
 def check_files(recipe: Recipe, paths: Iterable[Path], folder: Path, recipe_file: str | None) -> None:
-    """Raises UserError where the dataset would overwrite one of the files that it is made from, or another one."""
+    """Raises UserError if the dataset would overwrite one of its input files or an unrelated file."""
     outputs = [Output("FOLDER", folder / name, kind) for name, kind in KINDS.items()]
     inputs = [Input("files", path) for path in paths] + encoder_inputs("encoder", recipe.encoder or "chars")
     check_outputs(outputs, inputs + [Input("RECIPE.json", recipe_file)] * bool(recipe_file))
 
 
 def assemble(recipe: Recipe, folder: Path, recipe_file: str | None = None) -> dict:
-    """Make the dataset in `folder`; returns what result.json says, which is written last."""
+    """Assemble the dataset in `folder`. Writes result.json last and returns its contents. Raises UserError if no text
+    is left.
+    """
     began, progress = time.perf_counter(), ProgressFile(folder / PROGRESS)
     previous = find_previous(Output("FOLDER", folder / name, kind) for name, kind in KINDS.items())
     found = [expand_inputs([name], "files", leave_out=previous) for name in recipe.files]
@@ -287,7 +295,7 @@ def assemble(recipe: Recipe, folder: Path, recipe_file: str | None = None) -> di
             near_duplicates = stack.enter_context(contextlib.closing(NearDuplicates(folder, recipe.similarity)))
         collector = DocumentCollector(recipe, store, near_duplicates)
         size = sum(file.size for inputs in found for file in inputs)
-        advance = progress.begin("reading", 2 * size).add  # once to check it, once for its documents
+        advance = progress.begin("reading", 2 * size).add  # each file is read twice: to check it, and for its documents
         for source, inputs in enumerate(found):
             collector.read(source, Documents(inputs, errors=recipe.errors, mend='"errors": "replace"'), advance)
         out = np.zeros(len(store), bool)
@@ -311,7 +319,7 @@ def assemble(recipe: Recipe, folder: Path, recipe_file: str | None = None) -> di
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a call that was killed had not finished."""
+    """Remove the temporary files of a process that was killed."""
     for name in KINDS:
         for path in folder.glob(f".{name}.*.tmp"):
             if path.name.removeprefix(f".{name}.").removesuffix(".tmp").isdigit():
@@ -319,7 +327,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def make_encoder(recipe: Recipe, store: DocumentStore, taken: np.ndarray, folder: Path) -> encoders.Encoder:
-    """The encoder that the recipe names, or one made of the texts; a copy of it is saved beside the tokens."""
+    """The encoder that the recipe names, or one built from the texts. Saves a copy of it beside the tokens."""
     if recipe.encoder == "chars":
         chars = set()
         for document in taken:
@@ -336,7 +344,7 @@ def make_encoder(recipe: Recipe, store: DocumentStore, taken: np.ndarray, folder
 
 
 def read_training_text(store: DocumentStore, taken: np.ndarray, seed: int) -> Iterator[str]:
-    """The documents in shuffled order, the first MAX_TRAINING_CHARS characters of them."""
+    """Yield the documents in shuffled order, up to MAX_TRAINING_CHARS characters in total."""
     left = encoding.MAX_TRAINING_CHARS
     for document in taken[permutation(len(taken), seed)].tolist():
         for piece, _ in store.read_pieces(document):
@@ -355,7 +363,9 @@ def write_dataset(
     folder: Path,
     progress: ProgressFile,
 ) -> dict:
-    """Encode the documents `taken`, each `times` times where it trains; returns their part of result.json."""
+    """Encode the documents `taken` and write the token file; times[i] is the number of copies of taken[i] in the
+    training split. Returns this part of result.json.
+    """
     progress.begin("encoding", sum(store.size(document) for document in taken.tolist()))
 
     def pieces() -> Iterator[tuple[str, bool]]:
@@ -389,7 +399,7 @@ def write_dataset(
 
 
 def repeat_shuffled(training: list[Span | None], times: np.ndarray, seed: int) -> Iterable[int]:
-    """The documents that train, each as often as it is taken, shuffled."""
+    """The indexes of the documents in the training split, each repeated `times` times, shuffled."""
     trains = np.array([span is not None for span in training])
     repeated = np.repeat(np.flatnonzero(trains), times[trains])
     return repeated[permutation(len(repeated), seed)].tolist()

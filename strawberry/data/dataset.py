@@ -1,7 +1,7 @@
 """A corpus: token files, divided into a training and a validation split, and the samples of each.
 
-Sample number g of a run belongs to epoch g // n, where n is the number of windows (or pairs) of the split;
-strawberry/data/order.py says which of them it is.
+Sample number g of a run belongs to epoch g // n, where n is the number of windows (or pairs) of the split. The
+permutation in strawberry/data/order.py maps it to a window.
 
 Index:  splits · the corpus
 """
@@ -24,11 +24,11 @@ from strawberry.data.token_file import TokenFile
 class Split:
     """The training or the validation part of a corpus: pieces of token files, and the windows cut from them.
 
-    A window is block_size + 1 tokens, the last block_size of which are targets. A piece of N tokens gives
-    n = max(1, (N − block_size) // block_size) windows in each epoch, a stride of block_size apart: no target twice. The
-    first starts at a phase drawn from (seed, epoch, piece) out of all N − n·block_size at which the n windows lie
-    inside: at least block_size of them, so that each epoch cuts the text elsewhere and every token but the first gets
-    to be a target. A piece shorter than one window gives none.
+    A window is block_size + 1 tokens, the last block_size of which are targets. A piece of N tokens gives n = max(1, (N
+    − block_size) // block_size) windows in each epoch, with stride block_size, so that no token is a target twice. The
+    first window starts at a phase drawn from (seed, epoch, piece). All N − n·block_size phases that keep the n windows
+    inside the piece are possible. There are at least block_size of them, so each epoch cuts the text at other places,
+    and every token but the first can be a target. A piece shorter than one window gives none.
     """
 
     def __init__(self, name: str, pieces: list[tuple[TokenFile, int, int]], block_size: int):
@@ -44,9 +44,10 @@ class Split:
         self.n_windows = int(counts.sum())
 
     def read_windows(self, seed: int, first: int, count: int) -> np.ndarray:
-        """Samples number first … first + count − 1 of the endless sequence: (count, block_size + 1) int64.
+        """Samples first … first + count − 1 of the endless sequence: (count, block_size + 1) int64.
 
-        Each n_windows samples, from a multiple of it on, are one epoch: every window once, in an order of its own.
+        Samples k · n_windows … (k + 1) · n_windows − 1 are epoch k: every window once, in an order specific to the
+        epoch.
         """
         piece, starts = self.locate(seed, np.arange(first, first + count, dtype=np.int64))
         out = np.empty((count, self.block_size + 1), np.int64)
@@ -56,7 +57,9 @@ class Split:
         return out
 
     def locate(self, seed: int, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For sample numbers (n,): which piece each one is in, and its first token's position in that file."""
+        """(index of its piece, position of its first token in that file) for each of the sample numbers (n,). Raises
+        UserError if the split has no windows.
+        """
         if not self.n_windows:
             raise UserError(
                 f"the {self.name} split has no window of {self.block_size + 1} tokens; lower block_size, "
@@ -71,9 +74,10 @@ class Split:
 
 
 class PairSplit:
-    """The training or the validation part of a corpus of pairs: each pair once in each epoch, in an order of its own.
+    """The training or the validation part of a corpus of pairs: each pair once in each epoch, in an order specific to
+    the epoch.
 
-    Sample number g is found as in Split; a window is a pair here. .n_cut counts the pairs that block_size cuts short.
+    Sample numbers map to pairs as they map to windows in Split. .n_cut counts the pairs that block_size truncates.
     """
 
     def __init__(self, name: str, pieces: list[tuple[TokenFile, int, int]], block_size: int):
@@ -86,8 +90,9 @@ class PairSplit:
         self.n_cut = sum(int((np.diff(places).max(axis=1) > block_size).sum()) for places in self._places)
 
     def read_pairs(self, seed: int, first: int, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Samples number first … first + count − 1: (source, target) each, the first block_size tokens of both. The
-        eot ends each of them, unless it was cut off."""
+        """Samples first … first + count − 1: (source, target) each, both truncated to block_size tokens. Each ends with
+        the eot unless it was truncated.
+        """
         piece, number = self.locate(seed, np.arange(first, first + count, dtype=np.int64))
         out: list[Any] = [None] * count
         for p in np.unique(piece):
@@ -100,7 +105,9 @@ class PairSplit:
         return out
 
     def locate(self, seed: int, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For sample numbers (n,): which piece each one is in, and the number of its pair there."""
+        """(index of its piece, index of its pair there) for each of the sample numbers (n,). Raises UserError if there
+        are no pairs.
+        """
         if not self.n_windows:
             raise UserError(f"the {self.name} split has no pair; change dataset.data_division, or prepare more pairs")
         epoch, index = np.divmod(sample, self.n_windows)
@@ -113,13 +120,15 @@ SPLITS = {"tokens": Split, "pairs": PairSplit}
 
 
 class Corpus:
-    """One or more token files, checked, and divided at the same place every time.
+    """One or more token files, checked and divided. The division depends on the files and data_division only.
 
     dataset       the `dataset` of a run's configuration (path, load_from_file, data_division), or a path, or paths
-    encoder       the fingerprint of the encoder that the files must have been made with (None: any, but one)
+    encoder       the fingerprint of the encoder that encoded the files (None: any, but the same for all files)
     .train, .val  the two splits; no token is a target in both. With data_division 1.0, val has no windows
-    .fingerprint  SHA-256 of the files' contents in order, for a checkpoint to compare
-    .kind         what the files hold, "tokens" or "pairs": one of them for all
+    .fingerprint  SHA-256 of the files' contents in order, which a checkpoint stores to detect other data
+    .kind         "tokens" or "pairs", the same for all files
+
+    Raises UserError if files do not match or a split is too small.
     """
 
     def __init__(self, dataset, encoder: str | None, block_size: int, data_division: float | None = None):
@@ -163,9 +172,9 @@ class Corpus:
 
 
 def find_token_files(dataset) -> list[Path]:
-    """The paths that a `dataset` configuration, a path or a list of paths means, in a fixed order.
+    """The token files of a `dataset` configuration, a path or a list of paths, in a fixed order.
 
-    With load_from_file false, path is a directory: every file in it that ends in .bin or begins as a token file does.
+    With load_from_file false, path is a directory: every file in it that ends in .bin or begins with the magic bytes.
     """
     if isinstance(dataset, (str, os.PathLike)):
         return [Path(dataset)]

@@ -1,4 +1,4 @@
-"""Pairs from Python sources: the docstring of each function, and its code without it."""
+"""Pairs from Python sources: the docstring of each function, and its code without the docstring."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class DocstringPairs:
         self.unparsed: list[str] = []
 
     def read(self, progress: Callable[[int], object] = ignore_progress) -> Iterator[tuple[tuple[str, str], bool]]:
-        """((source, target), True) of each pair."""
+        """Yield ((source, target), True) for each pair."""
         self.unparsed = []
         for scanned in self.documents.files:
             text = "".join(part for part, _ in self.documents.read([scanned], progress=progress))
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of deprecated syntax
+                    warnings.simplefilter("ignore")  # warnings of deprecated syntax
                     pairs = list(find_docstring_pairs(text))
             except (ValueError, SyntaxError, RecursionError):
                 self.unparsed.append(scanned.file.label)
@@ -43,7 +43,8 @@ class DocstringPairs:
 
 
 def find_docstring_pairs(text: str) -> Iterator[tuple[str, str]]:
-    """(docstring, code without it) of each function in a Python source, in the order of the text.
+    """(docstring, code without it) of each function in a Python source, in the order of the text. Functions with
+    docstrings of one word or without other code are skipped.
 
     >>> list(find_docstring_pairs('def add(a, b):\\n    "Sum of two."\\n    return a + b\\n'))
     [('Sum of two.', 'def add(a, b):\\n    return a + b\\n')]
@@ -58,15 +59,16 @@ def find_docstring_pairs(text: str) -> Iterator[tuple[str, str]]:
 
 
 def remove_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """The source of a function, shifted to the margin, less its docstring; "" where nothing else is in it, or where the
-    docstring shares a line with code."""
+    """The dedented source of a function without its docstring. "" if there is no other code, or if the docstring shares
+    a line with code.
+    """
     doc = node.body[0]
     before = lines[doc.lineno - 1].encode()[: doc.col_offset]
     after = lines[doc.end_lineno - 1].encode()[doc.end_col_offset :].split(b"#")[0]
     if len(node.body) == 1 or before.strip() or after.strip():
         return ""
     body = lines[doc.end_lineno : node.end_lineno]
-    while not body[0].strip():  # the blank line after a docstring
+    while not body[0].strip():  # blank lines after the docstring
         body.pop(0)
     indent = node.col_offset
     kept = [*lines[node.lineno - 1 : doc.lineno - 1], *body]

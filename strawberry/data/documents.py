@@ -1,4 +1,4 @@
-"""Text inputs: the files that a command line names, what kind each one is, and the documents in them.
+"""Text inputs: the files that a command line names, the kind of each, and the documents in them.
 
     inputs = expand_inputs(["book.txt", "notes/", "logs/*.jsonl.gz", "-"])    # paths only, nothing is read
     documents = Documents(inputs)
@@ -7,12 +7,12 @@
         ...
     documents.notes()                         # what was left out, and why
 
-A text file is a document. A .json file is a list of documents, and a .jsonl, .ndjson or .jsonlines file has one a line:
-strings, or objects with a "text". Each may be packed with gzip. Pipes, FIFOs and "-" (standard input) are read once,
-into a temporary file without a name. What the user names and is no text ends the command; what is found in a folder or
-by a glob and is no text is left out and counted.
+A text file is one document. A .json file is a list of documents, and a .jsonl, .ndjson or .jsonlines file has one per
+line: strings, or objects with a "text". Each may be compressed with gzip. Pipes, FIFOs and "-" (standard input) are
+read once, into an unnamed temporary file. A file that the user names must be text, else the command fails. A file from
+a folder or a glob that is not text is left out and counted.
 
-Memory is constant but for an entry of a .json or .jsonl, which has a limit (MAX_ENTRY).
+Memory is constant except for an entry of a .json or .jsonl file, whose size is limited (MAX_ENTRY).
 
 Index:  errors · inputs · finding them · kinds of files · checking bytes · JSON · the documents · one text
 """
@@ -41,19 +41,19 @@ from typing import Any, BinaryIO, NamedTuple
 from strawberry.argument_parser import ArgumentParser
 from strawberry.common import UserError, show
 
-PIECE = 1 << 20  # bytes that are read at a time
-JSON_PIECE = 1 << 22  # the same of a .json: yajl reads a string of n pieces in the time of n²
-HEAD = 1 << 16  # bytes of a file that say what kind it is
-MAX_ENTRY = 1 << 26  # bytes of an entry of a .json or .jsonl
-MAX_DEPTH = 500  # brackets within brackets in an entry
-MAX_NAMES = 10  # files that a note names
-VERSION = 1  # of the digest: raised whenever the same bytes are read as other documents
+PIECE = 1 << 20  # bytes per read
+JSON_PIECE = 1 << 22  # bytes per read of a .json: yajl takes O(n²) time for a string that spans n pieces
+HEAD = 1 << 16  # bytes at the start of a file that determine its kind
+MAX_ENTRY = 1 << 26  # largest number of bytes of an entry of a .json or .jsonl
+MAX_DEPTH = 500  # largest nesting of brackets in an entry
+MAX_NAMES = 10  # largest number of files that a note lists
+VERSION = 1  # of the digest; incremented whenever the same bytes are read as other documents
 
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
 class NoTextError(UserError):
-    """JSON whose entries are not the ones that are read."""
+    """A JSON file whose entries do not have the required form."""
 
 
 class BadByte(NamedTuple):
@@ -68,7 +68,7 @@ class BadByte(NamedTuple):
 
 
 def ignore_progress(n_bytes: int) -> None:
-    """For callers that show no progress."""
+    """The default progress callback, which does nothing."""
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 
 
 class CountedFile(io.FileIO):
-    """A file that reports how many of its bytes are read."""
+    """A file that reports the number of bytes of each read."""
 
     def __init__(self, file: Path | int, progress: Callable[[int], object]):
         super().__init__(file)
@@ -90,10 +90,10 @@ class CountedFile(io.FileIO):
 
 
 class InputFile:
-    """A file, a pipe or standard input: open() as often as needed gives its bytes.
+    """A file, a pipe or standard input. open() can be called any number of times.
 
-    .path      what it is; standard input is /dev/stdin
-    .name      its path within the folder it was found in, with slashes: files of a folder are sorted by it
+    .path      the path; for standard input, /dev/stdin
+    .name      the path within the folder that it was found in, with slashes: files of a folder are sorted by it
     .is_named  whether the user named it; otherwise it was found in a folder or by a glob
     """
 
@@ -109,20 +109,20 @@ class InputFile:
 
     @property
     def is_stream(self) -> bool:
-        """Whether it can be read once only: standard input, a pipe, a FIFO, a device."""
+        """Whether it can be read only once: standard input, a pipe, a FIFO, a device."""
         return self.is_stdin or (self.path.exists() and not stat.S_ISREG(self.path.stat().st_mode))
 
     @property
     def size(self) -> int:
-        """In bytes, packed as it is; reads a stream to its end."""
+        """Bytes, without decompression. Reads a stream to its end."""
         with self._refuse_unreadable(), self._open_raw(ignore_progress) as raw:
             return os.fstat(raw.fileno()).st_size
 
     @contextlib.contextmanager
     def open(self, progress: Callable[[int], object] = ignore_progress) -> Iterator[io.BufferedIOBase]:
-        """The bytes, unpacked where they are packed with gzip. `progress` gets the number of bytes read from disk.
+        """The bytes, decompressed if they are gzip. `progress` receives the number of bytes of each read from disk.
 
-        A stream is spooled: two opened at a time share one position.
+        A stream is spooled; files from simultaneous calls share one position in the spool.
         """
         with self._refuse_unreadable(), io.BufferedReader(self._open_raw(progress), 1 << 16) as stream:
             if self.path.suffix.lower() != ".gz" and stream.peek(2)[:2] != b"\x1f\x8b":
@@ -147,13 +147,13 @@ class InputFile:
         if self._spool is None:
             try:
                 return CountedFile(self.path, progress)
-            except ValueError as error:  # a NUL in the path
+            except ValueError as error:  # the path contains a NUL
                 raise OSError(errno.EINVAL, str(error)) from error
         self._spool.seek(0)
         return CountedFile(os.dup(self._spool.fileno()), progress)
 
     def _copy_stream(self) -> BinaryIO:
-        """All of the stream in a temporary file without a name, which is gone when it is closed."""
+        """Copy the stream to an unnamed temporary file, which disappears when closed."""
         if self.is_stdin and sys.stdin is None:
             raise UserError("standard input is closed: name a file, or pipe some text in")
         source = contextlib.nullcontext(sys.stdin.buffer) if self.is_stdin else open(self.path, "rb")  # noqa: SIM115
@@ -177,10 +177,10 @@ class InputFile:
 def expand_inputs(
     names: Iterable[str], option: str = "--input", leave_out: Iterable[str | os.PathLike] = ()
 ) -> list[InputFile]:
-    """The files that the names mean, each once: a file, a folder (all of it), a glob, or "-" for standard input.
+    """The files that the names refer to, each once: a file, a folder (all of it), a glob, or "-" for standard input.
 
-    Files of a folder are sorted by their names; hidden files and links to folders are left out, as is what `leave_out`
-    lists. Nothing is opened. Raises UserError where a name leads to nothing, or all of them to no file.
+    Files of a folder are sorted by name. Hidden files, links to folders and the paths in `leave_out` are left out. No
+    file is opened. Raises UserError if a name matches nothing, or if there is no file in total.
     """
     names = list(names)
     hidden = {os.path.realpath(path) for path in leave_out}
@@ -211,8 +211,9 @@ def _expand_name(name: str, option: str) -> Iterator[InputFile]:
 
 
 def walk_folder(root: Path, leave_out: Iterable[str] = ()) -> list[tuple[str, Path]]:
-    """(name, path) of each regular file under a folder, sorted by name; not what is hidden, nor in folders of the names
-    `leave_out`."""
+    """(name, path) of each regular file under a folder, sorted by name, without hidden files and folders and without
+    folders whose names are in `leave_out`.
+    """
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in leave_out]
@@ -221,7 +222,7 @@ def walk_folder(root: Path, leave_out: Iterable[str] = ()) -> list[tuple[str, Pa
 
 
 def add_reading_options(parser: ArgumentParser) -> None:
-    """--format and --errors, for the commands that read documents."""
+    """Add --format and --errors to the parser of a command that reads documents."""
     parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="what the inputs are, whatever "
                         "their names; auto goes by the names, and for a pipe by the first bytes (default auto)")
     parser.add_argument("--errors", choices=ERRORS, default="strict", help="of bytes that are not UTF-8; strict: a "
@@ -233,10 +234,10 @@ def add_reading_options(parser: ArgumentParser) -> None:
 
 FORMATS, ERRORS = ("text", "json", "jsonl"), ("strict", "replace")
 JSON_SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl"}
-OTHER_SUFFIXES = {  # text by its bytes, but not by its meaning
+OTHER_SUFFIXES = {  # text by their bytes, but not by their meaning
     ".csv": "a table (CSV)", ".tsv": "a table (TSV)", ".ipynb": "a notebook", ".rtf": "a rich text document",
 }  # fmt: skip
-SIGNATURES = (  # what a file begins with; after the formats' own specifications
+SIGNATURES = (  # first bytes of a file, from the formats' own specifications
     (b"%PDF-", "a PDF"), (b"PK\x03\x04", "a ZIP archive, as .docx, .xlsx and .epub are"), (b"PAR1", "a Parquet table"),
     (b"\xff\xfe\x00\x00", "UTF-32 text"), (b"\x00\x00\xfe\xff", "UTF-32 text"), (b"\xff\xfe", "UTF-16 text"),
     (b"\xfe\xff", "UTF-16 text"), (b"\x89PNG", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"),
@@ -250,17 +251,19 @@ SIGNATURES = (  # what a file begins with; after the formats' own specifications
 )  # fmt: skip
 ENCODER_FILE = re.compile(rb'\s*\{\s*"format"\s*:\s*"encoder"')
 NOT_UTF8, OTHER_KIND, NO_TEXTS, NO_PAIRS = "not in UTF-8", "of other kinds", "of JSON without texts", "of text"  # why
-MAX_NUL_SHARE = 0.01  # of the bytes of a text
-MAX_BAD_SHARE, MIN_BAD = 0.2, 20  # of the characters of a text whose bad bytes are replaced: more is no text
+MAX_NUL_SHARE = 0.01  # share of a text's bytes
+MAX_BAD_SHARE, MIN_BAD = 0.2, 20  # of a text's replaced characters; above both, it is no text
 
 
 def find_suffix(path: Path) -> str:
-    """The suffix that says what is in a file, in lower case: that before .gz where it is packed."""
+    """The suffix that determines a file's format, in lower case: the one before .gz if there is one."""
     return Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
 def find_format(file: InputFile, head: bytes, wanted: str = "auto") -> str:
-    """How a file is read: "text", "json" or "jsonl". Its name decides; of a stream without one, the first bytes."""
+    """The format of a file: "text", "json" or "jsonl". Its name decides; for a stream without a known suffix, its first
+    bytes.
+    """
     suffix = find_suffix(file.path)
     if wanted != "auto" or suffix in JSON_SUFFIXES or not file.is_stream:
         return JSON_SUFFIXES.get(suffix, "text") if wanted == "auto" else wanted
@@ -271,7 +274,7 @@ def find_format(file: InputFile, head: bytes, wanted: str = "auto") -> str:
 
 
 def find_other_kind(file: InputFile, head: bytes, wanted: str = "auto") -> str | None:
-    """What a file is that is neither text nor JSON, by its first bytes and its name; None for text and JSON."""
+    """The kind of a file that is neither text nor JSON, by its first bytes and its name; None for text and JSON."""
     for signature, kind in SIGNATURES:
         if head.startswith(signature):
             return kind
@@ -290,7 +293,7 @@ def find_other_kind(file: InputFile, head: bytes, wanted: str = "auto") -> str |
 
 
 class Scan(NamedTuple):
-    """What one pass over a file finds."""
+    """The result of one pass over a file."""
 
     head: bytes
     sha256: str
@@ -300,7 +303,7 @@ class Scan(NamedTuple):
 
 
 def scan_bytes(stream: io.BufferedIOBase) -> Scan:
-    """Read all of a stream and look for the first byte that is not UTF-8."""
+    """Read a whole stream and find the first byte that is not UTF-8."""
     decoder, digest, bad_byte = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), None
     size = n_nul = n_lines = 0
     data = head = stream.read(max(PIECE, HEAD))
@@ -320,7 +323,7 @@ def scan_bytes(stream: io.BufferedIOBase) -> Scan:
 
 
 def find_binary(scan: Scan, errors: str) -> str | None:
-    """Why a file's bytes are not those of a text, even where bad ones may be replaced; None where they are."""
+    """Why a file is not text, even if bytes that are not UTF-8 may be replaced; None if it may be text."""
     if scan.n_nul > MAX_NUL_SHARE * scan.size:
         return f"{scan.n_nul:,} of its {scan.size:,} bytes are NUL, as in UTF-16 or a binary file"
     if scan.bad_byte is None or errors != "replace":
@@ -333,7 +336,7 @@ def find_binary(scan: Scan, errors: str) -> str | None:
 
 
 class HashedStream:
-    """A stream that hashes what is read of it."""
+    """A stream that hashes the bytes that are read."""
 
     def __init__(self, stream: io.BufferedIOBase):
         self.stream, self.digest = stream, hashlib.sha256()
@@ -356,14 +359,14 @@ MEND = "mend it or leave it out"
 
 
 class RepeatedKeyError(ValueError):
-    """An object has a key twice."""
+    """A key appears twice in an object."""
 
     def __init__(self, key: str):
         super().__init__(f"has the key {show(key)} twice: keep one of them")
 
 
 def build_object(pairs: list[tuple[str, Any]]) -> dict:
-    """The object of some keys and values, for json's object_pairs_hook. Raises RepeatedKeyError."""
+    """A dict of keys and values, for json's object_pairs_hook. Raises RepeatedKeyError."""
     built = dict(pairs)
     if len(built) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -372,7 +375,7 @@ def build_object(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def parse_json(text: str, mend: str = MEND) -> Any:
-    """The value of a JSON text. Raises ValueError, whose message goes on from "line 3"."""
+    """The value of a JSON text. Raises ValueError; its message continues a prefix such as "line 3"."""
     try:
         return json.loads(text, object_pairs_hook=build_object)
     except RepeatedKeyError:
@@ -384,7 +387,7 @@ def parse_json(text: str, mend: str = MEND) -> Any:
 
 
 class Line(NamedTuple):
-    """A line of a file. Numbers count from 1, offsets in bytes from 0."""
+    """A line of a file. Numbers count from 1, offsets count bytes from 0."""
 
     number: int
     offset: int
@@ -392,7 +395,9 @@ class Line(NamedTuple):
 
 
 def read_lines(stream: io.BufferedIOBase | HashedStream, label: str) -> Iterator[Line]:
-    """The lines that are not blank, without a byte order mark. Raises UserError at one of more than MAX_ENTRY bytes."""
+    """Yield the lines that are not blank, without a byte order mark. Raises UserError for a line longer than MAX_ENTRY
+    bytes.
+    """
     number, offset = 1, 0
     while data := stream.readline(MAX_ENTRY + 1):
         if len(data) > MAX_ENTRY:
@@ -409,17 +414,18 @@ def explain_limit() -> str:
 
 
 class SurrogateCheck:
-    """Finds an escape of half a surrogate pair, \\ud800 say, which yajl would read as "?" without a word."""
+    """Finds an escape of an unpaired surrogate, such as \\ud800, which yajl would replace by "?" without an error."""
 
     PAIR = rb"u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}"
     ESCAPE = re.compile(rb"\\(?:" + PAIR + rb"|(u[dD][89a-fA-F][\da-fA-F]{2})|.)", re.DOTALL)
-    LONGEST = 12  # bytes of an escape: a pair
+    LONGEST = 12  # bytes of the longest escape: a surrogate pair
 
     def __init__(self):
-        self.rest, self.offset = b"", 0  # what may be the beginning of an escape, and where it is
+        self.rest, self.offset = b"", 0  # a possible start of an escape, and its offset
 
     def check(self, data: bytes) -> bytes:
-        """Of the bytes so far, with the next ones (b"" at the end), those that are checked. Raises ValueError."""
+        """Add bytes (b"" at the end). Returns those that are checked now. Raises ValueError for an unpaired surrogate.
+        """
         text = self.rest + data
         kept = len(text) - self.LONGEST if data else len(text)
         end = 0
@@ -432,16 +438,16 @@ class SurrogateCheck:
                     raise ValueError(f"{where}: \\{match[1].decode()} is half of a surrogate pair, and no character")
                 end = match.end()
         start = max(end, kept, 0)
-        while start > end and text[start - 1 : start] == b"\\":  # an escape begins with the first of several
+        while start > end and text[start - 1 : start] == b"\\":  # the first of several backslashes begins the escape
             start -= 1
         self.rest, self.offset = text[start:], self.offset + start
         return text[:start]
 
 
 class JsonSource:
-    """The bytes of a .json file, for ijson: without a byte order mark, and refused where one entry is too long.
+    """The bytes of a .json file for ijson, without a byte order mark. Raises ValueError if an entry is too long.
 
-    end_entry() is called behind each entry; .n_entries counts them.
+    The caller calls end_entry() after each entry; .n_entries counts them.
     """
 
     def __init__(self, stream: io.BufferedIOBase | HashedStream, label: str, errors: str):
@@ -477,7 +483,7 @@ class JsonSource:
 
 
 def read_json_list(stream: io.BufferedIOBase | HashedStream, label: str, errors: str = "strict") -> Iterator[Any]:
-    """The entries of a .json file, which is a list, one at a time. Raises UserError that names the entry."""
+    """Yield the entries of a .json file, which must be a list, one at a time. Raises UserError that names the entry."""
     source = JsonSource(stream, label, errors)
     events = _parse_events(source)
     if not _begins_list(events):
@@ -494,14 +500,14 @@ def read_json_list(stream: io.BufferedIOBase | HashedStream, label: str, errors:
 def _begins_list(events: Iterator[tuple[str, Any]]) -> bool:
     try:
         return next(events)[0] == "start_array"
-    except ValueError:  # not JSON, or nothing at all
+    except ValueError:  # not JSON, or empty
         return False
 
 
 def _parse_events(source: JsonSource) -> Iterator[tuple[str, Any]]:
-    """ijson's events of a JSON text. Raises ValueError where it is none."""
+    """Yield ijson's events of a JSON text. Raises ValueError if it is not valid JSON."""
     try:
-        import ijson  # only reading a .json list needs it
+        import ijson  # needed only for a .json list
     except ImportError:
         raise UserError("reading .json needs ijson: pip install -r requirements.txt") from None
     events = ijson.sendable_list()
@@ -514,17 +520,17 @@ def _parse_events(source: JsonSource) -> Iterator[tuple[str, Any]]:
         parser.close()
         yield from events
     except ijson.JSONError as error:
-        yield from events  # those before the mistake
+        yield from events  # the events before the error
         raise ValueError(f"is not JSON ({str(error).splitlines()[0]}): {MEND}") from None
     finally:
-        with contextlib.suppress(Exception):  # a parser that is given up complains of what it lacks
+        with contextlib.suppress(Exception):  # close raises an error for an incomplete text
             parser.close()
 
 
 def build_entries(events: Iterator[tuple[str, Any]]) -> Iterator[Any]:
-    """The entries of a list, from ijson's events behind its opening bracket. Raises RepeatedKeyError."""
-    containers: list[dict | list] = []  # those that are open, the outermost first
-    keys: list[str | None] = []  # of each object among them, the key whose value comes next
+    """Yield the entries of a list from ijson's events after its opening bracket. Raises RepeatedKeyError."""
+    containers: list[dict | list] = []  # the open containers, outermost first
+    keys: list[str | None] = []  # for each open object, the key of the next value
     for event, value in events:
         if event == "map_key":
             if value in containers[-1]:
@@ -538,7 +544,7 @@ def build_entries(events: Iterator[tuple[str, Any]]) -> Iterator[Any]:
             keys.append(None)
             continue
         if event in ("end_map", "end_array"):
-            if not containers:  # the list's own end: what follows it is an error of ijson's
+            if not containers:  # the list's own end; ijson raises an error for anything after it
                 continue
             value = containers.pop()
             keys.pop()
@@ -551,7 +557,9 @@ def build_entries(events: Iterator[tuple[str, Any]]) -> Iterator[Any]:
 
 
 def find_text(entry: Any, where: str) -> str:
-    """The text of an entry: a string, or {"text": string} with any other keys beside it."""
+    """The text of an entry: a string, or {"text": string}, which may have other keys. Raises NoTextError for other
+    entries.
+    """
     text = entry.get("text") if isinstance(entry, dict) else entry
     if not isinstance(text, str):
         raise NoTextError(f"{where} is {show(entry)}, and must be a string or {{\"text\": a string}}")
@@ -562,7 +570,7 @@ def find_text(entry: Any, where: str) -> str:
 
 
 class ScannedFile(NamedTuple):
-    """An input that is read, how it is read, and the hash of its bytes unpacked."""
+    """An input that is read, its format, and the hash and size of its decompressed bytes."""
 
     file: InputFile
     format: str
@@ -571,14 +579,14 @@ class ScannedFile(NamedTuple):
 
 
 class Documents:
-    """The documents of some inputs: scan() first, then read() as often as needed.
+    """The documents of some inputs: call scan() first, then read() any number of times.
 
-    find_entry  (entry, where) -> what is read of an entry of a .json or .jsonl; raises NoTextError where it has none
-    format      "text", "json" or "jsonl" reads every input so; "auto" goes by their names
-    errors      bytes that are not UTF-8: "strict" refuses a file that the user named and leaves out one that was found;
-                "replace" makes them U+FFFD
-    mend        how the user asks for "replace", where that is possible
-    only_json   whether text is refused
+    find_entry  (entry, where) -> the text, or pair, of an entry of a .json or .jsonl; raises NoTextError if it has none
+    format      "text", "json" or "jsonl" for all inputs; "auto": determined by their names
+    errors      for bytes that are not UTF-8: "strict" raises UserError for a file that the user named, and leaves out
+    one that was found; "replace" replaces them by U+FFFD
+    mend        the option that selects "replace", for messages; "" if there is none
+    only_json   whether text files are refused
     """
 
     def __init__(self, inputs: Iterable[InputFile], find_entry: Callable[[Any, str], Any] = find_text,
@@ -586,16 +594,16 @@ class Documents:
         self.inputs, self.find_entry, self.format, self.errors = list(inputs), find_entry, format, errors
         self.mend, self.only_json = mend, only_json
         self.files: list[ScannedFile] = []
-        self.left_out: dict[str, list[str]] = {}  # reason: files, or lines of files
-        self._bad_lines: list[str] = []  # of the last read(), the first of them
+        self.left_out: dict[str, list[str]] = {}  # reason → files, or lines of files
+        self._bad_lines: list[str] = []  # the first ones of the last read()
         self._n_bad_lines = 0
 
     # -- scanning
 
     def scan(self, progress: Callable[[int], object] = ignore_progress) -> None:
-        """Read every input once: .files are those that are read, .left_out the others.
+        """Read every input once. .files are the inputs to read, .left_out the others.
 
-        Raises UserError for a file that the user named and that cannot be read as text.
+        Raises UserError if a file that the user named cannot be read as text.
         """
         self.files, self.left_out = [], {}
         for file in self.inputs:
@@ -606,7 +614,7 @@ class Documents:
                 self.files.append(ScannedFile(file, format, scan.sha256, scan.size))
 
     def _is_left_out(self, file: InputFile, scan: Scan, format: str) -> bool:
-        """Whether an input is left out. Raises UserError where the user named it."""
+        """Whether an input is left out. Raises UserError if the user named it."""
         if kind := find_other_kind(file, scan.head, self.format):
             message = f"{file.label} is {kind}: convert it to text or JSON lines, or leave it out"
             return self._leave_out(file, OTHER_KIND, f"{file.label} ({kind})", message)
@@ -624,7 +632,7 @@ class Documents:
         return format != "text" and self._has_no_texts(file, format)
 
     def _has_no_texts(self, file: InputFile, format: str) -> bool:
-        """Whether the first entry is none that is read, as in a package.json."""
+        """Whether the first entry does not have the required form, as in a package.json."""
         try:
             with file.open() as stream:
                 next(self._read_stream(stream, file, format, self.find_entry), None)
@@ -644,9 +652,9 @@ class Documents:
         self, files: Iterable[ScannedFile] | None = None, find_entry: Callable[[Any, str], Any] | None = None,
         progress: Callable[[int], object] = ignore_progress,
     ) -> Iterator[tuple[Any, bool]]:
-        """(text, whether it ends its document) of each document, the files in their order.
+        """Yield (text, whether it ends its document) for all documents, in the order of the files.
 
-        Raises UserError, naming file and line or entry, where one cannot be read or has changed since scan().
+        Raises UserError that names file and line or entry if one cannot be read or has changed since scan().
         """
         self._bad_lines, self._n_bad_lines = [], 0
         for scanned in self.files if files is None else files:
@@ -670,14 +678,14 @@ class Documents:
                     yield find_entry(self._parse_line(text, f"{label}:{line.number}"), f"{label}:{line.number}"), True
 
     def _find_label(self, file: InputFile, format: str) -> str:
-        """What messages call a file; where its first bytes decided how it is read, with that."""
+        """The name of a file for messages, with its format if that was determined by its first bytes."""
         return f"{file.label} (read as {format})" if self._is_guessed(file, format) else file.label
 
     def _is_guessed(self, file: InputFile, format: str) -> bool:
         return format != "text" and self.format == "auto" and find_suffix(file.path) not in JSON_SUFFIXES
 
     def _decode_line(self, line: Line, label: str) -> str | None:
-        """The text of a line of a .jsonl; None where it is not UTF-8, and is left out."""
+        """The text of a line of a .jsonl; None if it is not UTF-8 and therefore left out."""
         try:
             return line.data.decode("utf-8", self.errors)
         except UnicodeDecodeError as error:
@@ -693,25 +701,27 @@ class Documents:
         except ValueError as error:
             raise UserError(f"{where} {error}") from None
 
-    # -- what came of it
+    # -- results
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what is read, after scan(): each file's format and bytes, in their order, whatever their names."""
+        """SHA-256 of the inputs that are read, after scan(): each file's format and bytes, in order, independent of
+        file names.
+        """
         content = [[scanned.format, scanned.sha256] for scanned in self.files]
         return hashlib.sha256(json.dumps([VERSION, self.errors, content]).encode()).hexdigest()
 
     @property
     def size(self) -> int:
-        """Bytes of the files that are read, unpacked."""
+        """Decompressed bytes of the files that are read."""
         return sum(scanned.size for scanned in self.files)
 
     def count_left_out(self, reason: str) -> int:
-        """Files, and with NOT_UTF8 lines of the last read() too, that were left out for that reason."""
+        """The number of files left out for that reason; for NOT_UTF8 plus the lines left out in the last read()."""
         return len(self.left_out.get(reason, ())) + (self._n_bad_lines if reason == NOT_UTF8 else 0)
 
     def notes(self) -> list[str]:
-        """A line for each reason for which files, or lines of them in the last read(), were left out."""
+        """A line for each reason for which files, or lines of the last read(), were left out."""
         left_out = {_count(len(names), f"file{{}} {reason}"): names for reason, names in self.left_out.items()}
         if self._bad_lines:
             left_out[_count(self._n_bad_lines, f"line{{}} {NOT_UTF8}")] = self._bad_lines
@@ -726,7 +736,7 @@ def _count(n: int, noun: str) -> str:
 
 
 def decode_parts(stream: io.BufferedIOBase | HashedStream, errors: str = "strict") -> Iterator[tuple[str, bool]]:
-    """(part, whether it is the last) of a text, without a byte order mark."""
+    """Yield (part, whether it is the last) of a text, without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
     while data := stream.read(PIECE):
         yield decoder.decode(data), False
@@ -737,7 +747,7 @@ def decode_parts(stream: io.BufferedIOBase | HashedStream, errors: str = "strict
 
 
 def read_text(file: InputFile) -> str:
-    """All of one text, whatever the file's name. Raises UserError where it is not UTF-8."""
+    """The whole text of a file, whatever its name. Raises UserError if it is not UTF-8."""
     documents = Documents([file], format="text")
     documents.scan()
     return "".join(part for part, _ in documents.read())

@@ -1,4 +1,4 @@
-"""Documents encoded on disk: what prepare.py and strawberry.data.assemble share.
+"""Encode documents to disk. prepare.py and strawberry.data.assemble share this module.
 
 with Spool(folder, dtype) as spool:
     encode_documents(cut_pieces(documents.read(), PIECE), encoder, spool)
@@ -18,13 +18,13 @@ import numpy as np
 from encoder import Encoder
 from strawberry.data.order import derive_keys, permute
 
-PIECE = 1 << 20  # characters, or tokens, of a document that are in memory at a time
-BATCH = 1 << 22  # characters that are encoded at a time, on all threads
-MAX_TRAINING_CHARS = 10**8  # characters that an encoder is trained on, at most
+PIECE = 1 << 20  # characters, or tokens, of a document in memory at a time
+BATCH = 1 << 22  # characters that one batch encodes, on all threads
+MAX_TRAINING_CHARS = 10**8  # largest number of characters to train an encoder on
 
 
 class Spool:
-    """Encoded documents on disk, in the order of their adding, to be read in another. Its files have no names."""
+    """Encoded documents on disk, in unnamed temporary files. They are written in order and can be read in any order."""
 
     def __init__(self, folder: Path, dtype: np.dtype):
         self.dtype, self.n_tokens, self.n_documents, self.n_empty = dtype, 0, 0, 0
@@ -32,7 +32,7 @@ class Spool:
         self.ends = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._write_end(0)
         self._start = 0
-        self.notes: list[str] = []  # what was left out or cut
+        self.notes: list[str] = []  # what was left out or truncated
 
     def __enter__(self) -> Spool:
         return self
@@ -54,7 +54,7 @@ class Spool:
             self.n_documents, self._start = self.n_documents + 1, self.n_tokens
 
     def read_shuffled(self, seed: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """(tokens, whether they end their document), each document whole and in order."""
+        """Yield (tokens, whether they end their document): the documents in shuffled order, each complete."""
         n = self.n_documents
         for first in range(0, n, 1 << 16):
             places = np.arange(first, min(first + (1 << 16), n))
@@ -62,12 +62,12 @@ class Spool:
                 yield from self.read(*self.find_span(int(document)))
 
     def find_span(self, document: int) -> tuple[int, int]:
-        """A document's start and end, in tokens of the spool."""
+        """(start, end) of a document, in tokens of the spool."""
         self.ends.seek(8 * document)
         return tuple(np.frombuffer(self.ends.read(16), "<u8").tolist())
 
     def read(self, start: int, end: int) -> Iterator[tuple[np.ndarray, bool]]:
-        """(tokens, whether they are the last) of the tokens start … end − 1, in pieces."""
+        """Yield (tokens, whether they are the last) of the tokens start … end − 1, in pieces."""
         self.tokens.seek(start * self.dtype.itemsize)
         for at in range(start, end, PIECE):
             data = self.tokens.read(min(PIECE, end - at) * self.dtype.itemsize)
@@ -75,7 +75,7 @@ class Spool:
 
 
 def encode_documents(pieces: Iterable[tuple[str, bool]], encoder: Encoder, spool: Spool) -> int:
-    """Encode pieces of documents into the spool, a batch at a time on all processors; returns the bytes of text."""
+    """Encode pieces of documents into the spool, in batches on all processors. Returns the bytes of text."""
     n_bytes, size, texts, lasts = 0, 0, [], []
 
     def encode_batch() -> None:
@@ -88,7 +88,7 @@ def encode_documents(pieces: Iterable[tuple[str, bool]], encoder: Encoder, spool
         texts.append(text)
         lasts.append(last)
         n_bytes += len(text.encode("utf-8", "surrogatepass"))
-        size += len(text) + 256  # for short texts, the objects around them
+        size += len(text) + 256  # 256: the Python objects of short texts
         if size >= BATCH:
             encode_batch()
             size = 0
@@ -97,10 +97,10 @@ def encode_documents(pieces: Iterable[tuple[str, bool]], encoder: Encoder, spool
 
 
 def encode_pairs(pairs: Iterable[tuple[tuple[str, str], bool]], encoder: Encoder, spool: Spool, longest: int) -> int:
-    """Encode pairs into the spool, each as its source, an eot, and its target; returns the bytes of text.
+    """Encode pairs into the spool, each as its source, an eot, and its target. Returns the bytes of text.
 
-    Sources are cut to `longest` tokens, the eot included; a pair whose target is longer is left out, since half a
-    target is none. spool.notes says how many.
+    Sources are truncated to `longest` tokens, including the eot. A pair with a longer target is left out, because a
+    truncated target is not a valid target. spool.notes has the counts.
     """
     n_bytes = n_cut = n_long = 0
     for batch in batch_pairs(pair for pair, _ in pairs):
@@ -126,11 +126,11 @@ def encode_pairs(pairs: Iterable[tuple[tuple[str, str], bool]], encoder: Encoder
 
 
 def batch_pairs(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Lists of pairs, each of about BATCH characters."""
+    """Yield lists of pairs of about BATCH characters in total."""
     batch, size = [], 0
     for pair in pairs:
         batch.append(pair)
-        size += sum(map(len, pair)) + 512  # for short texts, the objects around them
+        size += sum(map(len, pair)) + 512  # 512: the Python objects of short texts
         if size >= BATCH:
             yield batch
             batch, size = [], 0

@@ -1,14 +1,14 @@
-"""Objectives: what a model is shown of a sample, and what it must predict.
+"""Objectives: the inputs and targets that a model gets from a sample.
 
-    next      each token from those before it
-    spans     the missing spans of a text (T5)
-    pairs     the target of a source
-    masked    the masked tokens of a text (BERT)
+    next      predict each token from those before it
+    spans     predict the missing spans of a text (T5)
+    pairs     predict the target of a source
+    masked    predict the masked tokens of a text (BERT)
 
-An objective is make_batch(split, seed, first, count) -> Batch of numpy arrays, for samples number first … first + count
-− 1, and a pure function of its arguments: a resumed run, and any number of processes, see the same corruption.
-Sentinels and the mask are ids from encoder.vocab_size on, so that no text encodes to them; a model's vocab_size leaves
-room for `extra_ids` of them.
+An objective's make_batch(split, seed, first, count) returns a Batch of numpy arrays for samples first … first + count −
+1. It is a pure function of its arguments, so a resumed run, and any number of processes, get the same corruption.
+Sentinels and the mask have ids from encoder.vocab_size on, so that no text encodes to them. A model's vocab_size must
+include `extra_ids` of them.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from strawberry.data.order import GOLDEN_GAMMA, derive_keys, mix64
 class Batch(NamedTuple):
     """One micro-batch: tensors or arrays, int64."""
 
-    x: Any  # (B, T) the model's input: an encoder's tokens, a decoder's past
-    y: Any  # (B, T) the target at each position, −1 where there is none
+    x: Any  # (B, T) input: an encoder's tokens, or a decoder's previous tokens
+    y: Any  # (B, T) target at each position, −1 where there is none
     source: Any = None  # (B, S) for encoder-decoders
-    n_targets: int = 0  # of y that are not −1
+    n_targets: int = 0  # number of targets in y that are not −1
 
 
 class NextToken:
-    """Each token from those before it: x is the window but for its last token, y the window but for its first."""
+    """Predict each token from those before it: x is the window without its last token, y the window without its first.
+    """
 
-    model, kind = "decoder", "tokens"  # what it trains, what it reads
-    has_bits_per_byte = True  # whether the targets are text, so that bits per byte mean something
-    has_padding = False  # whether rows have padding, in training or when the model is used
+    model, kind = "decoder", "tokens"  # kind of model that it trains, kind of corpus that it reads
+    has_bits_per_byte = True  # whether the targets are text, so that bits per byte are meaningful
+    has_padding = False  # whether rows have padding, in training or in inference
 
     def __init__(self, encoder=None, block_size: int = 0):
         self.extra_ids = 0
@@ -50,18 +51,18 @@ class NextToken:
 
 
 class SpanCorruption:
-    """Span corruption (T5, arXiv 1910.10683): the source lacks 15 % of its tokens, in spans of 3 on average, a sentinel
-    in place of each; the target is each sentinel and the tokens that it replaces.
+    """Span corruption (T5, arXiv 1910.10683): 15 % of the source's tokens are removed, in spans of mean length 3, and a
+    sentinel replaces each span. The target is each sentinel followed by the tokens that it replaces.
 
-    Of block_size tokens, all windows lose equally many, in equally many spans, so that no row is padded. How the tokens
-    are cut into spans, and what is between them into gaps, is drawn uniformly; as T5's do, a window begins with a gap
-    and ends with a span.
+    All windows of block_size tokens lose the same number of tokens in the same number of spans, so no row is padded.
+    The division of the removed tokens into spans, and of the others into gaps, is drawn uniformly. As in T5, a window
+    begins with a gap and ends with a span.
 
         text     a b c d e f g h      source  a b <0> e f g <1> eot      target  <0> c d <1> h eot
     """
 
     model, kind = "encoder-decoder", "tokens"
-    has_bits_per_byte = False  # the sentinels cost bits and are no text
+    has_bits_per_byte = False  # sentinels cost bits and are not text
     has_padding = True
     DENSITY, MEAN_SPAN = 0.15, 3
 
@@ -93,7 +94,8 @@ class SpanCorruption:
 
 
 class Pairs:
-    """The target of a pair from its source. Both end with the eot, and are cut to block_size tokens or padded."""
+    """Predict a pair's target from its source. Both end with the eot, and are truncated or padded to block_size tokens.
+    """
 
     model, kind = "encoder-decoder", "pairs"
     has_bits_per_byte = True
@@ -107,20 +109,20 @@ class Pairs:
         y = np.full_like(x, -1)
         for row, (given, wanted) in enumerate(split.read_pairs(seed, first, count)):
             source[row, : len(given)] = given
-            source[row, len(given) - 1] = self.eot  # of a source that is cut, too
+            source[row, len(given) - 1] = self.eot  # a truncated source ends with the eot too
             y[row, : len(wanted)] = wanted
             x[row, : len(wanted)] = shift_right(wanted[None], self.eot)
         return Batch(x, y, source, int((y >= 0).sum()))
 
 
 class MaskedTokens:
-    """Masked tokens (BERT, arXiv 1810.04805): 15 % of the tokens, never an eot, are predicted from those around them.
+    """Masked tokens (BERT, arXiv 1810.04805): predict 15 % of the tokens, never an eot, from those around them.
 
-    Of those, 80 % are shown as the mask, 10 % as an ordinary token drawn uniformly, and 10 % as they are.
+    Of those, 80 % are replaced by the mask, 10 % by an ordinary token drawn uniformly, and 10 % are unchanged.
     """
 
     model, kind = "encoder", "tokens"
-    has_bits_per_byte = False  # bits per byte of a text cannot be had from tokens that are guessed one by one
+    has_bits_per_byte = False  # predictions of single tokens give no bits per byte of a text
     has_padding = True
     DENSITY, MASKED, RANDOM = 0.15, 0.8, 0.1
 
@@ -136,7 +138,7 @@ class MaskedTokens:
         order = np.where(text == self.eot, np.iinfo(np.uint64).max, order)
         chosen = np.zeros(text.shape, bool)
         np.put_along_axis(chosen, choose_positions(order, self.n_chosen), True, axis=1)
-        chosen &= text != self.eot  # in a window of little else
+        chosen &= text != self.eot  # in a window that is mostly eot
         share = (how >> np.uint64(11)) * 2.0**-53
         other = self.ordinary[which % np.uint64(len(self.ordinary))]
         shown = np.where(share < self.MASKED, self.mask, np.where(share < self.MASKED + self.RANDOM, other, text))
@@ -145,22 +147,22 @@ class MaskedTokens:
 
 
 OBJECTIVES = {"next": NextToken, "spans": SpanCorruption, "pairs": Pairs, "masked": MaskedTokens}
-CORRUPTION_KEY = np.uint64(0x5AB1E5)  # other draws than the order's and dropout's, whose keys are derived alike
+CORRUPTION_KEY = np.uint64(0x5AB1E5)  # the sample order's and dropout's keys are derived alike; this makes these differ
 
 
 def draw_uint64(seed: int, first: int, count: int, n: int) -> np.ndarray:
-    """n draws for each of the samples first … first + count − 1: (count, n) uint64, SplitMix64 from the sample's key"""
+    """n draws for each of samples first … first + count − 1: (count, n) uint64, SplitMix64 from the sample's key."""
     key = mix64(derive_keys(seed, np.arange(first, first + count)) ^ CORRUPTION_KEY)
     return mix64(key[:, None] + np.arange(1, n + 1, dtype=np.uint64) * GOLDEN_GAMMA)
 
 
 def choose_positions(draw: np.ndarray, k: int) -> np.ndarray:
-    """The positions of the k smallest of each row: k of n, each choice equally likely. (count, n) to (count, k)."""
+    """The positions of the k smallest draws of each row, (count, n) to (count, k): a uniform choice of k of n."""
     return np.argsort(draw, axis=1, kind="stable")[:, :k]
 
 
 def segment_randomly(n: int, parts: int, draw: np.ndarray) -> np.ndarray:
-    """n cut into that many parts of at least 1, each way equally likely: (count, n − 1) draws to (count, parts)."""
+    """Divide n into `parts` parts of at least 1, uniformly: (count, n − 1) draws to (count, parts)."""
     cuts = np.sort(choose_positions(draw, parts - 1), axis=1) + 1
     return np.diff(cuts, axis=1, prepend=0, append=n)
 
@@ -170,14 +172,15 @@ def append_eot(rows: np.ndarray, eot: int) -> np.ndarray:
 
 
 def shift_right(y: np.ndarray, eot: int) -> np.ndarray:
-    """A decoder's input for the targets y: the token before each of them, first the eot."""
+    """A decoder's input for the targets y: the token before each target; the eot before the first."""
     return np.pad(y[:, :-1], ((0, 0), (1, 0)), constant_values=eot)
 
 
 def make_objective(name: str, model: str, vocab_size: int, block_size: int, encoder, corpus: Corpus) -> tuple:
-    """(name, objective), once it is known to fit. `model` is "decoder", "encoder" or "encoder-decoder".
+    """(name, objective). `model` is "decoder", "encoder" or "encoder-decoder". Raises UserError if the objective does
+    not fit the model, the corpus or vocab_size.
 
-    "auto" is what such a model learns from such a corpus: "next", "masked", or "spans" or "pairs" by the corpus' kind.
+    "auto" selects by the model and the corpus: "next", "masked", or for an encoder-decoder "spans" or "pairs".
     """
     fits = [fit for fit, objective in OBJECTIVES.items() if objective.model == model]
     if name == "auto":
@@ -205,13 +208,15 @@ def make_objective(name: str, model: str, vocab_size: int, block_size: int, enco
 
 
 def count_extra_ids(name: str, model: str, block_size: int, encoder) -> int:
-    """How many ids beside the encoder's a model of that kind needs for an objective, or with "auto" for any of its."""
+    """The number of ids beyond the encoder's that such a model needs for an objective; with "auto", for any of its
+    objectives.
+    """
     fits = [cls for fit, cls in OBJECTIVES.items() if cls.model == model and name in ("auto", fit)]
     return max((cls(encoder, block_size).extra_ids for cls in fits), default=0)
 
 
 def decode_with_sentinels(encoder, tokens) -> str:
-    """The text of tokens, in which the sentinels above the encoder's ids are written <|0|>, <|1|>, …"""
+    """Decode tokens to text, with <|0|>, <|1|>, … for the sentinels, whose ids are above the encoder's."""
     text = ""
     for is_text, run in itertools.groupby(tokens, lambda token: token < encoder.vocab_size):
         run = list(run)
@@ -220,7 +225,7 @@ def decode_with_sentinels(encoder, tokens) -> str:
 
 
 def encode_with_sentinels(encoder, text: str) -> list[int]:
-    """The tokens of a text in which <|0|>, <|1|>, … are sentinels."""
+    """Encode a text in which <|0|>, <|1|>, … are sentinels."""
     parts = re.split(r"<\|(\d{1,9})\|>", text)  # text, number, text, …
     ids = [[encoder.vocab_size + int(part)] if i % 2 else encoder.encode(part) for i, part in enumerate(parts)]
     return list(itertools.chain.from_iterable(ids))

@@ -1,9 +1,9 @@
-"""Token files: one little-endian array of token ids behind a header of 256 bytes.
+"""Token files: one little-endian array of token ids after a header of 256 bytes.
 
-Every document ends with the encoder's `<|eot|>`. In a file of kind "pairs", documents are in turn a source and its
-target. prepare.py and strawberry.data.assemble write token files; training reads them. Nothing here holds a corpus in
-memory: a batch is copied out of a memory map that is open only while it is copied, so that resident memory stays flat
-on a file of any size.
+Every document ends with the encoder's `<|eot|>`. In a file of kind "pairs", documents alternate between a source and
+its target. prepare.py and strawberry.data.assemble write token files; training reads them. The corpus is never loaded
+into memory: a batch is copied out of a memory map that is open only during the copy, so that resident memory does not
+grow with the file.
 
 Index:  the header · writing · reading
 """
@@ -23,11 +23,11 @@ import numpy as np
 
 from strawberry.common import UserError, temporary_path
 
-MAGIC = b"\x89TOKENS\n"  # \x89 starts no UTF-8 text: a token file is never taken for a document
+MAGIC = b"\x89TOKENS\n"  # \x89 starts no UTF-8 text, so a token file is never read as a document
 VERSION = 1
 HEADER_SIZE = 256
-CHUNK = 1 << 20  # tokens that are read, scanned or hashed at a time
-KINDS = ("tokens", "pairs")  # running text; sources and targets in turn
+CHUNK = 1 << 20  # tokens to read, scan or hash at a time
+KINDS = ("tokens", "pairs")  # running text; alternating sources and targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Header:
     bytes    field          meaning
     0-7      magic          b"\\x89TOKENS\\n"
     8-15     version, size  two uint32: 1 and 256
-    16-31    kind           "tokens" is running text; in "pairs" every other document is the target of the one before it
-    32-39    dtype          "uint16" where vocab_size is at most 65,536, else "uint32"
+    16-31    kind           "tokens": running text; "pairs": every other document is the target of the one before it
+    32-39    dtype          "uint16" if vocab_size is at most 65,536, else "uint32"
     40-71    vocab_size, eot, n_tokens, n_documents    four uint64; n_tokens counts the eot tokens too
     72-103   encoder        the encoder's fingerprint, a SHA-256
-    104-135  sha256         of the payload, which is everything after the header
-    136-167  source         SHA-256 of what the file was made from, so that prepare.py knows when it is out of date
+    104-135  sha256         of the payload: everything after the header
+    136-167  source         SHA-256 of the inputs, by which prepare.py detects that the file is out of date
     168-223  zeros
     224-255  SHA-256 of bytes 0-223
     """
@@ -69,7 +69,7 @@ class Header:
 
     @classmethod
     def from_bytes(cls, data: bytes, path: str | os.PathLike) -> Header:
-        """The header in the first bytes of a file. Raises UserError, naming `path`, for anything but a sound one."""
+        """The header in the first bytes of a file. Raises UserError that names `path` if the header is not valid."""
         if data[: len(MAGIC)] != MAGIC:
             raise UserError(f"{path} is not a token file (it starts with {data[:8]!r}); prepare.py makes token files")
         if len(data) < HEADER_SIZE:
@@ -111,14 +111,14 @@ def storage_dtype(vocab_size: int) -> np.dtype:
 
 
 class TokenFileWriter:
-    """Writes a token file in constant memory, under a temporary name, and renames it when it is closed.
+    """Writes a token file in constant memory, under a temporary name, and renames it when closed.
 
     with TokenFileWriter("data/webtext.bin", encoder) as writer:
-        writer.add(np.array([72, 105]))               # one document; its eot is added here
+        writer.add(np.array([72, 105]))               # one document; add appends its eot
         writer.add(first_part, last=False)            # or a long document in parts
         writer.add(second_part)
 
-    `encoder` is anything with vocab_size, eot and fingerprint. An exception inside the `with` leaves no file behind.
+    `encoder` is any object with vocab_size, eot and fingerprint. An exception inside the `with` leaves no file behind.
     """
 
     def __init__(self, path: str | os.PathLike, encoder, source: str = "00" * 32, kind: str = "tokens"):
@@ -147,7 +147,9 @@ class TokenFileWriter:
             self.abort()
 
     def add(self, tokens: np.ndarray, last: bool = True) -> None:
-        """Append the tokens (n,) of a document, or of a part of it where `last` is False."""
+        """Append the tokens (n,) of a document, or of a part of it if `last` is False. Raises ValueError for the eot or
+        an id outside the vocabulary.
+        """
         tokens = np.asarray(tokens)
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.encoder.vocab_size:
             raise ValueError(f"token {int(tokens.max())} is not under vocab_size {self.encoder.vocab_size}")
@@ -180,7 +182,7 @@ class TokenFileWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._temporary, target)
-            if os.name != "nt":  # the rename itself is on disk once the folder is
+            if os.name != "nt":  # the rename is durable only after an fsync of the folder
                 folder = os.open(target.parent, os.O_RDONLY)
                 os.fsync(folder)
                 os.close(folder)
@@ -190,7 +192,7 @@ class TokenFileWriter:
         return dataclasses.replace(header, dtype=dtype_for(encoder.vocab_size))
 
     def abort(self) -> None:
-        """Give up: close and remove the unfinished file."""
+        """Close and remove the unfinished file."""
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
@@ -198,10 +200,10 @@ class TokenFileWriter:
 
 
 class TokenFile:
-    """A token file, opened for reading. Its header and its size are checked at once, its hash by verify().
+    """A token file, opened for reading. The constructor checks its header and size; verify() checks its hash.
 
     .header     its Header
-    .tokens     the ids (n_tokens,) as a fresh read-only memory map; drop the array to let its pages go
+    .tokens     the ids (n_tokens,) as a new read-only memory map; delete the array to release its pages
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -236,12 +238,14 @@ class TokenFile:
         return raw[HEADER_SIZE:].view(self.dtype)
 
     def read_rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The tokens from each of `starts` (n,) on: (n, length) int64, a copy. Maps, copies and unmaps."""
+        """`length` tokens from each of `starts` (n,): (n, length) int64, a copy. Maps the file, copies and unmaps."""
         view = np.lib.stride_tricks.sliding_window_view(self.tokens, length)  # (n_tokens − length + 1, length)
         return self._to_int64(view[starts])
 
     def read_slices(self, starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:
-        """The tokens start … stop−1 of each of starts and stops (n,): n arrays int64, copies. Maps, copies, unmaps."""
+        """The tokens start … stop−1 for each of starts and stops (n,): n int64 arrays, copies. Maps the file, copies,
+        unmaps.
+        """
         tokens = self.tokens
         return [self._to_int64(tokens[start:stop]) for start, stop in zip(starts, stops, strict=True)]
 
@@ -251,7 +255,7 @@ class TokenFile:
         return tokens.astype(np.int64)
 
     def read_chunks(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Tokens start … stop−1 in order, a chunk at a time, read and not mapped."""
+        """Yield tokens start … stop−1 in order, in chunks, with file reads instead of a memory map."""
         stop = self.header.n_tokens if stop is None else stop
         with open(self.path, "rb") as file:
             file.seek(HEADER_SIZE + start * self.dtype.itemsize)
@@ -263,7 +267,7 @@ class TokenFile:
                 start += len(chunk)
 
     def verify(self, progress=lambda n_tokens: None) -> None:
-        """Read all of it; UserError where hash, ids or document count are not what the header says."""
+        """Read the whole file. Raises UserError if its hash, ids or document count differ from the header."""
         digest, n_documents, last = hashlib.sha256(), 0, self.header.eot
         for chunk in self.read_chunks():
             digest.update(chunk)
@@ -286,10 +290,10 @@ class TokenFile:
         return f"{self.path} is damaged: {detail}; prepare it anew"
 
     def find_boundary(self, division: float) -> int:
-        """Where the training split ends: the tokens before it are for training, the others for validation.
+        """The end of the training split: tokens before it are for training, the others for validation.
 
-        It is the first document boundary at or after division · n_tokens; where none is left before the end of the
-        file, the last one before that; in a file of one document, the nearest token.
+        It is the first document boundary at or after division · n_tokens. If that is the end of the file, it is the
+        last boundary before; in a file of one document, the nearest token.
 
         >>> # documents of 4, 4 and 2 tokens: 0.5 -> 8, 0.8 -> 8, 0.9 -> 8 (not 10: nothing would be left)
         """
@@ -313,15 +317,18 @@ class TokenFile:
         return min(max(round(division * n), 1), n)
 
     def _find_pair_boundary(self, wanted: int) -> int:
-        """The first end of a pair at or after `wanted`; the last one before the end of the file where that leaves none;
-        the end of the file where it has but one pair."""
+        """The first end of a pair at or after `wanted`. If that is the end of the file, the last end before it; with
+        only one pair, the end of the file.
+        """
         ends = self.find_pairs(0, self.header.n_tokens)[:, -1]
         i = min(int(np.searchsorted(ends, wanted)), max(len(ends) - 2, 0))
         return int(ends[i])
 
     def find_pairs(self, start: int, stop: int) -> np.ndarray:
         """The positions of the pairs in tokens start … stop−1, (n, 3) int64: a source's first token, its target's first
-        token, and the pair's end. 24 bytes a pair, the only thing here that grows with the file."""
+        token, and the pair's end. Memory: 24 bytes for each pair; nothing else here grows with the file. Raises
+        UserError if these tokens do not divide into pairs.
+        """
         found, position = [], start
         for chunk in self.read_chunks(start, stop):
             found.append(position + np.flatnonzero(chunk == self.header.eot))

@@ -1,4 +1,4 @@
-"""Many prompts from a file, their texts into another: `sample.py --prompts_file … --out …`.
+"""Generate texts for all prompts in a file and write them to another: `sample.py --prompts_file … --out …`.
 
 Index:  prompts · results · the job
 """
@@ -51,7 +51,7 @@ from strawberry.outputs import Input, Output, check_outputs
 
 @dataclass
 class PromptLine:
-    """What a line of --prompts_file may say; what it leaves out is as the command has it."""
+    """The keys of a line in --prompts_file. A missing key takes the value of the command line."""
 
     prompt: Any = option(None, "text to continue")
     source: Any = option(None, "what an encoder-decoder reads")
@@ -75,11 +75,11 @@ class PromptLine:
             yield "length", f"is max_tokens too, which is {self.max_tokens}; keep one"
 
 
-MAX_LISTED_PROBLEMS = 10  # wrong lines that a message lists; of more, only how many
+MAX_LISTED_PROBLEMS = 10  # wrong lines that an error message lists; the rest are only counted
 
 
 class PromptEntry(NamedTuple):
-    """An entry of --prompts_file: its index from 0, its place for messages, and what gives its value."""
+    """An entry of --prompts_file: its index from 0, its place for messages, and a function that parses its value."""
 
     index: int
     place: str
@@ -87,7 +87,7 @@ class PromptEntry(NamedTuple):
 
 
 class PromptsFile:
-    """--prompts_file: JSON lines, or a list in a .json, packed with gzip or not; a pipe is read once."""
+    """A --prompts_file: JSON lines, or a list in a .json file; gzip is allowed. A pipe is read only once."""
 
     def __init__(self, path: str):
         self.file = InputFile(path)
@@ -96,14 +96,14 @@ class PromptsFile:
         if kind := documents.find_other_kind(self.file, scan.head):
             raise UserError(f'{self.file.label} is {kind}; write a line {{"prompt": "…"}} for each text')
         self.sha256 = scan.sha256
-        has_list = re.match(rb"(\xef\xbb\xbf)?\s*\[", scan.head)  # some name JSON lines .json
+        has_list = re.match(rb"(\xef\xbb\xbf)?\s*\[", scan.head)  # some people give JSON lines the suffix .json
         is_list = documents.find_format(self.file, scan.head) == "json" and has_list
         if is_list and scan.bad_byte:
             raise UserError(f"{self.file.label}, line {scan.bad_byte.line}: {scan.bad_byte} is not UTF-8; convert it")
         self.entries = self._list_entries if is_list else self._line_entries
 
     def _line_entries(self) -> Iterator[PromptEntry]:
-        """Blank lines count, and are left out."""
+        """Blank lines count in the index, but are not entries."""
         with self.file.open() as stream:
             for line in documents.read_lines(stream, self.file.label):
                 yield PromptEntry(line.number - 1, f"line {line.number}", partial(parse_prompt, line))
@@ -125,7 +125,7 @@ def parse_prompt(line: documents.Line) -> Any:
 
 
 class BulkSettings(LoadSettings, SamplingSettings, DecoderSettings, Protocol):
-    """Of sample.py's command line."""
+    """The settings of sample.py's command line that a bulk run reads."""
 
     model: str | None
     prompts_file: str
@@ -137,14 +137,14 @@ class BulkSettings(LoadSettings, SamplingSettings, DecoderSettings, Protocol):
 
 
 class Prompts:
-    """The entries of --prompts_file, read twice: all are checked before any text is generated."""
+    """The entries of --prompts_file. They are read twice: all are checked before any text is generated."""
 
     def __init__(self, settings: BulkSettings, prompts: PromptsFile, seed: int, model, encoder, record: dict):
         self.settings, self.prompts, self.seed = settings, prompts, seed
         self.model, self.encoder, self.record = model, encoder, record
 
     def make_text(self, entry: PromptEntry) -> TextStream:
-        """The text that an entry asks for. Raises UserError, which names its file and place."""
+        """The TextStream of an entry. Raises UserError that names the file and the entry's place."""
         try:
             return self.make_text_of(entry.index, entry.parse())
         except UserError as error:
@@ -172,7 +172,7 @@ class Prompts:
         return TextStream(self.encoder, request, s.stop, label)
 
     def plan(self, done: set[int]) -> tuple[int, dict[Any, Workload]]:
-        """(texts in all, what is left to generate, by size class). Raises UserError, naming the wrong lines."""
+        """(number of texts, remaining Workload of each size class). Raises UserError that lists the wrong lines."""
         bad, count, groups = [], 0, defaultdict(Workload)
         for entry in self.prompts.entries():
             count += 1
@@ -192,7 +192,7 @@ class Prompts:
         return count, dict(sorted(groups.items()))
 
     def iter_texts(self, indexes: set[int]) -> Iterator[TextStream]:
-        """Those of these entries."""
+        """The texts of the entries with these indexes."""
         return (self.make_text(entry) for entry in self.prompts.entries() if entry.index in indexes)
 
 
@@ -203,21 +203,22 @@ LINE_OPTIONS = (
     "top_p",
     "min_p",
     "stop",
-)  # a line's own, besides its seed
+)  # the options that a line may set, besides its seed
 
 
 # ---- results -------------------------------------------------------------------------------------------------------
 
 
 class Results:
-    """--out: a line for each finished text, in the order of finishing. Beside it OUT.from.json says what it was made
-    from, so that nothing else is ever added to it."""
+    """The --out file: one line for each finished text, in order of completion. Beside it, OUT.from.json stores the
+    origin: all that the texts depend on. Lines of another origin are never appended.
+    """
 
     def __init__(self, path: str):
         self.path, self.origin_path = Path(path), Path(f"{path}.from.json")
 
     def read_origin(self) -> dict | None:
-        """What the results that are there were made from; None where there are none."""
+        """The origin of the existing results; None if there are none. Raises UserError if it cannot be read."""
         try:
             if not self.path.exists() or not self.path.stat().st_size:
                 return None
@@ -229,7 +230,7 @@ class Results:
             ) from error
 
     def check_origin(self, origin: dict, before: dict) -> None:
-        """Raises UserError, naming what differs, where the results come from something else."""
+        """Raises UserError that names each difference if the results `before` have another origin."""
         files, before = {"prompts_file": "the prompts file", "model": "the model"}, {"fast": True, **before}
         differ = [f"{files[name]} is another, or was changed" if name in files else
                   f"--{name} was {show(before.get(name))} and is {show(value)}"
@@ -240,7 +241,7 @@ class Results:
             )
 
     def read_indexes(self) -> set[int]:
-        """Indexes of the texts that are there. A last line that a kill tore is removed."""
+        """Indexes of the texts in the file. An incomplete last line, from a killed process, is removed."""
         found, end = set(), 0
         with self.open("r+b") as file:
             for number, raw in enumerate(file, 1):
@@ -263,7 +264,7 @@ class Results:
             pass
 
     def append(self, line: dict) -> None:
-        """One write to the file, so that a kill tears no line but the last."""
+        """Write a line with a single write call, so that a kill can leave only the last line incomplete."""
         with self.open("ab") as file:
             file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
@@ -291,7 +292,7 @@ def hash_file(path: str | Path) -> str:
 
 
 def describe_origin(settings: BulkSettings, prompts: PromptsFile, path: Path, model, seed: int) -> dict:
-    """All that the texts depend on."""
+    """All that the texts depend on: hashes of the prompts and the model, the seed, the dtype and the options."""
     files = {"prompts_file": prompts.sha256, "model": hash_file(path)}
     options = {name: getattr(settings, name) for name in (*LINE_OPTIONS, "source", "on_full", "quantize", "fast")}
     dtype = choose_dtype_name(settings, model.device.type)
@@ -327,7 +328,7 @@ def run_bulk(settings: BulkSettings) -> None:
 
 
 def stream_groups(model, settings: BulkSettings, prompts: Prompts, groups: dict[Any, Workload]) -> Iterator[TextPiece]:
-    """The pieces of all texts, one size class after the other, each with a decoder of its own."""
+    """The pieces of all texts, one size class after the other. Each class has its own decoder."""
     for size, work in groups.items():
         rows = INVARIANT_ROWS if size else choose_num_rows(model, settings, work.texts)
         with explain_errors(work.longest, rows):
@@ -338,12 +339,12 @@ def stream_groups(model, settings: BulkSettings, prompts: Prompts, groups: dict[
             else:
                 decoder = make_decoder(model, settings, work)
             yield from stream_texts(decoder, prompts.iter_texts(work.indexes))
-        del decoder  # its memory before the next one's
+        del decoder  # free its memory before the next decoder allocates
 
 
-# On a CPU a text of --prompts_file is bit for bit the same whatever --batch, the other prompts or an interruption: its
-# own line fixes the shape of all that is computed for it. Every step computes INVARIANT_ROWS rows, and a decoder makes
-# texts of one size class only, whose cache it reads whole; see engine.py for the rest.
+# On a CPU, a text of --prompts_file is bit for bit the same for any --batch, any other prompts and any interruption:
+# its own line determines the shape of every computation for it. Every step computes INVARIANT_ROWS rows. A decoder
+# generates texts of only one size class and reads its whole cache in each step; engine.py explains the rest.
 INVARIANT_ROWS = 8
 
 
@@ -352,8 +353,9 @@ def is_batch_invariant(model, settings: BulkSettings) -> bool:
 
 
 def choose_size_class(model, settings: BulkSettings, request: Request) -> tuple[int, int] | None:
-    """(tokens, source tokens) that the decoder of a text has room for, by what the request alone asks for: powers of
-    two, so that texts of different lengths share decoders. None where texts of all sizes share one."""
+    """(tokens, source tokens) that the text's decoder allocates. They depend on the request alone and are powers of
+    two, so that texts of different lengths share decoders. None if texts of all sizes share one decoder.
+    """
     if not is_batch_invariant(model, settings):
         return None
     tokens, source = len(request.prompt) + request.max_new_tokens, len(request.source or ())
@@ -362,7 +364,7 @@ def choose_size_class(model, settings: BulkSettings, request: Request) -> tuple[
 
 
 def note_batch_size(model, settings: BulkSettings) -> None:
-    """Print a note where texts depend on --batch, or --batch is not followed."""
+    """Print a note if texts depend on --batch, or if --batch is ignored."""
     if settings.fast:
         print(
             "note: --fast: a text may differ with --batch, with the other prompts and after an interruption, by "
@@ -378,7 +380,9 @@ def note_batch_size(model, settings: BulkSettings) -> None:
 
 
 def write_results(pieces: Iterable[TextPiece], results: Results, done: int, count: int) -> dict[str, int]:
-    """Adds each text to the results when it has ended, under a bar. Returns how many ended why."""
+    """Append each text to the results when it ends, with a progress bar. Returns the number of texts for each finish
+    reason.
+    """
     unfinished: dict[int, str] = defaultdict(str)
     began, tokens, reasons = time.perf_counter(), 0, Counter()
     with tqdm(total=count, initial=done, unit=" texts", dynamic_ncols=True, disable=None) as bar:

@@ -1,19 +1,19 @@
-"""Text from a model as fast as the hardware reads its weights: many sequences at once, each as if it were alone.
+"""The decoding engine: continuous batching of sequences whose texts do not depend on each other.
 
     decoder = Decoder(model, rows=8, max_length=1024)
     for index, token, reason in generate(decoder, [Request([1, 2, 3], max_new_tokens=100, seed=7), …]):
         …
 
-A sequence occupies a row of one cache that is allocated once. A new one joins at the next token, whatever positions the
-others have reached, and its row is free again when it ends. A row draws from random numbers of its own seed, prefills
-its prompt by itself, and is computed independently of the others, so its text depends on no other text: within
-rounding, since matrix products and sums of other shapes add up in another order; exactly with batch_invariant, which
-gives every step one shape.
+A sequence occupies one row of a cache that is allocated once. A new sequence joins at any decode step, whatever the
+positions of the others, and its row is free again when it ends. A row samples with random numbers from its own seed,
+prefills its prompt separately, and is computed independently of the other rows. So its text does not depend on other
+texts: up to rounding by default, because matrix products and sums of other shapes add in another order; exactly with
+batch_invariant, which gives every step the same shape.
 
-On CUDA, a step for all rows, sampling included, is captured once as a CUDA graph and then replayed (step.py): one
-launch for a token of each row, no decision on the host, no memory allocated. The device works one step ahead of what
-the host has read. Where retention's weights change at a chunk's border, they are rebuilt for the rows concerned between
-two steps.
+On CUDA, a decode step of all rows, with sampling, is captured once as a CUDA graph and then replayed (step.py). One
+launch generates a token for each row, without a host decision or an allocation. The device runs one step ahead of the
+tokens that the host has read. Retention's chunk weights change at chunk boundaries: they are rebuilt between two steps,
+for the rows at a boundary only.
 """
 
 from __future__ import annotations
@@ -37,33 +37,34 @@ from strawberry.inference.step import (
 
 @dataclass
 class RunningSequence:
-    """A sequence that is being generated, as the host knows it."""
+    """The host's state of a sequence that is being generated."""
 
     handle: int
     request: Request
-    tokens: list[int]  # the prompt, and what has arrived since
+    tokens: list[int]  # the prompt and the tokens that have arrived
     generator: torch.Generator
-    num_launched: int = 0  # new tokens that the device was asked for
+    num_launched: int = 0  # new tokens whose steps are launched
     num_arrived: int = 0
 
 
 class Decoder:
     """Decodes up to `rows` sequences at once with one model.
 
-    model: in eval mode, on its device and in its dtype. max_length: tokens of a prompt and what follows it, at most.
-    on_full says what happens where learned positions end: the sequence stops ("full"), or ("slide") its newest
-    block_size / 2 tokens are prefilled anew and it goes on. compile makes a CUDA step faster, and takes up to a minute.
-    When few rows are busy, only as many are computed (a power of two), and of the cache only what the longest row has
-    filled.
+    model: in eval mode, on its device and in its dtype. max_length: the largest number of tokens of a prompt and its
+    continuation. on_full: what happens at the last learned position. With "stop" the sequence ends (reason "full");
+    with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a CUDA step
+    faster, and takes up to a minute. If only some rows are busy, a step computes the first n rows, n a power of two.
+    It reads the cache up to the length of the longest row.
 
-    batch_invariant: a text is bit for bit the same whatever the other rows hold, on a CPU with a given number of
+    batch_invariant: a text is bit for bit the same whatever the other rows contain, on a CPU with a given number of
     threads. Every step computes all rows, reads a multiple of CACHE_ALIGNMENT slots of the cache, begins the chunks of
-    one row at a time, and samples for each kind of filters separately. The number of rows and of slots still counts:
-    compare texts of decoders with equal rows, max_length, max_source and min_bucket.
+    one row at a time, and samples separately for each combination of filters. The text still depends on the number of
+    rows and slots: compare only decoders with equal rows, max_length, max_source and min_bucket.
 
-    min_bucket: cached tokens that a step of fixed shape (a captured one, or batch_invariant) reads at least; then twice
-    as many, and so on. With batch_invariant, min_bucket = max_length makes all steps equal by construction; a lower one
-    relies on kernels for which masked slots at the end change nothing, as tests show for every family.
+    min_bucket: the smallest bucket, in cached tokens, of a step of fixed shape (a CUDA graph, or batch_invariant). Each
+    further bucket is twice as large. With batch_invariant, min_bucket = max_length makes all steps equal by
+    construction. A smaller one relies on kernels whose results do not change with masked slots at the end; tests check
+    this for every model family.
 
     >>> decoder = Decoder(model, rows=2, max_length=64)
     >>> handle = decoder.admit(Request([5, 6, 7], max_new_tokens=3))
@@ -85,7 +86,7 @@ class Decoder:
         self.sequences: list[RunningSequence | None] = [None] * rows
         self.handles, self.in_flight = itertools.count(1), deque()
         self.forget_prefill()
-        self.lookahead = 0  # steps that the device is ahead of the host
+        self.lookahead = 0  # steps that the device runs ahead of the host
         if model.causal and model.device.type == "cuda":
             self.lookahead = 1
             self.device_step.use_cuda_graphs(compile)
@@ -100,7 +101,7 @@ class Decoder:
 
     @torch.no_grad()
     def admit(self, request: Request) -> int:
-        """Prefill a request's prompt into a free row; its first token comes with the next step. Returns its handle."""
+        """Prefill a request's prompt into a free row. The next step returns its first token. Returns a handle."""
         check_request(self, request)
         row = self.sequences.index(None)
         generator = torch.Generator().manual_seed(request.seed)
@@ -116,13 +117,14 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> list[tuple[int, int, str | None]]:
-        """One more token of every row. Returns (handle, token, reason) of those that have arrived; reason says why the
-        sequence is over, or is None."""
-        if self.in_flight and not self.lookahead:  # first tokens, there already: no need to wait for the second
+        """Generate one more token of every row. Returns (handle, token, reason) of the tokens that have arrived; reason
+        says why the sequence ended, None if it did not.
+        """
+        if self.in_flight and not self.lookahead:  # first tokens of prefills, available before the next step
             return self.collect_arrived(0)
         arrived = []
         if any(self.needs_reprefill(row) for row in range(self.rows)):
-            arrived += self.collect_arrived(0)  # a row that is prefilled anew needs all its tokens
+            arrived += self.collect_arrived(0)  # a row's second prefill needs all its tokens on the host
             for row in filter(self.needs_reprefill, range(self.rows)):
                 self.start(row, self.sequences[row])
         if rows := list(filter(self.can_step, range(self.rows))):
@@ -130,7 +132,7 @@ class Decoder:
         return arrived + self.collect_arrived(self.lookahead if rows else 0)
 
     def release(self, handle: int) -> None:
-        """End a sequence early: its row is free at once."""
+        """End a sequence early. Its row is free immediately."""
         for row, sequence in enumerate(self.sequences):
             if sequence is not None and sequence.handle == handle:
                 self.free_row(row)
@@ -138,7 +140,9 @@ class Decoder:
     # -- beginning and ending
 
     def start(self, row: int, sequence: RunningSequence) -> None:
-        """Prefill the sequence's tokens, the newest half of the capacity if there are too many, and draw the next."""
+        """Prefill the sequence's tokens and sample the next one. If they exceed the capacity, prefill the newest
+        capacity / 2.
+        """
         tokens = sequence.tokens
         if len(tokens) > self.logits.capacity:
             tokens = tokens[-max(1, self.logits.capacity // 2) :]
@@ -150,7 +154,9 @@ class Decoder:
         self.in_flight.append(copy_to_host_async(token, [(0, sequence.handle)]))
 
     def prefill(self, row: int, tokens: list[int], source: list[int] | None) -> Tensor:
-        """Logits (1, V) after these tokens, copied where the last row to be prefilled has just read the same."""
+        """Logits (1, V) after these tokens. If the most recently prefilled row has the same tokens and source, its
+        cache row is copied.
+        """
         other, *read, logits = self.last_prefill
         if read == [tokens, source] and self.logits.has_only(other, tokens):
             self.logits.copy_row(other, row)
@@ -160,7 +166,7 @@ class Decoder:
         return logits
 
     def forget_prefill(self) -> None:
-        """A step follows: no row is where its prompt ended any more."""
+        """Invalidate last_prefill before a decode step, which appends tokens to the rows."""
         self.last_prefill = (0, None, None, None)  # row, tokens, source, logits
 
     def free_row(self, row: int) -> None:
@@ -168,7 +174,7 @@ class Decoder:
         self.device_step.free_row(row)
 
     def pause_if_done(self, row: int) -> None:
-        """A row of which all tokens are launched waits for the last one to arrive."""
+        """Deactivate a row whose tokens are all launched, until the last one arrives."""
         if not self.can_step(row):
             self.device_step.active[row] = 0
 
@@ -180,7 +186,7 @@ class Decoder:
         return self.wants_more(row) and not self.logits.is_full(row)
 
     def needs_reprefill(self, row: int) -> bool:
-        """Whether a row has come to where positions end, and goes on by reading its newest tokens anew."""
+        """Whether a row has reached the last position and continues from a prefill of its newest tokens."""
         return self.slides and self.wants_more(row) and self.logits.is_full(row)
 
     def finish_reason(self, row: int, sequence: RunningSequence, token: int) -> str | None:
@@ -193,12 +199,12 @@ class Decoder:
         return None
 
     def collect_arrived(self, keep: int) -> list[tuple[int, int, str | None]]:
-        """(handle, token, reason) of all steps in flight but the newest `keep`."""
+        """(handle, token, reason) of all steps in flight except the newest `keep`."""
         found = []
         while len(self.in_flight) > keep:
             for handle, token in self.in_flight.popleft().wait():
                 row = next((i for i, s in enumerate(self.sequences) if s is not None and s.handle == handle), None)
-                if row is None:  # it ended before
+                if row is None:  # the sequence ended at an earlier token
                     continue
                 if token < 0:
                     raise UserError("the model predicts NaN: its weights are ruined; use an earlier checkpoint")
@@ -213,7 +219,7 @@ class Decoder:
     # -- a step
 
     def compact(self, rows: list[int]) -> list[int]:
-        """Rows that are about to step, moved to the front where that makes the batch smaller."""
+        """The rows of the next step, after moves to the front of the batch where these make the batch smaller."""
         n = 1 << (len(rows) - 1).bit_length()
         if not self.device_step.shrinks or max(rows) < n or self.busy > n:
             return rows
@@ -241,7 +247,7 @@ class Decoder:
 
 
 def check_request(decoder: Decoder, r: Request) -> None:
-    """Raises UserError where the decoder's model or cache cannot take the request."""
+    """Raises UserError if the request does not fit the decoder's model or cache."""
     capacity, vocab_size = decoder.logits.capacity, decoder.model.config.vocab_size
     if not r.prompt or r.max_new_tokens < 1:
         raise UserError("a text needs a prompt of at least one token, and at least one token to be made")
@@ -259,7 +265,7 @@ def check_request(decoder: Decoder, r: Request) -> None:
 
 
 def generate(decoder: Decoder, requests: Iterable[Request]) -> Iterator[tuple[int, int, str | None]]:
-    """(index of the request, token, reason why it ended or None) as they come; requests take rows that become free."""
+    """Yield (index of the request, token, finish reason or None) as tokens arrive. Waiting requests take free rows."""
     waiting, index = enumerate(requests), {}
     while True:
         for i, request in itertools.islice(waiting, decoder.free):

@@ -1,4 +1,4 @@
-"""Find a model file, load it for inference, choose its device and precision."""
+"""Find a model file, load it for inference, choose its device and dtype."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ class LoadSettings(Protocol):
 
 
 def load_for_inference(path: Path, settings: LoadSettings):
-    """(model, encoder, training record) of a model file, ready on the device that the settings name."""
+    """(model, encoder, training record) of a model file, on the device and in the dtype of the settings. Raises
+    UserError if the model cannot generate text or has weights that are not finite.
+    """
     device = choose_device(settings.device, "--device {}").type
     model, encoder, record = load_model(path, device)
     if settings.compile == "true" and device != "cuda":
@@ -50,7 +52,7 @@ MODEL_SUFFIXES = (".safetensors", *(f".{arch}" for arch in MODELS))
 
 
 def resolve_model_path(name: str | None) -> Path:
-    """The file that --model names, or is in the checkpoint directory that it names; the newest in bin/ for None."""
+    """The model file at `name`, or in the checkpoint directory `name`; None: the newest model in bin/."""
     if name is None:
         found = [path for path in Path("bin").glob("*") if path.suffix in MODEL_SUFFIXES and path.is_file()]
         if not found:
@@ -64,15 +66,16 @@ def resolve_model_path(name: str | None) -> Path:
 
 @torch.no_grad()
 def quantize_model(model: LanguageModel, kind: str = "int8") -> LanguageModel:
-    """Store the matrices that are only ever multiplied with as int8, each row with a scale of its own (as arXiv
-    2208.07339, without its outliers). In place: the model can then make text, not train. Norms, routers, positions and
-    whatever else a model computes with its weights, as retention does, stay as they are."""
+    """Quantize the weights that are used only in matrix products to int8, with a scale for each row (as arXiv
+    2208.07339, without its outlier decomposition). In place: the model can then generate text, but not train. Norms,
+    routers, positional embeddings and weights with any other use, such as retention's, keep their dtype.
+    """
     if kind != "int8":
         raise UserError(f"--quantize {kind}: is not known; there is int8")
     for module in model.modules():
         for name in getattr(module, "products", ()):
             weight = getattr(module, name)
-            if module.roles[name] != "input":  # of which a token reads one row
+            if module.roles[name] != "input":  # not an embedding, of which a token reads one row
                 delattr(module, name)
                 setattr(module, name, Int8Weight(*quantize_int8(weight)))
     return model

@@ -1,4 +1,4 @@
-"""What a request asks for, and how the next token of each row is drawn."""
+"""Requests, and sampling of the next token of each row."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from strawberry.ops.sampling import sample
 
 @dataclass
 class Request:
-    """A sequence to be generated. What it draws depends on its seed alone."""
+    """A sequence to generate. Its random numbers depend on its seed alone."""
 
     prompt: list[int]  # at least one token
     max_new_tokens: int
-    temperature: float = 1.0  # 0: the likeliest token each time
+    temperature: float = 1.0  # 0: greedy
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     seed: int = 0
-    stop: frozenset[int] = frozenset()  # tokens that end it; the one that does is returned last
-    source: list[int] | None = None  # what an encoder-decoder reads
+    stop: frozenset[int] = frozenset()  # tokens that end the sequence; the one that ends it is returned too
+    source: list[int] | None = None  # tokens that an encoder-decoder encodes
 
 
 class Filters(NamedTuple):
-    """What sampling has to compute for some requests. A CUDA graph is captured for each combination."""
+    """The operations that sampling needs for a set of requests. A CUDA graph is captured for each combination."""
 
-    draws: bool  # whether any has a temperature
-    greedy: bool  # whether any has none
-    width: int | None  # how many tokens are sorted; None: none are
+    draws: bool  # whether any request has a temperature above 0
+    greedy: bool  # whether any request has temperature 0
+    width: int | None  # number of largest logits to sort; None: no sort
     top_p: bool
     min_p: bool
 
 
 class BatchSampler:
-    """Random numbers in [0, 1) and filters of each row, on the device; draws a token for each."""
+    """Each row's uniform random numbers in [0, 1) and filters, on the device. Samples a token for each row."""
 
-    buffer_size = 1024  # numbers of a row that are drawn at a time
+    buffer_size = 1024  # random numbers of a row that are generated at a time
 
     def __init__(self, rows: int, vocab_size: int, device):
         self.vocab_size = vocab_size
@@ -49,7 +49,7 @@ class BatchSampler:
         self.temperature, self.top_p, self.min_p = (torch.zeros(rows, device=device) for _ in range(3))
         self.top_k = torch.zeros(rows, dtype=torch.int64, device=device)
         self.float_filters = (self.temperature, self.top_p, self.min_p)
-        self.sample_all = sample  # for all rows at once; may be compiled
+        self.sample_all = sample  # samples all rows at once; may be compiled
 
     def set_row(self, row: int, r: Request) -> None:
         values = (max(r.temperature, 1e-6) if r.temperature else 0, r.top_p or 1.0, r.min_p or 0.0)
@@ -72,12 +72,12 @@ class BatchSampler:
         has_top_p = any(r.top_p is not None and r.top_p < 1 for r in requests)
         width = 1 << (max(limits, default=1) - 1).bit_length()
         if min(limits, default=self.vocab_size) >= self.vocab_size and not has_top_p:
-            width = None  # nobody sorts
+            width = None  # no request needs a sort
         has_min_p = any(r.min_p for r in requests)
         return Filters(bool(requests), greedy, width and min(width, self.vocab_size), has_top_p, has_min_p)
 
     def draw(self, logits: Tensor, rows: slice, filters: Filters) -> Tensor:
-        """A token for each of the rows (n,), −1 where logits (n, V) are NaN."""
+        """Sample a token for each of the rows, (n,), from logits (n, V); −1 where the logits are NaN."""
         if not filters.draws:
             best, token = logits.max(dim=-1)
             return torch.where(best.isnan(), -1, token)

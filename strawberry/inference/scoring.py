@@ -1,4 +1,4 @@
-"""How well a model predicts a text: loss and bits per byte."""
+"""Loss and bits per byte of a text under a model."""
 
 import math
 from collections.abc import Iterator
@@ -12,10 +12,11 @@ from strawberry.inference.text import encode_text, explain_errors
 
 @torch.no_grad()
 def score_text(model, encoder, text: str, stride: int = 0, source: list[int] | None = None) -> tuple[float, float]:
-    """(loss in nats per token, bits per byte) of a text, the end of the text not among what is predicted.
+    """(loss in nats per token, bits per byte) of a text. The end of the text (<|eot|>) is not predicted.
 
-    Every token is predicted once, from at most block_size tokens before it; at the text's start from <|eot|>.
-    Bits per byte can be compared between models with different encoders.
+    Every token is predicted once, from at most block_size tokens before it; the first one from <|eot|>. Bits per byte
+    can be compared between models with different encoders. Raises UserError if the text is empty or the stride exceeds
+    block_size.
     """
     size = model.config.block_size
     if stride > size:
@@ -28,16 +29,17 @@ def score_text(model, encoder, text: str, stride: int = 0, source: list[int] | N
     with tqdm(total=n, desc="scoring", unit=" tokens", leave=False, disable=None) as bar, explain_errors(size):
         for begin, done, end in iter_windows(n, size, stride or max(1, size // 2), model.causal):
             targets = ids[:, begin + 1 : end + 1].clone()
-            targets[:, : done - begin] = -1  # scored by the window before
+            targets[:, : done - begin] = -1  # the window before scored these
             total += model(ids[:, begin:end], targets, source=given)[1].item() * (end - done)
             bar.update(end - done)
     return total / n, total / math.log(2) / len(text.encode())
 
 
 def iter_windows(n: int, size: int, stride: int, causal: bool) -> Iterator[tuple[int, int, int]]:
-    """(begin, done, end): tokens begin … end−1 are read, and of what they predict, done+1 … end is new.
+    """Yield (begin, done, end): the window reads tokens begin … end−1, and its predictions of tokens done+1 … end are
+    new.
 
-    A model that sees the future gets no more of it than there is: each of its windows predicts its last token alone.
+    In a non-causal model, a prediction would depend on later tokens, so each window scores its last prediction only.
 
     >>> list(iter_windows(10, size=4, stride=2, causal=True))
     [(0, 0, 4), (2, 4, 6), (4, 6, 8), (6, 8, 10)]

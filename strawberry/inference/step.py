@@ -1,4 +1,4 @@
-"""A decode step on the device: logits of all rows (through a cache, or recomputed), sampling, tokens to the host.
+"""A decode step on the device: logits of all rows (cached or recomputed), sampling, copies of tokens to the host.
 
 Index:  logits · copies to the host · compiling and CUDA graphs · the step
 """
@@ -20,7 +20,7 @@ from strawberry.ops.sampling import sample
 
 # ---- logits --------------------------------------------------------------------------------------------------------
 
-CACHE_ALIGNMENT = 64  # cache slots: a multiple of every vector's length, so that sums over slots end alike
+CACHE_ALIGNMENT = 64  # cache slots: a multiple of every vector length, so that all sums over slots end the same way
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -28,19 +28,19 @@ def round_up(n: int, multiple: int) -> int:
 
 
 class CachedLogits:
-    """Logits through a cache: each token is computed once."""
+    """Logits through a KV cache: each token is computed once."""
 
     def __init__(self, model: LanguageModel, rows: int, max_length: int, max_source: int, batch_invariant: bool):
         self.model, self.batch_invariant = model, batch_invariant
-        self.compute, self.slices = model.decode_step, {}  # the cache's first n rows, by n
+        self.compute, self.slices = model.decode_step, {}  # slices: the cache's first n rows, by n
         self.capacity = min(max_length, model.max_positions or max_length)
         size = round_up(self.capacity, CACHE_ALIGNMENT) if batch_invariant else self.capacity
         size = min(size, model.max_positions or size)
         self.cache = model.new_cache(rows, size, max_source=max_source if model.takes_source else None)
-        self.cache.positions[:] = -1  # free
+        self.cache.positions[:] = -1  # −1: the row is free
 
     def prefill(self, row: int, tokens: list[int], source: list[int] | None) -> Tensor:
-        """Logits (1, V) after a prompt, which the row reads from its start."""
+        """Reset the row and prefill a prompt into it. Returns the logits (1, V) after the prompt."""
         self.cache.reset(row)
         cache, device = self.cache.slice(slice(row, row + 1)), self.cache.positions.device
         if source is not None:
@@ -50,8 +50,9 @@ class CachedLogits:
         return logits
 
     def choose_min_bucket(self, smallest: int) -> int:
-        """`smallest`, doubled until a ring whose size is no multiple of CACHE_ALIGNMENT is read whole from the first
-        step."""
+        """`smallest`, doubled until it covers every ring buffer whose size is not a multiple of CACHE_ALIGNMENT: such a
+        ring is then read whole from the first step.
+        """
         sizes = [state.size for state in iter_layer_caches(self.cache.layers) if isinstance(state, RingKVCache)]
         while smallest < max((size for size in sizes if size % CACHE_ALIGNMENT), default=0):
             smallest *= 2
@@ -61,8 +62,9 @@ class CachedLogits:
         return self.cache.lengths[row] >= self.capacity
 
     def prepare_step(self, rows: list[int]) -> int:
-        """To be called before a step of these rows: those at a chunk's border get their next chunk's weights. Returns
-        how many tokens the longest row has cached before the step."""
+        """Call this before a step of these rows. Rows at a chunk boundary get their next chunk's weights. Returns the
+        number of tokens that the longest row has cached before the step.
+        """
         length, chunk = self.cache.lengths, self.model.chunk_size
         if chunk and (border := [row for row in rows if length[row] % chunk == 0]):
             for some in [[row] for row in border] if self.batch_invariant else [border]:
@@ -73,7 +75,7 @@ class CachedLogits:
         return max_cached
 
     def decode_step(self, token: Tensor, max_cached: int) -> Tensor:
-        """Logits (n, V) after one more token (n,) of the first n rows."""
+        """Logits (n, V) after one more token (n,) of each of the first n rows."""
         n = len(token)
         if n not in self.slices:
             self.slices[n] = self.cache.slice(slice(0, n))
@@ -86,7 +88,7 @@ class CachedLogits:
         self.cache.positions[row], self.cache.lengths[row] = -1, 0
 
     def has_only(self, row: int, tokens: list[int]) -> bool:
-        """Whether a row that has read these tokens has neither read more nor been freed since."""
+        """Whether a row that was prefilled with these tokens contains nothing else since."""
         return self.cache.lengths[row] == len(tokens)
 
     def copy_row(self, source: int, target: int) -> None:
@@ -98,8 +100,9 @@ class CachedLogits:
 
 
 class RecomputedLogits:
-    """Logits computed from the last block_size tokens each time, row by row: for models that see the future, or other
-    rows, and so have no cache."""
+    """Logits recomputed from the last block_size tokens at each step, row by row: for models that have no cache because
+    their outputs depend on later tokens or on other rows.
+    """
 
     capacity = 2**62
 
@@ -152,14 +155,14 @@ class RecomputedLogits:
 
 @dataclass
 class HostCopy:
-    """Tokens that are being copied to the host, and whose they are."""
+    """An asynchronous copy of tokens to the host, with the handles of their sequences."""
 
     tokens: Tensor
     owners: list[tuple[int, int]]  # (index in tokens, handle)
     done: torch.cuda.Event | None = None
 
     def wait(self) -> list[tuple[int, int]]:
-        """(handle, token) of each, once they have arrived."""
+        """Wait for the copy. Returns (handle, token) of each sequence."""
         if self.done is not None:
             self.done.synchronize()
         tokens = self.tokens.tolist()
@@ -180,13 +183,16 @@ def copy_to_host_async(tokens: Tensor, owners: list[tuple[int, int]]) -> HostCop
 
 
 def compile_step(function, rows: int):
-    """Fewer, larger launches. With one row, products become sums that are computed along with what surrounds them."""
+    """Compile a step into fewer, larger kernels. With one row, matrix products become reductions, which are fused with
+    the operations around them.
+    """
     return torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": rows == 1})
 
 
 class CudaGraphs:
-    """Steps captured as CUDA graphs, one for each key, when first launched. `warm_up` does, without any effect, what a
-    key does on its first call only."""
+    """One CUDA graph of a step for each key, captured at the key's first launch. `warm_up(*key)` runs before a capture:
+    it does what only a key's first call does, without an effect on the rows.
+    """
 
     def __init__(self, run, warm_up):
         self.run, self.warm_up = run, warm_up
@@ -200,7 +206,7 @@ class CudaGraphs:
 
     def capture(self, key: tuple) -> torch.cuda.CUDAGraph:
         graph, gc_enabled = torch.cuda.CUDAGraph(), gc.isenabled()
-        gc.disable()  # collecting another graph meanwhile would invalidate this capture
+        gc.disable()  # garbage collection of another graph would invalidate this capture
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 self.run(*key)
@@ -214,19 +220,19 @@ class CudaGraphs:
 
 
 class StepKey(NamedTuple):
-    """What a CUDA graph is captured for."""
+    """The properties of a step that a CUDA graph fixes."""
 
-    rows: int  # the first so many are computed
-    max_cached: int  # tokens that a row has cached before the step, at most
+    rows: int  # the first `rows` rows are computed
+    max_cached: int  # largest number of tokens that a row has cached before the step
     filters: Filters
 
 
 class DecodeStep:
-    """The tensors of all rows, and one step of them: logits, sampling, positions. Nothing in a step depends on what the
-    host knows, so that a CUDA graph can replay it.
+    """The tensors of all rows, and a decode step of them: logits, sampling, positions. A step reads its state from
+    device tensors only, so that a CUDA graph can replay it.
 
-    min_bucket: cached tokens that a step of fixed shape (captured, or batch_invariant) reads at least; then twice as
-    many, and so on.
+    min_bucket: the smallest bucket, in cached tokens, of a step of fixed shape (a CUDA graph, or batch_invariant). Each
+    further bucket is twice as large.
     """
 
     def __init__(self, model: LanguageModel, rows: int, max_length: int, max_source: int, *, batch_invariant: bool,
@@ -238,17 +244,18 @@ class DecodeStep:
         self.logits = kind(model, rows, max_length, max_source, self.batch_invariant)
         self.sampler = BatchSampler(rows, model.config.vocab_size, device)
         self.last_token = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.sampled = torch.zeros(rows, dtype=torch.int64, device=device)  # the same, but −1 for NaN
-        self.active = torch.zeros(rows, dtype=torch.int64, device=device)  # 1 where a row makes tokens
+        self.sampled = torch.zeros(rows, dtype=torch.int64, device=device)  # last_token, but −1 for NaN
+        self.active = torch.zeros(rows, dtype=torch.int64, device=device)  # 1 where a row generates tokens
         self.shrinks, self.launch = not batch_invariant, self.run
         self.min_bucket = self.logits.choose_min_bucket(min_bucket) if self.batch_invariant else min_bucket
         self.uses_buckets = self.batch_invariant
 
     def use_cuda_graphs(self, compile: bool) -> None:
-        """From now on, capture steps and replay them. Whatever happens on a first call only happens here; all rows are
-        free yet, so it does no harm."""
+        """Capture and replay steps as CUDA graphs from now on. Runs the step three times to initialize what its first
+        call initializes; all rows must be free, so that this changes no sequence.
+        """
         self.uses_buckets = True
-        if compile:  # for one shape only: every further one would take as long again
+        if compile:  # one shape only, because each further shape would compile as long
             self.logits.compute = compile_step(self.model.decode_step, self.rows)
             self.sampler.sample_all = compile_step(sample, self.rows) if self.rows == 1 else sample
             self.min_bucket, self.shrinks = self.logits.capacity, False
@@ -263,12 +270,12 @@ class DecodeStep:
     def choose_key(self, rows: int, max_cached: int, requests: list[Request]) -> StepKey:
         if self.uses_buckets:
             bucket = self.min_bucket << (max_cached // self.min_bucket).bit_length()
-            # the step's own token completes a bucket
+            # a batch-invariant step's own token is the last of the bucket
             max_cached = bucket - 1 if self.batch_invariant else min(bucket, self.logits.capacity)
         return StepKey(rows, max_cached, self.sampler.select_filters(requests))
 
     def launch_rows(self, rows: list[int], requests: list[Request]) -> None:
-        """One more token of these rows, whose requests these are."""
+        """Launch a step that generates one more token of these rows. requests[i] is the request of rows[i]."""
         max_cached = self.logits.prepare_step(rows)
         n = 1 << max(rows).bit_length() if self.shrinks else self.rows
         key = self.choose_key(min(n, self.rows), max_cached, requests)
@@ -278,12 +285,12 @@ class DecodeStep:
             self.launch(*key)
 
     def run(self, n: int, max_cached: int, filters: Filters) -> None:
-        """A step of the first n rows."""
+        """Run a step of the first n rows."""
         token = self.sampler.draw(self.logits.decode_step(self.last_token[:n], max_cached), slice(0, n), filters)
         self.finish(n, token)
 
     def run_batch_invariant(self, max_cached: int, rows: list[int], requests: list[Request]) -> None:
-        """A step of all rows in which each is drawn as its own filters alone would have it."""
+        """Run a step of all rows. Each row is sampled with the filters of its own request only."""
         logits, token = self.logits.decode_step(self.last_token, max_cached), torch.zeros_like(self.last_token)
         groups: dict[Filters, list[int]] = {}
         for row, request in zip(rows, requests, strict=True):
@@ -303,7 +310,7 @@ class DecodeStep:
         self.sampler.draw(torch.zeros(n, vocab_size, device=self.last_token.device), slice(0, n), filters)
 
     def sample_first(self, row: int, logits: Tensor, request: Request) -> Tensor:
-        """The token (1,) after a prompt, given its logits (1, V). The row takes part in steps from now on."""
+        """Sample the token (1,) after a prompt from its logits (1, V), and activate the row for the next steps."""
         rows = slice(row, row + 1)
         token = self.sampler.draw(logits, rows, self.sampler.select_filters([request]))
         self.store_tokens(rows, token)

@@ -1,4 +1,4 @@
-"""From text to requests, and from the engine's tokens to text: stop strings, streaming, many texts at once.
+"""Convert text to requests and generated tokens to text: stop strings, streaming, several texts at once.
 
 Index:  tokens of a text · stop strings and streaming · requests · decoders · several texts at once · notes
 """
@@ -21,21 +21,22 @@ from strawberry.inference.sampling import Request
 # ---- tokens of a text ----------------------------------------------------------------------------------------------
 
 def encode_text(encoder, text: str, spelled: bool = False) -> list[int]:
-    """The tokens of a text, in which <|0|>, <|1|>, … are sentinels if they are `spelled` there.
+    """The tokens of a text. If `spelled`, the strings <|0|>, <|1|>, … in it become sentinel tokens.
 
-    Raises UserError where it has characters that no UTF-8, or not this encoder, can spell.
+    Raises UserError if the text is not UTF-8 or has characters that the encoder does not have.
     """
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # how Python passes on arguments that are not UTF-8
+    except UnicodeEncodeError as error:  # Python passes arguments that are not UTF-8 as surrogates
         raise UserError(f"the text is not UTF-8 (character {error.start}); convert it first") from error
     return encode_with_sentinels(encoder, text) if spelled else encoder.encode(text)
 
 
 def encode_source_text(text: str | None, model, encoder, record: dict, name: str = "--source") -> list[int] | None:
-    """The tokens that an encoder-decoder is to read, with <|eot|> at the end; None for other models.
+    """The source tokens of an encoder-decoder, with <|eot|> at the end; None for other models.
 
-    `name` is what the source is called where it was given.
+    `name` is the option or key that the source came from, for messages. Raises UserError if the source is missing, not
+    allowed, or has a sentinel that the model does not have.
     """
     if not model.takes_source:
         if text is not None:
@@ -55,10 +56,10 @@ def encode_source_text(text: str | None, model, encoder, record: dict, name: str
 
 
 class StopStringFilter:
-    """Passes text on until it contains one of the stop strings, wherever its pieces are cut.
+    """Passes text on until it contains one of the stop strings, however the text is divided into pieces.
 
-    What may be the beginning of a stop string is kept pending until that is decided. The stop string that is complete
-    first counts.
+    Text that may begin a stop string stays pending until the next pieces decide. If several match, the stop string that
+    is complete first counts.
 
     >>> stop_filter = StopStringFilter(["END"])
     >>> [stop_filter.push(piece) for piece in ("the E", "very E", "ND.")], stop_filter.found
@@ -69,7 +70,7 @@ class StopStringFilter:
         self.stops, self.pending, self.found = stops, "", False
 
     def push(self, text: str, last: bool = False) -> str:
-        """What can be printed now; with `last`, nothing more comes and so nothing stays pending."""
+        """Add a piece. Returns the text that can be printed now; with `last`, no text stays pending."""
         if not self.stops:
             return text
         self.pending += text
@@ -81,7 +82,7 @@ class StopStringFilter:
         return ready
 
     def overlap(self, stop: str) -> int:
-        """How many characters at the end of the pending text begin the stop string."""
+        """The number of characters at the end of the pending text that begin the stop string."""
         for n in range(min(len(stop) - 1, len(self.pending)), 0, -1):
             if self.pending.endswith(stop[:n]):
                 return n
@@ -89,10 +90,10 @@ class StopStringFilter:
 
 
 class TextStream:
-    """A text that is being generated: the engine's request, and what of the tokens that come can be printed.
+    """A text that is being generated: its request, and the conversion of its tokens to printable pieces.
 
-    `num_tokens` counts its tokens; `finish_reason` says why it ended: "stop" (<|eot|> or a stop string), "length" (as
-    many tokens as asked for), "full" (no positions are left). `label` is the caller's.
+    `num_tokens` counts its tokens. `finish_reason` says why it ended: "stop" (<|eot|> or a stop string), "length"
+    (max_new_tokens), "full" (no positions are left). `label` is for the caller's use.
     """
 
     def __init__(self, encoder, request: Request, stops: list[str], label: Any = None):
@@ -101,16 +102,17 @@ class TextStream:
         self.num_tokens, self.finish_reason = 0, None
 
     def push(self, token: int, reason: str | None) -> str:
-        """The piece that can be printed now, "" while a character or a stop string may be incomplete.
+        """Add a token. Returns the piece that can be printed now, "" while a character or a stop string may be
+        incomplete.
 
-        `reason` is why the text ends with this token, else None.
+        `reason` is the finish reason if the text ends with this token, else None.
         """
         self.num_tokens += 1
         if token in self.request.stop:
             piece = ""
         elif token < self.encoder.vocab_size:
             piece = self.detokenizer.push(token)
-        else:  # a sentinel, or in a decoder an id that nothing uses
+        else:  # a sentinel token, or, in a decoder, an unused token id
             sentinel = self.request.source is not None
             piece = self.detokenizer.flush() + decode_with_sentinels(self.encoder, [token]) if sentinel else ""
         last = reason is not None
@@ -123,7 +125,7 @@ class TextStream:
 
 
 class SamplingSettings(Protocol):
-    """Of sample.py's command line, or of an HTTP request."""
+    """The sampling settings of sample.py's command line or of an HTTP request."""
 
     length: int
     temperature: float
@@ -135,18 +137,20 @@ class SamplingSettings(Protocol):
 def make_request(
     settings: SamplingSettings, encoder, prompt: list[int], source: list[int] | None, seed: int
 ) -> Request:
-    """The engine's request. An empty prompt stands for a text's beginning; an answer begins where one does."""
+    """The engine's request. An empty prompt becomes <|eot|>, the start of a text. With a source, the prompt follows
+    <|eot|>.
+    """
     start = prompt or [encoder.eot] if source is None else [encoder.eot, *prompt]
     return Request(
         start, settings.length,
-        temperature=settings.temperature if settings.temperature > 1e-6 else 0.0,  # logits / 1e-40 are infinite
+        temperature=settings.temperature if settings.temperature > 1e-6 else 0.0,  # logits / 1e-40 would be infinite
         top_k=settings.top_k or None, top_p=max(settings.top_p, 1e-30) if settings.top_p < 1 else None,
         min_p=settings.min_p or None, seed=seed, stop=frozenset({encoder.eot, encoder.pad}), source=source,
     )  # fmt: skip
 
 
 def check_prompt_fits(model, request: Request, on_full: str) -> None:
-    """Raises UserError where the prompt leaves no position for a text."""
+    """Raises UserError if the prompt has more tokens than the model has positions and on_full is "stop"."""
     n, end = len(request.prompt), model.max_positions
     if end is not None and n > end and on_full == "stop":
         raise UserError(
@@ -157,7 +161,7 @@ def check_prompt_fits(model, request: Request, on_full: str) -> None:
 
 # ---- decoders ------------------------------------------------------------------------------------------------------
 
-COMPILE_MIN_TOKENS = 200_000  # from here on compiling pays
+COMPILE_MIN_TOKENS = 200_000  # fewer tokens do not repay the time of torch.compile
 
 
 class DecoderSettings(Protocol):
@@ -168,13 +172,13 @@ class DecoderSettings(Protocol):
 
 @dataclass
 class Workload:
-    """How much is to be generated, at most."""
+    """Upper bounds of what is to be generated."""
 
     texts: int = 0
     tokens: int = 0
-    longest: int = 0  # tokens of a text, prompt included
+    longest: int = 0  # tokens of the longest text, with its prompt
     longest_source: int = 0
-    indexes: set[int] = field(default_factory=set)  # of --prompts_file's lines
+    indexes: set[int] = field(default_factory=set)  # entries of --prompts_file
 
     def add(self, request: Request, index: int | None = None) -> None:
         self.texts += 1
@@ -194,19 +198,19 @@ def make_decoder(model, settings: DecoderSettings, work: Workload) -> engine.Dec
 
 
 def choose_num_rows(model, settings: DecoderSettings, n: int) -> int:
-    """How many of n texts are generated at once."""
+    """The number of rows for n texts: as many of them are generated at once."""
     return min(n, settings.batch or (64 if model.device.type == "cuda" else 8))
 
 
 # ---- several texts at once -----------------------------------------------------------------------------------------
 
-TextPiece = tuple[TextStream, str, str | None]  # what can be printed of a text now, and why it ended if it did
+TextPiece = tuple[TextStream, str, str | None]  # (text, the part that can be printed now, finish reason or None)
 
 
 def stream_texts(decoder: engine.Decoder, texts: Iterable[TextStream]) -> Iterator[TextPiece]:
-    """The pieces of as many texts at once as there are rows, one for each token as it comes.
+    """Generate texts, as many at once as the decoder has rows. Yields a piece for each token when it arrives.
 
-    A text that ends leaves its row to the next one.
+    The row of a text that ends goes to the next text.
     """
     waiting, running = iter(texts), {}
     while True:
@@ -219,14 +223,15 @@ def stream_texts(decoder: engine.Decoder, texts: Iterable[TextStream]) -> Iterat
             piece = text.push(token, reason)
             if text.finish_reason:
                 del running[handle]
-                if reason is None:  # a stop string, of which the decoder does not know
+                if reason is None:  # a stop string, which only the TextStream detects
                     decoder.release(handle)
             yield text, piece, text.finish_reason
 
 
 def stream_in_order(pieces: Iterable[TextPiece], texts: list[TextStream]) -> Iterator[TextPiece]:
-    """The pieces of one text after the other: the first one's as they come, those of each other wait until the texts
-    before it have ended."""
+    """Sort the pieces by text: those of the first text pass immediately, those of each other text when the texts before
+    it have ended.
+    """
     waiting: dict[int, deque[TextPiece]] = {id(text): deque() for text in texts}
     current = 0
     for piece in pieces:
@@ -239,7 +244,7 @@ def stream_in_order(pieces: Iterable[TextPiece], texts: list[TextStream]) -> Ite
 
 @contextmanager
 def explain_errors(n_tokens: int, rows: int = 1):
-    """What torch says of too little memory and of a ruined model, as a UserError."""
+    """Replace torch's errors for too little memory and for NaN probabilities by a UserError."""
     try:
         yield
     except RuntimeError as error:
@@ -260,7 +265,7 @@ def format_rate(tokens: int, seconds: float) -> str:
 
 
 def note_positions_end(reason: str, model, n: int = 1) -> None:
-    """A note where texts end because the model has no more positions."""
+    """Print a note if texts ended because the model has no more positions."""
     if reason == "full":
         what = "the text ends" if n == 1 else f"{n:,} texts end"
         print(

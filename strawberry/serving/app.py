@@ -1,6 +1,6 @@
-"""The FastAPI application: every route, its error handler and its schema.
+"""The FastAPI application: all routes, the error handler and the OpenAPI schema.
 
-A new route is a function and a line in ROUTES.
+To add a route, write a handler and add a line to ROUTES.
 """
 
 import copy
@@ -92,7 +92,7 @@ NO_CHAT = ("the models here are base models, which continue a text and are not t
            "`prompt` to POST /v1/completions (client.completions.create)")  # fmt: skip
 
 
-NO_ROUTE = {  # how an address begins that clients may ask for and that is not there → what to do instead
+NO_ROUTE = {  # prefixes of OpenAI's endpoints that this server does not have → advice
     "/v1/chat": NO_CHAT, "/v1/responses": NO_CHAT, "/v1/conversations": NO_CHAT, "/v1/messages": NO_CHAT,
     "/v1/assistants": NO_CHAT, "/v1/threads": NO_CHAT,
     "/v1/embeddings": "the models here make no embeddings; POST /v1/completions continues a text",
@@ -100,8 +100,9 @@ NO_ROUTE = {  # how an address begins that clients may ask for and that is not t
 
 
 def advise_route(path: str) -> ApiError | None:
-    """What a client is told who asks for an address of OpenAI's that is not here, or leaves out the /v1 of those that
-    are, or repeats it; None for other addresses."""
+    """A 404 with advice for an endpoint of OpenAI's API that is not supported, or for a path with no /v1 or two; None
+    for other paths.
+    """
     full = "/v1/" + path.removeprefix("/v1").removeprefix("/v1").lstrip("/")
     for start, advice in NO_ROUTE.items():
         if full == start or full.startswith(f"{start}/"):
@@ -117,36 +118,36 @@ async def answer_error(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException) and error.status_code == 404:
         error = advise_route(request.url.path) or error
     failure, models = to_api_error(error), Path(request.app.state.service.settings.models).resolve()
-    failure.message = failure.message.replace(f"{models}{os.sep}", "")  # where it is, is no business of clients
+    failure.message = failure.message.replace(f"{models}{os.sep}", "")  # clients must not see the server's paths
     answer = failure.response()
-    if answer.status_code == 405:  # the framework names the methods of one route, and an address may have several
+    if answer.status_code == 405:  # Starlette lists the methods of one route, but several routes may share a path
         same = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
         answer.headers["Allow"] = ", ".join(sorted(set().union(*(route.methods or () for route in same))))
     return answer
 
 
 async def health() -> Health:
-    """Whether the server is there. Needs no key."""
+    """Whether the server is running. Needs no key."""
     return Health("ok")
 
 
 async def metrics(service: TheService) -> Response:
-    """Counts of requests and tokens, times, and what is going on now, for Prometheus."""
+    """Counts of requests and tokens, durations, and the current load, in Prometheus' text format."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 async def page() -> Response:
-    """What this server offers, for people: a page to write with the models, to bring data, and to train."""
+    """A web page to generate text with the models, to upload data, and to train."""
     data = await run_in_threadpool(PAGE_FILE.read_bytes)
     return Response(data, media_type="text/html", headers={"Cache-Control": "no-cache"})
 
 
 @dataclass
 class Route:
-    """An address. The handler is a FastAPI endpoint: parameters by their annotations, the docstring is the
-    documentation. A parameter `body`, annotated with a dataclass of options, is the checked JSON body.
+    """A route. The handler is a FastAPI endpoint: its annotations declare the parameters, its docstring is the
+    documentation. A parameter `body`, annotated with a dataclass of options, is the validated JSON body.
 
-    answer: dataclass of what is given back, None where the handler returns a Response of its own.
+    answer: dataclass of the response, None if the handler returns a Response.
     """
 
     method: str
@@ -155,11 +156,11 @@ class Route:
     answer: type | None = None
     tag: str = "text"
     update_schema: Callable | None = (
-        None  # update_schema(service, properties) makes the body's schema say what there is now
+        None  # update_schema(service, properties) updates the body's schema from the server's state
     )
-    open: bool = False  # whether it takes no key
-    responses: dict = dataclasses.field(default_factory=dict)  # FastAPI's, for other answers than JSON
-    extra: dict = dataclasses.field(default_factory=dict)  # OpenAPI's, of the operation
+    open: bool = False  # whether it needs no key
+    responses: dict = dataclasses.field(default_factory=dict)  # FastAPI's `responses`, for responses other than JSON
+    extra: dict = dataclasses.field(default_factory=dict)  # OpenAPI's fields of the operation
 
 
 ROUTES = [
@@ -226,7 +227,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def build_schema(plain: dict, service: Service) -> dict:
-    """The schema of all routes, with what there is now."""
+    """The OpenAPI schema of all routes, updated from the server's state, such as the names of the models."""
     found = copy.deepcopy(plain)
     if service.settings.api_key:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -251,7 +252,7 @@ def add_route(app: FastAPI, route: Route) -> None:
 
 
 def with_body(handler: Callable, cls: type) -> Callable:
-    """The handler with a signature in which FastAPI finds how its body is read."""
+    """The handler with a signature from which FastAPI derives how to read and validate the body."""
 
     async def read(request: Request):
         return await read_body(request, cls)

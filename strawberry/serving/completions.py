@@ -1,4 +1,4 @@
-"""The routes of text: completions, models, tokenizers."""
+"""The text routes: completions, models, tokenizers."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ from strawberry.serving.service import Service, TheService
 
 
 async def completions(body: CompletionRequest, request: Request, service: TheService) -> Any:
-    """Text that continues a prompt. Index i·n + j of the choices is text j of prompt i."""
+    """Generate text that continues a prompt. The choice with index i·n + j is text j of prompt i."""
     limit = min(body.timeout or math.inf, service.settings.timeout)
     until = asyncio.get_running_loop().time() + limit
     try:
@@ -56,7 +56,7 @@ async def completions(body: CompletionRequest, request: Request, service: TheSer
     except TimeoutError as error:
         raise timeout_error(limit) from error
     if group.unfinished:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client has disconnected
     choices = [format_choice(group, sequence, sequence.output, True) for sequence in group.sequences]
     return JSONResponse({**head, "choices": choices, "usage": count_usage(group)})
 
@@ -66,7 +66,9 @@ def timeout_error(limit: float) -> ApiError:
 
 
 async def submit_request(body: CompletionRequest, service: Service) -> RequestGroup:
-    """Submit to an engine. Raises ApiError where the model is unknown, a field doesn't fit it, or too many wait."""
+    """Submit a completion to an engine. Raises ApiError if the model is unknown, a field does not fit it, or the queue
+    is full.
+    """
     if body.max_tokens > service.settings.context:
         raise ApiError(400, f"max_tokens = {body.max_tokens}: must be integer <= {service.settings.context}, the "
                        "server's --context", "max_tokens")  # fmt: skip
@@ -80,7 +82,7 @@ async def submit_request(body: CompletionRequest, service: Service) -> RequestGr
 
 
 def make_request_group(body: CompletionRequest, engine: Engine) -> RequestGroup:
-    """Prompts become tokens, and each sequence what engine.py is asked for."""
+    """Encode the prompts and make the sequences, n for each prompt. Raises ApiError."""
     model, encoder = engine.model, engine.encoder
     seed, sequences = draw_seed() if body.seed is None else body.seed, []
     try:
@@ -118,8 +120,9 @@ def context_length_error(has: str, engine: Engine) -> ApiError:
 
 
 async def iterate_events(group: RequestGroup, receive: Receive) -> AsyncIterator[list[tuple[Sequence, str | None]]]:
-    """What has become of a group since the last time, until all its sequences have ended or the client has gone. Rows
-    are free when this ends, however it does. Raises the ApiError that the group failed with."""
+    """Yield the group's events in batches until all sequences have ended or the client disconnects. At the end the
+    group is cancelled in any case, which frees its rows. Raises the ApiError with which the group failed.
+    """
     watch = asyncio.create_task(watch_disconnect(group, receive))
     try:
         unfinished = len(group.sequences)
@@ -146,7 +149,7 @@ async def watch_disconnect(group: RequestGroup, receive: Receive) -> None:
 
 
 class CompletionStream(Response):
-    """A group's texts as server-sent events, in OpenAI's words."""
+    """A response that streams a group's texts as server-sent events in OpenAI's format."""
 
     def __init__(self, group: RequestGroup, head: dict, until: float, limit: float):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -164,7 +167,7 @@ class CompletionStream(Response):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
         except (ApiError, TimeoutError) as error:
             error = error if isinstance(error, ApiError) else timeout_error(self.limit)
-            if not begun:  # it is not too late for a status
+            if not begun:  # the status can still be set
                 await error.response()(scope, receive, send)
                 return
             await send({"type": "http.response.body", "body": encode_sse(error.body()), "more_body": True})
@@ -204,7 +207,7 @@ def format_choice(group: RequestGroup, sequence: Sequence, text: str, ended: boo
 
 
 def count_usage(group: RequestGroup) -> dict:
-    """Tokens read and made; a prompt counts once for all its texts, and the token that ended a text counts."""
+    """OpenAI's usage object. A prompt counts once for all its texts. The token that ended a text counts too."""
     read = sum(len(sequence.request.prompt) for sequence in group.sequences[:: group.body.n])
     made = sum(sequence.num_tokens for sequence in group.sequences)
     return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
@@ -231,7 +234,8 @@ def format_logprobs(group: RequestGroup, sequence: Sequence) -> dict:
 
 
 def sort_by_likelihood(encoder, tokens: list[tuple[int, float]]) -> dict[str, float]:
-    """Each token's text and log probability, the likeliest first; of tokens with the same text, the likeliest."""
+    """Each token's text and log probability, most likely first. Of tokens with the same text, only the most likely one.
+    """
     found: dict[str, float] = {}
     for token, logprob in sorted(tokens, key=lambda item: -item[1]):
         found.setdefault(decode_token(encoder, token), logprob)
@@ -239,7 +243,7 @@ def sort_by_likelihood(encoder, tokens: list[tuple[int, float]]) -> dict[str, fl
 
 
 def update_completion_schema(service: Service, properties: dict) -> None:
-    """The schema of a completion's body, for the models that are there now."""
+    """Update the schema of a completion's body with the current models."""
     files = {name: file for name, file in service.models.scan().items() if file.generates}
     properties["max_tokens"]["anyOf"][0]["maximum"] = service.settings.context
     if files:
@@ -252,18 +256,21 @@ def update_completion_schema(service: Service, properties: dict) -> None:
 
 
 async def list_models(service: TheService) -> ModelList:
-    """The models that there are: files of the folder --models, a run's as soon as it has finished."""
+    """List the models: the files in the folder --models. A training run's model appears as soon as the run has
+    finished.
+    """
     return ModelList("list", [format_model(service, file) for file in (await service.models.list_files()).values()])
 
 
 async def retrieve_model(model: str, service: TheService) -> Model:
-    """One of the models."""
+    """Get a model."""
     return format_model(service, await service.models.find(model))
 
 
 async def delete_model(model: str, service: TheService) -> Deleted:
-    """Delete a model of the folder --models: its file, and what of it is in memory. While it is generating, or a job
-    that is not over writes or reads it, the answer is 409. A checkpoint goes with its run."""
+    """Delete a model of the folder --models: its file, and its engine in memory. While it generates text, or an
+    unfinished job writes or reads it, the answer is 409. A checkpoint is deleted with its run.
+    """
     await service.models.delete(model)
     return Deleted(model, "model")
 
@@ -275,7 +282,7 @@ def format_model(service: Service, file: ModelFile) -> Model:
 
 
 async def tokenize(body: TokenizeRequest, service: TheService) -> Tokens:
-    """The tokens of a text, as vLLM tells them; lm-eval asks for this."""
+    """Encode a text to tokens, in vLLM's format, which lm-eval uses."""
     async with service.models.use(body.model or await service.models.find_latest()) as engine:
         try:
             special = engine.encoder.specials.get(body.prompt)
@@ -286,7 +293,7 @@ async def tokenize(body: TokenizeRequest, service: TheService) -> Tokens:
 
 
 async def detokenize(body: DetokenizeRequest, service: TheService) -> Detokenized:
-    """The text of tokens."""
+    """Decode tokens to text."""
     async with service.models.use(body.model or await service.models.find_latest()) as engine:
         tokens, limit = [int(token) for token in body.tokens], engine.model.config.vocab_size
         if max(tokens, default=0) >= limit:
@@ -295,7 +302,7 @@ async def detokenize(body: DetokenizeRequest, service: TheService) -> Detokenize
 
 
 async def tokenizer_info(service: TheService, model: str | None = None) -> TokenizerInfo:
-    """A model's encoder, the newest one's by default."""
+    """Get a model's encoder; by default the newest model's."""
     async with service.models.use(model or await service.models.find_latest()) as engine:
         return TokenizerInfo(engine.name, engine.encoder.vocab_size, EOT, EOT, PAD)
 

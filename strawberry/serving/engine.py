@@ -1,8 +1,8 @@
-"""A model in memory, and the thread that makes its texts: continuous batching, a token for each row at a step.
+"""A model in memory and the thread that decodes with it: continuous batching, one token for each row in a step.
 
-One HTTP request is a `RequestGroup` of one or more `Sequence`s. Groups come from the event loop's thread. Each
-`Engine.step` drops cancelled groups, schedules waiting sequences into free rows, decodes a token for each row, and
-flushes what happened into the groups' queues.
+One HTTP request is a `RequestGroup` of one or more `Sequence`s. The event loop's thread submits groups. Each
+`Engine.step` drops cancelled groups, schedules waiting sequences into free rows, decodes one token for each row, and
+sends the events to the groups' queues.
 """
 
 import asyncio
@@ -36,17 +36,17 @@ from strawberry.serving.protocol import CompletionRequest
 from strawberry.serving.scoring import TokenScores
 from strawberry.serving.settings import Settings
 
-MAX_UNREAD = 100_000  # pieces that are kept for a client that does not take them
+MAX_UNREAD = 100_000  # largest number of unread events of a client
 log = logging.getLogger("uvicorn.error")
-CUDA_LOCK = threading.Lock()  # on CUDA: while a graph is captured, no other thread may ask for memory
+CUDA_LOCK = threading.Lock()  # on CUDA: no other thread may allocate while a graph is captured
 
 
 class Sequence(TextStream):
-    """One text of a request group, with all that the answer says of it."""
+    """One text of a request group, with the data that its choice in the response contains."""
 
     def __init__(self, encoder, request: sampling.Request, body: CompletionRequest, index: int, given: list[int]):
         super().__init__(encoder, request, body.stops)
-        self.index, self.prompt_tokens = index, given  # its place in the group; the prompt as it was given
+        self.index, self.prompt_tokens = index, given  # index in the group; the prompt's tokens, without a start token
         self.tokens: list[int] = []
         self.echo = self.output = decode_text(encoder, given) if body.echo else ""
         self.token_scores: TokenScores | None = None
@@ -59,8 +59,9 @@ class Sequence(TextStream):
 
 
 class RequestGroup:
-    """The sequences of one HTTP request. `events` gets what becomes of them: (sequence, piece), (sequence, None) at its
-    end, or an ApiError instead of everything else."""
+    """The sequences of one HTTP request. The queue `events` receives (sequence, piece), (sequence, None) at a
+    sequence's end, or an ApiError instead, which ends the group.
+    """
 
     def __init__(self, engine: "Engine", body: CompletionRequest, sequences: list[Sequence]):
         self.engine, self.body, self.sequences = engine, body, sequences
@@ -70,25 +71,25 @@ class RequestGroup:
         self.cancelled = False
 
     def cancel(self) -> None:
-        """The client has gone: its rows are to be freed."""
+        """Cancel the group. The engine frees its rows at the next step."""
         self.cancelled = True
         self.engine.wake()
 
 
 class QueueTimeEstimator:
-    """How long a group that comes now would wait for its first row, from measured times.
+    """Estimates the time until a new group gets its first row, from measured times.
 
-    It follows Engine.schedule: a group keeps a row until all its sequences are done, and gives up any others; a row
-    that it gives up goes to the oldest group that has none. A sequence takes a step for each of its tokens; how
-    many of those that were asked for it makes is measured too.
+    The model follows Engine.schedule: a group keeps one row until all its sequences have ended, and releases any
+    others. The oldest group without a row gets a released row. A sequence takes one step for each of its tokens. The
+    fraction of max_new_tokens that a text uses is measured too.
     """
 
     def __init__(self):
-        self.step_seconds, self.steps = 0.0, 0  # of a token for each row, the prompts read meanwhile included
-        self.share, self.texts = 1.0, 0  # of the tokens asked for, how many a text has in the end
+        self.step_seconds, self.steps = 0.0, 0  # of a step, including the prefills between steps
+        self.share, self.texts = 1.0, 0  # mean fraction of max_new_tokens that a text uses
 
     def record_step(self, seconds: float) -> None:
-        weight = max(0.01, 1 / max(self.steps, 1))  # the first step warms up: the second one replaces it
+        weight = max(0.01, 1 / max(self.steps, 1))  # the first step includes warm-up, so the second one replaces it
         self.step_seconds += weight * (seconds - self.step_seconds)
         self.steps += 1
 
@@ -100,12 +101,12 @@ class QueueTimeEstimator:
             )
 
     def steps_waiting(self, group: RequestGroup) -> float:
-        """Of the texts that have no row yet; all of a group are of about one length."""
+        """Expected steps of the group's waiting sequences, which all have about the same length."""
         return self.share * len(group.waiting) * group.sequences[0].request.max_new_tokens
 
     def estimate(self, running: list[tuple[RequestGroup, Sequence]], groups: list[RequestGroup], rows: int) -> float:
-        """Seconds until a group behind those begins."""
-        remaining: dict[int, list[float]] = {}  # of each group's running sequences, in steps
+        """Seconds until a new group, after all of `groups`, gets a row."""
+        remaining: dict[int, list[float]] = {}  # steps of each group's running sequences
         for group, sequence in running:
             steps = self.share * (sequence.request.max_new_tokens - sequence.num_tokens)
             remaining.setdefault(id(group), []).append(steps)
@@ -124,11 +125,11 @@ class QueueTimeEstimator:
 
 
 class ModelThread:
-    """A thread that loads a model, takes steps until nobody needs it, and tells the event loop what happened."""
+    """A thread that loads a model, runs steps until the model is not needed, and sends events to the event loop."""
 
     def __init__(self, file: ModelFile, settings: Settings, after: list["ModelThread"]):
         self.name, self.path, self.stamp, self.settings = file.name, file.path, file.stamp, settings
-        self.bytes = file.stamp[1]  # an estimate, until it is loaded
+        self.bytes = file.stamp[1]  # an estimate until the model is loaded
         self.loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self.loop.create_future()
         self.condition, self.stopping, self.retired, self.ended = threading.Condition(), False, False, False
@@ -141,17 +142,17 @@ class ModelThread:
             self.condition.notify()
 
     def stop(self) -> None:
-        """To end now; who still waits is told."""
+        """Stop now. Unfinished requests fail with a 503."""
         self.stopping = True
         self.wake()
 
     def retire(self) -> None:
-        """To end when nobody needs it any more."""
+        """Stop when no requests are left."""
         self.retired = True
         self.wake()
 
     def run(self, after: list["ModelThread"]) -> None:
-        for engine in after:  # their memory first
+        for engine in after:  # these engines must free their memory first
             engine.thread.join()
         try:
             with self.device_lock:
@@ -166,33 +167,33 @@ class ModelThread:
         try:
             while self.step():
                 pass
-        except Exception as error:  # not even its rows could be made anew
+        except Exception as error:  # make_decoder failed too
             end = explain_failure(self, error)
         self.ended = True
         self.fail_all(end)
         self.decoder = self.model = None
 
     def call_in_loop(self, function: Callable, *args: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody listens
+        with suppress(RuntimeError):  # the event loop is closed
             self.loop.call_soon_threadsafe(function, *args)
 
     def fail_loading(self, error: ApiError) -> None:
         self.bytes = 0
         self.ready.set_exception(error)
-        self.ready.exception()  # seen, also where nobody waits
+        self.ready.exception()  # mark it as retrieved, so that asyncio does not log it if no request waits
 
 
 class Engine(ModelThread):
     """Continuous batching: sequences of many request groups share the rows of one decoder."""
 
-    PREFILL_SECONDS = 0.2  # seconds that prompts are read for while texts under way wait
+    PREFILL_SECONDS = 0.2  # limit of the prefills in one step, while running sequences wait
 
     def __init__(self, file: ModelFile, settings: Settings, metrics: Metrics, after: list[ModelThread]):
         super().__init__(file, settings, after)
         self.metrics = metrics
-        self.users = 0  # requests that are about to submit; counted in the event loop's thread
+        self.users = 0  # requests that have not submitted yet; the event loop's thread counts them
         self.groups: list[RequestGroup] = []  # guarded by condition
-        self.running: dict[int, tuple[RequestGroup, Sequence]] = {}  # handle → what is made in that row
+        self.running: dict[int, tuple[RequestGroup, Sequence]] = {}  # handle → the sequence in that row
         self.scoring: deque[tuple[RequestGroup, Sequence]] = deque()
         self.outbox: list[tuple[RequestGroup, Any]] = []
         self.queue_time = QueueTimeEstimator()
@@ -204,11 +205,11 @@ class Engine(ModelThread):
 
     @property
     def queued(self) -> int:
-        """Groups of which no sequence has begun."""
+        """The number of groups without a started sequence."""
         return sum(group.active == 0 and group.unfinished == len(group.sequences) for group in list(self.groups))
 
     def check_queue(self) -> None:
-        """Raises ApiError where as many groups wait as may."""
+        """Raises ApiError (429) if the queue is full."""
         running = list(self.running.values())
         free = self.rows - len(running)
         if (queued := self.queued) >= self.settings.queue + free:
@@ -233,18 +234,20 @@ class Engine(ModelThread):
         self.bytes = sum({t.data_ptr(): t.nbytes for t in held}.values())
 
     def make_decoder(self) -> None:
-        """Rows of one shape, whoever is in them, so that a text is exactly what it would be alone."""
-        self.decoder = None  # its memory first
+        """Make a batch-invariant decoder: a text does not depend on the sequences in the other rows."""
+        self.decoder = None  # free its memory first
         self.decoder = Decoder(self.model, self.rows, self.settings.context, batch_invariant=True,
                                compile=self.settings.compile == "true")  # fmt: skip
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of a prompt and what follows it, at most."""
+        """The largest number of tokens of a prompt and its continuation."""
         return min(self.settings.context, self.model.max_positions or self.settings.context)
 
     def step(self) -> bool:
-        """Drop what is cancelled, schedule what waits, decode a token for each row; whether there is more to do."""
+        """Drop cancelled groups, schedule waiting sequences, decode one token for each row. Returns False when the
+        thread must end.
+        """
         with self.condition:
             self.condition.wait_for(lambda: self.groups or self.stopping or (self.retired and not self.users))
             if self.stopping or not self.groups:
@@ -275,7 +278,9 @@ class Engine(ModelThread):
             self.remove_group(group)
 
     def schedule(self) -> None:
-        """Sequences take free rows: of the group with the fewest first, and among equals of the oldest."""
+        """Move waiting sequences into free rows: first of the group with the fewest active sequences, of equal groups
+        the oldest.
+        """
         until = time.monotonic() + self.PREFILL_SECONDS
         while self.decoder.free and (groups := [o for o in list(self.groups) if o.waiting and not o.cancelled]):
             group = min(groups, key=lambda group: group.active)
@@ -311,7 +316,7 @@ class Engine(ModelThread):
                 self.outbox.append((group, (sequence, piece)))
             if sequence.finish_reason:
                 del self.running[handle]
-                if why is None:  # a stop string, of which the decoder does not know
+                if why is None:  # a stop string, which only the Sequence detects
                     self.decoder.release(handle)
                 self.finish(group, sequence)
         self.metrics.tokens.labels("completion").inc(len(new_tokens))
@@ -325,7 +330,7 @@ class Engine(ModelThread):
             self.scoring.append((group, sequence))
 
     def score(self) -> None:
-        """The logprobs of one text that has ended."""
+        """Compute the logprobs of one ended sequence."""
         if self.scoring:
             group, sequence = self.scoring.popleft()
             tokens = sequence.request.prompt + sequence.tokens
@@ -368,7 +373,7 @@ class Engine(ModelThread):
 
 
 def explain_failure(engine: "ModelThread", error: Exception) -> ApiError:
-    """What whoever waits is told of what went wrong in here."""
+    """Log an error of the engine. Returns the ApiError for the waiting requests."""
     log.error("the engine of %s failed", engine.path, exc_info=error)
     if isinstance(error, torch.OutOfMemoryError) or "memory" in str(error):
         message = "there is not enough memory; a smaller --context or --batch of the server takes less"
@@ -377,7 +382,7 @@ def explain_failure(engine: "ModelThread", error: Exception) -> ApiError:
 
 
 def explain_loading_failure(engine: "ModelThread", error: Exception) -> ApiError:
-    """What whoever waits for a model that cannot be loaded is answered."""
+    """The ApiError for the requests that wait for a model that cannot be loaded."""
     if not engine.path.exists():
         return ApiError(404, f"model = {show(engine.name)}: was deleted", "model", "model_not_found")
     if isinstance(error, UserError) and str(engine.path) in str(error):
@@ -397,7 +402,7 @@ def dispatch(outbox: list[tuple[RequestGroup, Any]]) -> None:
 
 
 def find_tensors(thing: Any) -> Iterator[torch.Tensor]:
-    """The tensors of an object's attributes, lists and dicts, however deep, but not of modules."""
+    """Yield the tensors in an object's attributes, lists and dicts, recursively, except those in modules."""
     if isinstance(thing, torch.Tensor):
         yield thing
     elif isinstance(thing, (list, tuple)):
@@ -410,12 +415,14 @@ def find_tensors(thing: Any) -> Iterator[torch.Tensor]:
 
 
 def decode_text(encoder, tokens: list[int]) -> str:
-    """Their text; ids that only the model has, as it may be wider than its encoder, spell nothing."""
+    """Decode tokens to text. Ids beyond the encoder's are skipped: a model's vocabulary may be larger than its
+    encoder's.
+    """
     return replace_surrogates(encoder.decode([token for token in tokens if token < encoder.vocab_size]))
 
 
 def decode_token(encoder, token: int) -> str:
-    """A token by itself; one that is no whole character is spelt as OpenAI does, bytes:\\xe2\\x82."""
+    """The text of one token. A token that is not valid UTF-8 is written as OpenAI does: bytes:\\xe2\\x82."""
     is_text = token < encoder.vocab_size
     data = encoder.token_bytes(token) if is_text else decode_with_sentinels(encoder, [token]).encode()
     try:

@@ -1,4 +1,4 @@
-"""What a client is told went wrong: OpenAI's error object, with an HTTP status."""
+"""Errors as clients receive them: OpenAI's error object, with an HTTP status."""
 
 import re
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_
 
 
 class ApiError(Exception):
-    """What a client is told went wrong, as OpenAI's error object. `param` is the field that is to be mended."""
+    """An error response in the format of OpenAI's error object. `param` is the field that caused it."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
                  headers: dict[str, str] | None = None):  # fmt: skip
@@ -30,7 +30,7 @@ class ApiError(Exception):
 
 
 def replace_surrogates(text: str) -> str:
-    """A text that UTF-8 can spell: half a surrogate pair, which JSON and models may make, becomes U+FFFD."""
+    """Make a text valid UTF-8: unpaired surrogates, which JSON and models may produce, become U+FFFD."""
     return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
@@ -48,7 +48,7 @@ class ErrorAnswer:
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """Whatever was raised, as what the client is told of it."""
+    """Convert any exception to an ApiError."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UserError):

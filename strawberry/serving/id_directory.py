@@ -1,7 +1,7 @@
 """Directories named by ids, and the names of the files in them.
 
-An id is a word of a fixed form, which this program draws and checks before it meets a path. No link is followed, so
-that no name which a client gives reaches the file system.
+The server generates every id and checks its form before it is used in a path. Links are not followed. So no name from a
+client reaches the file system.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ABOUT, LOG, EVENTS, PID, STATUS = "about.json", "log.txt", "events.jsonl", "pid.
 
 
 class RequestError(UserError):
-    """What a client asked for and can't have: the HTTP status, and the field that is to be mended."""
+    """A client's request that cannot be fulfilled: the HTTP status, the message, and the field that caused it."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -29,22 +29,22 @@ class RequestError(UserError):
 
 
 def new_id(kind: str) -> str:
-    """`file-` and 24 digits, say."""
+    """A new random id, such as `file-` and 24 hexadecimal digits."""
     return f"{kind}-{secrets.token_hex(12)}"
 
 
 class IdDirectory:
-    """The directories of one kind of thing, each named by its id."""
+    """The directories of one kind of object, each named by its id."""
 
     def __init__(self, root: Path, kind: str, what: str):
         self.root, self.kind, self.what = root, kind, what
         root.mkdir(parents=True, exist_ok=True)
-        for path in root.glob(".tmp_*"):  # what a killed server left
+        for path in root.glob(".tmp_*"):  # left by a server that was killed
             if re.fullmatch(r"\.tmp_[0-9a-f]+", path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
     def folder(self, name: str, param: str | None = None) -> Path:
-        """The directory of that id. Raises RequestError (404) for everything else, whatever it looks like."""
+        """The directory of an id. Raises RequestError (404) if the id has another form or no directory."""
         path = self.root / name if re.fullmatch(rf"{self.kind}-[0-9a-f]{{24}}", name, re.ASCII) else None
         if path is None or path.is_symlink() or not path.is_dir():
             raise RequestError(404, f"there is no {self.what} {show(name)}", param or "id", "not_found")
@@ -56,7 +56,7 @@ class IdDirectory:
                 yield self.folder(path.name).name
 
     def make_temporary(self) -> Path:
-        """A directory that is to get its name by publish()."""
+        """Make a temporary directory, which publish() renames."""
         path = self.root / f".tmp_{secrets.token_hex(8)}"
         path.mkdir()
         return path
@@ -66,7 +66,9 @@ class IdDirectory:
         return self.root / name
 
     def rename_for_removal(self, name: str) -> Path:
-        """Take its name from a directory, in one step; what is to be removed then, the next start removes too."""
+        """Rename a directory to a temporary name, which is atomic. If the caller is killed before it removes the
+        directory, the next start does.
+        """
         doomed = self.root / f".tmp_{secrets.token_hex(8)}"
         try:
             os.rename(self.folder(name), doomed)
@@ -81,7 +83,7 @@ class IdDirectory:
 
 
 def disk_use(folder: Path) -> int:
-    """Bytes of all files in it. What goes away meanwhile is not counted."""
+    """Bytes of all files in a folder. Files that disappear meanwhile are not counted."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -91,7 +93,9 @@ def disk_use(folder: Path) -> int:
 
 
 def paginate(items: list[dict], after: str | None, limit: int) -> dict:
-    """A list object of at most `limit` of the items behind the one with the id `after`, which are in order already."""
+    """A list object with up to `limit` of the sorted items, from the one after the id `after`. Raises RequestError
+    (404).
+    """
     if after is not None:
         places = [i for i, item in enumerate(items) if item["id"] == after]
         if not places:
@@ -110,5 +114,5 @@ def write_job_file(folder: Path, about: dict) -> None:
     """Raises OSError where it cannot be written."""
     try:
         atomic_write(folder / ABOUT, json.dumps(about, indent=1).encode())
-    except UserError as error:  # which names the path
+    except UserError as error:  # its message names the path
         raise error.__cause__ or OSError("it is no file") from error

@@ -1,7 +1,7 @@
-"""From a job to the command that its child runs: assemble.py for a dataset, train.py for a run.
+"""The commands that jobs run as child processes: assemble.py for a dataset, train.py for a run.
 
-A new kind of job is a function and a line in JOB_KINDS: the function says which command to run, and which file is there
-once all is done. It queues, survives, and is stopped and resumed as the others are.
+To add a kind of job, write a function that returns its JobCommand and add a line to JOB_KINDS. Queueing, recovery, stop
+and resume work for all kinds.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from strawberry.training import checkpoint
 
 
 class JobCommand(NamedTuple):
-    """What a job runs: arguments of Python, and the file that is there once all was done."""
+    """The command of a job: arguments for Python, and the file that exists only after success."""
 
     argv: list[str]
     result: Path
 
 
 def dataset_command(jobs: JobStore, job: Job) -> JobCommand | None:
-    """strawberry.data.assemble with the job's recipe, whose files and encoder are put in as paths."""
+    """The command of a dataset: strawberry.data.assemble with the job's recipe, in which paths replace the ids of files
+    and encoder.
+    """
     recipe = dict(job.request["recipe"])
     recipe["files"] = [str(jobs.uploads.path(name, "files")) for name in recipe["files"]]
     given = recipe["encoder"]
@@ -47,7 +49,9 @@ def dataset_command(jobs: JobStore, job: Job) -> JobCommand | None:
 
 
 def training_command(jobs: JobStore, job: Job) -> JobCommand | None:
-    """train.py with the job's configuration; None as long as its dataset isn't there."""
+    """The command of a training run: train.py with the job's configuration; None while its dataset is not ready. Raises
+    RequestError if the dataset failed or was cancelled.
+    """
     made_of = jobs.get("ds", job.request["dataset"], "training_file")
     if made_of.status in ("failed", "cancelled"):
         message = (made_of.about.get("error") or {}).get("message", made_of.status)
@@ -68,7 +72,7 @@ def training_command(jobs: JobStore, job: Job) -> JobCommand | None:
 
 
 def build_run(jobs: JobStore, job: Job, made_of: Path) -> Run:
-    """The run of a job, with the paths, the division and the vocabulary of its dataset."""
+    """The Run of a job, with the paths, data_division and vocabulary of its dataset."""
     raw = json.loads(json.dumps(job.request["raw"]))
     result = json.loads((made_of / assemble.RESULT).read_bytes())
     raw.setdefault("dataset", {}).update(
@@ -92,14 +96,16 @@ def build_run(jobs: JobStore, job: Job, made_of: Path) -> Run:
 
 
 class JobKind(NamedTuple):
-    """A kind of job: where its directories are, what it is called, and what it runs; None where it must wait."""
+    """A kind of job: its folder, its name in messages, and a function that returns its command, or None if the job must
+    wait.
+    """
 
     folder: str
     what: str
     command: Callable[[JobStore, Job], JobCommand | None]
 
 
-JOB_KINDS = {  # by what its ids begin with
+JOB_KINDS = {  # by the prefix of their ids
     "ds": JobKind("datasets", "dataset", dataset_command),
     "ftjob": JobKind("runs", "fine-tuning job", training_command),
 }

@@ -1,4 +1,4 @@
-"""From a client's request to a job: recipes of datasets, configurations of runs."""
+"""Create jobs from clients' requests: recipes of datasets, configurations of runs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from strawberry.serving.id_directory import RequestError, new_id
 from strawberry.serving.job import Job
 from strawberry.serving.job_store import JobStore
 
-# The keys of the JSON that a client can't set: those that name paths, and those that would say what the path is of.
+# JSON keys that a client may not set: paths, and keys that describe a path
 SERVER_KEYS = {*path_names(Run), "dataset.load_from_file", "checkpoints.create_checkpoints"}
-# OpenAI's hyperparameters that train.py does not have → the values that change nothing, which some clients send
+# OpenAI's hyperparameters that train.py does not have → values that have no effect, which some clients send
 NO_EFFECT = {"n_epochs": ("auto", 1), "learning_rate_multiplier": ("auto", 1)}
 
 
 class TrainingRequest(NamedTuple):
-    """A request for a run. `key` and `body` are hashes: of the Idempotency-Key, if there is one, and of the body."""
+    """A request for a training run. `key` is the hash of the Idempotency-Key or None, `body` the hash of the body."""
 
     model: str
     training_file: str
@@ -42,12 +42,12 @@ class TrainingRequest(NamedTuple):
 
 
 def is_public_encoder(encoder: str) -> bool:
-    """Whether it is one that anybody can make or fetch, and not the name of something here."""
+    """Whether the encoder is built in or public, and not the name of a model or dataset on this server."""
     return encoder == "chars" or bool(re.fullmatch(r"tiktoken:[a-z0-9_]{1,40}", encoder))
 
 
 def nest_keys(hyperparameters: dict) -> dict:
-    """{"a.b": 1} and {"a": {"b": 1}} as the latter. Raises RequestError where a key is given in both ways."""
+    """Convert {"a.b": 1} and {"a": {"b": 1}} to the latter. Raises RequestError if a key is given in both forms."""
     raw: dict = {}
     for name, value in hyperparameters.items():
         if name in NO_EFFECT:
@@ -68,7 +68,7 @@ def nest_keys(hyperparameters: dict) -> dict:
 
 
 def check_no_effect(name: str, value) -> None:
-    """Raises RequestError unless a key of NO_EFFECT has a value that changes nothing."""
+    """Raises RequestError unless the value of this NO_EFFECT key has no effect."""
     if value is not None and (isinstance(value, bool) or value not in NO_EFFECT[name]):
         instead = {"n_epochs": "max_iters says how long a run trains", "learning_rate_multiplier": "set learning_rate"}
         values = " or ".join(map(show, NO_EFFECT[name]))
@@ -81,7 +81,7 @@ def check_no_effect(name: str, value) -> None:
 
 
 def merge_configs(below: dict, above: dict) -> dict:
-    """`below`, with what `above` says in its place, section by section."""
+    """`below`, overridden by `above`, recursively in each section."""
     out = dict(below)
     for name, value in above.items():
         old = out.get(name)
@@ -90,13 +90,13 @@ def merge_configs(below: dict, above: dict) -> dict:
 
 
 def iterate_keys(raw: dict, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all values."""
+    """Yield the dotted names of all values."""
     for name, value in raw.items():
         yield from iterate_keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [prefix + name]
 
 
 def check_keys(raw: dict) -> None:
-    """Refuse what a client can't choose, at any depth of spelling."""
+    """Raises RequestError for a key that the server sets, nested or dotted."""
     names = set(iterate_keys(raw))
     for name in sorted(names & SERVER_KEYS):
         told = "names a path or belongs to one, which the server chooses; leave it out"
@@ -104,7 +104,9 @@ def check_keys(raw: dict) -> None:
 
 
 def create_dataset_job(jobs: JobStore, recipe: assemble.Recipe, name: str = "") -> Job:
-    """The dataset of a recipe of ids: the one that is there, where what it is made of is the same."""
+    """The dataset job of a recipe of file ids. If a job with the same content and options exists, returns that, and
+    queues it again if it failed or was cancelled. Raises RequestError.
+    """
     raw = to_dict(recipe)
     with jobs.lock, client_errors(jobs):
         files = [jobs.uploads.get(file, "files") for file in recipe.files]
@@ -119,14 +121,14 @@ def create_dataset_job(jobs: JobStore, recipe: assemble.Recipe, name: str = "") 
         job = jobs.jobs.get(f"ds-{digest[:24]}")
         if job is None:
             return jobs.new("ds", {"recipe": raw, "name": name, "hash": digest}, f"ds-{digest[:24]}")
-        if job.status in ("failed", "cancelled"):  # perhaps the disk is no longer full
+        if job.status in ("failed", "cancelled"):  # a retry may succeed, for example after a full disk
             job.set(status="queued", error=None, request={**job.request, "recipe": raw})
         return job
 
 
 @contextlib.contextmanager
 def client_errors(jobs: JobStore) -> Iterator[None]:
-    """What is wrong is said without this server's paths."""
+    """Convert UserError to RequestError, without the server's paths in the message."""
     try:
         yield
     except RequestError:
@@ -136,7 +138,7 @@ def client_errors(jobs: JobStore) -> Iterator[None]:
 
 
 def create_training_job(jobs: JobStore, asked: TrainingRequest) -> Job:
-    """The run that was asked for: the one that is there, where it was asked for with the same key."""
+    """A new training job, or the existing one with the same Idempotency-Key. Raises RequestError."""
     with jobs.lock, client_errors(jobs):
         if asked.key in jobs.keys:
             job = jobs.jobs[jobs.keys[asked.key]]
@@ -191,7 +193,7 @@ def create_training_job(jobs: JobStore, asked: TrainingRequest) -> Job:
 
 
 def check_training_file(jobs: JobStore, name: str) -> None:
-    """Raises RequestError (404) unless it is a dataset or a file."""
+    """Raises RequestError (404) if there is no dataset or file with this id."""
     if name.startswith("ds-"):
         jobs.get("ds", name, "training_file")
     else:
@@ -199,11 +201,12 @@ def check_training_file(jobs: JobStore, name: str) -> None:
 
 
 def find_starting_point(jobs: JobStore, name: str) -> tuple[str | None, dict]:
-    """(model file's name or None, configuration) of a preset's or a model's name."""
+    """(name of the model file or None, configuration) of the preset or model called `name`. Raises RequestError (404).
+    """
     known, stem = find_presets(), name.removesuffix(".json")
     if stem in known:
         raw = json.loads(json.dumps(read_json(known[stem])))
-        for name in ("$schema", "seed"):  # a preset's seed is that of its published run
+        for name in ("$schema", "seed"):  # a preset's seed belongs to its published run
             raw.pop(name, None)
         return None, drop_server_keys(raw)
     try:
@@ -214,7 +217,7 @@ def find_starting_point(jobs: JobStore, name: str) -> tuple[str | None, dict]:
         raise RequestError(404, told, "model", "model_not_found") from error
     hyperparams, record = model_files.read_about(path)
     raw = record["run"] if isinstance(record.get("run"), dict) else {}
-    rename_old_keys(raw)  # those of an earlier version: no fault of the client
+    rename_old_keys(raw)  # a model file may have keys of an earlier version, which is not the client's error
     raw = drop_server_keys({name: value for name, value in raw.items() if name != "seed"})
     if raw.get("lr_decay_iters") == raw.get("max_iters"):
         raw.pop("lr_decay_iters", None)  # it was not set: see Run.__post_init__
@@ -224,7 +227,9 @@ def find_starting_point(jobs: JobStore, name: str) -> tuple[str | None, dict]:
 def find_or_create_dataset(
     jobs: JobStore, asked: TrainingRequest, run: Run, base: str | None, chosen: dict
 ) -> Job:
-    """The dataset that `training_file` names, or one of that file alone, encoded as the model needs it."""
+    """The dataset that `training_file` names, or one of that single file, encoded with the base model's encoder. Raises
+    RequestError.
+    """
     division = chosen.get("dataset", {}).get("data_division")
     if not asked.training_file.startswith("ds-"):
         vocab_size = chosen.get("model_hyperparams", {}).get("vocab_size") if base is None else None
@@ -253,7 +258,7 @@ def find_or_create_dataset(
 
 
 def drop_server_keys(raw: dict, prefix: str = "") -> dict:
-    """A configuration less the keys that the server sets itself."""
+    """A configuration without the keys that the server sets."""
     return {
         name: drop_server_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else value
         for name, value in raw.items()
@@ -262,12 +267,12 @@ def drop_server_keys(raw: dict, prefix: str = "") -> dict:
 
 
 def find_presets() -> dict[str, Path]:
-    """The configurations of config/, by name."""
+    """The configurations in config/, by name."""
     return {path.stem: path for path in sorted(CONFIG_FOLDER.glob("*.json")) if path.name != "schema.json"}
 
 
 def make_model_name(base: str, suffix: str | None, job: str, arch: str) -> str:
-    """The file name of what a run makes: ft-tiny-mine-0a1b2c3d.strawberry"""
+    """The file name of a run's model: ft-tiny-mine-0a1b2c3d.strawberry"""
     for ending in (*CONFIGS, "json", "safetensors"):
         base = base.removesuffix(f".{ending}")
     base = re.sub(r"[^A-Za-z0-9._-]", "-", re.sub(r"^ft-(.*)-[0-9a-f]{8}$", r"\1", base))[:40]

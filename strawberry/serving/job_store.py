@@ -1,4 +1,4 @@
-"""All jobs of the data directory, data/datasets/<id> and data/runs/<id>: found, made, stopped, deleted."""
+"""All jobs of the data directory, data/datasets/<id> and data/runs/<id>: lookup, creation, stop, resume, deletion."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from strawberry.training import checkpoint
 
 
 class PathNames:
-    """Rewrites messages that name paths of this server in names that a client knows.
+    """Replaces paths of this server in messages by names that the client knows.
 
-    An uploaded file is its name and line, a dataset's token file the dataset, and a file in the folder of a job, or a
-    model, what it is called there. Of any other path of this machine its last part is left.
+    An uploaded file becomes its file name and line, a dataset's token file the dataset's name, and a file in a job's
+    folder, or a model, its name there. Any other path of this machine is shortened to its last part.
 
         /srv/data/files/file-0123…/content.jsonl:2 is not JSON    →    book.jsonl, line 2 is not JSON
     """
 
-    OTHER = re.compile(r"(?<![\w/.:])(?:/[\w.@%+-]+)+/[\w.@%+-]*")  # two names at least
+    OTHER = re.compile(r"(?<![\w/.:])(?:/[\w.@%+-]+)+/[\w.@%+-]*")  # a path of at least two parts
 
     def __init__(self, jobs: JobStore, data: Path):
         self.jobs = jobs
@@ -41,7 +41,7 @@ class PathNames:
         self.file = re.compile(rf"{root}/files/(file-{digits})(?:/[\w.-]*\w)*(?::(\d+)\b)?")
         self.dataset = re.compile(rf"{root}/datasets/(ds-{digits})/(tokens|encoder|given)\.bin\b")
         self.config = re.compile(rf"^(?:{root}/runs/ftjob-{digits}/run|recipe)\.json: ")
-        within = sorted(map(str, (data, jobs.models, REPOSITORY)), key=len, reverse=True)  # one may be in another
+        within = sorted(map(str, (data, jobs.models, REPOSITORY)), key=len, reverse=True)  # may be nested
         folders = (rf"{root}/(?:runs/ftjob|datasets/ds)-{digits}", *(start + re.escape(path) for path in within))
         self.folders = re.compile(f"(?:{'|'.join(folders)})/")
 
@@ -72,14 +72,14 @@ class PathNames:
 
 
 class JobStore:
-    """Every job of a data directory, which only one server at a time has."""
+    """Every job of a data directory. Only one server at a time may use the directory."""
 
     def __init__(self, data: Path, models: Path, uploads: Uploads, kinds: dict):
         self.uploads, self.models, self.kinds = uploads, models.resolve(), kinds
         self.directories = {name: IdDirectory(data / kind.folder, name, kind.what) for name, kind in kinds.items()}
         self.lock = threading.RLock()
         self.jobs: dict[str, Job] = {}
-        self.keys: dict[str, str] = {}  # of idempotency → job
+        self.keys: dict[str, str] = {}  # idempotency key → job
         self.names = PathNames(self, data)
         for directory in self.directories.values():
             for name in directory.names():
@@ -92,16 +92,16 @@ class JobStore:
             self.keys[key] = job.id
 
     def get(self, kind: str, name: str, param: str | None = None) -> Job:
-        """The job of that kind and id. Raises RequestError (404) for everything else."""
+        """The job of that kind and id. Raises RequestError (404) if there is none."""
         self.directories[kind].folder(name, param)
-        if name not in self.jobs:  # a directory that is no whole job
+        if name not in self.jobs:  # the directory has no readable job file
             raise RequestError(
                 404, f"there is no {self.directories[kind].what} {show(name)}", param or "id", "not_found"
             )
         return self.jobs[name]
 
     def all(self, kind: str) -> list[Job]:
-        """The newest first."""
+        """The jobs of a kind, newest first."""
         with self.lock:
             found = [job for job in self.jobs.values() if job.kind == kind]
         return sorted(found, key=lambda job: (-job.about["created"], job.id))
@@ -110,14 +110,16 @@ class JobStore:
         return sum(job.status == status for job in self.all(kind))
 
     def find_model_file(self, name: str, param: str = "model") -> Path:
-        """The file of a model's name, which is one that is listed, and so is no path."""
+        """The path of a model. Only listed names are accepted, so a client cannot name a path. Raises RequestError
+        (404).
+        """
         known = self.list_models()
         if name not in known:
             raise RequestError(404, f"there is no model {show(name)}{nearest(name, known)}", param, "model_not_found")
         return self.models / name
 
     def find_checkpoint_file(self, name: str) -> Path | None:
-        """The model file of a checkpoint, by the name that checkpoint_name gives it; None where there is none."""
+        """The model file of the checkpoint with a name from checkpoint_name; None if it does not exist."""
         asked = re.fullmatch(r"(.+)-step-(\d{1,18})(\.\w[\w-]*)", name, re.ASCII)
         for job in self.all("ftjob") if asked else ():
             if job.about["model"] == asked[1] + asked[3]:
@@ -126,7 +128,7 @@ class JobStore:
         return None
 
     def load_encoder(self, name: str) -> encoders.Encoder:
-        """The encoder of a dataset that is ready, or of a model."""
+        """The encoder of a dataset that has succeeded, or of a model. Raises RequestError."""
         if name.startswith("ds-"):
             made_of = self.get("ds", name, "encoder")
             if made_of.status != "succeeded":
@@ -137,7 +139,7 @@ class JobStore:
         return model_files.read_encoder(self.find_model_file(name, "encoder"))
 
     def remove_model(self, name: str) -> None:
-        """Delete a model's file. Raises RequestError where a job that is not over writes it or reads it."""
+        """Delete a model's file. Raises RequestError (409) if an unfinished job writes or reads it."""
         path = self.find_model_file(name)
         with self.lock:
             if job := self.find_job_of_model(name):
@@ -155,7 +157,7 @@ class JobStore:
                 ) from error
 
     def find_job_of_model(self, name: str) -> Job | None:
-        """A job that is not over and trains into that model, starts from it, or takes its encoder."""
+        """An unfinished job that writes the model, starts from it, or uses its encoder; None if there is none."""
         for job in self.jobs.values():
             request = job.request
             needed = [request["recipe"]["encoder"]] if job.kind == "ds" else [job.about["model"], request["base"]]
@@ -164,7 +166,8 @@ class JobStore:
         return None
 
     def new(self, kind: str, request: dict, name: str | None = None, **about) -> Job:
-        """A job that waits for its turn."""
+        """Create a job with status queued, or the status in `about`. Raises RequestError (507) if it cannot be stored.
+        """
         directory, folder = self.directories[kind], None
         about = {"id": name or new_id(kind), "status": "queued", "created": time.time(), "started": None,
                  "finished": None, "wanted": None, "error": None, "request": request, **about}  # fmt: skip
@@ -183,7 +186,9 @@ class JobStore:
         return sorted(path.name for path in self.models.glob("*") if path.suffix in MODEL_SUFFIXES and path.is_file())
 
     def stop(self, job: Job, wanted: str) -> None:
-        """Ask a job to become "cancelled" or "paused". A running one does so once its child has saved and ended."""
+        """Request that a job becomes "cancelled" or "paused". A running job does so after its child has saved and
+        exited. Raises RequestError (409) if the job's status does not allow it.
+        """
         with self.lock:
             self.check_there(job)
             if job.status in WAITING or (job.status == "paused" and wanted == "cancelled"):
@@ -199,13 +204,15 @@ class JobStore:
     def request_stop(self, job: Job, wanted: str) -> None:
         before = job.about["wanted"]
         job.set(wanted=wanted)
-        if before is None:  # a second signal would end it before it has saved
+        if before is None:  # a second signal would kill the child before it has saved
             job.child.signal(signal.SIGTERM)
             job.set(told=True)
             job.stop_requested_at = time.monotonic()
 
     def resume(self, job: Job) -> None:
-        """Let a job that is paused, cancelled or failed go on from where it was saved."""
+        """Queue a paused, cancelled or failed job again; it resumes from its last checkpoint. Raises RequestError (409)
+        if it cannot.
+        """
         with self.lock:
             self.check_there(job)
             if job.status == "running" and job.about["wanted"]:
@@ -227,12 +234,12 @@ class JobStore:
                 job.set(status="queued", error=None, finished=None, wanted=None)
 
     def check_there(self, job: Job) -> None:
-        """Raises RequestError (404) where it was deleted since it was found."""
+        """Raises RequestError (404) if the job was deleted after it was looked up."""
         if self.jobs.get(job.id) is not job:
             raise RequestError(404, f"there is no {self.directories[job.kind].what} {show(job.id)}", "id", "not_found")
 
     def remove(self, job: Job) -> None:
-        """Delete a job and all in its folder. Raises RequestError (409) while it runs or what it made is needed."""
+        """Delete a job and its folder. Raises RequestError (409) while it runs or another job needs it."""
         what = self.directories[job.kind].what
         with self.lock:
             self.check_there(job)
@@ -244,10 +251,12 @@ class JobStore:
             doomed = self.directories[job.kind].rename_for_removal(job.id)
             del self.jobs[job.id]
             self.keys = {key: name for key, name in self.keys.items() if name != job.id}
-        shutil.rmtree(doomed, ignore_errors=True)  # a kill in the middle: the next server removes what is left
+        shutil.rmtree(doomed, ignore_errors=True)  # if this process is killed here, the next server removes the rest
 
     def find_reader(self, made_of: Job) -> Job | None:
-        """A job that is still to read that dataset: a run on it, or a dataset that takes its encoder."""
+        """An unfinished job that reads this dataset: a training run on it, or a dataset that uses its encoder; None if
+        there is none.
+        """
         for job in self.all("ftjob"):
             if job.request.get("dataset") == made_of.id and job.status in (*WAITING, *RUNNING, "paused"):
                 return job
@@ -255,7 +264,7 @@ class JobStore:
         return next((job for job in waiting if job.request["recipe"]["encoder"] == made_of.id), None)
 
     def remove_file(self, name: str) -> None:
-        """Delete an uploaded file. Raises RequestError (409) while a dataset is still to be made of it."""
+        """Delete an uploaded file. Raises RequestError (409) while an unfinished dataset needs it."""
         with self.lock:
             if job := self.find_dataset_of(name):
                 told = f"the file {name} is needed by the dataset {job.id}, which is {job.status}"
@@ -263,7 +272,7 @@ class JobStore:
             self.uploads.remove(name)
 
     def find_dataset_of(self, file: str) -> Job | None:
-        """A dataset that is still to be made of that file."""
+        """An unfinished dataset that reads this file; None if there is none."""
         waiting = (job for job in self.all("ds") if job.status in ("queued", "running"))
         return next((job for job in waiting if file in job.request["recipe"]["files"]), None)
 

@@ -1,4 +1,6 @@
-"""The supervisor of the jobs, a thread that starts, watches and concludes their children, and the jobs' service."""
+"""JobSupervisor, a thread that starts, watches and concludes the child processes of jobs, and JobService, which owns
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,15 @@ from strawberry.serving.uploads import Uploads
 from strawberry.training import plot
 from strawberry.training.lock import LOCK, Lock
 
-STOP_SECONDS = 60  # that jobs have to save where they are when the server ends
-POLL_SECONDS = 0.2  # seconds between two looks at all children
-STOP_TIMEOUT = 120  # seconds that a child has to end after it was asked to, before it is killed
+STOP_SECONDS = 60  # time for jobs to save when the server stops
+POLL_SECONDS = 0.2  # interval between polls of all children
+STOP_TIMEOUT = 120  # time for a child to exit after SIGTERM, before it is killed
 
 
 class JobSupervisor:
-    """The thread that starts, watches and judges the children of all jobs. Of each kind at most `at_once` run, oldest
-    first."""
+    """The thread that starts, watches and concludes the child processes of all jobs. Up to `at_once` jobs of each kind
+    run at the same time, oldest first.
+    """
 
     def __init__(self, store: JobStore, at_once: int):
         self.store, self.at_once = store, at_once
@@ -39,7 +42,7 @@ class JobSupervisor:
         self.thread = threading.Thread(target=self.watch, name="jobs", daemon=True)
 
     def start(self) -> None:
-        """Find out what became of the jobs of the server before, and begin to watch."""
+        """Update the jobs of the previous server, and start the thread."""
         with self.store.lock:
             for job in self.store.jobs.values():
                 job.catch_up()
@@ -51,7 +54,9 @@ class JobSupervisor:
         self.thread.start()
 
     def stop_all(self, seconds: float) -> None:
-        """The server ends: so do its children, each at a step that is saved; the next server lets them go on."""
+        """Stop all children when the server stops, and wait up to `seconds`. Each child saves a checkpoint, from which
+        the next server resumes the job.
+        """
         with self.store.lock:
             self.closing.set()
             for job in self.store.running():
@@ -67,7 +72,7 @@ class JobSupervisor:
             try:
                 with self.store.lock:
                     self.poll()
-            except Exception as error:  # a full disk, above all: the next look may see another
+            except Exception as error:  # for example a full disk; the next poll may succeed
                 print(f"jobs: {type(error).__name__}: {error}", file=sys.stderr)
             self.closing.wait(POLL_SECONDS) if not self.closing.is_set() else time.sleep(POLL_SECONDS)
 
@@ -75,7 +80,7 @@ class JobSupervisor:
         for job in list(self.store.jobs.values()):
             job.store()
         for job in self.store.running():
-            ended = not job.child.alive()  # before the last look at what it has told
+            ended = not job.child.alive()  # checked before the logs are read, so that the last lines are not missed
             self.log_metrics(job)
             self.log_warnings(job)
             if ended:
@@ -93,8 +98,8 @@ class JobSupervisor:
                     free -= 1
 
     def launch(self, job: Job) -> bool:
-        """Start a job's child, if it can be; whether it runs now."""
-        if job.child.alive():  # of a server that was killed while it closed
+        """Start a job's child process if possible. Returns whether it runs."""
+        if job.child.alive():  # a child of a server that was killed while it stopped
             job.set(status="running")
             return True
         try:
@@ -125,7 +130,7 @@ class JobSupervisor:
         return True
 
     def conclude(self, job: Job) -> None:
-        """A child is gone. What it has left says what became of the job."""
+        """Set a job's final status after its child has exited, from the result file, the exit code and the log."""
         wanted, code = job.about["wanted"], job.child.code
         if os.path.isfile(job.about["result"]):
             job.log_event("succeeded")
@@ -173,22 +178,22 @@ class JobSupervisor:
 
 
 class JobService:
-    """The uploads and jobs of the data directory, which one server at a time may have."""
+    """The uploads and jobs of the data directory, which one server at a time may use."""
 
     def __init__(self, settings: Settings):
         self.settings, self.lock = settings, None
-        self.uploads: Uploads | None = None  # from start() on
+        self.uploads: Uploads | None = None  # set by start()
         self.jobs: JobStore | None = None
         self.supervisor: JobSupervisor | None = None
-        self.drawn: tuple = ((), b"")  # the last picture, and what it was of
-        self.drawing = threading.Lock()  # a picture takes most of a second
+        self.drawn: tuple = ((), b"")  # (key of the last picture, its PNG)
+        self.drawing = threading.Lock()  # a picture takes most of a second, so one is drawn at a time
 
     def register_gauges(self, gauge: Callable) -> None:
         gauge("jobs_running", "training runs whose process is alive", lambda: self.jobs.count("running"))
         gauge("jobs_queued", "training runs that wait", lambda: sum(map(self.jobs.count, WAITING)))
 
     def claim(self) -> None:
-        """Take the data directory. Raises UserError where another server has it."""
+        """Lock the data directory. Raises UserError if another server has locked it or a directory cannot be made."""
         try:
             for name in (self.settings.data, self.settings.models):
                 Path(name).mkdir(parents=True, exist_ok=True)
@@ -212,11 +217,11 @@ class JobService:
         self.lock = None
 
     def find_checkpoint(self, name: str) -> Path | None:
-        """The model file in the checkpoint of a run that the name is of, if it is still there."""
+        """The model file of the run's checkpoint with this name, if it still exists."""
         return self.jobs.find_checkpoint_file(name) if self.jobs else None
 
     def draw_curves(self, job: Job, sheet: str, x: str) -> bytes:
-        """A sheet of curves as it is now, as PNG."""
+        """A sheet of the job's current curves as PNG, cached until its metrics change."""
         path = job.metrics.path
         with self.drawing:
             now = (job.id, sheet, x, path.stat().st_mtime_ns if path.exists() else 0)

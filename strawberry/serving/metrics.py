@@ -1,4 +1,4 @@
-"""The metrics that /metrics gives, in Prometheus' text format."""
+"""The metrics of /metrics, in Prometheus' text format."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Metrics:
-    """What /metrics tells, in Prometheus' text format."""
+    """The collectors of /metrics, in Prometheus' text format."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -26,20 +26,20 @@ class Metrics:
             self.tokens.labels(kind)
 
     def gauge(self, name: str, doc: str, value: Callable[[], float]) -> None:
-        """A number that is asked for whenever the metrics are."""
+        """Register a gauge whose value is computed at each scrape."""
         Gauge(name, doc, namespace="strawberry", registry=self.registry).set_function(value)
 
     @contextmanager
     def request(self, scope: Scope) -> Iterator[list[int]]:
-        """Counts a request and its time. The caller appends the status of the response to the list."""
+        """Count a request and its duration. The caller appends the response's status to the list."""
         start, statuses = time.perf_counter(), []
         try:
             yield statuses
         except Exception:
-            statuses.append(500)  # will be the answer, if it has not begun
+            statuses.append(500)  # the response's status unless it has already started
             raise
         finally:
-            route = getattr(scope.get("route"), "path", "none")  # the pattern, of which there are few
+            route = getattr(scope.get("route"), "path", "none")  # the pattern, which limits the number of labels
             method, status = scope["method"] if route != "none" else "any", statuses[0] if statuses else 499
             self.requests.labels(method, route, status).inc()
             self.seconds.labels(route).observe(time.perf_counter() - start)

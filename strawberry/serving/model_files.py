@@ -1,4 +1,4 @@
-"""Model files as the server knows them: name, path, version, hyperparameters; or why one is damaged."""
+"""Model files as the server lists them: name, path, version, hyperparameters; or the reason why one is damaged."""
 
 import os
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from strawberry.serving.errors import ApiError
 
 @dataclass
 class ModelFile:
-    name: str  # as clients call it; for a checkpoint that is not the name of its file
+    name: str  # the name for clients; a checkpoint's differs from its file's name
     path: Path
-    stamp: tuple  # another one when the file is
+    stamp: tuple  # changes when the file changes
     hyperparams: dict
 
     @property
@@ -27,7 +27,7 @@ class ModelFile:
 
 @dataclass
 class DamagedFile:
-    """A file that has a model's suffix and cannot be read as a model."""
+    """A file that has a model's suffix but cannot be read as a model."""
 
     name: str
     stamp: tuple
@@ -40,7 +40,7 @@ class DamagedFile:
 
 
 def read_model_file(name: str, path: Path, stamp: tuple) -> ModelFile | DamagedFile:
-    """What the file's header says of the model; its weights are left unread."""
+    """Read a model file's header, without its weights. A file that cannot be read is returned as DamagedFile."""
     try:
         hyperparams = model_files.read_about(path)[0]
         for key, kind in (("arch", str), ("vocab_size", int), ("block_size", int)):
@@ -52,7 +52,7 @@ def read_model_file(name: str, path: Path, stamp: tuple) -> ModelFile | DamagedF
 
 
 def hide_path(text: str, path: Path, name: str) -> str:
-    """The text with the model's name in place of its file's path, which is no business of clients."""
+    """Replace the path of a model's file by the model's name, because clients must not see the server's paths."""
     return text.replace(str(path.resolve()), name).replace(str(path), name)
 
 

@@ -1,4 +1,4 @@
-"""The models of the folder --models, and those of them that are in memory (least recently used are evicted)."""
+"""The model files in the folder --models, and the pool of loaded models (least recently used are evicted)."""
 
 import asyncio
 import os
@@ -23,13 +23,13 @@ from strawberry.serving.settings import Settings
 
 
 class ModelPool:
-    """The model files of the folder, and those of them that are in memory."""
+    """The model files of the folder, and the engines of the loaded ones."""
 
     def __init__(self, settings: Settings, metrics: Metrics, closing: asyncio.Event, job_service: JobService):
         self.settings, self.metrics, self.closing, self.job_service = settings, metrics, closing, job_service
         self.files: dict[str, ModelFile | DamagedFile] = {}  # by name
         self.scanning = threading.Lock()
-        self.loaded: dict[str, Engine] = {}  # the one that was asked last is last
+        self.loaded: dict[str, Engine] = {}  # in order of last use
         self.limit = (
             self.settings.memory * 2**30 or device_memory(choose_device(self.settings.device, "--device {}").type) / 2
         )  # bytes
@@ -45,7 +45,7 @@ class ModelPool:
         log.info("%s: %s", self.settings.models, ", ".join(found) or "no models yet")
 
     async def stop_before_deadline(self) -> None:
-        """What is not done a moment before the server must stop is told so."""
+        """Stop all engines shortly before the server must stop, so that unfinished requests get an error response."""
         await self.closing.wait()
         await asyncio.sleep(max(0.0, self.settings.grace - 0.5))
         for engine in self.loaded.values():
@@ -59,7 +59,7 @@ class ModelPool:
             await asyncio.to_thread(engine.thread.join, 5)
 
     async def list_files(self) -> dict[str, ModelFile]:
-        """The model files that are there now, by name."""
+        """The current model files, by name."""
         return await asyncio.to_thread(self.scan)
 
     def scan(self) -> dict[str, ModelFile]:
@@ -83,8 +83,9 @@ class ModelPool:
         return found
 
     async def find(self, name: str) -> ModelFile:
-        """The model of that name, of the folder or a run's checkpoint; the suffix may be left out where one model alone
-        has the name. Raises ApiError where there is none, or its file is damaged."""
+        """The model of that name: a file in the folder or a run's checkpoint. The suffix may be omitted if it is
+        unambiguous. Raises ApiError if there is no such model or its file is damaged.
+        """
         await self.list_files()
         found = self.files.get(name) or await asyncio.to_thread(self.find_checkpoint, name)
         if found is None:
@@ -101,12 +102,12 @@ class ModelPool:
 
     def find_checkpoint(self, name: str) -> ModelFile | DamagedFile | None:
         path = self.job_service.find_checkpoint(name)
-        with suppress(OSError):  # removed meanwhile
+        with suppress(OSError):  # removed since it was found
             return path and read_model_file(name, path, file_stamp(path.stat()))
         return None
 
     def names_with_stem(self, name: str) -> list[str]:
-        """The files that are called so but for their suffix."""
+        """The files with this name, apart from the suffix."""
         return [file for file in self.files if Path(file).stem == name]
 
     def not_found(self, name: str) -> ApiError:
@@ -115,8 +116,9 @@ class ModelPool:
                         "them", "model", "model_not_found")  # fmt: skip
 
     async def delete(self, name: str) -> None:
-        """Remove a model from the folder and from memory. Raises ApiError or RequestError where it is none of the
-        folder's, where it is generating, and where a job writes or reads it."""
+        """Delete a model's file and evict it from memory. Raises ApiError or RequestError if it is not in the folder,
+        is generating, or an unfinished job writes or reads it.
+        """
         await self.list_files()
         found = self.files.get(name)
         if found is None and self.job_service.find_checkpoint(name) is not None:
@@ -127,7 +129,7 @@ class ModelPool:
                            f"{show(candidates[0])}", "model", "model_not_found")  # fmt: skip
         if found is None:
             raise self.not_found(name)
-        if isinstance(found, DamagedFile):  # perhaps it is somebody's file of another kind
+        if isinstance(found, DamagedFile):  # it may be a file of another kind that is not the server's
             raise ApiError(409, f"model = {show(name)}: is damaged, or is no model file, and the server deletes models "
                            f"only: {found.reason}; remove it on disk", "model", "model_damaged")  # fmt: skip
         engine = self.loaded.get(name)
@@ -138,7 +140,7 @@ class ModelPool:
             engine.retire()
 
     async def find_latest(self) -> str:
-        """The name of the newest model, as sample.py takes it."""
+        """The name of the newest model, as sample.py selects it. Raises ApiError if there is none."""
         files = {name: file for name, file in (await self.list_files()).items() if file.generates}
         if not files:
             raise ApiError(404, "there is no model yet; train one", "model", "model_not_found")
@@ -146,7 +148,7 @@ class ModelPool:
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[Engine]:
-        """The engine of a model, loaded, which stays while it is used."""
+        """A context manager: the loaded engine of a model, which is not evicted meanwhile. Raises ApiError."""
         file = await self.find(name)
         name = file.name
         if not file.generates:
@@ -162,7 +164,7 @@ class ModelPool:
         engine.users += 1
         try:
             await asyncio.shield(engine.ready)
-            self.evict(0)  # now that it is known how much it takes
+            self.evict(0)  # the model's size is known now
             yield engine
         finally:
             engine.users -= 1
@@ -170,7 +172,9 @@ class ModelPool:
                 engine.wake()
 
     def evict(self, size: int) -> list[Engine]:
-        """Those that have to go so that `size` bytes fit: the longest idle first, and none that is busy."""
+        """Remove idle engines, least recently used first, until `size` more bytes fit. Busy engines stay. Returns the
+        removed ones.
+        """
         gone = []
         for name, engine in list(self.loaded.items()):
             if self.bytes + size <= self.limit:
@@ -193,7 +197,7 @@ class ModelPool:
 
 
 def device_memory(device: str) -> int:
-    """Bytes of memory that a device has."""
+    """Bytes of the device's total memory."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
     return machine.memory()[1]

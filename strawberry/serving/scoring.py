@@ -1,4 +1,4 @@
-"""The log probabilities of a text that is there."""
+"""Log probabilities of the tokens of a given text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,19 +11,21 @@ from strawberry.ops.common import to_accum_dtype
 
 @dataclass
 class TokenScores:
-    """How likely a model found each token of a text: None for the first, of which it says nothing."""
+    """Log probabilities of the tokens of a text; None for the first token, which has no prediction."""
 
     logprobs: list[float | None]
-    best: list[list[tuple[int, float]]]  # the likeliest tokens in that place, and their logprobs
+    best: list[list[tuple[int, float]]]  # the most likely tokens at that position, and their logprobs
 
 
 @torch.no_grad()
 def score_tokens(model, tokens: list[int], source: list[int] | None, k: int) -> TokenScores:
-    """Log probabilities (nats) of the tokens, each after those before it, by one pass over all."""
+    """Log probabilities (nats) of the tokens, each given those before it, and the k most likely tokens at each
+    position.
+    """
     ids = torch.tensor([tokens], device=model.device)
     found = TokenScores([None], [[]])
     for logits, targets in predict_in_chunks(model, ids, source):
-        logp = logits.log_softmax(dim=-1).clamp(min=-9999.0)  # JSON knows no infinity
+        logp = logits.log_softmax(dim=-1).clamp(min=-9999.0)  # JSON has no infinity
         found.logprobs += logp.gather(1, targets.unsqueeze(1)).squeeze(1).tolist()
         values, places = logp.topk(min(k, logp.size(1)))
         found.best += [list(zip(*row)) for row in zip(places.tolist(), values.tolist())]
@@ -33,9 +35,9 @@ def score_tokens(model, tokens: list[int], source: list[int] | None, k: int) -> 
 def predict_in_chunks(
     model, ids: torch.Tensor, source: list[int] | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(logits (n, V), the tokens (n,) that they are to predict), some positions at a time.
+    """Yield (logits (n, V), target tokens (n,)) for some positions at a time.
 
-    A model that sees the future gets no more of it than there was when it made the text.
+    A non-causal model predicts each token from the tokens before it, as in generation.
     """
     given = None if source is None else torch.tensor([source], device=ids.device)
     if model.causal:

@@ -1,4 +1,4 @@
-"""What comes before every route: Host, Origin, key, rate limit, and connections that are slow or too many."""
+"""Checks before every route: Host, Origin, key, rate limit. Also limits on slow connections and on their number."""
 
 import asyncio
 import base64
@@ -22,13 +22,14 @@ from strawberry.serving.settings import Settings
 
 
 class SecurityMiddleware:
-    """What comes before every route: whom the request names (Host, so that no other site's name leads here), where it
-    comes from (Origin, so that no other site's page asks), its key, and how often it comes. Counts requests too.
+    """Checks before every route: the Host header (against DNS rebinding), the Origin header (against requests from
+    other sites' pages), the key, and the rate limit. Also counts requests.
 
-    The key comes as `Authorization: Bearer KEY`, or as the password of Basic, for which a browser asks.
+    The key is sent as `Authorization: Bearer KEY`, or as the password of Basic authentication, for which a browser
+    asks.
     """
 
-    HEADERS = (  # whatever an answer holds, a browser takes nothing in it from elsewhere, nor as part of another page
+    HEADERS = (  # a browser loads no content from other sites into a response, and shows it in no frame
         (b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"), (b"referrer-policy", b"same-origin"),
         (b"content-security-policy", b"default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:"),
     )  # fmt: skip
@@ -78,7 +79,9 @@ class SecurityMiddleware:
                            "invalid_api_key", {"WWW-Authenticate": 'Basic realm="strawberry"'})  # fmt: skip
 
     def key(self, authorization: str) -> str | None:
-        """The key that a header brings, if it is one. Each is compared, in a time that says nothing about it."""
+        """The valid key in an Authorization header, or None. The comparison takes constant time, and all keys are
+        compared.
+        """
         scheme, _, given = authorization.partition(" ")
         given, said = given.strip().encode("latin-1", "replace"), b""
         if scheme.lower() == "bearer":
@@ -95,11 +98,11 @@ def sha256(data: bytes) -> bytes:
 
 
 class RateLimiter:
-    """So many requests a minute for each name, of which a tenth may come at once."""
+    """A token bucket for each name: `per_minute` requests a minute, with bursts of up to a tenth of that."""
 
     def __init__(self, per_minute: int):
         self.per_second, self.burst = per_minute / 60, max(1.0, per_minute / 10)
-        self.remaining: dict[str, tuple[float, float]] = {}  # name → requests left, and when that was
+        self.remaining: dict[str, tuple[float, float]] = {}  # name → (requests left, time of that count)
 
     def acquire(self, name: str) -> None:
         if not self.per_second:
@@ -111,7 +114,7 @@ class RateLimiter:
             wait = math.ceil((1 - left) / self.per_second)
             raise ApiError(429, f"more than {self.per_second * 60:.0f} requests a minute (--rate); come again "
                            f"in {wait} s", code="rate_limit_exceeded", headers={"Retry-After": str(wait)})  # fmt: skip
-        if len(self.remaining) > 10_000:  # names are addresses of anybody: forget who has all left again
+        if len(self.remaining) > 10_000:  # names may be arbitrary addresses: remove those with a full bucket
             self.remaining = {
                 n: (k, t) for n, (k, t) in self.remaining.items() if k + (now - t) * self.per_second < self.burst
             }
@@ -119,7 +122,9 @@ class RateLimiter:
 
 
 class HttpProtocol(H11Protocol):
-    """A connection. One that does not say within HEADER_SECONDS what it wants is closed, as is one too many."""
+    """A connection. It is closed if the headers of its next request are not complete after HEADER_SECONDS, or if there
+    are more than MAX_CONNECTIONS.
+    """
 
     HEADER_SECONDS, MAX_CONNECTIONS = 20, 1000
     slow: asyncio.TimerHandle | None = None

@@ -1,4 +1,4 @@
-"""uvicorn, as this server needs it: signals, the access log, the check that the address is free."""
+"""uvicorn's configuration for this server: signals, the access log, the check that the address is free."""
 
 import copy
 import logging
@@ -18,7 +18,7 @@ from strawberry.serving.settings import Settings
 
 
 class Server(uvicorn.Server):
-    """Tells the service when it has been told to stop."""
+    """Sets service.closing when a signal stops the server."""
 
     def __init__(self, config: uvicorn.Config, service: Service):
         super().__init__(config)
@@ -33,14 +33,15 @@ POLLED = re.compile(r"/health|/metrics|/v1/models|/v1/files|/v1/(datasets|fine_t
 
 
 def is_worth_logging(record: logging.LogRecord) -> bool:
-    """Whether a line of the access log is written: not for what pages, clients and monitors ask again and again, as
-    long as it succeeds. uvicorn's arguments: address, method, path and query, HTTP version, status."""
+    """Whether to write a line of the access log: not for successful requests that pages, clients and monitors repeat.
+    uvicorn's arguments: address, method, path and query, HTTP version, status.
+    """
     _, method, path, _, status = record.args
     return method != "GET" or status >= 400 or not POLLED.fullmatch(path.partition("?")[0])
 
 
 def make_log_config() -> dict:
-    """uvicorn's, with the access log filtered."""
+    """uvicorn's log configuration, with a filter for the access log."""
     config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     config["filters"] = {"worth logging": {"()": lambda: is_worth_logging}}
     config["handlers"]["access"]["filters"] = ["worth logging"]
@@ -54,11 +55,11 @@ def make_server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 
 def check_free(host: str, port: int) -> None:
-    """Raises UserError where the address cannot be listened at."""
+    """Raises UserError if the server cannot listen at the address."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as trial:
-            if os.name != "nt":  # as the server does; there it would share the address with whoever has it
+            if os.name != "nt":  # as the server does; on Windows this would allow an address that is in use
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind(address)
     except OSError as error:

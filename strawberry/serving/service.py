@@ -1,4 +1,4 @@
-"""What a running server knows, and how a route is given it."""
+"""The state of a running server, and its injection into routes."""
 
 import asyncio
 from typing import Annotated
@@ -12,12 +12,12 @@ from strawberry.serving.settings import Settings
 
 
 class Service:
-    """What a running server knows: its settings, its metrics, its models and its jobs."""
+    """The state of a running server: settings, metrics, models and jobs."""
 
     def __init__(self, settings: Settings):
         self.settings, self.metrics = settings, Metrics()
-        self.large_bodies = asyncio.Semaphore(1)  # large bodies are read one after the other
-        self.closing = asyncio.Event()  # set when the server has been told to stop: long answers are to end
+        self.large_bodies = asyncio.Semaphore(1)  # large bodies are read one at a time
+        self.closing = asyncio.Event()  # set when the server is asked to stop: long responses must end
         self.job_service = JobService(settings)
         self.models = ModelPool(settings, self.metrics, self.closing, self.job_service)
         self.job_service.register_gauges(self.metrics.gauge)
@@ -36,4 +36,4 @@ def get_service(request: Request) -> Service:
     return request.app.state.service
 
 
-TheService = Annotated[Service, Depends(get_service)]  # a handler that has such a parameter is given it
+TheService = Annotated[Service, Depends(get_service)]  # the type of a handler's parameter that receives the service

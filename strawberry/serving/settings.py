@@ -1,4 +1,4 @@
-"""The settings of a server: its command line, and the keys of the environment."""
+"""The settings of the server: its command line, and API keys from the environment."""
 
 from __future__ import annotations
 
@@ -63,6 +63,6 @@ def is_loopback(host: str) -> bool:
 
 
 def read_command(argv: list[str]) -> Settings:
-    """The settings of a command line and of the environment. Raises UserError with all that is wrong with them."""
+    """Parse the command line and the environment. Raises UserError that lists all problems."""
     keys = os.environ.get(KEY_VARIABLE, "").split()
     return parse_settings([*argv, *(f"--api_key={key}" for key in keys)], Settings)

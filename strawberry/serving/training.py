@@ -1,4 +1,4 @@
-"""The routes of datasets and training runs: jobs, in OpenAI's words."""
+"""The routes of datasets and training runs: jobs, in the format of OpenAI's fine-tuning API."""
 
 import asyncio
 import hashlib
@@ -23,7 +23,7 @@ from strawberry.serving.protocol import After, Deleted, Limit
 from strawberry.serving.service import Service, TheService
 from strawberry.training import plot
 
-WAIT_SECONDS = 45  # that an answer waits for a job to end that was cancelled or paused
+WAIT_SECONDS = 45  # largest time that a response waits for a stopped job to end
 
 
 MAX_FILES = 10_000
@@ -32,7 +32,7 @@ NO_NUL_PATTERN = "^[^\\u0000]*$"
 
 @dataclass
 class DatasetRequest(assemble.Recipe):
-    """What a dataset is to be made of. The same files, by content, and the same wishes give the same dataset."""
+    """The contents and options of a dataset. The same files, by content, and the same options give the same dataset."""
 
     files: list[str] = option([], "ids of uploaded files; of equal documents the first is kept, in this order")
     encoder: str | None = option(
@@ -50,7 +50,7 @@ class DatasetRequest(assemble.Recipe):
     }  # fmt: skip
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """The rules between keys are judged once it is known that the files are there."""
+        """The rules that involve several keys are checked later, after the files are found."""
         if not 1 <= len(self.files) <= MAX_FILES:
             yield "files", f"must be 1 to {MAX_FILES:,}"
         if len(self.name) > 255:
@@ -66,7 +66,7 @@ class JobError:
 
 @dataclass
 class Phase:
-    """How far the assembly is: `done` is the share of the phase."""
+    """The progress of the assembly: `done` is the completed share of the phase."""
 
     phase: str
     done: float
@@ -108,18 +108,18 @@ def format_dataset(job: Job) -> dict:
 
 
 async def create_dataset(body: DatasetRequest, service: TheService) -> DatasetAnswer:
-    """Assemble a dataset from uploaded files. It is a job: retrieve it until its status is succeeded or failed."""
+    """Assemble a dataset from uploaded files. This is a job: retrieve it until its status is succeeded or failed."""
     recipe = assemble.Recipe(**{name: getattr(body, name) for name in declared(assemble.Recipe)})
     return format_dataset(await run_in_threadpool(create_dataset_job, service.job_service.jobs, recipe, body.name))
 
 
 async def list_datasets(service: TheService, after: After = None, limit: Limit = 20) -> DatasetList:
-    """The datasets, the newest first."""
+    """List the datasets, newest first."""
     return await format_page(service.job_service.jobs.all("ds"), format_dataset, after, limit)
 
 
 async def format_page(found: list[Job], answer: Callable[[Job], dict], after: str | None, limit: int) -> dict:
-    """A page of jobs; only of those on it is looked at what is on disk."""
+    """A page of jobs. Only the jobs on the page are read from disk."""
     chosen = paginate([{"id": job.id, "job": job} for job in found], after, limit)
     return chosen | {"data": await run_in_threadpool(lambda: [answer(item["job"]) for item in chosen["data"]])}
 
@@ -129,24 +129,24 @@ def find_dataset(service: Service, name: str) -> Job:
 
 
 async def retrieve_dataset(dataset_id: str, service: TheService) -> DatasetAnswer:
-    """A dataset: how far it is, or what came of it."""
+    """Get a dataset: its status, its progress and its result."""
     return format_dataset(find_dataset(service, dataset_id))
 
 
 async def delete_dataset(dataset_id: str, service: TheService) -> Deleted:
-    """Delete a dataset. Runs that were trained on it stay, but none can be resumed without it; files stay."""
+    """Delete a dataset. Runs that were trained on it are kept, but cannot be resumed without it. Its files are kept."""
     await run_in_threadpool(service.job_service.jobs.remove, find_dataset(service, dataset_id))
     return Deleted(dataset_id, "dataset")
 
 
 async def cancel_dataset(dataset_id: str, service: TheService) -> DatasetAnswer:
-    """Stop assembling a dataset."""
+    """Stop the assembly of a dataset."""
     return format_dataset(await stop_job(service, find_dataset(service, dataset_id), "cancelled"))
 
 
 @dataclass
 class TrainRequest:
-    """A training run. Anything that is left out is as the preset, or the run of the model, says."""
+    """A training run. A missing key takes the value of the preset, or of the run that trained the model."""
 
     model: str = option("tiny", "a preset of config/, such as tiny, or a model, which is trained further")
     training_file: str = option("none", "id of a file or of a dataset")
@@ -202,7 +202,7 @@ class TrainRequest:
 
 
 def is_too_deep(value: Any, most: int = 16) -> bool:
-    """Whether plain data is nested beyond `most` levels; looks at one level after the other."""
+    """Whether plain data is nested deeper than `most` levels. Checks level by level, without recursion."""
     level = [value]
     for _ in range(most):
         level = [
@@ -230,7 +230,7 @@ def is_metadata(value: Any) -> bool:
 
 @dataclass
 class RunProgress:
-    """The last that the run has told; null where it has not."""
+    """The latest values that the run has logged; null before it has logged them."""
 
     step: int
     max_iters: int
@@ -293,7 +293,7 @@ def format_run(job: Job) -> dict:
 
 
 async def create_run(body: TrainRequest, request: Request, service: TheService) -> RunAnswer:
-    """Train a model. With an Idempotency-Key the same request, however often it comes, is one run."""
+    """Train a model. Requests with the same Idempotency-Key and the same body create only one run."""
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= 255:
         raise ApiError(400, "Idempotency-Key must have 1 to 255 characters", "Idempotency-Key")
@@ -310,7 +310,7 @@ def sha256_hex(text: str) -> str:
 
 
 async def list_runs(service: TheService, after: After = None, limit: Limit = 20) -> RunList:
-    """The runs, the newest first."""
+    """List the runs, newest first."""
     return await format_page(service.job_service.jobs.all("ftjob"), format_run, after, limit)
 
 
@@ -319,30 +319,32 @@ def find_run(service: Service, name: str) -> Job:
 
 
 async def retrieve_run(job_id: str, service: TheService) -> RunAnswer:
-    """A run: its status, how far it is, and once it has succeeded the name of its model."""
+    """Get a run: its status, its progress, and after it has succeeded the name of its model."""
     return format_run(find_run(service, job_id))
 
 
 async def delete_run(job_id: str, service: TheService) -> Deleted:
-    """Delete a run that does not run: its checkpoints, events and curves. Its model and its dataset stay."""
+    """Delete a run that is not running: its checkpoints, events and curves. Its model and its dataset are kept."""
     await run_in_threadpool(service.job_service.jobs.remove, find_run(service, job_id))
     return Deleted(job_id, "fine_tuning.job")
 
 
 async def cancel_run(job_id: str, service: TheService) -> RunAnswer:
-    """End a run. It finishes its step and saves it, so that it can be resumed all the same. Where it could not save,
-    the answer has an `error` of the code not_saved, which says what is lost."""
+    """Cancel a run. It finishes its step and saves a checkpoint, so that it can be resumed. If it could not save, the
+    answer has an `error` with the code not_saved, which says what is lost.
+    """
     return format_run(await stop_job(service, find_run(service, job_id), "cancelled"))
 
 
 async def pause_run(job_id: str, service: TheService) -> RunAnswer:
-    """Let a run save where it is and wait until it is resumed. Where it could not save, the answer has an `error` of
-    the code not_saved, which says what is lost."""
+    """Pause a run: it saves a checkpoint and waits until it is resumed. If it could not save, the answer has an `error`
+    with the code not_saved, which says what is lost.
+    """
     return format_run(await stop_job(service, find_run(service, job_id), "paused"))
 
 
 async def stop_job(service: Service, job: Job, wanted: str) -> Job:
-    """The job once its process is gone, or after WAIT_SECONDS as it is then."""
+    """Stop a job. Returns it after its process has exited, or after WAIT_SECONDS in its status at that time."""
     await run_in_threadpool(service.job_service.jobs.stop, job, wanted)
     until = time.monotonic() + WAIT_SECONDS
     while job.status == "running" and time.monotonic() < until and not service.closing.is_set():
@@ -351,7 +353,7 @@ async def stop_job(service: Service, job: Job, wanted: str) -> Job:
 
 
 async def resume_run(job_id: str, service: TheService) -> RunAnswer:
-    """Let a run that is paused, was cancelled or has failed go on from its last checkpoint."""
+    """Resume a run that is paused, was cancelled or has failed, from its last checkpoint."""
     job = find_run(service, job_id)
     await run_in_threadpool(service.job_service.jobs.resume, job)
     return format_run(job)
@@ -378,8 +380,9 @@ class EventList:
 
 
 async def list_run_events(job_id: str, service: TheService, after: After = None, limit: Limit = 20) -> EventList:
-    """What happened to a run, the newest first; its losses are of type metrics, and what it could not save or warns of
-    is of level warn."""
+    """List the events of a run, newest first. Losses have type metrics. Warnings, and what the run could not save, have
+    level warn.
+    """
     return paginate(await run_in_threadpool(find_run(service, job_id).events), after, limit)
 
 
@@ -411,7 +414,7 @@ class CheckpointList:
 
 async def list_run_checkpoints(job_id: str, service: TheService, after: After = None,
                                limit: Limit = 10) -> CheckpointList:  # fmt: skip
-    """The checkpoints of a run, the newest first: the newest few, and the best."""
+    """List the checkpoints of a run, newest first: the newest few, and the best."""
     job = find_run(service, job_id)
     return paginate(await run_in_threadpool(job.checkpoints), after, limit)
 
@@ -425,7 +428,7 @@ class MetricList:
 async def list_run_metrics(
     job_id: str, service: TheService, after: Annotated[int, Query(description="only of steps after this one")] = -1
 ) -> MetricList:
-    """The lines of the run's metrics.jsonl: all evaluations, and of the logged steps 2,000 at most, evenly spread."""
+    """The lines of the run's metrics.jsonl: all evaluations, and up to 2,000 logged steps, evenly spaced."""
     path = find_run(service, job_id).metrics.path
     lines = await run_in_threadpool(plot.read_points, path) if path.exists() else []
     return MetricList([line for line in lines if line["step"] > after])
@@ -434,7 +437,7 @@ async def list_run_metrics(
 async def draw_run_curves(job_id: str, service: TheService,
                           sheet: Literal["loss", "learning_rate", "throughput"] = "loss",
                           x: Literal["step", "tokens", "seconds"] = "step") -> Response:  # fmt: skip
-    """The run's curves as they are now, as PNG."""
+    """The run's current curves, as PNG."""
     data = await run_in_threadpool(service.job_service.draw_curves, find_run(service, job_id), sheet, x)
     return Response(data, media_type="image/png", headers={"Cache-Control": "no-cache"})
 
