@@ -431,6 +431,7 @@ for command in itertools.chain.from_iterable(COMMANDS.values()):
         BLOCKS.setdefault(f"{command.page}:{command.block}", []).append(command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 def test_options_of_commands_that_are_not_run(block):
     check_block(BLOCKS[block])

@@ -486,6 +486,7 @@ def test_a_real_child_trains(workshop, monkeypatch):
     assert Path("out/compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys):
     monkeypatch.setattr(train, "MEASURED_SECONDS", 0.05)
     trial = sweep.make_speed_trial(entries("a.json")[0], plan())
@@ -528,6 +529,7 @@ def subject(spec):
     return found.make()
 
 
+@pytest.mark.slow
 def test_the_weights_that_a_step_reads_are_counted_by_hand(quick):
     V, C, F = 44, 16, 64
     # GQA of two heads: q 16·16, k and v one head of 8 channels each, out 16·16; SwiGLU of 64 channels; three norms
@@ -550,6 +552,7 @@ def test_weights_in_8_bits_are_a_byte_each_and_their_scales_four(quick):
     assert decode.count_weight_bytes(model, 1) == matrices + 4 * sum(rows) + 4 * 3 * C  # norms stay
 
 
+@pytest.mark.slow
 def test_the_cache_is_counted_by_hand(quick):
     config = entries("t.json")[0].run.model_hyperparams
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
@@ -719,6 +722,7 @@ def test_nothing_of_a_fresh_model_is_idle(quick):
     assert all(p.equal(q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_speeds_are_drawn_a_panel_for_each_batch():
     def row(label, *cells):
         return {"label": label, "cells": [
@@ -932,6 +936,7 @@ def test_both_train_scripts_run_on_the_same_text(real, capsys):
 # ---- growth --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_growth_measures_each_window_and_width(workshop, capsys):
     a = "a.json:attention_type=MHA,batch_size=1"
     bench.main(["growth", a, "b.json", "--contexts", "8,16", "--widths", "64", "--tokens", "32", "--jobs", "3",

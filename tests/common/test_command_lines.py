@@ -67,6 +67,7 @@ def call(monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", scripts(*OTHERS["help"]))
 @pytest.mark.parametrize("word", ["-h", "--help"])
 def test_help_is_the_usage(call, script, word):

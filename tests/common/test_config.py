@@ -321,6 +321,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", REFUSED)
 def test_a_problem_names_key_value_and_what_is_allowed(argument):
     assert problems_of(argument) == [REFUSED[argument]]
@@ -466,6 +467,7 @@ def peak_share(run) -> float:
     return max(lr_at(step, run) for step in range(run.max_iters)) / run.learning_rate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", SHORT)
 def test_a_schedule_that_does_not_fit_is_warned_of_and_the_values_named_would_do(what):
     run = load_run(SHORT[what], ARCHS)
@@ -491,6 +493,7 @@ def test_a_short_warmup_says_how_far_it_comes():
     assert "set warmup_iters to 50 and lr_decay_iters to 1000, or max_iters to 50000" in first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({path.name for path in (ROOT / "config").glob("*.json")} - {"schema.json"}))
 def test_no_preset_is_warned_of(name):
     import model
@@ -637,6 +640,7 @@ def mutate(raw, dotted, value):
     raw[name] = value
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(dotted_names(BERRY_RUN)), JUNK)
 def test_any_value_anywhere_is_valid_or_refused_by_name(dotted, value):
@@ -702,6 +706,7 @@ def test_every_key_means_something():
         assert len(key.doc) > 8, dotted
 
 
+@pytest.mark.slow
 def test_schema_and_check_agree():
     """On every value of every key: what the editor accepts is what training accepts, rules between keys aside."""
     require_module("jsonschema")

@@ -30,6 +30,7 @@ def test_idle_threads_spin_briefly_unless_the_user_says_otherwise(given, expecte
     assert environment_after("import strawberry", **given) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "sample", "serve", "bench"])
 def test_scripts_set_it_before_torch_is_loaded(script):
     """libgomp reads the environment once, when torch loads it."""

@@ -301,6 +301,7 @@ def test_the_property_covers_every_command_that_writes():
 # ---- two outputs, and places that cannot be written ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command,places,told", [
     ("prepare", {"output": "g.bin", "encoder": "g.bin"}, "--encoder: g.bin is the same file as g.bin of --output"),
     ("prepare", {"output": "g.bin", "encoder": "x/../g.bin"}, "--encoder: x/../g.bin is the same file as g.bin of"),
@@ -390,6 +391,7 @@ FOREIGN = {  # what a user may have under any name
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_kind_is_known_by_its_content_alone(workshop, made):
     assert made.keys() == KINDS.keys()
     for kind, paths in made.items():
@@ -398,6 +400,7 @@ def test_each_kind_is_known_by_its_content_alone(workshop, made):
             assert [known for known in KINDS if has_kind("anything", known)] == [kind], path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_of_another_kind_is_refused_and_one_of_the_same_replaced(workshop, made, kind):
     (workshop / "foreign").mkdir()
@@ -433,6 +436,7 @@ def test_half_a_line_of_a_killed_process_is_still_of_its_kind(workshop):
             check_outputs([Output("--x", "torn", kind)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_a_file_of_another_kind(workshop, command):
     main, line, defaults, _, outputs = COMMANDS[command]
@@ -496,6 +500,7 @@ def test_a_model_is_trained_further_in_its_own_place(workshop):
     ok(train.main, "--config", "run.json", "--init_from=resume", "--max_iters=3")
 
 
+@pytest.mark.slow
 def test_pictures_and_texts_are_made_anew(workshop):
     for _ in range(2):
         ok(plot.main, "metrics.jsonl", "--out", "img")

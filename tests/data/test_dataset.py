@@ -107,6 +107,7 @@ def test_epochs_differ_in_order_and_in_cuts_and_reach_every_target(tmp_path):
     assert not np.array_equal(epochs[0], split.read_windows(seed + 1, 0, n))
 
 
+@pytest.mark.slow
 def test_samples_depend_on_their_number_alone(tmp_path):
     paths = [write_file(tmp_path / f"{i}.bin", lengths) for i, lengths in enumerate([[50, 30], [9], [200]])]
     split = Split("training", [(TokenFile(p), 0, TokenFile(p).header.n_tokens) for p in paths], 8)
@@ -147,6 +148,7 @@ def naive_boundary(lengths, division):
     return inner[-1] if inner else min(max(round(division * end), 1), end)
 
 
+@pytest.mark.slow
 @examples(150)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=12), st.sampled_from([0.01, 0.25, 0.5, 0.8, 0.9, 0.99]))
 def test_split_is_at_a_document_boundary(tmp_path, lengths, division):
@@ -361,6 +363,7 @@ def test_hostile_file_is_refused_in_one_line_and_little_memory(tmp_path, sound, 
     assert peak < 1 << 20
 
 
+@pytest.mark.slow
 @examples(300)
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255)), min_size=1, max_size=6))
 def test_any_change_of_a_header_is_refused(tmp_path, sound, changes):
@@ -373,6 +376,7 @@ def test_any_change_of_a_header_is_refused(tmp_path, sound, changes):
         TokenFile(tmp_path / "a.bin")
 
 
+@pytest.mark.slow
 @examples(300)
 @given(
     st.lists(st.tuples(st.integers(8, 223), st.integers(0, 255)), max_size=4),
@@ -508,6 +512,7 @@ def loader_threads():
     return [thread for thread in threading.enumerate() if thread.name == "loader"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["next", "spans", "masked"])
 def test_batches_do_not_depend_on_how_many_are_made_at_once(split, monkeypatch, objective):
     encoder = SimpleNamespace(eot=0, vocab_size=100, specials={"<|eot|>": 0})
@@ -551,6 +556,7 @@ def test_close_ends_the_thread_and_the_batches(split):
     assert list(loader) == []
 
 
+@pytest.mark.slow
 def test_an_abandoned_loader_ends_its_thread(split):
     loader = Loader(split, 0, 2)
     next(loader)
@@ -599,6 +605,7 @@ print(resident_memory()["resident"] - start)
 """
 
 
+@pytest.mark.slow
 def test_resident_memory_stays_flat(tmp_path):
     require(Path("/proc/self/status").exists(), "/proc, from which resident memory is read")
     with TokenFileWriter(tmp_path / "a.bin", SMALL) as writer:

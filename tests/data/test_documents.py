@@ -87,6 +87,7 @@ JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3)
                     | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=9)  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.lists(JSON, max_size=4), st.booleans(), st.none() | st.integers(0, 99), st.integers(1, 30))
 def test_a_json_list_is_what_pythons_json_reads(entries, is_ascii, cut, piece):
@@ -108,6 +109,7 @@ PARTS = ["a", "\\\\", "\\n", '\\"', "\\ud83d", "\\uDE00", "\\u00d8", "ud83d", "\
 ESCAPES = st.lists(st.sampled_from(PARTS))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(ESCAPES, st.integers(1, 20))
 def test_half_a_surrogate_pair_is_refused_and_a_whole_one_read(escapes, piece):
@@ -326,6 +328,7 @@ def test_an_encoder_is_trained_on_a_pipe_and_on_texts_not_on_json(tmp_path):
         assert encoder.load(tmp_path / "out.bin").fingerprint == expected
 
 
+@pytest.mark.slow
 def test_a_folder_without_texts_says_what_was_left_out(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "latin.txt").write_bytes(b"caf\xe9")

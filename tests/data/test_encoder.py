@@ -159,6 +159,7 @@ def test_time_is_linear(char):
 # ---- the tokens --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(wordy)
 @settings(max_examples=200, deadline=None)
 def test_agrees_with_a_naive_encoder(text):
@@ -204,6 +205,7 @@ def test_split_pattern_is_gpt4s():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("text", [*CORPUS[::2], "1,2,33\n" * 9, "don't e\u0301te\u0301 " * 9, "deadbeef0123" * 99])
 def test_long_ordinary_text_keeps_bare_tiktokens_tokens(pattern, text):
@@ -214,6 +216,7 @@ def test_long_ordinary_text_keeps_bare_tiktokens_tokens(pattern, text):
     assert encoder.encode(text) == bare.encode_ordinary(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @given(text=st.text(tricky | assigned, min_size=2, max_size=40))
 @settings(max_examples=200, deadline=None)
@@ -258,6 +261,7 @@ def test_vocabulary_includes_the_specials():
     assert sorted(ranks_of_bpe.values()) == list(range(596))
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([EOT, PAD, "<|user|>", "<|user|>s", "<|", "eot", "|>", " ", "a"])).map("".join))
 def test_special_strings_are_ordinary_text(text):
     ids = BPE.encode(text)

@@ -299,6 +299,7 @@ def test_every_pair_of_an_epoch_exactly_once(tmp_path):
     assert whole(tmp_path / "p.bin", 6).n_cut == sum(max(len(s), len(t)) + 1 > 6 for s, t in wanted)
 
 
+@pytest.mark.slow
 @examples(60)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=9), st.floats(0.01, 0.99))
 def test_validation_begins_at_a_pair(tmp_path, lengths, division):

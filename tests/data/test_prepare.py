@@ -185,6 +185,7 @@ JSON_TEXT = st.text(st.sampled_from('ab"\\\n[],{}é🙂 '), max_size=12)
 PARTS = st.sampled_from([*WORDS, "it's", "42", "é🙂", "...", " ", "\n", "\n\n  ", "\t", "<|eot|>"])
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(JSON_TEXT, max_size=8), st.sampled_from([None, 0, 3]), st.booleans(), st.integers(1, 40))
 def test_a_json_list_is_read_in_parts_as_in_whole(texts, indent, plain, piece):
@@ -195,6 +196,7 @@ def test_a_json_list_is_read_in_parts_as_in_whole(texts, indent, plain, piece):
         assert list(documents.read_json_list(io.BytesIO(data), "a.json")) == entries
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.lists(PARTS), st.integers(12, 40))
 def test_pieces_have_the_tokens_of_the_whole(bpe, parts, piece):
@@ -653,6 +655,7 @@ def program(*arguments, cwd=ROOT):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_verify_from_the_command_line(tmp_path, bpe):
     run("--input", write_texts(tmp_path / "in", TEXTS), "--output", tmp_path / "a.bin", "--encoder", bpe)
     good = program("--verify", tmp_path / "a.bin")
@@ -702,6 +705,7 @@ def test_memory_is_constant_whatever_the_inputs_size(tmp_path, bpe, small_parts,
     assert peaks[1] - peaks[0] < 300_000, peaks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
 def test_a_long_entry_takes_a_few_times_its_size(tmp_path, bpe, small_parts, kind):
     """It is encoded in pieces, as a text is: its tokens as Python's integers would take some twenty times its size."""

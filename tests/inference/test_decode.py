@@ -140,6 +140,7 @@ def test_texts_stop_where_learned_positions_end():
     assert tokens == by_generate(model, Request([1] * 60, 4, seed=1)) + tokens[4:]
 
 
+@pytest.mark.slow
 def test_texts_slide_on_over_the_newest_half():
     """After each time that positions end, the newest 32 tokens are read anew."""
     model = small_model("tinystar, learned")
@@ -227,6 +228,7 @@ def test_a_released_row_is_free_at_once_and_disturbs_nobody():
     assert got[last] == by_generate(model, second) and got[other] == by_generate(model, third)
 
 
+@pytest.mark.slow
 def test_few_busy_rows_cost_few_rows(monkeypatch):
     """Eight texts, seven of which end soon: the last is computed alone."""
     model = small_model("strawberry, experts, two passes")
@@ -238,6 +240,7 @@ def test_few_busy_rows_cost_few_rows(monkeypatch):
     assert results[6][0] == by_generate(model, requests[6])
 
 
+@pytest.mark.slow
 def test_the_cache_is_allocated_once():
     """No tensor of the cache moves or grows while texts are made, joined, moved and ended."""
     model = small_model("strawberry")

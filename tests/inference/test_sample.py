@@ -280,6 +280,7 @@ def until_first_stop(text: str, stops: list[str]) -> str:
 LETTERS = st.text("ab\n", min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(LETTERS, max_size=6), st.lists(LETTERS, max_size=3))
 def test_stop_strings_are_found_across_borders_and_never_printed(parts, stops):
@@ -582,6 +583,7 @@ def said(encoder, made: list[int]) -> str:
     return decode_with_sentinels(encoder, list(itertools.takewhile(lambda token: token not in ends, made))) + "\n"
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_answers_its_source(answering, capsys):
     path = answering / "pairs.transformer"
     model, encoder, _ = load_model(path)

@@ -173,6 +173,7 @@ LONGROPE = {"short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [1.0, 2.0, 5.0,
 SCALINGS = [None, {"type": "linear", "factor": 4.0}, {"type": "yarn", **YARN}, {"type": "longrope", **LONGROPE}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_llama(n_kv_head, scaling):

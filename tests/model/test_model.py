@@ -80,6 +80,7 @@ def test_chunking_is_invisible(case):
         model.max_prefill = 9  # and in parts that the cache takes at once
 
 
+@pytest.mark.slow
 @causal_cases
 def test_steps_of_rows_that_stand_apart(case):
     """What engine.py does: each row's prompt is read by the row alone, then all take steps, whatever their lengths; a
@@ -103,6 +104,7 @@ def test_steps_of_rows_that_stand_apart(case):
             torch.testing.assert_close(logits[row], full[row, at[row]], rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @causal_cases
 def test_ragged_rows_and_reset(case):
     """Rows of different lengths in one call, a row that waits, a row that starts anew: each as if it were alone."""

@@ -324,6 +324,7 @@ def difference(model: nn.Module, logits: torch.Tensor, exact: torch.Tensor) -> f
     return (error.norm(dim=-1) / exact.norm(dim=-1)).median().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*AFTS, "lam"])
 def test_sums_over_bfloat16_are_float32(kind):
     """2,000 tokens, where sums in bfloat16 would stand still from the 256th on: only the result is rounded, 2^−8."""
@@ -572,6 +573,7 @@ def aft_by_pairs(scans: list):
     return mix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "common"), [
     ("strawberry()", False), ("strawberry(retention_scope=batch)", True),
     ("strawberry-v0(compaction=True,compaction_scope=batch)", True),

@@ -44,12 +44,14 @@ def loaded(name, *overrides):
 # ---- what they are -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_named_model_is_there():
     assert sorted(sum(WANTED.values(), [])) == PRESETS
     for arch, names in WANTED.items():
         assert all(loaded(name).model_hyperparams.arch == arch for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - SPECIAL))
 def test_files_have_the_presets_name(name):
     run = loaded(name)
@@ -65,6 +67,7 @@ def test_none_writes_what_another_does():
         assert len({key(loaded(name)) for name in PRESETS}) == len(PRESETS)
 
 
+@pytest.mark.slow
 def test_all_can_be_built_and_are_small():
     for name in PRESETS:
         model = build(loaded(name).model_hyperparams)
@@ -87,6 +90,7 @@ def test_those_of_tinystar_differ_from_v0_2_in_one_thing():
         assert raw(name) == {**base, **named, "model_hyperparams": changed}
 
 
+@pytest.mark.slow
 def test_each_is_what_its_name_says():
     def has(name, **keys):
         config = loaded(name).model_hyperparams

@@ -114,6 +114,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("kind", list(FUNCTIONS))

@@ -76,6 +76,7 @@ def test_bfloat16_is_near_float64():
         assert (a - b).norm() / b.norm() < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_family_trains_through_it(case, monkeypatch):
     torch.manual_seed(0)

@@ -48,6 +48,7 @@ def here(T: int) -> ForwardContext:
 # ---- bands -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("T, window", [(300, 7), (256, 64), (320, 80), (257, 1), (383, 65)])
 def test_bands_are_the_window(T, window, kv_heads):

@@ -19,16 +19,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from machine import require_module, require_program
+from machine import require_program
+from test_serve import Running
 
+import encoder as encoders
+import model as models
 from strawberry.model_file import save_model
 from strawberry.serving.app import PAGE_FILE
-
-require_module("fastapi", whole_file=True)
-from test_serve import Running  # noqa: E402
-
-import encoder as encoders  # noqa: E402
-import model as models  # noqa: E402
 
 pytestmark = pytest.mark.slow
 PAGE = PAGE_FILE.read_text("utf-8")

@@ -19,13 +19,15 @@ import threading
 import time
 from pathlib import Path
 
+import openai
 import pytest
 import torch
-from machine import count, require_module
+from machine import count
 
 import encoder as encoders
 import model as models
 import sample
+import serve
 from strawberry.common import UserError
 from strawberry.inference.engine import Decoder
 from strawberry.inference.text import TextStream, make_request, stream_texts
@@ -41,11 +43,6 @@ from strawberry.serving.protocol import CompletionRequest
 from strawberry.serving.security import HttpProtocol, RateLimiter
 from strawberry.serving.server import Server, check_free, make_server_config
 from strawberry.serving.settings import KEY_VARIABLE, MIB, Settings, read_command
-
-require_module("fastapi", whole_file=True)
-import openai  # noqa: E402
-
-import serve  # noqa: E402
 
 ROOT = Path(serve.__file__).parent
 SHAPE = {"vocab_size": 258, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 32}
@@ -178,6 +175,7 @@ def alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
 # ---- completions, through OpenAI's package -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_text_is_what_sample_makes(running, folder):
     got = running.client.completions.create(model="air.strawberry", prompt="the cat", seed=7, max_tokens=24)
     assert got.choices[0].text == alone(folder, "the cat", 7) != alone(folder, "the cat", 8)
@@ -222,6 +220,7 @@ def test_streamed_equals_plain(running, name):
     assert usage.completion_tokens == sum(len(t.tokens) for t in told) - 3 * (7 + 4) > 60
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_further_seeds(running, folder):
     got = running.client.completions.create(model="air.strawberry", prompt=["a b", "c"], seed=40, n=3, max_tokens=24)
     assert [c.index for c in got.choices] == list(range(6))
@@ -422,6 +421,7 @@ def damage(path, kind):
 DAMAGED = ["cut", "empty", "zeros", "text", "header", "pickle", "shape", "no arch", "encoder", "nan"]
 
 
+@pytest.mark.slow
 def test_a_damaged_model_file_is_said_to_be_damaged(start, tmp_path, monkeypatch):
     """Whatever the damage and whoever asks: the file is named, its folder is not, and a retry is not asked for."""
     folder = tmp_path / "secret"
@@ -454,6 +454,7 @@ def test_a_damaged_model_file_is_said_to_be_damaged(start, tmp_path, monkeypatch
     assert server.complete()[0] == 200  # restored
 
 
+@pytest.mark.slow
 def test_a_model_is_found_without_its_suffix(start, tmp_path):
     for name in ("air.strawberry", "future.strawberry", "learned.tinystar"):
         make_model(tmp_path / name)
@@ -506,6 +507,7 @@ def test_a_model_is_deleted_from_disk_and_memory(start, tmp_path):
     assert models.delete("learned.tinystar").deleted  # never loaded
 
 
+@pytest.mark.slow
 def test_only_models_of_the_folder_are_deleted_and_by_their_whole_name(start, tmp_path):
     outside, folder = tmp_path / "outside.strawberry", tmp_path / "models"
     folder.mkdir()
@@ -670,6 +672,7 @@ def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind)
     assert 0.7 < sum(ratios[1:]) / len(ratios[1:]) < 1.4, ratios
 
 
+@pytest.mark.slow
 def test_retry_after_is_told_to_clients(start):
     """By the official client: 10 and 20 tokens of 2 seconds each are to be made before a third text begins."""
     server = start(batch=1, queue=1)
@@ -845,6 +848,7 @@ def test_scoring_that_fails_is_answered(running, monkeypatch):
     assert running.complete(logprobs=1)[0] == 200
 
 
+@pytest.mark.slow
 def test_a_model_may_be_wider_than_its_encoder(start, tmp_path, monkeypatch):
     """Ids that the encoder has no text for, in the prompt and in what is made."""
     monkeypatch.setitem(MODELS, "air.strawberry", MODELS["air.strawberry"] | {"vocab_size": 300})
@@ -915,6 +919,7 @@ SPELLED_OUT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_fields_that_change_nothing_are_accepted(running):
     """All that clients send by default, at once and one by one: the text is the same."""
     create, asked = running.client.completions.create, {"model": "air.strawberry", "prompt": "the cat", "seed": 7}
@@ -1102,6 +1107,7 @@ def test_connections_are_so_many_at_most(start, monkeypatch):
     assert server.complete()[0] == 200
 
 
+@pytest.mark.slow
 def test_headers_that_do_not_come_are_not_waited_for(start, monkeypatch):
     monkeypatch.setattr(HttpProtocol, "HEADER_SECONDS", 0.3)
     server = start()
@@ -1145,6 +1151,7 @@ def test_every_key_is_compared_in_constant_time(start, monkeypatch):
     assert compared == [(32, 32)] * 6
 
 
+@pytest.mark.slow
 def test_foreign_hosts_and_origins(running, start):
     for host in (
         "evil.example",
@@ -1310,6 +1317,7 @@ def test_metrics(start, monkeypatch):
         assert f"strawberry_{line}\n" in text, text
 
 
+@pytest.mark.slow
 def test_the_schema_says_what_there_is(running, start, tmp_path):
     schema = running.send("GET", "/openapi.json")[2]
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]

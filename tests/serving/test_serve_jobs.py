@@ -1230,6 +1230,7 @@ def test_a_seed_is_drawn_and_recorded_unless_one_is_given(site, story):
         assert tuning.cancel(job.id).seed == job.seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hyperparameters, param", [
     ({"model_path": "/tmp/x"}, "hyperparameters.model_path"),
     ({"dataset": {"path": "/etc/passwd"}}, "hyperparameters.dataset.path"),
@@ -1642,6 +1643,7 @@ def check_memory(pid, port, data):
     assert memory("VmHWM") - before < 50, "MB of memory taken by uploads of 200 MB"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_jobs", "given", "expected"), [(1, None, "-"), (2, None, "4"), (16, None, "1"),
                                                            (2, "3", "3")])  # fmt: skip
 def test_jobs_at_once_divide_the_cores(tmp_path, monkeypatch, n_jobs, given, expected):

@@ -62,6 +62,7 @@ def test_captured_steps_train_as_others_do(run_folder, monkeypatch, muon, accumu
         assert all(a[key] == pytest.approx(b[key], rel=1e-4) for key in a if key not in ("seconds", "tokens_per_s"))
 
 
+@pytest.mark.slow
 def test_a_captured_run_that_stopped_goes_on_as_if_it_had_not(run_folder, graph_steps):
     assert run("--checkpoints.path=whole") == 0
     assert run("--max_iters=6", "--lr_decay_iters=10") == 0
@@ -180,6 +181,7 @@ def test_the_host_is_some_steps_ahead_and_no_more(run_folder, graph_steps, monke
     assert waiting[:10] == [0, 1, 2, 3, 4, 4, 4, 4, 4, 0]
 
 
+@pytest.mark.slow
 def test_a_signal_waits_for_the_steps_on_their_way(run_folder, graph_steps, monkeypatch):
     late(monkeypatch)
     take = CudaGraphStep.launch
@@ -200,6 +202,7 @@ def test_a_signal_waits_for_the_steps_on_their_way(run_folder, graph_steps, monk
     assert_same(weights_and_state("whole")[1], weights_and_state("ck")[1])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_captured_trains_all_the_same(run_folder, graph_steps, monkeypatch, capsys):
     def broken(self, batches):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

@@ -38,6 +38,7 @@ def curve(ax, label):
     return next(line for line in ax.lines if line.get_label() == label).get_xydata().tolist()
 
 
+@pytest.mark.slow
 def test_three_pictures_are_written(tmp_path):
     plot.curves(write_run(tmp_path / "a" / "metrics.jsonl"), tmp_path / "img")
     assert sorted(path.name for path in (tmp_path / "img").iterdir()) == sorted(plot.SHEETS)
@@ -80,6 +81,7 @@ def test_names_are_as_long_as_they_must_be(tmp_path):
     assert plot.run_names([a, b]) == ["one/ck", "two/ck"] and plot.run_names([a]) == ["ck"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     ['{"step": 1, "loss": 3.0}\n', '{"step": 1, "val_loss": 3.0}\n{"step": 2, "lo', '[]\n7\n{"step":1,"loss":2}'],
@@ -118,6 +120,7 @@ def test_seconds_that_no_line_has_are_no_axis(tmp_path):
         plot.main([str(path), "--out", str(tmp_path / "img"), "--x", "seconds"])
 
 
+@pytest.mark.slow
 def test_a_sheet_that_fails_leaves_all_of_the_last_pictures(tmp_path, monkeypatch):
     path = write_run(tmp_path / "a" / "metrics.jsonl")
     plot.curves(path, tmp_path / "img")
@@ -200,6 +203,7 @@ def test_a_single_point_can_be_seen_inside_the_axes(tmp_path, name, runs):
     assert ticks == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", plot.SHEETS)
 @pytest.mark.parametrize("lines", [[], [{"step": 3, "loss": None}]])
 def test_a_run_that_has_logged_nothing_has_a_word_instead_of_axes(tmp_path, name, lines):

@@ -407,6 +407,7 @@ def test_all_checkpoints_damaged_is_one_line_and_never_a_new_start(den):
     assert files(den) == before
 
 
+@pytest.mark.slow
 def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(den, capsys, monkeypatch):
     write = checkpoint.atomic_write
 

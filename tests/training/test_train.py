@@ -155,6 +155,7 @@ def test_a_resumed_run_of_any_objective_is_the_uninterrupted_one(objective):
     assert again[0] == evaluations[0] and again[-1] == evaluations[-1]
 
 
+@pytest.mark.slow
 def test_losses_of_any_objective_are_means_over_the_targets(objective):
     trainer = prepared()
     split, encoder = trainer.corpus.val, trainer.encoder
@@ -176,6 +177,7 @@ def test_losses_of_any_objective_are_means_over_the_targets(objective):
         assert math.isnan(got[1])
 
 
+@pytest.mark.slow
 def test_accumulation_weighs_rows_by_their_targets(objective):
     """Batches of 1 as one of 6, though they have unequally many targets."""
     trainer = prepared("--model_hyperparams.dropout=0")
@@ -204,6 +206,7 @@ def test_evaluations_show_what_they_can(objective, capsys):
     assert (objective != "masked") == ("    | the cat<|eot|>\n    | → " in capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_what_was_left_open_is_recorded(objective):
     trainer = prepared()
     assert trainer.run.objective == trainer.checkpoints.training_record()["run"]["objective"] == objective
@@ -263,6 +266,7 @@ def test_steps_draw_dropout_and_batches_of_their_own(run_folder):
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 def test_what_was_logged_after_the_checkpoint_is_dropped_on_resume(run_folder, monkeypatch):
     at_step(monkeypatch, 7, lambda: os.kill(os.getpid(), 0) or (_ for _ in ()).throw(RuntimeError("power cut")))
     with pytest.raises(RuntimeError):
@@ -277,6 +281,7 @@ def test_what_was_logged_after_the_checkpoint_is_dropped_on_resume(run_folder, m
     assert [line["step"] for line in metrics()] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(run_folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "mean_loss", lambda *arguments: signal.raise_signal(signal.SIGINT))
@@ -286,6 +291,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(run_folder, monkey
     assert [line["step"] for line in metrics() if "val_loss" in line] == [5, 10]
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_only_writes_the_model(run_folder, capsys):
     assert run() == 0
     before = metrics()
@@ -294,6 +300,7 @@ def test_resuming_a_finished_run_only_writes_the_model(run_folder, capsys):
     assert Path("out/tiny.model").exists() and metrics() == before
 
 
+@pytest.mark.slow
 def test_auto_seeds_are_drawn_and_kept(run_folder):
     run("--seed=auto", "--max_iters=1")
     first = find_latest("ck").meta["run"]["seed"]
@@ -303,6 +310,7 @@ def test_auto_seeds_are_drawn_and_kept(run_folder):
     assert find_latest("ck").meta["run"]["seed"] != first
 
 
+@pytest.mark.slow
 def test_resume_lists_what_has_changed(run_folder, capsys):
     run()
     capsys.readouterr()
@@ -311,6 +319,7 @@ def test_resume_lists_what_has_changed(run_folder, capsys):
     assert "max_iters: 10 → 12" in out and "learning_rate: 0.003 → 0.002" in out and "init_from" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change,named", [
     (lambda: write_corpus("data.bin", TEXT + "one line more\n"), "dataset"),
     (lambda: (Path("text.txt").write_text(ALPHABET + "ZQ"), write_corpus("data.bin", TEXT)), "encoder"),
@@ -438,6 +447,7 @@ def test_sigint_saves_and_prints_the_command_that_resumes(run_folder):
     assert metrics()[-1]["step"] == step + 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_is_tried_again(run_folder, monkeypatch, capsys):
     save, calls = checkpointing.save_checkpoint, []
 
@@ -452,6 +462,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(run_folder, monkeypa
     assert calls == [4, 5, 8, 10] and "No space left" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_that_goes_bad_costs_no_step(run_folder, monkeypatch):
     at_step(monkeypatch, 7, lambda: (_ for _ in ()).throw(UserError("data.bin was replaced")))
     with pytest.raises(UserError):
@@ -488,6 +499,7 @@ def test_overfits_a_small_corpus_and_writes_a_model_that_knows_it(run_folder, ca
     assert record["step"] == 150 and record["run"]["seed"] == 5 and record["val_loss"] < 0.1
 
 
+@pytest.mark.slow
 def test_metrics_have_every_logged_step_and_evaluation(run_folder, capsys):
     assert run("--log_interval=2", "--max_iters=7", "--gradient_accumulation_steps=2") == 0
     logged = [line for line in metrics() if "loss" in line]
@@ -504,6 +516,7 @@ def test_metrics_have_every_logged_step_and_evaluation(run_folder, capsys):
         assert told in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope,agree", [("causal", True), ("batch", False)])
 def test_strict_and_plain_loss_agree_exactly_where_the_model_is_causal(run_folder, scope, agree):
     write_config(model_hyperparams={"retention_scope": scope})
@@ -610,6 +623,7 @@ def test_training_goes_on_where_drawing_fails(run_folder, monkeypatch, capsys):
     assert "cannot draw the curves" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_or_a_directory_of_them_is_gone_on_from(run_folder):
     run()
     Path("empty").mkdir()
@@ -661,6 +675,7 @@ def table_of(out: str) -> list[list[str]]:
     return [line.split() for line in lines if line != HEADER]
 
 
+@pytest.mark.slow
 def test_stdout_has_a_row_for_each_logged_step_and_a_log_no_bar(run_folder, capsys):
     assert run("--log_interval=2", "--max_iters=7") == 0
     out, err = capsys.readouterr()
@@ -755,6 +770,7 @@ def test_a_schedule_that_does_not_fit_is_warned_of_at_the_start(run_folder, caps
     assert second.startswith("warning: checkpoints.interval = 11: more than max_iters (10)")
 
 
+@pytest.mark.slow
 def test_a_reader_of_the_log_that_leaves_costs_no_step(run_folder, monkeypatch):
     class Left(io.StringIO):
         def write(self, text):
@@ -780,6 +796,7 @@ def test_processes_of_torchrun_report_a_mistake_once(run_folder):
 # ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides,told", [
     (["--model_hyperparams.vocab_size=20"], r"model_hyperparams.vocab_size = 20: encoder_path chars:text.txt has \d+"),
     (["--model_hyperparams.block_size=4000"], "block_size"),
@@ -822,6 +839,7 @@ def test_out_of_memory_says_which_keys_to_lower(run_folder, monkeypatch):
 # ---- from Python -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_from_python_as_from_the_command_line(run_folder):
     assert run() == 0
     step, weights, state = weights_and_state()
@@ -833,6 +851,7 @@ def test_a_run_is_trained_from_python_as_from_the_command_line(run_folder):
     assert_same(load_model("out/tiny.model")[0].state_dict(), dict(trainer.model.state_dict()))
 
 
+@pytest.mark.slow
 def test_a_run_from_python_that_fails_gives_its_directory_back(run_folder, monkeypatch):
     write_config(learning_rate=1e30, on_nan="stop", decay_lr=False)
     with pytest.raises(cuda_graph.NonFinite):
