@@ -649,13 +649,13 @@ class ModelConfig:
     """Options of every architecture."""
 
     arch: str = option("strawberry", "the family of architectures")
-    vocab_size: int = option(8192, "entries of the vocabulary, at least as many as the encoder has", low=1)
+    vocab_size: int = option(8192, "size of the vocabulary, at least the encoder's", low=1)
     block_size: int = option(256, "tokens in a training window", low=1)
     n_layer: int = option(2, "blocks", low=1, high=4096)
     n_head: int = option(4, "heads", low=1)
     n_embd: int = option(64, "channels of the residual stream", low=1)
-    dropout: float = option(0.0, "on embeddings, attention probabilities and residual branches", low=0, below=1)
-    rope_scaling: ops.RopeScaling = option(ops.RopeScaling(), "rotary positions beyond the length trained for")
+    dropout: float = option(0.0, "dropout on embeddings, attention probabilities and residual branches", low=0, below=1)
+    rope_scaling: ops.RopeScaling = option(ops.RopeScaling(), "rotary positions beyond the trained length")
 
     # defaults of options that only some families declare but that shared modules read from every config
     bias = False
@@ -670,8 +670,8 @@ class ModelConfig:
 class ExpertOptions:
     """Of expert attention."""
 
-    n_experts: int = option(1, "groups of heads that a router chooses from, token by token", low=1)
-    a_experts: int | None = option(None, "groups active for a token; default half", low=1)
+    n_experts: int = option(1, "groups of heads, from which a router chooses for each token", low=1)
+    a_experts: int | None = option(None, "active groups per token; default half", low=1)
     windows: list[int] | None = option(None, "each expert's; default window, window / 2, … not under 16", low=1)
 
 
@@ -679,16 +679,16 @@ class ExpertOptions:
 class FeedForwardExpertOptions:
     """Of a mixture of feed-forwards."""
 
-    n_ffn_experts: int = option(1, "feed-forwards that a router chooses from, token by token", low=1)
-    a_ffn_experts: int | None = option(None, "feed-forwards active for a token; default half", low=1)
+    n_ffn_experts: int = option(1, "feed-forwards, from which a router chooses for each token", low=1)
+    a_ffn_experts: int | None = option(None, "active feed-forwards per token; default half", low=1)
 
 
 @dataclass
 class RecursionOptions:
     """Of passes that share weights."""
 
-    recursions: int = option(1, "times that each stack is run", low=1, high=1024)
-    adaptive: bool = option(False, "each token chooses its number of recursions")
+    recursions: int = option(1, "how often each stack runs", low=1, high=1024)
+    adaptive: bool = option(False, "let each token choose its number of recursions")
 
 
 @dataclass
@@ -700,7 +700,7 @@ class AttentionOptions:
         None, "heads of k and v in GQA; default n_head / 2, or what divides n_head below it", low=1)
     kv_rank: int | None = option(None, "MHLA's latent; default n_embd / 4", low=1)
     rope_dim: int | None = option(None, "MHLA's rotary channels; default half a head's", low=2)
-    tie_embeddings: bool = option(True, "one table for input and output")
+    tie_embeddings: bool = option(True, "share one table between embedding and head")
 
 
 
@@ -1066,12 +1066,12 @@ class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
     r_layer: int = option(2, "retention steps of each block before its last step; 0: none", low=0, high=1024)
     aft_ratio: int = option(3, "attention-free steps for each step of expert attention", low=0)
     aft: str = option("simple", "positions of attention-free mixing", choices=tuple(AFTS))
-    window: int | None = option(None, "tokens that attention sees; default block_size / 4", low=1)
-    n_ffn_experts: int = option(1, "groups of SwiGLU channels that a router chooses from", low=1)
-    a_ffn_experts: int | None = option(None, "groups active for a token; default half", low=1)
-    retention: str = option("on", "'none': the same steps with weights that stay as they are", choices=("on", "none"))
+    window: int | None = option(None, "attention window in tokens; default block_size / 4", low=1)
+    n_ffn_experts: int = option(1, "groups of SwiGLU channels, from which a router chooses for each token", low=1)
+    a_ffn_experts: int | None = option(None, "active groups per token; default half", low=1)
+    retention: str = option("on", "'none': the same steps with fixed weights", choices=("on", "none"))
     retention_scope: str = option(
-        "causal", "what the update sums over: earlier chunks of the row, or ('batch', not causal) everything",
+        "causal", "sum of the update: over earlier chunks of the row, or ('batch', not causal) over everything",
         choices=("causal", "batch"))
     retention_chunk: int | None = option(
         None, "tokens that share weights; default n_embd rounded up to a power of two, at most block_size / 2, "
@@ -1269,12 +1269,12 @@ class Strawberry(LanguageModel):
 class StrawberryV0Config(ExpertOptions, ModelConfig):
     arch: str = option("strawberry-v0", "the family of architectures", choices=("strawberry-v0",))
     n_qkv: int = option(256, "D, channels of q, of k and of v", low=1)
-    r_layer: int = option(2, "times that each block is run", low=1, high=1024)
+    r_layer: int = option(2, "how often each block runs", low=1, high=1024)
     aft: str = option("full", "positions of attention-free mixing", choices=tuple(AFTS))
-    window: int | None = option(None, "tokens that attention sees; default block_size / 4", low=1)
+    window: int | None = option(None, "attention window in tokens; default block_size / 4", low=1)
     compaction: bool = option(False, "Compaction Compute: before its attention a block adds norm(x) @ Y to x")
     compaction_scope: str = option(
-        "causal", "what Y sums over: earlier chunks of the row, or ('batch', not causal) everything",
+        "causal", "sum in Y: over earlier chunks of the row, or ('batch', not causal) over everything",
         choices=("causal", "batch"))
     retention_chunk: int | None = option(
         None, "tokens that share Y; default n_embd rounded up to a power of two, at most block_size / 2, at least 16",
@@ -1431,13 +1431,14 @@ def repeated_caches(blocks: nn.ModuleList, repeats: int, *args) -> list:
 class PalmConfig(ModelConfig):
     arch: str = option("palm", "the family of architectures", choices=("palm",))
     n_qkv: int = option(256, "D, channels of q, of k and of v", low=1)
-    r_layer: int = option(1, "times that each block is run", low=1, high=1024)
-    d_rank: int | None = option(64, "numbers that every linear map goes through; null: full rank", low=1)
+    r_layer: int = option(1, "how often each block runs", low=1, high=1024)
+    d_rank: int | None = option(64, "rank of every linear map; null: full rank", low=1)
     attention_type: str = option("aft", "mixer", choices=("aft", "lam", "kv", "mha"))
     aft: str = option("simple", "positions of attention-free mixing", choices=tuple(AFTS))
-    window: int | None = option(None, "tokens within AFT's local and conv positions; default block_size / 4", low=1)
+    window: int | None = option(
+        None, "window of AFT's local and conv positions in tokens; default block_size / 4", low=1)
     n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 8C/3 rounded up to 64", low=1)
-    parallel: bool = option(True, "a SwiGLU feed-forward beside the attention")
+    parallel: bool = option(True, "add a SwiGLU feed-forward in parallel with the attention")
 
     def __post_init__(self):
         default_window(self)
@@ -1540,14 +1541,14 @@ class Palm(LanguageModel):
 class TinyStarConfig(FeedForwardExpertOptions, AttentionOptions, ModelConfig):
     arch: str = option("tinystar", "the family of architectures", choices=("tinystar",))
     n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 8C/3 (SwiGLU) or 4C", low=1)
-    window: int | None = option(None, "tokens that -SWA attention sees; default block_size / 4", low=1)
-    norm_type: str = option("RMSNorm", "norms, with learned scales", choices=tuple(NORMS))
+    window: int | None = option(None, "window of -SWA attention in tokens; default block_size / 4", low=1)
+    norm_type: str = option("RMSNorm", "type of norm, with a learned scale", choices=tuple(NORMS))
     attention_type: str = option(
         "GQA", "heads of k and v: as q, grouped, one, or a latent; -SWA: over a sliding window",
         choices=("MHA", "GQA", "MQA", "MHLA", "MHA-SWA", "GQA-SWA", "MQA-SWA", "MHLA-SWA"))
     ffn_type: str = option("SwiGLU", "feed-forward", choices=("SwiGLU", "GELU"))
     pos_encoding: str = option(
-        "RoPE", "how tokens know where they stand", choices=("Learned", "RoPE", "Sinusoidal", "None"))
+        "RoPE", "position encoding", choices=("Learned", "RoPE", "Sinusoidal", "None"))
 
     out_proj_role = "residual"  # an embedding of std 0.02 would be negligible beside the output of unit-gain matrices
 
@@ -1621,25 +1622,26 @@ class TinyStar(LanguageModel):
 @dataclass
 class TransformerConfig(RecursionOptions, ExpertOptions, FeedForwardExpertOptions, AttentionOptions, ModelConfig):
     arch: str = option("transformer", "the family of architectures", choices=("transformer",))
-    kind: str = option("encoder-decoder", "which stacks", choices=("encoder-decoder", "decoder", "encoder"))
+    kind: str = option("encoder-decoder", "stacks of the model", choices=("encoder-decoder", "decoder", "encoder"))
     n_encoder_layer: int | None = option(None, "blocks of the encoder; default n_layer", low=1, high=4096)
     n_ffn: int | None = option(None, "hidden channels of the feed-forward; default 4C, for swiglu 8C/3", low=1)
-    norm_position: str = option("post", "norm after each residual sum, or before each part", choices=("post", "pre"))
-    norm_type: str = option("LayerNorm", "norms, with learned scales", choices=tuple(NORMS))
+    norm_position: str = option(
+        "post", "post: norm after each residual sum; pre: norm before each part", choices=("post", "pre"))
+    norm_type: str = option("LayerNorm", "type of norm, with a learned scale", choices=tuple(NORMS))
     attention_type: str = option(
         "MHA", "mixer of self-attention; -SWA: over a sliding window",
         choices=(*ATTENTIONS, "MHA-SWA", "GQA-SWA", "MQA-SWA", "MHLA-SWA", "kv-SWA"))
     ffn_type: str = option("relu", "feed-forward", choices=tuple(FEED_FORWARDS))
-    pos_encoding: str = option("Sinusoidal", "how tokens know where they stand", choices=tuple(POSITIONS))
+    pos_encoding: str = option("Sinusoidal", "position encoding", choices=tuple(POSITIONS))
     bias: bool = option(True, "biases in linear maps")
-    pad_id: int | None = option(None, "token that is padding, in the source and in an encoder", low=0)
-    window: int | None = option(None, "tokens that -SWA and sparse attention see nearby; default block_size / 4", low=1)
+    pad_id: int | None = option(None, "padding token, in the source and in an encoder", low=0)
+    window: int | None = option(None, "window of -SWA and sparse attention in tokens; default block_size / 4", low=1)
     aft: str = option("simple", "positions of attention-free mixing", choices=tuple(AFTS))
-    sparse: str = option("none", "pattern of softmax attention", choices=("none", *SPARSE))
-    n_global: int = option(0, "sparse: first tokens that everyone sees", low=0)
-    n_random: int = option(3, "bigbird: blocks drawn for each block of queries", low=0)
+    sparse: str = option("none", "sparse pattern of softmax attention", choices=("none", *SPARSE))
+    n_global: int = option(0, "sparse: first tokens, which every token attends to", low=0)
+    n_random: int = option(3, "bigbird: random blocks per block of queries", low=0)
     sparse_block: int = option(64, "bigbird: tokens in a block", low=1)
-    sparse_seed: int = option(0, "bigbird: seed of the draw", low=0)
+    sparse_seed: int = option(0, "bigbird: seed of the random blocks", low=0)
 
     def __post_init__(self):
         default_attention(self)

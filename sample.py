@@ -54,58 +54,64 @@ from strawberry.run_config import asks_for_help
 @dataclass
 class Settings:
     model: str | None = option(None, "model file or checkpoint directory; default: the newest model in bin/", path=True)
-    prompt: Any = option(None, 'text to continue; "" starts a new text')
+    prompt: Any = option(None, 'text to continue; "": start a new text')
     source: Any = option(
-        None, "what an encoder-decoder reads; a prompt then begins its answer. Where it learned spans, <|0|>, <|1|>, … "
-        "stand for what is missing"
+        None,
+        "input of an encoder-decoder; a prompt then starts its output. For span corruption write <|0|>, "
+        "<|1|>, … where spans are missing"
     )
     prompt_file: str | None = option(
-        None, "file that holds the prompt; - is standard input, of which one final line end is dropped, as of a pipe",
+        None, "file with the prompt; -: standard input, without one final line end",
         path=True,
     )
-    length: int = option(256, "tokens to make at most", low=1, high=2**20)
-    temperature: float = option(0.8, "0 takes the likeliest token each time; higher is more surprising", low=0)
-    top_k: int = option(0, "draw from the k likeliest tokens; 0: from all", low=0)
-    top_p: float = option(1.0, "draw from the likeliest tokens that make up this probability", above=0, high=1)
-    min_p: float = option(0.0, "draw from tokens at least this many times as likely as the likeliest", low=0, high=1)
-    seed: int | None = option(None, "sample n is drawn with seed + n, from n = 0; default: drawn and printed", low=0)
-    num_samples: int = option(1, "samples of each prompt", low=1)
+    length: int = option(256, "maximum number of new tokens", low=1, high=2**20)
+    temperature: float = option(0.8, "sampling temperature; 0: always the most likely token", low=0)
+    top_k: int = option(0, "sample from the k most likely tokens; 0: from all", low=0)
+    top_p: float = option(1.0, "sample from the most likely tokens with this total probability", above=0, high=1)
+    min_p: float = option(0.0, "sample from tokens with at least this share of the highest probability", low=0, high=1)
+    seed: int | None = option(None, "sample n uses seed + n, from n = 0; default: random, and printed", low=0)
+    num_samples: int = option(1, "samples per prompt", low=1)
     stop: list[str] = option(
-        [], "text that ends a sample and is not printed; may be given several times. In it \\n is a line end, \\t a "
-        "tab, \\r a carriage return, \\\\ a backslash"
+        [],
+        "stop string, which is not printed; may be repeated. \\n is a line end, \\t a tab, \\r a carriage "
+        "return, \\\\ a backslash"
     )
     on_full: str = option(
-        "stop", "where learned positions end: stop there, or slide: read the newer half of the text anew and go on",
+        "stop", "at the end of learned positions: stop, or slide: recompute the newest half of the text and continue",
         choices=["stop", "slide"],
     )
     prompts_file: str | None = option(
-        None, 'JSON lines, or a .json list, of {"prompt": …}: many texts at once, into --out; beside the prompt may be '
-        "source, id, max_tokens, temperature, top_k, top_p, min_p, seed, stop: its own, in place of the command's",
+        None,
+        'JSON lines, or a .json list, of {"prompt": …}: generate many texts into --out; an entry may also set'
+        " source, id, max_tokens, temperature, top_k, top_p, min_p, seed and stop",
         path=True,
     )
     out: str | None = option(
-        None, "file for a line of JSON of each finished text of --prompts_file; the same command goes on where it was",
+        None, "output of --prompts_file: one JSON line per finished text; run the same command again to continue",
         path=True,
     )
     batch: int | None = option(
-        None, "texts made at once at most; default: 64 on cuda, 8 elsewhere. A --prompts_file on a CPU without --fast "
-        "always takes 8", low=1, high=2**16
+        None,
+        "maximum number of sequences generated at once; default: 64 on cuda, 8 elsewhere. --prompts_file on a"
+        " CPU without --fast always uses 8", low=1, high=2**16
     )
     fast: bool = option(
-        False, "with --prompts_file on a CPU: compute only the rows and the part of the cache that are in use, "
-        "and as many rows as --batch says. A text may then differ with --batch, the other prompts and an interruption"
+        False,
+        "with --prompts_file on a CPU: compute only the rows and cache slots in use, and use --batch rows. A "
+        "text may then depend on --batch, the other prompts and an interruption"
     )
     score: str | None = option(
-        None, "file whose loss and bits per byte are printed, instead of samples; - is stdin", path=True
+        None, "print loss and bits per byte of this file instead of sampling; -: standard input", path=True
     )
-    stride: int = option(0, "tokens that --score's window moves each time; 0: half the model's block_size", low=0)
+    stride: int = option(0, "tokens between the windows of --score; 0: half the model's block_size", low=0)
     device: str = option("auto", "auto: cuda, else mps, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option(
-        "auto", "of the weights; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
+        "auto",
+        "type of the weights; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
     )
-    quantize: str | None = option(None, "int8: matrices in 8 bits, half of bfloat16's bytes to read", choices=["int8"])
+    quantize: str | None = option(None, "int8: store matrices in 8 bits, half of bfloat16's bytes", choices=["int8"])
     compile: str = option(
-        "auto", "torch.compile, which takes a minute first; auto: on cuda where many tokens are to be made",
+        "auto", "torch.compile, which takes a minute; auto: on cuda, if many tokens are requested",
         choices=["auto", "true", "false"],
     )
 

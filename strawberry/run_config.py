@@ -33,27 +33,28 @@ from strawberry.config import (
 
 @dataclasses.dataclass
 class Dataset:
-    data_division: float = option(0.8, "share of the tokens that trains; the rest validates", above=0, below=1)
-    load_from_file: bool = option(True, "true: path is a token file; false: a directory, each token file in it is read")
-    path: str = option("data/webtext.bin", "token file or directory, made by prepare.py", path=True)
+    data_division: float = option(
+        0.8, "share of the tokens used for training; the rest is for validation", above=0, below=1)
+    load_from_file: bool = option(True, "true: path is a token file; false: path is a directory of token files")
+    path: str = option("data/webtext.bin", "token file, or directory of token files, from prepare.py", path=True)
 
 
 @dataclasses.dataclass
 class Checkpoints:
-    path: str = option("bin/ck", "directory of the checkpoints, one directory a step", path=True)
+    path: str = option("bin/ck", "directory of the checkpoints; each is a directory step_…", path=True)
     interval: int = option(2000, "steps between checkpoints", low=1)
-    create_checkpoints: bool = option(True, "false: none are written, and the run cannot be resumed")
-    keep: int = option(3, "newest checkpoints kept, besides the best by validation loss", low=1)
+    create_checkpoints: bool = option(True, "false: write none; the run cannot be resumed")
+    keep: int = option(3, "number of newest checkpoints to keep, besides the one with the best validation loss", low=1)
 
 
 @dataclasses.dataclass
 class OptimizerHyperparams:
     eps: float = option(1e-10, "AdamW's epsilon", above=0)
-    beta1: float = option(0.9, "AdamW's decay of the mean of gradients", low=0, below=1)
-    beta2: float = option(0.95, "AdamW's decay of the mean of squared gradients", low=0, below=1)
-    weight_decay: float = option(0.1, "decoupled weight decay, on embeddings and hidden matrices only", low=0)
+    beta1: float = option(0.9, "AdamW's decay rate of the first moment", low=0, below=1)
+    beta2: float = option(0.95, "AdamW's decay rate of the second moment", low=0, below=1)
+    weight_decay: float = option(0.1, "decoupled weight decay, of embeddings and hidden matrices only", low=0)
     use_muon: bool = option(False, "true: Muon for hidden matrices, AdamW for the rest; false: AdamW for all")
-    momentum: float = option(0.95, "Muon's momentum, reached from 0.85 by warmup", low=0, below=1)
+    momentum: float = option(0.95, "Muon's momentum; it rises from 0.85 over 300 steps", low=0, below=1)
     muon_lr: float | None = option(None, "Muon's learning rate; null: learning_rate", above=0)
 
 
@@ -61,74 +62,86 @@ class OptimizerHyperparams:
 class Run:
     """Everything that train.py is told. `run_class` gives model_hyperparams the class of its arch."""
 
-    dataset: Dataset = option(Dataset(), "what is learned from")
-    checkpoints: Checkpoints = option(Checkpoints(), "what a run that stopped goes on from")
-    model_hyperparams: Any = option(None, "the model; its key arch picks the family, which has its own keys")
+    dataset: Dataset = option(Dataset(), "the token file, and how it is split")
+    checkpoints: Checkpoints = option(Checkpoints(), "checkpoints, from which a stopped run resumes")
+    model_hyperparams: Any = option(None, "the model; arch picks the family, and each family has its own keys")
     optimizer_hyperparams: OptimizerHyperparams = option(OptimizerHyperparams(), "AdamW and Muon")
     model_path: str = option(
-        "bin/air.strawberry", "the trained model: one file, with its config and its encoder", path=True
+        "bin/air.strawberry", "output: the trained model in one file, with config and encoder", path=True
     )
     encoder_path: str = option("bin/cl8k.bin", "encoder file, or tiktoken:<name>, or chars:<text file>", path=True)
     init_from: str = option(
-        "scratch", 'scratch; "<path>,pretrained": start from the weights of that model file or checkpoint directory; '
-        "resume: newest good checkpoint", path=True,
+        "scratch",
+        'scratch; resume: continue from the newest intact checkpoint; "<path>,pretrained": start from the '
+        "weights of that model file or checkpoint directory", path=True,
     )
     objective: str = option(
         "auto",
-        "what is learned: the next token, spans that the source lacks, the target of a pair, or masked tokens; auto: "
-        "next, but for an encoder masked, for an encoder-decoder pairs or spans, by what dataset.path holds",
+        "training objective: next token, span corruption, the target of a pair, or masked tokens; auto: next "
+        "for a decoder, masked for an encoder, pairs or spans for an encoder-decoder, depending on "
+        "dataset.path",
         choices=["auto", "next", "spans", "pairs", "masked"],
     )
-    seed: int | str = option("auto", "auto: drawn, then recorded", low=0, choices=["auto"])
-    gradient_accumulation_steps: int = option(1, "batches summed into one optimizer step", low=1, high=2**20)
+    seed: int | str = option("auto", "random seed; auto: drawn, and stored with the run", low=0, choices=["auto"])
+    gradient_accumulation_steps: int = option(
+        1, "batches whose gradients are accumulated in one optimizer step", low=1, high=2**20)
     batch_size: int | str = option(
-        4, "rows of block_size tokens in a batch; auto: as many as the GPU has memory for, on a CPU up to 4096 tokens",
+        4,
+        "sequences of block_size tokens in a batch; auto: as many as fit into the GPU's memory, on a CPU up "
+        "to 4096 tokens",
         low=1, high=2**20, choices=["auto"],
     )
     parallel: str = option(
-        "ddp", "what several processes under torchrun divide, apart from batches; ddp: nothing, each has the whole "
-        "model; fsdp: weights, gradients and optimizer state, for models that do not fit, at the price of computing "
-        "activations twice", choices=["ddp", "fsdp"],
+        "ddp",
+        "how several processes under torchrun share the work; ddp: each has the whole model and a part of the"
+        " batch; fsdp: weights, gradients and optimizer state are sharded too, for models that do not fit; "
+        "activations are then computed twice", choices=["ddp", "fsdp"],
     )
-    max_iters: int = option(50000, "optimizer steps in all", low=1)
-    eval_interval: int = option(2000, "steps between evaluations, each with a sample of text", low=1)
-    log_interval: int = option(200, "steps between logged lines", low=1)
-    eval_iters: int = option(200, "batches of each split in an evaluation", low=1)
-    decay_lr: bool = option(True, "false: the learning rate is constant after warmup")
-    lr_decay_iters: int | None = option(None, "step at which min_lr is reached; null: max_iters", low=1)
-    learning_rate: float = option(3e-3, "highest learning rate", above=0)
+    max_iters: int = option(50000, "total number of optimizer steps", low=1)
+    eval_interval: int = option(2000, "steps between evaluations; each prints a sample of text", low=1)
+    log_interval: int = option(200, "steps between log lines", low=1)
+    eval_iters: int = option(200, "batches of each split per evaluation", low=1)
+    decay_lr: bool = option(True, "false: keep the learning rate constant after the warm-up")
+    lr_decay_iters: int | None = option(None, "step at which the learning rate reaches min_lr; null: max_iters", low=1)
+    learning_rate: float = option(3e-3, "peak learning rate", above=0)
     cooldown_frac: float = option(
-        0.4, "share of lr_decay_iters spent falling, by cosine; 1: the classic warmup-cosine", low=0, high=1
+        0.4,
+        "last share of lr_decay_iters, in which the learning rate falls by a cosine; 1: the classic warm-up "
+        "and cosine", low=0, high=1
     )
-    warmup_iters: int = option(2000, "steps of linear warmup", low=0)
-    min_lr: float = option(3e-4, "learning rate at the end and after", low=0)
-    grad_clip: float = option(1.0, "largest norm of all gradients together; 0: no clipping", low=0)
+    warmup_iters: int = option(2000, "steps of linear warm-up", low=0)
+    min_lr: float = option(3e-4, "final learning rate", low=0)
+    grad_clip: float = option(1.0, "maximum global norm of the gradient; 0: no clipping", low=0)
     on_nan: str = option(
-        "stop", "what follows a loss or gradient that is not finite; stop: the end, with code 3; rollback: back to the "
-        "last checkpoint, past the data since then, at half the learning rate, at most 3 times",
+        "stop",
+        "reaction to a NaN or infinite loss or gradient; stop: end with exit code 3; rollback: return to the "
+        "last checkpoint, skip the data since then, halve the learning rate, at most 3 times",
         choices=["stop", "rollback"],
     )
     device: str = option("auto", "auto: cuda, else mps, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option(
-        "auto", "activations; auto: bfloat16 on cuda, float32 elsewhere; float8: bfloat16, and training's large matrix "
-        "products in 8 bits", choices=["auto", "float32", "bfloat16", "float8"]
+        "auto",
+        "type of activations; auto: bfloat16 on cuda, float32 elsewhere; float8: bfloat16, with the large "
+        "matrix products of training in 8 bits", choices=["auto", "float32", "bfloat16", "float8"]
     )
     compile: bool | str = option(
-        "auto", "torch.compile; blocks: each block by itself; auto: on cuda, and on cpu from max_iters 5000 on where a "
-        "C++ compiler is there, since compiling takes minutes there; where it fails, training goes on without",
+        "auto",
+        "torch.compile; blocks: compile each block separately; auto: on cuda, and on cpu if max_iters is at "
+        "least 5000 and there is a C++ compiler, because it takes minutes there; if it fails, train without",
         choices=["auto", "blocks"],
     )
     cuda_graph: bool | str = option(
-        "auto", "capture a step as one CUDA graph; auto: on GPUs; where that fails, training goes on without",
+        "auto", "capture a training step as one CUDA graph; auto: on GPUs; if it fails, train without",
         choices=["auto"]
     )
     img_path: str | None = option(
-        "img", "directory of the curves, or a file for all of them, ending in .png, .svg or .pdf; null: none", path=True
+        "img", "output: directory of the curves, or one .png, .svg or .pdf file for all of them; null: none", path=True
     )
-    sample_length: int = option(200, "tokens of the sample at each evaluation; 0: no sample", low=0, high=2**20)
+    sample_length: int = option(200, "tokens in the sample of each evaluation; 0: no sample", low=0, high=2**20)
     sample_prompt: str = option(
-        "", "text that the sample continues, or an encoder-decoder's source; empty: a document's start, or a source of "
-        "the validation split"
+        "",
+        "prompt of the sample, or source for an encoder-decoder; empty: the start of a document, or a source "
+        "of the validation split"
     )
 
     renamed: ClassVar[tuple[str, ...]] = ()  # of an instance: a sentence for each key that has its old name

@@ -58,39 +58,39 @@ VERSION = 2  # incremented whenever the same recipe gives other bytes
 class Recipe:
     """The contents and the processing of a dataset."""
 
-    files: list[str] = option([], "what it is made of: files, folders or globs")
+    files: list[str] = option([], "files, folders or glob patterns")
     weights: list[float] | None = option(
         None,
-        "one for each of files: how often its documents are taken; 2: twice, 0.5: half of them; null: once",
+        "one number for each of files: how often its documents are used; 2: twice, 0.5: half of them; null: once",
         above=0,
         high=1000,
     )
     errors: str = option(
         "strict",
-        "of bytes that are not UTF-8; strict: a file that is named is refused, one in a folder left out; "
-        "replace: they become U+FFFD",
+        "bytes that are not UTF-8; strict: refuse a named file, leave out one in a folder; replace: use U+FFFD",
         choices=list(ERRORS),
     )
     deduplicate: str = option(
         "exact",
-        "of documents with the same text, or of alike ones too, the first is kept",
+        "keep the first of documents with the same text (exact), or of similar ones too (near)",
         choices=["none", "exact", "near"],
     )
     similarity: float = option(
         0.8,
-        "near: documents are alike from this share of common text on: the Jaccard index of their runs of 8 bytes, "
-        "in lower case, all white space as one space",
+        "near: documents are similar from this Jaccard index of their 8-byte shingles on; case and amount of "
+        "white space do not count",
         low=0.3,
         high=1,
     )
-    min_chars: int = option(1, "shorter documents are left out", low=1, high=2**40)
-    max_chars: int | None = option(None, "longer documents are left out", low=1, high=2**40)
-    encoder: str | None = option(None, "what encodes it; chars: a token for each character; null: trained on the text")
+    min_chars: int = option(1, "leave out shorter documents", low=1, high=2**40)
+    max_chars: int | None = option(None, "leave out longer documents", low=1, high=2**40)
+    encoder: str | None = option(None, "encoder; chars: one token per character; null: train one on the text")
     vocab_size: int | None = option(
-        None, "of the encoder that is trained; null: 8192, or what the text gives", low=258, high=encoders.MAX_VOCAB
+        None,
+        "vocabulary size of a new encoder; null: 8192, or as many as the text gives", low=258, high=encoders.MAX_VOCAB
     )
-    validation_share: float = option(0.1, "share of the tokens that validates", above=0, below=1)
-    seed: int = option(0, "of the shuffle, and of what validates", low=0, high=2**31 - 1)
+    validation_share: float = option(0.1, "share of the tokens for validation", above=0, below=1)
+    seed: int = option(0, "seed of the shuffle and of the split", low=0, high=2**31 - 1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.files:

@@ -20,30 +20,31 @@ MIB = 1 << 20
 class Settings:
     models: str = option("bin", "directory of the model files")
     data: str = option("data", "directory of uploads, datasets and runs")
-    host: str = option("127.0.0.1", "address to listen at; beyond this machine only with a key")
-    port: int = option(8000, "port to listen at; 0: a free one, which is printed", low=0, high=65535)
+    host: str = option("127.0.0.1", "address to listen on; other than this machine's only with a key")
+    port: int = option(8000, "port to listen on; 0: a free one, which is printed", low=0, high=65535)
     api_key: list[str] = option(
         [],
-        f"key that each request must bring; may be given several times, or in {KEY_VARIABLE}, apart by spaces, "
-        "where no list of processes shows it",
+        f"key that each request must carry; may be repeated, or given in {KEY_VARIABLE}, separated by spaces, where a "
+        "process list does not show it",
     )
-    allow_host: list[str] = option([], "further name that this server is reached by; may be given several times")
-    rate: int = option(6000, "requests a minute for each key, or for each address without one; 0: no limit", low=0)
-    batch: int | None = option(None, "texts made at once; default: 64 on cuda, 8 elsewhere", low=1, high=2**12)
-    queue: int = option(256, "completions that wait for a row at most; more are told to come again", low=0)
-    context: int = option(4096, "tokens of a prompt and what follows it, at most", low=1, high=2**20)
-    timeout: float = option(600, "seconds until a completion is given up", above=0)
-    memory: float = option(0, "GiB for models, their caches included; 0: half of what there is", low=0)
-    max_body: float = option(2, "MiB of a JSON body at most", above=0)
-    max_upload: float = option(1024, "MiB of an uploaded file at most", above=0)
-    max_jobs: int = option(1, "jobs that run at once; others wait", low=1)
-    grace: float = option(10, "seconds that requests under way have once the server is told to stop", low=0)
+    allow_host: list[str] = option([], "another host name of this server; may be repeated")
+    rate: int = option(6000, "requests per minute for each key, or for each address without a key; 0: no limit", low=0)
+    batch: int | None = option(None, "sequences generated at once; default: 64 on cuda, 8 elsewhere", low=1, high=2**12)
+    queue: int = option(256, "maximum number of waiting completions; further ones get status 503", low=0)
+    context: int = option(4096, "maximum tokens of a prompt and its completion", low=1, high=2**20)
+    timeout: float = option(600, "maximum seconds for a completion", above=0)
+    memory: float = option(0, "GiB for models and their caches; 0: half of the memory", low=0)
+    max_body: float = option(2, "maximum MiB of a JSON body", above=0)
+    max_upload: float = option(1024, "maximum MiB of an uploaded file", above=0)
+    max_jobs: int = option(1, "jobs that run at once; further ones wait", low=1)
+    grace: float = option(10, "seconds for running requests to finish when the server stops", low=0)
     device: str = option("auto", "auto: cuda, else mps, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option(
-        "auto", "of the weights; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
+        "auto",
+        "type of the weights; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
     )
-    quantize: str | None = option(None, "int8: matrices in 8 bits", choices=["int8"])
-    compile: str = option("false", "torch.compile, cuda only; a model's first text waits for it",
+    quantize: str | None = option(None, "int8: store matrices in 8 bits", choices=["int8"])
+    compile: str = option("false", "torch.compile, on cuda only; delays a model's first text",
                           choices=["true", "false"])  # fmt: skip
 
     def problems(self) -> Iterator[tuple[str, str]]:
