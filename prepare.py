@@ -60,7 +60,7 @@ from strawberry.data.token_file import TokenFile, TokenFileWriter
 from strawberry.outputs import Input, Output, check_outputs, encoder_inputs, find_previous
 
 SEED = 0  # of the shuffle
-MAX_PAIR_TOKENS = 1 << 16  # of --longest: a pair's source and target fit into a piece
+MAX_PAIR_TOKENS = 1 << 16  # of --max_tokens: a pair's source and target fit into a piece
 
 # ---- corpora -------------------------------------------------------------------------------------------------------
 
@@ -73,17 +73,17 @@ class Source:
     documents: Documents
     texts: list[str] = dataclasses.field(default_factory=list)
     is_corpus: bool = False  # Python sources, whose pairs are docstrings and code
-    longest: int = 0  # tokens of a pair's target; 0: running text
+    max_tokens: int = 0  # tokens of a pair's target; 0: running text
 
     @property
     def kind(self) -> str:
         """Of the token file that is made from it."""
-        return "pairs" if self.longest else "tokens"
+        return "pairs" if self.max_tokens else "tokens"
 
     @property
     def digest(self) -> str:
         """SHA-256 of all that is read, after documents.scan(); it stands in the token file's header."""
-        about = [self.documents.digest, self.texts, self.longest, self.is_corpus]
+        about = [self.documents.digest, self.texts, self.max_tokens, self.is_corpus]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def read(self, progress: Callable[[int], object] = ignore_progress) -> Iterator[tuple[str, bool]]:
@@ -210,7 +210,7 @@ def train_encoder(spec: str, vocab_size: int, source: Source) -> Encoder:
 def read_training_text(source: Source) -> Iterator[str]:
     """Text to train on: the files in shuffled order, the first MAX_TRAINING_CHARS characters of them."""
     files = source.documents.files
-    find_entry = find_both_texts if source.longest else find_text
+    find_entry = find_both_texts if source.max_tokens else find_text
     parts = source.documents.read((files[i] for i in permutation(len(files), SEED)), find_entry)
     left = encoding.MAX_TRAINING_CHARS
     for text, _ in itertools.chain(((text, True) for text in source.texts), cut_pieces(parts, encoding.PIECE)):
@@ -243,18 +243,18 @@ def write_document(writer: TokenFileWriter, tokens: np.ndarray, last: bool) -> N
 
 def write_token_file(source: Source, encoder: Encoder, output: str) -> None:
     """Encode, shuffle and write the source; a line on stdout says what came of it."""
-    began, what = time.perf_counter(), "pair" if source.longest else "document"
+    began, what = time.perf_counter(), "pair" if source.max_tokens else "document"
     folder = Path(os.path.realpath(output)).parent
     size = sum(scanned.file.size for scanned in source.documents.files)
-    reader = DocstringPairs(source.documents) if source.is_corpus and source.longest else source.documents
+    reader = DocstringPairs(source.documents) if source.is_corpus and source.max_tokens else source.documents
     with (
         TokenFileWriter(output, encoder, source.digest, source.kind) as writer,
         Spool(folder, writer.dtype) as spool,
         tqdm(total=size, desc="encoding", unit="B", unit_scale=True, disable=None) as bar,
     ):
         try:
-            if source.longest:
-                n_bytes = encode_pairs(reader.read(progress=bar.update), encoder, spool, source.longest)
+            if source.max_tokens:
+                n_bytes = encode_pairs(reader.read(progress=bar.update), encoder, spool, source.max_tokens)
             else:
                 n_bytes = encode_documents(cut_pieces(source.read(bar.update), encoding.PIECE), encoder, spool)
             if not spool.n_documents:
@@ -305,7 +305,8 @@ def verify_token_file(path: str) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = ArgumentParser("prepare.py", "Turn text into a token file.")
+    renamed = {"--longest": "--max_tokens"}
+    parser = ArgumentParser("prepare.py", "Turn text into a token file.", renamed)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--input", nargs="+", action="extend", metavar="PATH", help="files, directories or globs of "
                       "text; .json is a list and .jsonl has lines of strings or of {\"text\": …}, .gz is unpacked; a "
@@ -316,7 +317,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="*", metavar="PATH", help="make pairs for encoder-decoders: of .jsonl files "
                         "with lines of {\"source\": …, \"target\": …}; without a PATH, of the corpus, in which the "
                         "docstring of each function is a source, and its code the target")
-    parser.add_argument("--longest", type=int, default=256, metavar="N", help="tokens of a pair, the <|eot|> included: "
+    parser.add_argument("--max_tokens", type=int, default=256, metavar="N",
+                        help="maximum tokens of a pair, the <|eot|> included: "
                         "longer sources are cut, pairs with a longer target left out (default %(default)s)")
     parser.add_argument("--output", metavar="FILE", help="the token file (default data/webtext.bin; data/packages.bin "
                         "for --corpus packages; data/pairs.bin for --pairs)")
@@ -337,18 +339,18 @@ def get_source(given: argparse.Namespace) -> tuple[Source, str]:
     output = given.output or (default if given.pairs is None else "data/pairs.bin")
     if given.pairs is not None and given.input:
         raise UserError("--pairs and --input exclude each other: name the files after --pairs")
-    if not 2 <= given.longest <= MAX_PAIR_TOKENS:
-        raise UserError(f"--longest {given.longest}: allowed is 2 to {MAX_PAIR_TOKENS:,}")
-    longest = 0 if given.pairs is None else given.longest
+    if not 2 <= given.max_tokens <= MAX_PAIR_TOKENS:
+        raise UserError(f"--max_tokens {given.max_tokens}: allowed is 2 to {MAX_PAIR_TOKENS:,}")
+    max_tokens = 0 if given.pairs is None else given.max_tokens
     if not names:
         requirements = Path(__file__).with_name("requirements.txt")
         source = find_packages(requirements) if given.corpus == "packages" else find_stdlib()
-        return dataclasses.replace(source, longest=longest, texts=[] if longest else source.texts), output
+        return dataclasses.replace(source, max_tokens=max_tokens, texts=[] if max_tokens else source.texts), output
     written = [Output("--output", output, "tokens"), Output("--encoder", given.encoder, "encoder")]
     inputs = expand_inputs(names, option, leave_out=find_previous(written))
-    find_entry = find_pair if longest else find_text
-    documents = Documents(inputs, find_entry, given.format, given.errors, "--errors replace", only_json=longest > 0)
-    return Source(" ".join(names)[:80], documents, longest=longest), output
+    find_entry = find_pair if max_tokens else find_text
+    documents = Documents(inputs, find_entry, given.format, given.errors, "--errors replace", only_json=max_tokens > 0)
+    return Source(" ".join(names)[:80], documents, max_tokens=max_tokens), output
 
 
 def check_files(given: argparse.Namespace, source: Source, output: str) -> None:

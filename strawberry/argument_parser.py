@@ -1,6 +1,7 @@
 """The command-line parser that every argparse script uses."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from strawberry.common import UserError, nearest
@@ -14,16 +15,27 @@ class ArgumentParser(argparse.ArgumentParser):
     Both `--name value` and `--name=value` are accepted. In the first form, any word that is not an option is a value.
     An option with several values accepts a value that begins with a dash only as `--name=-value`. Raises UserError for
     invalid command lines.
+
+    renamed: old name of an option → its name. An old name works, and a warning on stderr names the new one.
     """
 
-    def __init__(self, script: str, description: str, **options):
+    def __init__(self, script: str, description: str, renamed: dict[str, str] | None = None, **options):
         super().__init__(prog=f"python {script}", description=description, allow_abbrev=False, **options)
+        self.renamed = renamed or {}
 
     def error(self, message: str) -> None:
         raise UserError(f"{message}; see {self.prog} --help")
 
     def parse_known_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> tuple:
-        return super().parse_known_args(list(self._join_values(list(args))), namespace)
+        return super().parse_known_args(list(self._join_values([self._rename(word) for word in args])), namespace)
+
+    def _rename(self, word: str) -> str:
+        old, equals, value = word.partition("=")
+        if old not in self.renamed:
+            return word
+        new = self.renamed[old]
+        print(f"warning: {old} is now called {new}: write {new}", file=sys.stderr)
+        return f"{new}{equals}{value}"
 
     def _join_values(self, rest: list[str]):
         """Yields the words with `--name value` joined to `--name=value`, because argparse does not accept a separate

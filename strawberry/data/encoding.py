@@ -96,10 +96,10 @@ def encode_documents(pieces: Iterable[tuple[str, bool]], encoder: Encoder, spool
     return n_bytes
 
 
-def encode_pairs(pairs: Iterable[tuple[tuple[str, str], bool]], encoder: Encoder, spool: Spool, longest: int) -> int:
+def encode_pairs(pairs: Iterable[tuple[tuple[str, str], bool]], encoder: Encoder, spool: Spool, max_tokens: int) -> int:
     """Encode pairs into the spool, each as its source, an eot, and its target. Returns the bytes of text.
 
-    Sources are truncated to `longest` tokens, including the eot. A pair with a longer target is left out, because a
+    Sources are truncated to `max_tokens` tokens, including the eot. A pair with a longer target is left out, because a
     truncated target is not a valid target. spool.notes has the counts.
     """
     n_bytes = n_cut = n_long = 0
@@ -110,18 +110,18 @@ def encode_pairs(pairs: Iterable[tuple[tuple[str, str], bool]], encoder: Encoder
         for source, target in encoded:
             if not len(source) or not len(target):
                 spool.n_empty += 1
-            elif len(target) >= longest:
+            elif len(target) >= max_tokens:
                 n_long += 1
             else:
-                if len(source) >= longest:
+                if len(source) >= max_tokens:
                     n_cut += 1
-                    source = source[: longest - 1]
+                    source = source[: max_tokens - 1]
                 spool.add(np.concatenate((source, [encoder.eot], target)), last=True)
                 n_bytes += len(encoder.decode_bytes(source)) + len(encoder.decode_bytes(target))
     if n_long:
-        spool.notes.append(f"left out {n_long:,} pairs with a target of more than {longest} tokens (--longest)")
+        spool.notes.append(f"left out {n_long:,} pairs with a target of more than {max_tokens} tokens (--max_tokens)")
     if n_cut:
-        spool.notes.append(f"cut {n_cut:,} sources to {longest} tokens (--longest)")
+        spool.notes.append(f"cut {n_cut:,} sources to {max_tokens} tokens (--max_tokens)")
     return n_bytes
 
 

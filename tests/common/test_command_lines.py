@@ -152,3 +152,12 @@ def test_mistakes_are_user_errors(parse, words, message):
     with pytest.raises(UserError) as told:
         parse(*words)
     assert str(told.value) == message
+
+
+def test_an_old_name_of_an_option_works_and_a_warning_names_the_new_one(capsys):
+    from prepare import parse_arguments
+
+    for words in (["--longest", "9"], ["--longest=9"], ["--max_tokens", "9"]):
+        assert parse_arguments(words).max_tokens == 9
+        warning = "warning: --longest is now called --max_tokens: write --max_tokens\n" if "long" in words[0] else ""
+        assert capsys.readouterr().err == warning

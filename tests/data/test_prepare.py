@@ -352,7 +352,7 @@ def test_pairs_that_are_long_or_empty_are_cut_or_left_out_and_counted(tmp_path, 
     (tmp_path / "abc").write_text("abc")
     pairs = [("aaaa", "b"), ("aaaaa", "b"), ("c" * 60, "ab"), ("a", "bbbb"), ("a", "bbbbb"), ("", "b"), ("a", "")]
     spec, path = f"chars:{tmp_path / 'abc'}", write_pairs(tmp_path / "p.jsonl", pairs)
-    run("--pairs", path, "--output", tmp_path / "p.bin", "--encoder", spec, "--longest", 5)
+    run("--pairs", path, "--output", tmp_path / "p.bin", "--encoder", spec, "--max_tokens", 5)
     assert sorted(pair_texts(tmp_path / "p.bin", spec)) == [("a", "bbbb"), ("aaaa", "b"), ("aaaa", "b"), ("cccc", "ab")]
     out = capsys.readouterr().out
     for told in ("4 pairs, ", "left out 2 empty pairs", "cut 2 sources to 5 tokens",
@@ -360,7 +360,7 @@ def test_pairs_that_are_long_or_empty_are_cut_or_left_out_and_counted(tmp_path, 
         assert told in out
     write_pairs(path, [("a", "bb"), ("a", "ccc")])
     with pytest.raises(UserError, match="there is no text in .*every pair is empty .*left out 2 pairs with a target"):
-        run("--pairs", path, "--output", tmp_path / "q.bin", "--encoder", spec, "--longest", 2)
+        run("--pairs", path, "--output", tmp_path / "q.bin", "--encoder", spec, "--max_tokens", 2)
     assert not (tmp_path / "q.bin").exists()
 
 
@@ -375,8 +375,8 @@ def test_pairs_that_are_long_or_empty_are_cut_or_left_out_and_counted(tmp_path, 
         (["--pairs", "nowhere.jsonl"], r"--pairs nowhere\.jsonl: there is no such file"),
         (["--pairs", "text.jsonl", "--input", "a.txt"], "exclude each other"),
         (["--pairs", "--input", "a.txt"], "exclude each other"),
-        (["--pairs", "text.jsonl", "--longest", "1"], "--longest 1: allowed is 2 to 65,536"),
-        (["--pairs", "text.jsonl", "--longest", "65537"], "--longest 65537: allowed"),
+        (["--pairs", "text.jsonl", "--max_tokens", "1"], "--max_tokens 1: allowed is 2 to 65,536"),
+        (["--pairs", "text.jsonl", "--max_tokens", "65537"], "--max_tokens 65537: allowed"),
     ],
 )
 def test_bad_pairs_are_refused_and_nothing_is_made(tmp_path, bpe, monkeypatch, arguments, message):
@@ -402,8 +402,8 @@ def test_pairs_and_text_are_not_taken_for_each_other(tmp_path, bpe, capsys):
         run(given_option, *common)
         kinds.append((TokenFile(tmp_path / "out.bin").header.kind, "up to date" in capsys.readouterr().out))
     assert kinds == [("tokens", False), ("pairs", False), ("pairs", True), ("tokens", False)]
-    run("--pairs", *common, "--longest", 50)
-    run("--pairs", *common, "--longest", 60)
+    run("--pairs", *common, "--max_tokens", 50)
+    run("--pairs", *common, "--max_tokens", 60)
     assert "up to date" not in capsys.readouterr().out  # what is cut, is cut elsewhere
 
 
