@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 import model
 from strawberry import ops
-from strawberry.context import EncodedSource, ForwardContext
+from strawberry.cache import RingKVCache
+from strawberry.context import EncodedSource, ForwardContext, Mode
 from strawberry.ops.masks import AttentionPattern, LongformerPattern
 
 
@@ -22,6 +23,8 @@ def compare_masks(page: dict) -> None:
     for window, n_global in ((7, 3), (1, 1), (50, 0)):
         ours = LongformerPattern(window, n_global).mask(positions[None], positions[None])[0, 0]
         assert torch.equal(page["longformer_mask"](positions, window, n_global), ours)
+        ours = LongformerPattern(window, n_global).mask(positions[None], positions[None], causal=False)[0, 0]
+        assert torch.equal(page["longformer_mask"](positions, window, n_global, causal=False), ours)
     window = AttentionPattern(7).mask(positions[None], positions[None])[0, 0]
     assert torch.equal(page["longformer_mask"](positions, 7, 0), window)
 
@@ -43,20 +46,39 @@ def compare_positions(page: dict) -> None:
     rope = model.Rope(ops.rope_frequencies(8, ops.RopeScaling(), 64)[0]).double()
     ours = ops.apply_rope(x.unsqueeze(0), rope(positions.unsqueeze(0)))
     assert_close(page["rotate"](x, positions), ours[0])
+    added = model.SinusoidalPositions(model.TransformerConfig(n_embd=C, n_qkv=C)).double()
+    ours = added(torch.zeros(1, T, C).double(), ForwardContext(positions.unsqueeze(0)))
+    assert_close(page["sinusoidal"](positions, C), ours[0])
 
 
 def compare_kv_cache(page: dict) -> None:
     q, k, v = (random(1, 20, 8) for _ in range(3))
     whole = ops.attention(q, k, v, 8, AttentionPattern(5), context(20), None, scale=8**-0.5)[0]
     keys, values = torch.zeros(5, 8).double(), torch.zeros(5, 8).double()
-    parts = [page["decode"](keys, values, q[0, t], k[0, t], v[0, t], t) for t in range(20)]
-    assert_close(torch.stack(parts), whole)
+    cache = RingKVCache(1, "cpu", torch.float64, 5, k=8, v=8)
+    for t in range(20):
+        y = page["decode"](keys, values, q[0, t], k[0, t], v[0, t], t)
+        ctx = ForwardContext(torch.tensor([[t]]), Mode.DECODE, num_cached=t, max_cached_tokens=t)
+        one = (x[:, t : t + 1] for x in (q, k, v))
+        assert_close(ops.attention(*one, 8, AttentionPattern(5), ctx, cache, scale=8**-0.5)[0, 0], y)
+        assert_close(y, whole[t])
+        assert torch.equal(cache.k[0, :5], keys) and torch.equal(cache.v[0, :5], values)
 
 
 def compare_aft(page: dict) -> None:
     q, k, v = (random(1, 50, C) for _ in range(3))
     for scale in (1, 80):  # exp(80) squared is no float32
-        assert_close(page["aft_simple"](q[0], scale * k[0], v[0]), ops.aft_simple(q, scale * k, v, context(50))[0])
+        ours = ops.aft_simple(q, scale * k, v, context(50))[0]
+        for name in ("aft", "aft_simple"):
+            assert_close(page[name](q[0], scale * k[0], v[0]), ours)
+    a, b, taps = random(50, 128) / 8, random(50, 128) / 8, random(4, 7)
+    distance = (torch.arange(50)[:, None] - torch.arange(50)).clamp(min=0)  # later tokens are hidden
+    full = (a @ b.T).unsqueeze(-1)
+    near = (distance < 7).unsqueeze(-1)
+    conv = taps[:, distance.clamp(max=6)].movedim(0, -1).repeat_interleave(C // 4, dim=-1)
+    kinds = [(full, ops.LowRankBias(a, b)), (full * near, ops.LowRankBias(a, b, 7)), (conv * near, ops.ConvBias(taps))]
+    for p, bias in kinds:
+        assert_close(page["aft"](q[0], k[0], v[0], p), ops.aft_positional(q, k, v, bias, context(50))[0])
 
 
 def compare_tea(page: dict) -> None:
@@ -83,6 +105,7 @@ def compare_recursion(page: dict) -> None:
     router = fill(model.Router(C, 4, 1))
     router.bias.copy_(random(4) / 4)
     matrix, x = random(C, C) / 4, random(1, 30, C)
+    assert len(router.choose(x, context(30))[1].sum(dim=(0, 1)).nonzero()) > 1  # tokens differ in depth
     run = lambda x, ctx, cache: ctx.keep_frozen(x, x + torch.tanh(x @ matrix))  # noqa: E731
     ours = model.run_recursions(run, x, context(30), None, 4, router)[0]
     plain = page["adaptive_passes"](x[0], lambda x: x + torch.tanh(x @ matrix), router.weight, router.bias)
