@@ -405,22 +405,50 @@ def feed_forward(c) -> nn.Module:
 class SelfAttention(nn.Module):
     """Projections around any mixer. Without wq, q equals k (KV attention, arXiv 2305.19129)."""
 
-    def __init__(self, c, mixer: nn.Module, *, n_kv_head: int | None = None, has_q: bool = True):
+    def __init__(self, c, mixer: nn.Module, *, n_kv_head: int | None = None, has_q: bool = True,
+                 add_to_values: Callable | None = None):  # fmt: skip
         super().__init__()
         kv_width = (n_kv_head or c.n_head) * (c.n_qkv // c.n_head)
         self.wq = Linear(c.n_embd, c.n_qkv, bias=c.bias) if has_q else None
         self.wk, self.wv = Linear(c.n_embd, kv_width, bias=c.bias), Linear(c.n_embd, kv_width, bias=c.bias)
         self.wo = Linear(c.n_qkv, c.n_embd, bias=c.bias, role=c.out_proj_role)
-        self.mixer = mixer
+        self.mixer, self.add_to_values = mixer, add_to_values or keep_values
 
     def forward(self, x: Tensor, ctx: ForwardContext, cache) -> Tensor:
         layers = [layer for layer in (self.wq, self.wk, self.wv) if layer is not None]
         weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
         q, k, v = ops.qkv_projection(x, weights, biases, self.mixer.qk_transform, ctx, self.wk.precision)
-        return self.wo(self.mixer(q, k, v, x, ctx, cache))
+        return self.wo(self.mixer(q, k, self.add_to_values(v, x, ctx), x, ctx, cache))
 
     def new_cache(self, batch: int, max_length: int, device, dtype):
         return self.mixer.new_cache(batch, max_length, device, dtype)
+
+
+def keep_values(v: Tensor, x: Tensor, ctx: ForwardContext) -> Tensor:
+    return v
+
+
+class ValueEmbedding(nn.Module):
+    """v + 2σ(W_g x̃) ⊙ table[token], a gate for each head of v; x̃ is the first min(32, C) channels of x. The values of a
+    layer then know their token, whatever the layers before made of it."""
+
+    roles = {"gate": "bias", "table": "embedding"}
+
+    def __init__(self, c, n_kv_head: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(n_kv_head, min(32, c.n_embd)))
+        self.table = nn.Parameter(torch.empty(c.vocab_size, n_kv_head * (c.n_qkv // c.n_head)))
+
+    def forward(self, v: Tensor, x: Tensor, ctx: ForwardContext) -> Tensor:
+        narrow = x[..., : self.gate.size(1)].unsqueeze(-2)  # (B, T, 1, ·)
+        gate = 2 * torch.sigmoid((narrow * self.gate).sum(dim=-1))  # (B, T, n_kv_head)
+        value = ops.embedding(ctx.tokens, self.table, v.dtype).unflatten(-1, (len(self.gate), -1))
+        return v + (gate.unsqueeze(-1) * value).flatten(2).to(v.dtype)
+
+
+def value_embedding(c, layer: int, n_kv_head: int) -> ValueEmbedding | None:
+    """Of every second layer, the last one included."""
+    return ValueEmbedding(c, n_kv_head) if c.value_embeddings and (c.n_layer - 1 - layer) % 2 == 0 else None
 
 
 class LatentAttention(nn.Module):
@@ -513,7 +541,8 @@ def grouped_query(kv_heads: Callable) -> Callable:
 
     def build(c, layer: int, qk_transform: Callable) -> SelfAttention:
         n, pattern = kv_heads(c), attention_pattern(c, layer)
-        return SelfAttention(c, Softmax(c, n_kv_head=n, pattern=pattern, qk_transform=qk_transform), n_kv_head=n)
+        mixer = Softmax(c, n_kv_head=n, pattern=pattern, qk_transform=qk_transform)
+        return SelfAttention(c, mixer, n_kv_head=n, add_to_values=value_embedding(c, layer, n))
 
     return build
 
@@ -537,7 +566,14 @@ ATTENTIONS = {
 
 
 def make_attention(c, layer: int) -> nn.Module:
-    return ATTENTIONS[c.attention_type.partition("-")[0]](c, layer, POSITIONS[c.pos_encoding].qk_transform)
+    return ATTENTIONS[c.attention_type.partition("-")[0]](c, layer, choose_qk_transform(c))
+
+
+def choose_qk_transform(c) -> Callable:
+    """Rotary positions where they are asked for, then the norm of each head where that is."""
+    if not c.qk_norm:
+        return POSITIONS[c.pos_encoding].qk_transform
+    return ops.rotary_qk_norm if c.pos_encoding == "RoPE" else ops.norm_heads(c.n_qkv // c.n_head)
 
 
 # ---- positions that a model adds to its embedding ------------------------------------------------------------------
@@ -664,6 +700,8 @@ class ModelConfig:
     windows = None
     n_experts = 1
     n_ffn_experts = 1
+    qk_norm = False
+    value_embeddings = False
 
 
 @dataclass
@@ -1546,9 +1584,14 @@ class TinyStarConfig(FeedForwardExpertOptions, AttentionOptions, ModelConfig):
     attention_type: str = option(
         "GQA", "heads of k and v: as q, grouped, one, or a latent; -SWA: over a sliding window",
         choices=("MHA", "GQA", "MQA", "MHLA", "MHA-SWA", "GQA-SWA", "MQA-SWA", "MHLA-SWA"))
-    ffn_type: str = option("SwiGLU", "feed-forward", choices=("SwiGLU", "GELU"))
+    ffn_type: str = option("SwiGLU", "feed-forward", choices=("SwiGLU", "GELU", "ReLU2"))
     pos_encoding: str = option(
         "RoPE", "position encoding", choices=("Learned", "RoPE", "Sinusoidal", "None"))
+
+    qk_norm: bool = option(False, "norm of each head's q and k, after the rotary positions")
+    logit_softcap: float | None = option(None, "c: logits become c·tanh(logits / c)", above=0)
+    skip_scalars: bool = option(False, "before each block x becomes λx + μx₀, x₀ the normed embedding")
+    value_embeddings: bool = option(False, "a gated table of values by token, in every second layer")
 
     out_proj_role = "residual"  # an embedding of std 0.02 would be negligible beside the output of unit-gain matrices
 
@@ -1565,6 +1608,26 @@ class TinyStarConfig(FeedForwardExpertOptions, AttentionOptions, ModelConfig):
         yield from heads_divide("n_qkv", self.n_qkv, self.n_head)
         yield from attention_problems(self)
         yield from expert_problems(self)
+        for name in ("qk_norm", "value_embeddings"):
+            if getattr(self, name) and self.attention_type.startswith("MHLA"):
+                yield name, "is for MHA, GQA and MQA: MHLA makes keys and values of a latent; set one of them"
+
+
+class SkipScalars(nn.Module):
+    """x ← λ x + μ x₀, x₀ the input of the first block; λ = 1 and μ = 0 at first."""
+
+    roles = {"scale": "norm", "shift": "bias"}
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return self.scale.to(x.dtype) * x + self.shift.to(x.dtype) * ctx.stack_input
+
+
+def keep_stream(x: Tensor, ctx: ForwardContext) -> Tensor:
+    return x
 
 
 class TinyStarBlock(nn.Module):
@@ -1574,9 +1637,11 @@ class TinyStarBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = NORMS[c.norm_type](c.n_embd), NORMS[c.norm_type](c.n_embd)
         self.attn, self.ffn = make_attention(c, layer), feed_forward(c)
+        self.skip = SkipScalars() if c.skip_scalars else keep_stream
         self.drop = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, ctx: ForwardContext, cache: RingKVCache | None) -> Tensor:
+        x = self.skip(x, ctx)
         x = x + self.drop(self.attn(self.norm1(x), ctx, cache))
         return x + self.drop(self.ffn(self.norm2(x), ctx))
 
@@ -1597,16 +1662,21 @@ class TinyStar(LanguageModel):
         self.blocks = nn.ModuleList(TinyStarBlock(c, layer) for layer in range(c.n_layer))
         self.norm = NORMS[c.norm_type](c.n_embd)
         self.unembed = None if c.tie_embeddings else Linear(c.n_embd, c.vocab_size, role="head")
-        self.rope, self.max_positions = build_rope(c), max_positions(c)
+        self.rope, self.max_positions, self.cap = build_rope(c), max_positions(c), c.logit_softcap
+
+    def hidden_states(self, idx: Tensor, ctx: ForwardContext, caches) -> Tensor:
+        return super().hidden_states(idx, replace(ctx, tokens=idx) if self.config.value_embeddings else ctx, caches)
 
     def embed_tokens(self, idx: Tensor, ctx: ForwardContext) -> Tensor:
-        return self.positions(self.embed(idx), ctx)
+        x = self.embed(idx)
+        return self.positions(norm(x) if self.config.skip_scalars else x, ctx)
 
     def set_compile_partitions(self, n: int) -> bool:
         self.compile_partitions = min(n, len(self.blocks))
         return self.compile_partitions > 1
 
     def trunk(self, x: Tensor, ctx: ForwardContext, caches: list | None) -> Tensor:
+        ctx = replace(ctx, stack_input=x) if self.config.skip_scalars else ctx
         return run_blocks(self.blocks, x, ctx, caches, self.compile_partitions)
 
     def head_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:

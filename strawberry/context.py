@@ -44,6 +44,8 @@ class ForwardContext:
     active: Tensor | None = None  # (B, T) tokens whose recursion depth reaches this pass; None: all
     padding_mask: Tensor | None = None  # (B, T) padding in an encoder, masked for all tokens
     source: EncodedSource | None = None  # the input of cross-attention
+    tokens: Tensor | None = None  # (B, T) token ids, for layers with value embeddings
+    stack_input: Tensor | None = None  # (B, T, C) what entered the first block, for blocks with skip scalars
     mask_cache: dict = field(default_factory=dict)  # attention masks, built once per call for all layers
 
     @property

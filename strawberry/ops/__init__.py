@@ -19,6 +19,7 @@ from strawberry.ops.qkv import (
     fused_qkv_projection,
     no_transform,
     norm_channels,
+    norm_heads,
     qkv_projection,
     rotary,
     rotary_qk_norm,

@@ -77,6 +77,16 @@ def norm_channels(q: Tensor, k: Tensor, ctx: ForwardContext) -> tuple[Tensor, Te
     return norm(q).to(q.dtype), norm(k).to(k.dtype)
 
 
+def norm_heads(d: int) -> Transform:
+    """`norm` over each head's d channels of q and k, without positions."""
+
+    def transform(q: Tensor, k: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        q, k = (norm(x.unflatten(-1, (-1, d))).flatten(2).to(x.dtype) for x in (q, k))
+        return q, k
+
+    return transform
+
+
 def rotary(q: Tensor, k: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
     """Rotary positions per head."""
     q, k = rotate_heads(q, k, ctx)

@@ -49,6 +49,10 @@ COMPANIONS = {
     "tinystar": [
         {"norm_type": "LayerNorm", "ffn_type": "GELU", "attention_type": "MHA", "pos_encoding": "Learned"},
         {"norm_type": "LayerNorm", "ffn_type": "GELU", "attention_type": "MHLA"},
+        {"qk_norm": True, "pos_encoding": "Learned"},
+        {"value_embeddings": True, "n_layer": 3, "attention_type": "MHA"},
+        {"qk_norm": True, "ffn_type": "ReLU2", "logit_softcap": 5.0, "tie_embeddings": False, "skip_scalars": True,
+         "value_embeddings": True, "attention_type": "MQA-SWA"},
         {"attention_type": "MHLA", "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position": 32}},
         *({"rope_scaling": r} for r in (
             {"type": "linear", "factor": 2.0}, {"type": "ntk", "factor": 2.0},

@@ -19,6 +19,8 @@ MODELS = {
     "tinystar, learned": {"arch": "tinystar", "pos_encoding": "Learned", "attention_type": "MHA"},
     "tinystar, window": {"arch": "tinystar", "attention_type": "MQA-SWA", "window": 9},
     "tinystar, latent": {"arch": "tinystar", "attention_type": "MHLA"},
+    "tinystar, speedrun": {"arch": "tinystar", "qk_norm": True, "ffn_type": "ReLU2", "logit_softcap": 15.0,
+                           "skip_scalars": True, "value_embeddings": True},
     "transformer": {"arch": "transformer", "kind": "decoder", "sparse": "bigbird", "sparse_block": 4},
     "encoder-decoder": {"arch": "transformer", "pad_id": 0},
     "batch scope": {"n_qkv": 32, "retention_scope": "batch"},

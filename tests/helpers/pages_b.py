@@ -140,7 +140,15 @@ def compare_muon(page: dict) -> None:
         assert_close(page["orthogonalise"](g), optimizer.newton_schulz(g.unsqueeze(0))[0])
 
 
+def compare_value_embeddings(page: dict) -> None:
+    layer = fill(model.ValueEmbedding(model.TinyStarConfig(vocab_size=29, n_embd=40, n_qkv=24, n_head=4), 2))
+    v, x, tokens = random(1, T, 12), random(1, T, 40), torch.randint(29, (1, T))
+    ours = layer(v, x, ForwardContext(torch.arange(T)[None], tokens=tokens))[0]
+    assert_close(page["add_value_embedding"](v[0], x[0], tokens[0], layer.gate, layer.table), ours)
+
+
 COMPARISONS = {
+    "value-embeddings.md": compare_value_embeddings,
     "compaction-compute.md": compare_compaction,
     "attention-on-detail.md": compare_attention_on_detail,
     "lam.md": compare_lam,

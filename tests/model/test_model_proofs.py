@@ -487,9 +487,13 @@ def ffn_params(c, bias: bool) -> int:
 
 def tinystar_params(c) -> tuple[int, int]:
     bias = c.norm_type == "LayerNorm" and c.ffn_type == "GELU"
-    block = 2 * norm_params(c) + attention_params(c, bias)[0] + ffn_params(c, bias)
+    block = 2 * norm_params(c) + attention_params(c, bias)[0] + ffn_params(c, bias) + 2 * c.skip_scalars
     tables = c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)
-    return c.n_layer * block + norm_params(c), tables + c.block_size * c.n_embd * (c.pos_encoding == "Learned")
+    kv_heads = {"MHA": c.n_head, "MQA": 1}.get(c.attention_type.removesuffix("-SWA"), c.n_kv_head)
+    with_values = -(-c.n_layer // 2) * c.value_embeddings
+    body = c.n_layer * block + norm_params(c) + with_values * kv_heads * min(32, c.n_embd)
+    tables += with_values * c.vocab_size * kv_heads * c.n_qkv // c.n_head
+    return body, tables + c.block_size * c.n_embd * (c.pos_encoding == "Learned")
 
 
 def transformer_params(c) -> tuple[int, int]:
@@ -768,6 +772,8 @@ COMPILED = [
     *(f"{arch}()" for arch in MODELS),
     "strawberry(r_layer=0)",
     "tinystar(n_ffn_experts=4)",
+    "tinystar(qk_norm=True,ffn_type=ReLU2,logit_softcap=5.0,tie_embeddings=False,skip_scalars=True,"
+    "value_embeddings=True,attention_type=MQA-SWA)",
     "transformer(kind=encoder,attention_type=MHLA-SWA)",
     "transformer(kind=decoder,sparse=longformer,n_global=2,n_random=2)",
     "transformer(kind=decoder,adaptive=True,recursions=3,norm_position=pre)",

@@ -22,7 +22,8 @@ from strawberry.training import plot
 CONFIG = CONFIG_FOLDER
 PRESETS = sorted(path.stem for path in CONFIG.glob("*.json") if path.name != "schema.json")
 SPECIAL = {"air", "tiny"}  # the reference and the first run, whose files have names of their own
-TINYSTAR = ["v0.1-baseline", "v0.2-modernbase", "v0.3-mha", "v0.4-mqa", "v0.5-mhla", "v0.6-gelu", "v0.7-gqa-swa"]
+TINYSTAR = ["v0.1-baseline", "v0.2-modernbase", "v0.3-mha", "v0.4-mqa", "v0.5-mhla", "v0.6-gelu", "v0.7-gqa-swa",
+            "v0.8-speedrun"]
 WANTED = {
     "strawberry": ["strawberry-large", "strawberry-experts", "air", "tiny"],
     "strawberry-v0": ["strawberry-v0", "strawberry-v0-compaction"],
@@ -104,6 +105,9 @@ def test_each_is_what_its_name_says():
         has(f"palm-{mixer}", attention_type=mixer)
         assert loaded(f"palm-{mixer}").optimizer_hyperparams.use_muon
     has("tinystar-v0.1-baseline", attention_type="MHA", ffn_type="GELU", norm_type="LayerNorm", pos_encoding="Learned")
+    has("tinystar-v0.8-speedrun", qk_norm=True, ffn_type="ReLU2", n_ffn=None, logit_softcap=15, tie_embeddings=False,
+        skip_scalars=True, value_embeddings=True)  # fmt: skip
+    assert loaded("tinystar-v0.8-speedrun").optimizer_hyperparams.use_muon
     has("transformer-spans", kind="encoder-decoder", attention_type="MHA", norm_position="post", ffn_type="relu",
         pos_encoding="Sinusoidal", norm_type="LayerNorm")  # fmt: skip
     has("transformer-pairs", kind="encoder-decoder")

@@ -20,9 +20,11 @@ def expected(arch: str, name: str, tied: bool) -> str:
         return "embedding" if tied else "input"
     if name.startswith("unembed"):
         return "head"
-    if name.endswith(".bias"):
+    if name.endswith((".bias", "skip.shift", "add_to_values.gate")):
         return "bias"
-    if "norm" in name:
+    if name.endswith("add_to_values.table"):
+        return "embedding"
+    if "norm" in name or name.endswith("skip.scale"):
         return "norm"
     return "residual" if name.endswith(RESIDUAL.get(arch, "-")) else "matrix"
 

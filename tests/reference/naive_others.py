@@ -372,9 +372,24 @@ def softmax_attention(p, name, cfg, h, layer, causal, padding=None):
     q = k
     if base_type(cfg) != "kv":
         q = [rotated(heads(linear(p, f"{name}.wq", x), d), t, cfg, inv_freq) for t, x in enumerate(h)]
+    if cfg.get("qk_norm"):
+        q, k = ([np.stack([rms(head) for head in x]) for x in parts] for parts in (q, k))
+    if f"{name}.add_to_values.table" in p:
+        v = [with_value_embedding(p, f"{name}.add_to_values", v_t, x, token)
+             for v_t, x, token in zip(v, h, cfg["tokens"], strict=True)]  # fmt: skip
     sees = visibility(cfg, layer, causal, padding, window_of(cfg))
     y = softmax_mixer(q, k, v, sees, d**-0.5 * (factor**2 if cfg.get("pos_encoding") == "RoPE" else 1))
     return [linear(p, f"{name}.wo", x) for x in y]
+
+
+def with_value_embedding(p, name, v, x, token):
+    """v (heads, d) of one token, whose normed input is x: each head gets its part of a table's row, times a gate."""
+    row, gate = p[f"{name}.table"][token].reshape(v.shape), p[f"{name}.gate"]
+    out = np.empty_like(v)
+    for head in range(len(v)):
+        z = sum(gate[head, i] * x[i] for i in range(gate.shape[1]))
+        out[head] = v[head] + 2 / (1 + math.exp(-z)) * row[head]
+    return out
 
 
 def latent_attention(p, name, cfg, h, layer, causal, padding=None):
@@ -517,13 +532,19 @@ def naive_tinystar(cfg, params, idx):
 def tinystar_row(cfg, p, tokens):
     norm_type, ffn_type = cfg["norm_type"], cfg["ffn_type"].lower()
     x = [p["embed.weight"][token] for token in tokens]
+    x = [rms(x_t) for x_t in x] if cfg.get("skip_scalars") else x
     x = [x_t + position(t, len(x_t), cfg["pos_encoding"], p.get("positions.weight")) for t, x_t in enumerate(x)]
+    cfg, start = {**cfg, "tokens": tokens}, x
     for layer in range(cfg["n_layer"]):
+        if cfg.get("skip_scalars"):
+            scale, shift = (p[f"blocks.{layer}.skip.{name}"][0] for name in ("scale", "shift"))
+            x = [scale * x_t + shift * start_t for x_t, start_t in zip(x, start, strict=True)]
         h = [scaled_norm(p, tinystar_part(layer, "norm1"), x_t, norm_type) for x_t in x]
         x = add(x, ATTENTION[base_type(cfg)](p, tinystar_part(layer, "attn"), cfg, h, layer, causal=True))
         h = [scaled_norm(p, tinystar_part(layer, "norm2"), x_t, norm_type) for x_t in x]
         x = add(x, [dense_or_moe(p, tinystar_part(layer, "ffn"), h_t, cfg, ffn_type) for h_t in h])
-    return [tinystar_head(p) @ scaled_norm(p, "norm", x_t, norm_type) for x_t in x]
+    logits, cap = [tinystar_head(p) @ scaled_norm(p, "norm", x_t, norm_type) for x_t in x], cfg.get("logit_softcap")
+    return [cap * np.tanh(row / cap) for row in logits] if cap else logits
 
 
 # ---- palm ------------------------------------------------------------------------------------------------------------
