@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine import count, require_module
+from pydantic import ValidationError
 
 from optimizer import lr_at
 from strawberry import config_docs
 from strawberry.common import UserError, atomic_write, is_first_to_report, nearest, report_error
-from strawberry.config import check, declared, dotted_names, option, path_names, read_json, sections, to_dict
+from strawberry.config import check, declared, dotted_names, option, path_names, read_json, sections, to_dict, validator
 from strawberry.run_config import RENAMED, Run, load_run, make_run, run_class
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -365,6 +366,13 @@ def test_all_problems_are_in_one_message_and_nothing_is_made(tmp_path):
     }
     made = program(body, "--config", "air.json", cwd=tmp_path)
     assert (made.returncode, sorted(os.listdir(tmp_path))) == (0, ["made", "run.json"])
+
+
+def test_a_list_of_wrong_items_is_one_error():
+    """A client may send a million of them."""
+    with pytest.raises(ValidationError) as refused:
+        validator(Berry).validate_python({"window": [0] * 1000})
+    assert refused.value.error_count() == 1
 
 
 def test_a_rule_is_silent_where_one_of_its_keys_is_wrong_in_itself():
