@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema
 from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from strawberry.common import NO_PATH, UserError, has_control_character, nearest, show
@@ -28,14 +29,18 @@ from strawberry.common import NO_PATH, UserError, has_control_character, nearest
 # ---- declaring -------------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, doc: str, *, low=None, high=None, above=None, below=None, choices=None, path=False) -> Any:
+def option(
+    default: Any, doc: str, *, low=None, high=None, above=None, below=None, choices=None, path=False, must=""
+) -> Any:
     """A dataclass field with its meaning and bounds: low and high inclusive, above and below exclusive.
 
     On a list the bounds hold for each item; a list, dict or dataclass given as default is copied for each instance.
     `choices` are the valid strings (other types in the annotation are bounded as usual: `int | str`, choices ["auto"]).
     `path`: its text names a file or a directory, which no one but the machine's owner may choose.
+    `must`: what the value must be, in words; the annotation then is a type of pydantic's, with bounds of its own.
     """
     metadata = {"doc": doc, "low": low, "high": high, "above": above, "below": below, "choices": choices, "path": path}
+    metadata["must"] = must
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     if dataclasses.is_dataclass(default):
@@ -56,6 +61,7 @@ class Option:
     below: float | None = None
     choices: tuple[str, ...] = ()
     path: bool = False
+    must: str = ""
 
     @property
     def section(self) -> type | None:
@@ -65,6 +71,8 @@ class Option:
     @property
     def allowed(self) -> str:
         """What may stand there, in words: `integer >= 1 or null`."""
+        if self.must:
+            return self.must
         words = {type(None): "null", bool: "true or false", int: "integer", float: "number", str: "text"}
         signs = {">=": self.low, ">": self.above, "<=": self.high, "<": self.below}
         bounds = " and ".join(f"{sign} {limit}" for sign, limit in signs.items() if limit is not None)
@@ -83,10 +91,10 @@ class Option:
 @functools.cache
 def declared(cls: type) -> dict[str, Option]:
     """Every key of a config class, in order."""
-    hints, found = typing.get_type_hints(cls), {}
+    hints, found = typing.get_type_hints(cls, include_extras=True), {}
     for field in dataclasses.fields(cls):
         hint, meta = hints[field.name], dict(field.metadata)
-        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType) and not meta["must"]
         kinds = typing.get_args(hint) if union else () if hint is Any else (hint,)
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         meta["choices"] = tuple(meta.get("choices") or ())
@@ -220,6 +228,8 @@ def key_type(key: Option) -> Any:
 
 
 def constrain(kind: Any, key: Option) -> Any:
+    if key.must:
+        return kind
     if dataclasses.is_dataclass(kind):
         return object_type(kind)
     if typing.get_origin(kind) is list:
@@ -230,7 +240,7 @@ def constrain(kind: Any, key: Option) -> Any:
     bounds = Field(ge=key.low, le=key.high, gt=key.above, lt=key.below)
     checks = {
         bool: [],
-        int: [bounds, BeforeValidator(as_whole)],
+        int: [bounds, WHOLE],
         float: [bounds, Field(allow_inf_nan=False)],
         str: [AfterValidator(functools.partial(check_text, key=key)), WithJsonSchema(text_schema(key))],
     }
@@ -245,15 +255,23 @@ def as_whole(value: Any) -> Any:
     return number
 
 
+WHOLE = BeforeValidator(as_whole)
+
+
 def check_text(value: str, key: Option) -> str:
     """Raises ValueError where a text has what no text or no path has, or is empty, which only a default may be."""
     os.fsencode(value)  # half a surrogate pair is neither text nor a path
-    if "\0" in value or (key.path and has_control_character(value)) or (value == "" and key.default != ""):
+    if key.path and has_control_character(value):
+        raise PydanticCustomError(SENTENCE, NO_PATH)
+    if "\0" in value or (value == "" and key.default != ""):
         raise ValueError("no such text")
     return value
 
 
 # ---- checking --------------------------------------------------------------------------------------------------------
+
+
+SENTENCE = "sentence"  # type of an error whose message is the sentence to tell, after the key and its value
 
 
 def check(cls: type, raw: Any, prefix: str = "") -> tuple[Any, list[str]]:
@@ -281,7 +299,7 @@ def _check(cls: type, raw: Any, prefix: str, names: list[str]) -> tuple[Any, lis
         elif key.section and not (value is None and type(None) in key.kinds):
             values[name], found = _check(key.section, value, f"{prefix}{name}.", names)
         elif name in wrong:
-            found = [f"{prefix}{name} = {show(value)}: {_explain(value, key)}"]
+            found = [f"{prefix}{name} = {show(value)}: {wrong[name] or _explain(value, key)}"]
         problems += found
         bad |= {name} if found else set()
     config = cls(**{name: value for name, value in values.items() if name not in bad})
@@ -293,21 +311,21 @@ def _check(cls: type, raw: Any, prefix: str, names: list[str]) -> tuple[Any, lis
     return (None, problems) if problems else (config, [])
 
 
-def validate(cls: type, raw: dict) -> tuple[dict, set[str]]:
-    """(values of the keys that are right, names of those that are wrong), by pydantic."""
+def validate(cls: type, raw: dict) -> tuple[dict, dict[str, str]]:
+    """By pydantic: (values of the keys that are right, {name of a wrong key: a validator's SENTENCE or nothing})."""
     try:
-        return validator(cls).validate_python(raw), set()
+        return validator(cls).validate_python(raw), {}
     except ValidationError as error:
-        wrong = {found["loc"][0] for found in error.errors(include_url=False, include_context=False)}
+        wrong: dict[str, str] = {}
+        for found in error.errors(include_url=False, include_context=False):
+            name = found["loc"][0]
+            wrong[name] = found["msg"] if found["type"] == SENTENCE else wrong.get(name, "")
         return validate(cls, {name: value for name, value in raw.items() if name not in wrong})[0], wrong
 
 
 def _explain(value: Any, key: Option) -> str:
     """Why a value is refused."""
-    items = value if isinstance(value, list) else [value]
-    if key.path and any(isinstance(item, str) and has_control_character(item) for item in items):
-        return NO_PATH
-    if isinstance(value, (int, float)) and not abs(value) < 2**63:  # NaN and Infinity too
+    if isinstance(value, (int, float)) and not abs(value) < 2**63 and not key.must:  # NaN and Infinity too
         return f"must be {key.allowed}, finite" + (" and < 2**63" if int in key.kinds else "")
     return f"must be {key.allowed}" + (nearest(value, key.choices) if isinstance(value, str) else "")
 
@@ -346,7 +364,11 @@ def describe_key(key: Option) -> dict:
 
 def object_schema(cls: type) -> dict:
     """The JSON schema of a config class."""
-    return validator(cls).json_schema(schema_generator=PlainSchema)
+    return type_schema(object_type(cls))
+
+
+def type_schema(kind: Any) -> dict:
+    return TypeAdapter(kind).json_schema(schema_generator=PlainSchema)
 
 
 class PlainSchema(GenerateJsonSchema):
@@ -359,8 +381,9 @@ class PlainSchema(GenerateJsonSchema):
         return super().generate_inner({name: value for name, value in schema.items() if name != "ref"})
 
     def typed_dict_schema(self, schema: dict) -> dict:
-        properties = super().typed_dict_schema(schema)["properties"]
-        return {"type": "object", "properties": properties, "additionalProperties": False}
+        found = super().typed_dict_schema(schema)
+        del found["title"]
+        return {**found, "additionalProperties": found.get("additionalProperties", False)}
 
     def literal_schema(self, schema: dict) -> dict:
         return {"enum": schema["expected"]}
