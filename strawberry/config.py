@@ -2,7 +2,7 @@
 
 A config is a dataclass whose fields are made with `option(default, doc, bounds …)`. Type (the annotation), default,
 bounds and meaning stand there and nowhere else; validation, `train.py --help`, docs/options.md and config/schema.json
-are all made from them.
+are all made from them. Pydantic judges values and writes the schema; the sentences are ours.
 
 Index:  declaring · reading JSON · checking · describing
 """
@@ -12,27 +12,35 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
 import os
 import re
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from strawberry.common import NO_PATH, UserError, has_control_character, nearest, show
 
 # ---- declaring -------------------------------------------------------------------------------------------------------
 
 
-def option(default: Any, doc: str, *, low=None, high=None, above=None, below=None, choices=None, path=False) -> Any:
+def option(
+    default: Any, doc: str, *, low=None, high=None, above=None, below=None, choices=None, path=False, must=""
+) -> Any:
     """A dataclass field with its meaning and bounds: low and high inclusive, above and below exclusive.
 
     On a list the bounds hold for each item; a list, dict or dataclass given as default is copied for each instance.
     `choices` are the valid strings (other types in the annotation are bounded as usual: `int | str`, choices ["auto"]).
     `path`: its text names a file or a directory, which no one but the machine's owner may choose.
+    `must`: what the value must be, in words; the annotation then is a type of pydantic's, with bounds of its own.
     """
     metadata = {"doc": doc, "low": low, "high": high, "above": above, "below": below, "choices": choices, "path": path}
+    metadata["must"] = must
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     if dataclasses.is_dataclass(default):
@@ -53,6 +61,7 @@ class Option:
     below: float | None = None
     choices: tuple[str, ...] = ()
     path: bool = False
+    must: str = ""
 
     @property
     def section(self) -> type | None:
@@ -62,6 +71,8 @@ class Option:
     @property
     def allowed(self) -> str:
         """What may stand there, in words: `integer >= 1 or null`."""
+        if self.must:
+            return self.must
         words = {type(None): "null", bool: "true or false", int: "integer", float: "number", str: "text"}
         signs = {">=": self.low, ">": self.above, "<=": self.high, "<": self.below}
         bounds = " and ".join(f"{sign} {limit}" for sign, limit in signs.items() if limit is not None)
@@ -80,10 +91,10 @@ class Option:
 @functools.cache
 def declared(cls: type) -> dict[str, Option]:
     """Every key of a config class, in order."""
-    hints, found = typing.get_type_hints(cls), {}
+    hints, found = typing.get_type_hints(cls, include_extras=True), {}
     for field in dataclasses.fields(cls):
         hint, meta = hints[field.name], dict(field.metadata)
-        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType) and not meta["must"]
         kinds = typing.get_args(hint) if union else () if hint is Any else (hint,)
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         meta["choices"] = tuple(meta.get("choices") or ())
@@ -196,9 +207,71 @@ def join_problems(problems: list[str], source: str = "") -> str:
     return f"{source}{len(problems)} problems:\n" + "\n".join(f"  {line}" for line in problems)
 
 
+# ---- what pydantic checks --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def validator(cls: type) -> TypeAdapter:
+    return TypeAdapter(object_type(cls))
+
+
+def object_type(cls: type) -> type:
+    """A dict that may have the keys of a config class. Pydantic ignores others, which `check` names."""
+    keys = {name: Annotated[key_type(key), Field(json_schema_extra=describe_key(key))]
+            for name, key in declared(cls).items()}  # fmt: skip
+    return TypedDict(cls.__name__, keys, total=False)
+
+
+def key_type(key: Option) -> Any:
+    """What pydantic checks of a key: any member of its annotation, strict and within the key's bounds."""
+    return typing.Union[tuple(constrain(kind, key) for kind in key.kinds)] if key.kinds else Any  # noqa: UP007
+
+
+def constrain(kind: Any, key: Option) -> Any:
+    if key.must:
+        return kind
+    if dataclasses.is_dataclass(kind):
+        return object_type(kind)
+    if typing.get_origin(kind) is list:
+        item = constrain(typing.get_args(kind)[0], key)
+        return Annotated[list[item], Field(strict=True, fail_fast=True)]  # not an error for each of a million items
+    if kind is str and key.choices:
+        return Literal[key.choices]
+    bounds = Field(ge=key.low, le=key.high, gt=key.above, lt=key.below)
+    checks = {
+        bool: [],
+        int: [bounds, WHOLE],
+        float: [bounds, Field(allow_inf_nan=False)],
+        str: [AfterValidator(functools.partial(check_text, key=key)), WithJsonSchema(text_schema(key))],
+    }
+    return Annotated[kind, Field(strict=True), *checks[kind]] if kind in checks else kind
+
+
+def as_whole(value: Any) -> Any:
+    """JSON has one kind of number, so that 2e3 is an integer. Raises ValueError for one of more than 64 bits."""
+    number = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(number, int) and abs(number) >= 2**63:
+        raise ValueError("more than 64 bits")
+    return number
+
+
+WHOLE = BeforeValidator(as_whole)
+
+
+def check_text(value: str, key: Option) -> str:
+    """Raises ValueError where a text has what no text or no path has, or is empty, which only a default may be."""
+    os.fsencode(value)  # half a surrogate pair is neither text nor a path
+    if key.path and has_control_character(value):
+        raise PydanticCustomError(SENTENCE, NO_PATH)
+    if "\0" in value or (value == "" and key.default != ""):
+        raise ValueError("no such text")
+    return value
+
+
 # ---- checking --------------------------------------------------------------------------------------------------------
 
-_WRONG = object()
+
+SENTENCE = "sentence"  # type of an error whose message is the sentence to tell, after the key and its value
 
 
 def check(cls: type, raw: Any, prefix: str = "") -> tuple[Any, list[str]]:
@@ -216,77 +289,45 @@ def check(cls: type, raw: Any, prefix: str = "") -> tuple[Any, list[str]]:
 def _check(cls: type, raw: Any, prefix: str, names: list[str]) -> tuple[Any, list[str]]:
     if not isinstance(raw, dict):
         return None, [f"{prefix.rstrip('.') or 'the config'} = {show(raw)}: must be an object, {{ … }}"]
-    known, values, wrong, problems = declared(cls), {}, set(), []
+    known, problems, bad = declared(cls), [], set()
+    values, wrong = validate(cls, raw)
     for name, value in raw.items():
-        label = f"{prefix}{name} = {show(value)}"
-        if name not in known:
+        key, found = known.get(name), []
+        if key is None:
             hint = _hint(str(name), list(known), names) if len(problems) < 20 else ""  # which takes a while
-            problems.append(f"{label}: unknown key{hint}")
-            continue
-        key = known[name]
-        if key.section and not (value is None and type(None) in key.kinds):
+            problems.append(f"{prefix}{name} = {show(value)}: unknown key{hint}")
+        elif key.section and not (value is None and type(None) in key.kinds):
             values[name], found = _check(key.section, value, f"{prefix}{name}.", names)
-        else:
-            values[name] = next((fit for kind in key.kinds if (fit := _fit(value, kind, key)) is not _WRONG), _WRONG)
-            values[name] = value if not key.kinds else values[name]
-            found = [f"{label}: {_explain(value, key)}"] if values[name] is _WRONG else []
+        elif name in wrong:
+            found = [f"{prefix}{name} = {show(value)}: {wrong[name] or _explain(value, key)}"]
         problems += found
-        wrong |= {name} if found else set()
-    config = cls(**{name: value for name, value in values.items() if name not in wrong})
+        bad |= {name} if found else set()
+    config = cls(**{name: value for name, value in values.items() if name not in bad})
     for name, message in config.problems() if hasattr(config, "problems") else ():
         # a rule that mentions a key that is wrong in itself has judged its default: say nothing yet
-        if not wrong & set(re.findall(r"\w+", f"{name} {message}")):
+        if not bad & set(re.findall(r"\w+", f"{name} {message}")):
             value = functools.reduce(getattr, name.split("."), config)
             problems.append(f"{prefix}{name} = {show(value)}: {message}")
     return (None, problems) if problems else (config, [])
 
 
-def _fit(value: Any, kind: Any, key: Option) -> Any:
-    """The value as `kind`, or _WRONG. An integer passes as a float and 2e3 as an integer; a bool is neither."""
-    if kind in (bool, type(None)):
-        return value if isinstance(value, kind) else _WRONG
-    if kind is str:
-        return value if isinstance(value, str) and _good_text(value, key) else _WRONG
-    if typing.get_origin(kind) is list:
-        items = [_fit(item, typing.get_args(kind)[0], key) for item in value] if isinstance(value, list) else [_WRONG]
-        return _WRONG if any(item is _WRONG for item in items) else items
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return _WRONG
+def validate(cls: type, raw: dict) -> tuple[dict, dict[str, str]]:
+    """By pydantic: (values of the keys that are right, {name of a wrong key: a validator's SENTENCE or nothing})."""
     try:
-        number = kind(value)
-        if not math.isfinite(number) or (kind is int and (number != value or abs(number) >= 2**63)):
-            return _WRONG
-    except (OverflowError, ValueError):  # NaN, Infinity, or too large for a float
-        return _WRONG
-    low, high = -math.inf if key.low is None else key.low, math.inf if key.high is None else key.high
-    above, below = -math.inf if key.above is None else key.above, math.inf if key.below is None else key.below
-    return number if low <= number <= high and above < number < below else _WRONG
-
-
-def _good_text(value: str, key: Option) -> bool:
-    if key.choices:
-        return value in key.choices
-    try:
-        os.fsencode(value)  # half a surrogate pair is neither text nor a path
-    except UnicodeEncodeError:
-        return False
-    if key.path and has_control_character(value):
-        return False
-    return "\0" not in value and (value != "" or key.default == "")  # empty only where that is the default
+        return validator(cls).validate_python(raw), {}
+    except ValidationError as error:
+        wrong: dict[str, str] = {}
+        for found in error.errors(include_url=False, include_context=False):
+            name = found["loc"][0]
+            wrong[name] = found["msg"] if found["type"] == SENTENCE else wrong.get(name, "")
+        return validate(cls, {name: value for name, value in raw.items() if name not in wrong})[0], wrong
 
 
 def _explain(value: Any, key: Option) -> str:
     """Why a value is refused."""
-    items = value if isinstance(value, list) else [value]
-    if key.path and any(isinstance(item, str) and has_control_character(item) for item in items):
-        return NO_PATH
-    return f"must be {_must_be(value, key)}"
-
-
-def _must_be(value: Any, key: Option) -> str:
-    if isinstance(value, (int, float)) and not abs(value) < 2**63:  # NaN and Infinity too
-        return f"{key.allowed}, finite" + (" and < 2**63" if int in key.kinds else "")
-    return key.allowed + (nearest(value, key.choices) if isinstance(value, str) else "")
+    if isinstance(value, (int, float)) and not abs(value) < 2**63 and not key.must:  # NaN and Infinity too
+        return f"must be {key.allowed}, finite" + (" and < 2**63" if int in key.kinds else "")
+    return f"must be {key.allowed}" + (nearest(value, key.choices) if isinstance(value, str) else "")
 
 
 def _hint(name: str, siblings: list[str], names: list[str]) -> str:
@@ -311,30 +352,44 @@ def sections(cls: type, prefix: str = "") -> Iterator[tuple[str, str, dict[str, 
                 yield dotted, doc or key.doc, keys
 
 
+def text_schema(key: Option) -> dict:
+    shape = {"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"} if key.path else {}
+    return {"type": "string", "minLength": int(key.default != ""), **shape}
+
+
+def describe_key(key: Option) -> dict:
+    """What the JSON schema says of a key besides its type."""
+    return {**({} if key.section else {"default": key.default}), "description": key.doc}
+
+
 def object_schema(cls: type) -> dict:
     """The JSON schema of a config class."""
-    properties = {}
-    for name, key in declared(cls).items():
-        variants = [_kind_schema(kind, key) for kind in key.kinds]
-        found = dict(variants[0]) if len(variants) == 1 else {"anyOf": variants} if variants else {}
-        if not key.section:
-            found["default"] = key.default
-        properties[name] = {**found, "description": key.doc}
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+    return type_schema(object_type(cls))
 
 
-def _kind_schema(kind: Any, key: Option) -> dict:
-    if dataclasses.is_dataclass(kind):
-        return object_schema(kind)
-    if typing.get_origin(kind) is list:
-        return {"type": "array", "items": _kind_schema(typing.get_args(kind)[0], key)}
-    if kind is str:
-        if key.choices:
-            return {"enum": list(key.choices)}
-        shape = {"pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"} if key.path else {}
-        return {"type": "string", "minLength": int(key.default != ""), **shape}
-    if kind in (bool, type(None)):
-        return {"type": "boolean" if kind is bool else "null"}
-    bounds = {"minimum": key.low, "maximum": key.high, "exclusiveMinimum": key.above, "exclusiveMaximum": key.below}
-    limits = {word: limit for word, limit in bounds.items() if limit is not None}
-    return {"type": "integer" if kind is int else "number", **limits}
+def type_schema(kind: Any) -> dict:
+    return TypeAdapter(kind).json_schema(schema_generator=PlainSchema)
+
+
+class PlainSchema(GenerateJsonSchema):
+    """Pydantic's JSON schema without titles and references, in the order of declaration."""
+
+    class ValidationsMapping(GenerateJsonSchema.ValidationsMapping):
+        numeric = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
+
+    def generate_inner(self, schema: dict) -> dict:
+        return super().generate_inner({name: value for name, value in schema.items() if name != "ref"})
+
+    def typed_dict_schema(self, schema: dict) -> dict:
+        found = super().typed_dict_schema(schema)
+        del found["title"]
+        return {**found, "additionalProperties": found.get("additionalProperties", False)}
+
+    def literal_schema(self, schema: dict) -> dict:
+        return {"enum": schema["expected"]}
+
+    def field_title_should_be_set(self, schema: dict) -> bool:
+        return False
+
+    def sort(self, value: dict, parent_key: str | None = None) -> dict:
+        return value

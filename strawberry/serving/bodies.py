@@ -2,7 +2,7 @@
 
 A body is a dataclass of options, as configs are: its fields are declared once, with bounds and meaning; from them come
 the messages of what is wrong and the schema. A class may have `required` fields, `neutral` values of fields that are
-not supported, and `schemas`, which replace fields' own.
+not supported, and `schemas`, which replace fields' own where these say less than is known elsewhere.
 """
 
 import asyncio

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from encoder import EOT, PAD
 from strawberry.common import UserError
+from strawberry.config import type_schema
 from strawberry.inference.text import (
     draw_seed,
     encode_source_text,
@@ -25,7 +26,6 @@ from strawberry.serving.engine import Engine, RequestGroup, Sequence, decode_tex
 from strawberry.serving.errors import ApiError
 from strawberry.serving.model_files import ModelFile
 from strawberry.serving.protocol import (
-    TOKENS_SCHEMA,
     CompletionRequest,
     Deleted,
     Detokenized,
@@ -35,7 +35,7 @@ from strawberry.serving.protocol import (
     TokenizeRequest,
     TokenizerInfo,
     Tokens,
-    build_prompt_schema,
+    prompt_type,
 )
 from strawberry.serving.service import Service, TheService
 
@@ -248,9 +248,8 @@ def update_completion_schema(service: Service, properties: dict) -> None:
     properties["max_tokens"]["anyOf"][0]["maximum"] = service.settings.context
     if files:
         known = [file.hyperparams for file in files.values()]
-        items = {"type": "integer", "minimum": 0, "maximum": max(h["vocab_size"] for h in known) - 1}
         properties["model"] = properties["model"] | {"enum": list(files)}
-        properties["prompt"] |= build_prompt_schema(TOKENS_SCHEMA | {"items": items})
+        properties["prompt"] |= type_schema(prompt_type(max(h["vocab_size"] for h in known) - 1))
         if not any(h.get("kind") == "encoder-decoder" for h in known):
             properties["source"] = {"type": "null", "description": "for encoder-decoders, of which there is none here"}
 
@@ -295,7 +294,7 @@ async def tokenize(body: TokenizeRequest, service: TheService) -> Tokens:
 async def detokenize(body: DetokenizeRequest, service: TheService) -> Detokenized:
     """Decode tokens to text."""
     async with service.models.use(body.model or await service.models.find_latest()) as engine:
-        tokens, limit = [int(token) for token in body.tokens], engine.model.config.vocab_size
+        tokens, limit = body.tokens, engine.model.config.vocab_size
         if max(tokens, default=0) >= limit:
             raise ApiError(400, f"tokens: {max(tokens)} is none of the {limit} of the model's vocabulary", "tokens")
         return Detokenized(decode_text(engine.encoder, tokens))

@@ -5,12 +5,31 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Query
+from pydantic import Field
 
-from strawberry.config import option
+from strawberry.config import WHOLE, option
 
 MAX_PROMPTS, MAX_SAMPLES, MAX_STOPS, MAX_LOGPROBS = 64, 32, 16, 5
-TOKENS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 
+
+def list_type(item: Any, low: int, high: int | None = None) -> Any:
+    """A list of low to high items, which is refused at the first wrong one."""
+    return Annotated[list[item], Field(min_length=low, max_length=high, fail_fast=True)]
+
+
+def tokens_type(low: int, max_token: int = 2**31 - 1) -> Any:
+    return list_type(Annotated[int, Field(strict=True, ge=0, le=max_token), WHOLE], low)
+
+
+def prompt_type(max_token: int = 2**31 - 1) -> Any:
+    """Text, or tokens, or a list of either."""
+    tokens = tokens_type(1, max_token)
+    return str | tokens | list_type(str, 1, MAX_PROMPTS) | list_type(tokens, 1, MAX_PROMPTS)
+
+
+Prompt, TokenList = prompt_type(), tokens_type(0)
+StopText = Annotated[str, Field(min_length=1)]
+Stop = StopText | list_type(StopText, 0, MAX_STOPS) | None
 
 # What OpenAI's and vLLM's clients may send to completions and nothing here implements, with the values besides null
 # that ask for nothing: many clients send these defaults with every request. Other values are refused by name.
@@ -44,7 +63,10 @@ class StreamOptions:
 @dataclass
 class CompletionRequest:
     model: str = option(None, "name of a model of /v1/models")
-    prompt: Any = option(None, f"text to continue, or its tokens, or a list of at most {MAX_PROMPTS} of either")
+    prompt: Prompt = option(
+        None, f"text to continue, or its tokens, or a list of at most {MAX_PROMPTS} of either",
+        must=f"text, or a list of tokens, or a list of at most {MAX_PROMPTS} of either",
+    )
     source: str | None = option(None, "what an encoder-decoder reads; a prompt then begins its answer")
     max_tokens: int | None = option(16, "tokens to make at most; a text ends sooner where the context does", low=0)
     temperature: float | None = option(1.0, "0 takes the likeliest token each time", low=0, high=100)
@@ -54,7 +76,10 @@ class CompletionRequest:
     n: int | None = option(1, "texts for each prompt; text i is drawn with seed + i", low=1, high=MAX_SAMPLES)
     seed: int | None = option(None, "the same seed makes the same text; default, or -1: drawn", low=-1,
                               high=2**53 - 1)  # fmt: skip
-    stop: Any = option(None, f"text that ends a text and is not part of it, or a list of at most {MAX_STOPS}")
+    stop: Stop = option(
+        None, f"text that ends a text and is not part of it, or a list of at most {MAX_STOPS}",
+        must=f"text, not empty, or a list of at most {MAX_STOPS} of it",
+    )
     echo: bool | None = option(False, "whether the prompt is given back before what continues it")
     logprobs: int | None = option(None, "tell each token's log probability, and so many likeliest tokens'", low=0,
                                   high=MAX_LOGPROBS)  # fmt: skip
@@ -66,31 +91,15 @@ class CompletionRequest:
 
     required: ClassVar = ("model", "prompt")
     neutral: ClassVar = UNSUPPORTED_FIELDS
-    schemas: ClassVar = {
-        "prompt": lambda: build_prompt_schema(TOKENS_SCHEMA),
-        "stop": {"anyOf": [{"type": "null"}, {"type": "string", "minLength": 1},
-                           {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1}}]},
-        "best_of": {"enum": [None, 1]},
-    }  # fmt: skip
+    schemas: ClassVar = {"best_of": {"enum": [None, 1]}}
 
     def __post_init__(self) -> None:
         self.top_k = 0 if self.top_k == -1 else self.top_k
         self.seed = None if self.seed == -1 else self.seed
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if not (isinstance(self.prompt, str) or is_token_list(self.prompt) or self.is_list()):
-            yield "prompt", f"must be text, or a list of tokens, or a list of at most {MAX_PROMPTS} of either"
-        stops = self.stops
-        if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-            yield "stop", f"must be text, not empty, or a list of at most {MAX_STOPS} of it"
         if self.best_of not in (None, 1, self.n):
             yield "best_of", "is not supported; ask for n texts and choose, or leave it out"
-
-    def is_list(self) -> bool:
-        """Whether the prompt is a list of texts or a list of lists of tokens."""
-        if not isinstance(self.prompt, list) or not 1 <= len(self.prompt) <= MAX_PROMPTS:
-            return False
-        return all(isinstance(p, str) for p in self.prompt) or all(map(is_token_list, self.prompt))
 
     @property
     def stops(self) -> list[str]:
@@ -98,19 +107,13 @@ class CompletionRequest:
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        prompts = self.prompt if self.is_list() else [self.prompt]
-        return [prompt if isinstance(prompt, str) else [int(token) for token in prompt] for prompt in prompts]
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt
 
     @property
     def length(self) -> int:
         """What sample.py calls max_tokens."""
         return self.max_tokens
-
-
-def is_token_list(prompt: Any) -> bool:
-    """Whether it is a list of tokens; JSON has one kind of number, so that 5.0 is one too."""
-    numbers = isinstance(prompt, list) and len(prompt) > 0 and all(type(t) in (int, float) for t in prompt)
-    return numbers and all(0 <= t < 2**31 and t == int(t) for t in prompt)
 
 
 @dataclass
@@ -148,12 +151,6 @@ class Completion:
     usage: Usage | None
 
 
-def build_prompt_schema(tokens: dict) -> dict:
-    texts = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
-    either = [{**texts, "items": {"type": "string"}}, {**texts, "items": tokens}]
-    return {"anyOf": [{"type": "string"}, tokens, *either]}
-
-
 @dataclass
 class Model:
     id: str
@@ -176,30 +173,20 @@ class ModelList:
 
 @dataclass
 class TokenizeRequest:
-    prompt: Any = option(None, "text; that of a special token, and nothing else, is that token")
+    prompt: str = option(None, "text; that of a special token, and nothing else, is that token", must="text")
     model: str | None = option(None, "whose encoder; default: the newest model's")
     add_special_tokens: bool | None = option(False, "of no effect: there are none to add")
 
     required: ClassVar = ("prompt",)
     neutral: ClassVar = {"return_token_strs": (False,)}
-    schemas: ClassVar = {"prompt": {"type": "string"}}
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if not isinstance(self.prompt, str):
-            yield "prompt", "must be text"
 
 
 @dataclass
 class DetokenizeRequest:
-    tokens: Any = option(None, "tokens of a text")
+    tokens: TokenList = option(None, "tokens of a text", must="a list of tokens")
     model: str | None = option(None, "whose encoder; default: the newest model's")
 
     required: ClassVar = ("tokens",)
-    schemas: ClassVar = {"tokens": TOKENS_SCHEMA | {"minItems": 0}}
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if self.tokens != [] and not is_token_list(self.tokens):
-            yield "tokens", "must be a list of tokens"
 
 
 @dataclass

@@ -3,17 +3,19 @@
 import asyncio
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NotRequired
 
 from fastapi import Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from pydantic import BeforeValidator, Field, with_config
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
-from strawberry.config import declared, option, to_dict
+from strawberry.config import SENTENCE, declared, option, to_dict
 from strawberry.data import assemble
 from strawberry.serving.errors import ApiError
 from strawberry.serving.id_directory import disk_use, paginate
@@ -144,65 +146,8 @@ async def cancel_dataset(dataset_id: str, service: TheService) -> DatasetAnswer:
     return format_dataset(await stop_job(service, find_dataset(service, dataset_id), "cancelled"))
 
 
-@dataclass
-class TrainRequest:
-    """A training run. A missing key takes the value of the preset, or of the run that trained the model."""
-
-    model: str = option("tiny", "a preset of config/, such as tiny, or a model, which is trained further")
-    training_file: str = option("none", "id of a file or of a dataset")
-    hyperparameters: Any = option(None, "any key of the JSON that train.py takes, nested or dotted, but for paths")
-    suffix: str | None = option("", "part of the name of the model that is made: letters, digits, - and _")
-    seed: int | None = option(None, "of weights, batches and dropout; null: drawn", low=0, high=2**31 - 1)
-    metadata: Any = option(None, "up to 16 texts, kept with the run")
-    method: Any = option(None, 'OpenAI\'s other place for hyperparameters: {"type": "supervised", "supervised": …}')
-    validation_file: str | None = option(None, "none: a dataset's validation_share says what validates")
-    integrations: Any = option(None, "none are known here")
-    required: ClassVar = ("model", "training_file")
-    schemas: ClassVar = {
-        "training_file": {"type": "string", "pattern": "^(file|ds)-[0-9a-f]{24}$"},
-        "hyperparameters": {"type": ["object", "null"]},
-        "metadata": {"type": ["object", "null"], "maxProperties": 16, "propertyNames": {"maxLength": 64},
-                     "additionalProperties": {"type": "string", "maxLength": 512}},
-        "method": {"type": ["object", "null"], "required": ["type"], "properties": {
-            "type": {"enum": ["supervised"]}, "supervised": {"type": ["object", "null"], "properties": {
-                "hyperparameters": {"type": ["object", "null"]}}}}},
-        "validation_file": {"type": "null"},
-        "integrations": {"type": ["array", "null"], "maxItems": 0},
-        "suffix": {"type": ["string", "null"], "pattern": "^[A-Za-z0-9_-]{0,64}$"},
-    }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        self.suffix = self.suffix or None
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        for name in ("hyperparameters", "method", "integrations", "metadata"):
-            if is_too_deep(getattr(self, name)):
-                yield name, "is nested too deeply"
-                return
-        if self.hyperparameters is not None and not isinstance(self.hyperparameters, dict):
-            yield "hyperparameters", "must be an object, { … }"
-        if self.suffix is not None and not re.fullmatch(r"[A-Za-z0-9_-]{0,64}", self.suffix, re.ASCII):
-            yield "suffix", "must be at most 64 letters, digits, - and _"
-        if not is_metadata(self.metadata):
-            yield "metadata", "must be an object of at most 16 texts of up to 512 characters"
-        if self.method is not None and not isinstance(self.supervised, dict):
-            yield "method", 'must be {"type": "supervised", "supervised": {"hyperparameters": { … }}}'
-        if self.validation_file is not None:
-            yield "validation_file", "is not taken: a dataset's validation_share says what validates; leave it out"
-        if self.integrations:
-            yield "integrations", "none are known here; leave it out"
-
-    @property
-    def supervised(self) -> Any:
-        """The hyperparameters in `method`."""
-        method = self.method if isinstance(self.method, dict) else {}
-        inner = method.get("supervised") or {}
-        good = method.get("type") == "supervised" and isinstance(inner, dict)
-        return (inner.get("hyperparameters") or {}) if good else None
-
-
-def is_too_deep(value: Any, most: int = 16) -> bool:
-    """Whether plain data is nested deeper than `most` levels. Checks level by level, without recursion."""
+def refuse_depth(value: Any, most: int = 16) -> Any:
+    """Plain data, unless it is nested deeper than `most` levels. Checks level by level, without recursion."""
     level = [value]
     for _ in range(most):
         level = [
@@ -210,22 +155,77 @@ def is_too_deep(value: Any, most: int = 16) -> bool:
             for outer in level
             for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
         ]
-    return bool(level)
+    if level:
+        raise PydanticCustomError(SENTENCE, "is nested too deeply")
+    return value
+
+
+Shallow = BeforeValidator(refuse_depth)
+
+
+class Supervised(TypedDict, total=False):
+    hyperparameters: dict | None
+
+
+@with_config(extra="allow")
+class Method(TypedDict):
+    type: Literal["supervised"]
+    supervised: NotRequired[Supervised | None]
+
+
+Suffix = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{0,64}$")]
+MetadataKey, MetadataText = Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataText], Field(max_length=16)]
+
+
+@dataclass
+class TrainRequest:
+    """A training run. A missing key takes the value of the preset, or of the run that trained the model."""
+
+    model: str = option("tiny", "a preset of config/, such as tiny, or a model, which is trained further")
+    training_file: str = option("none", "id of a file or of a dataset")
+    hyperparameters: Annotated[dict | None, Shallow] = option(
+        None, "any key of the JSON that train.py takes, nested or dotted, but for paths", must="an object, { … }"
+    )
+    suffix: Suffix | None = option(
+        "", "part of the name of the model that is made: letters, digits, - and _",
+        must="at most 64 letters, digits, - and _",
+    )
+    seed: int | None = option(None, "of weights, batches and dropout; null: drawn", low=0, high=2**31 - 1)
+    metadata: Annotated[Metadata | None, Shallow] = option(
+        None, "up to 16 texts, kept with the run", must="an object of at most 16 texts of up to 512 characters"
+    )
+    method: Annotated[Method | None, Shallow] = option(
+        None, 'OpenAI\'s other place for hyperparameters: {"type": "supervised", "supervised": …}',
+        must='{"type": "supervised", "supervised": {"hyperparameters": { … }}}',
+    )
+    validation_file: str | None = option(None, "none: a dataset's validation_share says what validates")
+    integrations: Annotated[Any, Shallow] = option(None, "none are known here")
+    required: ClassVar = ("model", "training_file")
+    schemas: ClassVar = {
+        "training_file": {"type": "string", "pattern": "^(file|ds)-[0-9a-f]{24}$"},
+        "validation_file": {"type": "null"},
+        "integrations": {"type": ["array", "null"], "maxItems": 0},
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self.suffix = self.suffix or None
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.validation_file is not None:
+            yield "validation_file", "is not taken: a dataset's validation_share says what validates; leave it out"
+        if self.integrations:
+            yield "integrations", "none are known here; leave it out"
+
+    @property
+    def supervised(self) -> dict:
+        """The hyperparameters in `method`."""
+        return ((self.method or {}).get("supervised") or {}).get("hyperparameters") or {}
 
 
 def update_run_schema(service: Service, properties: dict) -> None:
     names = [*find_presets(), *(service.job_service.jobs.list_models() if service.job_service.jobs else ())]
     properties["model"] = {"enum": names, "description": declared(TrainRequest)["model"].doc}
-
-
-def is_metadata(value: Any) -> bool:
-    if value is None:
-        return True
-    return (
-        isinstance(value, dict)
-        and len(value) <= 16
-        and all(isinstance(text, str) and len(text) <= 512 and len(name) <= 64 for name, text in value.items())
-    )
 
 
 @dataclass
@@ -298,7 +298,7 @@ async def create_run(body: TrainRequest, request: Request, service: TheService) 
     if key is not None and not 1 <= len(key) <= 255:
         raise ApiError(400, "Idempotency-Key must have 1 to 255 characters", "Idempotency-Key")
     asked = TrainingRequest(
-        body.model, body.training_file, {**(body.supervised or {}), **(body.hyperparameters or {})}, body.suffix,
+        body.model, body.training_file, {**body.supervised, **(body.hyperparameters or {})}, body.suffix,
         body.seed, body.metadata, sha256_hex(key) if key else None,
         sha256_hex(json.dumps(to_dict(body), sort_keys=True)),
     )  # fmt: skip

@@ -12,16 +12,29 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine import count, require_module
+from pydantic import Field, ValidationError
 
 from optimizer import lr_at
 from strawberry import config_docs
 from strawberry.common import UserError, atomic_write, is_first_to_report, nearest, report_error
-from strawberry.config import check, declared, dotted_names, option, path_names, read_json, sections, to_dict
+from strawberry.config import (
+    check,
+    declared,
+    dotted_names,
+    object_schema,
+    option,
+    path_names,
+    read_json,
+    sections,
+    to_dict,
+    validator,
+)
 from strawberry.run_config import RENAMED, Run, load_run, make_run, run_class
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -365,6 +378,24 @@ def test_all_problems_are_in_one_message_and_nothing_is_made(tmp_path):
     }
     made = program(body, "--config", "air.json", cwd=tmp_path)
     assert (made.returncode, sorted(os.listdir(tmp_path))) == (0, ["made", "run.json"])
+
+
+def test_a_list_of_wrong_items_is_one_error():
+    """A client may send a million of them."""
+    with pytest.raises(ValidationError) as refused:
+        validator(Berry).validate_python({"window": [0] * 1000})
+    assert refused.value.error_count() == 1
+
+
+@dataclasses.dataclass
+class Pair:
+    pair: Annotated[list[int], Field(max_length=2)] | None = option(None, "of numbers", must="at most two integers")
+
+
+def test_a_type_of_pydantic_is_told_in_words_of_its_own():
+    assert check(Pair, {"pair": [1, 2, 3]}) == (None, ["pair = [1, 2, 3]: must be at most two integers"])
+    assert check(Pair, {"pair": [1, 2]}) == (Pair([1, 2]), []) and check(Pair, {"pair": None}) == (Pair(), [])
+    assert object_schema(Pair)["properties"]["pair"]["anyOf"][0]["maxItems"] == 2
 
 
 def test_a_rule_is_silent_where_one_of_its_keys_is_wrong_in_itself():
