@@ -20,7 +20,8 @@ def parse_settings(argv: list[str], cls: type, finish: Callable[[dict], Iterable
     for name, text in words:
         repeats = name in known and list[str] in known[name].kinds
         if name not in known:
-            problems.append(f"--{name}: unknown option{nearest(name, known) or '; --help lists them'}")
+            hint = nearest(f"--{name}", [f"--{key}" for key in known])
+            problems.append(f"--{name}: unknown option{hint or '; --help lists them'}")
         elif name in raw and not repeats:
             problems.append(f"--{name}: given twice; keep one")
         elif text == "" and known[name].kinds:  # the others take any text

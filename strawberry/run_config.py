@@ -408,7 +408,7 @@ def take_arch(raw: dict, archs: dict[str, type]) -> tuple[str, list[str]]:
 def help_text(cls: type, arch: str, archs: dict[str, type]) -> str:
     """What `train.py --help` prints: every key with its default, what is allowed, and its meaning."""
     lines = [
-        f"usage: {Path(sys.argv[0]).name} [--check] [--quiet] [--config FILE] [--key=value …]",
+        f"usage: python {Path(sys.argv[0]).name} [--check] [--quiet] [--config FILE] [--key=value …]",
         "",
         "--check says in seconds whether the run would work, and writes nothing.",
         "--quiet prints nothing but warnings and errors.",

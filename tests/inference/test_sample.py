@@ -453,7 +453,7 @@ def test_the_last_line_says_how_fast(run):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--temprature", "1"], r"--temprature: unknown option \(did you mean 'temperature'\?\)"),
+        (["--temprature", "1"], r"--temprature: unknown option \(did you mean '--temperature'\?\)"),
         (["--qqq", "1"], "--qqq: unknown option; --help lists them"),
         (["--config", "air.json"], "--config: unknown option"),
         (["abc"], "must be an option"),

@@ -1215,7 +1215,7 @@ def test_settings_of_the_command(monkeypatch):
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", "127.0.0.1.example.org"):
         with pytest.raises(UserError, match="takes a key"):
             read_command(["--host", host])
-    for argv, told in ((["--prt", "5"], "did you mean 'port'"), (["--port", "70000"], "--port = 70000"),
+    for argv, told in ((["--prt", "5"], "did you mean '--port'"), (["--port", "70000"], "--port = 70000"),
                        (["--api_key", "ü"], "ASCII"), (["--queue=-1"], "= -1"), (["x"], "an option")):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(told)):
             read_command(argv)
