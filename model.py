@@ -688,7 +688,7 @@ class ModelConfig:
     vocab_size: int = option(8192, "size of the vocabulary, at least the encoder's", low=1)
     block_size: int = option(256, "tokens in a training window", low=1)
     n_layer: int = option(2, "blocks", low=1, high=4096)
-    n_head: int = option(4, "heads", low=1)
+    n_head: int = option(4, "heads", low=1, high=65536)
     n_embd: int = option(64, "channels of the residual stream", low=1)
     dropout: float = option(0.0, "dropout on embeddings, attention probabilities and residual branches", low=0, below=1)
     rope_scaling: ops.RopeScaling = option(ops.RopeScaling(), "rotary positions beyond the trained length")

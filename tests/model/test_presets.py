@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import sample
 import train
 from model import CONFIGS, build
 from strawberry.common import UserError
-from strawberry.config import read_json, to_dict
+from strawberry.config import check, read_json, to_dict
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.model_file import load_model
 from strawberry.run_config import CONFIG_FOLDER, load_run
@@ -195,3 +196,13 @@ def test_the_sizes_in_the_presets_of_the_objectives_are_what_they_need():
     """8192 is what prepare.py's encoder has by default."""
     assert loaded("transformer-spans").model_hyperparams.vocab_size == 8192 + 13
     assert loaded("transformer-masked").model_hyperparams.vocab_size == 8192 + 1
+
+
+@pytest.mark.parametrize("key", ["n_head", "n_layer", "n_embd", "n_kv_head", "vocab_size", "block_size", "n_experts",
+                                 "recursions", "window"])  # fmt: skip
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_a_huge_number_is_judged_at_once(arch, key):
+    """2**62 + 1 has no small divisor: a default that searched for one would search for years."""
+    began = time.process_time()
+    check(CONFIGS[arch], {"arch": arch, key: 2**62 + 1})
+    assert time.process_time() - began < 5
