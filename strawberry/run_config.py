@@ -249,6 +249,9 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
     """
     names = set(RENAMED).union(*(dotted_names(run_class(archs, arch)) for arch in archs))
     config, overrides, problems = parse_arguments(argv, names)
+    misspelt = [(name, hint) for name, _ in overrides if (hint := own_option_like(name, names))]
+    overrides = [(name, text) for name, text in overrides if name not in dict(misspelt)]
+    problems += [f"--{name}: unknown option{hint}" for name, hint in misspelt]
     raw: dict[str, Any] = {}
     if config is not None:
         try:
@@ -277,6 +280,21 @@ def make_run(raw: dict, archs: dict[str, type], problems: Iterable[str] = (), so
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
+
+OWN_OPTIONS = ("config", "check", "quiet", "help")  # of train.py, beside the keys
+
+
+def own_option_like(name: str, keys: Iterable[str]) -> str:
+    """The hint for a name that is no key and is closer to one of train.py's own options than to any key, or nothing.
+
+    >>> own_option_like("confg", ["compile"]), own_option_like("compil", ["compile"])
+    (" (did you mean '--config'?)", "")
+    """
+    last_parts = {key.rpartition(".")[2] for key in keys}
+    if name.rpartition(".")[2] in last_parts:
+        return ""
+    hint = nearest(f"--{name}", [f"--{option}" for option in (*OWN_OPTIONS, *last_parts)])
+    return hint if any(f"'--{option}'" in hint for option in OWN_OPTIONS) else ""
 
 
 def parse_arguments(argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = ()) -> tuple:

@@ -822,3 +822,18 @@ def test_old_names_are_judged_as_the_new_ones_are(tmp_path):
 def test_every_old_name_leads_to_a_key():
     names = dotted_names(Run)
     assert RENAMED and all(new in names and old not in names for old, new in RENAMED.items())
+
+
+@pytest.mark.parametrize(("word", "option"), [("--confg=a.json", "--config"), ("--chek=1", "--check"),
+                                               ("--quite=1", "--quiet")])  # fmt: skip
+def test_an_option_of_train_py_that_is_misspelt_is_named(word, option):
+    name = word.partition("=")[0]
+    with pytest.raises(UserError, match=f"^{name}: unknown option \\(did you mean '{option}'\\?\\)$"):
+        load_run([word], ARCHS)
+
+
+@pytest.mark.parametrize("name", ["check", "checkpoint", "compil", "learning_rat", "n_head", "checkpoints.kep"])
+def test_keys_are_named_before_options(name):
+    with pytest.raises(UserError) as refused:
+        load_run([f"--{name}=1"], ARCHS)
+    assert "unknown option" not in str(refused.value) or name == "check"
