@@ -173,8 +173,9 @@ def probe(tree: Path, wanted: dict, out: Path) -> None:
 def list_cases(base: Path) -> dict:
     code = "import json, test_model; print(json.dumps(test_model.CASES))"
     paths = os.pathsep.join((str(base), str(base / "tests")))
-    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True,
-                         text=True, check=True)  # fmt: skip
+    # python -c looks for modules in the working directory first
+    run = subprocess.run([sys.executable, "-c", code], cwd=base, env={**os.environ, "PYTHONPATH": paths},
+                         capture_output=True, text=True, check=True)  # fmt: skip
     return json.loads(run.stdout.splitlines()[-1])
 
 
