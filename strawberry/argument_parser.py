@@ -1,8 +1,9 @@
 """The command-line parser that every argparse script uses."""
 
 import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from strawberry.common import UserError, nearest
 
@@ -23,8 +24,12 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(prog=f"python {script}", description=description, allow_abbrev=False, **options)
         self.renamed = renamed or {}
 
+    def add_argument(self, *names: str, type: Callable | None = None, **options) -> argparse.Action:
+        """As argparse's; an error of `type` names the option."""
+        return super().add_argument(*names, **options, **({"type": report_as_argument(type)} if type else {}))
+
     def error(self, message: str) -> None:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     def parse_known_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> tuple:
         return super().parse_known_args(list(self._join_values([self._rename(word) for word in args])), namespace)
@@ -54,3 +59,16 @@ class ArgumentParser(argparse.ArgumentParser):
             elif name not in known and word.startswith("-") and word != "-":
                 raise UserError(f"{name}: unknown option{nearest(name, known) or f'; {self.prog} --help lists them'}")
             yield word
+
+
+def report_as_argument(parse: Callable) -> Callable:
+    """`parse`, whose UserError argparse then reports with the option's name."""
+
+    @functools.wraps(parse, updated=())  # argparse names int and float in its own messages
+    def parse_argument(text: str):
+        try:
+            return parse(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument

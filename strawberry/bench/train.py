@@ -50,6 +50,7 @@ from strawberry.training.signals import Signals
 from train import Trainer
 
 MEASURED_SECONDS = 3.0
+MAX_BESIDE = 64  # processes of bench.py train --beside
 STEP_PARTS = ("data", "forward", "backward", "optimizer")
 STEP_KINDS = {"compiled": "compiled", "cuda_graph": "CUDA graph"}  # key of a row → name of the way in which a step runs
 TIMED_STEPS = 20  # steps whose parts are timed
@@ -317,6 +318,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name, size in GPT2_SHAPE.items():
         add(f"--{name}", type=parse_quantity, default=size, help=f"of both, with --against (default {size})")
     arguments = parser.parse_args(argv)
+    if arguments.beside > MAX_BESIDE:
+        raise UserError(f"--beside {arguments.beside:,}: at most {MAX_BESIDE} more processes; give fewer")
     if bool(arguments.config) == bool(arguments.against):
         raise UserError("name configs after --config, or --against nanogpt, one of the two")
     if arguments.against and arguments.nanogpt_path is None:

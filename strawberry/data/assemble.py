@@ -368,7 +368,7 @@ def write_dataset(
     """
     progress.begin("encoding", sum(store.size(document) for document in taken.tolist()))
 
-    def pieces() -> Iterator[tuple[str, bool]]:
+    def read_pieces() -> Iterator[tuple[str, bool]]:
         for document in taken.tolist():
             yield from store.read_pieces(document)
             progress.add(store.size(document))
@@ -378,7 +378,7 @@ def write_dataset(
         TokenFileWriter(folder / TOKENS, encoder, digest) as writer,
         Spool(folder, writer.dtype) as spool,
     ):
-        n_bytes = encode_documents(pieces(), encoder, spool)
+        n_bytes = encode_documents(read_pieces(), encoder, spool)
         spans = [spool.find_span(i) for i in range(spool.n_documents)]
         training, validation = split_documents(spans, recipe.validation_share, recipe.seed)
         progress.begin("writing", spool.n_tokens)

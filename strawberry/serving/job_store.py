@@ -276,6 +276,6 @@ class JobStore:
         waiting = (job for job in self.all("ds") if job.status in ("queued", "running"))
         return next((job for job in waiting if file in job.request["recipe"]["files"]), None)
 
-    def running(self) -> list[Job]:
+    def list_running(self) -> list[Job]:
         with self.lock:
             return [job for job in self.jobs.values() if job.status == "running"]

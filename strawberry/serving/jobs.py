@@ -59,16 +59,16 @@ class JobSupervisor:
         """
         with self.store.lock:
             self.closing.set()
-            for job in self.store.running():
+            for job in self.store.list_running():
                 if job.about["wanted"] is None:
                     self.store.request_stop(job, "queued")
         until = time.monotonic() + seconds
-        while time.monotonic() < until and self.store.running():
+        while time.monotonic() < until and self.store.list_running():
             time.sleep(0.05)
         self.thread.join(timeout=5)
 
     def watch(self) -> None:
-        while not (self.closing.is_set() and not self.store.running()):
+        while not (self.closing.is_set() and not self.store.list_running()):
             try:
                 with self.store.lock:
                     self.poll()
@@ -79,7 +79,7 @@ class JobSupervisor:
     def poll(self) -> None:
         for job in list(self.store.jobs.values()):
             job.store()
-        for job in self.store.running():
+        for job in self.store.list_running():
             ended = not job.child.alive()  # checked before the logs are read, so that the last lines are not missed
             self.log_metrics(job)
             self.log_warnings(job)
@@ -91,7 +91,7 @@ class JobSupervisor:
         if self.closing.is_set():
             return
         for kind in self.store.kinds:
-            free = self.at_once - sum(job.kind == kind for job in self.store.running())
+            free = self.at_once - sum(job.kind == kind for job in self.store.list_running())
             waiting = [job for job in reversed(self.store.all(kind)) if job.status in WAITING]
             for job in waiting:
                 if free > 0 and self.launch(job):

@@ -889,6 +889,8 @@ def test_a_config_that_fails_is_told_and_the_others_are_measured(real, capsys):
     (["--config", "a.json:n_layers=2"], "n_layer"),
     (["--config", "a.json", "--set", "n_layer"], "write key=value"),
     (["--config", "nowhere.json"], "no such file"),
+    (["--config", "a.json", "--beside", "-1"], "--beside: '-1' is no positive number"),
+    (["--config", "a.json", "--beside", "65"], "--beside 65: at most 64 more processes"),
 ])  # fmt: skip
 def test_mistakes_in_train_are_told_before_anything_is_made(workshop, words, message):
     with pytest.raises(UserError, match=message):

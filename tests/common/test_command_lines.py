@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from strawberry.argument_parser import ArgumentParser
+from strawberry.bench.common import parse_quantity
 from strawberry.common import UserError, run_cli
 
 
@@ -136,18 +137,30 @@ def test_lists_end_at_the_next_option(parse, words, expected):
 
 
 @pytest.mark.parametrize("words,message", [
-    (["--name"], "argument --name: expected one argument; see python x.py --help"),
-    (["--name", "--quiet"], "argument --name: expected one argument; see python x.py --help"),
+    (["--name"], "--name: expected one argument; see python x.py --help"),
+    (["--name", "--quiet"], "--name: expected one argument; see python x.py --help"),
     (["--nmae", "1"], "--nmae: unknown option (did you mean '--name'?)"),
     (["--nam", "1"], "--nam: unknown option (did you mean '--name'?)"),
     (["--input", "a", "-b"], "-b: unknown option; python x.py --help lists them"),
-    (["--quiet=1"], "argument --quiet: ignored explicit argument '1'; see python x.py --help"),
+    (["--quiet=1"], "--quiet: ignored explicit argument '1'; see python x.py --help"),
     (["-5"], "-5: unknown option; python x.py --help lists them"),
 ])  # fmt: skip
 def test_mistakes_are_user_errors(parse, words, message):
     with pytest.raises(UserError) as told:
         parse(*words)
     assert str(told.value) == message
+
+
+@pytest.mark.parametrize("parse_value,text,problem", [
+    (parse_quantity, "-1", "'-1' is no positive number"),
+    (int, "two", "invalid int value: 'two'"),
+])  # fmt: skip
+def test_an_error_of_a_value_names_its_option(parse_value, text, problem):
+    parser = ArgumentParser("x.py", "Test parser.")
+    parser.add_argument("--number", type=parse_value)
+    with pytest.raises(UserError) as error:
+        parser.parse_args(["--number", text])
+    assert str(error.value).startswith(f"--number: {problem}")
 
 
 def test_an_old_name_of_an_option_works_and_a_warning_names_the_new_one(capsys):

@@ -868,7 +868,7 @@ WRONG = {
     "top_p": [0, 1.1, math.nan], "top_k": [-2, 0.5], "min_p": [-0.1, 2],
     "n": [0, 10**6, -1, 1.5, "2"],
     "seed": [-2, 2**63, "x"],
-    "stop": ["", ["a", ""], ["a"] * 17, 5, [["a"]]],
+    "stop": ["", ["a", ""], ["a"] * 17, 5, [["a"]], "\ud800", ["a", "b\udfff"]],
     "prompt": [[], [[]], 5, {}, [1.5], [-1], [258], ["a", 1], [[1], "a"], [True], ["a"] * 65, "a" * 5000, "\ud800",
                None, [2**40], [[1, 2**31]]],
     "echo": ["yes", 1], "logprobs": [6, -1, True], "stream": ["yes"], "stream_options": [5, {"x": 1}],
@@ -1009,6 +1009,12 @@ def test_a_base_url_without_v1_or_with_two_is_told(running):
     with pytest.raises(openai.NotFoundError, match="embeddings"):
         running.client.embeddings.create(model="air.strawberry", input="a")
     assert "base_url" not in error_of(running.send("GET", "/nothing"), 404)["message"]
+
+
+def test_every_problem_of_a_body_is_named_once(running):
+    body = json.dumps({"model": "air.strawberry", "temperature": -1, "n": 0})
+    error = error_of(running.send("POST", "/v1/completions", body), 400)
+    assert [error["message"].count(f"{name}") for name in ("temperature", "n = 0", "prompt")] == [1, 1, 1]
 
 
 def test_fields_that_are_given_twice_are_refused(running):

@@ -343,7 +343,7 @@ def keeper(tmp_path, monkeypatch):
 
     yield make
     for made in open_ones:
-        for job in made.running():
+        for job in made.list_running():
             job.child.kill()
         made.supervisor.stop_all(1)
 
@@ -1265,7 +1265,9 @@ def test_keys_are_judged_as_on_the_command_line(site, story):
                  {"model": "tiny", "training_file": story, "hyperparameters": [1]},
                  {"model": "tiny", "training_file": story, "validation_file": story},
                  {"model": "tiny", "training_file": story, "metadata": {"a": 1}},
+                 {"model": "tiny", "training_file": story, "metadata": {"\ud800": "a"}},
                  {"model": "tiny", "training_file": story, "method": {"type": "dpo"}},
+                 {"model": "tiny", "training_file": story, "method": {"type": "supervised", "supervised": []}},
                  {"model": "tiny", "training_file": story, "hyperparameters": {"sample_prompt": "x" * 99_999}}):
         assert site.raw("POST", "/v1/fine_tuning/jobs", body)[0] == 400
 
