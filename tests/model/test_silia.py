@@ -105,13 +105,12 @@ def test_blocks_compiled_one_by_one_are_all_compiled(monkeypatch):
     """Each block reads another number of branches: more graphs than torch.compile makes of a function by default."""
     torch._dynamo.reset()
     plain = torch.compile
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 4)
     monkeypatch.setattr(torch, "compile", lambda run, **how: plain(run, **how, backend="eager"))
     model, idx = build({**CASE, "n_layer": 5}), tokens(1, 9)
-    with torch.no_grad():
-        expected = model(idx)[0]
-        compile_blocks(model, True)
-        torch.testing.assert_close(model(idx)[0], expected)
-    model(idx, idx)[1].backward()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4):
+        with torch.no_grad():
+            expected = model(idx)[0]
+            compile_blocks(model, True)
+            torch.testing.assert_close(model(idx)[0], expected)
+        model(idx, idx)[1].backward()
     torch._dynamo.reset()
