@@ -11,7 +11,7 @@ from torch import Tensor
 from strawberry.data.objectives import Batch
 from strawberry.data.order import derive_keys
 from strawberry.sharding import divide_batch
-from strawberry.training import blocks, cuda_graph, distributed, evaluation, memory, setup
+from strawberry.training import cuda_graph, distributed, evaluation, memory, setup
 from strawberry.training.console import warn
 
 
@@ -116,7 +116,6 @@ class TrainStep:
         with self.preserve_model(), self.state.ranks.detect_peer_loss():
             if compile:
                 print("compiling …", flush=True)
-                blocks.configure_compiler()
                 self.state.forward = self.state.ranks.make_forward(
                     self.state.model, compile, self.has_unused_parameters
                 )

@@ -36,7 +36,7 @@ from strawberry.data.objectives import Batch
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.model_file import load_model
 from strawberry.run_config import load_run
-from strawberry.training import blocks, checkpointing, cuda_graph, evaluation, plot, setup
+from strawberry.training import checkpointing, cuda_graph, evaluation, plot, setup
 from strawberry.training.checkpoint import find_latest, list_checkpoints
 from strawberry.training.console import Console
 from strawberry.training.metrics import Metrics
@@ -616,7 +616,7 @@ def test_training_goes_on_where_compiling_fails(run_folder, monkeypatch, capsys)
 
 
 @pytest.fixture
-def compiled_graphs(monkeypatch, tmp_path):
+def compiled_graphs(monkeypatch):
     """A list of whether gradients were enabled in each compiled graph, in a run whose graphs are not optimized; those
     without gradients fail to compile if `compiled_graphs.fail` is set."""
     graphs, compile = types.SimpleNamespace(grad=[], fail=False), torch.compile
@@ -627,7 +627,6 @@ def compiled_graphs(monkeypatch, tmp_path):
             raise RuntimeError("no registers left")
         return graph.forward
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=backend, **options))
     yield graphs
     torch._dynamo.reset()
@@ -653,21 +652,6 @@ def test_evaluations_go_on_where_compiling_them_fails(run_folder, compiled_graph
     losses = [[line["val_loss"] for line in metrics(f"{path}/metrics.jsonl") if "val_loss" in line]
               for path in ("eager", "ck")]  # fmt: skip
     assert len(losses[0]) > 1 and losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_compiled_code_is_kept_where_the_next_run_finds_it(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "chosen")
-    blocks.configure_compiler()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "chosen"
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    blocks.configure_compiler()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "strawberry" / "torchinductor")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    blocks.configure_compiler()
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
 def test_training_goes_on_where_drawing_fails(run_folder, monkeypatch, capsys):
