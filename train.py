@@ -55,6 +55,7 @@ from strawberry.training.checkpointing import Checkpointer
 from strawberry.training.console import STATUS, DiskFullSafeStream, warn
 from strawberry.training.evaluation import Evaluator
 from strawberry.training.lock import Lock
+from strawberry.training.loggers import make_loggers
 from strawberry.training.memory import MemoryPlanner
 from strawberry.training.preflight import check_run
 from strawberry.training.signals import Interrupted, Signals
@@ -97,6 +98,8 @@ class Trainer(TrainState):
         self.ranks = distributed.join_processes(self.device, run.parallel)
         if self.ranks.main and self.root.is_dir():
             self.lock = Lock(self.root)
+        if self.ranks.main:
+            self.metrics.loggers = make_loggers(self)
         self.encoder, self.corpus = setup.load_data(run)
         self.objective = setup.choose_objective(run, self.encoder, self.corpus)
         found = self.checkpoints.find() if run.init_from == "resume" else None
@@ -229,6 +232,7 @@ class Trainer(TrainState):
         self.release()
 
     def release(self) -> None:
+        self.metrics.loggers.close(finished=self.progress.step >= self.run.max_iters)
         if self.lock:
             self.lock.release()
             self.lock = None

@@ -22,8 +22,8 @@ from strawberry.serving.id_directory import RequestError, new_id
 from strawberry.serving.job import Job
 from strawberry.serving.job_store import JobStore
 
-# JSON keys that a client may not set: paths, and keys that describe a path
-SERVER_KEYS = {*path_names(Run), "dataset.load_from_file", "checkpoints.create_checkpoints"}
+# JSON keys that a client may not set: paths, keys that describe a path, and the accounts of the server's owner
+SERVER_KEYS = {*path_names(Run), "dataset.load_from_file", "checkpoints.create_checkpoints", "log_to"}
 # OpenAI's hyperparameters that train.py does not have → values that have no effect, which some clients send
 NO_EFFECT = {"n_epochs": ("auto", 1), "learning_rate_multiplier": ("auto", 1)}
 
@@ -99,7 +99,8 @@ def check_keys(raw: dict) -> None:
     """Raises RequestError for a key that the server sets, nested or dotted."""
     names = set(iterate_keys(raw))
     for name in sorted(names & SERVER_KEYS):
-        told = "names a path or belongs to one, which the server chooses; leave it out"
+        told = "sends metrics elsewhere" if name == "log_to" else "names a path or belongs to one"
+        told += ", which the server chooses; leave it out"
         raise RequestError(400, f"hyperparameters.{name}: {told}", f"hyperparameters.{name}")
 
 
