@@ -15,7 +15,7 @@ import encoder as encoders
 from model import CONFIGS
 from strawberry import model_file as model_files
 from strawberry.common import UserError, nearest, show
-from strawberry.config import MAX_CONFIG_BYTES, check, path_names, read_json, to_dict
+from strawberry.config import MAX_CONFIG_BYTES, check, merge_configs, path_names, read_json, to_dict
 from strawberry.data import assemble
 from strawberry.run_config import CONFIG_FOLDER, Run, make_run, rename_old_keys
 from strawberry.serving.id_directory import RequestError, new_id
@@ -78,15 +78,6 @@ def check_no_effect(name: str, value) -> None:
             f"or send {values}, which changes nothing",
             f"hyperparameters.{name}",
         )
-
-
-def merge_configs(below: dict, above: dict) -> dict:
-    """`below`, overridden by `above`, recursively in each section."""
-    out = dict(below)
-    for name, value in above.items():
-        old = out.get(name)
-        out[name] = merge_configs(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
-    return out
 
 
 def iterate_keys(raw: dict, prefix: str = "") -> Iterator[str]:

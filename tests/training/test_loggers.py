@@ -79,6 +79,7 @@ def check_events(path="ck"):
     return hyperparameters
 
 
+@pytest.mark.slow
 def test_tensorboard_has_what_metrics_jsonl_has():
     require_module("tensorboard")
     assert run("--log_to=tensorboard") == 0
@@ -88,6 +89,7 @@ def test_tensorboard_has_what_metrics_jsonl_has():
     assert not Path("ck/wandb").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_no_step_in_tensorboard():
     """Lines after the checkpoint, and an event file that lacks some: both are as in metrics.jsonl afterwards."""
     require_module("tensorboard")
