@@ -3,8 +3,10 @@
 The work is train.py's. This module only reads the settings, and returns what a notebook goes on with.
 """
 
+import contextlib
 import copy
 import functools
+import io
 import os
 import signal
 import sys
@@ -121,9 +123,9 @@ def train(config: str | os.PathLike | dict | None = None, *, quiet: bool = False
     for message in run.warnings():
         warn(message)
     trainer = Trainer(run, Signals(exits=False), None if isinstance(config, dict) else config, quiet)
-    stopped = None
+    stopped, out = None, io.StringIO() if quiet else sys.stdout
     try:
-        with save_after_errors(trainer):
+        with contextlib.redirect_stdout(out), save_after_errors(trainer):
             trainer.complete()
     except Interrupted as stop:
         stopped = stop.number
