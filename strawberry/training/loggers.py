@@ -239,11 +239,12 @@ class WandB:
                 state = json.loads((self.root / "wandb" / self.STATE).read_bytes())
                 self.id, self.sent, resumed = state["id"], state["sent"], "allow"
         self.id = self.id or secrets.token_hex(4)
+        folder = str(self.root.resolve())  # its service process keeps the working directory of its start
         settings = self.package.Settings(
             console="off", silent=self.quiet, finish_timeout=300, x_transaction_log_flush_interval=1
         )
         self.logged = self.package.init(
-            id=self.id, resume=resumed, dir=str(self.root), config=to_dict(self.run), allow_val_change=True,
+            id=self.id, resume=resumed, dir=folder, config=to_dict(self.run), allow_val_change=True,
             project=os.environ.get("WANDB_PROJECT", "strawberry"), settings=settings,
             name=os.environ.get("WANDB_NAME", Path(self.run.model_path).stem),
         )  # fmt: skip

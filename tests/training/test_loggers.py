@@ -3,6 +3,7 @@
 import builtins
 import importlib
 import json
+import os
 import re
 import shutil
 import struct
@@ -242,7 +243,9 @@ def test_a_killed_run_goes_on_in_both_without_a_gap():
     write_config("tinystar", img_path=None, decay_lr=False)  # the same values whatever max_iters is
     both = '--log_to=["tensorboard", "wandb"]'
     words = [sys.executable, str(Path(train.__file__)), "--config", "run.json", both, "--max_iters=100000"]
-    killed = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # a service of its own, not this process's
+    own = {name: value for name, value in os.environ.items() if not name.endswith("WANDB_SERVICE")}
+    killed = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=own)
     end = time.monotonic() + 120
     while not Path("ck/metrics.jsonl").exists() or len(metrics()) < 12:
         assert killed.poll() is None and time.monotonic() < end
