@@ -1,7 +1,9 @@
 """The blocks of a model, and operations on each of them: compilation, sharding and activation checkpointing."""
 
 import contextlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,9 +16,27 @@ def iterate_blocks(model: nn.Module) -> Iterator[nn.Module]:
         yield from child if isinstance(child, nn.ModuleList) else iterate_blocks(child)
 
 
+def configure_compiler() -> None:
+    """Let torch.compile find in its cache what an earlier run compiled.
+
+    Its default directory is below /tmp, which many systems empty at each start; Triton's kernels are beside it. Without
+    the flag, graphs that contain autograd functions, as most of ours do, are never found.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    directory = Path(home).expanduser() / "strawberry" / "torchinductor"
+    with contextlib.suppress(OSError, RuntimeError):  # no home directory, or read-only: torch's own default
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory))
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+
+
 def compile_blocks(model: nn.Module, wanted: bool) -> None:
     """Compile each block and the head's loss separately, or undo that. Identical blocks are compiled once."""
     model.compile_loss = wanted
+    if wanted:  # blocks that read all branches so far differ; each also has code with and without gradients
+        n = 4 * sum(1 for _ in iterate_blocks(model))
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, n)
     for block in iterate_blocks(model):
         plain = type(block).forward.__get__(block)
         run = torch.compile(plain, dynamic=False) if wanted else plain
