@@ -122,7 +122,8 @@ def train(config: str | os.PathLike | dict | None = None, *, quiet: bool = False
     run = make_run(raw, CONFIGS)
     for message in run.warnings():
         warn(message)
-    trainer = Trainer(run, Signals(exits=False), None if isinstance(config, dict) else config, quiet)
+    file = str(config) if config and not isinstance(config, dict) else None
+    trainer = Trainer(run, Signals(exits=False), file, quiet)
     stopped, out = None, io.StringIO() if quiet else sys.stdout
     try:
         with contextlib.redirect_stdout(out), save_after_errors(trainer):

@@ -65,7 +65,7 @@ async def run_cell(text):  # as a kernel does: under a running loop, the last ex
 scope, shown = asyncio.run(run_cell(sys.stdin.read()))
 assert "matplotlib.pyplot" not in sys.modules
 open("shown.png", "wb").write(shown._repr_png_())
-print(scope["run"], scope["wide"], [text.get_text() for text in shown.axes[0].get_legend().get_texts()])
+print(scope["run"], scope["faster"], [text.get_text() for text in shown.axes[0].get_legend().get_texts()])
 """
 
 
@@ -85,8 +85,8 @@ def test_the_lines_of_the_notebook_page_run_in_a_kernel(tmp_path, monkeypatch):
     losses, last = next(line for line in shown if re.fullmatch(r"[\d.]+ [\d.]+", line)).split(), shown[-1]
     assert all(0 < float(loss) < 6 for loss in losses)
     assert any(line.startswith("def close(self):") for line in shown) and any(" parameters" in line for line in shown)
-    assert re.fullmatch(r"(<run tiny: strawberry, 60 of 60 steps, validation loss [\d.]+> ?){2} "
-                        r"\['n_embd 32', 'n_embd 64'\]", last), last  # fmt: skip
+    assert re.fullmatch(r"(<run tiny: strawberry, 40 of 40 steps, validation loss [\d.]+> ?){2} "
+                        r"\['learning_rate 0.005', 'learning_rate 0.01'\]", last), last  # fmt: skip
     assert Path("shown.png").read_bytes().startswith(b"\x89PNG")
     assert Path("bin/tiny.strawberry").exists() and Path("bin/ck_tiny/earlier_1/metrics.jsonl").exists()
     assert ran.stderr == ""
