@@ -1,28 +1,25 @@
-"""The library that the scripts share. Importing it sets environment variables that libraries read when they are loaded,
-so a script imports this package before torch. Values that the user has set are kept.
+"""The library that the scripts share, and `strawberry.train` for notebooks.
 
-GOMP_SPINCOUNT limits how long OpenMP's idle threads spin while they wait for work: two programs on the same cores would
-wait for each other's idle threads.
-
-TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR are where torch.compile and Triton look for what an earlier run compiled.
-Their defaults are two directories, one below /tmp, which many systems empty at each start.
-TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD lets them keep graphs that contain autograd functions, as ours do.
+Importing it loads nothing else, and sets environment variables that libraries read when they are loaded
+(strawberry/environment.py), so a script imports this package before torch.
 """
 
-import os
+import importlib
+
+from strawberry import environment
+
+environment.set_defaults()
 
 
-def _find_cache_directory() -> str | None:
-    """XDG_CACHE_HOME/strawberry or ~/.cache/strawberry; None if it could not be written."""
-    path = existing = os.path.join(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "strawberry")
-    while not os.path.lexists(existing) and existing != os.path.dirname(existing):
-        existing = os.path.dirname(existing)
-    return path if os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK) else None
+def train(config=None, *, quiet=False, **overrides):
+    """Train a model as train.py does, and return the run: .model, .metrics, .plot(), .sample(prompt).
 
+        run = strawberry.train("tiny.json", max_iters=100, model_hyperparams={"n_layer": 1})
 
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
-os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
-if directory := _find_cache_directory():
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(directory, "torchinductor"))
-    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(directory, "triton"))
+    config: a JSON file, looked up as train.py's --config, or its content as a dict; None: every default. Keyword
+    arguments override its keys. quiet: print warnings only.
+
+    An interrupt (Ctrl-C, or the kernel's) finishes the step, saves a checkpoint and returns the run so far; a second
+    one raises KeyboardInterrupt at once. Raises UserError for what the user can fix, and never exits.
+    """
+    return importlib.import_module("strawberry.notebook").train(config, quiet=quiet, **overrides)

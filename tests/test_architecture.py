@@ -23,6 +23,7 @@ ROOMS = [
     ("training", ("strawberry.training",)),
     ("inference", ("strawberry.inference",)),
     ("train", ("train",)),
+    ("notebook", ("strawberry.notebook",)),
     ("serving, bench", ("strawberry.serving", "strawberry.bench")),
     ("scripts", ("sample", "prepare", "serve", "bench")),
 ]

@@ -16,6 +16,7 @@ from strawberry.training import checkpoint, cuda_graph, distributed, memory, set
 from strawberry.training.checkpoint import Checkpoint, archive_run, find_latest, save_checkpoint, write_state
 from strawberry.training.console import STATUS, warn
 from strawberry.training.lock import Lock
+from strawberry.training.loggers import FOLDERS
 from strawberry.training.metrics import METRICS
 from strawberry.training.state import Progress
 
@@ -94,6 +95,9 @@ class Checkpointer:
                     print(f"the checkpoints of an earlier run are now in {aside}")
                     with contextlib.suppress(FileNotFoundError):
                         os.replace(self.state.metrics.path, aside / METRICS)
+                    for name in FOLDERS:
+                        with contextlib.suppress(FileNotFoundError):
+                            os.replace(self.state.root / name, aside / name)
         self.rewind_metrics(self.state.progress.step if self.state.run.init_from == "resume" else -1)
         self.state.claimed = True
 
