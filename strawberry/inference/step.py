@@ -287,7 +287,7 @@ class DecodeStep:
     def run(self, n: int, max_cached: int, filters: Filters) -> None:
         """Run a step of the first n rows."""
         token = self.sampler.draw(self.logits.decode_step(self.last_token[:n], max_cached), slice(0, n), filters)
-        self.finish(n, token)
+        self.finish(n, token, filters)
 
     def run_batch_invariant(self, max_cached: int, rows: list[int], requests: list[Request]) -> None:
         """Run a step of all rows. Each row is sampled with the filters of its own request only."""
@@ -297,13 +297,13 @@ class DecodeStep:
             groups.setdefault(self.sampler.select_filters([request]), []).append(row)
         for filters, some in groups.items():
             token[some] = self.sampler.draw(logits, slice(0, self.rows), filters)[some]
-        self.finish(self.rows, token)
+        self.finish(self.rows, token, self.sampler.select_filters(requests))
 
-    def finish(self, n: int, token: Tensor) -> None:
+    def finish(self, n: int, token: Tensor, filters: Filters) -> None:
         active = self.active[:n]
         self.store_tokens(slice(0, n), token)
         self.logits.advance(active)
-        self.sampler.num_drawn[:n] += active
+        self.sampler.advance(slice(0, n), self.last_token[:n], active, filters)
 
     def warm_up_sampling(self, n: int, max_cached: int, filters: Filters) -> None:
         vocab_size = self.model.config.vocab_size
@@ -312,10 +312,11 @@ class DecodeStep:
     def sample_first(self, row: int, logits: Tensor, request: Request) -> Tensor:
         """Sample the token (1,) after a prompt from its logits (1, V), and activate the row for the next steps."""
         rows = slice(row, row + 1)
-        token = self.sampler.draw(logits, rows, self.sampler.select_filters([request]))
+        filters = self.sampler.select_filters([request])
+        token = self.sampler.draw(logits, rows, filters)
         self.store_tokens(rows, token)
         self.active[row] = 1
-        self.sampler.num_drawn[row] += 1
+        self.sampler.advance(rows, self.last_token[rows], self.active[rows], filters)
         return token
 
     def store_tokens(self, rows: slice, token: Tensor) -> None:

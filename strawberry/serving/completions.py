@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from encoder import EOT, PAD
 from strawberry.common import UserError
 from strawberry.config import type_schema
+from strawberry.inference import sampling
 from strawberry.inference.text import (
     draw_seed,
     encode_source_text,
@@ -100,6 +101,7 @@ def make_request_group(body: CompletionRequest, engine: Engine) -> RequestGroup:
             request = make_request(body, encoder, given, source, seed + i)
             if i == 0:
                 check_prompt(request.prompt, engine)
+                check_options(request, engine)
             request.max_new_tokens = min(request.max_new_tokens, max(engine.settings.context - len(request.prompt), 0))
             sequences.append(Sequence(encoder, request, body, len(sequences), given))
     return RequestGroup(engine, body, sequences)
@@ -112,6 +114,16 @@ def check_prompt(tokens: list[int], engine: Engine) -> None:
     if max(tokens) >= vocab_size:
         raise ApiError(400, f"prompt: token {max(tokens)} is none of the {vocab_size} of the model's vocabulary",
                        "prompt")  # fmt: skip
+
+
+def check_options(request: sampling.Request, engine: Engine) -> None:
+    vocab_size = engine.model.config.vocab_size
+    if unknown := request.find_unknown_token(vocab_size):
+        name, token = unknown
+        raise ApiError(400, f"{name}: token {token} is none of the {vocab_size} of the model's vocabulary", name)
+    if request.min_tokens and len(request.stop) == vocab_size:
+        raise ApiError(400, "stop_token_ids: has every token of the vocabulary, so that no text has min_tokens",
+                       "stop_token_ids")  # fmt: skip
 
 
 def context_length_error(has: str, engine: Engine) -> ApiError:

@@ -8,8 +8,9 @@ from fastapi import Query
 from pydantic import Field
 
 from strawberry.config import WHOLE, option
+from strawberry.inference.penalties import BIAS_RULE, LogitBias
 
-MAX_PROMPTS, MAX_SAMPLES, MAX_STOPS, MAX_LOGPROBS = 64, 32, 16, 5
+MAX_PROMPTS, MAX_SAMPLES, MAX_STOPS, MAX_STOP_TOKENS, MAX_LOGPROBS = 64, 32, 16, 128, 5
 
 
 def list_type(item: Any, low: int, high: int | None = None) -> Any:
@@ -17,8 +18,8 @@ def list_type(item: Any, low: int, high: int | None = None) -> Any:
     return Annotated[list[item], Field(min_length=low, max_length=high, fail_fast=True)]
 
 
-def tokens_type(low: int, max_token: int = 2**31 - 1) -> Any:
-    return list_type(Annotated[int, Field(strict=True, ge=0, le=max_token), WHOLE], low)
+def tokens_type(low: int, max_token: int = 2**31 - 1, high: int | None = None) -> Any:
+    return list_type(Annotated[int, Field(strict=True, ge=0, le=max_token), WHOLE], low, high)
 
 
 def prompt_type(max_token: int = 2**31 - 1) -> Any:
@@ -27,7 +28,7 @@ def prompt_type(max_token: int = 2**31 - 1) -> Any:
     return str | tokens | list_type(str, 1, MAX_PROMPTS) | list_type(tokens, 1, MAX_PROMPTS)
 
 
-Prompt, TokenList = prompt_type(), tokens_type(0)
+Prompt, TokenList, StopTokens = prompt_type(), tokens_type(0), tokens_type(0, high=MAX_STOP_TOKENS)
 StopText = Annotated[str, Field(min_length=1)]
 Stop = StopText | list_type(StopText, 0, MAX_STOPS) | None
 
@@ -35,10 +36,10 @@ Stop = StopText | list_type(StopText, 0, MAX_STOPS) | None
 # that ask for nothing: many clients send these defaults with every request. Other values are refused by name.
 UNSUPPORTED_FIELDS: dict[str, tuple] = {
     # https://platform.openai.com/docs/api-reference/completions/create
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "suffix": ("",),
+    "suffix": ("",),
     # vLLM's CompletionRequest: sampling
-    "use_beam_search": (False,), "early_stopping": (False,), "length_penalty": (1,), "repetition_penalty": (1,),
-    "min_tokens": (0,), "ignore_eos": (False,), "stop_token_ids": ([],), "bad_words": ([],), "allowed_token_ids": (),
+    "use_beam_search": (False,), "early_stopping": (False,), "length_penalty": (1,), "bad_words": ([],),
+    "allowed_token_ids": (),
     "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True, False), "truncation_side": (), "logits_processors": ([],),
     "repetition_detection": (), "thinking_token_budget": (),
@@ -73,6 +74,21 @@ class CompletionRequest:
     top_p: float | None = option(1.0, "draw from the likeliest tokens that make up this probability", above=0, high=1)
     top_k: int | None = option(0, "draw from the k likeliest tokens; 0 or -1: from all", low=-1, high=2**20)
     min_p: float | None = option(0.0, "draw from tokens at least so often as likely as the likeliest", low=0, high=1)
+    repetition_penalty: float | None = option(
+        1.0, "divide positive logits of tokens of the prompt and the text, multiply negative ones; 1: off",
+        low=0.01, high=100,
+    )
+    presence_penalty: float | None = option(0.0, "subtract from the logits of tokens of the text", low=-2, high=2)
+    frequency_penalty: float | None = option(
+        0.0, "subtract from the logits of tokens of the text, times how often each is there", low=-2, high=2
+    )
+    logit_bias: LogitBias | None = option({}, "add to the logits of tokens", must=BIAS_RULE)
+    min_tokens: int | None = option(0, "tokens before the first that may end the text; stop strings do not count "
+                                    "before", low=0)  # fmt: skip
+    ignore_eos: bool | None = option(False, "whether the text continues beyond <|eot|>")
+    stop_token_ids: StopTokens | None = option(
+        [], "tokens that end the text", must=f"a list of at most {MAX_STOP_TOKENS} tokens"
+    )
     n: int | None = option(1, "texts for each prompt; text i is drawn with seed + i", low=1, high=MAX_SAMPLES)
     seed: int | None = option(None, "the same seed makes the same text; default, or -1: drawn", low=-1,
                               high=2**53 - 1)  # fmt: skip
@@ -100,6 +116,8 @@ class CompletionRequest:
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.best_of not in (None, 1, self.n):
             yield "best_of", "is not supported; ask for n texts and choose, or leave it out"
+        if self.min_tokens > self.max_tokens:
+            yield "min_tokens", f"must be at most max_tokens, which is {self.max_tokens}"
 
     @property
     def stops(self) -> list[str]:

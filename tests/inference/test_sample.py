@@ -831,16 +831,20 @@ def results(name="texts.jsonl"):
 def test_bulk_texts_are_those_of_each_prompt_alone(desk, run):
     lines = [{"prompt": "ab"}, {"prompt": "hedge a cab", "length": 9, "id": "x", "temperature": 0.5, "top_k": 3},
              {"prompt": "", "max_tokens": 21, "top_p": 0.7, "min_p": 0.1, "id": 5},
-             {"prompt": "c", "seed": 99, "stop": ["a", "b"]}, {"prompt": "f", "stop": []}]  # fmt: skip
+             {"prompt": "c", "seed": 99, "stop": ["a", "b"]}, {"prompt": "f", "stop": []},
+             {"prompt": "abc", "repetition_penalty": 3, "presence_penalty": 2, "frequency_penalty": 0.5},
+             {"prompt": "abc", "logit_bias": {"0": 5, "1": -100}, "stop_token_ids": [3], "min_tokens": 4}]  # fmt: skip
     desk(*lines)
     found = run_bulk(desk, "--length", "15", "--batch", "3", "--stop", "h")
-    assert sorted(found) == [0, 1, 2, 3, 4]
+    assert sorted(found) == [0, 1, 2, 3, 4, 5, 6]
     for index, line in enumerate(lines):
         own = {"length": 15, "temperature": 2, "seed": 7 + index, **line}
         own["length"] = own.pop("max_tokens", own["length"])
         own.pop("id", None)
         stops = own.pop("stop", ["h"])
-        argv = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+        ends = own.pop("stop_token_ids", [])
+        argv = [word for name, value in own.items() for word in (f"--{name}", json.dumps(value).strip('"'))]
+        argv += [word for token in ends for word in ("--stop_token_ids", str(token))]
         text = run(*argv, *(word for stop in stops for word in ("--stop", stop))).out.removeprefix(line["prompt"])
         assert found[index]["text"] + "\n" == text
         assert found[index]["prompt"] == line["prompt"] and found[index].get("id") == line.get("id")
@@ -861,8 +865,9 @@ def test_a_text_does_not_depend_on_its_company(desk):
     assert alone[0]["text"] == together[4]["text"] == turned[7]["text"]
 
 
-WISHES = [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0}]
-VARIED = [{"prompt": "abcdefgh"[: i % 7 + 1], "max_tokens": 280 if i % 13 == 5 else 5 + 7 * i % 23, **WISHES[i % 5]}
+WISHES = [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0},
+          {"repetition_penalty": 1.5, "frequency_penalty": 0.7, "logit_bias": {"2": 3}, "min_tokens": 4}]  # fmt: skip
+VARIED = [{"prompt": "abcdefgh"[: i % 7 + 1], "max_tokens": 280 if i % 13 == 5 else 5 + 7 * i % 23, **WISHES[i % 6]}
           for i in range(40)]  # fmt: skip
 
 
@@ -1038,6 +1043,8 @@ def test_a_drawn_seed_is_kept_for_the_rest(desk):
     (["--seed", "8"], "--seed was 7 and is 8"),
     (["--dtype", "bfloat16"], '--dtype was "float32" and is "bfloat16"'),
     (["--on_full", "slide", "--top_k", "4"], '--top_k was 0 and is 4; --on_full was "stop" and is "slide"'),
+    (["--min_tokens", "2", "--logit_bias", '{"1": 5}'],
+     r'--logit_bias was \{\} and is \{"1": 5.0\}; --min_tokens was 0 and is 2'),
     (["--model", "tinystar"], "the model is another, or was changed"),
     ("prompts", "the prompts file is another, or was changed"),
 ])  # fmt: skip

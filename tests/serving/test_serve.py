@@ -872,9 +872,12 @@ WRONG = {
     "prompt": [[], [[]], 5, {}, [1.5], [-1], [258], ["a", 1], [[1], "a"], [True], ["a"] * 65, "a" * 5000, "\ud800",
                None, [2**40], [[1, 2**31]]],
     "echo": ["yes", 1], "logprobs": [6, -1, True], "stream": ["yes"], "stream_options": [5, {"x": 1}],
-    "best_of": [0, 2, True, [1]], "suffix": ["x", 0, False], "logit_bias": [{"1": 5}, [], 0],
-    "presence_penalty": [0.5, False, "0", {}], "frequency_penalty": [-2], "repetition_penalty": [1.1, True, 0],
-    "length_penalty": [0.5], "min_tokens": [3, False], "ignore_eos": [True, 0], "stop_token_ids": [[5], {}],
+    "best_of": [0, 2, True, [1]], "suffix": ["x", 0, False],
+    "logit_bias": [[], 0, "x", {"1": 101}, {"1": math.nan}, {"1": "5"}, {"1": True}, {"x": 1}, {"-1": 1}, {"258": 1},
+                   {"1" * 10: 1}, {str(i): 1 for i in range(513)}, {"1": [1]}, {"01": 1}],
+    "presence_penalty": [2.5, False, "0", {}, math.nan], "frequency_penalty": [-2.01], "length_penalty": [0.5],
+    "repetition_penalty": [0, 0.001, -1, True, 101, math.inf], "min_tokens": [-1, 17, False, 1.5],
+    "ignore_eos": [1, "yes"], "stop_token_ids": [[258], [-1], {}, ["a"], [1] * 129, 5, [True]],
     "bad_words": [["a"]], "allowed_token_ids": [[1]], "use_beam_search": [True], "skip_special_tokens": [False, 1],
     "include_stop_str_in_output": [True], "truncate_prompt_tokens": [5], "prompt_logprobs": [0, 1],
     "response_format": [{"type": "json_object"}, {}], "structured_outputs": [{"regex": "a"}], "guided_regex": ["a"],
@@ -940,10 +943,28 @@ def test_fields_that_change_nothing_are_accepted(running):
 
 
 def test_a_field_that_is_not_supported_is_refused_with_what_is_accepted(running):
-    message = error_of(running.complete(min_tokens=3), 400)["message"]
-    assert "min_tokens = 3" in message and "leave it out" in message and "0" in message
-    with pytest.raises(openai.BadRequestError, match="logit_bias"):
-        running.client.completions.create(model="air.strawberry", prompt="a", logit_bias={"5": 10})
+    message = error_of(running.complete(priority=3), 400)["message"]
+    assert "priority = 3" in message and "leave it out" in message and "0" in message
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        running.client.completions.create(model="air.strawberry", prompt="a", suffix="x")
+
+
+def test_penalties_are_those_of_sample(running, folder):
+    """Against the decoder alone, which test_penalties.py judges; each of them changes the text, or how it ends."""
+    create, asked = running.client.completions.create, {"model": "air.strawberry", "prompt": "the", "seed": 2}
+    plain = alone(folder, "the", 2)
+    openais = {"presence_penalty": 2.0, "frequency_penalty": 1.5, "logit_bias": {"101": 9, "32": -100}}
+    for wish in (*({name: value} for name, value in openais.items()), openais):
+        assert create(**asked, **wish, max_tokens=24).choices[0].text == alone(folder, "the", 2, **wish) != plain
+    for wish in ({"repetition_penalty": 2.5}, {"stop_token_ids": list(plain.encode()[5:6])}):
+        text = create(**asked, extra_body=wish, max_tokens=24).choices[0].text
+        assert text == alone(folder, "the", 2, **wish) != plain
+    ends = {"logit_bias": {"256": 100}, "min_tokens": 7}
+    got = create(**asked, max_tokens=24, extra_body=ends)
+    assert got.usage.completion_tokens == 8 and got.choices[0].finish_reason == "stop"
+    got = create(**asked, max_tokens=24, extra_body=ends | {"ignore_eos": True})
+    assert got.usage.completion_tokens == 24 and got.choices[0].finish_reason == "length"
+    assert got.choices[0].text == ""  # <|eot|> is no text
 
 
 def test_each_piece_of_a_stream_can_tell_the_usage(running):
