@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from strawberry.inference.logprobs import LogprobBuffers, TokenLogprob
 from strawberry.inference.penalties import LogitsProcessor
 from strawberry.ops.sampling import sample
 
@@ -32,6 +33,8 @@ class Request:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)  # token → what is added to its logit
     min_tokens: int = 0  # no token of `stop` comes before so many others
+    top_logprobs: int | None = None  # likeliest tokens to tell with each new token's log probability; None: nothing
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens that have arrived; the decoder adds them
 
     @cached_property
     def processes_logits(self) -> bool:
@@ -54,6 +57,7 @@ class Filters(NamedTuple):
     top_p: bool
     min_p: bool
     processes: bool = False  # whether any request has a bias, a minimum length or a penalty
+    logprobs: bool = False  # whether any request asks for log probabilities
 
 
 class BatchSampler:
@@ -69,6 +73,7 @@ class BatchSampler:
         self.top_k = torch.zeros(rows, dtype=torch.int64, device=device)
         self.float_filters = (self.temperature, self.top_p, self.min_p)
         self.processor = LogitsProcessor(rows, vocab_size, device)
+        self.logprobs = LogprobBuffers(rows, vocab_size, device)
         self.sample_all = sample  # samples all rows at once; may be compiled
 
     def set_row(self, row: int, r: Request) -> None:
@@ -78,6 +83,8 @@ class BatchSampler:
         self.top_k[row] = r.top_k or self.vocab_size
         self.num_drawn[row] = 0
         self.processor.set_row(row, r)
+        if r.top_logprobs is not None and not self.logprobs.tensors:
+            self.logprobs.allocate()
 
     def refill(self, row: int, generator: torch.Generator) -> None:
         self.uniforms[row] = torch.rand(self.buffer_size, generator=generator).to(self.uniforms.device)
@@ -91,6 +98,7 @@ class BatchSampler:
         requests = list(requests)
         greedy = any(not r.temperature for r in requests)
         processes = any(r.processes_logits for r in requests)
+        logprobs = any(r.top_logprobs is not None for r in requests)
         requests = [r for r in requests if r.temperature]
         limits = [r.top_k or self.vocab_size for r in requests]
         has_top_p = any(r.top_p is not None and r.top_p < 1 for r in requests)
@@ -99,7 +107,7 @@ class BatchSampler:
             width = None  # no request needs a sort
         has_min_p = any(r.min_p for r in requests)
         width = width and min(width, self.vocab_size)
-        return Filters(bool(requests), greedy, width, has_top_p, has_min_p, processes)
+        return Filters(bool(requests), greedy, width, has_top_p, has_min_p, processes, logprobs)
 
     def draw(self, logits: Tensor, rows: slice, filters: Filters) -> Tensor:
         """Sample a token for each of the rows, (n,), from logits (n, V); −1 where the logits are NaN."""
@@ -115,8 +123,12 @@ class BatchSampler:
                       self.top_p[rows] if filters.top_p else None, self.min_p[rows] if filters.min_p else None,
                       None if width == self.vocab_size else width, filters.greedy)  # fmt: skip
 
-    def advance(self, rows: slice, token: Tensor, active: Tensor, filters: Filters) -> None:
-        """Count the tokens (n,), at least 0, that the rows have drawn; active (n,) is 1 for rows that keep theirs."""
+    def advance(self, rows: slice, logits: Tensor, token: Tensor, active: Tensor, filters: Filters) -> None:
+        """Count the tokens (n,), at least 0, that the rows have drawn from logits (n, V), and store their log
+        probabilities; active (n,) is 1 for rows that keep their token.
+        """
         self.num_drawn[rows] += active
         if filters.processes:
             self.processor.count(rows, token, active)
+        if filters.logprobs:
+            self.logprobs.store(rows, logits, token)

@@ -62,14 +62,10 @@ class StreamOptions:
 
 
 @dataclass
-class CompletionRequest:
+class GenerationRequest:
+    """What completions and chat completions share."""
+
     model: str = option(None, "name of a model of /v1/models")
-    prompt: Prompt = option(
-        None, f"text to continue, or its tokens, or a list of at most {MAX_PROMPTS} of either",
-        must=f"text, or a list of tokens, or a list of at most {MAX_PROMPTS} of either",
-    )
-    source: str | None = option(None, "what an encoder-decoder reads; a prompt then begins its answer")
-    max_tokens: int | None = option(16, "tokens to make at most; a text ends sooner where the context does", low=0)
     temperature: float | None = option(1.0, "0 takes the likeliest token each time", low=0, high=100)
     top_p: float | None = option(1.0, "draw from the likeliest tokens that make up this probability", above=0, high=1)
     top_k: int | None = option(0, "draw from the k likeliest tokens; 0 or -1: from all", low=-1, high=2**20)
@@ -96,32 +92,42 @@ class CompletionRequest:
         None, f"text that ends a text and is not part of it, or a list of at most {MAX_STOPS}",
         must=f"text, not empty, or a list of at most {MAX_STOPS} of it",
     )
-    echo: bool | None = option(False, "whether the prompt is given back before what continues it")
-    logprobs: int | None = option(None, "tell each token's log probability, and so many likeliest tokens'", low=0,
-                                  high=MAX_LOGPROBS)  # fmt: skip
     stream: bool | None = option(False, "send the text as it is made, as server-sent events")
     stream_options: StreamOptions | None = option(None, "of a stream")
     timeout: float | None = option(None, "seconds until it is given up; the server's --timeout holds too", low=5)
     user: str | None = option("", "who asks; of no effect")
+
+    def __post_init__(self) -> None:
+        self.top_k = 0 if self.top_k == -1 else self.top_k
+        self.seed = None if self.seed == -1 else self.seed
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop if self.stop is not None else []
+
+
+@dataclass
+class CompletionRequest(GenerationRequest):
+    prompt: Prompt = option(
+        None, f"text to continue, or its tokens, or a list of at most {MAX_PROMPTS} of either",
+        must=f"text, or a list of tokens, or a list of at most {MAX_PROMPTS} of either",
+    )
+    source: str | None = option(None, "what an encoder-decoder reads; a prompt then begins its answer")
+    max_tokens: int | None = option(16, "tokens to make at most; a text ends sooner where the context does", low=0)
+    echo: bool | None = option(False, "whether the prompt is given back before what continues it")
+    logprobs: int | None = option(None, "tell each token's log probability, and so many likeliest tokens'", low=0,
+                                  high=MAX_LOGPROBS)  # fmt: skip
     best_of: int | None = option(None, "n, or 1, which is n: all texts are sent, and none is chosen among", low=1)
 
     required: ClassVar = ("model", "prompt")
     neutral: ClassVar = UNSUPPORTED_FIELDS
     schemas: ClassVar = {"best_of": {"enum": [None, 1]}}
 
-    def __post_init__(self) -> None:
-        self.top_k = 0 if self.top_k == -1 else self.top_k
-        self.seed = None if self.seed == -1 else self.seed
-
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.best_of not in (None, 1, self.n):
             yield "best_of", "is not supported; ask for n texts and choose, or leave it out"
         if self.min_tokens > self.max_tokens:
             yield "min_tokens", f"must be at most max_tokens, which is {self.max_tokens}"
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop if self.stop is not None else []
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -133,10 +139,15 @@ class CompletionRequest:
         """What sample.py calls max_tokens."""
         return self.max_tokens
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens to tell with each token's log probability; None: nothing."""
+        return self.logprobs
+
 
 @dataclass
 class Logprobs:
-    """Of each token. The first of an echoed prompt has None. In a stream they come with the text's last piece."""
+    """Of each token; of a stream's piece, those since the last piece. The first of an echoed prompt has None."""
 
     tokens: list[str]
     token_logprobs: list[float | None]

@@ -186,3 +186,33 @@ def test_what_ends_a_text():
     assert text_of([*letters, 97, 98], stop=["b"], min_tokens=2) == ("abca", "stop")
     with pytest.raises(UserError, match="min_tokens = 3: is more than the 2"):
         text_of([1, 2], min_tokens=3)
+
+
+# ---- log probabilities ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "rows", "options"), [
+    ("tinystar", 3, {}), ("strawberry", 8, {"batch_invariant": True}), ("batch scope", 2, {}),
+])  # fmt: skip
+def test_logprobs_are_those_of_the_models_own_distribution(name, rows, options):
+    """Whatever the penalties, temperature and filters; of the rows that ask, and beside them the texts stay."""
+    model = small_model(name)
+    requests = [r for i, r in enumerate(wishful_requests(model)) if i % 3 != 2]
+    asked = [replace(r, top_logprobs=i % 4 if i % 4 < 3 else None, logprobs=[]) for i, r in enumerate(requests)]
+    texts = collect(Decoder(model, rows, 64, **options), asked)
+    assert texts == collect(Decoder(model, rows, 64, **options), requests)
+    for request, (tokens, _) in zip(asked, texts, strict=True):
+        if request.top_logprobs is None:
+            assert request.logprobs == []
+            continue
+        assert len(request.logprobs) == len(tokens)
+        text = torch.tensor([request.prompt + tokens[:-1]])
+        with torch.no_grad():
+            logits = model(text)[0][0, len(request.prompt) - 1 :] if model.causal else torch.stack(
+                [model(text[:, : len(request.prompt) + i])[0][0, -1] for i in range(len(tokens))])  # fmt: skip
+        expected = logits.exp() / logits.exp().sum(-1, keepdim=True)
+        for p, token, (logprob, top) in zip(expected, tokens, request.logprobs, strict=True):
+            assert np.exp(logprob) == pytest.approx(p[token].item(), rel=1e-4)
+            best = p.argsort(descending=True)[: request.top_logprobs].tolist()
+            assert [place for place, _ in top] == best
+            assert [np.exp(value) for _, value in top] == pytest.approx(p[best].tolist(), rel=1e-4)

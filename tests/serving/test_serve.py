@@ -207,17 +207,38 @@ def test_streamed_equals_plain(running, name):
         "echo": True,
     }
     plain = running.client.completions.create(**asked)
-    texts, whys, told, usage = [""] * 6, [None] * 6, [None] * 6, None
+    texts, whys, told, usage = [""] * 6, [None] * 6, [[] for _ in range(6)], None
     for chunk in running.client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
         for choice in chunk.choices:
             assert whys[choice.index] is None  # nothing after the end
             texts[choice.index] += choice.text
-            whys[choice.index], told[choice.index] = choice.finish_reason, choice.logprobs
+            whys[choice.index] = choice.finish_reason
+            told[choice.index].append(choice.logprobs)
     assert texts == [choice.text for choice in plain.choices] and len(set(texts)) == 6
-    assert whys == [choice.finish_reason for choice in plain.choices] and told == [c.logprobs for c in plain.choices]
+    assert whys == [choice.finish_reason for choice in plain.choices]
+    for pieces, choice in zip(told, plain.choices, strict=True):
+        for field, whole in choice.logprobs.model_dump().items():
+            assert [value for piece in pieces for value in getattr(piece, field)] == whole, field
     assert usage == plain.usage and usage.prompt_tokens == 7 + 4
-    assert usage.completion_tokens == sum(len(t.tokens) for t in told) - 3 * (7 + 4) > 60
+    assert usage.completion_tokens == sum(len(c.logprobs.tokens) for c in plain.choices) - 3 * (7 + 4) > 60
+
+
+def test_each_piece_of_a_stream_has_the_logprobs_of_its_tokens(running):
+    """With the prompt the prompt's; then one token a piece, and more where text was held back."""
+    asked = {"model": "air.strawberry", "prompt": "aé", "seed": 3, "max_tokens": 30, "logprobs": 1, "stream": True}
+    first, *pieces = [chunk.choices[0] for chunk in running.client.completions.create(**asked, echo=True)]
+    assert first.text == "aé" and len(first.logprobs.tokens) == 3 and first.logprobs.token_logprobs[0] is None
+    at, counts = 2, []
+    for piece in pieces:
+        told = piece.logprobs
+        counts.append(len(told.tokens))
+        assert len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == counts[-1]
+        assert not told.tokens or told.text_offset[0] in (at, at - 1)  # −1: behind a character that is not whole yet
+        at += len(piece.text)
+    assert sum(counts) == 30 and counts.count(1) > 10
+    plain = list(running.client.completions.create(**{**asked, "logprobs": None}))
+    assert all(chunk.choices[0].logprobs is None for chunk in plain)
 
 
 @pytest.mark.slow
@@ -290,10 +311,12 @@ def test_top_logprobs_are_in_the_order_of_probability(running, folder):
     asked = {"model": "air.strawberry", "prompt": "ab", "seed": 3, "max_tokens": 12, "temperature": 2, "logprobs": 4}
     for stream in (False, True):
         got = running.client.completions.create(**asked, echo=True, stream=stream)
-        choice = [chunk.choices[0] for chunk in (got if stream else [got])][-1]
-        own, best = choice.logprobs.token_logprobs[1:], [list(top.items()) for top in choice.logprobs.top_logprobs[1:]]
+        pieces = [chunk.choices[0].logprobs for chunk in (got if stream else [got])]
+        own = [logprob for piece in pieces for logprob in piece.token_logprobs][1:]
+        best = [list(top.items()) for piece in pieces for top in piece.top_logprobs if top]
         assert len(own) == 13 and {len(top) for top in best} == {4, 5}
-        for token, logprob, top in zip(choice.logprobs.tokens[1:], own, best, strict=True):
+        tokens = [token for piece in pieces for token in piece.tokens][1:]
+        for token, logprob, top in zip(tokens, own, best, strict=True):
             values = [value for _, value in top]
             assert values == sorted(values, reverse=True) and dict(top)[token] == logprob
     model, encoder, _ = load_model(folder / "air.strawberry")
@@ -843,9 +866,10 @@ def test_an_engine_that_cannot_go_on_is_replaced(running, monkeypatch):
 
 def test_scoring_that_fails_is_answered(running, monkeypatch):
     monkeypatch.setattr(scoring, "score_tokens", broken)
-    error_of(running.complete(logprobs=1), 500)
+    error_of(running.complete(logprobs=1, echo=True), 500)
+    assert running.complete(logprobs=1)[0] == 200  # those of new tokens come with the tokens
     monkeypatch.undo()
-    assert running.complete(logprobs=1)[0] == 200
+    assert running.complete(logprobs=1, echo=True)[0] == 200
 
 
 @pytest.mark.slow
