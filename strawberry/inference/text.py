@@ -109,6 +109,7 @@ class TextStream:
     def __init__(self, encoder, request: Request, stops: list[str], label: Any = None):
         self.encoder, self.request, self.label = encoder, request, label
         self.detokenizer, self.stop_filter = encoder.stream(), StopStringFilter(stops)
+        self.hidden = frozenset({encoder.eot, encoder.pad})  # tokens that are no text
         self.num_tokens, self.finish_reason = 0, None
 
     def push(self, token: int, reason: str | None) -> str:
@@ -118,7 +119,7 @@ class TextStream:
         `reason` is the finish reason if the text ends with this token, else None.
         """
         self.num_tokens += 1
-        if token in self.request.stop or token in (self.encoder.eot, self.encoder.pad):
+        if token in self.request.stop or token in self.hidden:
             piece = ""
         elif token < self.encoder.vocab_size:
             piece = self.detokenizer.push(token)

@@ -266,7 +266,7 @@ async def delete_model(model: str, service: TheService) -> Deleted:
 def format_model(service: Service, file: ModelFile) -> Model:
     h, size = file.hyperparams, file.stamp[1]
     return Model(file.name, "model", file.created, "strawberry", h["arch"], h["vocab_size"], h["block_size"], size,
-                 size, file.name in service.models.loaded)  # fmt: skip
+                 size, file.name in service.models.loaded, file.chats)  # fmt: skip
 
 
 async def tokenize(body: TokenizeRequest, service: TheService) -> Tokens:

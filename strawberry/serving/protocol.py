@@ -8,6 +8,8 @@ from fastapi import Query
 from pydantic import Field
 
 from strawberry.config import WHOLE, option
+from strawberry.data.chat import MAX_MESSAGES
+from strawberry.inference.logprobs import MAX_TOP
 from strawberry.inference.penalties import BIAS_RULE, LogitBias
 
 MAX_PROMPTS, MAX_SAMPLES, MAX_STOPS, MAX_STOP_TOKENS, MAX_LOGPROBS = 64, 32, 16, 128, 5
@@ -145,6 +147,77 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
+# What OpenAI's and vLLM's clients may send to chat completions and nothing here implements, as above.
+UNSUPPORTED_CHAT_FIELDS: dict[str, tuple] = {
+    **{name: values for name, values in UNSUPPORTED_FIELDS.items() if name != "suffix"},
+    # https://platform.openai.com/docs/api-reference/chat/create
+    "tools": ([],), "tool_choice": ("none",), "functions": ([],), "function_call": ("none",), "store": (False,),
+    "parallel_tool_calls": (True, False), "modalities": (["text"],), "audio": (), "prediction": (), "metadata": ({},),
+    "service_tier": ("auto", "default"), "reasoning_effort": (), "verbosity": (), "web_search_options": (),
+    "safety_identifier": (), "prompt_cache_key": (),
+    # vLLM's ChatCompletionRequest
+    "echo": (False,), "add_generation_prompt": (True,), "continue_final_message": (False,), "documents": ([],),
+    "chat_template": (), "chat_template_kwargs": ({},), "mm_processor_kwargs": ({},),
+    "include_reasoning": (True, False),
+}  # fmt: skip
+MESSAGE_RULE = f"a list of 1 to {MAX_MESSAGES} objects with role and content"
+MESSAGES_SCHEMA = {
+    "type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": {
+        "type": "object", "required": ["role", "content"], "additionalProperties": False,
+        "properties": {
+            "role": {"type": "string", "minLength": 1}, "name": {"type": ["string", "null"]},
+            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {
+                "type": "object", "required": ["type", "text"], "additionalProperties": False,
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}}]},
+        },
+    },
+}  # fmt: skip
+
+
+@dataclass
+class ChatRequest(GenerationRequest):
+    messages: list_type(dict[str, Any], 1, MAX_MESSAGES) = option(
+        None, "the chat so far; the model's template makes text of it", must=MESSAGE_RULE
+    )
+    max_completion_tokens: int | None = option(None, "tokens to make at most; default: what the context leaves", low=0)
+    max_tokens: int | None = option(None, "the same, by its older name", low=0)
+    logprobs: bool | None = option(False, "whether to tell each token's log probability")
+    top_logprobs: int | None = option(None, "with logprobs: tell those of so many likeliest tokens", low=0,
+                                      high=MAX_TOP)  # fmt: skip
+
+    required: ClassVar = ("model", "messages")
+    neutral: ClassVar = UNSUPPORTED_CHAT_FIELDS
+    schemas: ClassVar = {"messages": MESSAGES_SCHEMA}
+    echo: ClassVar = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tokens is None:
+            self.max_tokens = self.max_completion_tokens
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.max_completion_tokens not in (None, self.max_tokens):
+            yield "max_tokens", f"is max_completion_tokens too, which is {self.max_completion_tokens}; keep one"
+        if self.top_logprobs is not None and not self.logprobs:
+            yield "top_logprobs", "needs logprobs = true"
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            yield "min_tokens", f"must be at most max_tokens, which is {self.max_tokens}"
+        for i, message in enumerate(self.messages or ()):
+            unknown = [name for name, value in message.items() if name not in ("role", "content", "name") and value]
+            if unknown:
+                yield "messages", f"messages[{i}].{unknown[0]} is not supported; leave it out"
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many likeliest tokens to tell with each token's log probability; None: nothing."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def length(self) -> int:
+        """What sample.py calls max_tokens."""
+        return 2**31 if self.max_tokens is None else self.max_tokens
+
+
 @dataclass
 class Logprobs:
     """Of each token; of a stream's piece, those since the last piece. The first of an echoed prompt has None."""
@@ -181,6 +254,49 @@ class Completion:
 
 
 @dataclass
+class TopLogprob:
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+@dataclass
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+@dataclass
+class ChatLogprobs:
+    content: list[TokenLogprob]
+    refusal: None
+
+
+@dataclass
+class ChatMessage:
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+@dataclass
+class ChatChoice:
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass
+class ChatCompletion:
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None
+
+
+@dataclass
 class Model:
     id: str
     object: Literal["model"]
@@ -192,6 +308,7 @@ class Model:
     bytes: int  # on disk
     size: int  # the older name of `bytes`
     loaded: bool
+    chat: bool  # whether /v1/chat/completions takes it
 
 
 @dataclass
