@@ -77,7 +77,7 @@ GIVEN: dict[str, str | list[str]] = {  # a text, or the commands that make the f
     "notes/day.txt": VERSE,
     "logs/a.jsonl": "".join(f'{{"text": "{verse.strip()}"}}\n' for verse in VERSE.split("\n\n") if verse) * 2,
     "input.txt": VERSE,
-    "chats.jsonl": 50 * (
+    "chats.jsonl": 200 * (
         '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you"}]}\n'),
     "pairs.jsonl": '{"source": "Return the sum.", "target": "return a + b"}\n' * 50,
     "prompts.jsonl": '{"prompt": "Once"}\n{"prompt": "Once a", "max_tokens": 5, "id": "b"}\n',

@@ -1230,6 +1230,44 @@ def test_foreign_hosts_and_origins(running, start):
     assert server.send("GET", "/health", Host="box.example:80", Origin="https://box.example:80")[0] == 200
 
 
+CORS = re.compile("access-control-.*", re.I)
+
+
+def test_pages_of_named_origins_may_use_the_server(start):
+    named = ["https://box.example", "http://localhost:3000"]
+    server = start(allow_origin=named, api_key=["k"])
+    ask = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization,x-stainless-os"}
+    for origin in named:
+        status, headers, body = server.send("OPTIONS", "/v1/completions", Origin=origin, **ask)
+        assert (status, body, headers["Access-Control-Allow-Origin"]) == (204, b"", origin)
+        assert "POST" in headers["Access-Control-Allow-Methods"] and headers.get_all("Vary") == ["Origin"]
+        assert headers["Access-Control-Allow-Headers"].split(", ") == ["Authorization", "*"]
+        assert "Access-Control-Allow-Credentials" not in headers
+        body = {"model": "air.strawberry", "prompt": "a", "max_tokens": 2}
+        for key, expected in (("k", 200), ("wrong", 401)):  # a page may read its errors too
+            answer = server.send("POST", "/v1/completions", body, Origin=origin, Authorization=f"Bearer {key}")
+            assert (answer[0], answer[1].get_all("Access-Control-Allow-Origin")) == (expected, [origin])
+        body["stream"] = True
+        answer = server.send("POST", "/v1/completions", body, Origin=origin, Authorization="Bearer k")
+        assert answer[0] == 200 and answer[1]["Access-Control-Allow-Origin"] == origin
+    strangers = ("https://box.example.evil", "https://box.example:443", "http://box.example", "https://BOX.example",
+                 "https://a.box.example", "null", "", "*", "https://box.example/", "https://box.example, x")  # fmt: skip
+    for origin in strangers:
+        for method in ("OPTIONS", "GET"):
+            status, headers, _ = server.send(method, "/v1/models", Origin=origin, Authorization="Bearer k", **ask)
+            assert status == 403 and not [name for name in headers if CORS.match(name)]
+    status, headers, _ = server.send("GET", "/v1/models", Authorization="Bearer k")
+    assert status == 200 and headers["Vary"] == "Origin" and not [name for name in headers if CORS.match(name)]
+    assert error_of(server.send("OPTIONS", "/v1/models", Origin=named[0], Authorization="Bearer k"), 405)
+    assert error_of(server.send("OPTIONS", "/v1/models", Origin=named[0], Host="evil.example", **ask), 403)
+
+
+def test_without_named_origins_no_answer_speaks_of_them(running):
+    for origin in ("https://box.example", f"http://127.0.0.1:{running.port}"):
+        headers = running.send("OPTIONS", "/v1/models", Origin=origin, Access_Control_Request_Method="POST")[1]
+        assert "Vary" not in headers and not [name for name in headers if CORS.match(name)]
+
+
 def test_rates_are_by_key(start):
     server = start(rate=20, api_key=["one", "two"])  # of which two may come at once
     got = [server.send("GET", "/v1/models", Authorization="Bearer one") for _ in range(4)]
@@ -1267,7 +1305,10 @@ def test_settings_of_the_command(monkeypatch):
         with pytest.raises(UserError, match="takes a key"):
             read_command(["--host", host])
     for argv, told in ((["--prt", "5"], "did you mean '--port'"), (["--port", "70000"], "--port = 70000"),
-                       (["--api_key", "ü"], "ASCII"), (["--queue=-1"], "= -1"), (["x"], "an option")):  # fmt: skip
+                       (["--api_key", "ü"], "ASCII"), (["--allow_origin", "*"], "* is no origin"),
+                       (["--allow_origin=https://x.org/"], "without a path"), (["--allow_origin", "null"], "no origin"),
+                       (["--allow_origin", "box.example"], "no origin"),
+                        (["--queue=-1"], "= -1"), (["x"], "an option")):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(told)):
             read_command(argv)
 
