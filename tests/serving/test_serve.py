@@ -1251,7 +1251,7 @@ def test_pages_of_named_origins_may_use_the_server(start):
         answer = server.send("POST", "/v1/completions", body, Origin=origin, Authorization="Bearer k")
         assert answer[0] == 200 and answer[1]["Access-Control-Allow-Origin"] == origin
     strangers = ("https://box.example.evil", "https://box.example:443", "http://box.example", "https://BOX.example",
-                 "https://a.box.example", "null", "", "*", "https://box.example/", "https://box.example, x")  # fmt: skip
+                 "https://a.box.example", "null", "", "*", "https://box.example/", "https://box.example, x")
     for origin in strangers:
         for method in ("OPTIONS", "GET"):
             status, headers, _ = server.send(method, "/v1/models", Origin=origin, Authorization="Bearer k", **ask)
