@@ -131,6 +131,10 @@ class Settings:
         choices=["auto", "true", "false"],
     )
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.min_tokens > self.length:
+            yield "min_tokens", f"is more than --length, which is {self.length}; give fewer, or a larger --length"
+
 
 def read_settings(argv: list[str]) -> Settings:
     """Parse the settings of a command line. Raises UserError that lists all problems in one line."""
@@ -237,6 +241,7 @@ class Writer:
         seeds = itertools.islice(self.seeds, self.settings.num_samples)
         requests = [make_request(self.settings, self.encoder, tokens, self.source, seed) for seed in seeds]
         check_prompt_fits(self.model, requests[0], self.settings.on_full)
+        requests[0].check_tokens(self.model.config.vocab_size)
         warn_of_length(self.model, len(tokens))
         texts, work = [TextStream(self.encoder, request, self.settings.stop) for request in requests], Workload()
         for request in requests:

@@ -186,7 +186,8 @@ def check_message(message: Any, where: str) -> dict:
 
 
 def is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    is_text = isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
+    return is_text and isinstance(part["text"], str)
 
 
 class ChatReader:

@@ -172,9 +172,12 @@ class Prompts:
             raise UserError('has no prompt; give it one, "" for the beginning of a text')
         own = {"length": line.max_tokens, **{name: getattr(line, name) for name in LINE_OPTIONS if name in data}}
         s = dataclasses.replace(s, **{name: value for name, value in own.items() if value is not None})
+        if s.min_tokens > s.length:
+            raise UserError(f"min_tokens = {s.min_tokens}: is more than max_tokens, which is {s.length}; give fewer")
         seed = self.seed + index if line.seed is None else line.seed
         request = make_request(s, self.encoder, encode_text(self.encoder, line.prompt or ""), source, seed)
         check_prompt_fits(self.model, request, s.on_full)
+        request.check_tokens(self.model.config.vocab_size)
         known = {"id": line.id, "source": line.source, "prompt": line.prompt}
         label = {"index": index, **{name: value for name, value in known.items() if value is not None}}
         return TextStream(self.encoder, request, s.stop, label)

@@ -258,10 +258,7 @@ def check_request(decoder: Decoder, r: Request) -> None:
         raise UserError("an encoder-decoder needs a source of at least one token")
     if outside := [token for token in r.prompt if not 0 <= token < vocab_size]:
         raise UserError(f"token {outside[0]} is none of the {vocab_size} of the model's vocabulary")
-    if unknown := r.find_unknown_token(vocab_size):
-        raise UserError("{}: token {} is none of the {} of the model's vocabulary".format(*unknown, vocab_size))
-    if r.min_tokens and len(r.stop) == vocab_size:
-        raise UserError(f"min_tokens {r.min_tokens}: every token of the vocabulary would end the text; allow one")
+    r.check_tokens(vocab_size)
     if decoder.model.max_positions is not None and decoder.model.causal:
         if len(r.prompt) > capacity and not decoder.slides:
             raise UserError(f"the prompt's {len(r.prompt)} tokens exceed {capacity}, where positions end; shorten "

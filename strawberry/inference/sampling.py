@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from strawberry.common import UserError
 from strawberry.inference.logprobs import LogprobBuffers, TokenLogprob
 from strawberry.inference.penalties import LogitsProcessor
 from strawberry.ops.sampling import sample
@@ -42,10 +43,15 @@ class Request:
         neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1, 0, 0)
         return not neutral or bool(self.logit_bias) or bool(self.min_tokens and self.stop)
 
-    def find_unknown_token(self, vocab_size: int) -> tuple[str, int] | None:
-        """(option, token) of the first token of logit_bias or stop_token_ids that is not in the vocabulary."""
-        given = {"logit_bias": self.logit_bias, "stop_token_ids": self.stop}
-        return next(((name, t) for name, tokens in given.items() for t in tokens if not 0 <= t < vocab_size), None)
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raises UserError, with the option's name first, if logit_bias or stop_token_ids name a token that is not in
+        the vocabulary, or if min_tokens cannot be because every token ends the text.
+        """
+        for name, tokens in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop)):
+            if outside := [token for token in tokens if not 0 <= token < vocab_size]:
+                raise UserError(f"{name}: token {outside[0]} is none of the {vocab_size} of the model's vocabulary")
+        if self.min_tokens and len(self.stop) == vocab_size:
+            raise UserError("stop_token_ids: has every token, so that no text has min_tokens; leave one out")
 
 
 class Filters(NamedTuple):

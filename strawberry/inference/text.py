@@ -158,11 +158,8 @@ def make_request(
     settings: SamplingSettings, encoder, prompt: list[int], source: list[int] | None, seed: int
 ) -> Request:
     """The engine's request. An empty prompt becomes <|eot|>, the start of a text. With a source, the prompt follows
-    <|eot|>. Raises UserError if min_tokens is more than the tokens to generate.
+    <|eot|>.
     """
-    if settings.min_tokens > settings.length:
-        raise UserError(f"min_tokens = {settings.min_tokens}: is more than the {settings.length} tokens that the text "
-                        "may have; give a smaller one, or a larger --length or max_tokens")
     start = prompt or [encoder.eot] if source is None else [encoder.eot, *prompt]
     ends = () if settings.ignore_eos else (encoder.eot, encoder.pad)
     return Request(

@@ -113,7 +113,7 @@ def advise_route(path: str) -> ApiError | None:
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+    if isinstance(error, HTTPException) and error.status_code == 404:
         error = advise_route(request.url.path) or error
     failure, models = to_api_error(error), Path(request.app.state.service.settings.models).resolve()
     failure.message = failure.message.replace(f"{models}{os.sep}", "")  # clients must not see the server's paths

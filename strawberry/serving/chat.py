@@ -8,7 +8,7 @@ from fastapi import Request
 from strawberry.common import UserError, show
 from strawberry.data.chat import check_messages, encode_parts, template_of
 from strawberry.inference.text import encode_text
-from strawberry.serving.completions import answer_request, context_length_error, make_sequences
+from strawberry.serving.completions import answer_request, context_length_error, make_sequences, update_token_schema
 from strawberry.serving.engine import Engine, RequestGroup
 from strawberry.serving.errors import ApiError
 from strawberry.serving.formats import ChatFormat
@@ -51,5 +51,6 @@ def update_chat_schema(service: Service, properties: dict) -> None:
     """Update the schema of a chat's body with the current models."""
     properties["max_tokens"]["anyOf"][0]["maximum"] = service.settings.context
     properties["max_completion_tokens"]["anyOf"][0]["maximum"] = service.settings.context
-    if files := [file.name for file in service.models.scan().values() if file.chats]:
-        properties["model"] = properties["model"] | {"enum": files}
+    if files := {name: file for name, file in service.models.scan().items() if file.chats}:
+        properties["model"] = properties["model"] | {"enum": list(files)}
+        update_token_schema(properties, min(file.hyperparams["vocab_size"] for file in files.values()))

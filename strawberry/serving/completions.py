@@ -36,6 +36,7 @@ from strawberry.serving.protocol import (
     TokenizeRequest,
     TokenizerInfo,
     Tokens,
+    bias_schema,
     prompt_type,
 )
 from strawberry.serving.service import Service, TheService
@@ -76,9 +77,10 @@ async def submit_request(body: GenerationRequest, service: Service, make_group: 
     """Submit a completion to an engine. Raises ApiError if the model is unknown, a field does not fit it, or the queue
     is full.
     """
-    if body.max_tokens is not None and body.max_tokens > service.settings.context:
-        raise ApiError(400, f"max_tokens = {body.max_tokens}: must be integer <= {service.settings.context}, the "
-                       "server's --context", "max_tokens")  # fmt: skip
+    context = service.settings.context
+    for name in ("max_tokens", "max_completion_tokens"):
+        if (limit := getattr(body, name, None)) is not None and limit > context:
+            raise ApiError(400, f"{name} = {limit}: must be integer <= {context}, the server's --context", name)
     async with service.models.use(body.model) as engine:
         engine.check_queue()
         group = await asyncio.to_thread(make_group, body, engine)
@@ -115,7 +117,7 @@ def make_sequences(
             request = make_request(body, engine.encoder, prompt, source, seed + i)
             if i == 0:
                 check_prompt(request.prompt, engine, name)
-                check_options(request, engine)
+                check_options(request, engine.model.config.vocab_size)
             request.top_logprobs = body.num_logprobs
             request.max_new_tokens = min(request.max_new_tokens, max(engine.settings.context - len(request.prompt), 0))
             sequences.append(Sequence(engine.encoder, request, body, len(sequences), prompt))
@@ -131,14 +133,11 @@ def check_prompt(tokens: list[int], engine: Engine, name: str) -> None:
                        "prompt")  # fmt: skip
 
 
-def check_options(request: sampling.Request, engine: Engine) -> None:
-    vocab_size = engine.model.config.vocab_size
-    if unknown := request.find_unknown_token(vocab_size):
-        name, token = unknown
-        raise ApiError(400, f"{name}: token {token} is none of the {vocab_size} of the model's vocabulary", name)
-    if request.min_tokens and len(request.stop) == vocab_size:
-        raise ApiError(400, "stop_token_ids: has every token of the vocabulary, so that no text has min_tokens",
-                       "stop_token_ids")  # fmt: skip
+def check_options(request: sampling.Request, vocab_size: int) -> None:
+    try:
+        request.check_tokens(vocab_size)
+    except UserError as error:
+        raise ApiError(400, str(error), str(error).partition(":")[0]) from error
 
 
 def context_length_error(has: str, engine: Engine, name: str = "prompt") -> ApiError:
@@ -239,8 +238,15 @@ def update_completion_schema(service: Service, properties: dict) -> None:
         known = [file.hyperparams for file in files.values()]
         properties["model"] = properties["model"] | {"enum": list(files)}
         properties["prompt"] |= type_schema(prompt_type(max(h["vocab_size"] for h in known) - 1))
+        update_token_schema(properties, min(h["vocab_size"] for h in known))
         if not any(h.get("kind") == "encoder-decoder" for h in known):
             properties["source"] = {"type": "null", "description": "for encoder-decoders, of which there is none here"}
+
+
+def update_token_schema(properties: dict, vocab_size: int) -> None:
+    """Update the schema of the fields that name tokens with the vocabulary of the current models."""
+    properties["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = vocab_size - 1
+    properties["logit_bias"] |= bias_schema(vocab_size - 1)
 
 
 async def list_models(service: TheService) -> ModelList:

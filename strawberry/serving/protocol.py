@@ -10,7 +10,7 @@ from pydantic import Field
 from strawberry.config import WHOLE, option
 from strawberry.data.chat import MAX_MESSAGES
 from strawberry.inference.logprobs import MAX_TOP
-from strawberry.inference.penalties import BIAS_RULE, LogitBias
+from strawberry.inference.penalties import BIAS_RULE, MAX_BIASES, LogitBias
 
 MAX_PROMPTS, MAX_SAMPLES, MAX_STOPS, MAX_STOP_TOKENS, MAX_LOGPROBS = 64, 32, 16, 128, 5
 
@@ -61,6 +61,30 @@ class StreamOptions:
     include_usage: bool | None = option(None, "whether a last piece tells how many tokens it were")
     include_obfuscation: bool | None = option(None, "of no effect: no piece is padded")
     continuous_usage_stats: bool | None = option(False, "whether, with include_usage, every piece tells it too")
+
+
+def range_pattern(top: int) -> str:
+    """A regular expression of the decimal numbers 0 to top.
+
+    >>> range_pattern(257)
+    '^(0|[1-9][0-9]{0,1}|1[0-9]{2}|2[0-4][0-9]{1}|25[0-6]|257)$'
+    """
+    digits = str(top)
+    found = ["0", f"[1-9][0-9]{{0,{len(digits) - 2}}}"] if top > 9 else ["0"]
+    for i, digit in enumerate(digits):
+        low, high, rest = int(i == 0), int(digit) - 1, len(digits) - i - 1
+        choice = f"[{low}-{high}]" if high > low else str(low)
+        if high >= low:
+            found.append(digits[:i] + choice + (f"[0-9]{{{rest}}}" if rest else ""))
+    return f"^({'|'.join([*found, digits])})$"
+
+
+def bias_schema(top: int = 10**9 - 1) -> dict:
+    """Of logit_bias, with tokens 0 to top."""
+    bias = {"type": "number", "minimum": -100, "maximum": 100}
+    found = {"type": "object", "maxProperties": MAX_BIASES, "additionalProperties": False,
+             "patternProperties": {range_pattern(top): bias}}  # fmt: skip
+    return {"anyOf": [found, {"type": "null"}]}
 
 
 @dataclass
@@ -123,13 +147,11 @@ class CompletionRequest(GenerationRequest):
 
     required: ClassVar = ("model", "prompt")
     neutral: ClassVar = UNSUPPORTED_FIELDS
-    schemas: ClassVar = {"best_of": {"enum": [None, 1]}}
+    schemas: ClassVar = {"best_of": {"enum": [None, 1]}, "logit_bias": bias_schema}
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.best_of not in (None, 1, self.n):
             yield "best_of", "is not supported; ask for n texts and choose, or leave it out"
-        if self.min_tokens > self.max_tokens:
-            yield "min_tokens", f"must be at most max_tokens, which is {self.max_tokens}"
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -160,11 +182,14 @@ UNSUPPORTED_CHAT_FIELDS: dict[str, tuple] = {
     "chat_template": (), "chat_template_kwargs": ({},), "mm_processor_kwargs": ({},),
     "include_reasoning": (True, False),
 }  # fmt: skip
+MESSAGE_FIELDS = ("role", "content", "name")
+EMPTY_MESSAGE_FIELDS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id")
 MESSAGE_RULE = f"a list of 1 to {MAX_MESSAGES} objects with role and content"
 MESSAGES_SCHEMA = {
     "type": "array", "minItems": 1, "maxItems": MAX_MESSAGES, "items": {
         "type": "object", "required": ["role", "content"], "additionalProperties": False,
         "properties": {
+            **{name: {"enum": [None, []]} for name in EMPTY_MESSAGE_FIELDS},
             "role": {"type": "string", "minLength": 1}, "name": {"type": ["string", "null"]},
             "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {
                 "type": "object", "required": ["type", "text"], "additionalProperties": False,
@@ -180,42 +205,33 @@ class ChatRequest(GenerationRequest):
         None, "the chat so far; the model's template makes text of it", must=MESSAGE_RULE
     )
     max_completion_tokens: int | None = option(None, "tokens to make at most; default: what the context leaves", low=0)
-    max_tokens: int | None = option(None, "the same, by its older name", low=0)
-    logprobs: bool | None = option(False, "whether to tell each token's log probability")
-    top_logprobs: int | None = option(None, "with logprobs: tell those of so many likeliest tokens", low=0,
-                                      high=MAX_TOP)  # fmt: skip
+    max_tokens: int | None = option(None, "the same, by its older name; the smaller of both holds", low=0)
+    logprobs: bool | None = option(None, "whether to tell each token's log probability; default: with top_logprobs")
+    top_logprobs: int | None = option(None, "tell those of so many likeliest tokens too", low=0, high=MAX_TOP)
 
     required: ClassVar = ("model", "messages")
     neutral: ClassVar = UNSUPPORTED_CHAT_FIELDS
-    schemas: ClassVar = {"messages": MESSAGES_SCHEMA}
+    schemas: ClassVar = {"messages": MESSAGES_SCHEMA, "logit_bias": bias_schema}
     echo: ClassVar = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_tokens is None:
-            self.max_tokens = self.max_completion_tokens
-
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.max_completion_tokens not in (None, self.max_tokens):
-            yield "max_tokens", f"is max_completion_tokens too, which is {self.max_completion_tokens}; keep one"
-        if self.top_logprobs is not None and not self.logprobs:
-            yield "top_logprobs", "needs logprobs = true"
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            yield "min_tokens", f"must be at most max_tokens, which is {self.max_tokens}"
         for i, message in enumerate(self.messages or ()):
-            unknown = [name for name, value in message.items() if name not in ("role", "content", "name") and value]
-            if unknown:
-                yield "messages", f"messages[{i}].{unknown[0]} is not supported; leave it out"
+            if not isinstance(message.get("name"), str | None):
+                yield "messages", f"messages[{i}].name must be text or null"
+            for name, value in message.items():
+                if name not in MESSAGE_FIELDS and (name not in EMPTY_MESSAGE_FIELDS or value not in (None, [])):
+                    yield "messages", f"messages[{i}].{name} is not supported; leave it out"
 
     @property
     def num_logprobs(self) -> int | None:
         """How many likeliest tokens to tell with each token's log probability; None: nothing."""
-        return (self.top_logprobs or 0) if self.logprobs else None
+        asks = self.top_logprobs is not None if self.logprobs is None else self.logprobs
+        return (self.top_logprobs or 0) if asks else None
 
     @property
     def length(self) -> int:
         """What sample.py calls max_tokens."""
-        return 2**31 if self.max_tokens is None else self.max_tokens
+        return min(n for n in (self.max_tokens, self.max_completion_tokens, 2**31) if n is not None)
 
 
 @dataclass
