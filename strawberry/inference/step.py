@@ -309,8 +309,10 @@ class DecodeStep:
         self.sampler.advance(slice(0, n), logits, self.last_token[:n], active, filters)
 
     def warm_up_sampling(self, n: int, max_cached: int, filters: Filters) -> None:
-        vocab_size = self.model.config.vocab_size
-        self.sampler.draw(torch.zeros(n, vocab_size, device=self.last_token.device), slice(0, n), filters)
+        device, rows = self.last_token.device, slice(0, n)
+        logits = torch.zeros(n, self.model.config.vocab_size, device=device)
+        token = self.sampler.draw(logits, rows, filters).clamp(min=0)
+        self.sampler.advance(rows, logits, token, torch.zeros_like(token), filters)  # counts for no row
 
     def sample_first(self, row: int, logits: Tensor, request: Request) -> None:
         """Sample the token after a prompt from its logits (1, V), and activate the row for the next steps."""

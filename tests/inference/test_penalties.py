@@ -120,6 +120,24 @@ def test_nothing_is_computed_or_kept_where_nobody_asks(monkeypatch):
     assert not decoder.sampler.processor.tensors
 
 
+def test_a_warm_up_before_a_capture_changes_no_text():
+    """What a GPU does between two steps; the tensors that a graph reads stay where they are."""
+    model = small_model("tinystar")
+    requests = [replace(r, top_logprobs=2, logprobs=[]) for r in wishful_requests(model)[8:]]
+    expected = collect(Decoder(model, 2, 64), requests)
+    decoder = Decoder(model, 2, 64)
+    step, launch, places = decoder.device_step, decoder.device_step.launch, set()
+
+    def warm_up_and_launch(n, max_cached, filters):
+        tensors = (*decoder.sampler.processor.tensors, *decoder.sampler.logprobs.tensors)
+        places.add(tuple(tensor.data_ptr() for tensor in tensors))
+        step.warm_up_sampling(n, max_cached, filters)
+        launch(n, max_cached, filters)
+
+    step.launch = warm_up_and_launch
+    assert collect(decoder, requests) == expected and len(places) == 1 and len(places.pop()) == 11
+
+
 @pytest.mark.parametrize(("wish", "message"), [
     ({"logit_bias": {31: 1}}, "logit_bias: token 31 is none of the 31"),
     ({"stop": frozenset({40})}, "stop_token_ids: token 40 is none of the 31"),
