@@ -208,7 +208,8 @@ def test_what_ends_a_text():
 
 
 @pytest.mark.parametrize(("name", "rows", "options"), [
-    ("tinystar", 3, {}), ("strawberry", 8, {"batch_invariant": True}), ("batch scope", 2, {}),
+    ("tinystar", 3, {}), ("strawberry", 8, {"batch_invariant": True}),
+    pytest.param("batch scope", 2, {}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_logprobs_are_those_of_the_models_own_distribution(name, rows, options):
     """Whatever the penalties, temperature and filters; of the rows that ask, and beside them the texts stay."""
