@@ -282,7 +282,7 @@ class DecodeStep:
         n = 1 << max(rows).bit_length() if self.shrinks else self.rows
         key = self.choose_key(min(n, self.rows), max_cached, requests)
         if self.batch_invariant:
-            self.run_batch_invariant(key.max_cached, rows, requests)
+            self.run_batch_invariant(key, rows, requests)
         else:
             self.launch(*key)
 
@@ -291,16 +291,16 @@ class DecodeStep:
         logits = self.logits.decode_step(self.last_token[:n], max_cached)
         self.finish(n, logits, self.sampler.draw(logits, slice(0, n), filters), filters)
 
-    def run_batch_invariant(self, max_cached: int, rows: list[int], requests: list[Request]) -> None:
+    def run_batch_invariant(self, key: StepKey, rows: list[int], requests: list[Request]) -> None:
         """Run a step of all rows. Each row is sampled with the filters of its own request only."""
-        logits, token = self.logits.decode_step(self.last_token, max_cached), torch.zeros_like(self.last_token)
+        logits, token = self.logits.decode_step(self.last_token, key.max_cached), torch.zeros_like(self.last_token)
         groups: dict[Filters, list[int]] = {}
         for row, request in zip(rows, requests, strict=True):
             filters = self.sampler.select_filters([request])._replace(logprobs=False)  # which no draw depends on
             groups.setdefault(filters, []).append(row)
         for filters, some in groups.items():
             token[some] = self.sampler.draw(logits, slice(0, self.rows), filters)[some]
-        self.finish(self.rows, logits, token, self.sampler.select_filters(requests))
+        self.finish(self.rows, logits, token, key.filters)
 
     def finish(self, n: int, logits: Tensor, token: Tensor, filters: Filters) -> None:
         active = self.active[:n]
