@@ -39,7 +39,7 @@ from strawberry.serving.engine import Engine, decode_token
 from strawberry.serving.errors import ApiError, replace_surrogates
 from strawberry.serving.metrics import Metrics
 from strawberry.serving.model_files import read_model_file
-from strawberry.serving.protocol import CompletionRequest
+from strawberry.serving.protocol import CompletionRequest, range_pattern
 from strawberry.serving.security import HttpProtocol, RateLimiter
 from strawberry.serving.server import Server, check_free, make_server_config
 from strawberry.serving.settings import KEY_VARIABLE, MIB, Settings, read_command
@@ -1408,6 +1408,13 @@ def test_metrics(start, monkeypatch):
                  "queue 0.0", "rows_busy 0.0", "first_token_seconds_count 1.0",
                  'request_seconds_count{route="/v1/completions"} 2.0'):  # fmt: skip
         assert f"strawberry_{line}\n" in text, text
+
+
+def test_the_schema_of_logit_bias_has_the_vocabularys_tokens():
+    for top in (0, 5, 9, 10, 19, 99, 100, 257, 300, 999, 1000):
+        pattern = re.compile(range_pattern(top))
+        assert [n for n in range(2 * top + 200) if pattern.search(str(n))] == list(range(top + 1))
+        assert not any(map(pattern.search, ("", "-1", "01", "1.0", " 1", "x")))
 
 
 @pytest.mark.slow
