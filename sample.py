@@ -14,6 +14,7 @@ Index:  settings · the prompt · samples and conversation · the command
 """
 
 import itertools
+import json
 import re
 import sys
 import time
@@ -30,6 +31,7 @@ from strawberry.data.documents import InputFile
 from strawberry.inference.bulk import run_bulk
 from strawberry.inference.engine import Decoder
 from strawberry.inference.loading import load_for_inference, resolve_model_path
+from strawberry.inference.penalties import BIAS_RULE, LogitBias
 from strawberry.inference.scoring import score_text
 from strawberry.inference.text import (
     TextStream,
@@ -69,6 +71,20 @@ class Settings:
     top_k: int = option(0, "sample from the k most likely tokens; 0: from all", low=0)
     top_p: float = option(1.0, "sample from the most likely tokens with this total probability", above=0, high=1)
     min_p: float = option(0.0, "sample from tokens with at least this share of the highest probability", low=0, high=1)
+    repetition_penalty: float = option(
+        1.0, "divide positive logits of tokens of the prompt and the text, multiply negative ones; 1: off",
+        low=0.01, high=100,
+    )
+    presence_penalty: float = option(0.0, "subtract from the logits of tokens of the text", low=-2, high=2)
+    frequency_penalty: float = option(
+        0.0, "subtract from the logits of tokens of the text, times how often each is there", low=-2, high=2
+    )
+    logit_bias: LogitBias = option({}, 'add to the logits of tokens, such as {"17": -100}', must=BIAS_RULE)
+    min_tokens: int = option(
+        0, "tokens before the first that may end the text; a stop string does not count before", low=0
+    )
+    ignore_eos: bool = option(False, "continue beyond <|eot|>, up to --length")
+    stop_token_ids: list[int] = option([], "token that ends the text; may be repeated", low=0)
     seed: int | None = option(None, "sample n uses seed + n, from n = 0; default: random, and printed", low=0)
     num_samples: int = option(1, "samples per prompt", low=1)
     stop: list[str] = option(
@@ -83,7 +99,7 @@ class Settings:
     prompts_file: str | None = option(
         None,
         'JSON lines, or a .json list, of {"prompt": …}: generate many texts into --out; an entry may also set'
-        " source, id, max_tokens, temperature, top_k, top_p, min_p, seed and stop",
+        " source, id, max_tokens, seed and the options from --temperature to --stop_token_ids and --stop",
         path=True,
     )
     out: str | None = option(
@@ -115,6 +131,10 @@ class Settings:
         choices=["auto", "true", "false"],
     )
 
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.min_tokens > self.length:
+            yield "min_tokens", f"is more than --length, which is {self.length}; give fewer, or a larger --length"
+
 
 def read_settings(argv: list[str]) -> Settings:
     """Parse the settings of a command line. Raises UserError that lists all problems in one line."""
@@ -122,11 +142,16 @@ def read_settings(argv: list[str]) -> Settings:
 
 
 def finish_options(raw: dict) -> Iterator[str]:
-    """Replace the escapes in stop strings. Yields the problems with them, and with options that exclude each other."""
+    """Replace the escapes in stop strings, and parse --logit_bias. Yields the problems with the escapes, and those
+    with options that exclude each other.
+    """
     yield from find_conflicts(raw)
     problems: list[str] = []
     if "stop" in raw:
         raw["stop"] = [unescape(text, problems) for text in raw["stop"]]
+    if "logit_bias" in raw:
+        with suppress(ValueError):  # what is no JSON stays text, which is refused
+            raw["logit_bias"] = json.loads(raw["logit_bias"])
     yield from problems
 
 
@@ -216,6 +241,7 @@ class Writer:
         seeds = itertools.islice(self.seeds, self.settings.num_samples)
         requests = [make_request(self.settings, self.encoder, tokens, self.source, seed) for seed in seeds]
         check_prompt_fits(self.model, requests[0], self.settings.on_full)
+        requests[0].check_tokens(self.model.config.vocab_size)
         warn_of_length(self.model, len(tokens))
         texts, work = [TextStream(self.encoder, request, self.settings.stop) for request in requests], Workload()
         for request in requests:
