@@ -33,7 +33,8 @@ def tile_grid(rows: int, columns: int, tall: int = 128, wide: int = 64) -> tuple
     return (-(-rows // tall), -(-columns // wide)), {"TALL": tall, "WIDE": wide, "num_warps": 8}
 
 
-ACTIVATION_IDS = {"gelu": 0, "relu": 1, "relu2": 2, "swiglu": 3, "identity": 4, "gelu_tanh": 5}  # KIND in the kernels below
+# KIND in the kernels below
+ACTIVATION_IDS = {"gelu": 0, "relu": 1, "relu2": 2, "swiglu": 3, "identity": 4, "gelu_tanh": 5}
 
 
 @jit
