@@ -59,14 +59,14 @@ class PublicClass(NamedTuple):
             yield "rope_scaling.type", c.rope_scaling.type, self.rope_scaling
 
 
-CLASSES = (
+CLASSES = (  # of two that are equally near, the first is named
+    PublicClass("DeepseekV2ForCausalLM", "deepseek_v2", "RMSNorm", ("SwiGLU",), ("MHLA",),
+                rope_scaling=("none", "linear", "ntk")),
     PublicClass("GPT2LMHeadModel", "gpt2", "LayerNorm", GELUS, FULL, "Learned", has_head_dim=False),
     PublicClass("LlamaForCausalLM", "llama", "RMSNorm", ("SwiGLU",), FULL),
     PublicClass("MistralForCausalLM", "mistral", "RMSNorm", ("SwiGLU",), WINDOWED),
     PublicClass("Qwen3ForCausalLM", "qwen3", "RMSNorm", ("SwiGLU",), FULL + WINDOWED, qk_norm=True),
     PublicClass("ArceeForCausalLM", "arcee", "RMSNorm", (*GELUS, "ReLU2"), FULL),
-    PublicClass("DeepseekV2ForCausalLM", "deepseek_v2", "RMSNorm", ("SwiGLU",), ("MHLA",),
-                rope_scaling=("none", "linear", "ntk")),
     PublicClass("Starcoder2ForCausalLM", "starcoder2", "LayerNorm", GELUS, FULL + WINDOWED, mlp=("c_fc", "c_proj"),
                 has_head_dim=False, extra={"use_bias": True, "norm_epsilon": 1e-5}),
     PublicClass("StableLmForCausalLM", "stablelm", "LayerNorm", ("SwiGLU",), FULL, has_head_dim=False,
