@@ -92,6 +92,10 @@ GIVEN: dict[str, str | list[str]] = {  # a text, or the commands that make the f
         "--vocab_size 264",
         f"python train.py --config tiny.json {SMALL} --dataset.path=data/chats.bin --encoder_path=bin/chat.bin "
         "--model_hyperparams.vocab_size=264 --model_hyperparams.block_size=64 --model_path=bin/chat.strawberry"],
+    "bin/tinystar-v0.2-modernbase.tinystar": [
+        "python prepare.py --input notes/day.txt --output data/verse.bin --encoder bin/verse.bin --vocab_size 270",
+        f"python train.py --config tinystar-v0.2-modernbase.json {SMALL} --max_iters=2 --dataset.path=data/verse.bin "
+        "--encoder_path=bin/verse.bin --model_hyperparams.vocab_size=270 --model_hyperparams.block_size=64"],
     "bin/transformer-pairs.transformer": [
         "python prepare.py --pairs pairs.jsonl --output data/pairs.bin --encoder bin/pairs.bin --vocab_size 262",
         f"python train.py --config transformer-pairs.json {SMALL} --max_iters=2 --encoder_path=bin/pairs.bin "
