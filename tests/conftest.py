@@ -26,6 +26,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU" if not wanted else "runs on the CPU"))
 
 
+@pytest.fixture(autouse=True)
+def float32_products_in_full(request):
+    """A training run on a GPU sets TF32 for its process, in which the next test may compare float32 with a CPU."""
+    if request.config.getoption("--cuda"):
+        import torch
+
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def run_folder(tmp_path, monkeypatch):
     """A working directory with a corpus and run.json, the config of a run of milliseconds; its curves are not drawn."""

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -116,6 +117,8 @@ class TrainStep:
         with self.preserve_model(), self.state.ranks.detect_peer_loss():
             if compile:
                 print("compiling …", flush=True)
+                # a note to PyTorch's developers, about one kernel of many
+                warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled on the fly")
                 self.state.forward = self.state.ranks.make_forward(
                     self.state.model, compile, self.has_unused_parameters
                 )
