@@ -143,7 +143,10 @@ class Evaluator:
         with self.state.signals.deferred():
             self.state.evaluated, self.state.val_loss = self.state.progress.step, results["val_loss"]
             if self.state.ranks.main:
-                self.state.metrics.add(step=self.state.progress.step, tokens=self.state.progress.tokens, **results)
+                sample = {"sample": text} if text else {}
+                self.state.metrics.add(
+                    step=self.state.progress.step, tokens=self.state.progress.tokens, **results, **sample
+                )
                 self.state.console.print(format_evaluation(self.state.progress.step, results, text))
         if self.state.ranks.main:
             self.draw()
