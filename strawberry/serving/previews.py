@@ -14,7 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 import encoder as encoders
 from strawberry.common import UserError
 from strawberry.data import assemble
-from strawberry.data.documents import Documents, InputFile, ScannedFile, find_format
+from strawberry.data.documents import Documents, InputFile
 from strawberry.data.token_file import TokenFile
 from strawberry.inference.loading import MODEL_SUFFIXES
 from strawberry.serving.errors import replace_surrogates
@@ -59,22 +59,15 @@ def cut(text: str) -> dict:
 
 def first_of_file(path: Path, limit: int) -> Iterator[dict]:
     """The first documents of a file, of which only the beginning is read."""
-    file = InputFile(path)
-    documents = Documents([file], errors="replace")
-    format = find_format(file, b"")
-    scanned, text = ScannedFile(file, format, "", 0), ""
-    if format == "text":
-        with file.open() as stream:
-            yield cut(stream.read(4 * (MAX_SHOWN + 1)).decode("utf-8", "replace"))
-        return
-    with contextlib.closing(documents.read([scanned])) as pieces:
+    text = ""
+    with contextlib.closing(Documents([], errors="replace").read_head(InputFile(path))) as pieces:
         for piece, is_last in pieces:
             text += piece
-            if is_last:
+            if is_last or len(text) > MAX_SHOWN:
                 yield cut(text)
                 text, limit = "", limit - 1
-            if limit == 0:
-                return
+                if limit == 0 or not is_last:
+                    return
 
 
 def first_of_dataset(folder: Path, split: str, limit: int) -> Iterator[dict]:

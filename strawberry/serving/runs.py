@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ from model import CONFIGS
 from strawberry import machine
 from strawberry.common import UserError, atomic_write, show
 from strawberry.config import parse_config, to_dict
-from strawberry.run_config import make_run
+from strawberry.run_config import make_run, parse_arguments
 from strawberry.serving.id_directory import RequestError, disk_use
 from strawberry.serving.job import Job, MetricsTail, checkpoint_name
 from strawberry.serving.job_requests import SERVER_KEYS, find_presets, find_starting_point, iterate_keys
@@ -157,7 +158,19 @@ class FolderRun:
     def changed(self, index: RunIndex) -> dict:
         arch = self.run.get("model_hyperparams", {}).get("arch")
         base = self.base(index) or (index.defaults(arch) if arch in CONFIGS else {})
-        return changed_values(self.run, base)
+        changed = changed_values(self.run, base)
+        if self.about.get("config") and self.about.get("command"):  # the others follow from these
+            asked = self.overrides()
+            changed = {name: value for name, value in changed.items() if name in asked}
+        return changed
+
+    def overrides(self) -> set[str]:
+        """The keys that its command line sets."""
+        with contextlib.suppress(ValueError):
+            words = shlex.split(self.about["command"])
+            script = next((i for i, word in enumerate(words) if word.endswith("train.py")), len(words))
+            return {name for name, _ in parse_arguments(words[script + 1 :])[1]}
+        return set()
 
     def command(self, index: RunIndex) -> str | None:
         command, seed = self.about.get("command"), self.run.get("seed")
@@ -248,7 +261,7 @@ class JobRun:
             if (value := flatten(self.run).get(name)) is not None and self.about:
                 given[name] = value
         words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
-        return " ".join(["python train.py", f"--config {self.preset}.json", *map(quote, words)])
+        return shlex.join(["python", "train.py", "--config", f"{self.preset}.json", *words])
 
     def checkpoints(self) -> list[Checkpoint]:
         return list_checkpoints(self.folder)
@@ -258,11 +271,6 @@ class JobRun:
 
     def events(self) -> list[dict]:
         return [{"level": event["level"], "message": event["message"]} for event in self.job.events()[:100]]
-
-
-def quote(word: str) -> str:
-    """The word as a shell takes it."""
-    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else "'" + word.replace("'", "'\"'\"'") + "'"
 
 
 class RunIndex:
