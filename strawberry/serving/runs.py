@@ -220,12 +220,12 @@ class JobRun:
 
     source = "server"
 
-    def __init__(self, job: Job, jobs: JobStore):
+    def __init__(self, job: Job, jobs: JobStore, about: dict):
         self.job, self.jobs, self.id = job, jobs, job.id
         self.folder, self.metrics, self.latest = job.folder / "checkpoints", job.metrics, job.metrics.latest
         self.status, self.max_iters = job.status, job.about["max_iters"]
         self.started = job.about["started"] or job.about["created"]
-        self.preset, self.about = job.request["model"], read_record(self.folder)
+        self.preset, self.about = job.request["model"], about
         self.name = re.sub(r"\.[A-Za-z][\w-]*$", "", job.about["model"]).removeprefix("ft-")
 
     @property
@@ -247,6 +247,9 @@ class JobRun:
         return {}
 
     def changed(self, index: RunIndex) -> dict:
+        return index.remember(("changed", self.id), self._find_changed)
+
+    def _find_changed(self, index: RunIndex) -> dict:
         chosen, base = flatten(self.job.request["chosen"]), flatten(self.base(index))
         return {name: value for name, value in chosen.items() if name not in base or base[name] != value}
 
@@ -281,7 +284,7 @@ class RunIndex:
         self.data, self.data_name = Path(data).resolve(), Path(data).name
         self.found: dict[str, FolderRun] = {}
         self.searched_at, self.lock = -float("inf"), threading.Lock()
-        self.resolved: dict[tuple, dict] = {}  # (path, its time) → every key
+        self.resolved: dict[tuple, dict] = {}  # what takes a moment to read, by what it is
 
     def all(self) -> list[FolderRun | JobRun]:
         """The newest first."""
@@ -292,17 +295,30 @@ class RunIndex:
             for run in self.found.values():
                 run.refresh()
             self.separate_names()
-            found = [*self.found.values(), *(JobRun(job, jobs) for job in jobs.all("ftjob"))]
+            found = [*self.found.values(), *map(self.of_job, jobs.all("ftjob"))]
         return sorted(found, key=lambda run: (-run.started, run.id))
 
     def get(self, name: str) -> FolderRun | JobRun:
         """Raises RequestError (404) if there is no such run."""
         if name.startswith("ftjob-"):
-            return JobRun(self.get_jobs().get("ftjob", name, "run_id"), self.get_jobs())
+            return self.of_job(self.get_jobs().get("ftjob", name, "run_id"))
         found = next((run for run in self.all() if run.id == name), None)
         if found is None:
             raise RequestError(404, f"there is no run {show(name)}", "run_id", "not_found")
         return found
+
+    def of_job(self, job: Job) -> JobRun:
+        folder = job.folder / "checkpoints"
+        with contextlib.suppress(OSError):
+            stamp = os.stat(folder / RECORD).st_mtime_ns
+            return JobRun(job, self.get_jobs(), self.remember((job.id, stamp), lambda _: read_record(folder)))
+        return JobRun(job, self.get_jobs(), {})
+
+    def remember(self, key: tuple, find: Callable[[RunIndex], dict]) -> dict:
+        """find(self), once for each key."""
+        if key not in self.resolved:
+            self.resolved[key] = find(self)
+        return self.resolved[key]
 
     def search(self) -> None:
         paths = dict.fromkeys(path for folder in self.folders for path in self.walk(folder))
@@ -337,11 +353,7 @@ class RunIndex:
             key = (path, path.stat().st_mtime_ns)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
-        if key not in self.resolved:
-            raw = parse_config(path)
-            raw.pop("$schema", None)
-            self.resolved[key] = to_dict(make_run(raw, CONFIGS))
-        return self.resolved[key]
+        return self.remember(key, lambda _: read_config(path))
 
     def resolve_starting_point(self, name: str) -> dict:
         """Every key of a preset or a model, with defaults. Raises UserError if there is none."""
@@ -351,9 +363,8 @@ class RunIndex:
         return to_dict(make_run(raw, CONFIGS))
 
     def defaults(self, arch: str) -> dict:
-        if ("defaults", arch) not in self.resolved:
-            self.resolved["defaults", arch] = to_dict(make_run({"model_hyperparams": {"arch": arch}}, CONFIGS))
-        return self.resolved["defaults", arch]
+        raw = {"model_hyperparams": {"arch": arch}}
+        return self.remember(("defaults", arch), lambda _: to_dict(make_run(raw, CONFIGS)))
 
     def find_checkpoint_file(self, name: str) -> Path | None:
         """The model file of the checkpoint of that name, of a run from the command line."""
@@ -363,6 +374,13 @@ class RunIndex:
                 path = run.folder / f"step_{int(asked[2]):08d}" / MODEL
                 return path if path.is_file() else None
         return None
+
+
+def read_config(path: Path) -> dict:
+    """Every key of a config file, with defaults. Raises UserError."""
+    raw = parse_config(path)
+    raw.pop("$schema", None)
+    return to_dict(make_run(raw, CONFIGS))
 
 
 def id_of(folder: Path) -> str:

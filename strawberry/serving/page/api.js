@@ -41,13 +41,13 @@ export const remove = path => ask(path, { method: "DELETE" });
 
 function refusal(status, text) {
   let told = `The server answered ${status}.`;
-  let param = null;
-  try { ({ message: told, param } = JSON.parse(text).error); } catch { /* not the server's own words */ }
+  let code = null;
+  try { ({ message: told, code } = JSON.parse(text).error); } catch { /* not the server's own words */ }
   if (status === 401) {
     waits = true;
     askForKey(key !== "");
   }
-  return Object.assign(new Error(told), { status, param });
+  return Object.assign(new Error(told), { status, code });
 }
 
 /** The data of each server-sent event of an answer, wherever the network cut it into pieces. */

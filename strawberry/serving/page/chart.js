@@ -139,12 +139,12 @@ export class Chart {
       if (logged) {
         const [xs, ys] = points(run.lines, x, logged, run.flopsPerToken);
         const strength = xs.length > 8 && logged !== "lr" ? smoothing : 0;
-        if (strength && xs.length) found.push({ run, xs, ys, alpha: 0.22, width: 1, quiet: true });
-        if (xs.length) found.push({ run, xs, ys: smooth(ys, strength), alpha: 1, width: evaluated ? 1.25 : 1.75, dots: xs.length < 3 });
+        if (strength && xs.length) found.push({ run, xs, ys, width: 1, quiet: true });
+        if (xs.length) found.push({ run, xs, ys: smooth(ys, strength), width: evaluated ? 1.25 : 1.75, dots: xs.length < 3 });
       }
       if (evaluated) {
         const [xs, ys] = points(run.lines, x, evaluated, run.flopsPerToken);
-        if (xs.length) found.push({ run, xs, ys, alpha: 1, width: 2, dots: xs.length < 100, main: true });
+        if (xs.length) found.push({ run, xs, ys, width: 2, dots: xs.length < 100, main: true });
       }
     }
     return found;
@@ -204,10 +204,9 @@ export class Chart {
         { ...axis, grid, label: METRICS[this.options.metric].axis, labelSize: 20, size: 54,
           ...(log ? { splits: (u, i, low, high) => logTicks(low, high) } : {}) },
       ],
-      cursor: { drag: { x: true, y: false, dist: 8 }, focus: { prox: 24 }, points: { size: 7 }, dataIdx: nearest },
-      focus: { alpha: 0.25 },
-      series: [{}, ...series.map(({ run, alpha, width, dots, quiet, main }) => ({
-        label: run.name, stroke: css(`--c${run.colour % COLOURS}`), alpha, width, spanGaps: true,
+      cursor: { drag: { x: true, y: false, dist: 8 }, points: { size: 7, show: (u, i) => !series[i - 1].quiet }, dataIdx: nearest },
+      series: [{}, ...series.map(({ run, width, dots, quiet, main }) => ({
+        label: run.name, stroke: css(`--c${run.colour % COLOURS}`) + (quiet ? "38" : ""), width, spanGaps: true,
         dash: run.colour >= COLOURS ? [7, 4] : undefined, points: { show: Boolean(dots && !quiet), size: main ? 6 : 4,
           fill: css(`--c${run.colour % COLOURS}`) } }))],
       hooks: { setCursor: [() => this.showValues()], setScale: [() => { this.reset.hidden = !this.u || !this.isZoomed(); }] },

@@ -9,6 +9,23 @@ const LEFT_OUT = { exact_duplicates: "equal to another", near_duplicates: "nearl
                    not_utf8: "not UTF-8", other_kinds: "of another kind", without_texts: "without texts" };
 const named = dataset => dataset.name || dataset.id.slice(0, 11);
 
+/** Sends a file. One whose ending the server does not know, as of a rarer programming language, is sent as .txt if it is text. */
+async function uploadText(file, progress, signal) {
+  try {
+    return await upload(file, progress, signal);
+  } catch (problem) {
+    if (problem.code !== "file_kind" || /\.(csv|tsv|ipynb|rtf)$/i.test(file.name) || !await isText(file)) throw problem;
+    return upload(new File([file], `${file.name}.txt`), progress, signal);
+  }
+}
+
+async function isText(file) {
+  try {
+    const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.slice(0, 65_536).arrayBuffer(), { stream: true });
+    return !text.includes("\0");
+  } catch { return false; }
+}
+
 /** What takes files that are dropped on it or chosen, and sends them. `onDone(files)` gets those that are stored. */
 export function dropZone(error, status, onDone) {
   let sending = null;
@@ -27,7 +44,7 @@ export function dropZone(error, status, onDone) {
       for (const [i, file] of files.entries()) {
         say(status, `Uploading ${file.name} (${bytes(file.size)}) …`);
         try {
-          stored.push(await upload(file, share => { bar.value = (i + share) / files.length; }, sending.signal));
+          stored.push(await uploadText(file, share => { bar.value = (i + share) / files.length; }, sending.signal));
         } catch (problem) {
           if (problem.name === "AbortError" || problem.status === 401) throw problem;
           refused.push(files.length > 1 && !problem.message.includes(file.name) ? `${file.name}: ${problem.message}` : problem.message);

@@ -28,7 +28,7 @@ const COLUMNS = [
   ["status", "Status", run => run.status, run => [chip(run.status), run.has_notes && el("span", { class: "note-mark", title: "has notes" }, "✎")]],
   ["step", "Step", run => run.step, run => run.max_iters && run.step < run.max_iters
     ? [count(run.step), el("span", { class: "of" }, ` / ${count(run.max_iters)}`)] : count(run.step), "number"],
-  ["val_bpb", "Val. bits/byte", run => run.val_bpb ?? Infinity, run => short(run.val_bpb), "number"],
+  ["val_bpb", "Bits/byte", run => run.val_bpb ?? Infinity, run => short(run.val_bpb), "number"],
   ["tokens_per_s", "Tokens/s", run => run.tokens_per_s ?? -1, run => size(run.tokens_per_s), "number"],
   ["started", "Started", run => run.started, run => el("time", { title: when(run.started) }, ago(run.started))],
 ];

@@ -31,7 +31,7 @@ export function tokenElements(text, logprobs) {
     if (!part) continue; // a part of a character, or what came after a stop
     const p = Math.exp(logprobs.token_logprobs[i] ?? 0);
     const element = el("span", { class: `token p${p > 0.8 ? 4 : p > 0.5 ? 3 : p > 0.2 ? 2 : p > 0.05 ? 1 : 0}` }, part);
-    const top = Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([t, logprob]) => [t, Math.exp(logprob)]);
+    const top = Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([t, logprob]) => [t, Math.exp(logprob)]).sort((a, b) => b[1] - a[1]);
     tokens.set(element, { p, top, part });
     found.push(element);
   }
