@@ -5,7 +5,8 @@ Notation:  B rows · T tokens · S keys · V vocab_size · C n_embd · D n_qkv �
            A row is a sequence in a batch.
 
 Index:  mixers: softmax, AFT, LAM, expert attention · projections and feed-forward · attention · positions · recursion ·
-        the language model · strawberry · strawberry-v0 · palm · tinystar · transformer · registry, initialisation
+        the language model · strawberry · strawberry-silia · strawberry-v0 · palm · tinystar · transformer · registry,
+        initialisation
 
 A projection computes q, k and v, a mixer mixes them over time, a block combines these modules, and a model stacks
 blocks. A mixer is a module with
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strawberry import ops
-from strawberry.cache import Cache, ChunkCache, CrossKVCache, LayerCache, RingKVCache
+from strawberry.cache import CACHE_ALIGNMENT, Cache, ChunkCache, CrossKVCache, LayerCache, RingKVCache
 from strawberry.common import UserError, nearest, run_cli
 from strawberry.config import check, option
 from strawberry.context import EncodedSource, ForwardContext, Mode
@@ -91,6 +92,26 @@ def softmax_scale(c, qk_transform: Callable) -> float:
     if qk_transform not in (ops.rotary, ops.rotary_qk_norm):
         return d**-0.5
     return d**-0.5 * ops.rope_frequencies(d, c.rope_scaling, c.block_size)[1] ** 2
+
+
+class SinkSoftmax(Softmax):
+    """`Softmax` in which every token also attends to a sink (arXiv 2309.17453): a learned key and value per head, which
+    have no position. Both start at zero, so that at first the softmax's denominator is larger by exp(0)."""
+
+    roles = {"sink_k": "bias", "sink_v": "bias"}
+
+    def __init__(self, c, qk_transform: Callable):
+        super().__init__(c, qk_transform=qk_transform)
+        self.sink_k, self.sink_v = nn.Parameter(torch.empty(c.n_qkv)), nn.Parameter(torch.empty(c.n_qkv))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, ctx: ForwardContext, cache: RingKVCache | None):
+        dropout = self.dropout if self.training else 0.0
+        return ops.attention_with_sink(
+            q, k, v, self.sink_k, self.sink_v, self.d, ctx, cache, scale=self.scale, dropout=dropout)
+
+    def new_cache(self, batch: int, max_length: int, device, dtype) -> RingKVCache:
+        # the sink takes one slot; a whole line of slots keeps the ring's size as aligned as max_length is
+        return super().new_cache(batch, max_length + CACHE_ALIGNMENT, device, dtype)
 
 
 class AFTSimple(nn.Module):
@@ -1302,6 +1323,101 @@ class Strawberry(LanguageModel):
                 block.begin_chunks(block_caches, rows)
 
 
+# ---- strawberry-silia ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StrawberrySiliaConfig(ModelConfig):
+    arch: str = option("strawberry-silia", "the family of architectures", choices=("strawberry-silia",))
+    n_qkv: int = option(256, "D, channels of q, of k, of v and of the gate", low=1)
+    attention_sink: bool = option(True, "a learned key and value per head, which every token attends to")
+    exclusive: bool = option(True, "remove the direction of a token's own value from its attention's output")
+    gated: bool = option(True, "multiply the attention's output by σ(o), o from the attention's input")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from heads_divide("n_qkv", self.n_qkv, self.n_head)
+
+
+class SiliaAttention(nn.Module):
+    """q, k, v, o = split(x W): softmax attention of q·τ₀, k·τ₁ and v, less the direction of the token's own value, then
+    the gate σ(o) (arXiv 2505.06708) and a projection to n_out channels."""
+
+    roles = {"tau": "tau"}
+
+    def __init__(self, c: StrawberrySiliaConfig, n_out: int, role: str):
+        super().__init__()
+        D = c.n_qkv
+        self.widths = [D] * 3  # of q, k and v, in this order; then o
+        self.w_qkvo = Linear(c.n_embd, (4 if c.gated else 3) * D)
+        self.tau = nn.Parameter(torch.empty(2))
+        self.mixer = (SinkSoftmax if c.attention_sink else Softmax)(c, qk_transform=ops.rotary_qk_norm)
+        self.exclude = ops.exclude_value if c.exclusive else keep_output
+        self.gate = gate_output if c.gated else keep_output
+        self.w_out = Linear(D, n_out, role=role)
+
+    def forward(self, x: Tensor, ctx: ForwardContext, cache: RingKVCache | None) -> Tensor:
+        qkv, o = self.w_qkvo(x).tensor_split((sum(self.widths),), dim=-1)  # o has no channels without the gate
+        q, k, v = ops.split_qkv_apply_rope(qkv, self.widths, self.mixer.qk_transform, ctx)
+        y = self.mixer(q * self.tau[0], k * self.tau[1], v, x, ctx, cache)
+        return self.w_out(self.gate(self.exclude(y, v, self.mixer.d), o))
+
+
+def gate_output(y: Tensor, o: Tensor) -> Tensor:
+    return y * torch.sigmoid(o)
+
+
+def keep_output(y: Tensor, *others) -> Tensor:
+    return y
+
+
+class SiliaBlock(nn.Module):
+    """y = A₂(u ⊙ silu(g)) with u, g = split(A₁(norm(x))), then the attention residual: the next x is a mean of the
+    embedding and the branches y so far, weighted for each token (arXiv 2603.15031). A₁ and A₂ are attention layers;
+    there is no feed-forward."""
+
+    roles = {"query": "bias"}
+
+    def __init__(self, c: StrawberrySiliaConfig):
+        super().__init__()
+        self.attn1 = SiliaAttention(c, 2 * c.n_embd, "matrix")
+        self.attn2 = SiliaAttention(c, c.n_embd, "residual")
+        self.query = nn.Parameter(torch.empty(c.n_embd))  # of the attention residual
+        self.drop = nn.Dropout(c.dropout)
+
+    def forward(self, state: tuple[Tensor, tuple[Tensor, ...]], ctx: ForwardContext, caches: tuple | None):
+        """`state` is x and the branches before this block, the embedding first; returns both for the next block."""
+        (x, branches), (cache1, cache2) = state, caches or (None, None)
+        y = self.attn2(ops.swiglu(self.attn1(norm(x), ctx, cache1)), ctx, cache2)
+        branches = (*branches, self.drop(y))
+        return ops.attention_residual(branches, self.query), branches
+
+    def new_caches(self, *args) -> tuple:
+        return self.attn1.mixer.new_cache(*args), self.attn2.mixer.new_cache(*args)
+
+
+class StrawberrySilia(LanguageModel):
+    """Strawberry (April 2026): blocks of two attention layers with a SiLU gate between them, and an attention residual
+    over their outputs."""
+
+    Config = StrawberrySiliaConfig
+
+    def __init__(self, config: StrawberrySiliaConfig):
+        super().__init__(config)
+        c = config
+        self.embed = Embedding(c.vocab_size, c.n_embd)
+        self.blocks = nn.ModuleList(SiliaBlock(c) for _ in range(c.n_layer))
+        self.rope = Rope(ops.rope_frequencies(c.n_qkv // c.n_head, c.rope_scaling, c.block_size)[0])
+
+    def trunk(self, x: Tensor, ctx: ForwardContext, caches: list | None) -> Tensor:
+        return run_blocks(self.blocks, (x, (x,)), ctx, caches)[0]
+
+    def head_inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return norm(x), self.embed.weight
+
+    def new_caches(self, *args) -> list:
+        return [block.new_caches(*args) for block in self.blocks]
+
+
 # ---- strawberry-v0 -------------------------------------------------------------------------------------------------
 
 
@@ -1870,6 +1986,7 @@ class Transformer(LanguageModel):
 
 MODELS: dict[str, type[LanguageModel]] = {
     "strawberry": Strawberry,
+    "strawberry-silia": StrawberrySilia,
     "strawberry-v0": StrawberryV0,
     "palm": Palm,
     "tinystar": TinyStar,
@@ -1911,6 +2028,7 @@ def init_weights(model: LanguageModel) -> None:
     position   normal, std 0.02               AdamW                      no
     norm       one                            AdamW                      no
     tao        one                            AdamW                      no
+    tau        1.2                            AdamW                      no
     bias       zero                           AdamW                      no
 
     `embedding` is a table that is also the head (tied weights); `input` is a table that is not.
@@ -1935,6 +2053,7 @@ INITIALIZERS = {
     "position": lambda p: p.normal_(std=0.02),
     "norm": nn.init.ones_,
     "tao": nn.init.ones_,
+    "tau": lambda p: p.fill_(1.2),
     "bias": nn.init.zeros_,
 }
 

@@ -23,7 +23,7 @@ from strawberry.sharding import shard_like, shard_of, to_dtensor, to_local
 # ROLES are all roles that a model may name. DECAYED have weight decay, HIDDEN may be optimized by Muon.
 DECAYED = {"matrix", "residual", "embedding", "input"}
 HIDDEN = {"matrix", "residual"}
-ROLES = ("matrix", "residual", "embedding", "input", "head", "router", "position", "norm", "bias", "tao")
+ROLES = ("matrix", "residual", "embedding", "input", "head", "router", "position", "norm", "bias", "tao", "tau")
 
 # ---- learning rate ---------------------------------------------------------------------------------------------------
 

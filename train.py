@@ -56,6 +56,7 @@ from strawberry.training.checkpointing import Checkpointer
 from strawberry.training.console import STATUS, DiskFullSafeStream, warn
 from strawberry.training.evaluation import Evaluator
 from strawberry.training.lock import Lock
+from strawberry.training.loggers import make_loggers
 from strawberry.training.memory import MemoryPlanner
 from strawberry.training.preflight import check_run
 from strawberry.training.signals import Interrupted, Signals
@@ -69,7 +70,7 @@ MAX_ROLLBACKS = 3
 
 
 class Trainer(TrainState):
-    """A run, from its configuration to its model file: prepare(), train(), checkpoints.save_model_file(), close()."""
+    """A run, from its configuration to its model file: complete(), close()."""
 
     def __init__(self, run, signals: Signals, config: str | None = None, quiet: bool = False):
         super().__init__(run, signals, config, quiet)
@@ -87,6 +88,12 @@ class Trainer(TrainState):
         with self.signals.deferred():
             self.checkpoints.claim_directory()
 
+    def complete(self) -> None:
+        """The whole run, from set-up to the model file."""
+        self.prepare()
+        self.train()
+        self.checkpoints.save_model_file()
+
     def set_up(self) -> None:
         """Create in memory all that the first step needs: ranks, data, model, optimizer."""
         run = self.run
@@ -98,6 +105,8 @@ class Trainer(TrainState):
         self.ranks = distributed.join_processes(self.device, run.parallel)
         if self.ranks.main and self.root.is_dir():
             self.lock = Lock(self.root)
+        if self.ranks.main:
+            self.metrics.loggers = make_loggers(self)
         self.encoder, self.corpus = setup.load_data(run)
         self.objective = setup.choose_objective(run, self.encoder, self.corpus)
         found = self.checkpoints.find() if run.init_from == "resume" else None
@@ -233,6 +242,7 @@ class Trainer(TrainState):
         self.release()
 
     def release(self) -> None:
+        self.metrics.loggers.close(finished=self.progress.step >= self.run.max_iters)
         if self.lock:
             self.lock.release()
             self.lock = None
@@ -252,46 +262,22 @@ def train(run, signals: Signals | None = None, config: str | None = None, quiet:
     """Train the run `run`, from set-up to the model file. The returned Trainer has model, encoder and progress."""
     trainer = Trainer(run, signals or Signals(), config, quiet)
     try:
-        with trainer.signals:
-            trainer.prepare()
-            trainer.train()
-            trainer.checkpoints.save_model_file()
+        with save_after_errors(trainer):
+            trainer.complete()
     finally:
         trainer.close()
     return trainer
 
 
-def run_command(argv: list[str], last: bool) -> int:
-    checking, argv = "--check" in argv, [word for word in argv if word != "--check"]
-    words = [word for word in argv if word != "--quiet"]
-    run = load_run(words, CONFIGS)
-    trainer = Trainer(run, Signals(), parse_arguments(words)[0], quiet="--quiet" in argv)
-    trainer.command = setup.command_line(argv, resume=False)
-    for message in run.warnings() if os.environ.get("RANK", "0") == "0" and not checking else ():
-        warn(message)
+@contextlib.contextmanager
+def save_after_errors(trainer: Trainer):
+    """A context in which signals raise Interrupted, and in which a checkpoint is saved after a UserError.
+
+    Too little memory raises UserError. After Interrupted, PeerLost and NonFinite nothing is saved yet.
+    """
     try:
         with trainer.signals:
-            if checking:
-                check_run(trainer)
-                return 0
-            trainer.prepare()
-            trainer.train()
-            trainer.checkpoints.save_model_file()
-        return 0
-    except (Interrupted, distributed.PeerLost) as stop:
-        code = exit_gracefully(trainer, stop, argv)
-        if last:
-            trainer.release()
-            trainer.ranks.hard_exit(code)
-        return code
-    except cuda_graph.NonFinite as error:
-        tried = f" {MAX_ROLLBACKS} rollbacks did not help." if trainer.progress.rollbacks else ""
-        message = f"error: {error}; {trainer.checkpoints.status()}.{tried} {cuda_graph.NON_FINITE_ADVICE}"
-        if trainer.saved > 0:
-            message += f"\n    {setup.command_line(argv, resume=True)}"
-        if is_first_to_report(message):
-            print(message, file=sys.stderr)
-        return 3
+            yield
     except UserError as error:
         trainer.checkpoints.save_on_exit()
         STATUS.update(error=str(error)[: status_file.MAX_LENGTH])
@@ -304,6 +290,39 @@ def run_command(argv: list[str], last: bool) -> int:
         if memory.is_out_of_memory(error):
             raise UserError(trainer.memory_planner.out_of_memory_advice(trainer.checkpoints.status())) from error
         raise
+
+
+def explain_non_finite(trainer: Trainer, error: cuda_graph.NonFinite) -> str:
+    """The message of a run that has ended with NonFinite."""
+    tried = f" {MAX_ROLLBACKS} rollbacks did not help." if trainer.progress.rollbacks else ""
+    return f"{error}; {trainer.checkpoints.status()}.{tried} {cuda_graph.NON_FINITE_ADVICE}"
+
+
+def run_command(argv: list[str], last: bool) -> int:
+    checking, argv = "--check" in argv, [word for word in argv if word != "--check"]
+    words = [word for word in argv if word != "--quiet"]
+    run = load_run(words, CONFIGS)
+    trainer = Trainer(run, Signals(), parse_arguments(words)[0], quiet="--quiet" in argv)
+    trainer.command = setup.command_line(argv, resume=False)
+    for message in run.warnings() if os.environ.get("RANK", "0") == "0" and not checking else ():
+        warn(message)
+    try:
+        with save_after_errors(trainer):
+            check_run(trainer) if checking else trainer.complete()
+        return 0
+    except (Interrupted, distributed.PeerLost) as stop:
+        code = exit_gracefully(trainer, stop, argv)
+        if last:
+            trainer.release()
+            trainer.ranks.hard_exit(code)
+        return code
+    except cuda_graph.NonFinite as error:
+        message = f"error: {explain_non_finite(trainer, error)}"
+        if trainer.saved > 0:
+            message += f"\n    {setup.command_line(argv, resume=True)}"
+        if is_first_to_report(message):
+            print(message, file=sys.stderr)
+        return 3
     finally:
         trainer.close()
 

@@ -1,11 +1,25 @@
-"""The library that the scripts share. Importing it limits how long OpenMP's idle threads spin.
+"""The library that the scripts share, and `strawberry.train` for notebooks.
 
-libgomp's threads spin while they wait for work, so two programs on the same cores wait for each other's idle threads.
-libgomp reads the environment when it is loaded, with torch, so a script imports this package first. Values that the
-user has set are kept.
+Importing it loads nothing else, and sets environment variables that libraries read when they are loaded
+(strawberry/environment.py), so a script imports this package before torch.
 """
 
-import os
+import importlib
 
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+from strawberry import environment
+
+environment.set_defaults()
+
+
+def train(config=None, *, quiet=False, **overrides):
+    """Train a model as train.py does, and return the run: .model, .metrics, .plot(), .sample(prompt).
+
+        run = strawberry.train("tiny.json", max_iters=100, model_hyperparams={"n_layer": 1})
+
+    config: a JSON file, looked up as train.py's --config, or its content as a dict; None: every default. Keyword
+    arguments override its keys. quiet: print warnings only.
+
+    An interrupt (Ctrl-C, or the kernel's) finishes the step, saves a checkpoint and returns the run so far; a second
+    one raises KeyboardInterrupt at once. Raises UserError for what the user can fix, and never exits.
+    """
+    return importlib.import_module("strawberry.notebook").train(config, quiet=quiet, **overrides)

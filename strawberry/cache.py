@@ -12,6 +12,12 @@ from torch import Tensor
 
 from strawberry.context import EncodedSource, ForwardContext
 
+CACHE_ALIGNMENT = 64  # cache slots: a multiple of every vector length, so that all sums over slots end the same way
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
 
 class LayerCache:
     """The state of one layer between calls: named tensors (B, …) and their initial values."""

@@ -18,6 +18,10 @@ from typing import Any
 class UserError(Exception):
     """An error that the user can fix: the message names the value, the limit and the fix."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in the place of a traceback."""
+        return [f"error: {self}"]
+
 
 def run_cli(main: Callable[[list[str]], int | None]) -> None:
     """Run `main(argv)` as a program and exit: code 2 with `error: …` on a UserError, 130 on Ctrl-C, 141 on a broken

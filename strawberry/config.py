@@ -124,6 +124,15 @@ def to_dict(config: Any) -> dict:
     return dataclasses.asdict(config)
 
 
+def merge_configs(below: dict, above: dict) -> dict:
+    """`below`, overridden by `above`, recursively in each section."""
+    out = dict(below)
+    for name, value in above.items():
+        old = out.get(name)
+        out[name] = merge_configs(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
+    return out
+
+
 # ---- reading JSON ----------------------------------------------------------------------------------------------------
 
 MAX_CONFIG_BYTES = 65_536

@@ -137,6 +137,12 @@ class Run:
     img_path: str | None = option(
         "img", "output: directory of the curves, or one .png, .svg or .pdf file for all of them; null: none", path=True
     )
+    log_to: str | list[str] | None = option(
+        None,
+        "where metrics.jsonl is copied to, or a list of both; each has a package of its own, which "
+        "requirements.txt names under logging; null: nowhere",
+        choices=["tensorboard", "wandb"],
+    )
     sample_length: int = option(200, "tokens in the sample of each evaluation; 0: no sample", low=0, high=2**20)
     sample_prompt: str = option(
         "",

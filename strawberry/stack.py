@@ -11,9 +11,10 @@ from strawberry.context import ForwardContext
 
 
 def run_blocks(
-    blocks: Sequence[nn.Module], x: Tensor, ctx: ForwardContext, caches: list | None, partitions: int = 1
-) -> Tensor:
-    """Run all blocks on x (B, T, C). Under torch.compile and without caches, they become about `partitions` graphs."""
+    blocks: Sequence[nn.Module], x: Tensor | tuple, ctx: ForwardContext, caches: list | None, partitions: int = 1
+) -> Tensor | tuple:
+    """Run all blocks on x: (B, T, C), or what else the blocks take and return. Under torch.compile and without caches,
+    they become about `partitions` graphs."""
     if caches is None and partitions > 1 and torch.compiler.is_compiling():
         from strawberry.compile import run_compiled_blocks, run_compiled_partitions
 

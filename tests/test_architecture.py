@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 # Rooms from the bottom up. A module may import from its own room and from rooms below it.
 ROOMS = [
     ("common", ("strawberry.argument_parser", "strawberry.command_line", "strawberry.common", "strawberry.config",
-                "strawberry.device", "strawberry.machine", "strawberry.outputs", "strawberry.run_config",
-                "strawberry.status_file", "strawberry.data.documents")),
+                "strawberry.device", "strawberry.environment", "strawberry.machine", "strawberry.outputs",
+                "strawberry.run_config", "strawberry.status_file", "strawberry.data.documents")),
     ("ops.triton", ("strawberry.ops.triton",)),
     ("ops, cache", ("strawberry.ops", "strawberry.cache", "strawberry.context", "strawberry.compile",
                     "strawberry.stack", "strawberry.summary", "strawberry.sharding", "strawberry.initialization")),
@@ -23,6 +23,7 @@ ROOMS = [
     ("training", ("strawberry.training",)),
     ("inference", ("strawberry.inference",)),
     ("train", ("train",)),
+    ("notebook", ("strawberry.notebook",)),
     ("serving, bench", ("strawberry.serving", "strawberry.bench")),
     ("scripts", ("sample", "prepare", "serve", "bench")),
 ]

@@ -43,6 +43,7 @@ MODELS = [
     {},
     {"retention": "none"},
     {"n_experts": 2},
+    {"arch": "strawberry-silia"},
     {"arch": "strawberry-v0"},
     {"arch": "palm"},
     {"arch": "tinystar"},
@@ -110,7 +111,7 @@ def test_a_step_is_one_launch():
     assert counts.get("cudaLaunchKernel", 0) == 0 and counts.get("cudaMalloc", 0) == 0
 
 
-@pytest.mark.parametrize("name", ["tinystar", "tinystar, latent", "palm", "strawberry, adaptive"])
+@pytest.mark.parametrize("name", ["tinystar", "tinystar, latent", "palm", "strawberry, adaptive", "strawberry-silia"])
 def test_eight_bits_are_near_sixteen(name):
     model = small_model(name).float().cuda()
     idx = torch.randint(31, (2, 50), device="cuda")

@@ -1,12 +1,16 @@
 """What README.md and docs/ say and show is so."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import model
+import prepare
 from model import CONFIGS
 from strawberry.config_docs import options_page
 from strawberry.ops import cross_entropy
@@ -47,6 +51,45 @@ def test_the_architecture_that_the_readme_adds_keeps_the_promises(monkeypatch):
 def test_the_page_of_options_is_current():
     written = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
     assert written == options_page(CONFIGS), "run: python -m strawberry.config_docs --options"
+
+
+KERNEL = """
+import ast, asyncio, sys
+
+async def run_cell(text):  # as a kernel does: under a running loop, the last expression's value is displayed
+    *lines, last = ast.parse(text).body
+    scope = {"__name__": "__main__"}
+    exec(compile(ast.Module(lines, []), "cell", "exec"), scope)
+    return scope, eval(compile(ast.Expression(last.value), "cell", "eval"), scope)
+
+scope, shown = asyncio.run(run_cell(sys.stdin.read()))
+assert "matplotlib.pyplot" not in sys.modules
+open("shown.png", "wb").write(shown._repr_png_())
+print(scope["run"], scope["faster"], [text.get_text() for text in shown.axes[0].get_legend().get_texts()])
+"""
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_notebook_page_run_in_a_kernel(tmp_path, monkeypatch):
+    """In a fresh process, in another folder than the repository's, with other data than prepare.py's default."""
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8"), re.S)[1]
+    assert len(lines.splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    pages = [str(ROOT / page) for page in PAGES]
+    assert not prepare.main(["--input", *pages, "--output", "data/webtext.bin", "--encoder", "bin/cl8k.bin",
+                             "--vocab_size", "300"])  # fmt: skip
+    ran = subprocess.run([sys.executable, "-c", KERNEL], input=lines, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    shown = ran.stdout.splitlines()
+    losses, last = next(line for line in shown if re.fullmatch(r"[\d.]+ [\d.]+", line)).split(), shown[-1]
+    assert all(0 < float(loss) < 6 for loss in losses)
+    assert any(line.startswith("def close(self):") for line in shown) and any(" parameters" in line for line in shown)
+    assert re.fullmatch(r"(<run tiny: strawberry, 40 of 40 steps, validation loss [\d.]+> ?){2} "
+                        r"\['learning_rate 0.005', 'learning_rate 0.01'\]", last), last  # fmt: skip
+    assert Path("shown.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("bin/tiny.strawberry").exists() and Path("bin/ck_tiny/earlier_1/metrics.jsonl").exists()
+    assert ran.stderr == ""
 
 
 def anchors(text: str) -> set[str]:

@@ -106,13 +106,12 @@ class BenchmarkTrainer(Trainer):
         steps = min(max(round(MEASURED_SECONDS * pace), 10), 1000) // 10 * 10
         speed = statistics.median(self.advance(steps, steps // 10))
         memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
-        compiled = self.forward is not self.model
         return {
             "tokens_per_s": speed,
             "steps": steps,
             "memory": memory,
             "resident": hardware.peak_resident_bytes(),
-            "compiled": compiled,
+            "compiled": bool(self.compiled),
         }
 
     def measure_parts(self, steps: int = TIMED_STEPS) -> dict[str, float]:
@@ -181,12 +180,11 @@ class BenchmarkTrainer(Trainer):
         before = self.progress.seconds
         self.advance(steps, 10**6)
         seconds = self.progress.seconds - before
-        compiled = setup.should_compile(self.run, self.device)
         return {
             "processes": self.ranks.world, "machine": hardware.describe_device(self.device), "torch": torch.__version__,
             "params": self.model.num_params(non_embedding=False), "tokens_per_step": self.tokens_per_step,
             "tokens_per_s": steps * self.tokens_per_step / seconds, "step_ms": 1e3 * seconds / steps,
-            "loss": self.loss, "memory": self.peak_memory(), "compile": compiled,
+            "loss": self.loss, "memory": self.peak_memory(), "compile": self.compiled,
             "cuda_graph": bool(self.graph_step and self.graph_step.graph),
             "link_bytes_per_s": self.measure_all_reduce(),
         }  # fmt: skip

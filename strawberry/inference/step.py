@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 
 from model import LanguageModel
-from strawberry.cache import RingKVCache, iter_layer_caches
+from strawberry.cache import CACHE_ALIGNMENT, RingKVCache, iter_layer_caches, round_up
 from strawberry.inference.sampling import BatchSampler, Filters, Request
 from strawberry.ops.common import to_accum_dtype
 from strawberry.ops.sampling import sample
 
 # ---- logits --------------------------------------------------------------------------------------------------------
-
-CACHE_ALIGNMENT = 64  # cache slots: a multiple of every vector length, so that all sums over slots end the same way
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 class CachedLogits:

@@ -9,7 +9,15 @@ compute the same function as the plain ones, which run for float64, on the CPU a
 from strawberry.ops.activations import ACTIVATIONS, relu2, swiglu
 from strawberry.ops.aft import aft_simple, new_state_cache
 from strawberry.ops.aft_positional import ConvBias, LowRankBias, aft_positional, new_positional_cache
-from strawberry.ops.attention import attention, grouped_attention, prefill_attention, sdpa, sdpa_with_empty_rows
+from strawberry.ops.attention import (
+    attention,
+    attention_with_sink,
+    grouped_attention,
+    prefill_attention,
+    sdpa,
+    sdpa_with_empty_rows,
+)
+from strawberry.ops.attention_residual import attention_residual, exclude_value
 from strawberry.ops.chunks import build_per_chunk, chunked_linear
 from strawberry.ops.cross_entropy import linear_cross_entropy, plain_cross_entropy
 from strawberry.ops.flops import count_flops

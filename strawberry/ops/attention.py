@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from strawberry.cache import RingKVCache
+from strawberry.cache import CACHE_ALIGNMENT, RingKVCache, round_up
 from strawberry.context import ForwardContext, Mode
 from strawberry.ops.flops import counted
 from strawberry.ops.masks import (
@@ -113,6 +114,35 @@ def attention(
         return prefill_attention(q, k, v, pattern, ctx, scale=scale, dropout=dropout).flatten(2)
     mask = ctx.cached_attention_mask(pattern, cache)
     return sdpa(q, k, v, mask, scale=scale, dropout=dropout).flatten(2)
+
+
+FULL = AttentionPattern()
+
+
+def attention_with_sink(
+    q: Tensor, k: Tensor, v: Tensor, sink_k: Tensor, sink_v: Tensor, d: int, ctx: ForwardContext,
+    cache: RingKVCache | None = None, *, scale: float, dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Softmax attention in which every token also attends to a sink, with key sink_k and value sink_v (H·d): q, k and v
+    (B, T, H·d) → (B, T, H·d). The cache must have CACHE_ALIGNMENT slots more than tokens.
+
+    The sink is a token before the first: it takes position 0, the row's tokens those from 1 on, and the causal mask
+    then includes it. A call that starts all rows prepends it, with a query whose result is dropped: queries and keys
+    keep their common start, so plain causal attention computes the call. Later calls read it from the cache's slot 0.
+    """
+    if cache is None or ctx.num_cached == 0:
+        sink = (torch.zeros_like(sink_k), sink_k, sink_v)
+        q, k, v = (torch.cat((s.to(x.dtype).expand(len(x), 1, -1), x), 1) for s, x in zip(sink, (q, k, v), strict=True))
+        lengths = None if ctx.lengths is None else ctx.lengths + 1
+        ctx = replace(ctx, positions=F.pad(ctx.positions + 1, (1, 0)), lengths=lengths)
+        return attention(q, k, v, d, FULL, ctx, cache, scale=scale, dropout=dropout)[:, 1:]
+    cache.k[:, 0], cache.v[:, 0] = sink_k, sink_v  # again in each call: the step of a free row overwrites its slot 0
+    num_cached = None if ctx.num_cached is None else ctx.num_cached + 1
+    max_cached = ctx.max_cached_tokens + 1
+    if num_cached is None:  # masked: a step then reads a multiple of CACHE_ALIGNMENT slots
+        max_cached = round_up(max_cached + 1, CACHE_ALIGNMENT) - 1
+    ctx = replace(ctx, positions=ctx.positions + 1, num_cached=num_cached, max_cached_tokens=max_cached)
+    return attention(q, k, v, d, FULL, ctx, cache, scale=scale, dropout=dropout)
 
 
 def grouped_attention(

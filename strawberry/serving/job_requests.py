@@ -15,15 +15,15 @@ import encoder as encoders
 from model import CONFIGS
 from strawberry import model_file as model_files
 from strawberry.common import UserError, nearest, show
-from strawberry.config import MAX_CONFIG_BYTES, check, path_names, read_json, to_dict
+from strawberry.config import MAX_CONFIG_BYTES, check, merge_configs, path_names, read_json, to_dict
 from strawberry.data import assemble
 from strawberry.run_config import CONFIG_FOLDER, Run, make_run, rename_old_keys
 from strawberry.serving.id_directory import RequestError, new_id
 from strawberry.serving.job import Job
 from strawberry.serving.job_store import JobStore
 
-# JSON keys that a client may not set: paths, and keys that describe a path
-SERVER_KEYS = {*path_names(Run), "dataset.load_from_file", "checkpoints.create_checkpoints"}
+# JSON keys that a client may not set: paths, keys that describe a path, and the accounts of the server's owner
+SERVER_KEYS = {*path_names(Run), "dataset.load_from_file", "checkpoints.create_checkpoints", "log_to"}
 # OpenAI's hyperparameters that train.py does not have → values that have no effect, which some clients send
 NO_EFFECT = {"n_epochs": ("auto", 1), "learning_rate_multiplier": ("auto", 1)}
 
@@ -80,15 +80,6 @@ def check_no_effect(name: str, value) -> None:
         )
 
 
-def merge_configs(below: dict, above: dict) -> dict:
-    """`below`, overridden by `above`, recursively in each section."""
-    out = dict(below)
-    for name, value in above.items():
-        old = out.get(name)
-        out[name] = merge_configs(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
-    return out
-
-
 def iterate_keys(raw: dict, prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of all values."""
     for name, value in raw.items():
@@ -99,7 +90,8 @@ def check_keys(raw: dict) -> None:
     """Raises RequestError for a key that the server sets, nested or dotted."""
     names = set(iterate_keys(raw))
     for name in sorted(names & SERVER_KEYS):
-        told = "names a path or belongs to one, which the server chooses; leave it out"
+        told = "sends metrics elsewhere" if name == "log_to" else "names a path or belongs to one"
+        told += ", which the server chooses; leave it out"
         raise RequestError(400, f"hyperparameters.{name}: {told}", f"hyperparameters.{name}")
 
 

@@ -17,6 +17,9 @@ def iterate_blocks(model: nn.Module) -> Iterator[nn.Module]:
 def compile_blocks(model: nn.Module, wanted: bool) -> None:
     """Compile each block and the head's loss separately, or undo that. Identical blocks are compiled once."""
     model.compile_loss = wanted
+    if wanted:  # blocks that read all branches so far differ; each also has code with and without gradients
+        n = 4 * sum(1 for _ in iterate_blocks(model))
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, n)
     for block in iterate_blocks(model):
         plain = type(block).forward.__get__(block)
         run = torch.compile(plain, dynamic=False) if wanted else plain

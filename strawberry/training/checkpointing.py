@@ -16,6 +16,7 @@ from strawberry.training import checkpoint, cuda_graph, distributed, memory, set
 from strawberry.training.checkpoint import Checkpoint, archive_run, find_latest, save_checkpoint, write_state
 from strawberry.training.console import STATUS, warn
 from strawberry.training.lock import Lock
+from strawberry.training.loggers import FOLDERS
 from strawberry.training.metrics import METRICS
 from strawberry.training.record import NOTES, RECORD, write_record
 from strawberry.training.state import Progress
@@ -93,7 +94,7 @@ class Checkpointer:
                 aside = archive_run(self.state.root)
                 if aside:
                     print(f"the checkpoints of an earlier run are now in {aside}")
-                    for name in (METRICS, RECORD, NOTES):
+                    for name in (METRICS, RECORD, NOTES, *FOLDERS):
                         with contextlib.suppress(FileNotFoundError):
                             os.replace(self.state.root / name, aside / name)
             write_record(self.state)

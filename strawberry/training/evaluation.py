@@ -1,6 +1,7 @@
 """Evaluation: mean loss and bits per byte of a split, the strict loss, and samples of text."""
 
 import contextlib
+import functools
 import itertools
 import math
 
@@ -127,18 +128,14 @@ class Evaluator:
     """Evaluates a run: losses, a sample of text, the curves."""
 
     def __init__(self, state):
-        self.state = state
+        self.state, self.is_compiled = state, False
+        self.stance = contextlib.nullcontext  # makes the context in which forward passes run
 
     def evaluate(self) -> None:
         """Compute the losses of both splits, the strict loss if the model is not causal, and a sample of text; draw the
         curves."""
-        run, about = self.state.run, (self.state.lengths, self.state.objective, self.state.ranks)
         with evaluation_mode(self.state.model):
-            with self.state.autocast():
-                results = {}
-                for name, split in (("train", self.state.corpus.train), ("val", self.state.corpus.val)):
-                    asked = (split, run.eval_iters, run.batch_size, *about)
-                    results[f"{name}_loss"], results[f"{name}_bpb"] = mean_loss(self.state.forward, *asked)
+            results = self.compute_losses()
             text = self.evaluate_full_model(results) if self.state.model.generates else ""
         with self.state.signals.deferred():
             self.state.evaluated, self.state.val_loss = self.state.progress.step, results["val_loss"]
@@ -150,6 +147,30 @@ class Evaluator:
                 self.state.console.print(format_evaluation(self.state.progress.step, results, text))
         if self.state.ranks.main:
             self.draw()
+
+    def compute_losses(self) -> dict:
+        """The losses of both splits. The first call compiles the forward pass if training is compiled; where that
+        fails, this call and later ones run it uncompiled."""
+        if self.state.compiled and not self.is_compiled:
+            self.state.console.print("compiling the evaluation …")
+            self.is_compiled = True
+        try:
+            return self.sum_losses()
+        except Exception as error:
+            if not self.state.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            warn(f"torch.compile failed, so that evaluations take longer ({type(error).__name__}: {reason})")
+            self.stance = functools.partial(torch.compiler.set_stance, "force_eager")
+        return self.sum_losses()
+
+    def sum_losses(self) -> dict:
+        run, about, results = self.state.run, (self.state.lengths, self.state.objective, self.state.ranks), {}
+        with self.state.autocast(), self.stance():
+            for name, split in (("train", self.state.corpus.train), ("val", self.state.corpus.val)):
+                asked = (split, run.eval_iters, run.batch_size, *about)
+                results[f"{name}_loss"], results[f"{name}_bpb"] = mean_loss(self.state.forward, *asked)
+        return results
 
     def evaluate_full_model(self, results: dict) -> str:
         """The part that rank 0 does alone: adds the strict loss to `results`, and returns a sample of text."""

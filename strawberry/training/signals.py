@@ -22,11 +22,13 @@ class Signals:
     """Raises Interrupted on SIGINT and SIGTERM, but never while state is inconsistent.
 
     The first signal raises Interrupted immediately, except inside `with signals.deferred():`, where it is raised at the
-    end of the block. A second signal ends the process. An exception raised inside a callback may be lost (torch.compile
-    has many callbacks), so it is raised again every RERAISE_INTERVAL seconds until it is caught.
+    end of the block. A second signal ends the process, or raises KeyboardInterrupt if not `exits`. An exception raised
+    inside a callback may be lost (torch.compile has many callbacks), so it is raised again every RERAISE_INTERVAL
+    seconds until it is caught.
     """
 
-    def __init__(self):
+    def __init__(self, exits: bool = True):
+        self.exits = exits
         self.received: int | None = None
         self.at = 0.0  # time of the signal, by time.monotonic()
         self.caught = False  # Interrupted was caught and is not raised again
@@ -53,6 +55,8 @@ class Signals:
             self.is_remote = False
             return
         if self.received is not None:
+            if not self.exits:
+                raise KeyboardInterrupt
             os._exit(128 + number)
         self.received, self.at = number, time.monotonic()
         if hasattr(signal, "SIGALRM"):

@@ -57,6 +57,7 @@ class TrainState:
         self.val_loss: float | None = None
         self.save_failed = False
         self.claimed = False  # whether checkpoints.path is this run's
+        self.compiled: bool | str = False  # whether steps are compiled; "blocks": block by block
         self.graph_step = None  # a CudaGraphStep, once steps are captured
         self.command: str | None = None  # the command line that repeats the run, where it has one
 

@@ -105,7 +105,11 @@ class TrainStep:
 
     def warm_up(self, compile: bool | str) -> float:
         """Run one forward and backward pass and discard the gradients: this compiles the model and detects errors
-        before any file is changed, and outside the measured time. Returns the loss."""
+        before any file is changed, and outside the measured time. Returns the loss.
+
+        An evaluation's pass is compiled with the first evaluation, since it takes as long again; here only the memory
+        of its logits is tried.
+        """
         batch = evaluation.make_batch(
             self.state.objective, self.state.corpus.train, self.state.run.seed, 0, self.state.rows, self.state.device
         )
@@ -116,7 +120,8 @@ class TrainStep:
                     self.state.model, compile, self.has_unused_parameters
                 )
                 try:
-                    loss = self.forward_backward(batch)
+                    loss = self.accumulate([batch])
+                    self.try_memory_of_logits(batch)
                 except Exception as error:
                     if memory.is_out_of_memory(error):
                         raise
@@ -126,7 +131,15 @@ class TrainStep:
             if not compile:
                 self.state.forward = self.state.ranks.make_forward(self.state.model, False, self.has_unused_parameters)
                 loss = self.forward_backward(batch)
+            self.state.compiled = compile
             return self.state.ranks.sum_numbers(loss.item())[0]
+
+    def try_memory_of_logits(self, batch: Batch) -> None:
+        """Raises OutOfMemoryError if an evaluation's logits and their float32 copy find no room. Steps need none: their
+        head computes the loss without logits."""
+        if self.state.device.type == "cuda":
+            torch.empty(batch.y.numel() * self.state.run.model_hyperparams.vocab_size * 6, dtype=torch.uint8,
+                        device=self.state.device)  # fmt: skip
 
     def has_unused_parameters(self) -> bool:
         """Whether a step leaves parameters without a gradient, such as retention's if no chunk has an earlier chunk."""

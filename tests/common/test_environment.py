@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+THREADS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
-def environment_after(code: str, **given: str) -> list[str]:
-    env = {name: value for name, value in os.environ.items() if name not in NAMES} | given
-    code += f"; import os; print(*(os.environ.get(name, '-') for name in {NAMES}))"
+def environment_after(code: str, names: tuple[str, ...] = THREADS, **given: str) -> list[str]:
+    env = {name: value for name, value in os.environ.items() if name not in names} | given
+    code += f"; import os; print(*(os.environ.get(name, '-') for name in {names}))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     return ran.stdout.split()
 
@@ -28,6 +29,30 @@ def environment_after(code: str, **given: str) -> list[str]:
 )
 def test_idle_threads_spin_briefly_unless_the_user_says_otherwise(given, expected):
     assert environment_after("import strawberry", **given) == expected
+
+
+def test_compiled_code_is_kept_where_the_next_run_finds_it(tmp_path):
+    kept = [str(tmp_path / "strawberry" / name) for name in ("torchinductor", "triton")]
+    assert environment_after("import strawberry", CACHES, XDG_CACHE_HOME=str(tmp_path)) == kept
+    given = {"XDG_CACHE_HOME": str(tmp_path), "TRITON_CACHE_DIR": "mine"}
+    assert environment_after("import strawberry", CACHES, **given) == [kept[0], "mine"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_compiled_code_goes_where_torch_puts_it_if_there_is_no_other_place(tmp_path):
+    (tmp_path / "file").touch()
+    for home in ("file", "file/below"):
+        assert environment_after("import strawberry", CACHES, XDG_CACHE_HOME=str(tmp_path / home)) == ["-", "-"]
+
+
+@pytest.mark.slow
+def test_torch_reads_the_cache_s_directory_and_flag(tmp_path):
+    code = ("import strawberry, torch, torch._functorch.config as config\n"
+            "assert config.autograd_cache_allow_custom_autograd_functions\n"
+            "from torch._inductor.runtime.cache_dir_utils import cache_dir, triton_cache_dir\n"
+            "assert [cache_dir(), triton_cache_dir(0)] == [__import__('os').environ[name] for name in "
+            f"{CACHES}]\nNone")  # fmt: skip
+    environment_after(code, CACHES, XDG_CACHE_HOME=str(tmp_path))
 
 
 @pytest.mark.slow

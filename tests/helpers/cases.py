@@ -16,6 +16,7 @@ from strawberry.config import declared
 SMALL = {"vocab_size": 29, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_qkv": 32}
 BASES = {
     "strawberry": {"r_layer": 2, "aft_ratio": 1, "retention_chunk": 16, "window": 7},
+    "strawberry-silia": {},
     "strawberry-v0": {"window": 7, "retention_chunk": 16},
     "palm": {"d_rank": 8, "r_layer": 2, "window": 7},
     "tinystar": {"window": 7, "n_qkv": 16, "rope_dim": 2},
@@ -40,6 +41,10 @@ COMPANIONS = {
         {"r_layer": 0},
         {"retention_chunk": 64},
         {"recursions": 2, "n_experts": 2},
+    ],
+    "strawberry-silia": [
+        {"attention_sink": False, "exclusive": False, "gated": False, "n_layer": 3},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position": 16}},
     ],
     "strawberry-v0": [
         {"compaction": True, "n_experts": 4, "a_experts": 2},

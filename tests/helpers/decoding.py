@@ -13,6 +13,7 @@ MODELS = {
     "strawberry, experts, two passes": {"n_qkv": 32, "retention_chunk": 16, "n_experts": 2, "recursions": 2},
     "strawberry, adaptive": {"n_qkv": 32, "retention": "none", "recursions": 2, "adaptive": True},
     "strawberry-v0": {"arch": "strawberry-v0", "n_qkv": 32, "compaction": True, "retention_chunk": 16, "aft": "conv"},
+    "strawberry-silia": {"arch": "strawberry-silia", "n_qkv": 32},
     "palm": {"arch": "palm", "n_qkv": 32, "d_rank": 8},
     "palm, lam": {"arch": "palm", "n_qkv": 32, "attention_type": "lam"},
     "tinystar": {"arch": "tinystar"},

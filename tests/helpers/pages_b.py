@@ -147,7 +147,22 @@ def compare_value_embeddings(page: dict) -> None:
     assert_close(page["add_value_embedding"](v[0], x[0], tokens[0], layer.gate, layer.table), ours)
 
 
+def compare_silia(page: dict) -> None:
+    config = model.StrawberrySiliaConfig(n_embd=C, n_qkv=8, n_head=2)
+    mixer, ctx = fill(model.SinkSoftmax(config, ops.no_transform)), context()
+    q, k, v = (random(1, T, 8) for _ in range(3))
+    y = mixer(q, k, v, v, ctx, None)
+    for head in (slice(0, 4), slice(4, 8)):
+        qkv = (x[0, :, head] for x in (q, k, v))
+        assert_close(page["sink_attention"](*qkv, mixer.sink_k[head], mixer.sink_v[head]), y[0, :, head])
+        left = page["exclude_value"](y[0, :, head], v[0, :, head])
+        assert_close(left, ops.exclude_value(y, v, 4)[0, :, head])
+    branches, query = random(3, T, C), random(C)
+    assert_close(page["attention_residual"](branches, query), ops.attention_residual(branches.unsqueeze(1), query)[0])
+
+
 COMPARISONS = {
+    "silia.md": compare_silia,
     "value-embeddings.md": compare_value_embeddings,
     "compaction-compute.md": compare_compaction,
     "attention-on-detail.md": compare_attention_on_detail,

@@ -99,6 +99,17 @@ def test_logits_are_bit_for_bit_those_of_a_text_alone(name, min_bucket):
         assert len(together) == 19 and all(map(torch.equal, alone, together))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["strawberry-silia", "tinystar"])
+def test_logits_at_the_end_of_a_bucket_are_bit_for_bit_those_of_a_text_alone(name):
+    """The last slot of 256 is summed as any slot of 512 is, whether a sink has one of them or not."""
+    model = small_model(name).float()
+    request, longer = Request([1 + i % 30 for i in range(250)], 12), Request([1 + i % 29 for i in range(300)], 20)
+    alone, together = (logits_of(Decoder(model, 8, 512, batch_invariant=True), [request, *company], 0)
+                       for company in ([], [longer]))  # fmt: skip
+    assert len(alone) == len(together) == 11 and all(map(torch.equal, alone, together))
+
+
 @pytest.mark.parametrize("name", ["strawberry", "tinystar"])
 def test_every_step_has_one_shape(name, monkeypatch):
     """All rows, whole buckets of the cache, a chunk's weights for one row at a time, each row's own filters."""
@@ -329,8 +340,8 @@ def learned(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["strawberry", "strawberry, adaptive", "strawberry-v0", "palm", "tinystar",
-                                  "tinystar, latent", "tinystar, learned", "transformer"])  # fmt: skip
+@pytest.mark.parametrize("name", ["strawberry", "strawberry, adaptive", "strawberry-silia", "strawberry-v0", "palm",
+                                  "tinystar", "tinystar, latent", "tinystar, learned", "transformer"])  # fmt: skip
 def test_eight_bits_keep_what_was_learned(name):
     """The loss stays within 0.5 %, weights are smaller, and text is made."""
     model, judged = learned(name)

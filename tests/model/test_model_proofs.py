@@ -448,6 +448,12 @@ def strawberry_v0_params(c) -> tuple[int, int]:
     return c.n_layer * block, c.vocab_size * C + c.n_layer * aft_positions(c)
 
 
+def strawberry_silia_params(c) -> tuple[int, int]:
+    C, D = c.n_embd, c.n_qkv
+    attention = (4 if c.gated else 3) * D * C + 2 + 2 * D * c.attention_sink
+    return c.n_layer * (2 * attention + D * 2 * C + D * C + C), c.vocab_size * C
+
+
 def palm_params(c) -> tuple[int, int]:
     C, D, F, rank, V = c.n_embd, c.n_qkv, 64, c.d_rank, c.vocab_size  # 8C/3 = 64
 
@@ -513,6 +519,7 @@ def transformer_params(c) -> tuple[int, int]:
 
 PARAMS = {
     "strawberry": strawberry_params,
+    "strawberry-silia": strawberry_silia_params,
     "strawberry-v0": strawberry_v0_params,
     "palm": palm_params,
     "tinystar": tinystar_params,
@@ -629,7 +636,7 @@ def table() -> dict[str, tuple[str, str, str]]:
     lines = [line.strip() for line in init_weights.__doc__.splitlines()]
     rows = lines[next(i for i, line in enumerate(lines) if line.startswith("role ")) + 1 :]
     rows = rows[: rows.index("")]
-    starts = ("uniform, std fan_in^(−1/2)", "zero", "one", "normal, std 0.02", "normal, std 1")
+    starts = ("uniform, std fan_in^(−1/2)", "zero", "one", "1.2", "normal, std 0.02", "normal, std 1")
     found = {}
     for row in rows:
         role, rest = row.split(None, 1)
@@ -648,8 +655,9 @@ def test_the_table_names_every_role():
 
 
 def check_start(name: str, p: torch.Tensor, start: str) -> None:
-    if start in ("zero", "one"):
-        assert (p == (start == "one")).all(), name
+    constants = {"zero": 0.0, "one": 1.0, "1.2": 1.2}
+    if start in constants:
+        assert torch.equal(p, torch.full_like(p, constants[start])), name
         return
     std = {"normal, std 0.02": 0.02, "normal, std 1": 1.0}.get(start) or p.size(1) ** -0.5
     assert abs(p.std() / std - 1) < 5 / (2 * p.numel()) ** 0.5, (name, p.std(), std)
@@ -688,6 +696,7 @@ TINIES = {
     "strawberry": {**WIDE},
     "strawberry, experts": {**WIDE, "n_experts": 2, "n_ffn_experts": 2, "r_layer": 1},
     "strawberry, adaptive": {**WIDE, "adaptive": True, "recursions": 2},
+    "strawberry-silia": {"n_qkv": 32},
     "strawberry-v0": {**WIDE},
     "strawberry-v0, compaction and experts": {**WIDE, "compaction": True, "n_experts": 2},
     "palm": {"n_qkv": 32},

@@ -7,9 +7,9 @@ from model import build
 
 # what these endings say; everything else is a hidden matrix
 RESIDUAL = {"strawberry": (".out",), "strawberry-v0": (".w_out", "compaction.wt"),
-            "tinystar": (".wo.weight", ".w2.weight")}  # fmt: skip
+            "strawberry-silia": (".attn2.w_out.weight",), "tinystar": (".wo.weight", ".w2.weight")}  # fmt: skip
 SPECIAL = {"tao": ".tao", "router": ("router.weight", "depth.weight"), "position": (".aft.a", ".aft.b", "aft.kernel",
-           "mixer.a", "mixer.b", "mixer.kernel", "positions.weight")}  # fmt: skip
+           "mixer.a", "mixer.b", "mixer.kernel", "positions.weight"), "tau": (".attn1.tau", ".attn2.tau")}  # fmt: skip
 
 
 def expected(arch: str, name: str, tied: bool) -> str:
@@ -20,7 +20,7 @@ def expected(arch: str, name: str, tied: bool) -> str:
         return "embedding" if tied else "input"
     if name.startswith("unembed"):
         return "head"
-    if name.endswith((".bias", "skip.shift", "add_to_values.gate")):
+    if name.endswith((".bias", "skip.shift", "add_to_values.gate", "mixer.sink_k", "mixer.sink_v", ".query")):
         return "bias"
     if name.endswith("add_to_values.table"):
         return "embedding"

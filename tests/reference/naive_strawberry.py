@@ -1,4 +1,4 @@
-"""Slow, literal float64 versions of strawberry, strawberry-v0 and the parts they are made of, to hold model.py against.
+"""Slow, literal float64 versions of the strawberry families and the parts they are made of, to hold model.py against.
 
 Written from the specification and the papers it cites, sharing no code with model.py, so that agreement to 1e-9 says
 something. Everything is a loop over tokens in NumPy float64; only what happens inside one token is a matrix product.
@@ -10,6 +10,7 @@ No running sums, no running maxima, no caches, no batching: nothing here is clev
 `params` maps state-dict names to arrays or tensors, matrices as in torch.nn.Linear (out, in).
 
 Index:  1 small parts   2 mixers   3 routing and experts   4 feed-forwards   5 strawberry   6 strawberry-v0
+        7 strawberry-silia
 
 Notation: B rows, T tokens, V vocab_size, C n_embd, D n_qkv, H n_head, d = D/H, R r_layer. Tokens count from 0.
 `x` is the residual stream, `xn` its norm.
@@ -41,6 +42,8 @@ Readings, where the specification leaves a choice:
 13. Compaction: O and A come from the norm of x before anything is added; its Y acts on that same norm(x). Causal: sum
     over earlier chunks / tokens in them, then / sqrt(C), then tanh; chunk 0 has Y = 0. Batch: the bare sum over B*T.
 14. LAM: a zero q or k stays zero. GELU is the exact one (erf).
+15. strawberry-silia: the sink's score is q·τ₀ · k_sink / √d, times the squared attention factor as every score; a
+    gate is σ of its own channels, which stand after v's.
 """
 
 import math
@@ -549,3 +552,51 @@ def add_compaction(cfg, P, block, x):
             for t in range(j * chunk, min((j + 1) * chunk, T)):
                 y[b, t] = x[b, t] + norm(x[b, t]) @ Y
     return y
+
+
+# ---- 7 strawberry-silia ------------------------------------------------------------------------------------------
+
+
+def naive_strawberry_silia(cfg, params, idx):
+    """Logits (B, T, V) of `arch: strawberry-silia`, row by row."""
+    P, idx = prepare(cfg, params, idx)
+    return np.concatenate([head(cfg, P, silia_row(cfg, P, embed(P, row[None])[0])[None]) for row in idx])
+
+
+def silia_row(cfg, P, x):
+    """(T, C) -> (T, C): what leaves the last block."""
+    branches = [x]
+    for layer in range(cfg["n_layer"]):
+        block = f"blocks.{layer}."
+        ug = silia_attention(cfg, P, block + "attn1.", np.array([norm(x_t) for x_t in x]))
+        C = ug.shape[1] // 2
+        branches.append(silia_attention(cfg, P, block + "attn2.", ug[:, :C] * silu(ug[:, C:])))
+        x = np.empty_like(x)
+        for t in range(len(x)):
+            a = softmax(np.array([norm(s[t]) @ P[block + "query"] for s in branches]))
+            x[t] = sum(a_n * s[t] for a_n, s in zip(a, branches, strict=True))
+    return x
+
+
+def silia_attention(cfg, P, name, x):
+    """(T, C) -> (T, n_out): sharpened attention with a sink, less the token's own value, gated, projected."""
+    T, D, (tau_q, tau_k) = len(x), cfg["n_qkv"], P[name + "tau"]
+    parts = np.array([P[name + "w_qkvo.weight"] @ x_t for x_t in x])
+    q, k, v = rotary_and_norm(cfg, parts[:, :D]), rotary_and_norm(cfg, parts[:, D : 2 * D]), parts[:, 2 * D : 3 * D]
+    _, factor = frequencies(cfg)
+    scale = factor**2 / math.sqrt(D // cfg["n_head"])
+    y = np.empty((T, D))
+    for head_ in heads(D, cfg["n_head"]):
+        for t in range(T):
+            pairs = [(k[s, head_] * tau_k, v[s, head_]) for s in range(t + 1)]
+            if cfg["attention_sink"]:
+                pairs.append((P[name + "mixer.sink_k"][head_], P[name + "mixer.sink_v"][head_]))
+            e = [math.exp(q[t, head_] * tau_q @ key * scale) for key, _ in pairs]
+            y_t = sum(e_s * value for e_s, (_, value) in zip(e, pairs, strict=True)) / sum(e)
+            if cfg["exclusive"]:
+                own = v[t, head_] / max(math.sqrt(v[t, head_] @ v[t, head_]), 1e-6)
+                y_t = y_t - (y_t @ own) * own
+            y[t, head_] = y_t
+    if cfg["gated"]:
+        y = y * sigmoid(parts[:, 3 * D :])
+    return np.array([P[name + "w_out.weight"] @ y_t for y_t in y])

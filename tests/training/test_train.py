@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -612,6 +613,45 @@ def test_training_goes_on_where_compiling_fails(run_folder, monkeypatch, capsys)
     assert run("--compile=true") == 0
     assert "torch.compile failed" in capsys.readouterr().err
     assert_same(weights_and_state("eager")[1], weights_and_state("ck")[1])
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """A list of whether gradients were enabled in each compiled graph, in a run whose graphs are not optimized; those
+    without gradients fail to compile if `compiled_graphs.fail` is set."""
+    graphs, compile = types.SimpleNamespace(grad=[], fail=False), torch.compile
+
+    def backend(graph, inputs):
+        graphs.grad.append(torch.is_grad_enabled())
+        if graphs.fail and not torch.is_grad_enabled():
+            raise RuntimeError("no registers left")
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend=backend, **options))
+    yield graphs
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["true", "blocks"])
+def test_an_evaluation_is_compiled_at_the_first_evaluation(run_folder, compiled_graphs, capsys, how):
+    trainer = prepared(f"--compile={how}")
+    assert compiled_graphs.grad and all(compiled_graphs.grad)
+    assert trainer.compiled == {"true": True}.get(how, how)
+    assert run(f"--compile={how}", "--eval_interval=2", "--checkpoints.path=ck2") == 0
+    assert not all(compiled_graphs.grad)
+    assert capsys.readouterr().out.count("compiling the evaluation") == 1
+
+
+@pytest.mark.slow
+def test_evaluations_go_on_where_compiling_them_fails(run_folder, compiled_graphs, capsys):
+    run("--checkpoints.path=eager", "--eval_interval=2")
+    compiled_graphs.fail = True
+    assert run("--compile=true", "--eval_interval=2") == 0
+    assert capsys.readouterr().err.count("torch.compile failed, so that evaluations take longer") == 1
+    losses = [[line["val_loss"] for line in metrics(f"{path}/metrics.jsonl") if "val_loss" in line]
+              for path in ("eager", "ck")]  # fmt: skip
+    assert len(losses[0]) > 1 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_training_goes_on_where_drawing_fails(run_folder, monkeypatch, capsys):
