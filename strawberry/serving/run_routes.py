@@ -1,5 +1,6 @@
 """The routes of runs, wherever they were started: the table, one run, its metrics, notes and checkpoints."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,15 +126,22 @@ class Notes:
     object: str = "run.notes"
 
 
+def number(value: Any, kind: type = float) -> Any:
+    """The value where it is such a number; None else: the files in --runs may be of any program."""
+    is_one = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return value if is_one else None
+
+
 def format_summary(index, run: FolderRun | JobRun) -> dict:
     latest, about = run.latest, run.about
-    found = {name: latest.get(name) for name in ("val_loss", "val_bpb", "tokens", "tokens_per_s", "seconds")}
-    known = {name: about.get(name) for name in ("parameters", "flops_per_token", "device")}
+    found = {name: number(latest.get(name)) for name in ("val_loss", "val_bpb", "tokens_per_s", "seconds")}
+    known = {"tokens": number(latest.get("tokens"), int), "parameters": number(about.get("parameters"), int),
+             "flops_per_token": number(about.get("flops_per_token")), "device": about.get("device")}  # fmt: skip
     return {
         "id": run.id, "name": run.name, "source": run.source, "preset": run.preset, "changed": run.changed(index),
-        "dataset": run.dataset, "status": run.status, "step": latest.get("step", 0), "max_iters": run.max_iters,
-        "train_loss": latest.get("loss"), "started": int(run.started), "has_notes": bool(read_notes(run).strip()),
-        "object": "run", **found, **known,
+        "dataset": run.dataset, "status": run.status, "step": number(latest.get("step"), int) or 0,
+        "max_iters": number(run.max_iters, int), "train_loss": number(latest.get("loss")),
+        "started": int(run.started), "has_notes": bool(read_notes(run).strip()), "object": "run", **found, **known,
     }  # fmt: skip
 
 
@@ -158,7 +166,11 @@ async def list_all_runs(service: TheService) -> RunSummaries:
     """List all runs, newest first: the jobs of this server, and the runs of the command line in the folders --runs."""
 
     def read() -> list[dict]:
-        return [format_summary(service.runs, run) for run in service.runs.all()]
+        found = []
+        for run in service.runs.all():
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # files of another program
+                found.append(format_summary(service.runs, run))
+        return found
 
     return {"object": "list", "data": await run_in_threadpool(read)}
 

@@ -85,7 +85,8 @@ class FolderRun:
         self.metrics.read()
         stamp = self._stamp()
         if stamp != self.stamp:
-            self.stamp, self.about = stamp, read_record(self.folder) or self._read_checkpoint()
+            about = read_record(self.folder) or self._read_checkpoint()
+            self.stamp, self.about = stamp, about if is_usable(about) else {}
             self.own_name = self._find_name()
 
     def _stamp(self) -> tuple:
@@ -127,7 +128,8 @@ class FolderRun:
     def status(self) -> str:
         if self.holder:
             return "running"
-        return "succeeded" if self.latest.get("step", 0) >= self.run.get("max_iters", float("inf")) else "stopped"
+        step, end = self.latest.get("step"), self.run.get("max_iters")
+        return "succeeded" if isinstance(step, int) and isinstance(end, int) and step >= end else "stopped"
 
     @property
     def max_iters(self) -> int | None:
@@ -381,6 +383,15 @@ def read_config(path: Path) -> dict:
     raw = parse_config(path)
     raw.pop("$schema", None)
     return to_dict(make_run(raw, CONFIGS))
+
+
+def is_usable(record: dict) -> bool:
+    """Whether a record, which may be of another program, has what is read of it."""
+    run = record.get("run", {})
+    sections = [run.get("model_hyperparams"), run.get("dataset")]
+    texts = [record.get("command") or "", record.get("config") or "", run.get("model_path", "")]
+    return (all(isinstance(one, dict) for one in sections) and all(isinstance(text, str) for text in texts)
+            and isinstance(record.get("started", 0), (int, float)))  # fmt: skip
 
 
 def id_of(folder: Path) -> str:

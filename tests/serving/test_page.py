@@ -393,7 +393,35 @@ def test_files_and_datasets_are_brought_shown_and_deleted(page, site, tmp_path):
     page.js("document.querySelector('section[aria-label=Datasets] summary').click()")
     page.has("the cat sat", "section[aria-label=Datasets] .documents")
     page.pictures("data")
+
+    # a file that is dropped on the page
+    page.js("""{ const data = new DataTransfer(); data.items.add(new File(['dropped words'], 'dropped.txt'));
+      document.querySelector('.drop').dispatchEvent(new DragEvent('drop', { dataTransfer: data, bubbles: true })) }""")
+    page.has("dropped.txt", "section[aria-label=Files]")
     assert not page.problems()
+
+
+def test_a_model_is_deleted_after_a_confirmation(page, site):
+    """A dialog asks, No keeps it and Yes removes it, and a refusal is said in words."""
+    (site.folder / "spare.strawberry").write_bytes((site.folder / "untrained.strawberry").read_bytes())
+    row = "[...document.querySelectorAll('section[aria-label=Models] li')].find(e => e.innerText.startsWith('NAME'))"
+    spare, used = row.replace("NAME", "spare"), row.replace("NAME", "untrained")
+    page.go("/data", f"!!{spare}")
+    size = (site.folder / "spare.strawberry").stat().st_size
+    assert f"{size / 1000:.1f} kB" in page.js(f"{spare}.innerText")
+    assert "spare.strawberry" in page.click_and_answer(f"{spare}.querySelector('button')", accept=False)
+    assert (site.folder / "spare.strawberry").exists()
+    page.click_and_answer(f"{spare}.querySelector('button')", accept=True)
+    page.until(f"!{spare}")
+    assert not (site.folder / "spare.strawberry").exists() and (site.folder / "untrained.strawberry").exists()
+    page.js("""import('/page/api.js').then(api => { globalThis.stopped = new AbortController();
+      api.complete({ model: 'untrained.strawberry', prompt: 'a', max_tokens: 2900, temperature: 0 },
+        () => { globalThis.began = true }, stopped.signal).catch(() => {}) }); 0""")
+    page.until("globalThis.began")
+    page.click_and_answer(f"{used}.querySelector('button')", accept=True)
+    page.has("generating", "section[aria-label=Models] .error")
+    page.js("stopped.abort()")
+    assert (site.folder / "untrained.strawberry").exists()
 
 
 def test_a_run_is_planned_started_paused_resumed_stopped_and_deleted(page, site):

@@ -181,6 +181,27 @@ def test_a_run_without_a_record_is_read_from_its_checkpoint(runs_folder, tmp_pat
         site.stop()
 
 
+def test_files_of_another_program_do_no_harm(runs_folder, tmp_path):
+    for i, (line, record) in enumerate([
+        ('{"step": "x", "loss": []}', {"run": {"model_hyperparams": [], "dataset": 3}}), ("[1]\n\x00", None),
+        ('{"epoch": 1}', {"run": {"max_iters": "many", "model_path": 3}, "started": "today"}), ("", {"run": {}}),
+        ('{"step": 2, "loss": 1.5, "tokens": true}', {"run": {}, "parameters": "9", "command": "'", "config": "/no"}),
+    ]):  # fmt: skip
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "metrics.jsonl").write_text(line)
+        if record:
+            (tmp_path / str(i) / "record.json").write_text(json.dumps(record))
+    shutil.copytree(runs_folder / "ck", tmp_path / "real")
+    site = Running(tmp_path, runs=[str(tmp_path)])
+    try:
+        found = by_name(site)
+        assert found["tiny"]["status"] == "succeeded" and found["4"]["train_loss"] is None  # no end of a line yet
+        for one in found.values():
+            assert site.send("GET", f"/v1/runs/{one['id']}/metrics")[0] == 200
+    finally:
+        site.stop()
+
+
 def test_flat_and_changed_keys():
     assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": None}) == {"a.b.c": 1, "e": None}
     base = {"max_iters": 10, "lr_decay_iters": 10, "seed": 1, "a": {"b": 2}, "dataset": {"path": "x"}}

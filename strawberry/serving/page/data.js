@@ -1,4 +1,4 @@
-// Files and datasets: bring text, look at it, build a dataset of it.
+// Files, datasets and models: bring text, look at it, build a dataset of it; what the disk holds.
 
 import { ask, get, post, remove, upload } from "./api.js";
 import { ago, button, bytes, chip, count, doing, el, field, isActive, keep, many, offer, say, size } from "./dom.js";
@@ -88,6 +88,7 @@ export function mount(root) {
   const zone = dropZone(error, status, async stored => { await self.refresh(); for (const { id } of stored) check(id, true); summarize(); });
   const fileList = el("ul", { class: "list" }), noFiles = el("p", { class: "hint" });
   const list = el("ul", { class: "list" }), none = el("p", { class: "hint" });
+  const modelList = el("ul", { class: "list" }), noModels = el("p", { class: "hint" }), modelError = el("p", { class: "error", role: "alert" });
   const loading = el("p", { class: "loading" }, "Loading the data …"), page = el("div");
 
   const name = el("input", { maxlength: 255, autocomplete: "off", placeholder: "stories, say" });
@@ -125,7 +126,8 @@ export function mount(root) {
       el("section", { class: "card", "aria-label": "Files" }, el("h2", {}, "Files"), el("p", {}), zone.element, status, error,
         noFiles, fileList),
       el("section", { class: "card", "aria-label": "New dataset" }, form)),
-    el("section", { class: "card", "aria-label": "Datasets" }, el("div", { class: "bar" }, el("h2", { tabindex: "-1" }, "Datasets"), disk), none, list));
+    el("section", { class: "card", "aria-label": "Datasets" }, el("div", { class: "bar" }, el("h2", { tabindex: "-1" }, "Datasets"), disk), none, list),
+    el("section", { class: "card", "aria-label": "Models" }, el("h2", { tabindex: "-1" }, "Models"), modelError, noModels, modelList));
   page.hidden = true;
   root.append(loading, page);
 
@@ -153,6 +155,11 @@ export function mount(root) {
         { class: "small danger", "aria-label": `Delete ${file.filename}` })),
     preview(`/v1/files/${file.id}/documents?limit=3`));
 
+  const modelRow = model => el("li", { class: "row" }, el("span", { class: "grow" }, model.id), el("span", { class: "facts" }),
+    el("a", { class: "button small", href: `#/write?model=${encodeURIComponent(model.id)}` }, "Write with it"),
+    button("Delete", erase(" Its file is removed from the server's disk for good.", model.id, `/v1/models/${encodeURIComponent(model.id)}`,
+      () => page.querySelector("[aria-label=Models] h2"), modelError), { class: "small danger", "aria-label": `Delete the model ${model.id}` }));
+
   function datasetRow(dataset) {
     const own = el("p", { class: "error", role: "alert" });
     return el("li", {},
@@ -161,7 +168,7 @@ export function mount(root) {
       el("div", { class: "buttons" },
         el("a", { class: "button small use", href: `#/new?dataset=${dataset.id}` }, "Train on it"),
         button("Cancel", doing(own, async () => { await ask(`/v1/datasets/${dataset.id}/cancel`, { method: "POST" }); await self.refresh(); }), { class: "small cancel" }),
-        button("Delete", erase(" Its files, and the models trained on it, stay.", named(dataset), `/v1/datasets/${dataset.id}`, () => page.querySelector("section:last-child h2"), own),
+        button("Delete", erase(" Its files, and the models trained on it, stay.", named(dataset), `/v1/datasets/${dataset.id}`, () => page.querySelector("[aria-label=Datasets] h2"), own),
           { class: "small danger erase", "aria-label": `Delete the dataset ${named(dataset)}` })));
   }
 
@@ -206,6 +213,9 @@ export function mount(root) {
       offer(encoder, { "": [["", "learned from the text"], ["chars", "a token for each character"]],
                        "The tokens of a dataset": datasets.filter(d => d.status === "succeeded").map(d => [d.id, named(d)]), "Of a model": models.map(m => [m.id, m.id]) });
       keep(fileList, files, file => file.id, fileRow);
+      say(noModels, models.length ? "" : "No models yet.");
+      keep(modelList, models, model => model.id, modelRow,
+        (row, model) => say(row.querySelector(".facts"), `${model.arch}, ${bytes(model.bytes)}${model.loaded ? ", in memory" : ""}`));
       keep(list, datasets, dataset => dataset.id, datasetRow, updateDataset);
       summarize();
       return datasets.some(dataset => isActive(dataset.status));
