@@ -377,7 +377,7 @@ def test_files_and_datasets_are_brought_shown_and_deleted(page, site, tmp_path):
     page.click_and_answer(f"{file.replace('NAME', 'f90')}.querySelector('button')", accept=True)
     page.until(f"document.querySelectorAll('{files}').length === 1")
     upload(page, tmp_path, ("film.mp4", "no text\0"))
-    page.has("rename it if it is text", "section[aria-label=Files] .error")
+    page.has("film.mp4 is not UTF-8 text", "section[aria-label=Files] .error")
 
     if page.js(f"document.querySelector('{files} [type=checkbox]').checked"):
         page.js(f"document.querySelector('{files} [type=checkbox]').click()")
@@ -572,6 +572,21 @@ def test_several_texts_are_written_side_by_side(page, site):
     page.js("document.querySelectorAll('.choices button')[1].click()")
     assert page.js(f"{EDITOR}.textContent") == "the " + texts[1]
     assert not page.js("document.querySelector('.choices').children.length")
+
+    # two models, of the same weights: the same seed writes the same text
+    begin_writing(page, Seed=5)
+    (site.folder / "twin.strawberry").write_bytes((site.folder / "untrained.strawberry").read_bytes())
+    try:
+        page.js("dispatchEvent(new Event('changed'))")
+        page.until("!!document.querySelector('.others [value^=twin]')")
+        page.js("document.querySelector('.others').closest('details').open = true;"
+                "document.querySelector('.others [value^=twin]').click()")  # fmt: skip
+        page.click("Write", ".writing")
+        page.until("document.querySelectorAll('.choices button:not(:disabled)').length === 2")
+        assert page.js("[...document.querySelectorAll('.choices .text')].map(e => e.textContent)") == [texts[0]] * 2
+        assert "untrained.strawberry" in page.text(".choices") and "twin.strawberry" in page.text(".choices")
+    finally:
+        (site.folder / "twin.strawberry").unlink()
 
 
 def test_stop_ends_a_text_and_an_error_keeps_what_was_written(page):

@@ -14,7 +14,9 @@ async function uploadText(file, progress, signal) {
   try {
     return await upload(file, progress, signal);
   } catch (problem) {
-    if (problem.code !== "file_kind" || /\.(csv|tsv|ipynb|rtf)$/i.test(file.name) || !await isText(file)) throw problem;
+    if (problem.code !== "file_kind") throw problem;
+    if (/\.(csv|tsv|ipynb|rtf)$/i.test(file.name)) throw new Error(`${file.name} is text in form only: convert it to plain text or to JSON lines.`);
+    if (!await isText(file)) throw new Error(`${file.name} is not UTF-8 text: convert it to text or to JSON lines.`);
     return upload(new File([file], `${file.name}.txt`), progress, signal);
   }
 }

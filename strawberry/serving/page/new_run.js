@@ -97,7 +97,7 @@ export function mount(root, { query }) {
       suffix: suffix.value || undefined, seed: seed.value === "" ? undefined : Number(seed.value) });
     location.hash = `#/runs/${made.id}`;
   }) });
-  form.append(el("div", { class: "columns wide-left" },
+  form.append(el("div", { class: "columns wide-left plan" },
     el("div", {},
       el("section", { class: "card", "aria-label": "Beginning" }, el("h2", {}, "New run"),
         el("div", { class: "fields wide" }, field("Start from", start, "A preset, or a model to train further."), field("Train on", data, "A dataset, or a file, of which one is built."),
@@ -245,6 +245,7 @@ export function mount(root, { query }) {
 
   function ask(wait = 400) {
     clearTimeout(timer);
+    if (!estimate) say(costNote, "Counting …");
     timer = setTimeout(async () => {
       asking?.abort();
       asking = new AbortController();

@@ -146,6 +146,7 @@ export function mount(root, { id }) {
 
   function showKeys() {
     const { values, preset_values: preset } = details, same = key => JSON.stringify(values[key]) === JSON.stringify(preset[key])
+      || (preset[key] === "auto" && !(key in details.summary.changed)) // what train.py made of it
       || (key === "lr_decay_iters" && [values, preset].every(one => one[key] === one.max_iters)); // it was not set
     const all = Object.keys(values).sort(), differ = all.filter(key => !same(key) && key !== "seed");
     const known = Object.keys(preset).length > 0;

@@ -316,7 +316,7 @@ export function mount(root, { query }) {
         throw problem;
       }
       const wanted = query.get("model");
-      models = data.map(one => [one.id, one.id]);
+      models = data.sort((a, b) => b.created - a.created).map(one => [one.id, one.id]); // the newest is the default
       const extra = wanted && !models.some(([name]) => name === wanted) ? [[wanted, wanted]] : [];
       loading.hidden = true;
       page.hidden = !models.length && !extra.length;
