@@ -15,10 +15,10 @@ train: $(VENV)/installed
 
 # one thread for each of two workers: more of either only get in each other's way on two cores
 test: $(VENV)/installed $(VENV)/logging
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-fast: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 # what needs a GPU, with the Python at hand (no GPU: nothing runs); those that fill or time the GPU come one by one
 test-gpu:

@@ -51,6 +51,7 @@ VERSION = 1
 MAX_FILE = 6 << 20  # bytes; the largest published vocabulary, 200,000 tokens, takes 4 MB
 MAX_BRACKETS = 100_000  # in such a file: an empty list of two bytes takes 64 in memory
 MAX_VOCAB = 1 << 22  # ids, so that a damaged file cannot ask for a table that fills the memory
+MAX_TEMPLATE = 1 << 16  # characters of a chat template
 FETCH_SECONDS = 30
 
 
@@ -222,6 +223,7 @@ class Encoder:
     eot, pad     the ids of <|eot|> and <|pad|>
     specials     dict of special string → id; two names may share an id, which spells the first in sorted order
     fingerprint  SHA-256, in hexadecimal, of the plain data; equal encoders have equal fingerprints
+    chat_template  {"template": Jinja text, "end_of_turn": special string}, or None; strawberry/data/chat.py applies it
 
     >>> encoder = train(["the cat, the hat"], vocab_size=261)  # 256 bytes, "at", "he", "the"
     >>> encoder.encode("the")
@@ -238,6 +240,7 @@ class Encoder:
         self.vocab_size = len(self._table)
         self.eot, self.pad = self.specials[EOT], self.specials[PAD]
         self.fingerprint = _fingerprint(self._data)
+        self.chat_template: dict[str, str] | None = data.get("chat_template")
 
     def __repr__(self) -> str:
         return f"Encoder({self._data['kind']}, vocab_size={self.vocab_size}, fingerprint={self.fingerprint[:8]})"
@@ -357,6 +360,7 @@ class StreamDecoder:
 # {"format": "encoder", "version": 1, "kind": "bpe", "pattern": "…", "ranks": ["AA==", "AQ==", …],
 #  "specials": {"<|eot|>": 8190, "<|pad|>": 8191}, "fingerprint": "…"}
 # ranks are tokens in base64, by id, "" where an id is unused; the kind "chars" has "chars": ["\n", " ", …] instead.
+# An encoder for chats also has "chat_template": {"template": "…", "end_of_turn": "<|im_end|>"}.
 
 
 def _fingerprint(data: dict) -> str:
@@ -393,6 +397,8 @@ def unpack(raw: bytes) -> dict:
     if not isinstance(data.get("pattern", ""), str):
         raise UserError("damaged encoder: pattern must be a string")
     _check_specials(data["specials"])
+    if "chat_template" in data:
+        _check_chat_template(data["chat_template"], data["specials"])
     return data
 
 
@@ -402,6 +408,15 @@ def _check_specials(specials: dict) -> None:
     for name, i in specials.items():
         if type(i) is not int or not 0 <= i < MAX_VOCAB:
             raise UserError(f"damaged encoder: the id of special token {name!r} is {i!r}, not 0 to {MAX_VOCAB - 1}")
+
+
+def _check_chat_template(template: dict, specials: dict) -> None:
+    texts = isinstance(template, dict) and [template.get(key) for key in ("template", "end_of_turn")]
+    if not texts or not all(isinstance(text, str) for text in texts) or len(texts[0]) > MAX_TEMPLATE:
+        raise UserError(f"damaged encoder: chat_template must have a template of at most {MAX_TEMPLATE:,} characters, "
+                        "and an end_of_turn")  # fmt: skip
+    if texts[1] not in specials:
+        raise UserError(f"damaged encoder: end_of_turn {texts[1]!r} is none of its special tokens")
 
 
 def _unpack_ranks(ranks: list[str]) -> list[bytes]:
@@ -517,7 +532,8 @@ def _clean_parts(texts: Iterable[str]) -> Iterator[str]:
                 yield part if _is_unicode(part) else part.encode("utf-8", "replace").decode()
 
 
-def train(texts: Iterable[str], vocab_size: int, specials: Iterable[str] = (), exact: bool = True) -> Encoder:
+def train(texts: Iterable[str], vocab_size: int, specials: Iterable[str] = (), exact: bool = True,
+          chat_template: dict[str, str] | None = None) -> Encoder:  # fmt: skip
     """Learn a byte-level BPE of exactly `vocab_size` ids: 256 bytes, the merges, <|eot|>, <|pad|>, then `specials`.
 
     Texts are streamed: memory grows with the number of different words, not with the text. The result depends on the
@@ -557,6 +573,8 @@ def train(texts: Iterable[str], vocab_size: int, specials: Iterable[str] = (), e
             f"give more text, or a vocab_size of at most {most}"
         )
     data = {"kind": "bpe", "pattern": GPT4_PATTERN, "ranks": [base64.b64encode(token).decode() for token in ranks]}
+    if chat_template is not None:
+        data["chat_template"] = chat_template
     return Encoder({**data, "specials": {name: n_ranks + i for i, name in enumerate(names)}})
 
 

@@ -1702,7 +1702,9 @@ class TinyStarConfig(FeedForwardExpertOptions, AttentionOptions, ModelConfig):
     attention_type: str = option(
         "GQA", "heads of k and v: as q, grouped, one, or a latent; -SWA: over a sliding window",
         choices=("MHA", "GQA", "MQA", "MHLA", "MHA-SWA", "GQA-SWA", "MQA-SWA", "MHLA-SWA"))
-    ffn_type: str = option("SwiGLU", "feed-forward", choices=("SwiGLU", "GELU", "ReLU2"))
+    ffn_type: str = option(
+        "SwiGLU", "feed-forward; GELU_tanh: as GPT-2's checkpoints",
+        choices=("SwiGLU", "GELU", "GELU_tanh", "ReLU2"))
     pos_encoding: str = option(
         "RoPE", "position encoding", choices=("Learned", "RoPE", "Sinusoidal", "None"))
 
@@ -1720,7 +1722,7 @@ class TinyStarConfig(FeedForwardExpertOptions, AttentionOptions, ModelConfig):
     @property
     def bias(self) -> bool:
         """GPT-2's biases, in the LayerNorm + GELU baseline only."""
-        return self.norm_type == "LayerNorm" and self.ffn_type == "GELU"
+        return self.norm_type == "LayerNorm" and self.ffn_type in ("GELU", "GELU_tanh")
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from heads_divide("n_qkv", self.n_qkv, self.n_head)

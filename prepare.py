@@ -4,6 +4,7 @@
     python prepare.py --corpus packages                   # the pinned packages' sources   -> data/packages.bin
     python prepare.py --input texts/ 'more/*.jsonl.gz'    # your own text                  -> data/webtext.bin
     python prepare.py --pairs                             # docstrings and their code      -> data/pairs.bin
+    python prepare.py --input chats.jsonl --chat_template chatml --encoder bin/chat.bin     # {"messages": [...]} lines
     python prepare.py --pairs mine.jsonl                  # lines of {"source": …, "target": …}, for encoder-decoders
     python prepare.py --verify data/webtext.bin           # reads all of a token file and checks its hash
 
@@ -43,6 +44,7 @@ from encoder import Encoder, cut_pieces, load, train
 from strawberry.argument_parser import ArgumentParser
 from strawberry.common import UserError, check_path_arguments, run_cli, show
 from strawberry.data import encoding
+from strawberry.data.chat import ChatReader, ChatTemplate, read_template, template_of
 from strawberry.data.docstrings import DocstringPairs
 from strawberry.data.documents import (
     Documents,
@@ -74,6 +76,7 @@ class Source:
     texts: list[str] = dataclasses.field(default_factory=list)
     is_corpus: bool = False  # Python sources, whose pairs are docstrings and code
     max_tokens: int = 0  # tokens of a pair's target; 0: running text
+    template: ChatTemplate | None = None  # that makes text of entries with messages
 
     @property
     def kind(self) -> str:
@@ -84,12 +87,16 @@ class Source:
     def digest(self) -> str:
         """SHA-256 of all that is read, after documents.scan(); it stands in the token file's header."""
         about = [self.documents.digest, self.texts, self.max_tokens, self.is_corpus]
+        about += [self.template.to_dict()] if self.template else []
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
-    def read(self, progress: Callable[[int], object] = ignore_progress) -> Iterator[tuple[str, bool]]:
-        """(part, whether it ends its document) of the running text."""
-        yield from ((text, True) for text in self.texts)
-        yield from self.documents.read(progress=progress)
+    def read(self, progress: Callable[[int], object] = ignore_progress) -> Iterator[tuple[str | list[str], bool]]:
+        """(piece, whether it ends its document) of the running text; a chat is one piece, the list of its parts."""
+        documents = itertools.chain(((text, True) for text in self.texts), self.documents.read(progress=progress))
+        for is_text, group in itertools.groupby(documents, key=lambda part: isinstance(part[0], str)):
+            if is_text:
+                group = cut_pieces(group, encoding.PIECE)  # noqa: B031 (it is read once)
+            yield from group
 
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", ".."}  # folders
@@ -199,10 +206,25 @@ def load_encoder(spec: str, vocab_size: int | None) -> Encoder:
     return encoder
 
 
+def find_template(spec: str | None, encoder: Encoder | None, path: str) -> ChatTemplate | None:
+    """The template of --chat_template, or else the encoder's. Raises UserError if the encoder has another one."""
+    own = None if encoder is None else template_of(encoder)
+    if spec is None:
+        return own
+    template = read_template(spec)
+    if encoder is not None and own != template:
+        has = "another chat template" if own else "no chat template"
+        raise UserError(f"--chat_template {spec}: the encoder {path} is there and has {has}; name a new file with "
+                        "--encoder, to be trained with this one, or leave --chat_template out")
+    return template
+
+
 def train_encoder(spec: str, vocab_size: int, source: Source) -> Encoder:
     """An encoder trained on the source and saved as `spec`."""
     print(f"training an encoder of {vocab_size} tokens on {source.name}", flush=True)
-    encoder = train(read_training_text(source), vocab_size)
+    template = source.template
+    specials, data = ([], None) if template is None else (template.specials, template.to_dict())
+    encoder = train(read_training_text(source), vocab_size, specials, chat_template=data)
     encoder.save(spec)
     return encoder
 
@@ -211,6 +233,7 @@ def read_training_text(source: Source) -> Iterator[str]:
     """Text to train on: the files in shuffled order, the first MAX_TRAINING_CHARS characters of them."""
     files = source.documents.files
     find_entry = find_both_texts if source.max_tokens else find_text
+    find_entry = ChatReader(source.template).find_contents if source.template else find_entry
     parts = source.documents.read((files[i] for i in permutation(len(files), SEED)), find_entry)
     left = encoding.MAX_TRAINING_CHARS
     for text, _ in itertools.chain(((text, True) for text in source.texts), cut_pieces(parts, encoding.PIECE)):
@@ -256,7 +279,7 @@ def write_token_file(source: Source, encoder: Encoder, output: str) -> None:
             if source.max_tokens:
                 n_bytes = encode_pairs(reader.read(progress=bar.update), encoder, spool, source.max_tokens)
             else:
-                n_bytes = encode_documents(cut_pieces(source.read(bar.update), encoding.PIECE), encoder, spool)
+                n_bytes = encode_documents(source.read(bar.update), encoder, spool)
             if not spool.n_documents:
                 raise UserError(explain_no_text(source, what, spool.notes))
             bar.reset(spool.n_tokens * spool.dtype.itemsize)
@@ -325,6 +348,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--encoder", default="bin/cl8k.bin", metavar="SPEC", help="an encoder file, trained on the "
                         "input where it is missing; tiktoken:NAME; chars:FILE (default %(default)s)")
     parser.add_argument("--vocab_size", type=int, help="size of the encoder to train (default 8192)")
+    parser.add_argument("--chat_template", metavar="NAME", help="chatml, or a file with a Jinja template: also read "
+                        "{\"messages\": [{\"role\": …, \"content\": …}, …]} in .jsonl and .json; the new encoder keeps "
+                        "the template, and its models can chat")
     add_reading_options(parser)
     parser.add_argument("--force", action="store_true", help="write the output anew though it is up to date: made from "
                         "the same text by the same encoder, by the hashes in its header (an encoder that is there is "
@@ -337,6 +363,8 @@ def get_source(given: argparse.Namespace) -> tuple[Source, str]:
     names, option = (given.pairs, "--pairs") if given.pairs else (given.input, "--input")
     default = "data/packages.bin" if given.corpus == "packages" and not names else "data/webtext.bin"
     output = given.output or (default if given.pairs is None else "data/pairs.bin")
+    if given.pairs is not None and given.chat_template is not None:
+        raise UserError("--pairs and --chat_template exclude each other: a pair has no messages")
     if given.pairs is not None and given.input:
         raise UserError("--pairs and --input exclude each other: name the files after --pairs")
     if not 2 <= given.max_tokens <= MAX_PAIR_TOKENS:
@@ -372,6 +400,8 @@ def main(argv: list[str]) -> None:
     source, output = get_source(given)
     check_files(given, source, output)
     encoder = None if is_missing(given.encoder) else load_encoder(given.encoder, given.vocab_size)
+    if source.max_tokens == 0 and (template := find_template(given.chat_template, encoder, given.encoder)):
+        source.template, source.documents.find_entry = template, ChatReader(template).split
     scan_documents(source)
     difference = find_difference(output, source, encoder)
     if difference is None and not given.force:

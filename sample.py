@@ -14,6 +14,7 @@ Index:  settings · the prompt · samples and conversation · the command
 """
 
 import itertools
+import json
 import re
 import sys
 import time
@@ -30,6 +31,7 @@ from strawberry.data.documents import InputFile
 from strawberry.inference.bulk import run_bulk
 from strawberry.inference.engine import Decoder
 from strawberry.inference.loading import load_for_inference, resolve_model_path
+from strawberry.inference.options import SamplingOptions
 from strawberry.inference.scoring import score_text
 from strawberry.inference.text import (
     TextStream,
@@ -52,7 +54,7 @@ from strawberry.run_config import asks_for_help
 
 
 @dataclass
-class Settings:
+class Inputs:
     model: str | None = option(None, "model file or checkpoint directory; default: the newest model in bin/", path=True)
     prompt: Any = option(None, 'text to continue; "": start a new text')
     source: Any = option(
@@ -64,12 +66,10 @@ class Settings:
         None, "file with the prompt; -: standard input, without one final line end",
         path=True,
     )
-    length: int = option(256, "maximum number of new tokens", low=1, high=2**20)
-    temperature: float = option(0.8, "sampling temperature; 0: always the most likely token", low=0)
-    top_k: int = option(0, "sample from the k most likely tokens; 0: from all", low=0)
-    top_p: float = option(1.0, "sample from the most likely tokens with this total probability", above=0, high=1)
-    min_p: float = option(0.0, "sample from tokens with at least this share of the highest probability", low=0, high=1)
-    seed: int | None = option(None, "sample n uses seed + n, from n = 0; default: random, and printed", low=0)
+
+
+@dataclass
+class Settings(SamplingOptions, Inputs):  # fields in this order: those of Inputs, of SamplingOptions, its own
     num_samples: int = option(1, "samples per prompt", low=1)
     stop: list[str] = option(
         [],
@@ -83,7 +83,7 @@ class Settings:
     prompts_file: str | None = option(
         None,
         'JSON lines, or a .json list, of {"prompt": …}: generate many texts into --out; an entry may also set'
-        " source, id, max_tokens, temperature, top_k, top_p, min_p, seed and stop",
+        " source, id, max_tokens, seed and the options from --temperature to --stop_token_ids and --stop",
         path=True,
     )
     out: str | None = option(
@@ -122,11 +122,16 @@ def read_settings(argv: list[str]) -> Settings:
 
 
 def finish_options(raw: dict) -> Iterator[str]:
-    """Replace the escapes in stop strings. Yields the problems with them, and with options that exclude each other."""
+    """Replace the escapes in stop strings, and parse --logit_bias. Yields the problems with the escapes, and those
+    with options that exclude each other.
+    """
     yield from find_conflicts(raw)
     problems: list[str] = []
     if "stop" in raw:
         raw["stop"] = [unescape(text, problems) for text in raw["stop"]]
+    if "logit_bias" in raw:
+        with suppress(ValueError):  # what is no JSON stays text, which is refused
+            raw["logit_bias"] = json.loads(raw["logit_bias"])
     yield from problems
 
 
@@ -216,6 +221,7 @@ class Writer:
         seeds = itertools.islice(self.seeds, self.settings.num_samples)
         requests = [make_request(self.settings, self.encoder, tokens, self.source, seed) for seed in seeds]
         check_prompt_fits(self.model, requests[0], self.settings.on_full)
+        requests[0].check_tokens(self.model.config.vocab_size)
         warn_of_length(self.model, len(tokens))
         texts, work = [TextStream(self.encoder, request, self.settings.stop) for request in requests], Workload()
         for request in requests:

@@ -114,8 +114,7 @@ class Trainer(TrainState):
             run.seed = self.ranks.broadcast_object(found.meta["run"]["seed"] if found else secrets.randbits(31))
         torch.manual_seed(run.seed)
         model = build(run.model_hyperparams)
-        if run.pretrained:
-            setup.load_pretrained(run.pretrained, model, self.encoder)
+        setup.load_initial_weights(run, model, self.encoder)
         ops.prepare_weights(model, "float8" if run.dtype == "float8" else None, self.device)
         self.model = self.ranks.place_model(model, self.device, self.dtype).train()
         self.forward = self.model

@@ -7,6 +7,8 @@ from strawberry.common import UserError, nearest
 from strawberry.config import check, declared
 from strawberry.run_config import parse_arguments
 
+LISTS = {list[str], list[int]}  # options of these types may be given several times
+
 
 def parse_settings(argv: list[str], cls: type, finish: Callable[[dict], Iterable[str]] | None = None) -> Any:
     """The settings of a command line, an instance of the dataclass `cls`. A list option may be given several times.
@@ -18,7 +20,7 @@ def parse_settings(argv: list[str], cls: type, finish: Callable[[dict], Iterable
     config, words, problems = parse_arguments(argv, known, flag_names(cls))
     words += [] if config is None else [("config", config)]  # train.py's; unknown here
     for name, text in words:
-        repeats = name in known and list[str] in known[name].kinds
+        repeats = name in known and bool(LISTS & set(known[name].kinds))
         if name not in known:
             hint = nearest(f"--{name}", [f"--{key}" for key in known])
             problems.append(f"--{name}: unknown option{hint or '; --help lists them'}")
@@ -27,7 +29,7 @@ def parse_settings(argv: list[str], cls: type, finish: Callable[[dict], Iterable
         elif text == "" and known[name].kinds:  # the others take any text
             problems.append(f"--{name}: is empty; give it a value or leave it out")
         elif repeats:
-            raw.setdefault(name, []).append(text)
+            raw.setdefault(name, []).append(text if list[str] in known[name].kinds else parse_number(text))
         else:
             raw[name] = parse_value(text, known[name].kinds)
     problems += finish(raw) if finish else ()
@@ -61,11 +63,11 @@ def parse_number(text: str) -> int | float | str:
 
 def format_help(program: str, cls: type, end: str) -> str:
     """What --help prints: every option of the class with its meaning, what is allowed, and its default."""
-    lines = [f"usage: python {program} [--option value …]", ""]
+    lines, width = [f"usage: python {program} [--option value …]", ""], max(map(len, declared(cls)))
     for name, key in declared(cls).items():
-        default = "" if key.default in (None, []) else f"; default {key.default}"
+        default = "" if key.default in (None, [], {}) else f"; default {key.default}"
         any_text = not key.kinds or list[str] in key.kinds
-        allowed = "text" if any_text else key.allowed.removesuffix(" or null")
+        allowed = "text" if any_text else key.allowed.removesuffix(" or null").removeprefix("list of ")
         limits = "no value" if name in flag_names(cls) else f"{allowed}{default}"
-        lines.append(f"  --{name:<12} {key.doc} [{limits}]")
+        lines.append(f"  --{name:<{width}} {key.doc} [{limits}]")
     return "\n".join([*lines, "", end])

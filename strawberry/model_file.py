@@ -108,6 +108,15 @@ def read_encoder(path) -> Any:
         raise UserError(f"{path}: {error}") from error
 
 
+def read_chat_template(path) -> dict | None:
+    """The chat template in a model file's encoder, if it has one, without making the encoder."""
+    with open_tensors(path) as file:
+        meta = _checked_metadata(file, path)
+    if '"chat_template"' not in meta["encoder"]:  # saves parsing a vocabulary
+        return None
+    return _parse_json_object(meta, "encoder", path).get("chat_template")
+
+
 def serialize_model(model: nn.Module, encoder, record: dict) -> bytes:
     """The content of a model file."""
     file = io.BytesIO()

@@ -16,7 +16,8 @@ from typing import ClassVar
 
 from model import CONFIGS
 from strawberry.common import UserError, nearest, show
-from strawberry.config import check, join_problems, merge_configs, option, path_names, read_json, to_dict
+from strawberry.config import check, join_problems, merge_configs, path_names, read_json, to_dict
+from strawberry.inference.options import SamplingOptions
 from strawberry.inference.text import (
     TextStream,
     Workload,
@@ -78,15 +79,16 @@ class TrainedRun:
         return figure
 
     def sample(
-        self, prompt: str = "", *, length=256, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=None, source=None
+        self, prompt="", *, length=256, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=None, source=None, **more
     ) -> str:
-        """The prompt and its continuation of at most `length` tokens. The options are sample.py's, and the same seed
-        gives the same text. `source` is the input of an encoder-decoder. Raises UserError for what cannot be sampled.
+        """The prompt and its continuation of at most `length` tokens. The options are sample.py's (`more`: its
+        penalties, and what ends a text), and the same seed gives the same text. `source` is the input of an
+        encoder-decoder. Raises UserError for what cannot be sampled.
         """
         if not self.model.generates:
             raise UserError(f"this {self.model.config.arch} is an encoder: it guesses masked tokens and makes no text")
         given = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        options, problems = check(SampleOptions, {**given, "seed": seed})
+        options, problems = check(SampleOptions, {**given, "seed": seed, **more})
         if problems:
             raise UserError(join_problems(problems))
         record = {"run": {"objective": self.config.objective}}
@@ -103,13 +105,7 @@ class TrainedRun:
 
 
 @dataclass
-class SampleOptions:
-    length: int = option(256, "maximum number of new tokens", low=1, high=2**20)
-    temperature: float = option(0.8, "sampling temperature; 0: always the most likely token", low=0)
-    top_k: int = option(0, "sample from the k most likely tokens; 0: from all", low=0)
-    top_p: float = option(1.0, "sample from the most likely tokens with this total probability", above=0, high=1)
-    min_p: float = option(0.0, "sample from tokens with at least this share of the highest probability", low=0, high=1)
-    seed: int | None = option(None, "random seed; null: drawn", low=0)
+class SampleOptions(SamplingOptions):
     compile: ClassVar[str] = "false"
     on_full: ClassVar[str] = "stop"
     batch: ClassVar[int | None] = None

@@ -80,6 +80,17 @@ def _is_report(head: bytes) -> bool:
     return head.startswith(b"|") and b"bench.py" in head and head.rstrip().endswith(b"```")
 
 
+EXPORT_MARK = {"exported_by": "strawberry"}  # in the JSON files and the safetensors metadata of an export
+
+
+def _is_export(head: bytes) -> bool:
+    """A file of export.py: JSON or safetensors with its mark, or a tokenizer.json, which cannot have one, with the keys
+    in its order."""
+    text = head[8:] if head[8:9] == b"{" else head
+    return re.match(rb'\s*{\s*("__metadata__"\s*:\s*{\s*("format"\s*:\s*"pt"\s*,\s*)?)?"exported_by"\s*:\s*"strawberry"'
+                    rb'|\s*{\s*"added_tokens"\s*:\s*\[', text) is not None  # fmt: skip
+
+
 def _has_keys(*keys: str) -> Callable[[bytes], bool]:
     return lambda head: set(keys) <= _parse_object(head).keys()
 
@@ -101,6 +112,7 @@ KINDS = {
     "latest": Kind("the name of a checkpoint", re.compile(rb"step_\d{8,18}\s*\Z").match),
     "texts": Kind("a file of texts that sample.py wrote", _is_texts),
     "texts origin": Kind("what sample.py writes beside its texts", _has_keys("prompts_file", "model", "seed")),
+    "export": Kind("a file of export.py", _is_export),
     "picture": Kind("a picture", _is_picture),
     "benchmark": Kind("a result of bench.py", _is_benchmark),
     "report": Kind("a table of bench.py", _is_report),

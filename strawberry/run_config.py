@@ -58,6 +58,9 @@ class OptimizerHyperparams:
     muon_lr: float | None = option(None, "Muon's learning rate; null: learning_rate", above=0)
 
 
+FOREIGN = ("hf", "nanogpt")  # formats of other programs' checkpoints; see strawberry/huggingface/gpt2.py
+
+
 @dataclasses.dataclass
 class Run:
     """Everything that train.py is told. `run_class` gives model_hyperparams the class of its arch."""
@@ -73,7 +76,8 @@ class Run:
     init_from: str = option(
         "scratch",
         'scratch; resume: continue from the newest intact checkpoint; "<path>,pretrained": start from the '
-        "weights of that model file or checkpoint directory", path=True,
+        'weights of that model file or checkpoint directory; "hf:<directory>", "nanogpt:<ckpt.pt>": from those of a '
+        "GPT-2 of Hugging Face or of a checkpoint of nanoGPT", path=True,
     )
     objective: str = option(
         "auto",
@@ -162,10 +166,18 @@ class Run:
         before, after = self.init_from.removesuffix(",pretrained"), self.init_from.removeprefix("pretrained,")
         return next((path.strip() for path in (before, after) if path != self.init_from), None)
 
+    @property
+    def foreign(self) -> tuple[str, str] | None:
+        """(format, path) of another program's checkpoint that init_from names, `hf:<directory>` or
+        `nanogpt:<ckpt.pt>`; else None."""
+        scheme, _, path = self.init_from.partition(":")
+        return (scheme, path) if scheme in FOREIGN and path and not self.pretrained else None
+
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.init_from not in ("scratch", "resume") and not self.pretrained:
+        if self.init_from not in ("scratch", "resume") and not self.pretrained and not self.foreign:
             hint = nearest(self.init_from, ["scratch", "resume"])
-            yield "init_from", f'must be "scratch", "resume" or "<path>,pretrained"{hint}'
+            foreign = " or ".join(f'"{name}:<path>"' for name in FOREIGN)
+            yield "init_from", f'must be "scratch", "resume", "<path>,pretrained", {foreign}{hint}'
         if self.decay_lr and self.min_lr > self.learning_rate:
             yield "min_lr", f"must be <= learning_rate ({self.learning_rate:g}), since decay_lr is true"
         if self.on_nan == "rollback" and not self.checkpoints.create_checkpoints:

@@ -19,13 +19,14 @@ ROOMS = [
                     "strawberry.stack", "strawberry.summary", "strawberry.sharding", "strawberry.initialization")),
     ("model", ("model", "optimizer", "encoder")),
     ("model files", ("strawberry.config_docs", "strawberry.model_file", "strawberry.training.checkpoint")),
+    ("other programs' files", ("strawberry.huggingface",)),
     ("data", ("strawberry.data",)),
     ("training", ("strawberry.training",)),
     ("inference", ("strawberry.inference",)),
     ("train", ("train",)),
     ("notebook", ("strawberry.notebook",)),
     ("serving, bench", ("strawberry.serving", "strawberry.bench")),
-    ("scripts", ("sample", "prepare", "serve", "bench")),
+    ("scripts", ("sample", "prepare", "serve", "bench", "export")),
 ]
 
 # modules that reach themselves through their imports

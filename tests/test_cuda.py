@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from decoding import SMALL as TINY
-from decoding import collect, every_model, requests_for, small_model
+from decoding import collect, every_model, requests_for, small_model, wishful_requests
 
 from model import AFTS, build
 from strawberry.context import ForwardContext
@@ -93,6 +93,17 @@ def test_compiled_steps_make_the_texts_that_the_cpu_makes(name):
     requests = requests_for(model, 5)
     expected = collect(Decoder(model, 4, 64), requests)
     assert collect(Decoder(model.cuda(), 4, 64, compile=True), requests) == expected
+
+
+def test_penalties_in_a_cuda_graph_are_those_of_a_cpu():
+    """Rows of all settings, before and after others that ask for nothing; in float64, so that no rounding decides."""
+    model = small_model("tinystar")
+    requests, plain = wishful_requests(model), requests_for(model, 5)
+    expected = collect(Decoder(model, 3, 64), [*plain, *requests, *plain])
+    decoder = Decoder(model.cuda(), 3, 64)
+    assert collect(decoder, [*plain, *requests, *plain]) == expected
+    graphs = decoder.device_step.launch.__self__.graphs
+    assert {filters.processes for _, _, filters in graphs} == {True, False}
 
 
 def test_a_step_is_one_launch():

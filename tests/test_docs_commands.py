@@ -77,6 +77,8 @@ GIVEN: dict[str, str | list[str]] = {  # a text, or the commands that make the f
     "notes/day.txt": VERSE,
     "logs/a.jsonl": "".join(f'{{"text": "{verse.strip()}"}}\n' for verse in VERSE.split("\n\n") if verse) * 2,
     "input.txt": VERSE,
+    "chats.jsonl": 200 * (
+        '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you"}]}\n'),
     "pairs.jsonl": '{"source": "Return the sum.", "target": "return a + b"}\n' * 50,
     "prompts.jsonl": '{"prompt": "Once"}\n{"prompt": "Once a", "max_tokens": 5, "id": "b"}\n',
     "bin/tiny.strawberry": [
@@ -85,6 +87,15 @@ GIVEN: dict[str, str | list[str]] = {  # a text, or the commands that make the f
         "python prepare.py --input notes/day.txt --output data/verse.bin --encoder bin/verse.bin --vocab_size 270",
         f"python train.py --config tiny.json {SMALL} --dataset.path=data/verse.bin --encoder_path=bin/verse.bin "
         "--model_hyperparams.vocab_size=270 --model_hyperparams.block_size=64 --model_path=bin/verse.strawberry"],
+    "bin/chat.strawberry": [
+        "python prepare.py --input chats.jsonl --chat_template chatml --output data/chats.bin --encoder bin/chat.bin "
+        "--vocab_size 264",
+        f"python train.py --config tiny.json {SMALL} --dataset.path=data/chats.bin --encoder_path=bin/chat.bin "
+        "--model_hyperparams.vocab_size=264 --model_hyperparams.block_size=64 --model_path=bin/chat.strawberry"],
+    "bin/tinystar-v0.2-modernbase.tinystar": [
+        "python prepare.py --input notes/day.txt --output data/verse.bin --encoder bin/verse.bin --vocab_size 270",
+        f"python train.py --config tinystar-v0.2-modernbase.json {SMALL} --max_iters=2 --dataset.path=data/verse.bin "
+        "--encoder_path=bin/verse.bin --model_hyperparams.vocab_size=270 --model_hyperparams.block_size=64"],
     "bin/transformer-pairs.transformer": [
         "python prepare.py --pairs pairs.jsonl --output data/pairs.bin --encoder bin/pairs.bin --vocab_size 262",
         f"python train.py --config transformer-pairs.json {SMALL} --max_iters=2 --encoder_path=bin/pairs.bin "

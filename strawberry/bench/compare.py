@@ -20,7 +20,7 @@ from strawberry.bench.common import (
     parse_quantity,
 )
 from strawberry.bench.compare_report import list_caveats, list_settings, write_results
-from strawberry.bench.sweep import Plan, Sweep, hash_code, measure_speeds
+from strawberry.bench.sweep import USE_MUON, Plan, Sweep, hash_code, measure_speeds
 from strawberry.bench.width import match_params
 from strawberry.common import UserError
 from strawberry.device import choose_device
@@ -39,6 +39,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--tokens", type=parse_quantity, default=parse_quantity("5M"), help="training tokens of each run (default 5M)")
     add("--seeds", type=parse_quantity, default=3, help="runs of each config with its best learning rate (default 3)")
     add("--lrs", default="1e-3,3e-3,1e-2", help="learning rates to choose from (default 1e-3,3e-3,1e-2)")
+    add("--optimizers", help="adamw,muon: choose each model's optimizer too (default: each config's own)")
     add("--warmup", type=float, default=0.05, help="share of the steps with rising learning rate (default 0.05)")
     add("--cooldown", type=float, default=0.4, help="share of the steps with falling learning rate (default 0.4)")
     add("--match", choices=["params"], help="resize widths until all have as many non-embedding parameters")
@@ -56,6 +57,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if arguments.params and not arguments.match:
         raise UserError(f"--params {arguments.params}: says what --match params aims at; add --match params")
     arguments.lrs = parse_learning_rates(arguments.lrs)
+    arguments.optimizers = parse_optimizers(arguments.optimizers)
     return arguments
 
 
@@ -66,6 +68,13 @@ def parse_learning_rates(text: str) -> list[float]:
         found = []
     if not found or not all(0 < lr < math.inf for lr in found):
         raise UserError(f"--lrs {text}: must be numbers above 0 between commas, like 1e-3,3e-3")
+    return found
+
+
+def parse_optimizers(text: str | None) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(text.split(","))) if text is not None else ()
+    if wrong := [name for name in found if name not in USE_MUON]:
+        raise UserError(f"--optimizers {text}: {wrong[0]!r} is none of {', '.join(USE_MUON)}")
     return found
 
 
@@ -87,7 +96,7 @@ def make_plan(arguments, entries: list[Entry]) -> Plan:
         )
     prints = {"dataset": corpus.fingerprint, "encoder": encoder.fingerprint, "code": hash_code()}
     return Plan(steps, per_step, arguments.warmup, arguments.cooldown, arguments.lrs, arguments.seeds, arguments.jobs,
-                device, arguments.out, prints)  # fmt: skip
+                device, arguments.out, prints, arguments.optimizers)  # fmt: skip
 
 
 def print_summary(entries: list[Entry], sweep: Sweep) -> None:
@@ -139,6 +148,7 @@ def run(argv: list[str]) -> int | None:
         with interrupt_on_signals():
             speeds = measure_speeds(entries, plan)
             sweep.run()
+            speeds |= measure_speeds(sweep.choose_optimizers(), plan)
     except KeyboardInterrupt:
         again = format_command(setup.relative_path(sys.executable), "compare", argv)
         print(

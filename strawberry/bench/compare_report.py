@@ -9,7 +9,7 @@ import torch
 
 from strawberry.bench import hardware
 from strawberry.bench.common import Entry, format_quantity, format_table, make_line_style, style_panel
-from strawberry.bench.sweep import MIN_LR, Plan, Sweep
+from strawberry.bench.sweep import MIN_LR, OPTIMIZERS, USE_MUON, Plan, Sweep, uses_muon
 from strawberry.bench.width import TOLERANCE
 from strawberry.common import atomic_write
 from strawberry.config import declared, to_dict
@@ -37,12 +37,12 @@ def make_row(entry: Entry, grid: list[dict], seeds: list[dict], speed: dict | No
     mean, deviation = compute_mean_and_sd(values) if values and None not in values else (None, None)
     return {
         "label": entry.label, "arch": entry.run.model_hyperparams.arch,
-        "optimizer": "Muon" if entry.run.optimizer_hyperparams.use_muon else "AdamW",
+        "optimizer": OPTIMIZERS[entry.run.optimizer_hyperparams.use_muon],
         "params": entry.params, "params_total": entry.params_total, "flops_per_token": entry.flops,
         "tokens_per_s": speed and speed["tokens_per_s"], "memory": speed and speed["memory"],
         "compiled": speed and speed["compiled"],
         "lr": seeds[0]["lr"] if seeds else None, "bpb": mean, "bpb_sd": deviation, "bpb_seeds": values,
-        "grid": {f"{result['lr']:g}": result["bpb"] for result in grid},
+        "grid": {f"{OPTIMIZERS[uses_muon(result['run'])]} {result['lr']:g}": result["bpb"] for result in grid},
         "curve": average_curves(seeds), "changes": entry.changes, "failure": entry.failure,
         "model_hyperparams": to_dict(entry.run.model_hyperparams),
         "optimizer_hyperparams": to_dict(entry.run.optimizer_hyperparams),
@@ -76,13 +76,22 @@ def format_main_table(rows: list[dict]) -> str:
     return format_table(header, lines)
 
 
-def format_grid_table(rows: list[dict], lrs: list[float]) -> str:
-    """The table of the learning rate grid: bits per byte of every run."""
+def format_grid_table(rows: list[dict], plan: Plan) -> str:
+    """The table of the learning rate grid: bits per byte of every run, a row for each model and optimizer."""
     lines = []
     for row in sort_by_bpb(rows):
-        cells = [row["grid"].get(f"{lr:g}", "–") for lr in lrs]
-        lines.append([row["label"], *("diverged" if c is None else c if c == "–" else f"{c:.4f}" for c in cells)])
-    return format_table(["learning rate, seed 1", *(f"{lr:g}" for lr in lrs)], lines)
+        for optimizer in [OPTIMIZERS[USE_MUON[name]] for name in plan.optimizers] or [row["optimizer"]]:
+            cells = [row["grid"].get(f"{optimizer} {lr:g}", "–") for lr in plan.lrs]
+            shown = ["diverged" if c is None else c if c == "–" else f"{c:.4f}" for c in cells]
+            lines.append([row["label"] + f", {optimizer}" * bool(plan.optimizers), *shown])
+    return format_table(["learning rate, seed 1", *(f"{lr:g}" for lr in plan.lrs)], lines)
+
+
+def describe_optimizers(plan: Plan) -> str:
+    names = [OPTIMIZERS[USE_MUON[name]] for name in plan.optimizers]
+    if len(names) < 2:
+        return f"{names[0]} for all" if names else "each config's own"
+    return f"for each model the better of {' and '.join(names)}, chosen with the learning rate"
 
 
 def list_settings(entries: list[Entry], plan: Plan) -> list[str]:
@@ -99,6 +108,7 @@ def list_settings(entries: list[Entry], plan: Plan) -> list[str]:
         f"Budget: {plan.tokens:,} tokens = {plan.steps:,} steps of {rows} rows of {T} tokens.",
         f"Schedule: warmup {plan.warmup:g} and cooldown {plan.cooldown:g} of the steps, down to {MIN_LR:g} of the "
         "learning rate.",
+        f"Optimizer: {describe_optimizers(plan)}.",
         f"Learning rate: {rate}",
         f"Validation: the same {evaluated:,} tokens at most, for all; ± is the standard deviation over "
         f"{plan.seeds} seeds (n − 1)." if plan.seeds > 1 else
@@ -110,10 +120,13 @@ def list_settings(entries: list[Entry], plan: Plan) -> list[str]:
     ]  # fmt: skip
 
 
-def iter_config_differences(entries: list[Entry]) -> Iterator[str]:
-    """Yield a sentence for each difference between the configs that is not part of the architecture."""
+def iter_config_differences(entries: list[Entry], chosen: bool) -> Iterator[str]:
+    """Yield a sentence for each difference between the configs that is not part of the architecture. `chosen`: whether
+    the optimizers were chosen by this command."""
     muon = any(entry.run.optimizer_hyperparams.use_muon for entry in entries)
-    names = [name for name in declared(OptimizerHyperparams) if muon or name not in ("momentum", "muon_lr")]
+    hidden = () if muon else ("momentum", "muon_lr")
+    hidden += ("use_muon",) if chosen else ()
+    names = [name for name in declared(OptimizerHyperparams) if name not in hidden]
     keys = [("optimizer_hyperparams", name) for name in names]
     for section, name in [*keys, ("model_hyperparams", "dropout")]:
         labels: dict[str, list[str]] = {}
@@ -130,7 +143,7 @@ def iter_config_differences(entries: list[Entry]) -> Iterator[str]:
 def list_caveats(entries: list[Entry], rows: list[dict], plan: Plan) -> list[str]:
     """Sentences that limit what the table shows: changed keys, differences between configs, failures."""
     found = [f"{entry.label}: changed: {', '.join(entry.changes)}." for entry in entries if entry.changes]
-    found += iter_config_differences(entries)
+    found += iter_config_differences(entries, bool(plan.optimizers))
     sizes = [entry.params for entry in entries]
     if max(sizes) > min(sizes) * (1 + 2 * TOLERANCE):
         found.append(
@@ -160,8 +173,8 @@ def format_report(entries: list[Entry], rows: list[dict], plan: Plan, command: s
     """The text of compare.md."""
     parts = [format_main_table(rows), "![validation bits per byte against tokens, FLOPs and seconds](compare.png)"]
     parts.append("\n".join(f"- {line}" for line in list_settings(entries, plan) + list_caveats(entries, rows, plan)))
-    if len(plan.lrs) > 1:
-        parts.append(format_grid_table(rows, plan.lrs))
+    if len(plan.lrs) > 1 or len(plan.optimizers) > 1:
+        parts.append(format_grid_table(rows, plan))
     return "\n\n".join([*parts, f"```\n{command}\n```"]) + "\n"
 
 

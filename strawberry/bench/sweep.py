@@ -28,6 +28,8 @@ EVALUATIONS = 20  # in each run: the number of points of its curve
 MIN_LR = 0.1  # final learning rate, as a share of the highest
 RESULT_FORMAT = 1  # format of the files in runs/; files of another format are not read
 POLL_SECONDS = 0.3  # between polls of the children
+USE_MUON = {"adamw": False, "muon": True}  # name on the command line → the value of use_muon
+OPTIMIZERS = {False: "AdamW", True: "Muon"}  # the value of use_muon → the name that tables show
 BENCH = ROOT / "strawberry" / "bench"  # does not affect the results
 CODE_GLOBS = ("model.py", "optimizer.py", "train.py", "strawberry/**/*.py")  # the code that affects a result
 
@@ -46,6 +48,7 @@ class Plan:
     device: torch.device
     out: Path
     data: dict[str, str]  # fingerprints of the data, the encoder and the code
+    optimizers: tuple[str, ...] = ()  # keys of USE_MUON to choose from; none: each config has its own
 
     @property
     def runs(self) -> Path:
@@ -67,7 +70,11 @@ class Trial:
     key: str  # hash of all that the result depends on; the name of its file
 
     def __str__(self) -> str:
-        return f"{self.label}, lr {self.lr:g}, seed {self.seed}"
+        return f"{self.label}, {OPTIMIZERS[uses_muon(self.config)]}, lr {self.lr:g}, seed {self.seed}"
+
+
+def uses_muon(config: dict) -> bool:
+    return config["optimizer_hyperparams"]["use_muon"]
 
 
 def dump_without_comments(source: str) -> str:
@@ -90,9 +97,11 @@ def hash_json(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def make_trial(entry: Entry, plan: Plan, lr: float, seed: int) -> Trial:
-    """The training run of a config with one learning rate and one seed."""
+def make_trial(entry: Entry, plan: Plan, lr: float, seed: int, muon: bool | None = None) -> Trial:
+    """The training run of a config with one learning rate and one seed. `muon` replaces its use_muon."""
     run, steps = to_dict(entry.run), plan.steps
+    if muon is not None:
+        run["optimizer_hyperparams"]["use_muon"] = muon
     every = max(1, steps // EVALUATIONS)
     if every >= 5:
         every -= every % 5  # so that each evaluation coincides with a logged line, which has the seconds
@@ -264,24 +273,39 @@ class Sweep:
 
     def __init__(self, entries: list[Entry], plan: Plan):
         self.entries, self.plan = entries, plan
-        self.grid = {entry.label: [make_trial(entry, plan, lr, 1) for lr in plan.lrs] for entry in entries}
+        chosen_from = [USE_MUON[name] for name in plan.optimizers] or [None]
+        self.grid = {entry.label: [make_trial(entry, plan, lr, 1, muon) for muon in chosen_from for lr in plan.lrs]
+                     for entry in entries}  # fmt: skip
         self.results: dict[str, dict] = {}
         self.pool = TrialPool(plan)
 
-    def find_best_lr(self, entry: Entry) -> float | None:
-        """The learning rate with the lowest bits per byte; the lowest learning rate if all diverged; None until the
-        grid is done.
+    def find_best(self, entry: Entry) -> tuple[float, bool] | None:
+        """(learning rate, use_muon) of the grid's run with the lowest bits per byte; the lowest learning rate if all
+        diverged; None until the grid is done.
         """
         found = [self.results.get(trial.key) for trial in self.grid[entry.label]]
         if None in found:
             return None
-        return min(found, key=lambda result: (math.inf if result["bpb"] is None else result["bpb"], result["lr"]))["lr"]
+        best = min(found, key=lambda result: (math.inf if result["bpb"] is None else result["bpb"], result["lr"]))
+        return best["lr"], uses_muon(best["run"])
 
     def list_seed_trials(self, entry: Entry) -> list[Trial]:
         """The runs that the table averages: the best of the grid, with seed 1, and the other seeds."""
-        lr = self.find_best_lr(entry)
-        seeds = range(1, self.plan.seeds + 1) if lr is not None else ()
-        return [make_trial(entry, self.plan, lr, seed) for seed in seeds]
+        best = self.find_best(entry)
+        seeds = range(1, self.plan.seeds + 1) if best is not None else ()
+        return [make_trial(entry, self.plan, best[0], seed, best[1]) for seed in seeds]
+
+    def choose_optimizers(self) -> list[Entry]:
+        """Give each config the optimizer of its best run. Returns the configs that had another."""
+        changed = []
+        for entry in self.entries:
+            best, own = self.find_best(entry), entry.run.optimizer_hyperparams
+            if best is not None and best[1] != own.use_muon:
+                entry.run = dataclasses.replace(
+                    entry.run, optimizer_hyperparams=dataclasses.replace(own, use_muon=best[1])
+                )
+                changed.append(entry)
+        return changed
 
     def has_result(self, trial: Trial) -> bool:
         """Whether the trial has a result, from this command or an earlier one."""
@@ -307,7 +331,7 @@ class Sweep:
 
     @property
     def total(self) -> int:
-        return len(self.entries) * (len(self.plan.lrs) + self.plan.seeds - 1)
+        return sum(len(trials) + self.plan.seeds - 1 for trials in self.grid.values())
 
     def run(self) -> None:
         """Train all runs without a result. A run that fails is reported and skipped; the others continue."""

@@ -562,7 +562,9 @@ def find_text(entry: Any, where: str) -> str:
     """
     text = entry.get("text") if isinstance(entry, dict) else entry
     if not isinstance(text, str):
-        raise NoTextError(f"{where} is {show(entry)}, and must be a string or {{\"text\": a string}}")
+        chat = isinstance(entry, dict) and "messages" in entry
+        hint = "; prepare.py reads messages with --chat_template chatml" if chat else ""
+        raise NoTextError(f"{where} is {show(entry)}, and must be a string or {{\"text\": a string}}{hint}")
     return text
 
 

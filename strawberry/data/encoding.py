@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from encoder import Encoder
+from strawberry.data.chat import SpecialToken
 from strawberry.data.order import derive_keys, permute
 
 PIECE = 1 << 20  # characters, or tokens, of a document in memory at a time
@@ -74,21 +75,28 @@ class Spool:
             yield np.frombuffer(data, self.dtype), at + PIECE >= end
 
 
-def encode_documents(pieces: Iterable[tuple[str, bool]], encoder: Encoder, spool: Spool) -> int:
-    """Encode pieces of documents into the spool, in batches on all processors. Returns the bytes of text."""
-    n_bytes, size, texts, lasts = 0, 0, [], []
+def encode_documents(pieces: Iterable[tuple[str | list[str], bool]], encoder: Encoder, spool: Spool) -> int:
+    """Encode pieces of documents, or the parts of chats, into the spool, in batches on all processors. Returns the
+    bytes of text.
+    """
+    n_bytes, size, texts = 0, 0, []
+    plan: list[tuple[int | None, bool]] = []  # (a special token, or None for the next text; whether its document ends)
 
     def encode_batch() -> None:
-        for tokens, last in zip(encoder.encode_batch(texts, num_threads=os.cpu_count() or 1), lasts, strict=True):
-            spool.add(tokens, last)
+        encoded = iter(encoder.encode_batch(texts, num_threads=os.cpu_count() or 1))
+        for special, last in plan:
+            spool.add(next(encoded) if special is None else np.array([special]), last)
         texts.clear()
-        lasts.clear()
+        plan.clear()
 
-    for text, last in pieces:
-        texts.append(text)
-        lasts.append(last)
-        n_bytes += len(text.encode("utf-8", "surrogatepass"))
-        size += len(text) + 256  # 256: the Python objects of short texts
+    for piece, is_last in pieces:
+        parts = [piece] if isinstance(piece, str) else piece or [""]
+        for i, part in enumerate(parts, 1):
+            special = encoder.specials[part] if isinstance(part, SpecialToken) else None
+            texts += [part] if special is None else []
+            plan.append((special, is_last and i == len(parts)))
+            n_bytes += len(part.encode("utf-8", "surrogatepass"))
+            size += len(part) + 256  # 256: the Python objects of short texts
         if size >= BATCH:
             encode_batch()
             size = 0

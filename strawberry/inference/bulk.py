@@ -25,6 +25,7 @@ from strawberry.data import documents
 from strawberry.data.documents import InputFile
 from strawberry.inference import engine
 from strawberry.inference.loading import LoadSettings, choose_dtype_name, load_for_inference, resolve_model_path
+from strawberry.inference.penalties import BIAS_RULE, LogitBias
 from strawberry.inference.sampling import Request
 from strawberry.inference.text import (
     DecoderSettings,
@@ -62,6 +63,13 @@ class PromptLine:
     top_k: int | None = option(None, "as --top_k", low=0)
     top_p: float | None = option(None, "as --top_p", above=0, high=1)
     min_p: float | None = option(None, "as --min_p", low=0, high=1)
+    repetition_penalty: float | None = option(None, "as --repetition_penalty", low=0.01, high=100)
+    presence_penalty: float | None = option(None, "as --presence_penalty", low=-2, high=2)
+    frequency_penalty: float | None = option(None, "as --frequency_penalty", low=-2, high=2)
+    logit_bias: LogitBias | None = option(None, "as --logit_bias", must=BIAS_RULE)
+    min_tokens: int | None = option(None, "as --min_tokens", low=0)
+    ignore_eos: bool | None = option(None, "as --ignore_eos")
+    stop_token_ids: list[int] | None = option(None, "as --stop_token_ids", low=0)
     seed: int | None = option(None, "default: the command's, plus the line's index", low=0)
     stop: list[str] | None = option(None, "as --stop")
 
@@ -164,9 +172,12 @@ class Prompts:
             raise UserError('has no prompt; give it one, "" for the beginning of a text')
         own = {"length": line.max_tokens, **{name: getattr(line, name) for name in LINE_OPTIONS if name in data}}
         s = dataclasses.replace(s, **{name: value for name, value in own.items() if value is not None})
+        if s.min_tokens > s.length:
+            raise UserError(f"min_tokens = {s.min_tokens}: is more than max_tokens, which is {s.length}; give fewer")
         seed = self.seed + index if line.seed is None else line.seed
         request = make_request(s, self.encoder, encode_text(self.encoder, line.prompt or ""), source, seed)
         check_prompt_fits(self.model, request, s.on_full)
+        request.check_tokens(self.model.config.vocab_size)
         known = {"id": line.id, "source": line.source, "prompt": line.prompt}
         label = {"index": index, **{name: value for name, value in known.items() if value is not None}}
         return TextStream(self.encoder, request, s.stop, label)
@@ -196,14 +207,11 @@ class Prompts:
         return (self.make_text(entry) for entry in self.prompts.entries() if entry.index in indexes)
 
 
-LINE_OPTIONS = (
-    "length",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "stop",
-)  # the options that a line may set, besides its seed
+# the options that change the logits, with the values that change nothing
+NEUTRAL_OPTIONS = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {},
+                   "min_tokens": 0, "ignore_eos": False, "stop_token_ids": []}  # fmt: skip
+# the options that a line may set, besides its seed
+LINE_OPTIONS = ("length", "temperature", "top_k", "top_p", "min_p", "stop", *NEUTRAL_OPTIONS)
 
 
 # ---- results -------------------------------------------------------------------------------------------------------
@@ -231,7 +239,8 @@ class Results:
 
     def check_origin(self, origin: dict, before: dict) -> None:
         """Raises UserError that names each difference if the results `before` have another origin."""
-        files, before = {"prompts_file": "the prompts file", "model": "the model"}, {"fast": True, **before}
+        files = {"prompts_file": "the prompts file", "model": "the model"}
+        before = {"fast": True, **NEUTRAL_OPTIONS, **before}  # those of older results may lack these
         differ = [f"{files[name]} is another, or was changed" if name in files else
                   f"--{name} was {show(before.get(name))} and is {show(value)}"
                   for name, value in origin.items() if before.get(name) != value]  # fmt: skip

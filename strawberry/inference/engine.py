@@ -28,11 +28,9 @@ from torch import Tensor
 
 from model import LanguageModel
 from strawberry.common import UserError
+from strawberry.inference.logprobs import read_logprob
 from strawberry.inference.sampling import Request
-from strawberry.inference.step import (
-    DecodeStep,
-    copy_to_host_async,
-)
+from strawberry.inference.step import DecodeStep
 
 
 @dataclass
@@ -148,10 +146,11 @@ class Decoder:
             tokens = tokens[-max(1, self.logits.capacity // 2) :]
         logits = self.prefill(row, tokens, sequence.request.source)
         self.refill_uniforms(row, sequence)
-        token = self.device_step.sample_first(row, logits, sequence.request)
+        self.device_step.sample_first(row, logits, sequence.request)
         sequence.num_launched += 1
         self.pause_if_done(row)
-        self.in_flight.append(copy_to_host_async(token, [(0, sequence.handle)]))
+        copy = self.device_step.copy_tokens(slice(row, row + 1), [sequence.request], [(0, sequence.handle)])
+        self.in_flight.append(copy)
 
     def prefill(self, row: int, tokens: list[int], source: list[int] | None) -> Tensor:
         """Logits (1, V) after these tokens. If the most recently prefilled row has the same tokens and source, its
@@ -202,7 +201,8 @@ class Decoder:
         """(handle, token, reason) of all steps in flight except the newest `keep`."""
         found = []
         while len(self.in_flight) > keep:
-            for handle, token in self.in_flight.popleft().wait():
+            copy = self.in_flight.popleft()
+            for handle, token, index in copy.wait():
                 row = next((i for i, s in enumerate(self.sequences) if s is not None and s.handle == handle), None)
                 if row is None:  # the sequence ended at an earlier token
                     continue
@@ -211,6 +211,8 @@ class Decoder:
                 sequence = self.sequences[row]
                 sequence.tokens.append(token)
                 sequence.num_arrived += 1
+                if (num_top := sequence.request.top_logprobs) is not None:
+                    sequence.request.logprobs.append(read_logprob(copy.logprobs, index, num_top))
                 if reason := self.finish_reason(row, sequence, token):
                     self.free_row(row)
                 found.append((handle, token, reason))
@@ -234,12 +236,13 @@ class Decoder:
         for row, sequence in zip(rows, sequences, strict=True):
             self.refill_uniforms(row, sequence)
         self.forget_prefill()
-        self.device_step.launch_rows(rows, [sequence.request for sequence in sequences])
+        requests = [sequence.request for sequence in sequences]
+        self.device_step.launch_rows(rows, requests)
         for row, sequence in zip(rows, sequences, strict=True):
             sequence.num_launched += 1
             self.pause_if_done(row)
         owners = [(row, sequence.handle) for row, sequence in zip(rows, sequences, strict=True)]
-        self.in_flight.append(copy_to_host_async(self.device_step.sampled, owners))
+        self.in_flight.append(self.device_step.copy_tokens(slice(0, self.rows), requests, owners))
 
     def refill_uniforms(self, row: int, sequence: RunningSequence) -> None:
         if sequence.num_launched % self.sampler.buffer_size == 0:
@@ -255,6 +258,7 @@ def check_request(decoder: Decoder, r: Request) -> None:
         raise UserError("an encoder-decoder needs a source of at least one token")
     if outside := [token for token in r.prompt if not 0 <= token < vocab_size]:
         raise UserError(f"token {outside[0]} is none of the {vocab_size} of the model's vocabulary")
+    r.check_tokens(vocab_size)
     if decoder.model.max_positions is not None and decoder.model.causal:
         if len(r.prompt) > capacity and not decoder.slides:
             raise UserError(f"the prompt's {len(r.prompt)} tokens exceed {capacity}, where positions end; shorten "

@@ -152,25 +152,27 @@ class HostCopy:
     """An asynchronous copy of tokens to the host, with the handles of their sequences."""
 
     tokens: Tensor
+    logprobs: tuple[Tensor, ...]  # copies of LogprobBuffers.tensors; () if no sequence asks for them
     owners: list[tuple[int, int]]  # (index in tokens, handle)
     done: torch.cuda.Event | None = None
 
-    def wait(self) -> list[tuple[int, int]]:
-        """Wait for the copy. Returns (handle, token) of each sequence."""
+    def wait(self) -> list[tuple[int, int, int]]:
+        """Wait for the copy. Returns (handle, token, index in the copy) of each sequence."""
         if self.done is not None:
             self.done.synchronize()
         tokens = self.tokens.tolist()
-        return [(handle, tokens[index]) for index, handle in self.owners]
+        return [(handle, tokens[index], index) for index, handle in self.owners]
 
 
-def copy_to_host_async(tokens: Tensor, owners: list[tuple[int, int]]) -> HostCopy:
+def copy_to_host_async(tokens: Tensor, logprobs: tuple[Tensor, ...], owners: list[tuple[int, int]]) -> HostCopy:
     if not tokens.is_cuda:
-        return HostCopy(tokens.clone(), owners)
-    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    host.copy_(tokens, non_blocking=True)
+        return HostCopy(tokens.clone(), tuple(tensor.clone() for tensor in logprobs), owners)
+    host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in (tokens, *logprobs)]
+    for copy, tensor in zip(host, (tokens, *logprobs), strict=True):
+        copy.copy_(tensor, non_blocking=True)
     done = torch.cuda.Event()
     done.record()
-    return HostCopy(host, owners, done)
+    return HostCopy(host[0], tuple(host[1:]), owners, done)
 
 
 # ---- compiling and CUDA graphs -------------------------------------------------------------------------------------
@@ -274,47 +276,56 @@ class DecodeStep:
         n = 1 << max(rows).bit_length() if self.shrinks else self.rows
         key = self.choose_key(min(n, self.rows), max_cached, requests)
         if self.batch_invariant:
-            self.run_batch_invariant(key.max_cached, rows, requests)
+            self.run_batch_invariant(key, rows, requests)
         else:
             self.launch(*key)
 
     def run(self, n: int, max_cached: int, filters: Filters) -> None:
         """Run a step of the first n rows."""
-        token = self.sampler.draw(self.logits.decode_step(self.last_token[:n], max_cached), slice(0, n), filters)
-        self.finish(n, token)
+        logits = self.logits.decode_step(self.last_token[:n], max_cached)
+        self.finish(n, logits, self.sampler.draw(logits, slice(0, n), filters), filters)
 
-    def run_batch_invariant(self, max_cached: int, rows: list[int], requests: list[Request]) -> None:
+    def run_batch_invariant(self, key: StepKey, rows: list[int], requests: list[Request]) -> None:
         """Run a step of all rows. Each row is sampled with the filters of its own request only."""
-        logits, token = self.logits.decode_step(self.last_token, max_cached), torch.zeros_like(self.last_token)
+        logits, token = self.logits.decode_step(self.last_token, key.max_cached), torch.zeros_like(self.last_token)
         groups: dict[Filters, list[int]] = {}
         for row, request in zip(rows, requests, strict=True):
-            groups.setdefault(self.sampler.select_filters([request]), []).append(row)
+            filters = self.sampler.select_filters([request])._replace(logprobs=False)  # which no draw depends on
+            groups.setdefault(filters, []).append(row)
         for filters, some in groups.items():
             token[some] = self.sampler.draw(logits, slice(0, self.rows), filters)[some]
-        self.finish(self.rows, token)
+        self.finish(self.rows, logits, token, key.filters)
 
-    def finish(self, n: int, token: Tensor) -> None:
+    def finish(self, n: int, logits: Tensor, token: Tensor, filters: Filters) -> None:
         active = self.active[:n]
         self.store_tokens(slice(0, n), token)
         self.logits.advance(active)
-        self.sampler.num_drawn[:n] += active
+        self.sampler.advance(slice(0, n), logits, self.last_token[:n], active, filters)
 
     def warm_up_sampling(self, n: int, max_cached: int, filters: Filters) -> None:
-        vocab_size = self.model.config.vocab_size
-        self.sampler.draw(torch.zeros(n, vocab_size, device=self.last_token.device), slice(0, n), filters)
+        device, rows = self.last_token.device, slice(0, n)
+        logits = torch.zeros(n, self.model.config.vocab_size, device=device)
+        token = self.sampler.draw(logits, rows, filters).clamp(min=0)
+        self.sampler.advance(rows, logits, token, torch.zeros_like(token), filters)  # counts for no row
 
-    def sample_first(self, row: int, logits: Tensor, request: Request) -> Tensor:
-        """Sample the token (1,) after a prompt from its logits (1, V), and activate the row for the next steps."""
+    def sample_first(self, row: int, logits: Tensor, request: Request) -> None:
+        """Sample the token after a prompt from its logits (1, V), and activate the row for the next steps."""
         rows = slice(row, row + 1)
-        token = self.sampler.draw(logits, rows, self.sampler.select_filters([request]))
+        filters = self.sampler.select_filters([request])
+        token = self.sampler.draw(logits, rows, filters)
         self.store_tokens(rows, token)
         self.active[row] = 1
-        self.sampler.num_drawn[row] += 1
-        return token
+        self.sampler.advance(rows, logits, self.last_token[rows], self.active[rows], filters)
 
     def store_tokens(self, rows: slice, token: Tensor) -> None:
         self.sampled[rows] = token
         self.last_token[rows] = token.clamp(min=0)
+
+    def copy_tokens(self, rows: slice, requests: list[Request], owners: list[tuple[int, int]]) -> HostCopy:
+        """Copy what a step of these requests has generated in the rows to the host."""
+        asked = any(request.top_logprobs is not None for request in requests)
+        logprobs = tuple(tensor[rows] for tensor in self.sampler.logprobs.tensors) if asked else ()
+        return copy_to_host_async(self.sampled[rows], logprobs, owners)
 
     def move_row(self, source: int, target: int) -> None:
         self.logits.move_row(source, target)

@@ -61,6 +61,8 @@ class StopStringFilter:
     Text that may begin a stop string stays pending until the next pieces decide. If several match, the stop string that
     is complete first counts.
 
+    A stop string counts if its last character comes from a piece that is pushed with `counts`.
+
     >>> stop_filter = StopStringFilter(["END"])
     >>> [stop_filter.push(piece) for piece in ("the E", "very E", "ND.")], stop_filter.found
     (['the ', 'Every ', ''], True)
@@ -68,18 +70,26 @@ class StopStringFilter:
 
     def __init__(self, stops: list[str]):
         self.stops, self.pending, self.found = stops, "", False
+        self.num_ignored = 0  # characters of `pending` in which no stop string may end
 
-    def push(self, text: str, last: bool = False) -> str:
+    def push(self, text: str, last: bool = False, counts: bool = True) -> str:
         """Add a piece. Returns the text that can be printed now; with `last`, no text stays pending."""
         if not self.stops:
             return text
         self.pending += text
-        places = [(at + len(stop), at) for stop in self.stops if (at := self.pending.find(stop)) >= 0]
+        if not counts:
+            self.num_ignored = len(self.pending)
+        places = [(at + len(stop), at) for stop in self.stops if (at := self.find(stop)) >= 0]
         self.found = bool(places)
         keep = 0 if last else max(map(self.overlap, self.stops), default=0)
         cut = min(places)[1] if self.found else len(self.pending) - keep
         ready, self.pending = self.pending[:cut], self.pending[cut:]
+        self.num_ignored = max(self.num_ignored - cut, 0)
         return ready
+
+    def find(self, stop: str) -> int:
+        """Where the stop string begins in the pending text, at the first place at which it counts; −1: nowhere."""
+        return self.pending.find(stop, max(self.num_ignored - len(stop) + 1, 0))
 
     def overlap(self, stop: str) -> int:
         """The number of characters at the end of the pending text that begin the stop string."""
@@ -99,6 +109,7 @@ class TextStream:
     def __init__(self, encoder, request: Request, stops: list[str], label: Any = None):
         self.encoder, self.request, self.label = encoder, request, label
         self.detokenizer, self.stop_filter = encoder.stream(), StopStringFilter(stops)
+        self.hidden = frozenset({encoder.eot, encoder.pad})  # tokens that are no text
         self.num_tokens, self.finish_reason = 0, None
 
     def push(self, token: int, reason: str | None) -> str:
@@ -108,7 +119,7 @@ class TextStream:
         `reason` is the finish reason if the text ends with this token, else None.
         """
         self.num_tokens += 1
-        if token in self.request.stop:
+        if token in self.request.stop or token in self.hidden:
             piece = ""
         elif token < self.encoder.vocab_size:
             piece = self.detokenizer.push(token)
@@ -116,7 +127,9 @@ class TextStream:
             sentinel = self.request.source is not None
             piece = self.detokenizer.flush() + decode_with_sentinels(self.encoder, [token]) if sentinel else ""
         last = reason is not None
-        piece = self.stop_filter.push(piece + (self.detokenizer.flush() if last else ""), last)
+        # as in vLLM, a stop string that is complete within the first min_tokens tokens does not count
+        counts = not self.request.min_tokens or self.num_tokens > self.request.min_tokens
+        piece = self.stop_filter.push(piece + (self.detokenizer.flush() if last else ""), last, counts)
         self.finish_reason = "stop" if self.stop_filter.found else reason
         return piece
 
@@ -132,6 +145,13 @@ class SamplingSettings(Protocol):
     top_k: int
     top_p: float
     min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[str, float]
+    min_tokens: int
+    ignore_eos: bool
+    stop_token_ids: list[int]
 
 
 def make_request(
@@ -141,11 +161,15 @@ def make_request(
     <|eot|>.
     """
     start = prompt or [encoder.eot] if source is None else [encoder.eot, *prompt]
+    ends = () if settings.ignore_eos else (encoder.eot, encoder.pad)
     return Request(
         start, settings.length,
         temperature=settings.temperature if settings.temperature > 1e-6 else 0.0,  # logits / 1e-40 would be infinite
         top_k=settings.top_k or None, top_p=max(settings.top_p, 1e-30) if settings.top_p < 1 else None,
-        min_p=settings.min_p or None, seed=seed, stop=frozenset({encoder.eot, encoder.pad}), source=source,
+        min_p=settings.min_p or None, seed=seed, stop=frozenset((*ends, *settings.stop_token_ids)), source=source,
+        repetition_penalty=settings.repetition_penalty, presence_penalty=settings.presence_penalty,
+        frequency_penalty=settings.frequency_penalty, min_tokens=settings.min_tokens,
+        logit_bias={int(token): bias for token, bias in settings.logit_bias.items()},
     )  # fmt: skip
 
 

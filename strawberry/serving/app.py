@@ -24,6 +24,7 @@ from starlette.routing import Match
 
 from strawberry.common import UserError, show
 from strawberry.serving.bodies import build_body_schema, read_body
+from strawberry.serving.chat import NO_CHAT, chat_completions, update_chat_schema
 from strawberry.serving.completions import (
     completions,
     delete_model,
@@ -63,6 +64,7 @@ from strawberry.serving.previews import (
     retrieve_example_text,
 )
 from strawberry.serving.protocol import (
+    ChatCompletion,
     Completion,
     Deleted,
     Detokenized,
@@ -120,10 +122,6 @@ from strawberry.serving.training import (
 PAGE_FOLDER = Path(__file__).with_name("page")
 PAGE_FILES = {path.name: path for path in PAGE_FOLDER.iterdir() if path.suffix in (".html", ".css", ".js")}
 PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:"
-NO_CHAT = ("the models here are base models, which continue a text and are not trained to chat: send the text as "
-           "`prompt` to POST /v1/completions (client.completions.create)")  # fmt: skip
-
-
 NO_ROUTE = {  # prefixes of OpenAI's endpoints that this server does not have → advice
     "/v1/chat": NO_CHAT, "/v1/responses": NO_CHAT, "/v1/conversations": NO_CHAT, "/v1/messages": NO_CHAT,
     "/v1/assistants": NO_CHAT, "/v1/threads": NO_CHAT,
@@ -211,6 +209,8 @@ ROUTES = [
     Route("GET", "/health", health, Health, "server", open=True),
     Route("GET", "/metrics", metrics, None, "server", responses={200: {"content": {"text/plain": {}}}}),
     Route("POST", "/v1/completions", completions, Completion, update_schema=update_completion_schema,
+          responses={200: {"content": {"text/event-stream": {}}}}),
+    Route("POST", "/v1/chat/completions", chat_completions, ChatCompletion, update_schema=update_chat_schema,
           responses={200: {"content": {"text/event-stream": {}}}}),
     Route("POST", "/tokenize", tokenize, Tokens, update_schema=update_tokenize_schema),
     Route("POST", "/detokenize", detokenize, Detokenized, update_schema=update_tokenize_schema),

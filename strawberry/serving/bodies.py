@@ -76,7 +76,7 @@ async def read_bytes(request: Request, limit: int) -> bytes:
     return bytes(data)
 
 
-MAX_FIELDS = 1000  # of a body, in all its objects together
+MAX_FIELDS = 4096  # of a body, in all its objects together
 
 
 def parse_json(data: bytes) -> Any:

@@ -3,9 +3,7 @@
 import asyncio
 import json
 import math
-import time
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -16,25 +14,29 @@ from starlette.types import Receive, Scope, Send
 from encoder import EOT, PAD
 from strawberry.common import UserError
 from strawberry.config import type_schema
+from strawberry.inference import sampling
 from strawberry.inference.text import (
     draw_seed,
     encode_source_text,
     encode_text,
     make_request,
 )
-from strawberry.serving.engine import Engine, RequestGroup, Sequence, decode_text, decode_token
+from strawberry.serving.engine import Engine, Piece, RequestGroup, Sequence, decode_text
 from strawberry.serving.errors import ApiError
+from strawberry.serving.formats import CompletionFormat
 from strawberry.serving.model_files import ModelFile
 from strawberry.serving.protocol import (
     CompletionRequest,
     Deleted,
     Detokenized,
     DetokenizeRequest,
+    GenerationRequest,
     Model,
     ModelList,
     TokenizeRequest,
     TokenizerInfo,
     Tokens,
+    bias_schema,
     prompt_type,
 )
 from strawberry.serving.service import Service, TheService
@@ -42,39 +44,46 @@ from strawberry.serving.service import Service, TheService
 
 async def completions(body: CompletionRequest, request: Request, service: TheService) -> Any:
     """Generate text that continues a prompt. The choice with index i·n + j is text j of prompt i."""
+    return await answer_request(body, request, service, make_request_group, CompletionFormat)
+
+
+async def answer_request(
+    body: GenerationRequest, request: Request, service: Service, make_group: Callable, format: type[CompletionFormat]
+) -> Any:
+    """Generate the texts of a request, and answer with them at their end or stream them."""
     limit = min(body.timeout or math.inf, service.settings.timeout)
     until = asyncio.get_running_loop().time() + limit
     try:
         async with asyncio.timeout_at(until):
-            group = await submit_request(body, service)
-            head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
-                    "model": group.engine.name}  # fmt: skip
+            group = await submit_request(body, service, make_group)
+            answer = format(group)
             if body.stream:
-                return CompletionStream(group, head, until, limit)
+                return CompletionStream(group, answer, until, limit)
             async for _ in iterate_events(group, request.receive):
                 pass
     except TimeoutError as error:
         raise timeout_error(limit) from error
     if group.unfinished:
         return Response(status_code=499)  # the client has disconnected
-    choices = [format_choice(group, sequence, sequence.output, True) for sequence in group.sequences]
-    return JSONResponse({**head, "choices": choices, "usage": count_usage(group)})
+    choices = [answer.format_whole(sequence) for sequence in group.sequences]
+    return JSONResponse({**answer.head, "choices": choices, "usage": count_usage(group)})
 
 
 def timeout_error(limit: float) -> ApiError:
     return ApiError(408, f"the completion took more than {limit:g} seconds (timeout)", "timeout", "timeout")
 
 
-async def submit_request(body: CompletionRequest, service: Service) -> RequestGroup:
+async def submit_request(body: GenerationRequest, service: Service, make_group: Callable) -> RequestGroup:
     """Submit a completion to an engine. Raises ApiError if the model is unknown, a field does not fit it, or the queue
     is full.
     """
-    if body.max_tokens > service.settings.context:
-        raise ApiError(400, f"max_tokens = {body.max_tokens}: must be integer <= {service.settings.context}, the "
-                       "server's --context", "max_tokens")  # fmt: skip
+    context = service.settings.context
+    for name in ("max_tokens", "max_completion_tokens"):
+        if (limit := getattr(body, name, None)) is not None and limit > context:
+            raise ApiError(400, f"{name} = {limit}: must be integer <= {context}, the server's --context", name)
     async with service.models.use(body.model) as engine:
         engine.check_queue()
-        group = await asyncio.to_thread(make_request_group, body, engine)
+        group = await asyncio.to_thread(make_group, body, engine)
         engine.submit(group)
     tokens = sum(len(sequence.request.prompt) for sequence in group.sequences[:: body.n])
     service.metrics.tokens.labels("prompt").inc(tokens)
@@ -83,43 +92,60 @@ async def submit_request(body: CompletionRequest, service: Service) -> RequestGr
 
 def make_request_group(body: CompletionRequest, engine: Engine) -> RequestGroup:
     """Encode the prompts and make the sequences, n for each prompt. Raises ApiError."""
-    model, encoder = engine.model, engine.encoder
-    seed, sequences = draw_seed() if body.seed is None else body.seed, []
+    encoder, prompts = engine.encoder, []
     try:
-        source = encode_source_text(body.source, model, encoder, engine.record, "source")
+        source = encode_source_text(body.source, engine.model, encoder, engine.record, "source")
     except UserError as error:
         raise ApiError(400, str(error), "source") from error
     for prompt in body.prompts:
         if isinstance(prompt, str) and len(prompt) > engine.max_model_len * engine.longest_token:
             raise context_length_error(f"{len(prompt):,} characters", engine)
         try:
-            given = encode_text(encoder, prompt) if isinstance(prompt, str) else prompt
+            prompts.append(encode_text(encoder, prompt) if isinstance(prompt, str) else prompt)
         except UserError as error:
             raise ApiError(400, f"prompt: {error}", "prompt") from error
+    return RequestGroup(engine, body, make_sequences(body, engine, prompts, source))
+
+
+def make_sequences(
+    body: GenerationRequest, engine: Engine, prompts: list[list[int]], source: list[int] | None, name: str = "prompt"
+) -> list[Sequence]:
+    """n sequences for each prompt. `name` is the field that the prompts come from. Raises ApiError."""
+    seed, sequences = draw_seed() if body.seed is None else body.seed, []
+    for prompt in prompts:
         for i in range(body.n):
-            request = make_request(body, encoder, given, source, seed + i)
+            request = make_request(body, engine.encoder, prompt, source, seed + i)
             if i == 0:
-                check_prompt(request.prompt, engine)
+                check_prompt(request.prompt, engine, name)
+                check_options(request, engine.model.config.vocab_size)
+            request.top_logprobs = body.num_logprobs
             request.max_new_tokens = min(request.max_new_tokens, max(engine.settings.context - len(request.prompt), 0))
-            sequences.append(Sequence(encoder, request, body, len(sequences), given))
-    return RequestGroup(engine, body, sequences)
+            sequences.append(Sequence(engine.encoder, request, body, len(sequences), prompt))
+    return sequences
 
 
-def check_prompt(tokens: list[int], engine: Engine) -> None:
+def check_prompt(tokens: list[int], engine: Engine, name: str) -> None:
     vocab_size = engine.model.config.vocab_size
     if len(tokens) > engine.max_model_len:
-        raise context_length_error(f"{len(tokens):,} tokens", engine)
+        raise context_length_error(f"{len(tokens):,} tokens", engine, name)
     if max(tokens) >= vocab_size:
         raise ApiError(400, f"prompt: token {max(tokens)} is none of the {vocab_size} of the model's vocabulary",
                        "prompt")  # fmt: skip
 
 
-def context_length_error(has: str, engine: Engine) -> ApiError:
-    message = f"prompt: has {has}, and the context is of {engine.max_model_len:,} tokens; give a shorter one"
-    return ApiError(400, message, "prompt", "context_length_exceeded")
+def check_options(request: sampling.Request, vocab_size: int) -> None:
+    try:
+        request.check_tokens(vocab_size)
+    except UserError as error:
+        raise ApiError(400, str(error), str(error).partition(":")[0]) from error
 
 
-async def iterate_events(group: RequestGroup, receive: Receive) -> AsyncIterator[list[tuple[Sequence, str | None]]]:
+def context_length_error(has: str, engine: Engine, name: str = "prompt") -> ApiError:
+    message = f"{name}: has {has}, and the context is of {engine.max_model_len:,} tokens; give a shorter one"
+    return ApiError(400, message, name, "context_length_exceeded")
+
+
+async def iterate_events(group: RequestGroup, receive: Receive) -> AsyncIterator[list[Piece]]:
     """Yield the group's events in batches until all sequences have ended or the client disconnects. At the end the
     group is cancelled in any case, which frees its rows. Raises the ApiError with which the group failed.
     """
@@ -135,7 +161,7 @@ async def iterate_events(group: RequestGroup, receive: Receive) -> AsyncIterator
                     raise event
             if None in batch:
                 return
-            unfinished -= sum(piece is None for _, piece in batch)
+            unfinished -= sum(piece.is_last for piece in batch)
             yield batch
     finally:
         watch.cancel()
@@ -151,10 +177,10 @@ async def watch_disconnect(group: RequestGroup, receive: Receive) -> None:
 class CompletionStream(Response):
     """A response that streams a group's texts as server-sent events in OpenAI's format."""
 
-    def __init__(self, group: RequestGroup, head: dict, until: float, limit: float):
+    def __init__(self, group: RequestGroup, answer: CompletionFormat, until: float, limit: float):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
-        self.group, self.head, self.until, self.limit = group, head, until, limit
+        self.group, self.answer, self.until, self.limit = group, answer, until, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
@@ -181,18 +207,15 @@ class CompletionStream(Response):
         async with aclosing(iterate_events(group, receive)) as batches:
             begun = False
             async for batch in batches:
-                chunks = []
-                if not begun and group.body.echo:
-                    chunks += [format_choice(group, sequence, sequence.echo, False) for sequence in group.sequences]
+                chunks = [] if begun else self.answer.format_begin()
                 begun = True
-                for sequence, piece in batch:
-                    chunks.append(format_choice(group, sequence, piece or "", piece is None))
-                    ended += piece is None
+                chunks += [self.answer.format_piece(piece) for piece in batch]
+                ended += sum(piece.is_last for piece in batch)
                 more = {"usage": count_usage(group) if continuous else None} if tells_usage else {}
-                yield b"".join(encode_sse({**self.head, "choices": [chunk], **more}) for chunk in chunks)
+                yield b"".join(encode_sse({**self.answer.head, "choices": [chunk], **more}) for chunk in chunks)
         if ended == len(group.sequences):
             if tells_usage:
-                yield encode_sse({**self.head, "choices": [], "usage": count_usage(group)})
+                yield encode_sse({**self.answer.head, "choices": [], "usage": count_usage(group)})
             yield b"data: [DONE]\n\n"
 
 
@@ -200,46 +223,11 @@ def encode_sse(data: dict) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-def format_choice(group: RequestGroup, sequence: Sequence, text: str, ended: bool) -> dict:
-    why = {"full": "length"}.get(sequence.finish_reason, sequence.finish_reason) if ended else None
-    logprobs = format_logprobs(group, sequence) if ended and sequence.token_scores is not None else None
-    return {"index": sequence.index, "text": text, "logprobs": logprobs, "finish_reason": why}
-
-
 def count_usage(group: RequestGroup) -> dict:
     """OpenAI's usage object. A prompt counts once for all its texts. The token that ended a text counts too."""
     read = sum(len(sequence.request.prompt) for sequence in group.sequences[:: group.body.n])
     made = sum(sequence.num_tokens for sequence in group.sequences)
     return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
-
-
-def format_logprobs(group: RequestGroup, sequence: Sequence) -> dict:
-    encoder, scored, begin = group.engine.encoder, sequence.token_scores, len(sequence.request.prompt)
-    if group.body.echo:
-        begin -= len(sequence.prompt_tokens)
-    tokens = (sequence.request.prompt + sequence.tokens)[begin:]
-    at, offsets, decoder = (
-        len(decode_text(encoder, sequence.prompt_tokens)) if not group.body.echo else 0,
-        [],
-        encoder.stream(),
-    )
-    for token in tokens:
-        offsets.append(at)
-        at += len(decoder.push(token)) if token < encoder.vocab_size else 0
-    own, best = scored.logprobs[begin:], scored.best[begin:]
-    top = [None if p is None else sort_by_likelihood(encoder, [*likely, (token, p)])
-           for token, p, likely in zip(tokens, own, best, strict=True)]  # fmt: skip
-    return {"tokens": [decode_token(encoder, token) for token in tokens], "token_logprobs": own, "top_logprobs": top,
-            "text_offset": offsets}  # fmt: skip
-
-
-def sort_by_likelihood(encoder, tokens: list[tuple[int, float]]) -> dict[str, float]:
-    """Each token's text and log probability, most likely first. Of tokens with the same text, only the most likely one.
-    """
-    found: dict[str, float] = {}
-    for token, logprob in sorted(tokens, key=lambda item: -item[1]):
-        found.setdefault(decode_token(encoder, token), logprob)
-    return found
 
 
 def update_completion_schema(service: Service, properties: dict) -> None:
@@ -250,8 +238,15 @@ def update_completion_schema(service: Service, properties: dict) -> None:
         known = [file.hyperparams for file in files.values()]
         properties["model"] = properties["model"] | {"enum": list(files)}
         properties["prompt"] |= type_schema(prompt_type(max(h["vocab_size"] for h in known) - 1))
+        update_token_schema(properties, min(h["vocab_size"] for h in known))
         if not any(h.get("kind") == "encoder-decoder" for h in known):
             properties["source"] = {"type": "null", "description": "for encoder-decoders, of which there is none here"}
+
+
+def update_token_schema(properties: dict, vocab_size: int) -> None:
+    """Update the schema of the fields that name tokens with the vocabulary of the current models."""
+    properties["stop_token_ids"]["anyOf"][0]["items"]["maximum"] = vocab_size - 1
+    properties["logit_bias"] |= bias_schema(vocab_size - 1)
 
 
 async def list_models(service: TheService) -> ModelList:
@@ -277,7 +272,7 @@ async def delete_model(model: str, service: TheService) -> Deleted:
 def format_model(service: Service, file: ModelFile) -> Model:
     h, size = file.hyperparams, file.stamp[1]
     return Model(file.name, "model", file.created, "strawberry", h["arch"], h["vocab_size"], h["block_size"], size,
-                 size, file.name in service.models.loaded)  # fmt: skip
+                 size, file.name in service.models.loaded, file.chats)  # fmt: skip
 
 
 async def tokenize(body: TokenizeRequest, service: TheService) -> Tokens:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,7 +49,7 @@ class Sequence(TextStream):
         self.index, self.prompt_tokens = index, given  # index in the group; the prompt's tokens, without a start token
         self.tokens: list[int] = []
         self.echo = self.output = decode_text(encoder, given) if body.echo else ""
-        self.token_scores: TokenScores | None = None
+        self.prompt_scores: TokenScores | None = None  # if the prompt is echoed and logprobs are asked for
 
     def append_token(self, token: int, why: str | None) -> str:
         self.tokens.append(token)
@@ -58,9 +58,18 @@ class Sequence(TextStream):
         return piece
 
 
+class Piece(NamedTuple):
+    """A piece of a sequence's text."""
+
+    sequence: Sequence
+    text: str
+    num_tokens: int  # that the sequence had by then
+    is_last: bool = False
+
+
 class RequestGroup:
-    """The sequences of one HTTP request. The queue `events` receives (sequence, piece), (sequence, None) at a
-    sequence's end, or an ApiError instead, which ends the group.
+    """The sequences of one HTTP request. The queue `events` receives Pieces, the last one of each sequence too, or an
+    ApiError instead, which ends the group.
     """
 
     def __init__(self, engine: "Engine", body: CompletionRequest, sequences: list[Sequence]):
@@ -68,6 +77,7 @@ class RequestGroup:
         self.waiting, self.active, self.unfinished = deque(sequences), 0, len(sequences)
         self.arrival_time = time.perf_counter()
         self.events: asyncio.Queue = asyncio.Queue()
+        self.prompt_scores: dict[int, TokenScores] = {}  # of each prompt, by its index
         self.cancelled = False
 
     def cancel(self) -> None:
@@ -194,7 +204,6 @@ class Engine(ModelThread):
         self.users = 0  # requests that have not submitted yet; the event loop's thread counts them
         self.groups: list[RequestGroup] = []  # guarded by condition
         self.running: dict[int, tuple[RequestGroup, Sequence]] = {}  # handle → the sequence in that row
-        self.scoring: deque[tuple[RequestGroup, Sequence]] = deque()
         self.outbox: list[tuple[RequestGroup, Any]] = []
         self.queue_time = QueueTimeEstimator()
         self.thread.start()
@@ -259,7 +268,6 @@ class Engine(ModelThread):
                 self.schedule()
                 decoded = bool(self.running)
                 self.decode_step()
-                self.score()
             except Exception as error:
                 self.fail_all(explain_failure(self, error))
                 self.make_decoder()
@@ -273,7 +281,6 @@ class Engine(ModelThread):
             if group.cancelled:
                 del self.running[handle]
                 self.decoder.release(handle)
-        self.scoring = deque(item for item in self.scoring if not item[0].cancelled)
         for group in [group for group in self.groups if group.cancelled]:
             self.remove_group(group)
 
@@ -286,21 +293,36 @@ class Engine(ModelThread):
             group = min(groups, key=lambda group: group.active)
             sequence = group.waiting.popleft()
             group.active += 1
-            if sequence.request.max_new_tokens:
-                self.admit(group, sequence)
-            else:
-                sequence.finish_reason = "length"
-                self.finish(group, sequence)
+            self.admit(group, sequence)
             if time.monotonic() > until:
                 return
 
     def admit(self, group: RequestGroup, sequence: Sequence) -> None:
+        """Give the sequence a row, or end it if nothing is to be generated."""
         try:
-            self.running[self.decoder.admit(sequence.request)] = group, sequence
+            if group.body.echo:
+                self.echo(group, sequence)
+            if sequence.request.max_new_tokens:
+                self.running[self.decoder.admit(sequence.request)] = group, sequence
+            else:
+                sequence.finish_reason = "length"
+                self.finish(group, sequence)
         except UserError as error:
             self.fail(group, ApiError(400, str(error), "prompt"))
         except Exception as error:
             self.fail(group, explain_failure(self, error))
+
+    def echo(self, group: RequestGroup, sequence: Sequence) -> None:
+        """Compute the log probabilities of the prompt's tokens if they are asked for, once for all its sequences. A
+        stream begins with the prompt.
+        """
+        if (num_top := group.body.num_logprobs) is not None:
+            request, index = sequence.request, sequence.index // group.body.n
+            if index not in group.prompt_scores:
+                group.prompt_scores[index] = scoring.score_tokens(self.model, request.prompt, request.source, num_top)
+            sequence.prompt_scores = group.prompt_scores[index]
+        if group.body.stream:
+            self.outbox.append((group, Piece(sequence, sequence.echo, 0)))
 
     def decode_step(self) -> None:
         if not self.running:
@@ -313,7 +335,7 @@ class Engine(ModelThread):
                 self.metrics.first.observe(time.perf_counter() - group.arrival_time)
             piece = sequence.append_token(token, why)
             if piece and group.body.stream:
-                self.outbox.append((group, (sequence, piece)))
+                self.outbox.append((group, Piece(sequence, piece, sequence.num_tokens)))
             if sequence.finish_reason:
                 del self.running[handle]
                 if why is None:  # a stop string, which only the Sequence detects
@@ -324,27 +346,8 @@ class Engine(ModelThread):
 
     def finish(self, group: RequestGroup, sequence: Sequence) -> None:
         self.queue_time.record_sequence(sequence)
-        if group.body.logprobs is None:
-            self.complete(group, sequence)
-        else:
-            self.scoring.append((group, sequence))
-
-    def score(self) -> None:
-        """Compute the logprobs of one ended sequence."""
-        if self.scoring:
-            group, sequence = self.scoring.popleft()
-            tokens = sequence.request.prompt + sequence.tokens
-            try:
-                sequence.token_scores = scoring.score_tokens(
-                    self.model, tokens, sequence.request.source, group.body.logprobs
-                )
-                self.complete(group, sequence)
-            except Exception as error:
-                self.fail(group, explain_failure(self, error))
-
-    def complete(self, group: RequestGroup, sequence: Sequence) -> None:
         group.active, group.unfinished = group.active - 1, group.unfinished - 1
-        self.outbox.append((group, (sequence, None)))
+        self.outbox.append((group, Piece(sequence, "", sequence.num_tokens, True)))
         if not group.unfinished:
             self.remove_group(group)
 
@@ -361,7 +364,6 @@ class Engine(ModelThread):
         with self.condition:
             groups, self.groups = self.groups, []
         self.running.clear()
-        self.scoring.clear()
         for group in groups:
             self.fail(group, error)
         self.flush()

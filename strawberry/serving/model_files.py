@@ -15,6 +15,7 @@ class ModelFile:
     path: Path
     stamp: tuple  # changes when the file changes
     hyperparams: dict
+    chats: bool = False  # whether its encoder has a chat template
 
     @property
     def created(self) -> int:
@@ -43,12 +44,13 @@ def read_model_file(name: str, path: Path, stamp: tuple) -> ModelFile | DamagedF
     """Read a model file's header, without its weights. A file that cannot be read is returned as DamagedFile."""
     try:
         hyperparams = model_files.read_about(path)[0]
+        chats = model_files.read_chat_template(path) is not None and hyperparams.get("kind", "decoder") == "decoder"
         for key, kind in (("arch", str), ("vocab_size", int), ("block_size", int)):
             if not isinstance(hyperparams.get(key), kind):
                 raise UserError(f"{path}: its hyperparameters have no {key}")
     except UserError as error:
         return DamagedFile(name, stamp, hide_path(str(error), path, name))
-    return ModelFile(name, path, stamp, hyperparams)
+    return ModelFile(name, path, stamp, hyperparams, chats)
 
 
 def hide_path(text: str, path: Path, name: str) -> str:

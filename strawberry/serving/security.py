@@ -12,6 +12,7 @@ from contextlib import suppress
 
 import h11
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -39,27 +40,34 @@ class SecurityMiddleware:
         self.rate = RateLimiter(self.settings.rate)
         names = ("localhost", "127.0.0.1", "::1", self.settings.host, *self.settings.allow_host)
         self.names = {name.lower() for name in names}
+        self.cors = CrossOrigin(self.settings.allow_origin)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        origin_headers = self.cors.headers(scope)
         with self.metrics.request(scope) as statuses:
 
             async def send_with_headers(message: dict) -> None:
                 if message["type"] == "http.response.start":
                     statuses.append(message["status"])
-                    message["headers"] = [*message.get("headers", ()), *self.HEADERS]
+                    message["headers"] = [*message.get("headers", ()), *self.HEADERS, *origin_headers]
                 await send(message)
 
             try:
-                self.check(scope)
+                self.check_names(scope)
+                if preflight := self.cors.preflight(scope):
+                    await preflight(scope, receive, send_with_headers)
+                    return
+                self.check_key(scope)
             except ApiError as error:
                 await error.response()(scope, receive, send_with_headers)
             else:
                 await self.app(scope, receive, send_with_headers)
 
-    def check(self, scope: Scope) -> None:
+    def check_names(self, scope: Scope) -> None:
+        """Raises ApiError if the Host is not this server's, or the Origin neither this server's nor an allowed one."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         named = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([a-zA-Z0-9_.-]+))(?::\d+)?", host)
@@ -68,8 +76,13 @@ class SecurityMiddleware:
             raise ApiError(403, f"Host is {show(host)}, which is no name of this server; start it with --allow_host "
                            "NAME to make it one", "Host")  # fmt: skip
         origin = headers.get("origin")
-        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
-            raise ApiError(403, f"Origin is {show(origin)}: pages of other sites may not use this server", "Origin")
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}", *self.cors.origins):
+            raise ApiError(403, f"Origin is {show(origin)}: pages of other sites may not use this server; start it "
+                           "with --allow_origin ORIGIN to let them", "Origin")  # fmt: skip
+
+    def check_key(self, scope: Scope) -> None:
+        """Raises ApiError if the rate is exceeded, or the key is missing or wrong."""
+        headers = Headers(scope=scope)
         if scope["path"] in self.open:
             return
         key = self.key(headers.get("authorization", ""))
@@ -91,6 +104,37 @@ class SecurityMiddleware:
                 said = base64.b64decode(given, validate=True).partition(b":")[2]
         same = [hmac.compare_digest(sha256(said), sha256(key.encode())) for key in self.settings.api_key]
         return next((key for key, is_it in zip(self.settings.api_key, same, strict=True) if is_it), None)
+
+
+class CrossOrigin:
+    """CORS for the origins of --allow_origin: what a browser asks for before it lets their pages read an answer.
+    Requests carry the key themselves; credentials that a browser adds are not allowed.
+    """
+
+    def __init__(self, origins: list[str]):
+        self.origins = frozenset(origins)
+
+    def headers(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """The headers of every answer: none names an origin that is not allowed."""
+        if not self.origins:
+            return []
+        found, origin = [(b"vary", b"Origin")], Headers(scope=scope).get("origin")
+        if origin in self.origins:
+            found += [(b"access-control-allow-origin", origin.encode("latin-1")),
+                      (b"access-control-expose-headers", b"Retry-After, x-should-retry")]  # fmt: skip
+        return found
+
+    def preflight(self, scope: Scope) -> Response | None:
+        """The answer to a preflight request of an allowed origin, which carries no key; None for other requests."""
+        headers = Headers(scope=scope)
+        asks = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        if not asks or headers.get("origin") not in self.origins:
+            return None
+        allowed = {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Max-Age": "600",
+                   "Access-Control-Allow-Headers": "Authorization, *"}  # fmt: skip
+        if headers.get("access-control-request-private-network") == "true":  # from a public page to this machine
+            allowed["Access-Control-Allow-Private-Network"] = "true"
+        return Response(status_code=204, headers=allowed)
 
 
 def sha256(data: bytes) -> bytes:

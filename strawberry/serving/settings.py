@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from strawberry.config import option
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEY_VARIABLE = "STRAWBERRY_API_KEY"
 MIB = 1 << 20
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-9]{1,5})?")  # as browsers write it
 
 
 @dataclass
@@ -31,6 +33,9 @@ class Settings:
         "process list does not show it",
     )
     allow_host: list[str] = option([], "another host name of this server; may be repeated")
+    allow_origin: list[str] = option(
+        [], "another origin whose pages may use this server, such as https://box.example; may be repeated"
+    )
     rate: int = option(6000, "requests per minute for each key, or for each address without a key; 0: no limit", low=0)
     batch: int | None = option(None, "sequences generated at once; default: 64 on cuda, 8 elsewhere", low=1, high=2**12)
     queue: int = option(256, "maximum number of waiting completions; further ones get status 503", low=0)
@@ -54,6 +59,10 @@ class Settings:
         if not is_loopback(self.host) and not self.api_key:
             yield "host", (f"is reached from other machines, which takes a key: set {KEY_VARIABLE} or --api_key; or "
                            "listen at 127.0.0.1")  # fmt: skip
+        for origin in self.allow_origin:
+            if not ORIGIN.fullmatch(origin):
+                yield "allow_origin", (f"{origin} is no origin; write scheme, host and port as a browser's address bar "
+                                       "does, without a path: https://box.example")  # fmt: skip
         for key in self.api_key:
             if not key.isascii() or not key.isprintable() or " " in key:
                 yield "api_key", "must be of printable ASCII characters, without spaces"

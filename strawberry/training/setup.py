@@ -17,6 +17,7 @@ from strawberry.common import UserError
 from strawberry.config import to_dict
 from strawberry.data.dataset import Corpus, find_token_files
 from strawberry.data.objectives import make_objective
+from strawberry.huggingface import gpt2
 from strawberry.model_file import load_model
 from strawberry.outputs import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
 from strawberry.run_config import find_config
@@ -82,6 +83,14 @@ def changed_keys(old: dict, new: dict, prefix: str = "") -> list[str]:
         elif a != b:
             found.append(f"{prefix}{key}: {json.dumps(a)} → {json.dumps(b)}")
     return found
+
+
+def load_initial_weights(run, model: nn.Module, encoder) -> None:
+    """Copy the weights that init_from names into `model`, if it names any. Raises UserError if they do not fit."""
+    if run.pretrained:
+        load_pretrained(run.pretrained, model, encoder)
+    elif run.foreign:
+        gpt2.copy_weights(gpt2.read_checkpoint(*run.foreign), model, encoder)
 
 
 def load_pretrained(path: str | Path, model: nn.Module, encoder) -> None:
@@ -153,6 +162,8 @@ def list_inputs(run, config: str | None = None) -> list[Input]:
     inputs += encoder_inputs("encoder_path", run.encoder_path)
     if run.pretrained and not is_own_checkpoint(run) and not is_same_file(run.pretrained, run.model_path):
         inputs.append(Input("init_from", run.pretrained))
+    if run.foreign:
+        inputs += [Input("init_from", path) for path in gpt2.list_files(*run.foreign)]
     return inputs
 
 

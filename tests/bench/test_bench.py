@@ -61,6 +61,7 @@ with open(os.path.join(run["checkpoints"]["path"], "metrics.jsonl"), "w") as fil
         file.write(json.dumps({**both, "loss": 2.0, "seconds": step / 10, "tokens_per_s": 640.0}) + "\\n")
         if step % run["eval_interval"] == 0 or step == run["max_iters"]:
             bpb = 2 + 10 / step + abs(lr - 3e-3) * 100 + seed / 100
+            bpb += run["optimizer_hyperparams"]["use_muon"] * (24 - width) / 16
             file.write(json.dumps({**both, "val_loss": bpb, "val_bpb": bpb}) + "\\n")
 sys.exit(3 if lr > 0.5 else 0)
 """
@@ -324,7 +325,8 @@ def test_comments_and_docstrings_of_the_code_do_not_matter():
 
 
 def result(bpb, lr=1e-3, seed=1, curve=None):
-    return {"label": "m", "lr": lr, "seed": seed, "bpb": bpb, "curve": curve or [[100, 3.0], [200, bpb]]}
+    return {"label": "m", "lr": lr, "seed": seed, "bpb": bpb, "curve": curve or [[100, 3.0], [200, bpb]],
+            "run": {"optimizer_hyperparams": {"use_muon": False}}}  # fmt: skip
 
 
 def test_the_table_is_the_mean_and_the_standard_deviation_over_seeds(workshop):
@@ -345,7 +347,7 @@ def test_the_table_is_the_mean_and_the_standard_deviation_over_seeds(workshop):
     assert cells == ["a", "AdamW", "0.001", f"{hidden:,}", f"{hidden + V * C:,}", f"{flops / 1e6:.1f}", "1,234", "2.50",
                      "1.3000 ± 0.3606"]  # fmt: skip
     assert row["flops_per_token"] == flops
-    assert "| a | 1.0000 | 1.1000 |" in compare_report.format_grid_table([row], [1e-3, 3e-3])
+    assert "| a | 1.0000 | 1.1000 |" in compare_report.format_grid_table([row], plan(lrs=[1e-3, 3e-3]))
 
 
 def test_one_seed_has_no_deviation_and_a_diverged_one_no_mean(workshop):
@@ -364,12 +366,31 @@ def test_the_best_is_first_and_every_number_is_there(workshop):
     for row in rows.values():
         assert row["lr"] == 3e-3 and row["bpb_seeds"] == pytest.approx([2.51, 2.52])
         assert row["bpb"] == pytest.approx(2.515) and row["bpb_sd"] == pytest.approx(0.01 / math.sqrt(2))
-        assert row["grid"] == {"0.001": pytest.approx(2.71), "0.003": pytest.approx(2.51)}
+        assert row["grid"] == {"AdamW 0.001": pytest.approx(2.71), "AdamW 0.003": pytest.approx(2.51)}
         assert len(row["curve"]) == 20
     assert "2.5150 ± 0.0071" in text and "1,280 tokens = 20 steps of 4 rows of 16 tokens" in text
     assert "that run is also the first of the mean" in text
     assert "dropout is each config's own: 0.3 for a dropout=0.3; 0.0 for b" in text
     assert "Sizes differ" in text and "the grid's largest for a dropout=0.3, b" in text
+
+
+@pytest.mark.slow
+def test_each_model_gets_the_optimizer_that_it_learns_best_with(workshop):
+    """The fake's Muon adds half a bit at width 16 and takes half a bit off at width 32."""
+    write_config("b", {"arch": "tinystar", "n_embd": 32}, optimizer_hyperparams={"muon_lr": 1e-2}, learning_rate=1e-3)
+    assert run_compare("a.json", "b.json", "--optimizers", "adamw,muon") == 0
+    text = Path("out/compare.md").read_text()
+    found = {label: (row["optimizer"], row["lr"], row["bpb_seeds"]) for label, row in table().items()}
+    assert found == {"a": ("AdamW", 3e-3, [pytest.approx(2.51), pytest.approx(2.52)]),
+                     "b": ("Muon", 3e-3, [pytest.approx(2.01), pytest.approx(2.02)])}  # fmt: skip
+    assert "Optimizer: for each model the better of AdamW and Muon" in text and "use_muon is each" not in text
+    assert "| a, AdamW | 2.7100 | 2.5100 |" in text and "| b, Muon | 2.2100 | 2.0100 |" in text
+    assert len(calls()) == 10  # two optimizers at two rates and one more seed, of two configs
+    assert table()["b"]["optimizer_hyperparams"]["use_muon"] is True
+    assert run_compare("a.json", "b.json", "--optimizers", "adamw,muon") == 0
+    assert calls() == []
+    assert run_compare("a.json", "b.json", "--optimizers", "muon", "--out", "out2") == 0
+    assert "Optimizer: Muon for all" in Path("out2/compare.md").read_text()
 
 
 def test_a_model_that_sees_the_future_is_shown_by_its_strict_loss():
@@ -382,7 +403,7 @@ def test_a_model_that_sees_the_future_is_shown_by_its_strict_loss():
 @pytest.mark.slow
 def test_a_diverged_run_is_a_result_and_never_the_best(workshop):
     assert run_compare("a.json", "--lrs", "1e-3,1") == 0
-    assert table()["a"]["lr"] == 1e-3 and table()["a"]["grid"] == {"0.001": pytest.approx(2.71), "1": None}
+    assert table()["a"]["lr"] == 1e-3 and table()["a"]["grid"] == {"AdamW 0.001": pytest.approx(2.71), "AdamW 1": None}
     assert len(calls()) == 3
     run_compare("a.json", "--lrs", "1e-3,1")
     assert calls() == []
@@ -430,6 +451,7 @@ def test_the_picture_has_tokens_flops_and_seconds():
     (["a.json", "--tokens", "100"], "too few"),
     (["a.json", "--tokens", "lots"], "5M"),
     (["a.json", "--lrs", "fast"], "--lrs fast"),
+    (["a.json", "--optimizers", "adamw,sgd"], "--optimizers adamw,sgd: 'sgd' is none of adamw, muon"),
     (["a.json", "--lrs", "1e-3,-1"], "above 0"),
     (["a.json", "--seeds", "0"], "'0' is no positive number"),
     (["a.json", "--warmup", "2"], "between 0 and 1"),

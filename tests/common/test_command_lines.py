@@ -30,6 +30,7 @@ SCRIPTS = [
     Script("serve.py", "--port"),
     Script("encoder.py", "--vocab_size", ("--input", "a")),
     Script("prepare.py", "--verify"),
+    Script("export.py", "--help", ("a", "b")),
     Script("bench.py compare", "--tokens", ("a.json",)),
     Script("bench.py train", "--jobs", ("--config", "a.json")),
     Script("bench.py growth", "--widths"),

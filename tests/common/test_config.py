@@ -289,6 +289,13 @@ def test_init_from(text, path):
     assert load_run([f"--init_from={text}"], ARCHS).pretrained == path
 
 
+def test_init_from_another_programs_checkpoint():
+    for text, expected in {"hf:gpt2": ("hf", "gpt2"), "nanogpt:a:b.pt": ("nanogpt", "a:b.pt")}.items():
+        run = load_run([f"--init_from={text}"], ARCHS)
+        assert run.foreign == expected and run.pretrained is None
+    assert load_run(["--init_from=hf:a,pretrained"], ARCHS).foreign is None  # a model file of that name
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -323,9 +330,11 @@ REFUSED = {
     "--model_hyperparams=5": "model_hyperparams = 5: must be an object, { … }",
     "--model_hyperparams.n_qkv=255": "model_hyperparams.n_qkv = 255: must be a multiple of n_head (4)",
     "--min_lr=1": "min_lr = 1.0: must be <= learning_rate (0.003), since decay_lr is true",
-    "--init_from=resum": 'init_from = "resum": must be "scratch", "resume" or "<path>,pretrained" '
-    "(did you mean 'resume'?)",
-    "--init_from=,pretrained": 'init_from = ",pretrained": must be "scratch", "resume" or "<path>,pretrained"',
+    "--init_from=resum": 'init_from = "resum": must be "scratch", "resume", "<path>,pretrained", "hf:<path>" or '
+    "\"nanogpt:<path>\" (did you mean 'resume'?)",
+    "--init_from=,pretrained": 'init_from = ",pretrained": must be "scratch", "resume", "<path>,pretrained", '
+    '"hf:<path>" or "nanogpt:<path>"',
+    "--init_from=hf:": 'init_from = "hf:": must be "scratch", "resume", "<path>,pretrained", "hf:<path>" or',
     "--model_path=./data/webtext.bin": 'model_path = "./data/webtext.bin": is dataset.path too, which the trained '
     "model would replace; name another file",
     '--dataset={"path": "a", "path": "b"}': 'dataset.path = "a", "b": given 2 times; keep one',

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import bench
 import encoder as encoders
+import export
 import prepare
 import sample
 import serve
@@ -27,6 +28,7 @@ from strawberry.bench import growth
 from strawberry.common import UserError, run_cli
 from strawberry.data import assemble
 from strawberry.data.token_file import TokenFileWriter
+from strawberry.huggingface.export import FILES, write_export
 from strawberry.inference.bulk import Results
 from strawberry.model_file import save_model
 from strawberry.outputs import CHECKPOINTS, KINDS, Input, Output, check_outputs, find_previous, has_kind
@@ -186,6 +188,11 @@ COMMANDS = {
         {"model": "base.model", "prompts": "prompts.jsonl", "out": "new.jsonl"},
         [Role("model", "--model", "base.model"), Role("prompts", "--prompts_file", "prompts.jsonl")],
         [Role("out", "--out"), Role("out", "--out", "x.from.json", "{folder}/x")],
+    ),
+    "export": Command(
+        export.main, "{model} {folder}", {"model": "base.model", "folder": "new"},
+        [Role("model", "MODEL", "base.model")],
+        [Role("folder", "FOLDER", name, "{folder}") for name in FILES],
     ),
     "plot": Command(
         plot.main, "{metrics} --out {out}", {"metrics": "metrics.jsonl", "out": "new"},
@@ -373,6 +380,8 @@ def made(template, tmp_path_factory):
     recipe = {"files": [f"{template}/base.txt"], "encoder": f"{template}/base.enc"}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     assemble.main([str(folder / "recipe.json"), str(folder / "ds")])
+    star = build({"arch": "tinystar", "vocab_size": 300, "block_size": 8, "n_layer": 1, "n_embd": 16})
+    write_export(star, encoders.load(str(template / "base.enc")), folder / "hf")
     lock = Lock(folder)
     shutil.copy(lock.path, folder / "a_lock")
     lock.release()
@@ -383,7 +392,8 @@ def made(template, tmp_path_factory):
              "tokens": [template / "base.bin", "ds/tokens.bin"], "model": [template / "base.model"],
              "metrics": ["metrics.jsonl"], "latest": ["ck/latest"], "texts": ["texts.jsonl"], "lock": ["a_lock"],
              "record": ["record.json"],
-             "texts origin": ["texts.jsonl.from.json"], "picture": [*plot.SHEETS, "loss.svg", "loss.pdf"],
+             "texts origin": ["texts.jsonl.from.json"], "export": [f"hf/{name}" for name in FILES],
+             "picture": [*plot.SHEETS, "loss.svg", "loss.pdf"],
              "benchmark": ["growth.json", "step.json", "race.json"], "report": ["growth.md"],
              "dataset result": ["ds/result.json"], "progress": ["ds/progress.json"]}  # fmt: skip
     return {kind: [folder / path for path in paths] for kind, paths in files.items()}

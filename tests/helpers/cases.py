@@ -53,7 +53,7 @@ COMPANIONS = {
     "palm": [{"attention_type": "aft", "aft": "conv", "d_rank": None}],
     "tinystar": [
         {"norm_type": "LayerNorm", "ffn_type": "GELU", "attention_type": "MHA", "pos_encoding": "Learned"},
-        {"norm_type": "LayerNorm", "ffn_type": "GELU", "attention_type": "MHLA"},
+        {"norm_type": "LayerNorm", "ffn_type": "GELU_tanh", "attention_type": "MHLA"},
         {"qk_norm": True, "pos_encoding": "Learned"},
         {"value_embeddings": True, "n_layer": 3, "attention_type": "MHA"},
         {"qk_norm": True, "ffn_type": "ReLU2", "logit_softcap": 5.0, "tie_embeddings": False, "skip_scalars": True,

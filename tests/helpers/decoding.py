@@ -1,5 +1,7 @@
 """One small model of each family that generates text, requests to it, and the texts that it makes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,6 +51,20 @@ def requests_for(model, n: int) -> list[Request]:
                 stop=frozenset({3} if i % 3 == 1 else ()), **wishes[i % len(wishes)])
         for i in range(n)
     ]  # fmt: skip
+
+
+WISHES = [
+    {"repetition_penalty": 1.7}, {"presence_penalty": 1.5}, {"frequency_penalty": -0.9}, {},
+    {"logit_bias": {4: 3.5, 9: -100, 30: 1}}, {"min_tokens": 9, "stop": frozenset({3, 5})},
+    {"repetition_penalty": 0.6, "presence_penalty": -2, "frequency_penalty": 2, "logit_bias": {3: 5.0},
+     "min_tokens": 3, "stop": frozenset({3})},
+]  # fmt: skip
+
+
+def wishful_requests(model) -> list[Request]:
+    """Requests that differ in prompts, lengths, filters and seeds too; the even ones are greedy."""
+    plain = requests_for(model, len(WISHES) * 2)
+    return [replace(r, **{"stop": frozenset(), "temperature": i % 2, **WISHES[i // 2]}) for i, r in enumerate(plain)]
 
 
 def by_generate(model, r: Request) -> list[int]:

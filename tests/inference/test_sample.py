@@ -487,6 +487,13 @@ def test_the_last_line_says_how_fast(run):
         (["--quantize", "int4"], '--quantize = "int4": must be "int8"'),
         (["--compile", "yes"], '--compile = "yes": must be "auto" or "true" or "false"'),
         (["--length", "0", "--top_p", "0"], "--length = 0.*; --top_p = 0"),
+        (["--presence_penalty", "2.1"], "--presence_penalty = 2.1: must be number >= -2 and <= 2"),
+        (["--repetition_penalty", "0"], "--repetition_penalty = 0: must be number >= 0.01"),
+        (["--logit_bias", "5"], "--logit_bias = 5: must be an object"),
+        (["--logit_bias", "{"], '--logit_bias = "{": must be an object'),
+        (["--logit_bias", '{"1": 101}'], "--logit_bias = .* from -100 to 100"),
+        (["--stop_token_ids", "3", "--stop_token_ids", "x"], r'--stop_token_ids = \[3, "x"\]: must be list of integer'),
+        (["--min_tokens", "9", "--length", "8"], "--min_tokens = 9: is more than --length, which is 8"),
         (["--model", "nowhere.strawberry"], "nowhere.strawberry"),
         (["--model", ""], "--model: is empty"),
     ],
@@ -831,16 +838,20 @@ def results(name="texts.jsonl"):
 def test_bulk_texts_are_those_of_each_prompt_alone(desk, run):
     lines = [{"prompt": "ab"}, {"prompt": "hedge a cab", "length": 9, "id": "x", "temperature": 0.5, "top_k": 3},
              {"prompt": "", "max_tokens": 21, "top_p": 0.7, "min_p": 0.1, "id": 5},
-             {"prompt": "c", "seed": 99, "stop": ["a", "b"]}, {"prompt": "f", "stop": []}]  # fmt: skip
+             {"prompt": "c", "seed": 99, "stop": ["a", "b"]}, {"prompt": "f", "stop": []},
+             {"prompt": "abc", "repetition_penalty": 3, "presence_penalty": 2, "frequency_penalty": 0.5},
+             {"prompt": "abc", "logit_bias": {"0": 5, "1": -100}, "stop_token_ids": [3], "min_tokens": 4}]  # fmt: skip
     desk(*lines)
     found = run_bulk(desk, "--length", "15", "--batch", "3", "--stop", "h")
-    assert sorted(found) == [0, 1, 2, 3, 4]
+    assert sorted(found) == [0, 1, 2, 3, 4, 5, 6]
     for index, line in enumerate(lines):
         own = {"length": 15, "temperature": 2, "seed": 7 + index, **line}
         own["length"] = own.pop("max_tokens", own["length"])
         own.pop("id", None)
         stops = own.pop("stop", ["h"])
-        argv = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+        ends = own.pop("stop_token_ids", [])
+        argv = [word for name, value in own.items() for word in (f"--{name}", json.dumps(value).strip('"'))]
+        argv += [word for token in ends for word in ("--stop_token_ids", str(token))]
         text = run(*argv, *(word for stop in stops for word in ("--stop", stop))).out.removeprefix(line["prompt"])
         assert found[index]["text"] + "\n" == text
         assert found[index]["prompt"] == line["prompt"] and found[index].get("id") == line.get("id")
@@ -861,8 +872,9 @@ def test_a_text_does_not_depend_on_its_company(desk):
     assert alone[0]["text"] == together[4]["text"] == turned[7]["text"]
 
 
-WISHES = [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0}]
-VARIED = [{"prompt": "abcdefgh"[: i % 7 + 1], "max_tokens": 280 if i % 13 == 5 else 5 + 7 * i % 23, **WISHES[i % 5]}
+WISHES = [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0},
+          {"repetition_penalty": 1.5, "frequency_penalty": 0.7, "logit_bias": {"2": 3}, "min_tokens": 4}]  # fmt: skip
+VARIED = [{"prompt": "abcdefgh"[: i % 7 + 1], "max_tokens": 280 if i % 13 == 5 else 5 + 7 * i % 23, **WISHES[i % 6]}
           for i in range(40)]  # fmt: skip
 
 
@@ -1038,6 +1050,8 @@ def test_a_drawn_seed_is_kept_for_the_rest(desk):
     (["--seed", "8"], "--seed was 7 and is 8"),
     (["--dtype", "bfloat16"], '--dtype was "float32" and is "bfloat16"'),
     (["--on_full", "slide", "--top_k", "4"], '--top_k was 0 and is 4; --on_full was "stop" and is "slide"'),
+    (["--min_tokens", "2", "--logit_bias", '{"1": 5}'],
+     r'--logit_bias was \{\} and is \{"1": 5.0\}; --min_tokens was 0 and is 2'),
     (["--model", "tinystar"], "the model is another, or was changed"),
     ("prompts", "the prompts file is another, or was changed"),
 ])  # fmt: skip
@@ -1084,6 +1098,11 @@ def test_more_at_once_or_on_another_day_is_the_same_run(desk):
     ({"prompt": "a", "length": 0}, "length = 0: must be integer >= 1"),
     ({"prompt": "a", "max_tokens": "9"}, 'max_tokens = "9": must be integer'),
     ({"prompt": "a", "max_tokens": 3, "length": 4}, "length = 4: is max_tokens too, which is 3; keep one"),
+    ({"prompt": "a", "min_tokens": 9, "max_tokens": 8}, "min_tokens = 9: is more than max_tokens, which is 8"),
+    ({"prompt": "a", "stop_token_ids": [99]}, "stop_token_ids: token 99 is none of the"),
+    ({"prompt": "a", "logit_bias": {"99": 1}}, "logit_bias: token 99 is none of the"),
+    ({"prompt": "a", "logit_bias": {"1": "x"}}, "logit_bias = .*: must be an object"),
+    ({"prompt": "a", "frequency_penalty": 3}, "frequency_penalty = 3: must be number >= -2 and <= 2"),
     ({"prompt": "a", "stop": "b"}, 'stop = "b": must be list of text'),
     ({"prompt": "a", "stop": [""]}, r'stop = \[""\]: must be list of text'),
     ({"prompt": "a", "id": [1]}, r"id = \[1\]: must be text or integer"),

@@ -492,7 +492,7 @@ def ffn_params(c, bias: bool) -> int:
 
 
 def tinystar_params(c) -> tuple[int, int]:
-    bias = c.norm_type == "LayerNorm" and c.ffn_type == "GELU"
+    bias = c.norm_type == "LayerNorm" and c.ffn_type.startswith("GELU")
     block = 2 * norm_params(c) + attention_params(c, bias)[0] + ffn_params(c, bias) + 2 * c.skip_scalars
     tables = c.vocab_size * c.n_embd * (1 if c.tie_embeddings else 2)
     kv_heads = {"MHA": c.n_head, "MQA": 1}.get(c.attention_type.removesuffix("-SWA"), c.n_kv_head)

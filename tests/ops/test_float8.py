@@ -108,6 +108,7 @@ def test_a_joint_product_is_a_product_in_parts():
 
 FUNCTIONS = {
     "gelu": lambda h: h * (1 + torch.erf(h / 2**0.5)) / 2,
+    "gelu_tanh": lambda h: h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3))) / 2,
     "relu": lambda h: h * (h > 0),
     "relu2": lambda h: h * h * (h > 0),
     "swiglu": lambda h: h[:, :32] * h[:, 32:] / (1 + torch.exp(-h[:, 32:])),

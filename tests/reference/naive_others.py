@@ -77,6 +77,10 @@ def gelu(x):
     return np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x])
 
 
+def gelu_tanh(x):
+    return np.array([0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in x])
+
+
 def relu(x):
     return np.maximum(x, 0)
 
@@ -114,7 +118,7 @@ def feed_forward(w1, b1, w2, b2, x, ffn_type):
         u, g = np.split(hidden, 2)
         hidden = u * silu(g)
     else:
-        hidden = {"gelu": gelu, "relu": relu, "relu2": relu2}[ffn_type](hidden)
+        hidden = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu, "relu2": relu2}[ffn_type](hidden)
     return w2 @ hidden + b2
 
 

@@ -39,7 +39,7 @@ from strawberry.serving.engine import Engine, decode_token
 from strawberry.serving.errors import ApiError, replace_surrogates
 from strawberry.serving.metrics import Metrics
 from strawberry.serving.model_files import read_model_file
-from strawberry.serving.protocol import CompletionRequest
+from strawberry.serving.protocol import CompletionRequest, range_pattern
 from strawberry.serving.security import HttpProtocol, RateLimiter
 from strawberry.serving.server import Server, check_free, make_server_config
 from strawberry.serving.settings import KEY_VARIABLE, MIB, Settings, read_command
@@ -207,17 +207,38 @@ def test_streamed_equals_plain(running, name):
         "echo": True,
     }
     plain = running.client.completions.create(**asked)
-    texts, whys, told, usage = [""] * 6, [None] * 6, [None] * 6, None
+    texts, whys, told, usage = [""] * 6, [None] * 6, [[] for _ in range(6)], None
     for chunk in running.client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
         for choice in chunk.choices:
             assert whys[choice.index] is None  # nothing after the end
             texts[choice.index] += choice.text
-            whys[choice.index], told[choice.index] = choice.finish_reason, choice.logprobs
+            whys[choice.index] = choice.finish_reason
+            told[choice.index].append(choice.logprobs)
     assert texts == [choice.text for choice in plain.choices] and len(set(texts)) == 6
-    assert whys == [choice.finish_reason for choice in plain.choices] and told == [c.logprobs for c in plain.choices]
+    assert whys == [choice.finish_reason for choice in plain.choices]
+    for pieces, choice in zip(told, plain.choices, strict=True):
+        for field, whole in choice.logprobs.model_dump().items():
+            assert [value for piece in pieces for value in getattr(piece, field)] == whole, field
     assert usage == plain.usage and usage.prompt_tokens == 7 + 4
-    assert usage.completion_tokens == sum(len(t.tokens) for t in told) - 3 * (7 + 4) > 60
+    assert usage.completion_tokens == sum(len(c.logprobs.tokens) for c in plain.choices) - 3 * (7 + 4) > 60
+
+
+def test_each_piece_of_a_stream_has_the_logprobs_of_its_tokens(running):
+    """With the prompt the prompt's; then one token a piece, and more where text was held back."""
+    asked = {"model": "air.strawberry", "prompt": "aé", "seed": 3, "max_tokens": 30, "logprobs": 1, "stream": True}
+    first, *pieces = [chunk.choices[0] for chunk in running.client.completions.create(**asked, echo=True)]
+    assert first.text == "aé" and len(first.logprobs.tokens) == 3 and first.logprobs.token_logprobs[0] is None
+    at, counts = 2, []
+    for piece in pieces:
+        told = piece.logprobs
+        counts.append(len(told.tokens))
+        assert len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == counts[-1]
+        assert not told.tokens or told.text_offset[0] in (at, at - 1)  # −1: behind a character that is not whole yet
+        at += len(piece.text)
+    assert sum(counts) == 30 and counts.count(1) > 10
+    plain = list(running.client.completions.create(**{**asked, "logprobs": None}))
+    assert all(chunk.choices[0].logprobs is None for chunk in plain)
 
 
 @pytest.mark.slow
@@ -290,10 +311,12 @@ def test_top_logprobs_are_in_the_order_of_probability(running, folder):
     asked = {"model": "air.strawberry", "prompt": "ab", "seed": 3, "max_tokens": 12, "temperature": 2, "logprobs": 4}
     for stream in (False, True):
         got = running.client.completions.create(**asked, echo=True, stream=stream)
-        choice = [chunk.choices[0] for chunk in (got if stream else [got])][-1]
-        own, best = choice.logprobs.token_logprobs[1:], [list(top.items()) for top in choice.logprobs.top_logprobs[1:]]
+        pieces = [chunk.choices[0].logprobs for chunk in (got if stream else [got])]
+        own = [logprob for piece in pieces for logprob in piece.token_logprobs][1:]
+        best = [list(top.items()) for piece in pieces for top in piece.top_logprobs if top]
         assert len(own) == 13 and {len(top) for top in best} == {4, 5}
-        for token, logprob, top in zip(choice.logprobs.tokens[1:], own, best, strict=True):
+        tokens = [token for piece in pieces for token in piece.tokens][1:]
+        for token, logprob, top in zip(tokens, own, best, strict=True):
             values = [value for _, value in top]
             assert values == sorted(values, reverse=True) and dict(top)[token] == logprob
     model, encoder, _ = load_model(folder / "air.strawberry")
@@ -843,9 +866,10 @@ def test_an_engine_that_cannot_go_on_is_replaced(running, monkeypatch):
 
 def test_scoring_that_fails_is_answered(running, monkeypatch):
     monkeypatch.setattr(scoring, "score_tokens", broken)
-    error_of(running.complete(logprobs=1), 500)
+    error_of(running.complete(logprobs=1, echo=True), 500)
+    assert running.complete(logprobs=1)[0] == 200  # those of new tokens come with the tokens
     monkeypatch.undo()
-    assert running.complete(logprobs=1)[0] == 200
+    assert running.complete(logprobs=1, echo=True)[0] == 200
 
 
 @pytest.mark.slow
@@ -872,9 +896,12 @@ WRONG = {
     "prompt": [[], [[]], 5, {}, [1.5], [-1], [258], ["a", 1], [[1], "a"], [True], ["a"] * 65, "a" * 5000, "\ud800",
                None, [2**40], [[1, 2**31]]],
     "echo": ["yes", 1], "logprobs": [6, -1, True], "stream": ["yes"], "stream_options": [5, {"x": 1}],
-    "best_of": [0, 2, True, [1]], "suffix": ["x", 0, False], "logit_bias": [{"1": 5}, [], 0],
-    "presence_penalty": [0.5, False, "0", {}], "frequency_penalty": [-2], "repetition_penalty": [1.1, True, 0],
-    "length_penalty": [0.5], "min_tokens": [3, False], "ignore_eos": [True, 0], "stop_token_ids": [[5], {}],
+    "best_of": [0, 2, True, [1]], "suffix": ["x", 0, False],
+    "logit_bias": [[], 0, "x", {"1": 101}, {"1": math.nan}, {"1": "5"}, {"1": True}, {"x": 1}, {"-1": 1}, {"258": 1},
+                   {"1" * 10: 1}, {str(i): 1 for i in range(513)}, {"1": [1]}, {"01": 1}],
+    "presence_penalty": [2.5, False, "0", {}, math.nan], "frequency_penalty": [-2.01], "length_penalty": [0.5],
+    "repetition_penalty": [0, 0.001, -1, True, 101, math.inf], "min_tokens": [-1, False, 1.5],
+    "ignore_eos": [1, "yes"], "stop_token_ids": [[258], [-1], {}, ["a"], [1] * 129, 5, [True]],
     "bad_words": [["a"]], "allowed_token_ids": [[1]], "use_beam_search": [True], "skip_special_tokens": [False, 1],
     "include_stop_str_in_output": [True], "truncate_prompt_tokens": [5], "prompt_logprobs": [0, 1],
     "response_format": [{"type": "json_object"}, {}], "structured_outputs": [{"regex": "a"}], "guided_regex": ["a"],
@@ -940,10 +967,30 @@ def test_fields_that_change_nothing_are_accepted(running):
 
 
 def test_a_field_that_is_not_supported_is_refused_with_what_is_accepted(running):
-    message = error_of(running.complete(min_tokens=3), 400)["message"]
-    assert "min_tokens = 3" in message and "leave it out" in message and "0" in message
-    with pytest.raises(openai.BadRequestError, match="logit_bias"):
-        running.client.completions.create(model="air.strawberry", prompt="a", logit_bias={"5": 10})
+    message = error_of(running.complete(priority=3), 400)["message"]
+    assert "priority = 3" in message and "leave it out" in message and "0" in message
+    with pytest.raises(openai.BadRequestError, match="suffix"):
+        running.client.completions.create(model="air.strawberry", prompt="a", suffix="x")
+
+
+def test_penalties_are_those_of_sample(running, folder):
+    """Against the decoder alone, which test_penalties.py judges; each of them changes the text, or how it ends."""
+    create, asked = running.client.completions.create, {"model": "air.strawberry", "prompt": "the", "seed": 2}
+    plain = alone(folder, "the", 2)
+    openais = {"presence_penalty": 2.0, "frequency_penalty": 1.5, "logit_bias": {"101": 9, "32": -100}}
+    for wish in (*({name: value} for name, value in openais.items()), openais):
+        assert create(**asked, **wish, max_tokens=24).choices[0].text == alone(folder, "the", 2, **wish) != plain
+    for wish in ({"repetition_penalty": 2.5}, {"stop_token_ids": list(plain.encode()[5:6])}):
+        text = create(**asked, extra_body=wish, max_tokens=24).choices[0].text
+        assert text == alone(folder, "the", 2, **wish) != plain
+    ends = {"logit_bias": {"256": 100}, "min_tokens": 7}
+    got = create(**asked, max_tokens=24, extra_body=ends)
+    assert got.usage.completion_tokens == 8 and got.choices[0].finish_reason == "stop"
+    got = create(**asked, max_tokens=24, extra_body=ends | {"ignore_eos": True})
+    assert got.usage.completion_tokens == 24 and got.choices[0].finish_reason == "length"
+    assert got.choices[0].text == ""  # <|eot|> is no text
+    got = create(**asked, max_tokens=5, extra_body={"logit_bias": {"256": 50}, "min_tokens": 9})
+    assert got.usage.completion_tokens == 5
 
 
 def test_each_piece_of_a_stream_can_tell_the_usage(running):
@@ -982,7 +1029,6 @@ def test_chat_is_told_that_the_models_continue_texts(running):
              lambda: client.chat.completions.parse(**asked),
              lambda: client.chat.completions.retrieve("chatcmpl-1"),
              lambda: client.chat.completions.update("chatcmpl-1", metadata={}),
-             lambda: client.chat.completions.list(),
              lambda: client.chat.completions.delete("chatcmpl-1"),
              lambda: client.responses.create(model="air.strawberry", input="Hello"),
              lambda: client.with_options(base_url=running.url).chat.completions.create(**asked)]  # fmt: skip
@@ -995,8 +1041,8 @@ def test_chat_is_told_that_the_models_continue_texts(running):
                            "Content-Type: application/json", "-d", json.dumps(asked)],
                           capture_output=True, text=True)  # fmt: skip
     assert done.stdout.endswith("404") and "/v1/completions" in json.loads(done.stdout[:-3])["error"]["message"]
-    for method in ("PUT", "PATCH", "OPTIONS"):
-        assert "base models" in error_of(running.send(method, "/v1/chat/completions"), 404)["message"]
+    for method in ("GET", "PUT", "PATCH", "OPTIONS"):
+        assert running.send(method, "/v1/chat/completions")[1]["Allow"] == "POST"
 
 
 def test_a_base_url_without_v1_or_with_two_is_told(running):
@@ -1185,6 +1231,44 @@ def test_foreign_hosts_and_origins(running, start):
     assert server.send("GET", "/health", Host="box.example:80", Origin="https://box.example:80")[0] == 200
 
 
+CORS = re.compile("access-control-.*", re.I)
+
+
+def test_pages_of_named_origins_may_use_the_server(start):
+    named = ["https://box.example", "http://localhost:3000"]
+    server = start(allow_origin=named, api_key=["k"])
+    ask = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization,x-stainless-os"}
+    for origin in named:
+        status, headers, body = server.send("OPTIONS", "/v1/completions", Origin=origin, **ask)
+        assert (status, body, headers["Access-Control-Allow-Origin"]) == (204, b"", origin)
+        assert "POST" in headers["Access-Control-Allow-Methods"] and headers.get_all("Vary") == ["Origin"]
+        assert headers["Access-Control-Allow-Headers"].split(", ") == ["Authorization", "*"]
+        assert "Access-Control-Allow-Credentials" not in headers
+        body = {"model": "air.strawberry", "prompt": "a", "max_tokens": 2}
+        for key, expected in (("k", 200), ("wrong", 401)):  # a page may read its errors too
+            answer = server.send("POST", "/v1/completions", body, Origin=origin, Authorization=f"Bearer {key}")
+            assert (answer[0], answer[1].get_all("Access-Control-Allow-Origin")) == (expected, [origin])
+        body["stream"] = True
+        answer = server.send("POST", "/v1/completions", body, Origin=origin, Authorization="Bearer k")
+        assert answer[0] == 200 and answer[1]["Access-Control-Allow-Origin"] == origin
+    strangers = ("https://box.example.evil", "https://box.example:443", "http://box.example", "https://BOX.example",
+                 "https://a.box.example", "null", "", "*", "https://box.example/", "https://box.example, x")
+    for origin in strangers:
+        for method in ("OPTIONS", "GET"):
+            status, headers, _ = server.send(method, "/v1/models", Origin=origin, Authorization="Bearer k", **ask)
+            assert status == 403 and not [name for name in headers if CORS.match(name)]
+    status, headers, _ = server.send("GET", "/v1/models", Authorization="Bearer k")
+    assert status == 200 and headers["Vary"] == "Origin" and not [name for name in headers if CORS.match(name)]
+    assert error_of(server.send("OPTIONS", "/v1/models", Origin=named[0], Authorization="Bearer k"), 405)
+    assert error_of(server.send("OPTIONS", "/v1/models", Origin=named[0], Host="evil.example", **ask), 403)
+
+
+def test_without_named_origins_no_answer_speaks_of_them(running):
+    for origin in ("https://box.example", f"http://127.0.0.1:{running.port}"):
+        headers = running.send("OPTIONS", "/v1/models", Origin=origin, Access_Control_Request_Method="POST")[1]
+        assert "Vary" not in headers and not [name for name in headers if CORS.match(name)]
+
+
 def test_rates_are_by_key(start):
     server = start(rate=20, api_key=["one", "two"])  # of which two may come at once
     got = [server.send("GET", "/v1/models", Authorization="Bearer one") for _ in range(4)]
@@ -1222,7 +1306,10 @@ def test_settings_of_the_command(monkeypatch):
         with pytest.raises(UserError, match="takes a key"):
             read_command(["--host", host])
     for argv, told in ((["--prt", "5"], "did you mean '--port'"), (["--port", "70000"], "--port = 70000"),
-                       (["--api_key", "ü"], "ASCII"), (["--queue=-1"], "= -1"), (["x"], "an option")):  # fmt: skip
+                       (["--api_key", "ü"], "ASCII"), (["--allow_origin", "*"], "* is no origin"),
+                       (["--allow_origin=https://x.org/"], "without a path"), (["--allow_origin", "null"], "no origin"),
+                       (["--allow_origin", "box.example"], "no origin"),
+                        (["--queue=-1"], "= -1"), (["x"], "an option")):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(told)):
             read_command(argv)
 
@@ -1321,6 +1408,13 @@ def test_metrics(start, monkeypatch):
                  "queue 0.0", "rows_busy 0.0", "first_token_seconds_count 1.0",
                  'request_seconds_count{route="/v1/completions"} 2.0'):  # fmt: skip
         assert f"strawberry_{line}\n" in text, text
+
+
+def test_the_schema_of_logit_bias_has_the_vocabularys_tokens():
+    for top in (0, 5, 9, 10, 19, 99, 100, 257, 300, 999, 1000):
+        pattern = re.compile(range_pattern(top))
+        assert [n for n in range(2 * top + 200) if pattern.search(str(n))] == list(range(top + 1))
+        assert not any(map(pattern.search, ("", "-1", "01", "1.0", " 1", "x")))
 
 
 @pytest.mark.slow

@@ -91,12 +91,14 @@ def test_a_loss_that_is_not_finite_is_a_user_error():
 def test_samples_are_those_of_the_command_line(capsys):
     done = strawberry.train("run.json", quiet=True)
     capsys.readouterr()
-    options = {"length": 20, "temperature": 0.9, "top_k": 12, "top_p": 0.9, "min_p": 0.01, "seed": 3}
+    options = {"length": 20, "temperature": 0.9, "top_k": 12, "top_p": 0.9, "min_p": 0.01, "seed": 3,
+               "repetition_penalty": 1.5, "min_tokens": 5}  # fmt: skip
     sample.main(["--model", "out/tiny.model", "--prompt", "a cat", *(f"--{name}={v}" for name, v in options.items())])
     assert done.sample("a cat", **options) + "\n" == capsys.readouterr().out
     assert done.sample("a cat", seed=1, length=30) == done.sample("a cat", seed=1, length=30)
     assert isinstance(done.sample(length=3), str)
-    for wrong in ({"temperature": -1}, {"top_p": 0}, {"length": 0}, {"seed": "x"}):
+    for wrong in ({"temperature": -1}, {"top_p": 0}, {"length": 0}, {"seed": "x"},
+                  {"repetition_penalty": 0}):  # fmt: skip
         with pytest.raises(UserError, match=f"{next(iter(wrong))} = .*must be"):
             done.sample("a", **wrong)
     with pytest.raises(UserError, match="source: this tinystar reads none"):

@@ -33,7 +33,8 @@ def tile_grid(rows: int, columns: int, tall: int = 128, wide: int = 64) -> tuple
     return (-(-rows // tall), -(-columns // wide)), {"TALL": tall, "WIDE": wide, "num_warps": 8}
 
 
-ACTIVATION_IDS = {"gelu": 0, "relu": 1, "relu2": 2, "swiglu": 3, "identity": 4}  # KIND in the kernels below
+# KIND in the kernels below
+ACTIVATION_IDS = {"gelu": 0, "relu": 1, "relu2": 2, "swiglu": 3, "identity": 4, "gelu_tanh": 5}
 
 
 @jit
@@ -47,6 +48,13 @@ def normal_cdf_pdf(x):
 
 
 @jit
+def gelu_tanh_gate(x):
+    """(s, x s') of GELU's approximation x s, s = σ(2 √(2/π) (x + 0.044715 x³)) = (1 + tanh(…)) / 2."""
+    s = fast_reciprocal(1.0 + fast_exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
+    return s, x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+
+
+@jit
 def activation_value(x, g, KIND: tl.constexpr):
     if KIND == 0:
         return x * normal_cdf_pdf(x)[0]
@@ -54,6 +62,8 @@ def activation_value(x, g, KIND: tl.constexpr):
         return x * g * fast_reciprocal(1.0 + fast_exp(-g))
     if KIND == 4:
         return x
+    if KIND == 5:
+        return x * gelu_tanh_gate(x)[0]
     x = tl.maximum(x, 0.0)
     return x * x if KIND == 2 else x
 
@@ -117,6 +127,9 @@ def act_quantize_backward_kernel(
         slope *= 2.0 * tl.maximum(x, 0.0)
     elif KIND == 1:
         slope = tl.where(x > 0, slope, 0.0)
+    elif KIND == 5:
+        gate, change = gelu_tanh_gate(x)
+        slope *= gate + change
     if MORE:
         slope += scale * tl.load(more + r[:, None] * WIDTH + c[None, :], mask=here, other=0.0).to(tl.float32)
     store_with_transpose(y, flipped, slope, r, c, ROWS, WIDTH, here, most)
