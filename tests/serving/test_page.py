@@ -477,7 +477,7 @@ def test_a_run_is_planned_started_paused_resumed_stopped_and_deleted(page, site)
 
 
 def test_the_form_knows_every_key_and_its_range(page):
-    got = page.js("""import('/page/new_run.js').then(async form => {
+    got = page.js("""import('/page/schema.js').then(async form => {
       const schema = await (await import('/page/api.js')).get('/v1/presets');
       const keys = form.keysOf(schema.config_schema, 'palm');
       return { keys: [...keys.keys()], ranges: ['max_iters', 'dataset.data_division', 'model_hyperparams.n_layer',
@@ -551,7 +551,7 @@ def test_prompt_and_continuation_are_one_text_whose_tokens_tell_their_probabilit
 
 def test_tokens_are_cut_where_characters_are(page):
     """Offsets count code points from the prompt's begin; parts of characters are empty."""
-    got = page.js("""import('/page/write.js').then(({ tokenElements }) => {
+    got = page.js("""import('/page/tokens.js').then(({ tokenElements }) => {
       const lp = offsets => ({ text_offset: offsets, token_logprobs: offsets.map(() => -1),
                                top_logprobs: offsets.map(() => ({})) });
       return [[ 'é€😀x', [7, 8, 9, 9, 10]], ['ab', [3, 4]], ['ab', [3]], ['abc', [0, 9]]].map(([text, offsets]) =>

@@ -3,10 +3,12 @@
 let key = sessionStorage.getItem("key") ?? "";
 let askForKey = () => {};
 let waits = false; // for a key: nothing is asked meanwhile, since the browser would ask for one each time
-const authorization = () => key ? { Authorization: `Bearer ${key}` } : {};
+const authorization = () => (key ? { Authorization: `Bearer ${key}` } : {});
 export const DOWN = "The server does not answer. Does it still run? The page tries again every two seconds.";
 
-export const onKeyNeeded = action => { askForKey = action; };
+export const onKeyNeeded = action => {
+  askForKey = action;
+};
 export const hasKey = () => key !== "";
 
 /** Keeps a key in this tab, if the server takes it. */
@@ -24,9 +26,16 @@ export async function ask(path, { method = "GET", json, signal } = {}) {
   if (json !== undefined) headers["Content-Type"] = "application/json";
   const body = json === undefined ? undefined : JSON.stringify(json);
   let answer;
-  try { // with a key of ours the browser is not to ask for one, nor to send the one that it was told
-    answer = await fetch(location.origin + path, { method, headers, body, signal, cache: "no-store",
-                                                   credentials: key ? "omit" : "same-origin" });
+  try {
+    // with a key of ours the browser is not to ask for one, nor to send the one that it was told
+    answer = await fetch(location.origin + path, {
+      method,
+      headers,
+      body,
+      signal,
+      cache: "no-store",
+      credentials: key ? "omit" : "same-origin"
+    });
   } catch (problem) {
     throw problem.name === "AbortError" ? problem : Object.assign(new Error(DOWN), { down: true });
   }
@@ -42,7 +51,11 @@ export const remove = path => ask(path, { method: "DELETE" });
 function refusal(status, text) {
   let told = `The server answered ${status}.`;
   let code = null;
-  try { ({ message: told, code } = JSON.parse(text).error); } catch { /* not the server's own words */ }
+  try {
+    ({ message: told, code } = JSON.parse(text).error);
+  } catch {
+    /* not the server's own words */
+  }
   if (status === 401) {
     waits = true;
     askForKey(key !== "");
@@ -52,7 +65,8 @@ function refusal(status, text) {
 
 /** The data of each server-sent event of an answer, wherever the network cut it into pieces. */
 export async function* events(answer) {
-  const reader = answer.body.getReader(), decoder = new TextDecoder();
+  const reader = answer.body.getReader(),
+    decoder = new TextDecoder();
   let rest = "";
   try {
     while (true) {
@@ -71,14 +85,17 @@ export async function* events(answer) {
 /** Sends one file. fetch does not tell how far an upload is; XMLHttpRequest does. Resolves to the stored file. */
 export function upload(file, progress = () => {}, signal = undefined) {
   return new Promise((resolve, reject) => {
-    const form = new FormData(), sending = new XMLHttpRequest();
+    const form = new FormData(),
+      sending = new XMLHttpRequest();
     form.append("purpose", "fine-tune");
     form.append("file", file);
     sending.open("POST", `${location.origin}/v1/files`);
     for (const [name, value] of Object.entries(authorization())) sending.setRequestHeader(name, value);
     sending.upload.onprogress = event => progress(event.loaded / event.total);
-    sending.onload = () => sending.status === 200 ? resolve(JSON.parse(sending.responseText))
-      : reject(refusal(sending.status, sending.responseText));
+    sending.onload = () =>
+      sending.status === 200
+        ? resolve(JSON.parse(sending.responseText))
+        : reject(refusal(sending.status, sending.responseText));
     sending.onerror = () => reject(new Error(DOWN));
     sending.onabort = () => reject(new DOMException("stopped", "AbortError"));
     signal?.addEventListener("abort", () => sending.abort());
@@ -97,11 +114,18 @@ export async function download(path, name) {
 
 /** Streams a completion. `onChunk(choice)` gets each piece; resolves to the usage. Throws where the text broke off. */
 export async function complete(body, onChunk, signal) {
-  const answer = await ask("/v1/completions", { method: "POST", signal,
-    json: { ...body, stream: true, stream_options: { include_usage: true } } });
-  let done = false, usage = null;
+  const answer = await ask("/v1/completions", {
+    method: "POST",
+    signal,
+    json: { ...body, stream: true, stream_options: { include_usage: true } }
+  });
+  let done = false,
+    usage = null;
   for await (const data of events(answer)) {
-    if (data === "[DONE]") { done = true; break; }
+    if (data === "[DONE]") {
+      done = true;
+      break;
+    }
     const piece = JSON.parse(data);
     if (piece.error) throw new Error(piece.error.message);
     for (const choice of piece.choices) onChunk(choice);

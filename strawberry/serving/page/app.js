@@ -1,7 +1,7 @@
 // The page: which view is shown, the key, and the beat at which the view asks the server again.
 
 import { ask, giveKey, onKeyNeeded } from "./api.js";
-import { doing, el, say } from "./dom.js";
+import { doing, say } from "./dom.js";
 import * as runs from "./runs.js";
 import * as run from "./run.js";
 import * as newRun from "./new_run.js";
@@ -10,11 +10,14 @@ import * as data from "./data.js";
 import * as first from "./first.js";
 
 const $ = id => document.getElementById(id);
-const BUSY_SECONDS = 2, IDLE_SECONDS = 10;
+const BUSY_SECONDS = 2,
+  IDLE_SECONDS = 10;
 // A view is {title, mount(root, {id, query}) → {refresh() → whether anything runs, leave?()}}.
 const VIEWS = { runs, new: newRun, write, data, first };
 
-let shown = null, beat = null, turn = 0;
+let shown = null,
+  beat = null,
+  turn = 0;
 
 /** #/runs/ftjob-1?x=y as {name: "runs", id: "ftjob-1", query}. */
 function address() {
@@ -24,9 +27,10 @@ function address() {
 }
 
 async function show() {
-  const { name, id, query } = address(), mine = ++turn;
+  const { name, id, query } = address(),
+    mine = ++turn;
   let view = name === "runs" && id ? run : VIEWS[name];
-  if (!view) view = await isFirstVisit() ? first : runs;
+  if (!view) view = (await isFirstVisit()) ? first : runs;
   if (mine !== turn) return;
   shown?.leave?.();
   $("view").replaceChildren();
@@ -81,25 +85,31 @@ onKeyNeeded(wasGiven => {
   $("key").focus();
 });
 
-$("key-form").addEventListener("submit", doing($("key-error"), async () => {
-  const key = $("key").value.trim();
-  if (/[^\x21-\x7e]/.test(key)) throw new Error("A key has ASCII characters only, and no spaces.");
-  await giveKey(key);
-  $("key").value = "";
-  $("key-form").hidden = true;
-  $("view").hidden = false;
-  await show();
-  $("view").focus();
-}));
+$("key-form").addEventListener(
+  "submit",
+  doing($("key-error"), async () => {
+    const key = $("key").value.trim();
+    if (/[^\x21-\x7e]/.test(key)) throw new Error("A key has ASCII characters only, and no spaces.");
+    await giveKey(key);
+    $("key").value = "";
+    $("key-form").hidden = true;
+    $("view").hidden = false;
+    await show();
+    $("view").focus();
+  })
+);
 
 document.querySelector(".skip").addEventListener("click", event => {
   event.preventDefault();
   $("view").focus();
 });
-addEventListener("changed", () => { // something was asked of the server that may run now
+addEventListener("changed", () => {
+  // something was asked of the server that may run now
   clearTimeout(beat);
   beat = setTimeout(go, 700);
 });
-document.addEventListener("visibilitychange", () => { if (!document.hidden && $("key-form").hidden) go(); });
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && $("key-form").hidden) go();
+});
 addEventListener("hashchange", show);
 show();

@@ -1,11 +1,13 @@
-// Writing with models: prompt and continuation in one editor, several texts side by side, the probability of each token.
+// Writing with models: prompt and continuation in one editor, several texts side by side, each token's probability.
 
 import { complete, get } from "./api.js";
 import { button, count, doing, el, empty, field, keep, offer, say, when } from "./dom.js";
+import { Continuation, tokens } from "./tokens.js";
 
 export const title = "Write";
 
-const SETTINGS = [ // [name, label, what a field starts with, attributes, hint]
+const SETTINGS = [
+  // [name, label, what a field starts with, attributes, hint]
   ["max_tokens", "Most tokens", 200, { min: 1, step: 1 }, ""],
   ["temperature", "Temperature", 0.8, { min: 0, max: 100, step: "any" }, "0: the likeliest"],
   ["top_k", "Top k", 0, { min: 0, step: 1 }, "0: all"],
@@ -13,128 +15,223 @@ const SETTINGS = [ // [name, label, what a field starts with, attributes, hint]
   ["min_p", "Min p", 0, { min: 0, max: 1, step: "any" }, "0: all"],
   ["repetition_penalty", "Repetition penalty", 1, { min: 0.01, max: 10, step: "any" }, "1: none"],
   ["n", "Samples", 1, { min: 1, max: 8, step: 1 }, "side by side"],
-  ["seed", "Seed", "", { min: 0, max: 2 ** 53 - 9, step: 1, placeholder: "drawn" }, "the same one, the same text"],
+  ["seed", "Seed", "", { min: 0, max: 2 ** 53 - 9, step: 1, placeholder: "drawn" }, "the same one, the same text"]
 ];
 const MAX_HISTORY = 50;
-const read = (name, otherwise) => { try { return JSON.parse(localStorage.getItem(name)) ?? otherwise; } catch { return otherwise; } };
-const write = (name, value) => { try { localStorage.setItem(name, JSON.stringify(value)); } catch { /* it is full or forbidden */ } };
+const read = (name, otherwise) => {
+  try {
+    return JSON.parse(localStorage.getItem(name)) ?? otherwise;
+  } catch {
+    return otherwise;
+  }
+};
+const write = (name, value) => {
+  try {
+    localStorage.setItem(name, JSON.stringify(value));
+  } catch {
+    /* it is full or forbidden */
+  }
+};
 const drawSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] % 2 ** 31;
 const REASONS = { stop: "it came to its end", length: "it has the most tokens that it may" };
 
-const tokens = new WeakMap(); // element of a token → {p, top: [[text, p], …]}
-
-/** The elements of a text's tokens, or the text alone where the tokens do not make it up. */
-export function tokenElements(text, logprobs) {
-  const chars = Array.from(text), starts = logprobs.text_offset, found = [];
-  for (let i = 0; i < starts.length; i++) { // offsets count from the prompt's begin, in code points
-    const part = chars.slice(starts[i] - starts[0], i + 1 < starts.length ? starts[i + 1] - starts[0] : undefined).join("");
-    if (!part) continue; // a part of a character, or what came after a stop
-    const p = Math.exp(logprobs.token_logprobs[i] ?? 0);
-    const element = el("span", { class: `token p${p > 0.8 ? 4 : p > 0.5 ? 3 : p > 0.2 ? 2 : p > 0.05 ? 1 : 0}` }, part);
-    const top = Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([t, logprob]) => [t, Math.exp(logprob)]).sort((a, b) => b[1] - a[1]);
-    tokens.set(element, { p, top, part });
-    found.push(element);
-  }
-  return found.map(element => element.textContent).join("") === text ? found : [document.createTextNode(text)];
-}
-
-/** Collects the pieces of one text, and shows them in `target` as they come. */
-class Continuation {
-  constructor(target, model, seed) {
-    Object.assign(this, { target, model, seed, text: "", reason: null, logprobs: null });
-    this.node = document.createTextNode("");
-    target.append(this.node);
-  }
-
-  add(choice) {
-    this.text += choice.text;
-    this.node.appendData(choice.text);
-    this.reason = choice.finish_reason ?? this.reason;
-    if (!choice.logprobs) return;
-    const all = this.logprobs ??= { tokens: [], token_logprobs: [], top_logprobs: [], text_offset: [] };
-    for (const name of Object.keys(all)) all[name].push(...choice.logprobs[name] ?? []);
-  }
-
-  finish() {
-    if (this.logprobs?.text_offset.length) this.node.replaceWith(...tokenElements(this.text, this.logprobs));
-  }
-}
-
 export function mount(root, { query }) {
-  let writing = null, before = null, models = null, seeds = [];
+  let writing = null,
+    before = null,
+    models = null,
+    seeds = [];
   const kept = read("write", {});
 
   const model = el("select", { "aria-label": "Model" });
-  const editor = el("div", { class: "editor", contenteditable: "plaintext-only", role: "textbox", "aria-multiline": "true", id: "editor",
-                             "aria-label": "Prompt and continuation", tabindex: "0", spellcheck: "false", "aria-keyshortcuts": "Control+Enter",
-                             "data-placeholder": "Write the beginning of a text. The model continues it." });
+  const editor = el("div", {
+    class: "editor",
+    contenteditable: "plaintext-only",
+    role: "textbox",
+    "aria-multiline": "true",
+    id: "editor",
+    "aria-label": "Prompt and continuation",
+    tabindex: "0",
+    spellcheck: "false",
+    "aria-keyshortcuts": "Control+Enter",
+    "data-placeholder": "Write the beginning of a text. The model continues it."
+  });
   if (editor.contentEditable !== "plaintext-only") editor.contentEditable = "true";
   editor.textContent = read("draft", "");
-  const shade = el("input", { type: "checkbox", checked: kept.shade ?? true, onchange: () => { keepSettings(); showShade(); } });
+  const shade = el("input", {
+    type: "checkbox",
+    checked: kept.shade ?? true,
+    onchange: () => {
+      keepSettings();
+      showShade();
+    }
+  });
   const go = button("Write", () => start(), { class: "first" });
-  const again = button("Regenerate", () => { editor.textContent = before; start(); });
+  const again = button("Regenerate", () => {
+    editor.textContent = before;
+    start();
+  });
   const stop = button("Stop", () => writing?.abort());
-  const clear = button("Clear", () => { editor.textContent = ""; choices.replaceChildren(); before = null; show(); editor.focus(); });
-  const error = el("p", { class: "error", role: "alert" }), status = el("p", { class: "hint", role: "status" });
-  const reuse = button("Use this seed again", () => { inputs.seed.value = seeds[0]; keepSettings(); show(); inputs.seed.focus(); }, { class: "small" });
+  const clear = button("Clear", () => {
+    editor.textContent = "";
+    choices.replaceChildren();
+    before = null;
+    show();
+    editor.focus();
+  });
+  const error = el("p", { class: "error", role: "alert" }),
+    status = el("p", { class: "hint", role: "status" });
+  const reuse = button(
+    "Use this seed again",
+    () => {
+      inputs.seed.value = seeds[0];
+      keepSettings();
+      show();
+      inputs.seed.focus();
+    },
+    { class: "small" }
+  );
   const popover = el("div", { class: "popover", role: "group", "aria-label": "Token" });
   const choices = el("div", { class: "choices" });
-  const inputs = Object.fromEntries(SETTINGS.map(([name, , value, attributes]) =>
-    [name, el("input", { type: "number", ...attributes, value: kept[name] ?? value, onchange: () => keepSettings() })]));
+  const inputs = Object.fromEntries(
+    SETTINGS.map(([name, , value, attributes]) => [
+      name,
+      el("input", { type: "number", ...attributes, value: kept[name] ?? value, onchange: () => keepSettings() })
+    ])
+  );
   const stops = el("textarea", { rows: 1, class: "code", onchange: () => keepSettings(), value: kept.stops ?? "" });
   const source = el("textarea", { rows: 3 });
   const others = el("div", { class: "others" });
-  const history = el("ul", { class: "history" }), noHistory = el("p", { class: "hint" });
-  const forget = button("Forget all", () => { if (confirm("Forget all texts that this browser keeps?")) { write("history", []); showHistory(); } }, { class: "small" });
-  const page = el("div", { class: "columns wide-left" },
-    el("div", {},
-      el("section", { class: "card writing", "aria-label": "Text" },
-        el("div", { class: "bar" }, el("label", { class: "inline grow" }, el("span", {}, "Model"), model),
-          el("label", { class: "check" }, shade, "shade unlikely tokens")),
-        editor, popover,
-        el("div", { class: "buttons" }, go, again, stop, clear, el("span", { class: "hint" }, "Ctrl+Enter writes, Escape stops")),
-        error, el("div", { class: "bar tight" }, status, reuse)),
-      choices),
-    el("div", {},
-      el("section", { class: "card", "aria-label": "Settings" }, el("h3", {}, "Settings"),
-        el("div", { class: "fields" }, SETTINGS.map(([name, label, , , hint]) => field(label, inputs[name], hint))),
+  const history = el("ul", { class: "history" }),
+    noHistory = el("p", { class: "hint" });
+  const forget = button(
+    "Forget all",
+    () => {
+      if (confirm("Forget all texts that this browser keeps?")) {
+        write("history", []);
+        showHistory();
+      }
+    },
+    { class: "small" }
+  );
+  const page = el(
+    "div",
+    { class: "columns wide-left" },
+    el(
+      "div",
+      {},
+      el(
+        "section",
+        { class: "card writing", "aria-label": "Text" },
+        el(
+          "div",
+          { class: "bar" },
+          el("label", { class: "inline grow" }, el("span", {}, "Model"), model),
+          el("label", { class: "check" }, shade, "shade unlikely tokens")
+        ),
+        editor,
+        popover,
+        el(
+          "div",
+          { class: "buttons" },
+          go,
+          again,
+          stop,
+          clear,
+          el("span", { class: "hint" }, "Ctrl+Enter writes, Escape stops")
+        ),
+        error,
+        el("div", { class: "bar tight" }, status, reuse)
+      ),
+      choices
+    ),
+    el(
+      "div",
+      {},
+      el(
+        "section",
+        { class: "card", "aria-label": "Settings" },
+        el("h3", {}, "Settings"),
+        el(
+          "div",
+          { class: "fields" },
+          SETTINGS.map(([name, label, , , hint]) => field(label, inputs[name], hint))
+        ),
         field("Stop at, one on each line; \\n is a line’s end", stops),
         el("details", {}, el("summary", {}, "Side by side with other models"), others),
-        el("details", {}, el("summary", {}, "For a model that reads one text and writes another"),
-          field("What it reads; the editor’s text then begins its answer", source))),
-      el("section", { class: "card", "aria-label": "History" }, el("h3", {}, "History"),
-        el("p", { class: "hint" }, "Kept in this browser only."), noHistory, history, forget)));
-  const loading = el("p", { class: "loading" }, "Loading the models …"), none = el("div");
+        el(
+          "details",
+          {},
+          el("summary", {}, "For a model that reads one text and writes another"),
+          field("What it reads; the editor’s text then begins its answer", source)
+        )
+      ),
+      el(
+        "section",
+        { class: "card", "aria-label": "History" },
+        el("h3", {}, "History"),
+        el("p", { class: "hint" }, "Kept in this browser only."),
+        noHistory,
+        history,
+        forget
+      )
+    )
+  );
+  const loading = el("p", { class: "loading" }, "Loading the models …"),
+    none = el("div");
   page.hidden = true;
   root.append(loading, none, page);
 
   // ---- settings ----
 
   function keepSettings() {
-    write("write", { ...Object.fromEntries(SETTINGS.map(([name]) => [name, inputs[name].value])), stops: stops.value,
-                     shade: shade.checked, model: model.value });
+    write("write", {
+      ...Object.fromEntries(SETTINGS.map(([name]) => [name, inputs[name].value])),
+      stops: stops.value,
+      shade: shade.checked,
+      model: model.value
+    });
   }
   const showShade = () => page.classList.toggle("shade", shade.checked);
 
   function request(name, seed, n) {
-    const number = name => inputs[name].value === "" ? undefined : Number(inputs[name].value);
-    const stop = stops.value.split("\n").filter(Boolean).map(stop => stop.replaceAll("\\n", "\n"));
-    const body = { model: name, prompt: before, max_tokens: number("max_tokens"), temperature: number("temperature"),
-                   top_k: number("top_k"), top_p: number("top_p"), min_p: number("min_p"), seed, n, logprobs: 5,
-                   source: source.value || undefined, stop: stop.length ? stop : undefined };
+    const number = name => (inputs[name].value === "" ? undefined : Number(inputs[name].value));
+    const stop = stops.value
+      .split("\n")
+      .filter(Boolean)
+      .map(stop => stop.replaceAll("\\n", "\n"));
+    const body = {
+      model: name,
+      prompt: before,
+      max_tokens: number("max_tokens"),
+      temperature: number("temperature"),
+      top_k: number("top_k"),
+      top_p: number("top_p"),
+      min_p: number("min_p"),
+      seed,
+      n,
+      logprobs: 5,
+      source: source.value || undefined,
+      stop: stop.length ? stop : undefined
+    };
     if ((number("repetition_penalty") ?? 1) !== 1) body.repetition_penalty = number("repetition_penalty");
     return body;
   }
 
   // ---- writing ----
 
-  const chosenModels = () => [model.value, ...[...others.querySelectorAll("input:checked")].map(box => box.value).filter(name => name !== model.value)];
+  const chosenModels = () => [
+    model.value,
+    ...[...others.querySelectorAll("input:checked")].map(box => box.value).filter(name => name !== model.value)
+  ];
 
   const start = doing(error, async () => {
     hidePopover();
     before = editor.textContent;
-    const names = chosenModels(), n = Math.max(1, Number(inputs.n.value) || 1), single = names.length * n === 1;
-    const seed = inputs.seed.value === "" ? drawSeed() : Number(inputs.seed.value), began = performance.now();
+    const names = chosenModels(),
+      n = Math.max(1, Number(inputs.n.value) || 1),
+      single = names.length * n === 1;
+    const seed = inputs.seed.value === "" ? drawSeed() : Number(inputs.seed.value),
+      began = performance.now();
     const found = [];
     seeds = [seed];
     choices.replaceChildren();
@@ -147,43 +244,71 @@ export function mount(root, { query }) {
     let used = 0;
     const problems = [];
     const running = names.map(name => {
-      const own = Array.from({ length: n }, (_, i) => single ? new Continuation(editor, name, seed) : choice(name, seed + i));
+      const own = Array.from({ length: n }, (_, i) =>
+        single ? new Continuation(editor, name, seed) : choice(name, seed + i)
+      );
       found.push(...own);
-      return complete(request(name, seed, n), piece => own[piece.index]?.add(piece), writing.signal)
-        .then(usage => { used += usage?.completion_tokens ?? 0; }, problem => problems.push([name, problem]));
+      return complete(request(name, seed, n), piece => own[piece.index]?.add(piece), writing.signal).then(
+        usage => {
+          used += usage?.completion_tokens ?? 0;
+        },
+        problem => problems.push([name, problem])
+      );
     });
     await Promise.all(running);
     const stopped = writing.signal.aborted;
     writing = null;
     editor.removeAttribute("aria-busy");
     page.classList.toggle("busy", false);
-    for (const one of found) { one.finish(); one.onEnd?.(); }
-    const seconds = (performance.now() - began) / 1000, reasons = new Set(found.map(one => REASONS[one.reason]).filter(Boolean));
-    say(status, stopped ? `Stopped. Seed ${seed}.` : problems.length === names.length ? "" :
-      `${count(used)} tokens in ${seconds.toFixed(1)} s, ${count(Math.round(used / seconds))} tokens/s; seed ${seed}`
-      + `${n > 1 ? ` to ${seed + n - 1}` : ""}${reasons.size === 1 ? `; ${[...reasons][0]}` : ""}.`);
+    for (const one of found) {
+      one.finish();
+      one.onEnd?.();
+    }
+    const seconds = (performance.now() - began) / 1000,
+      reasons = new Set(found.map(one => REASONS[one.reason]).filter(Boolean));
+    say(
+      status,
+      stopped
+        ? `Stopped. Seed ${seed}.`
+        : problems.length === names.length
+          ? ""
+          : `${count(used)} tokens in ${seconds.toFixed(1)} s, ${count(Math.round(used / seconds))} tokens/s; seed ${seed}` +
+            `${n > 1 ? ` to ${seed + n - 1}` : ""}${reasons.size === 1 ? `; ${[...reasons][0]}` : ""}.`
+    );
     if (found.some(one => one.text)) remember(found, stopped);
     if (document.activeElement === stop) (single ? editor : go).focus();
     if (single) caretToEnd();
     show();
     write("draft", editor.textContent);
     const real = problems.filter(([, problem]) => problem.name !== "AbortError");
-    if (real.length) throw new Error(real.map(([name, problem]) => names.length > 1 ? `${name}: ${problem.message}` : problem.message).join(" "));
+    if (real.length)
+      throw new Error(
+        real.map(([name, problem]) => (names.length > 1 ? `${name}: ${problem.message}` : problem.message)).join(" ")
+      );
   });
 
   /** A card for one of several texts. */
   function choice(name, seed) {
-    const text = el("p", { class: "text" }), keepIt = button("Go on with this one", () => {
-      editor.textContent = before;
-      editor.append(...text.childNodes);
-      choices.replaceChildren();
-      write("draft", editor.textContent);
-      editor.focus();
-      caretToEnd();
-    }, { class: "small", disabled: true });
-    choices.append(el("article", { class: "card" }, el("h4", {}, name), el("p", { class: "hint" }, `seed ${seed}`), text, keepIt));
+    const text = el("p", { class: "text" }),
+      keepIt = button(
+        "Go on with this one",
+        () => {
+          editor.textContent = before;
+          editor.append(...text.childNodes);
+          choices.replaceChildren();
+          write("draft", editor.textContent);
+          editor.focus();
+          caretToEnd();
+        },
+        { class: "small", disabled: true }
+      );
+    choices.append(
+      el("article", { class: "card" }, el("h4", {}, name), el("p", { class: "hint" }, `seed ${seed}`), text, keepIt)
+    );
     const one = new Continuation(text, name, seed);
-    one.onEnd = () => { keepIt.disabled = !one.text; };
+    one.onEnd = () => {
+      keepIt.disabled = !one.text;
+    };
     return one;
   }
 
@@ -209,22 +334,35 @@ export function mount(root, { query }) {
   }
 
   editor.addEventListener("input", () => {
-    for (const element of editor.querySelectorAll(".token")) { // what a person has changed is no token of the model's
-      if (element.textContent !== tokens.get(element)?.part) element.replaceWith(document.createTextNode(element.textContent));
+    for (const element of editor.querySelectorAll(".token")) {
+      // what a person has changed is no token of the model's
+      if (element.textContent !== tokens.get(element)?.part)
+        element.replaceWith(document.createTextNode(element.textContent));
     }
     hidePopover();
     write("draft", editor.textContent);
     show();
   });
   page.addEventListener("keydown", event => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !writing) { event.preventDefault(); start(); }
-    if (event.key === "Escape") { if (writing) writing.abort(); else hidePopover(); }
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !writing) {
+      event.preventDefault();
+      start();
+    }
+    if (event.key === "Escape") {
+      if (writing) writing.abort();
+      else hidePopover();
+    }
   });
 
   // ---- the token at the mouse or at the caret ----
 
-  let at = null, leaving = null;
-  function hidePopover() { popover.classList.remove("shown"); at?.classList.remove("at"); at = null; }
+  let at = null,
+    leaving = null;
+  function hidePopover() {
+    popover.classList.remove("shown");
+    at?.classList.remove("at");
+    at = null;
+  }
   function showPopover(element) {
     clearTimeout(leaving);
     if (element === at || writing) return;
@@ -233,17 +371,31 @@ export function mount(root, { query }) {
     if (!known) return;
     at = element;
     at.classList.add("at");
-    const percent = p => p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %";
+    const percent = p =>
+      p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %";
     const visible = text => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ | $/g, "␣");
     const row = ([text, p]) => {
-      const own = text === known.part, usable = !own && !text.startsWith("bytes:") && !text.startsWith("<|") && editor.contains(element);
-      return el("li", { class: own ? "own" : null },
-        usable ? button(visible(text), () => replaceFrom(element, text), { class: "small", title: "Write on from here with this" }) : el("span", {}, visible(text)),
-        el("meter", { min: 0, max: 1, value: p, "aria-hidden": "true" }), el("span", { class: "percent" }, percent(p)));
+      const own = text === known.part,
+        usable = !own && !text.startsWith("bytes:") && !text.startsWith("<|") && editor.contains(element);
+      return el(
+        "li",
+        { class: own ? "own" : null },
+        usable
+          ? button(visible(text), () => replaceFrom(element, text), {
+              class: "small",
+              title: "Write on from here with this"
+            })
+          : el("span", {}, visible(text)),
+        el("meter", { min: 0, max: 1, value: p, "aria-hidden": "true" }),
+        el("span", { class: "percent" }, percent(p))
+      );
     };
-    popover.replaceChildren(el("p", {}, el("strong", {}, `“${visible(known.part)}”`), ` ${percent(known.p)}`),
-      el("ul", {}, known.top.slice(0, 6).map(row)));
-    const box = element.getClientRects()[0], outer = popover.parentElement.getBoundingClientRect();
+    popover.replaceChildren(
+      el("p", {}, el("strong", {}, `“${visible(known.part)}”`), ` ${percent(known.p)}`),
+      el("ul", {}, known.top.slice(0, 6).map(row))
+    );
+    const box = element.getClientRects()[0],
+      outer = popover.parentElement.getBoundingClientRect();
     popover.classList.add("shown");
     popover.style.left = `${Math.max(8, Math.min(box.left - outer.left, outer.width - popover.offsetWidth - 8))}px`;
     popover.style.top = `${box.bottom - outer.top + 4}px`;
@@ -255,19 +407,29 @@ export function mount(root, { query }) {
     element.replaceWith(document.createTextNode(text));
     start();
   }
-  const over = event => { const token = event.target.closest?.(".token"); if (token) showPopover(token); };
+  const over = event => {
+    const token = event.target.closest?.(".token");
+    if (token) showPopover(token);
+  };
   editor.addEventListener("mouseover", over);
   choices.addEventListener("mouseover", event => {
     const token = event.target.closest?.(".token");
-    if (token) token.title = [["", tokens.get(token).p], ...tokens.get(token).top].map(([t, p]) => `${t ? `${JSON.stringify(t)} ` : ""}${(100 * p).toFixed(1)} %`).join("\n");
+    if (token)
+      token.title = [["", tokens.get(token).p], ...tokens.get(token).top]
+        .map(([t, p]) => `${t ? `${JSON.stringify(t)} ` : ""}${(100 * p).toFixed(1)} %`)
+        .join("\n");
   });
   for (const part of [editor, popover]) {
-    part.addEventListener("mouseleave", () => { leaving = setTimeout(hidePopover, 250); });
+    part.addEventListener("mouseleave", () => {
+      leaving = setTimeout(hidePopover, 250);
+    });
     part.addEventListener("mouseenter", () => clearTimeout(leaving));
   }
   const onCaret = () => {
-    const node = getSelection().anchorNode, token = node?.parentElement?.closest?.(".token");
-    if (token && editor.contains(token) && document.activeElement === editor && getSelection().isCollapsed) showPopover(token);
+    const node = getSelection().anchorNode,
+      token = node?.parentElement?.closest?.(".token");
+    if (token && editor.contains(token) && document.activeElement === editor && getSelection().isCollapsed)
+      showPopover(token);
   };
   document.addEventListener("selectionchange", onCaret);
 
@@ -275,7 +437,13 @@ export function mount(root, { query }) {
 
   function remember(found, stopped) {
     const settings = Object.fromEntries(SETTINGS.map(([name]) => [name, inputs[name].value]));
-    const one = { time: Date.now(), prompt: before, settings, stopped, texts: found.map(({ model, seed, text }) => ({ model, seed, text })) };
+    const one = {
+      time: Date.now(),
+      prompt: before,
+      settings,
+      stopped,
+      texts: found.map(({ model, seed, text }) => ({ model, seed, text }))
+    };
     write("history", [one, ...read("history", [])].slice(0, MAX_HISTORY));
     showHistory();
   }
@@ -284,11 +452,30 @@ export function mount(root, { query }) {
     const found = read("history", []);
     say(noHistory, found.length ? "" : "Nothing was written yet.");
     forget.hidden = !found.length;
-    keep(history, found, one => one.time, one => el("li", {},
-      el("button", { type: "button", title: when(one.time / 1000), onclick: () => putBack(one) },
-        el("span", { class: "beginning" }, (one.prompt + one.texts[0].text).slice(0, 120) || "(an empty text)"),
-        el("span", { class: "hint" }, `${one.texts.map(text => text.model).filter((name, i, all) => all.indexOf(name) === i).join(", ")} · seed ${one.texts[0].seed}`
-          + `${one.texts.length > 1 ? ` · ${one.texts.length} texts` : ""}`))));
+    keep(
+      history,
+      found,
+      one => one.time,
+      one =>
+        el(
+          "li",
+          {},
+          el(
+            "button",
+            { type: "button", title: when(one.time / 1000), onclick: () => putBack(one) },
+            el("span", { class: "beginning" }, (one.prompt + one.texts[0].text).slice(0, 120) || "(an empty text)"),
+            el(
+              "span",
+              { class: "hint" },
+              `${one.texts
+                .map(text => text.model)
+                .filter((name, i, all) => all.indexOf(name) === i)
+                .join(", ")} · seed ${one.texts[0].seed}` +
+                `${one.texts.length > 1 ? ` · ${one.texts.length} texts` : ""}`
+            )
+          )
+        )
+    );
   }
 
   function putBack(one) {
@@ -298,7 +485,12 @@ export function mount(root, { query }) {
     seeds = [one.texts[0].seed];
     choices.replaceChildren();
     editor.textContent = one.prompt + (one.texts.length === 1 ? one.texts[0].text : "");
-    if (one.texts.length > 1) for (const text of one.texts) { const shown = choice(text.model, text.seed); shown.add({ text: text.text }); shown.onEnd(); }
+    if (one.texts.length > 1)
+      for (const text of one.texts) {
+        const shown = choice(text.model, text.seed);
+        shown.add({ text: text.text });
+        shown.onEnd();
+      }
     show();
     editor.focus();
   }
@@ -311,7 +503,9 @@ export function mount(root, { query }) {
   return {
     async refresh() {
       let data;
-      try { ({ data } = await get("/v1/models")); } catch (problem) {
+      try {
+        ({ data } = await get("/v1/models"));
+      } catch (problem) {
         if (!models) loading.replaceChildren(problem.status === 401 ? "" : problem.message);
         throw problem;
       }
@@ -320,17 +514,31 @@ export function mount(root, { query }) {
       const extra = wanted && !models.some(([name]) => name === wanted) ? [[wanted, wanted]] : [];
       loading.hidden = true;
       page.hidden = !models.length && !extra.length;
-      none.replaceChildren(...page.hidden ? [empty("No model yet", "A model appears here as soon as a run has finished, or its first checkpoint is saved.",
-        el("a", { class: "button first", href: "#/first" }, "Train your first model"))] : []);
-      const chosen = model.options.length ? model.value : wanted ?? kept.model;
+      none.replaceChildren(
+        ...(page.hidden
+          ? [
+              empty(
+                "No model yet",
+                "A model appears here as soon as a run has finished, or its first checkpoint is saved.",
+                el("a", { class: "button first", href: "#/first" }, "Train your first model")
+              )
+            ]
+          : [])
+      );
+      const chosen = model.options.length ? model.value : (wanted ?? kept.model);
       offer(model, { Models: models, Checkpoints: extra }, chosen);
       const boxes = [...models, ...extra];
-      keep(others, boxes, ([name]) => name, ([name]) => el("label", { class: "check" }, el("input", { type: "checkbox", value: name }), name));
+      keep(
+        others,
+        boxes,
+        ([name]) => name,
+        ([name]) => el("label", { class: "check" }, el("input", { type: "checkbox", value: name }), name)
+      );
       return false;
     },
     leave() {
       writing?.abort();
       document.removeEventListener("selectionchange", onCaret);
-    },
+    }
   };
 }
