@@ -260,8 +260,10 @@ class JobRun:
         if self.preset not in find_presets():
             return None
         folder = f"{index.data_name}/datasets/{self.job.request['dataset']}"
+        model = self.job.about["model"].removeprefix("ft-")
         given = {**self.changed(index), "seed": self.job.about["seed"], "dataset.path": f"{folder}/tokens.bin",
-                 "encoder_path": f"{folder}/encoder.bin"}  # fmt: skip
+                 "encoder_path": f"{folder}/encoder.bin", "model_path": f"bin/{model}",
+                 "checkpoints.path": f"bin/ck_{self.name}"}  # fmt: skip
         for name in ("dataset.data_division", "model_hyperparams.vocab_size"):
             if (value := flatten(self.run).get(name)) is not None and self.about:
                 given[name] = value

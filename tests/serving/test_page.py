@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import tempfile
 import time
 from pathlib import Path
@@ -24,8 +25,11 @@ from test_serve import Running
 
 import encoder as encoders
 import model as models
+from strawberry.config import to_dict
 from strawberry.model_file import save_model
+from strawberry.run_config import load_run
 from strawberry.serving.app import PAGE_FOLDER
+from strawberry.serving.runs import flatten
 
 pytestmark = pytest.mark.slow
 PICTURES = os.environ.get("PAGE_PICTURES")
@@ -455,6 +459,11 @@ def test_a_run_is_planned_started_paused_resumed_stopped_and_deleted(page, site)
     about = site.send("GET", f"/v1/runs/{run_id}", **key(site))[2]
     assert about["summary"]["changed"]["max_iters"] == 10**6 and about["values"]["model_hyperparams.n_embd"] == 32
     assert parameters.split(",")[0].replace("k", "") in f"{about['summary']['parameters'] / 1000:.3g}"
+    # the command that repeats it, read as train.py does, has the run's keys
+    argv = shlex.split(about["command"])[2:]
+    again, values = flatten(to_dict(load_run(argv, models.CONFIGS))), about["values"]
+    assert {key for key, value in values.items() if again[key] not in (value, "auto")} == set()
+    assert (Path(site.settings.data).parent / again["dataset.path"]).is_file() and again["seed"] == values["seed"]
     first = page.text(".facts")
     page.until(f"document.querySelector('.facts').innerText !== {json.dumps(first)}")  # it is live
     for act, state in (("Pause", "paused"), ("Resume", "running"), ("Stop", "stopped")):

@@ -47,6 +47,7 @@ const COLUMNS = [
   ["tokens_per_s", "Tokens/s", run => run.tokens_per_s ?? -1, run => size(run.tokens_per_s), "number"],
   ["started", "Started", run => run.started, run => el("time", { title: when(run.started) }, ago(run.started))]
 ];
+const MAX_AT_ONCE = 24; // runs that one press chooses: a chart of more shows nothing
 const DESCENDING_FIRST = new Set(["started", "parameters", "step", "tokens_per_s"]);
 
 const stored = JSON.parse(sessionStorage.getItem("runs") ?? "null");
@@ -113,7 +114,8 @@ export function mount(root) {
     type: "checkbox",
     "aria-label": "Choose all that are shown",
     onchange: () => {
-      for (const run of visible()) choose(run.id, everything.checked);
+      for (const run of visible().slice(0, everything.checked ? MAX_AT_ONCE : undefined))
+        choose(run.id, everything.checked);
       show();
       curves();
     }
@@ -193,7 +195,7 @@ export function mount(root) {
       if (name) cell.setAttribute("aria-sort", state.sort !== name ? "none" : state.down ? "descending" : "ascending");
     }
     keep(body, found, run => run.id, row, update);
-    everything.checked = found.length > 0 && found.every(run => state.chosen.has(run.id));
+    everything.checked = found.length > 0 && found.slice(0, MAX_AT_ONCE).every(run => state.chosen.has(run.id));
     say(
       summary,
       !found.length

@@ -55,7 +55,8 @@ export function mount(root, { query }) {
     "aria-keyshortcuts": "Control+Enter",
     "data-placeholder": "Write the beginning of a text. The model continues it."
   });
-  if (editor.contentEditable !== "plaintext-only") editor.contentEditable = "true";
+  // "plaintext-only" takes no formatting from what is pasted; an older browser does not know it
+  const editable = editor.contentEditable === "plaintext-only" ? "plaintext-only" : "true";
   editor.textContent = read("draft", "");
   const shade = el("input", {
     type: "checkbox",
@@ -329,8 +330,7 @@ export function mount(root, { query }) {
     clear.hidden = busy;
     again.hidden = busy || before === null || !editor.textContent.startsWith(before) || editor.textContent === before;
     reuse.hidden = busy || !seeds.length || inputs.seed.value === String(seeds[0]);
-    editor.contentEditable = busy ? "false" : "plaintext-only";
-    if (!busy && editor.contentEditable !== "plaintext-only") editor.contentEditable = "true";
+    editor.contentEditable = busy ? "false" : editable;
   }
 
   editor.addEventListener("input", () => {
