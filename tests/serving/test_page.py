@@ -67,7 +67,7 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_inserted_as_html():
         assert not re.search(r"https?://|[\"'(]//\w|@import|url\(", code), name
         for word in ("innerHTML", "outerHTML", "AdjacentHTML", "document.write", "eval(", "Function(", "srcdoc"):
             assert word not in code, (name, word)
-        assert name == "write.js" or "localStorage" not in code, "only what a person wrote is kept"
+        assert name == "history.js" or "localStorage" not in code, "only what a person wrote is kept"
     assert "localStorage" not in SCRIPTS["api.js"]
     tags = Tags(INDEX)
     assert not tags.open

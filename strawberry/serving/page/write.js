@@ -1,8 +1,9 @@
 // Writing with models: prompt and continuation in one editor, several texts side by side, each token's probability.
 
 import { complete, get } from "./api.js";
-import { button, count, doing, el, empty, field, keep, offer, say, when } from "./dom.js";
-import { Continuation, tokens } from "./tokens.js";
+import { button, count, doing, el, empty, field, keep, offer, say } from "./dom.js";
+import { History, recall, store } from "./history.js";
+import { Continuation, TokenPopover, describeToken, tokens } from "./tokens.js";
 
 export const title = "Write";
 
@@ -17,21 +18,6 @@ const SETTINGS = [
   ["n", "Samples", 1, { min: 1, max: 8, step: 1 }, "side by side"],
   ["seed", "Seed", "", { min: 0, max: 2 ** 53 - 9, step: 1, placeholder: "drawn" }, "the same one, the same text"]
 ];
-const MAX_HISTORY = 50;
-const read = (name, otherwise) => {
-  try {
-    return JSON.parse(localStorage.getItem(name)) ?? otherwise;
-  } catch {
-    return otherwise;
-  }
-};
-const write = (name, value) => {
-  try {
-    localStorage.setItem(name, JSON.stringify(value));
-  } catch {
-    /* it is full or forbidden */
-  }
-};
 const drawSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] % 2 ** 31;
 const REASONS = { stop: "it came to its end", length: "it has the most tokens that it may" };
 
@@ -40,7 +26,7 @@ export function mount(root, { query }) {
     before = null,
     models = null,
     seeds = [];
-  const kept = read("write", {});
+  const kept = recall("write", {});
 
   const model = el("select", { "aria-label": "Model" });
   const editor = el("div", {
@@ -57,7 +43,7 @@ export function mount(root, { query }) {
   });
   // "plaintext-only" takes no formatting from what is pasted; an older browser does not know it
   const editable = editor.contentEditable === "plaintext-only" ? "plaintext-only" : "true";
-  editor.textContent = read("draft", "");
+  editor.textContent = recall("draft", "");
   const shade = el("input", {
     type: "checkbox",
     checked: kept.shade ?? true,
@@ -91,7 +77,6 @@ export function mount(root, { query }) {
     },
     { class: "small" }
   );
-  const popover = el("div", { class: "popover", role: "group", "aria-label": "Token" });
   const choices = el("div", { class: "choices" });
   const inputs = Object.fromEntries(
     SETTINGS.map(([name, , value, attributes]) => [
@@ -102,18 +87,7 @@ export function mount(root, { query }) {
   const stops = el("textarea", { rows: 1, class: "code", onchange: () => keepSettings(), value: kept.stops ?? "" });
   const source = el("textarea", { rows: 3 });
   const others = el("div", { class: "others" });
-  const history = el("ul", { class: "history" }),
-    noHistory = el("p", { class: "hint" });
-  const forget = button(
-    "Forget all",
-    () => {
-      if (confirm("Forget all texts that this browser keeps?")) {
-        write("history", []);
-        showHistory();
-      }
-    },
-    { class: "small" }
-  );
+  const history = new History(one => putBack(one));
   const page = el(
     "div",
     { class: "columns wide-left" },
@@ -130,7 +104,6 @@ export function mount(root, { query }) {
           el("label", { class: "check" }, shade, "shade unlikely tokens")
         ),
         editor,
-        popover,
         el(
           "div",
           { class: "buttons" },
@@ -171,9 +144,7 @@ export function mount(root, { query }) {
         { class: "card", "aria-label": "History" },
         el("h3", {}, "History"),
         el("p", { class: "hint" }, "Kept in this browser only."),
-        noHistory,
-        history,
-        forget
+        history.element
       )
     )
   );
@@ -185,7 +156,7 @@ export function mount(root, { query }) {
   // ---- settings ----
 
   function keepSettings() {
-    write("write", {
+    store("write", {
       ...Object.fromEntries(SETTINGS.map(([name]) => [name, inputs[name].value])),
       stops: stops.value,
       shade: shade.checked,
@@ -226,7 +197,7 @@ export function mount(root, { query }) {
   ];
 
   const start = doing(error, async () => {
-    hidePopover();
+    popover.hide();
     before = editor.textContent;
     const names = chosenModels(),
       n = Math.max(1, Number(inputs.n.value) || 1),
@@ -276,11 +247,12 @@ export function mount(root, { query }) {
           : `${count(used)} tokens in ${seconds.toFixed(1)} s, ${count(Math.round(used / seconds))} tokens/s; seed ${seed}` +
             `${n > 1 ? ` to ${seed + n - 1}` : ""}${reasons.size === 1 ? `; ${[...reasons][0]}` : ""}.`
     );
-    if (found.some(one => one.text)) remember(found, stopped);
+    const settings = Object.fromEntries(SETTINGS.map(([name]) => [name, inputs[name].value]));
+    if (found.some(one => one.text)) history.add({ prompt: before, settings, stopped, found });
     if (document.activeElement === stop) (single ? editor : go).focus();
     if (single) caretToEnd();
     show();
-    write("draft", editor.textContent);
+    store("draft", editor.textContent);
     const real = problems.filter(([, problem]) => problem.name !== "AbortError");
     if (real.length)
       throw new Error(
@@ -297,7 +269,7 @@ export function mount(root, { query }) {
           editor.textContent = before;
           editor.append(...text.childNodes);
           choices.replaceChildren();
-          write("draft", editor.textContent);
+          store("draft", editor.textContent);
           editor.focus();
           caretToEnd();
         },
@@ -320,7 +292,7 @@ export function mount(root, { query }) {
     getSelection().removeAllRanges();
     getSelection().addRange(range);
     editor.scrollTop = editor.scrollHeight;
-    hidePopover();
+    popover.hide();
   }
 
   function show() {
@@ -339,8 +311,8 @@ export function mount(root, { query }) {
       if (element.textContent !== tokens.get(element)?.part)
         element.replaceWith(document.createTextNode(element.textContent));
     }
-    hidePopover();
-    write("draft", editor.textContent);
+    popover.hide();
+    store("draft", editor.textContent);
     show();
   });
   page.addEventListener("keydown", event => {
@@ -350,133 +322,26 @@ export function mount(root, { query }) {
     }
     if (event.key === "Escape") {
       if (writing) writing.abort();
-      else hidePopover();
+      else popover.hide();
     }
   });
 
-  // ---- the token at the mouse or at the caret ----
+  // ---- the token at the mouse or at the caret, and what was written before ----
 
-  let at = null,
-    leaving = null;
-  function hidePopover() {
-    popover.classList.remove("shown");
-    at?.classList.remove("at");
-    at = null;
-  }
-  function showPopover(element) {
-    clearTimeout(leaving);
-    if (element === at || writing) return;
-    hidePopover();
-    const known = tokens.get(element);
-    if (!known) return;
-    at = element;
-    at.classList.add("at");
-    const percent = p =>
-      p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : p >= 0.001 ? `${(100 * p).toFixed(1)} %` : "< 0.1 %";
-    const visible = text => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ | $/g, "␣");
-    const row = ([text, p]) => {
-      const own = text === known.part,
-        usable = !own && !text.startsWith("bytes:") && !text.startsWith("<|") && editor.contains(element);
-      return el(
-        "li",
-        { class: own ? "own" : null },
-        usable
-          ? button(visible(text), () => replaceFrom(element, text), {
-              class: "small",
-              title: "Write on from here with this"
-            })
-          : el("span", {}, visible(text)),
-        el("meter", { min: 0, max: 1, value: p, "aria-hidden": "true" }),
-        el("span", { class: "percent" }, percent(p))
-      );
-    };
-    popover.replaceChildren(
-      el("p", {}, el("strong", {}, `“${visible(known.part)}”`), ` ${percent(known.p)}`),
-      el("ul", {}, known.top.slice(0, 6).map(row))
-    );
-    const box = element.getClientRects()[0],
-      outer = popover.parentElement.getBoundingClientRect();
-    popover.classList.add("shown");
-    popover.style.left = `${Math.max(8, Math.min(box.left - outer.left, outer.width - popover.offsetWidth - 8))}px`;
-    popover.style.top = `${box.bottom - outer.top + 4}px`;
-  }
-  /** Puts another token in the place of one, drops what followed and writes on. */
-  function replaceFrom(element, text) {
-    hidePopover();
-    while (element.nextSibling) element.nextSibling.remove();
-    element.replaceWith(document.createTextNode(text));
-    start();
-  }
-  const over = event => {
-    const token = event.target.closest?.(".token");
-    if (token) showPopover(token);
-  };
-  editor.addEventListener("mouseover", over);
+  const popover = new TokenPopover(editor, {
+    isBusy: () => writing !== null,
+    /** Puts another token in the place of one, drops what followed and writes on. */
+    onReplace: (element, text) => {
+      while (element.nextSibling) element.nextSibling.remove();
+      element.replaceWith(document.createTextNode(text));
+      start();
+    }
+  });
+  editor.after(popover.element);
   choices.addEventListener("mouseover", event => {
     const token = event.target.closest?.(".token");
-    if (token)
-      token.title = [["", tokens.get(token).p], ...tokens.get(token).top]
-        .map(([t, p]) => `${t ? `${JSON.stringify(t)} ` : ""}${(100 * p).toFixed(1)} %`)
-        .join("\n");
+    if (token) token.title = describeToken(token);
   });
-  for (const part of [editor, popover]) {
-    part.addEventListener("mouseleave", () => {
-      leaving = setTimeout(hidePopover, 250);
-    });
-    part.addEventListener("mouseenter", () => clearTimeout(leaving));
-  }
-  const onCaret = () => {
-    const node = getSelection().anchorNode,
-      token = node?.parentElement?.closest?.(".token");
-    if (token && editor.contains(token) && document.activeElement === editor && getSelection().isCollapsed)
-      showPopover(token);
-  };
-  document.addEventListener("selectionchange", onCaret);
-
-  // ---- history ----
-
-  function remember(found, stopped) {
-    const settings = Object.fromEntries(SETTINGS.map(([name]) => [name, inputs[name].value]));
-    const one = {
-      time: Date.now(),
-      prompt: before,
-      settings,
-      stopped,
-      texts: found.map(({ model, seed, text }) => ({ model, seed, text }))
-    };
-    write("history", [one, ...read("history", [])].slice(0, MAX_HISTORY));
-    showHistory();
-  }
-
-  function showHistory() {
-    const found = read("history", []);
-    say(noHistory, found.length ? "" : "Nothing was written yet.");
-    forget.hidden = !found.length;
-    keep(
-      history,
-      found,
-      one => one.time,
-      one =>
-        el(
-          "li",
-          {},
-          el(
-            "button",
-            { type: "button", title: when(one.time / 1000), onclick: () => putBack(one) },
-            el("span", { class: "beginning" }, (one.prompt + one.texts[0].text).slice(0, 120) || "(an empty text)"),
-            el(
-              "span",
-              { class: "hint" },
-              `${one.texts
-                .map(text => text.model)
-                .filter((name, i, all) => all.indexOf(name) === i)
-                .join(", ")} · seed ${one.texts[0].seed}` +
-                `${one.texts.length > 1 ? ` · ${one.texts.length} texts` : ""}`
-            )
-          )
-        )
-    );
-  }
 
   function putBack(one) {
     for (const [name, value] of Object.entries(one.settings)) if (inputs[name]) inputs[name].value = value;
@@ -497,7 +362,6 @@ export function mount(root, { query }) {
 
   model.addEventListener("change", keepSettings);
   showShade();
-  showHistory();
   show();
 
   return {
@@ -538,7 +402,7 @@ export function mount(root, { query }) {
     },
     leave() {
       writing?.abort();
-      document.removeEventListener("selectionchange", onCaret);
+      popover.leave();
     }
   };
 }
