@@ -236,6 +236,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n, n_embd))
         self.register_buffer("bias", torch.zeros(n))
         self.register_buffer("load", torch.zeros(n), persistent=False)  # tokens since the last optimizer step
+        self.register_buffer("share", torch.zeros(n), persistent=False)  # of the last step's selections, for logs
 
     def choose(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Probabilities, and the mask of the selected items, both (B, T, n), for x (B, T, C)."""
@@ -259,6 +260,7 @@ class Router(nn.Module):
     @torch.no_grad()
     def balance(self, scale: Tensor | float = 1.0) -> None:
         self.bias += 0.01 * scale * torch.sign(self.load.mean() - self.load)
+        self.share.copy_(self.load / self.load.sum().clamp(min=1))
         self.load.zero_()
 
 

@@ -12,6 +12,7 @@ are drawn from (seed, step). On a CPU, a resumed run is therefore bitwise equal 
 
 Output files:  checkpoints.path/step_…         checkpoints to resume from
                checkpoints.path/metrics.jsonl  every logged step and every evaluation, one JSON object per line
+               checkpoints.path/record.json    what the run is: its keys, its command, its size
                img_path/*.png                  the curves, redrawn at each evaluation
                model_path                      the trained model, after the last step
 A run from scratch moves the files of an earlier run in checkpoints.path to its subdirectory earlier_1, earlier_2, ….
@@ -226,6 +227,9 @@ class Trainer(TrainState):
         if p.step == step and (self.due(self.run.log_interval) or step == 1):
             rates = {"lr": lr, "grad_norm": grad_norm, "tokens_per_s": speed, "seconds": p.seconds}
             self.logged = (p.tokens, p.seconds)
+            if routers := self.model.routers():
+                rates["routers"] = {name: [round(x, 4) for x in router.share.tolist()]
+                                    for name, router in routers.items()}  # fmt: skip
             if self.ranks.main:
                 self.metrics.add(step=p.step, tokens=p.tokens, loss=loss, **rates)
                 self.console.print_step(step, self.run.max_iters, loss, lr, grad_norm, speed)
@@ -298,6 +302,7 @@ def run_command(argv: list[str], last: bool) -> int:
     words = [word for word in argv if word != "--quiet"]
     run = load_run(words, CONFIGS)
     trainer = Trainer(run, Signals(), parse_arguments(words)[0], quiet="--quiet" in argv)
+    trainer.command = setup.command_line(argv, resume=False)
     for message in run.warnings() if os.environ.get("RANK", "0") == "0" and not checking else ():
         warn(message)
     try:

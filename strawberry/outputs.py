@@ -107,6 +107,7 @@ KINDS = {
     "tokens": Kind("a token file", lambda head: head.startswith(b"\x89TOKENS\n")),
     "model": Kind("a model file", _is_model),
     "metrics": Kind("the metrics of a training run", _is_metrics),
+    "record": Kind("the record of a training run", _has_keys("run", "command", "started")),
     "lock": Kind("the lock of a run", lambda head: head.startswith(b'{"pid": ')),
     "latest": Kind("the name of a checkpoint", re.compile(rb"step_\d{8,18}\s*\Z").match),
     "texts": Kind("a file of texts that sample.py wrote", _is_texts),

@@ -666,6 +666,11 @@ class Documents:
             if hashed.digest.hexdigest() != scanned.sha256:
                 raise UserError(f"{scanned.file.label} changed while it was read: start again")
 
+    def read_head(self, file: InputFile) -> Iterator[tuple[Any, bool]]:
+        """As read(), of one input that was not scanned, for a caller that reads its beginning only."""
+        with file.open() as stream:
+            yield from self._read_stream(stream, file, find_format(file, b"", self.format), self.find_entry)
+
     def _read_stream(self, stream, file: InputFile, format: str, find_entry: Callable) -> Iterator[tuple[Any, bool]]:
         label = self._find_label(file, format)
         if format == "text":

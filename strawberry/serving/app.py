@@ -47,6 +47,22 @@ from strawberry.serving.files import (
     retrieve_file,
     retrieve_file_content,
 )
+from strawberry.serving.planning import (
+    Estimate,
+    Presets,
+    StartingPoint,
+    estimate_run,
+    list_presets,
+    retrieve_starting_point,
+)
+from strawberry.serving.previews import (
+    DiskUse,
+    DocumentList,
+    list_dataset_documents,
+    list_file_documents,
+    retrieve_disk_use,
+    retrieve_example_text,
+)
 from strawberry.serving.protocol import (
     ChatCompletion,
     Completion,
@@ -57,6 +73,20 @@ from strawberry.serving.protocol import (
     ModelList,
     TokenizerInfo,
     Tokens,
+)
+from strawberry.serving.run_routes import (
+    Notes,
+    RunDetails,
+    RunMetrics,
+    RunSummaries,
+    RunSummary,
+    delete_any_run,
+    download_checkpoint,
+    list_all_runs,
+    list_metrics,
+    retrieve_any_run,
+    stop_any_run,
+    write_run_notes,
 )
 from strawberry.serving.security import SecurityMiddleware
 from strawberry.serving.service import Service, TheService
@@ -89,7 +119,9 @@ from strawberry.serving.training import (
     update_run_schema,
 )
 
-PAGE_FILE = Path(__file__).with_name("page.html")
+PAGE_FOLDER = Path(__file__).with_name("page")
+PAGE_FILES = {path.name: path for path in PAGE_FOLDER.iterdir() if path.suffix in (".html", ".css", ".js")}
+PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:"
 NO_ROUTE = {  # prefixes of OpenAI's endpoints that this server does not have → advice
     "/v1/chat": NO_CHAT, "/v1/responses": NO_CHAT, "/v1/conversations": NO_CHAT, "/v1/messages": NO_CHAT,
     "/v1/assistants": NO_CHAT, "/v1/threads": NO_CHAT,
@@ -135,9 +167,18 @@ async def metrics(service: TheService) -> Response:
 
 
 async def page() -> Response:
-    """A web page to generate text with the models, to upload data, and to train."""
-    data = await run_in_threadpool(PAGE_FILE.read_bytes)
-    return Response(data, media_type="text/html", headers={"Cache-Control": "no-cache"})
+    """A web page to look at runs, to train, to write with the models, and to bring data."""
+    return await page_file("index.html")
+
+
+async def page_file(name: str) -> Response:
+    """A file of the page: a style sheet or a script."""
+    path = PAGE_FILES.get(name)
+    if path is None:
+        raise ApiError(404, f"the page has no file {show(name)}", "name", "not_found")
+    kinds = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+    headers = {"Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY}
+    return Response(await run_in_threadpool(path.read_bytes), media_type=kinds[path.suffix], headers=headers)
 
 
 @dataclass
@@ -163,6 +204,8 @@ class Route:
 
 ROUTES = [
     Route("GET", "/", page, None, "server", responses={200: {"content": {"text/html": {}}}}),
+    Route("GET", "/page/{name}", page_file, None, "server",
+          responses={200: {"content": {"text/css": {}, "text/javascript": {}, "text/html": {}}}}),
     Route("GET", "/health", health, Health, "server", open=True),
     Route("GET", "/metrics", metrics, None, "server", responses={200: {"content": {"text/plain": {}}}}),
     Route("POST", "/v1/completions", completions, Completion, update_schema=update_completion_schema,
@@ -199,6 +242,22 @@ ROUTES = [
     Route("GET", "/v1/fine_tuning/jobs/{job_id}/metrics", list_run_metrics, MetricList, "training"),
     Route("GET", "/v1/fine_tuning/jobs/{job_id}/curves.png", draw_run_curves, None, "training",
           responses={200: {"content": {"image/png": {}}}}),
+    Route("GET", "/v1/files/{file_id}/documents", list_file_documents, DocumentList, "files"),
+    Route("GET", "/v1/datasets/{dataset_id}/documents", list_dataset_documents, DocumentList, "datasets"),
+    Route("GET", "/v1/example_text", retrieve_example_text, None, "files",
+          responses={200: {"content": {"text/plain": {}}}}),
+    Route("GET", "/v1/disk", retrieve_disk_use, DiskUse, "server"),
+    Route("GET", "/v1/presets", list_presets, Presets, "training"),
+    Route("GET", "/v1/presets/{name}", retrieve_starting_point, StartingPoint, "training"),
+    Route("POST", "/v1/fine_tuning/estimates", estimate_run, Estimate, "training"),
+    Route("GET", "/v1/runs", list_all_runs, RunSummaries, "runs"),
+    Route("GET", "/v1/runs/{run_id}", retrieve_any_run, RunDetails, "runs"),
+    Route("DELETE", "/v1/runs/{run_id}", delete_any_run, Deleted, "runs"),
+    Route("GET", "/v1/runs/{run_id}/metrics", list_metrics, RunMetrics, "runs"),
+    Route("POST", "/v1/runs/{run_id}/notes", write_run_notes, Notes, "runs"),
+    Route("POST", "/v1/runs/{run_id}/stop", stop_any_run, RunSummary, "runs"),
+    Route("GET", "/v1/runs/{run_id}/checkpoints/{step}", download_checkpoint, None, "runs",
+          responses={200: {"content": {"application/octet-stream": {}}}}),
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from strawberry.serving.id_directory import LOG
 from strawberry.serving.job import WAITING, ChildProcess, Job, classify_error
 from strawberry.serving.job_commands import JOB_KINDS
 from strawberry.serving.job_store import JobStore
+from strawberry.serving.runs import RunIndex
 from strawberry.serving.settings import MIB, Settings
 from strawberry.serving.uploads import Uploads
 from strawberry.training import plot
@@ -185,6 +186,7 @@ class JobService:
         self.uploads: Uploads | None = None  # set by start()
         self.jobs: JobStore | None = None
         self.supervisor: JobSupervisor | None = None
+        self.runs: RunIndex | None = None  # set by the service: runs of the command line have checkpoints too
         self.drawn: tuple = ((), b"")  # (key of the last picture, its PNG)
         self.drawing = threading.Lock()  # a picture takes most of a second, so one is drawn at a time
 
@@ -218,7 +220,8 @@ class JobService:
 
     def find_checkpoint(self, name: str) -> Path | None:
         """The model file of the run's checkpoint with this name, if it still exists."""
-        return self.jobs.find_checkpoint_file(name) if self.jobs else None
+        found = self.jobs.find_checkpoint_file(name) if self.jobs else None
+        return found or (self.runs.find_checkpoint_file(name) if self.runs else None)
 
     def draw_curves(self, job: Job, sheet: str, x: str) -> bytes:
         """A sheet of the job's current curves as PNG, cached until its metrics change."""

@@ -29,7 +29,7 @@ class Server(uvicorn.Server):
         self.service.closing.set()
 
 
-POLLED = re.compile(r"/health|/metrics|/v1/models|/v1/files|/v1/(datasets|fine_tuning/jobs)(/.*)?")
+POLLED = re.compile(r"/(health|metrics|page/.*|v1/(models|files|disk|presets|(datasets|fine_tuning/jobs|runs)(/.*)?))")
 
 
 def is_worth_logging(record: logging.LogRecord) -> bool:

@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from strawberry.serving.jobs import JobService
 from strawberry.serving.metrics import Metrics
 from strawberry.serving.models import ModelPool
+from strawberry.serving.runs import RunIndex
 from strawberry.serving.settings import Settings
 
 
@@ -19,6 +20,8 @@ class Service:
         self.large_bodies = asyncio.Semaphore(1)  # large bodies are read one at a time
         self.closing = asyncio.Event()  # set when the server is asked to stop: long responses must end
         self.job_service = JobService(settings)
+        self.runs = RunIndex(settings.runs or [settings.models], settings.data, lambda: self.job_service.jobs)
+        self.job_service.runs = self.runs
         self.models = ModelPool(settings, self.metrics, self.closing, self.job_service)
         self.job_service.register_gauges(self.metrics.gauge)
 

@@ -22,6 +22,9 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-9]{
 class Settings:
     models: str = option("bin", "directory of the model files")
     data: str = option("data", "directory of uploads, datasets and runs")
+    runs: list[str] = option(
+        [], "directory of runs that train.py started, shown on the page; may be repeated; default: that of --models"
+    )
     host: str = option("127.0.0.1", "address to listen on; other than this machine's only with a key")
     port: int = option(8000, "port to listen on; 0: a free one, which is printed", low=0, high=65535)
     api_key: list[str] = option(

@@ -18,6 +18,7 @@ from strawberry.training.console import STATUS, warn
 from strawberry.training.lock import Lock
 from strawberry.training.loggers import FOLDERS
 from strawberry.training.metrics import METRICS
+from strawberry.training.record import NOTES, RECORD, write_record
 from strawberry.training.state import Progress
 
 
@@ -93,11 +94,10 @@ class Checkpointer:
                 aside = archive_run(self.state.root)
                 if aside:
                     print(f"the checkpoints of an earlier run are now in {aside}")
-                    with contextlib.suppress(FileNotFoundError):
-                        os.replace(self.state.metrics.path, aside / METRICS)
-                    for name in FOLDERS:
+                    for name in (METRICS, RECORD, NOTES, *FOLDERS):
                         with contextlib.suppress(FileNotFoundError):
                             os.replace(self.state.root / name, aside / name)
+            write_record(self.state)
         self.rewind_metrics(self.state.progress.step if self.state.run.init_from == "resume" else -1)
         self.state.claimed = True
 

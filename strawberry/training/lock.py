@@ -50,7 +50,7 @@ class Lock:
                 return [os.open(self.path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644), folder]
             except BlockingIOError:
                 os.close(folder)
-                raise self._refusal(_read_holder(self.path)) from None
+                raise self._refusal(read_holder(self.path)) from None
             except PermissionError:
                 os.close(folder)
                 raise
@@ -62,15 +62,15 @@ class Lock:
         while True:
             with contextlib.suppress(FileExistsError):
                 return os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            holder = _read_holder(self.path)
-            if not _is_dead(holder):
+            holder = read_holder(self.path)
+            if not is_dead(holder):
                 raise self._refusal(holder)
             aside = self.path.with_name(f".{LOCK}.{os.getpid()}")
             try:
                 os.rename(self.path, aside)  # of several that take it over, one succeeds
             except FileNotFoundError:
                 continue
-            if _read_holder(aside) != holder:  # and another one has it already
+            if read_holder(aside) != holder:  # and another one has it already
                 os.rename(aside, self.path)
             else:
                 os.unlink(aside)
@@ -94,7 +94,7 @@ def _release(path: Path, files: list[int], pid: int) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _read_holder(path: Path) -> dict:
+def read_holder(path: Path) -> dict:
     """What a lock says of its process; empty where it is damaged, or not yet written."""
     try:
         holder = json.loads(path.read_bytes()[:65536])
@@ -103,7 +103,7 @@ def _read_holder(path: Path) -> dict:
         return {}
 
 
-def _is_dead(holder: dict) -> bool:
+def is_dead(holder: dict) -> bool:
     """Whether the process that a lock names is known to have ended: one of another machine never is."""
     pid = holder.get("pid")
     if type(pid) is not int or pid < 1 or holder["host"] != socket.gethostname():

@@ -39,13 +39,14 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 def saved_for_backward(model: nn.Module, forward: Callable[[], object]) -> list[int]:
     """The sizes in bytes of what `forward()` keeps for a backward pass, in order, the model's own tensors left out."""
-    own = {to_local(t).untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    # by the address of the storage object, not of its data: tensors on the meta device have no data
+    own = {to_local(t).untyped_storage()._cdata for t in itertools.chain(model.parameters(), model.buffers())}
     kept = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

@@ -27,6 +27,7 @@ from strawberry.training.checkpoint import LATEST
 from strawberry.training.console import warn
 from strawberry.training.lock import LOCK
 from strawberry.training.metrics import METRICS
+from strawberry.training.record import RECORD
 
 COMPILE_ON_CPU_FROM = 5000  # steps; see should_compile
 MAX_VERIFIED_BYTES = 2 << 30  # maximum bytes of token files that --check reads whole, in seconds
@@ -147,7 +148,7 @@ def check_writable(key: str, path: str, folder: Path) -> None:
 def list_outputs(run) -> list[Output]:
     """Every file that a run writes, and the directory of its checkpoints."""
     root = Path(run.checkpoints.path)
-    files = {METRICS: "metrics", LOCK: "lock", LATEST: "latest"}
+    files = {METRICS: "metrics", RECORD: "record", LOCK: "lock", LATEST: "latest"}
     outputs = [Output("model_path", run.model_path, "model"), Output("checkpoints.path", root, CHECKPOINTS)]
     outputs += [Output("checkpoints.path", root / name, kind) for name, kind in files.items()]
     return outputs + ([] if run.img_path is None else plot.picture_outputs("img_path", run.img_path))
@@ -220,7 +221,7 @@ def print_summary(state) -> None:
         f"validate; {state.encoder.vocab_size:,} token ids from {run.encoder_path}",
         "objective": run.objective + describe_truncation(state),
         "step": f"{accumulation} × {run.batch_size} rows of {T} = {state.tokens_per_step:,} tokens of "
-        f"{model.flops_per_token(T) / 1e6:,.2f} MFLOP each",
+        f"{state.flops_per_token / 1e6:,.2f} MFLOP each",
         "machine": f"{state.device.type}{name}, {dtype}"
         + (f"; {state.ranks.world} processes, {run.parallel}" if state.ranks.world > 1 else ""),
         "seed": str(run.seed),

@@ -4,6 +4,7 @@ Progress    the run's position: saved in a checkpoint besides weights, optimizer
 TrainState  configuration, device, processes, data, model, optimizer and progress, and values derived from them
 """
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class TrainState:
         self.claimed = False  # whether checkpoints.path is this run's
         self.compiled: bool | str = False  # whether steps are compiled; "blocks": block by block
         self.graph_step = None  # a CudaGraphStep, once steps are captured
+        self.command: str | None = None  # the command line that repeats the run, where it has one
 
     @property
     def rows(self) -> int:
@@ -67,6 +69,11 @@ class TrainState:
     @property
     def tokens_per_step(self) -> int:
         return self.run.gradient_accumulation_steps * self.run.batch_size * self.run.model_hyperparams.block_size
+
+    @functools.cached_property
+    def flops_per_token(self) -> float:
+        """Of a training step. Counting them builds the model once more, without memory."""
+        return self.model.flops_per_token(self.run.model_hyperparams.block_size)
 
     def due(self, interval: int) -> bool:
         """Whether an action is due: every `interval` steps, and after the last step."""

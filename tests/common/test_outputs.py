@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -22,7 +23,7 @@ import prepare
 import sample
 import serve
 import train
-from model import build
+from model import CONFIGS, build
 from strawberry.bench import growth
 from strawberry.common import UserError, run_cli
 from strawberry.data import assemble
@@ -31,11 +32,13 @@ from strawberry.huggingface.export import FILES, write_export
 from strawberry.inference.bulk import Results
 from strawberry.model_file import save_model
 from strawberry.outputs import CHECKPOINTS, KINDS, Input, Output, check_outputs, find_previous, has_kind
+from strawberry.run_config import make_run
 from strawberry.serving.id_directory import IdDirectory
 from strawberry.training import plot, setup
 from strawberry.training.checkpoint import save_checkpoint
 from strawberry.training.lock import Lock
 from strawberry.training.metrics import Metrics
+from strawberry.training.record import write_record
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "ten", "dogs", "run", "over", "two", "hills", "in", "sun"]
 TEXT = "".join(" ".join(WORDS[(7 * i + j * j) % len(WORDS)] for j in range(12)) + ".\n" for i in range(200))
@@ -382,9 +385,13 @@ def made(template, tmp_path_factory):
     lock = Lock(folder)
     shutil.copy(lock.path, folder / "a_lock")
     lock.release()
+    run, model = make_run({}, CONFIGS), build({"n_embd": 16, "n_head": 2, "n_qkv": 16, "vocab_size": 44})
+    write_record(SimpleNamespace(run=run, model=model, root=folder, command="python train.py", config=None,
+                                 flops_per_token=9.0, tokens_per_step=8, device=torch.device("cpu")))  # fmt: skip
     files = {"encoder": [template / "base.enc", "chars.enc", "ds/encoder.bin"],
              "tokens": [template / "base.bin", "ds/tokens.bin"], "model": [template / "base.model"],
              "metrics": ["metrics.jsonl"], "latest": ["ck/latest"], "texts": ["texts.jsonl"], "lock": ["a_lock"],
+             "record": ["record.json"],
              "texts origin": ["texts.jsonl.from.json"], "export": [f"hf/{name}" for name in FILES],
              "picture": [*plot.SHEETS, "loss.svg", "loss.pdf"],
              "benchmark": ["growth.json", "step.json", "race.json"], "report": ["growth.md"],

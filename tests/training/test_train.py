@@ -511,7 +511,7 @@ def test_metrics_have_every_logged_step_and_evaluation(run_folder, capsys):
         assert all(value > 0 for value in line.values())
     evaluations = [line for line in metrics() if "val_loss" in line]
     assert [line["step"] for line in evaluations] == [5, 7]
-    assert evaluations[0].keys() == {"step", "tokens", "train_loss", "train_bpb", "val_loss", "val_bpb"}
+    assert evaluations[0].keys() == {"step", "tokens", "train_loss", "train_bpb", "val_loss", "val_bpb", "sample"}
     out = capsys.readouterr().out
     for told in ("parameters", "96 tokens of 0.0", "float32", "aft → tea", "muon", "bits per byte"):
         assert told in out
