@@ -131,6 +131,7 @@ def make_tokenizer_config(encoder: Encoder, block_size: int) -> dict:
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot, "pad_token": pad,
         "add_bos_token": False, "add_eos_token": False, "model_max_length": block_size,
         "clean_up_tokenization_spaces": False, "split_special_tokens": True,
+        "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids, which transformers 4 adds
     }  # fmt: skip
 
 

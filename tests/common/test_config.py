@@ -334,7 +334,8 @@ REFUSED = {
     "\"nanogpt:<path>\" (did you mean 'resume'?)",
     "--init_from=,pretrained": 'init_from = ",pretrained": must be "scratch", "resume", "<path>,pretrained", '
     '"hf:<path>" or "nanogpt:<path>"',
-    "--init_from=hf:": 'init_from = "hf:": must be "scratch", "resume", "<path>,pretrained", "hf:<path>" or',
+    "--init_from=hf:": 'init_from = "hf:": must be "scratch", "resume", "<path>,pretrained", "hf:<path>" or '
+    '"nanogpt:<path>"',
     "--model_path=./data/webtext.bin": 'model_path = "./data/webtext.bin": is dataset.path too, which the trained '
     "model would replace; name another file",
     '--dataset={"path": "a", "path": "b"}': 'dataset.path = "a", "b": given 2 times; keep one',

@@ -2,9 +2,12 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import json5
 import pytest
 import runs
 import torch
@@ -15,7 +18,7 @@ from model import CONFIGS
 from strawberry.common import UserError
 from strawberry.huggingface import gpt2
 from strawberry.huggingface.tokenizer import make_tokenizer
-from strawberry.run_config import load_run
+from strawberry.run_config import load_run, make_run
 from strawberry.training import setup
 
 SHAPE = GPT2 | {"vocab_size": 44, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -166,6 +169,17 @@ def test_gpt2s_tokens_are_asked_for_by_name(tmp_path):
     data = json.loads(encoders.train(["the cat, the hat"], 261).to_bytes())
     named = {key: data[key] for key in ("pattern", "ranks", "specials")} | {"kind": "tiktoken", "name": "gpt2"}
     gpt2.check_tokens(gpt2.Checkpoint(tmp_path, {"vocab_size": 50304}, {}, True, None), encoders.Encoder(named))
+
+
+def test_the_config_in_the_docs_fits_gpt2():
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
+    raw = json5.loads(re.search(r"<!-- test: file finetune.json -->\n```jsonc\n(.*?)```", page, re.S)[1])
+    model = SimpleNamespace(config=make_run(raw, CONFIGS).model_hyperparams)
+    hyperparams = gpt2.read_config({"model_type": "gpt2"}, Path("gpt2"))  # 124 M's sizes are the defaults
+    gpt2.check_hyperparams(gpt2.Checkpoint(Path("gpt2"), hyperparams, {}, True, None), model)
+    model.config.n_layer = 11
+    with pytest.raises(UserError, match="n_layer: 11 → 12"):
+        gpt2.check_hyperparams(gpt2.Checkpoint(Path("gpt2"), hyperparams, {}, True, None), model)
 
 
 def test_what_a_run_reads_is_never_written(run_folder):
