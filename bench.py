@@ -34,6 +34,10 @@ scale measures how training speeds up with processes, one for each GPU: tokens/s
 
 asks serve.py for texts from many clients at once, in turns with a server that makes one text at a time.
 
+    python bench.py recall tinystar-v0.2-modernbase.json air.json:window=16 --pairs 8 --distances 16,64,256
+
+recall trains configs on associative recall, and measures how far back and among how many facts they remember.
+
     python bench.py kernels
 
 holds each Triton kernel against float64 on a GPU, and times it.
@@ -44,17 +48,17 @@ and several share a device (--jobs). Speed is measured apart from them, while no
 
 from collections.abc import Callable
 
-from strawberry.bench import compare, decode, growth, kernels, scale, serve, train
+from strawberry.bench import compare, decode, growth, kernels, recall, scale, serve, train
 from strawberry.common import UserError, nearest, run_cli
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "compare": compare.run, "train": train.run, "growth": growth.run, "scale": scale.run, "decode": decode.run,
-    "serve": serve.run, "kernels": kernels.run,
+    "serve": serve.run, "kernels": kernels.run, "recall": recall.run,
 }  # fmt: skip
 # What the commands start as processes of their own: `bench.py _train --config file.json`.
 CHILDREN: dict[str, Callable[[list[str]], int | None]] = {
     "_train": train.train_child, "_speed": train.speed_child, "_step": train.step_child, "_race": train.race_child,
-    "_nanogpt": train.nanogpt_child, "_scale": train.scale_child,
+    "_nanogpt": train.nanogpt_child, "_scale": train.scale_child, "_recall": recall.recall_child,
 }  # fmt: skip
 
 

@@ -1,0 +1,274 @@
+"""`bench.py recall`: how well models remember, by distance and by number of facts (MQAR, arXiv 2312.04927).
+
+A row has n pairs of a key and a value, d tokens of filler, and then each key once more, in another order. The target at
+a repeated key is its value; nothing else has a target. Keys and values are drawn anew for each row, so that no weights
+can know them. The answers are not in the text: where each would follow its question, as in the paper, a model could
+infer the later ones by elimination. Only the values of the row's pairs are plausible, so that chance is 1/n. A row has
+questions at one distance only, since an answered question would hand its value on to a later one.
+
+    n = 2, d = 3:   text     k7 v3 k1 v9 .. .. .. k1 k7        target   -  -  -  -  -  -  -  v9 v3
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+import encoder as encoders
+from model import CONFIGS
+from strawberry.argument_parser import ArgumentParser
+from strawberry.bench import child_process, hardware
+from strawberry.bench.common import (
+    format_command,
+    format_table,
+    list_results,
+    list_spec_inputs,
+    load_spec,
+    make_line_style,
+    parse_assignment,
+    parse_quantity,
+    qualify_key,
+    style_panel,
+    write_benchmark_config,
+)
+from strawberry.bench.train import BenchmarkTrainer
+from strawberry.common import UserError, atomic_write
+from strawberry.config import to_dict
+from strawberry.data.objectives import Batch
+from strawberry.data.token_file import TokenFileWriter
+from strawberry.device import choose_device
+from strawberry.outputs import check_outputs
+from strawberry.run_config import Run, load_run
+from strawberry.training import plot
+from strawberry.training.evaluation import evaluation_mode, make_batch
+from strawberry.training.signals import Signals
+
+N_FILLERS = 16  # token ids of filler
+EVAL_SEED = 2**31  # no run's seed is as large, so that no row is both trained on and asked
+ROWS_AT_ONCE = 32  # rows of an evaluation's pass
+MAX_PAIRS, MAX_DISTANCE = 1024, 1 << 20
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    """The numbers of pairs and the distances that rows are drawn from."""
+
+    pairs: tuple[int, ...]
+    distances: tuple[int, ...]
+
+    @property
+    def n_symbols(self) -> int:
+        """Number of keys, and of values: four times as many as a row can have, so that most are absent."""
+        return 4 * max(self.pairs)
+
+    @property
+    def vocab_size(self) -> int:
+        return N_FILLERS + 2 * self.n_symbols
+
+    @property
+    def block_size(self) -> int:
+        return max(3 * n + d for n, d in self.cells)
+
+    @property
+    def cells(self) -> list[tuple[int, int]]:
+        return list(itertools.product(self.pairs, self.distances))
+
+    def draw_row(self, rng: np.random.Generator, n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
+        """(text, targets) of one row, (block_size,) each; targets are −1 where there is none. The pairs begin at a
+        random place."""
+        x = rng.integers(0, N_FILLERS, self.block_size)
+        y = np.full(self.block_size, -1)
+        start = rng.integers(0, self.block_size - (3 * n + d) + 1)
+        keys = N_FILLERS + rng.choice(self.n_symbols, n, replace=False)
+        values = N_FILLERS + self.n_symbols + rng.choice(self.n_symbols, n, replace=False)
+        x[start : start + 2 * n] = np.stack((keys, values), axis=1).ravel()
+        order, asked = rng.permutation(n), slice(start + 2 * n + d, start + 3 * n + d)
+        x[asked], y[asked] = keys[order], values[order]
+        return x, y
+
+
+class RecallObjective:
+    """Rows of a RecallTask, each of a cell drawn at random, or all of the cell `only`."""
+
+    model, kind = "decoder", "tokens"
+    has_bits_per_byte = has_padding = False
+    extra_ids = 0
+
+    def __init__(self, task: RecallTask, only: tuple[int, int] | None = None):
+        self.task, self.cells = task, task.cells if only is None else [only]
+
+    def make_batch(self, split, seed: int, first: int, count: int) -> Batch:
+        """Rows first … first + count − 1. `split` is not read."""
+        rows = []
+        for i in range(first, first + count):
+            rng = np.random.default_rng([seed, i])
+            rows.append(self.task.draw_row(rng, *self.cells[rng.integers(len(self.cells))]))
+        x, y = (np.stack(parts) for parts in zip(*rows, strict=True))
+        return Batch(x, y, None, int((y >= 0).sum()))
+
+
+class RecallTrainer(BenchmarkTrainer):
+    """train.py's loop on rows of a task."""
+
+    def __init__(self, run: Run, task: RecallTask):
+        super().__init__(run, Signals())
+        self.task = task
+
+    def set_up(self) -> None:
+        super().set_up()
+        if not self.model.causal:
+            raise UserError(f"{self.model.config.arch} sees the tokens to come, and the answers are not in the text "
+                            "for it to see; give a causal model")  # fmt: skip
+        self.objective = RecallObjective(self.task)
+
+    def measure_recall(self, rows: int) -> list[dict]:
+        """The share of right answers of each cell, over `rows` rows of it."""
+        return [{"pairs": n, "distance": d, "accuracy": self.measure_cell((n, d), rows)} for n, d in self.task.cells]
+
+    def measure_cell(self, cell: tuple[int, int], rows: int) -> float:
+        right = asked = 0
+        with evaluation_mode(self.model), self.autocast():
+            for first in range(0, rows, ROWS_AT_ONCE):
+                count = min(ROWS_AT_ONCE, rows - first)
+                batch = make_batch(RecallObjective(self.task, cell), None, EVAL_SEED, first, count, self.device)
+                found = self.model(batch.x)[0].argmax(dim=-1)
+                right += int((found == batch.y).sum())
+                asked += batch.n_targets
+        return right / asked
+
+
+def recall_child(argv: list[str]) -> None:
+    """The main function of a child: train a config on a task, measure its recall and print it."""
+    file, task, rows = argv
+    answers, task = sys.stdout, RecallTask(**{key: tuple(value) for key, value in json.loads(task).items()})
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer = RecallTrainer(load_run(["--config", file], CONFIGS), task)
+        trainer.prepare()
+        print("ready", file=answers, flush=True)
+        if not sys.stdin.readline():
+            return
+        trainer.train()
+        found = {
+            "cells": trainer.measure_recall(int(rows)), "params": trainer.model.num_params(), "loss": trainer.loss,
+            "seconds": trainer.progress.seconds, "machine": hardware.describe_device(trainer.device),
+        }  # fmt: skip
+        print(json.dumps(found), file=answers, flush=True)
+        trainer.close()
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        "bench.py recall",
+        "Train configs on associative recall, and measure the share of right answers by distance and number of pairs.",
+    )
+    add = parser.add_argument
+    add("configs", nargs="+", help="config files; file.json:key=value,key=value changes keys of one")
+    add("--pairs", default="8", help="numbers of pairs of a key and a value, between commas (default 8)")
+    add("--distances", default="16,64,256", help="tokens between the pairs and the questions (default 16,64,256)")
+    add("--steps", type=parse_quantity, default=4000, help="training steps of each config (default 4000)")
+    add("--rows", type=parse_quantity, default=256, help="rows asked of each number and distance (default 256)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
+    add("--out", default="img/recall", type=Path, help="directory of the results (default img/recall)")
+    arguments = parser.parse_args(argv)
+    for name, limit in (("pairs", MAX_PAIRS), ("distances", MAX_DISTANCE)):
+        setattr(arguments, name, parse_numbers(f"--{name}", getattr(arguments, name), limit))
+    return arguments
+
+
+def parse_numbers(option: str, text: str, limit: int) -> tuple[int, ...]:
+    """Whole numbers between commas, ascending. Raises UserError for others and for those above the limit."""
+    try:
+        found = sorted({parse_quantity(part.strip()) for part in text.split(",")})
+    except UserError as error:
+        raise UserError(f"{option} {text}: {error}") from error
+    if found[-1] > limit:
+        raise UserError(f"{option} {text}: at most {limit:,}; give fewer")
+    return tuple(found)
+
+
+def load_runs(arguments: argparse.Namespace, task: RecallTask, folder: Path) -> list[Run]:
+    """The configs, with the task's sizes and a schedule of --steps, reading a token file that has nothing of the task:
+    rows are drawn, not read."""
+    (folder / "text.txt").write_text("ab")
+    with TokenFileWriter(folder / "tokens.bin", encoders.load(f"chars:{folder / 'text.txt'}")) as writer:
+        for _ in range(2):
+            writer.add(np.zeros(2 * task.block_size + 2, np.int64))
+    steps = arguments.steps
+    fixed = {"vocab_size": task.vocab_size, "block_size": task.block_size, "dropout": 0, "max_iters": steps,
+             "lr_decay_iters": steps, "warmup_iters": max(steps // 20, 1), "dataset.path": folder / "tokens.bin",
+             "dataset.data_division": 0.5, "encoder_path": f"chars:{folder / 'text.txt'}", "sample_length": 0,
+             "objective": "next", "eval_interval": 10**9, "log_interval": max(steps // 10, 1)}  # fmt: skip
+    common = [parse_assignment(text) for text in arguments.set]
+    common += [(qualify_key(name), str(value)) for name, value in fixed.items()]
+    return [load_spec(spec, common, last=True) for spec in arguments.configs]
+
+
+def run(argv: list[str]) -> int | None:
+    """Train configs on associative recall; measure it by distance and number of pairs."""
+    arguments = parse_arguments(argv)
+    check_outputs(list_results("recall", arguments.out), list_spec_inputs("configs", arguments.configs))
+    task, rows = RecallTask(arguments.pairs, arguments.distances), []
+    with tempfile.TemporaryDirectory() as folder:
+        runs = load_runs(arguments, task, Path(folder))
+        for i, (spec, loaded) in enumerate(zip(arguments.configs, runs, strict=True)):
+            print(f"{spec}: {arguments.steps:,} steps of {loaded.batch_size} rows of {task.block_size:,}", flush=True)
+            file = write_benchmark_config(Path(folder) / str(i), loaded)
+            (found,) = child_process.run_in_turns("_recall", [[file, json.dumps(asdict(task)), str(arguments.rows)]])
+            rows.append({"config": spec, **found, "run": to_dict(loaded)})
+            print(format_table(*list_accuracies(rows[-1:], task)) if "why" not in found else found["why"], flush=True)
+    write_recall(rows, task, arguments.out, format_command("python", "recall", argv))
+    return 2 if any("why" in row for row in rows) else None
+
+
+def list_accuracies(rows: list[dict], task: RecallTask) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of the table: a row for each config and number of pairs."""
+    header = ["config", "pairs", "chance", *(f"at {d:,}" for d in task.distances)]
+    table = []
+    for row, n in itertools.product(rows, task.pairs):
+        found = {cell["distance"]: cell["accuracy"] for cell in row.get("cells", ()) if cell["pairs"] == n}
+        shown = [f"{100 * found[d]:.1f} %" if d in found else "failed" for d in task.distances]
+        table.append([row["config"], f"{n}", f"{100 / n:.1f} %", *shown])
+    return header, table
+
+
+def write_recall(rows: list[dict], task: RecallTask, out: Path, command: str) -> None:
+    """Write recall.json, recall.md and recall.png."""
+    where = hardware.describe_device(choose_device("auto"))
+    text = format_table(*list_accuracies(rows, task))
+    note = ("The probe is valid where a model with attention over everything reaches 99 %, and one whose layers "
+            "together see less than the distance stays at chance.")  # fmt: skip
+    report = f"{text}\n\n![recall](recall.png)\n\n{note}\n\n{where}\n\n```\n{command}\n```\n"
+    atomic_write(out / "recall.md", report.encode())
+    atomic_write(out / "recall.json", json.dumps({"command": command, "rows": rows}, indent=1).encode())
+    plot.save(draw_recall(rows, task, f"Associative recall, {where}"), out / "recall.png")
+    print(f"\n{text}\n\nthe table and the picture are in {out}")
+
+
+def draw_recall(rows: list[dict], task: RecallTask, title: str):
+    """A figure: accuracy against distance, a panel for each number of pairs; the dotted line is chance."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(1.5 + 3.4 * len(task.pairs), 4.2), dpi=200, layout="constrained")
+    FigureCanvasAgg(fig)
+    panels = fig.subplots(1, len(task.pairs), sharey=True, squeeze=False)[0]
+    for panel, n in zip(panels, task.pairs, strict=True):
+        for number, row in enumerate(rows):
+            found = [(c["distance"], c["accuracy"]) for c in row.get("cells", ()) if c["pairs"] == n]
+            if found:
+                panel.plot(*zip(*found, strict=True), **make_line_style(number), label=row["config"])
+        panel.axhline(1 / n, color="0.5", linestyle=":")
+        style_panel(panel, f"distance (tokens), {n} pairs")
+        panel.set_xticks(task.distances, [f"{d:,}" for d in task.distances])
+        panel.minorticks_off()
+        panel.set_ylim(0, 1.03)
+    panels[0].set_ylabel("right answers", fontsize=11)
+    fig.suptitle(title, fontsize=12, x=0.01, ha="left")
+    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=9, frameon=False)
+    return fig

@@ -1,0 +1,138 @@
+"""`bench.py recall`: what its rows ask, and what it measures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bench
+from strawberry.bench import recall
+from strawberry.bench.recall import N_FILLERS, RecallObjective, RecallTask
+from strawberry.common import UserError
+
+TASK = RecallTask((2, 5), (1, 7, 30))
+
+
+def rows_of(cell, count=40, seed=1):
+    batch = RecallObjective(TASK, cell).make_batch(None, seed, 0, count)
+    return list(zip(batch.x.tolist(), batch.y.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("cell", TASK.cells, ids=str)
+def test_a_question_s_answer_is_the_value_that_followed_its_key(cell):
+    """Read as a person would: look for the key in the text before, and take the token behind it."""
+    n, d = cell
+    for x, y in rows_of(cell):
+        asked = [t for t, answer in enumerate(y) if answer >= 0]
+        assert len(asked) == n and asked == list(range(asked[0], asked[0] + n))
+        for t in asked:
+            (place,) = [s for s in range(t) if x[s] == x[t]]
+            assert y[t] == x[place + 1]
+        assert asked[0] - max(x.index(x[t]) for t in asked) == d + 2  # filler after the last pair's two tokens
+
+
+def test_no_answer_is_in_the_text_after_its_question():
+    """Else the last questions could be answered by elimination."""
+    for x, y in rows_of((5, 7), 200):
+        first = next(t for t, answer in enumerate(y) if answer >= 0)
+        assert all(token < N_FILLERS + TASK.n_symbols for token in x[first:])  # filler and keys, no values
+
+
+def test_keys_values_order_and_place_are_drawn_anew():
+    rows = rows_of((5, 7), 400)
+    firsts, orders, maps = set(), set(), {}
+    for x, y in rows:
+        asked = [t for t, answer in enumerate(y) if answer >= 0]
+        firsts.add(asked[0])
+        keys = sorted((x.index(x[t]), i) for i, t in enumerate(asked))
+        orders.add(tuple(i for _, i in keys))
+        for t in asked:
+            maps.setdefault(x[t], []).append(y[t])
+    assert len(firsts) > 20 and len(orders) > 90  # of 5! = 120
+    assert len(maps) == TASK.n_symbols and all(len(set(values)) > TASK.n_symbols / 2 for values in maps.values())
+
+
+def test_batches_are_a_function_of_seed_and_index():
+    whole = RecallObjective(TASK).make_batch(None, 3, 0, 8)
+    parts = [RecallObjective(TASK).make_batch(None, 3, first, 4) for first in (0, 4)]
+    assert np.array_equal(whole.x, np.concatenate([part.x for part in parts]))
+    assert whole.n_targets == sum(part.n_targets for part in parts) == (whole.y >= 0).sum()
+    assert not np.array_equal(whole.x, RecallObjective(TASK).make_batch(None, 4, 0, 8).x)
+    assert whole.x.max() < TASK.vocab_size and whole.x.shape[1] == TASK.block_size == 45
+
+
+def test_accuracy_counts_right_answers_and_nothing_else(monkeypatch):
+    """A model that looks the key up is right always; one that names any of the row's values, once in n on average."""
+    import torch
+
+    class Reader:
+        training = True
+
+        def __init__(self, choose):
+            self.choose = choose
+
+        def eval(self):
+            return self
+
+        train = eval
+
+        def __call__(self, x):
+            logits = torch.zeros(*x.shape, TASK.vocab_size)
+            for row, text in enumerate(x.tolist()):
+                values = [t for t in range(len(text)) if text[t] >= N_FILLERS + TASK.n_symbols]
+                for t, token in enumerate(text):
+                    logits[row, t, self.choose(text, values, t, token)] = 1
+            return logits, None
+
+    def look_up(text, values, t, token):
+        places = [s for s in values if s < t and text[s - 1] == token]
+        return text[places[0]] if places else 0
+
+    trainer = object.__new__(recall.RecallTrainer)
+    trainer.task, trainer.device, trainer.dtype = TASK, torch.device("cpu"), torch.float32
+    rng = np.random.default_rng(0)
+    for choose, expected in ((look_up, 1.0), (lambda text, values, t, token: text[rng.choice(values)], 1 / 5)):
+        trainer.model = Reader(choose)
+        assert trainer.measure_cell((5, 7), 300) == pytest.approx(expected, abs=0.04)
+
+
+@pytest.mark.slow
+def test_two_configs_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shape = "n_layer=1,n_embd=16,n_head=2"
+    configs = [f"tinystar-v0.2-modernbase.json:{shape}", f"air.json:{shape},r_layer=0,n_qkv=16"]
+    words = ["recall", *configs, "--pairs", "2,3", "--distances", "2,5", "--steps", "3", "--rows", "20", "--set",
+             "compile=false"]  # fmt: skip
+    assert bench.main(words) is None
+    found = json.loads(Path("img/recall/recall.json").read_text())
+    assert [(c["pairs"], c["distance"]) for c in found["rows"][1]["cells"]] == [(2, 2), (2, 5), (3, 2), (3, 5)]
+    assert all(0 <= c["accuracy"] <= 1 for row in found["rows"] for c in row["cells"])
+    assert found["rows"][0]["run"]["model_hyperparams"]["block_size"] == 14
+    text = Path("img/recall/recall.md").read_text()
+    assert "| 3 | 33.3 % |" in text and Path("img/recall/recall.png").stat().st_size > 10_000
+    assert "at 2" in capsys.readouterr().out
+
+
+def test_a_model_that_sees_the_future_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = recall.parse_arguments(["air.json:retention_scope=batch", "--set", "compile=false"])
+    (run,) = recall.load_runs(arguments, TASK, tmp_path)
+    with pytest.raises(UserError, match="sees the tokens to come"):
+        recall.RecallTrainer(run, TASK).set_up()
+
+
+@pytest.mark.parametrize("words, message", [
+    ([], "required: configs"),
+    (["a.json", "--pairs", "0"], "--pairs 0: '0' is no positive number"),
+    (["a.json", "--pairs", "2,many"], "--pairs 2,many"),
+    (["a.json", "--pairs", "2000"], "--pairs 2000: at most 1,024"),
+    (["a.json", "--distances", "1e9"], "--distances 1e9: at most 1,048,576"),
+    (["nowhere.json"], "no such file"),
+    (["air.json", "--set", "n_layers=2"], "n_layer"),
+])  # fmt: skip
+def test_mistakes_are_named_before_anything_is_trained(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        bench.main(["recall", *words])
+    assert not list(tmp_path.iterdir())
