@@ -391,7 +391,7 @@ def test_files_and_datasets_are_brought_shown_and_deleted(page, site, tmp_path):
     page.set("Name", "mine")
     page.set("Tokens", "chars")
     page.click("Build the dataset")
-    page.has("Bytes per token", "section[aria-label=Datasets]", 60)
+    page.has("Bytes per token", "section[aria-label=Datasets]", 120)
     facts = page.text("section[aria-label=Datasets]")
     assert "mine" in facts and "1 equal to another" in facts and "1.00" in facts and "free" in facts
     page.js("document.querySelector('section[aria-label=Datasets] summary').click()")
@@ -455,7 +455,7 @@ def test_a_run_is_planned_started_paused_resumed_stopped_and_deleted(page, site)
     page.click("Start the run")
     page.until("location.hash.startsWith('#/runs/ftjob-')")
     run_id = page.js("location.hash.split('/')[2]")
-    page.until("/step [1-9]/.test(document.querySelector('.facts').innerText)", 60)
+    page.until("/step [1-9]/.test(document.querySelector('.facts').innerText)", 120)
     about = site.send("GET", f"/v1/runs/{run_id}", **key(site))[2]
     assert about["summary"]["changed"]["max_iters"] == 10**6 and about["values"]["model_hyperparams.n_embd"] == 32
     assert parameters.split(",")[0].replace("k", "") in f"{about['summary']['parameters'] / 1000:.3g}"
@@ -470,7 +470,7 @@ def test_a_run_is_planned_started_paused_resumed_stopped_and_deleted(page, site)
         page.until(f"!!{page.find(act)}")
         page.js(f"{page.find(act)}.focus()")
         page.press("Enter")
-        page.has(state, ".top .chip", 60)
+        page.has(state, ".top .chip", 120)
         assert page.js("document.activeElement !== document.body"), "the focus is lost"
     page.pictures("stopped")
     page.click("Duplicate with changes")
@@ -644,8 +644,8 @@ def test_a_first_visit_ends_with_the_text_of_a_model(page, site, tmp_path):
              "warmup_iters": 2, "sample_length": 8}) + "))")  # fmt: skip
         upload(page, tmp_path, ("mine.txt", WORDS * 60))
         page.has("Watch it learn")
-        page.has("loss", ".facts", 60)
-        page.has("Look at the run", seconds=60)
+        page.has("loss", ".facts", 120)
+        page.has("Look at the run", seconds=120)
         page.until("document.querySelector('.written').textContent.length > 0")
         page.pictures("first-done")
         page.go("/runs", f"{ROWS}.length === 1")
