@@ -30,6 +30,9 @@ from strawberry.training.metrics import METRICS
 from strawberry.training.record import RECORD
 
 COMPILE_ON_CPU_FROM = 5000  # steps; see should_compile
+# arch → nats per token by which its validation loss was lower with Muon than with AdamW, and Muon's learning rate; see
+# docs/measurements.md, "AdamW and Muon"
+BETTER_WITH_MUON = {"strawberry": (0.377, 6e-3)}
 MAX_VERIFIED_BYTES = 2 << 30  # maximum bytes of token files that --check reads whole, in seconds
 
 
@@ -230,7 +233,17 @@ def print_summary(state) -> None:
         else "none",
     }
     print("\n".join(f"{key:<12} {text}" for key, text in rows.items()))
-    print("\n" + state.optimizer.table() + "\n", flush=True)
+    print("\n" + state.optimizer.table() + "\n" + suggest_muon(run), flush=True)
+
+
+def suggest_muon(run) -> str:
+    """A line for a run with AdamW of a family that is known to learn better with Muon; "" for others."""
+    arch = run.model_hyperparams.arch
+    if run.optimizer_hyperparams.use_muon or arch not in BETTER_WITH_MUON:
+        return ""
+    nats, lr = BETTER_WITH_MUON[arch]
+    return (f"{arch} learned better with Muon, by {nats} nats per token: try --optimizer_hyperparams.use_muon=true "
+            f"--optimizer_hyperparams.muon_lr={lr:g}\n")  # fmt: skip
 
 
 def describe_truncation(state) -> str:

@@ -615,6 +615,15 @@ def test_training_goes_on_where_compiling_fails(run_folder, monkeypatch, capsys)
     assert_same(weights_and_state("eager")[1], weights_and_state("ck")[1])
 
 
+@pytest.mark.parametrize("model,muon,said", [
+    ("strawberry", "false", True), ("strawberry", "true", False), ("tinystar", "false", False),
+])  # fmt: skip
+def test_a_family_that_learns_better_with_muon_is_told_so_once(run_folder, capsys, model, muon, said):
+    write_config(model)
+    run("--max_iters=2", f"--optimizer_hyperparams.use_muon={muon}")
+    assert capsys.readouterr().out.count(f"{model} learned better with Muon") == said
+
+
 @pytest.fixture
 def compiled_graphs(monkeypatch):
     """A list of whether gradients were enabled in each compiled graph, in a run whose graphs are not optimized; those
