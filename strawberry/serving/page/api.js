@@ -63,6 +63,16 @@ function refusal(status, text) {
   return Object.assign(new Error(told), { status, code });
 }
 
+const MOST_LINES = 4000; // the server sends fewer of a long run when all are asked for
+
+/** The lines of a run's metrics, which is at `step`. Of a run whose lines are known only the new ones are asked for. */
+export async function metrics(id, step, known = []) {
+  const last = known.at(-1)?.step ?? -1;
+  const kept = step < last || known.length > MOST_LINES ? [] : known.filter(line => line.step < last);
+  const { data } = await get(`/v1/runs/${id}/metrics?after=${kept.length ? last - 1 : -1}`);
+  return [...kept, ...data];
+}
+
 /** The data of each server-sent event of an answer, wherever the network cut it into pieces. */
 export async function* events(answer) {
   const reader = answer.body.getReader(),

@@ -366,7 +366,8 @@ export function mount(root) {
       loading.hidden = true;
       page.hidden = false;
       say(noFiles, files.length ? "" : "No files yet.");
-      say(none, datasets.length ? "" : "No datasets yet. A run on a file builds one by itself; here you choose how.");
+      const few = datasets.length ? "" : "No datasets yet. A run on a file builds one by itself; here you choose how.";
+      say(none, datasets.length === 100 ? "The newest 100 are shown." : few);
       say(
         disk,
         `On disk: files ${bytes(use.files)}, datasets ${bytes(use.datasets)}, runs ${bytes(use.runs)}, models ${bytes(use.models)}; ${bytes(use.free)} free`

@@ -1,6 +1,6 @@
 // A first visit: from a text to a trained model and what it writes, in three steps.
 
-import { ask, complete, get, post } from "./api.js";
+import { ask, complete, get, metrics, post } from "./api.js";
 import { Chart } from "./chart.js";
 import { dropZone } from "./upload.js";
 import { button, chip, count, doing, duration, el, isActive, say, short } from "./dom.js";
@@ -25,7 +25,8 @@ export const KEYS = {
 export function mount(root) {
   let id = sessionStorage.getItem("first"),
     wrote = false,
-    drawn = "";
+    drawn = "",
+    lines = [];
   const error = el("p", { class: "error", role: "alert" }),
     status = el("p", { class: "hint", role: "status" });
   const zone = dropZone(error, status, files => train(files));
@@ -42,6 +43,7 @@ export function mount(root) {
     id = null;
     wrote = false;
     drawn = "";
+    lines = [];
     show(null);
   });
   const bring = el(
@@ -183,9 +185,9 @@ export function mount(root) {
         now = `${summary.step} ${summary.val_loss}`;
       if (drawn !== now) {
         drawn = now;
-        const { data } = await get(`/v1/runs/${id}/metrics`);
-        curves.hidden = !data.length;
-        chart.draw([{ id, name: summary.name, colour: 0, lines: data, flopsPerToken: summary.flops_per_token }]);
+        lines = await metrics(id, summary.step, lines);
+        curves.hidden = !lines.length;
+        chart.draw([{ id, name: summary.name, colour: 0, lines, flopsPerToken: summary.flops_per_token }]);
       }
       if (details.model && !wrote)
         await writeText(details.model).catch(problem => {

@@ -1,8 +1,9 @@
 // A new run: a form made from the schema of the keys, what the run will cost, and its start.
 
 import { get, post } from "./api.js";
+import { CostPanel } from "./cost.js";
+import { button, doing, el, field, lastPart, offer, say, value } from "./dom.js";
 import { choicesOf, flatten, isNumber, keysOf, kinds, nest, parse, range } from "./schema.js";
-import { button, bytes, doing, duration, el, field, lastPart, offer, say, size, value } from "./dom.js";
 
 export const title = "New run";
 
@@ -72,10 +73,7 @@ export function mount(root, { query }) {
     field("The keys that differ", json, "Nested or dotted. What is pasted here fills the form."),
     jsonError
   );
-  const cost = el("dl", { class: "numbers cost" }),
-    costNote = el("p", { class: "hint" }),
-    costError = el("p", { class: "error", role: "status" });
-  const warnings = el("div", { role: "status" });
+  const cost = new CostPanel();
   const changed = el("p", { class: "hint", role: "status" });
   const noData = el(
     "p",
@@ -141,10 +139,7 @@ export function mount(root, { query }) {
           { class: "card sticky", "aria-label": "Cost" },
           el("h2", {}, "What it will cost"),
           el("p", {}),
-          cost,
-          costNote,
-          costError,
-          warnings,
+          cost.element,
           changed,
           el(
             "div",
@@ -365,7 +360,6 @@ export function mount(root, { query }) {
 
   function ask(wait = 400) {
     clearTimeout(timer);
-    if (!estimate) say(costNote, "Counting …");
     timer = setTimeout(async () => {
       asking?.abort();
       asking = new AbortController();
@@ -379,7 +373,7 @@ export function mount(root, { query }) {
         effective = { ...base, ...estimate.values };
         if (effective.lr_decay_iters === effective.max_iters) effective.lr_decay_iters = null;
         for (const key of rows.keys()) showRow(key);
-        showCost();
+        cost.show(estimate);
         showProblems("");
       } catch (problem) {
         if (problem.name !== "AbortError") showProblems(problem.message);
@@ -388,49 +382,11 @@ export function mount(root, { query }) {
   }
 
   function showProblems(text) {
-    say(costError, text);
-    cost.classList.toggle("stale", text !== "");
+    cost.fail(text);
     for (const [key, { input }] of rows) {
       if (text && (text.includes(`${key} = `) || text.includes(`${key}: `))) input.setAttribute("aria-invalid", "true");
       else input.removeAttribute("aria-invalid");
     }
-  }
-
-  function showCost() {
-    const e = estimate,
-      known = e.known_from;
-    const facts = [
-      ["Parameters", `${size(e.parameters)}, ${size(e.parameters_without_embeddings)} without embeddings`],
-      ["Memory, about", bytes(e.memory)],
-      ["Tokens a step", size(e.tokens_per_step)],
-      ["Tokens in all", size(e.tokens)],
-      ["Compute", `${size(e.flops).replace(/[A-Z]$/, letter => ` ${letter === "B" ? "G" : letter}`)}FLOP`],
-      [
-        "A step",
-        e.seconds_per_step
-          ? e.seconds_per_step < 1
-            ? `${Math.round(1000 * e.seconds_per_step)} ms`
-            : duration(e.seconds_per_step)
-          : "not known yet"
-      ],
-      ["All steps", e.seconds ? `about ${duration(e.seconds)}` : "not known yet"]
-    ];
-    cost.replaceChildren(...facts.map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text))));
-    const parts = Object.entries(e.memory_parts)
-      .map(([name, n]) => `${name} ${bytes(n)}`)
-      .join(", ");
-    costNote.replaceChildren(
-      `Memory in float32: ${parts}. `,
-      ...(known
-        ? [
-            "Time as ",
-            el("a", { href: `#/runs/${known.run}` }, known.name),
-            known.is_alike ? " takes it, which has the same model and batch" : ", by its FLOP/s",
-            known.device ? `, on ${known.device}.` : "."
-          ]
-        : ["No run here is like it, so that its time is not known."])
-    );
-    warnings.replaceChildren(...e.warnings.map(text => el("p", { class: "warning" }, text)));
   }
 
   // ---- where it begins ----

@@ -1,6 +1,6 @@
 // One run: its curves, texts, keys, checkpoints, events and notes, and what can be done with it.
 
-import { ask, download, get, post, remove } from "./api.js";
+import { ask, download, get, metrics, post, remove } from "./api.js";
 import { Chart } from "./chart.js";
 import {
   ago,
@@ -28,6 +28,7 @@ export function mount(root, { id }) {
   const job = id.startsWith("ftjob-");
   let details = null,
     drawn = "",
+    lines = [],
     notesAtServer = null;
   const error = el("p", { class: "error", role: "alert" }),
     status = el("p", { class: "unseen", role: "status" });
@@ -365,8 +366,8 @@ export function mount(root, { id }) {
       const now = `${summary.step} ${summary.val_loss} ${summary.status}`;
       if (drawn !== now) {
         drawn = now;
-        const { data } = await get(`/v1/runs/${id}/metrics`);
-        chart.draw([{ id, name: summary.name, colour: 0, lines: data, flopsPerToken: summary.flops_per_token }]);
+        lines = await metrics(id, summary.step, lines);
+        chart.draw([{ id, name: summary.name, colour: 0, lines, flopsPerToken: summary.flops_per_token }]);
       }
       return isActive(summary.status);
     },

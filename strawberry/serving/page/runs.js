@@ -1,6 +1,6 @@
 // The table of runs, and the curves of those that are chosen.
 
-import { get } from "./api.js";
+import { get, metrics } from "./api.js";
 import { Chart } from "./chart.js";
 import { ago, chip, count, el, empty, isActive, keep, lastPart, say, short, size, value, when } from "./dom.js";
 
@@ -212,7 +212,7 @@ export function mount(root) {
     await Promise.all(
       chosen.map(async run => {
         if (lines.get(run.id)?.step === `${run.step} ${run.val_loss}`) return;
-        const { data } = await get(`/v1/runs/${run.id}/metrics`);
+        const data = await metrics(run.id, run.step, lines.get(run.id)?.data);
         lines.set(run.id, { step: `${run.step} ${run.val_loss}`, data });
       })
     );
