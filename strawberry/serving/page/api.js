@@ -27,7 +27,7 @@ export async function ask(path, { method = "GET", json, signal } = {}) {
   const body = json === undefined ? undefined : JSON.stringify(json);
   let answer;
   try {
-    // with a key of ours the browser is not to ask for one, nor to send the one that it was told
+    // with a key of ours the browser must neither ask for one nor send the one that was typed into its own dialog
     answer = await fetch(location.origin + path, {
       method,
       headers,
@@ -49,10 +49,10 @@ export const post = (path, json, signal) => get(path, { method: "POST", json, si
 export const remove = path => ask(path, { method: "DELETE" });
 
 function refusal(status, text) {
-  let told = `The server answered ${status}.`;
+  let message = `The server answered ${status}.`;
   let code = null;
   try {
-    ({ message: told, code } = JSON.parse(text).error);
+    ({ message, code } = JSON.parse(text).error);
   } catch {
     /* not the server's own words */
   }
@@ -60,7 +60,7 @@ function refusal(status, text) {
     waits = true;
     askForKey(key !== "");
   }
-  return Object.assign(new Error(told), { status, code });
+  return Object.assign(new Error(message), { status, code });
 }
 
 const MOST_LINES = 4000; // the server sends fewer of a long run when all are asked for

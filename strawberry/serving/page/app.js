@@ -62,16 +62,16 @@ export async function go() {
   let busy = false;
   try {
     if (!document.hidden && mine) busy = await mine.refresh();
-    told("");
+    showStatus("");
   } catch (problem) {
-    told(problem.status === 401 ? "" : problem.message, problem.down);
+    showStatus(problem.status === 401 ? "" : problem.message, problem.down);
     busy = problem.down; // so that it is seen soon when it is there again
   }
   clearTimeout(beat);
   if ($("key-form").hidden) beat = setTimeout(go, 1000 * (busy ? BUSY_SECONDS : IDLE_SECONDS));
 }
 
-function told(text, down = false) {
+function showStatus(text, down = false) {
   say($("server-status"), text);
   $("server-status").classList.toggle("shown", text !== "");
   $("view").classList.toggle("stale", down);

@@ -373,15 +373,15 @@ export class Chart {
   showValues() {
     if (!this.u || !this.drawn) return;
     const { idx } = this.u.cursor,
-      told = new Map();
+      values = new Map();
     this.drawn.forEach(({ run, quiet, main, ys }, i) => {
       if (quiet) return;
       const at = idx == null ? null : (this.u.cursor.idxs?.[i + 1] ?? null);
       const number = idx == null ? ys.at(-1) : at == null ? null : this.u.data[i + 1][at];
       const name = main && METRICS[this.options.metric].logged ? "val " : "";
-      if (number != null) told.set(run.id, [...(told.get(run.id) ?? []), name + shown(number)]);
+      if (number != null) values.set(run.id, [...(values.get(run.id) ?? []), name + shown(number)]);
     });
-    for (const [id, element] of this.values) say(element, (told.get(id) ?? []).join(" · "));
+    for (const [id, element] of this.values) say(element, (values.get(id) ?? []).join(" · "));
   }
 }
 

@@ -20,13 +20,13 @@ const named = dataset => dataset.name || dataset.id.slice(0, 11);
 /** Shows the first documents of what is at `path` when it is opened. */
 function preview(path, label = "First documents") {
   const list = el("ol", { class: "documents" }),
-    told = el("p", { class: "hint" });
+    note = el("p", { class: "hint" });
   const details = el(
     "details",
     {
       ontoggle: async () => {
         if (!details.open || list.children.length) return;
-        say(told, "Reading …");
+        say(note, "Reading …");
         try {
           const { data } = await get(path);
           list.replaceChildren(
@@ -34,14 +34,14 @@ function preview(path, label = "First documents") {
               el("li", { class: "text" }, document.text, !document.is_whole && el("span", { class: "hint" }, " …"))
             )
           );
-          say(told, data.length ? "" : "There are none.");
+          say(note, data.length ? "" : "There are none.");
         } catch (problem) {
-          say(told, problem.message);
+          say(note, problem.message);
         }
       }
     },
     el("summary", {}, label),
-    told,
+    note,
     list
   );
   return details;
@@ -313,9 +313,9 @@ export function mount(root) {
 
   function updateDataset(row, dataset) {
     const { status, result, progress, recipe } = dataset,
-      told = JSON.stringify(dataset);
-    if (row.told === told) return;
-    row.told = told;
+      content = JSON.stringify(dataset);
+    if (row.content === content) return;
+    row.content = content;
     const part = selector => row.querySelector(selector),
       active = isActive(status);
     part(".state").replaceChildren(chip(status));

@@ -39,9 +39,9 @@ export function keep(list, items, key, make, update = () => {}) {
 
 /** Gives a select its choices, {group: [[value, text], …]}, if they are others; what is chosen stays chosen. */
 export function offer(select, groups, chosen = select.value) {
-  const told = JSON.stringify(groups);
-  if (select.dataset.told !== told) {
-    select.dataset.told = told;
+  const content = JSON.stringify(groups);
+  if (select.dataset.content !== content) {
+    select.dataset.content = content;
     select.replaceChildren(
       ...Object.entries(groups)
         .filter(([, choices]) => choices.length)
@@ -151,14 +151,14 @@ export const copyButton = text =>
   button(
     "Copy",
     async event => {
-      const told = event.currentTarget;
+      const copier = event.currentTarget;
       try {
         await navigator.clipboard.writeText(text());
-        say(told, "Copied");
+        say(copier, "Copied");
       } catch {
-        say(told, "Select and copy it");
+        say(copier, "Select and copy it");
       }
-      setTimeout(() => say(told, "Copy"), 2000);
+      setTimeout(() => say(copier, "Copy"), 2000);
     },
     { class: "small" }
   );

@@ -45,11 +45,11 @@ export function mount(root, { id }) {
   // ---- what can be done ----
 
   /** A button that asks the server; `after` follows. */
-  const act = (name, text, path, told) => {
+  const act = (name, text, path, done) => {
     const element = button(
       text,
       doing(error, async () => {
-        say(status, told);
+        say(status, done);
         try {
           await ask(path, { method: "POST" });
         } finally {

@@ -8,7 +8,7 @@ export const title = "Runs";
 
 /** What differs from the preset, as text: first what few runs have in common. */
 const changes = run =>
-  (run.told ??= (() => {
+  (run.changesText ??= (() => {
     const order = Object.entries(run.changed).sort(([a, x], [b, y]) => seen.get(pair(a, x)) - seen.get(pair(b, y)));
     return order.map(([key, to]) => `${lastPart(key)} ${value(to)}`).join(", ");
   })());
@@ -177,9 +177,9 @@ export function mount(root) {
 
   function update(element, run) {
     const colour = state.chosen.get(run.id),
-      told = JSON.stringify([run, colour, run.started && ago(run.started)]);
-    if (element.told === told) return;
-    element.told = told;
+      content = JSON.stringify([run, colour, run.started && ago(run.started)]);
+    if (element.content === content) return;
+    element.content = content;
     const [pick, ...cells] = element.children;
     pick.querySelector("input").checked = colour !== undefined;
     pick.querySelector(".swatch").className = `swatch ${colour === undefined ? "none" : `c${colour % 8}`}`;
