@@ -70,7 +70,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="the commands are bash's
 # ---- files that commands are given ---------------------------------------------------------------------------------
 
 VERSE = "".join(f"Once a {who} {did}.\n\n" for who in ("cat", "dog", "fox") for did in ("sat", "ran", "ate")) * 250
-SMALL = ("--max_iters=40 --warmup_iters=2 --eval_interval=40 --eval_iters=1 --sample_length=0 "
+SMALL = ("--max_iters=8 --warmup_iters=2 --eval_interval=8 --eval_iters=1 --sample_length=0 "
          "--model_hyperparams.n_layer=1 --checkpoints.create_checkpoints=false")  # fmt: skip
 GIVEN: dict[str, str | list[str]] = {  # a text, or the commands that make the file
     "book.txt": "".join(PAGES.values()),

@@ -102,7 +102,7 @@ def test_schemathesis_finds_nothing(tmp_path):
     try:
         phases = "examples,coverage,fuzzing,stateful"
         argv = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{running.url}/openapi.json", "--mode",
-                "all", "--phases", phases, "-n", "12", "--seed", "1"]  # fmt: skip
+                "all", "--phases", phases, "-n", "6", "--seed", "1"]  # fmt: skip
         done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
     finally:
         running.stop()

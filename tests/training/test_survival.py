@@ -1260,7 +1260,7 @@ def test_ten_thousand_mutated_headers_are_refused_or_read(den, told):
 @pytest.mark.slow
 def test_a_long_run_grows_nothing(den, told):
     require(Path("/proc/self/fd").exists(), "/proc, from which memory and open files are read")
-    steps = count(600, 20_000)
+    steps = count(400, 20_000)
     model = TINYSTAR | {"block_size": 8, "n_head": 1, "n_embd": 8}
     rarely = {"eval_interval": steps // 8, "checkpoints": {"path": "ck", "interval": steps // 24}}
     write_run(model_hyperparams=model, batch_size=1, optimizer_hyperparams={}, max_iters=steps, **rarely)
