@@ -476,3 +476,57 @@ def test_captured_training_on_two_gpus_is_training(tmp_path, monkeypatch, keys):
         captured, called = ([line[what] for line in lines if what in line] for lines, _ in runs)
         assert captured and captured == pytest.approx(called, rel=2e-3 if what != "grad_norm" else 2e-2)
     assert not any("cannot be captured" in told for _, told in runs)
+
+
+def start_ranks(words: list[str], log: str) -> list:
+    """A process of train.py for each of two GPUs, as torchrun would start them, but without torchrun, which ends all
+    once one has ended. Rank r's output is in <log><r>.txt."""
+    import os
+    import socket
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2",
+               "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
+    script, processes = Path(__file__).parent.parent / "train.py", []
+    for rank in "01":
+        with open(f"{log}{rank}.txt", "w") as file:
+            own = os.environ | env | {"RANK": rank, "LOCAL_RANK": rank}
+            processes.append(subprocess.Popen([sys.executable, str(script), *words], stdout=file, stderr=file, env=own))
+    return processes
+
+
+@two_gpus
+@pytest.mark.parametrize("keys", [{}, {"parallel": "fsdp"}], ids=str)
+def test_a_rank_killed_in_a_recorded_step_ends_the_other_and_the_run_resumes(tmp_path, monkeypatch, keys):
+    import time
+    from pathlib import Path
+
+    keys = {"checkpoints.path": "checkpoints", "checkpoints.interval": 50, "batch_size": 8, "cuda_graph": "true",
+            "max_iters": 10**6, "log_interval": 20} | keys  # fmt: skip
+    processes = start_ranks(words_of(tmp_path, monkeypatch, **keys), "log")
+    try:
+        metrics, end = Path("checkpoints/metrics.jsonl"), time.monotonic() + 200
+        while not metrics.exists() or plot.read_metrics(metrics)[-1]["step"] < 400:  # long since in replays
+            told = Path("log0.txt").read_text()
+            assert time.monotonic() < end and processes[0].poll() is None, told
+            time.sleep(0.1)
+        assert "cannot be captured" not in Path("log0.txt").read_text()
+        processes[1].kill()
+        killed = time.monotonic()
+        assert processes[0].wait(60) == 4, Path("log0.txt").read_text()
+        assert time.monotonic() - killed < 30
+    finally:
+        for process in processes:
+            process.kill()
+    told = Path("log0.txt").read_text()
+    assert "another process of this run has ended" in told and "--init_from=resume" in told
+    reached = max(int(path.name.split("_")[1]) for path in Path("checkpoints").glob("step_*"))
+    assert reached >= 350  # of the last checkpoint before it
+    resumed = words_of(tmp_path, monkeypatch, **keys | {"max_iters": reached + 40, "init_from": "resume"})
+    processes = start_ranks(resumed, "resumed")
+    assert [process.wait(200) for process in processes] == [0, 0], Path("resumed0.txt").read_text()
+    assert plot.read_metrics(metrics)[-1]["step"] == reached + 40
