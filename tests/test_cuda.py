@@ -501,7 +501,7 @@ def start_ranks(words: list[str], log: str) -> list:
 
 @two_gpus
 @pytest.mark.parametrize("keys", [{}, {"parallel": "fsdp"}], ids=str)
-def test_a_rank_killed_in_a_recorded_step_ends_the_other_and_the_run_resumes(tmp_path, monkeypatch, keys):
+def test_a_rank_killed_under_nccl_ends_the_other_and_the_run_resumes(tmp_path, monkeypatch, keys):
     import time
     from pathlib import Path
 
@@ -510,7 +510,7 @@ def test_a_rank_killed_in_a_recorded_step_ends_the_other_and_the_run_resumes(tmp
     processes = start_ranks(words_of(tmp_path, monkeypatch, **keys), "log")
     try:
         metrics, end = Path("checkpoints/metrics.jsonl"), time.monotonic() + 200
-        while not metrics.exists() or plot.read_metrics(metrics)[-1]["step"] < 400:  # long since in replays
+        while not metrics.exists() or plot.read_metrics(metrics)[-1]["step"] < 400:  # long since in replays, without FSDP
             told = Path("log0.txt").read_text()
             assert time.monotonic() < end and processes[0].poll() is None, told
             time.sleep(0.1)
