@@ -30,7 +30,6 @@ from strawberry.training.evaluation import Evaluator, evaluation_mode, mean_loss
 from strawberry.training.signals import Signals
 
 EVAL_ROWS = 8  # windows of a pass of nanoGPT's evaluation, which is not compiled
-OWN_SEED = 1337  # nanoGPT's; seed 1 of a run
 PROBED = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_accumulation_steps", "max_iters",
           "learning_rate", "min_lr", "warmup_iters", "dropout", "dtype")  # fmt: skip
 
