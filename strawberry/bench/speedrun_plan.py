@@ -304,10 +304,10 @@ def describe_plan(plan: Plan) -> list[str]:
     return [
         f"nanoGPT: {theirs['params']:,} parameters without embeddings and head, {theirs['params_total']:,} in all; "
         f"{theirs['max_iters']:,} steps of {plan.nanogpt_tokens_per_step:,} tokens, "
-        f"{their_tokens / train:.2f} times its training tokens.",
+        f"{their_tokens / train:.2f} epochs.",
         f"strawberry: {plan.arguments.config}, {ours['params']:,} parameters without embeddings and head, "
         f"{ours['params_total']:,} in all; at most {plan.steps:,} steps of {ours['tokens_per_step']:,} tokens, "
-        f"{our_tokens / train:.2f} times its training tokens; "
+        f"{our_tokens / train:.2f} epochs; "
         f"{'Muon' if run.optimizer_hyperparams.use_muon else 'AdamW'}.",
         f"Data: {plan.arguments.data}, {train:,} tokens for training and {val:,} held out, the same for both. Both are "
         f"judged by the same {plan.n_windows * theirs['block_size']:,} of these, in windows of "
