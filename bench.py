@@ -38,6 +38,11 @@ asks serve.py for texts from many clients at once, in turns with a server that m
 
 recall trains configs on associative recall, and measures how far back and among how many facts they remember.
 
+    python bench.py speedrun --nanogpt_path ~/nanoGPT --config tinystar-v0.8-speedrun.json --data input.txt
+
+speedrun trains with a nanoGPT checkout's own train.py, then a config until its validation loss is as low: seconds, with
+compilation and without, and tokens.
+
     python bench.py kernels
 
 holds each Triton kernel against float64 on a GPU, and times it.
@@ -48,17 +53,19 @@ and several share a device (--jobs). Speed is measured apart from them, while no
 
 from collections.abc import Callable
 
-from strawberry.bench import compare, decode, growth, kernels, recall, scale, serve, train
+from strawberry.bench import compare, decode, growth, kernels, recall, scale, serve, speedrun, speedrun_child, train
 from strawberry.common import UserError, nearest, run_cli
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "compare": compare.run, "train": train.run, "growth": growth.run, "scale": scale.run, "decode": decode.run,
-    "serve": serve.run, "kernels": kernels.run, "recall": recall.run,
+    "serve": serve.run, "kernels": kernels.run, "recall": recall.run, "speedrun": speedrun.run,
 }  # fmt: skip
 # What the commands start as processes of their own: `bench.py _train --config file.json`.
 CHILDREN: dict[str, Callable[[list[str]], int | None]] = {
     "_train": train.train_child, "_speed": train.speed_child, "_step": train.step_child, "_race": train.race_child,
     "_nanogpt": train.nanogpt_child, "_scale": train.scale_child, "_recall": recall.recall_child,
+    "_speedrun_nanogpt": speedrun_child.nanogpt_child, "_speedrun_strawberry": speedrun_child.strawberry_child,
+    "_speedrun_probe": speedrun_child.probe_child,
 }  # fmt: skip
 
 

@@ -18,17 +18,24 @@ def make_command(role: str, *arguments: str) -> list[str]:
     return [sys.executable, SCRIPT, role, *arguments]
 
 
-def start(command: list[str], log: Path, jobs: int, **pipes) -> subprocess.Popen:
+def gpu_environment(index: int) -> dict[str, str]:
+    """The environment variable with which a child sees one GPU: number `index` of those that this process sees."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return {"CUDA_VISIBLE_DEVICES": visible[index] if visible else str(index)}
+
+
+def start(command: list[str], log: Path, jobs: int, extra: dict[str, str] | None = None, **pipes) -> subprocess.Popen:
     """Start a child in a process group or session of its own, so that the terminal's Ctrl-C does not reach it: this
     process receives it and signals the child once.
 
     stderr goes to `log`, and stdout too unless `pipes` says otherwise. With several jobs, each child gets a share of
-    the CPU threads.
+    the CPU threads. `extra`: environment variables of the child.
     """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     env = dict(os.environ)
     if jobs > 1:
         env = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, **env}
+    env |= extra or {}
     apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
     with open(log, "ab") as file:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": file} | pipes

@@ -276,16 +276,21 @@ def scale_child(argv: list[str]) -> None:
         timer.close()
 
 
-def nanogpt_child(argv: list[str]) -> None:
-    """The main function of a child: run the train.py of a folder as its own command line does, then print the peak
-    memory.
-    """
-    folder, *words = argv
+def enter_nanogpt_folder(folder: str, words: list[str]) -> None:
+    """Make this process one that was started there as `train.py` with these words."""
     os.chdir(folder)
     sys.path.insert(0, folder)
     for name in ("model", "train"):  # nanoGPT's modules, not this repository's
         sys.modules.pop(name, None)
     sys.argv = ["train.py", *words]
+
+
+def nanogpt_child(argv: list[str]) -> None:
+    """The main function of a child: run the train.py of a folder as its own command line does, then print the peak
+    memory.
+    """
+    folder, *words = argv
+    enter_nanogpt_folder(folder, words)
     scope = runpy.run_path("train.py", run_name="__main__")
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     params = sum(p.numel() for p in scope["raw_model"].parameters())
@@ -401,9 +406,7 @@ LOG_INTERVAL = 10  # steps between the lines whose times are read
 
 def train_against_nanogpt(arguments: argparse.Namespace) -> dict:
     """Train with both train.py on the same text, one after the other. Returns speed, memory and losses of both."""
-    directory = arguments.nanogpt_path.resolve()
-    if not (directory / "train.py").is_file():
-        raise UserError(f"--nanogpt_path: there is no {directory / 'train.py'}; name a checkout of nanoGPT")
+    directory = find_nanogpt(arguments.nanogpt_path)
     shape = {name: getattr(arguments, name) for name in GPT2_SHAPE}
     keys = {**SAME_SCHEDULE, "lr_decay_iters": arguments.steps, "batch_size": arguments.batch_size}
     keys |= {**shape, **GPT2_KEYS_WITHOUT_BIAS, "arch": "tinystar"}
@@ -427,21 +430,44 @@ def median_step_seconds(times: list[list[float]]) -> float:
     return statistics.median(spans[len(spans) // 2 :])
 
 
+def find_nanogpt(path: Path) -> Path:
+    """The absolute path of a checkout. Raises UserError if its train.py is not there."""
+    directory = path.resolve()
+    if not (directory / "train.py").is_file():
+        raise UserError(f"--nanogpt_path {path}: there is no {directory / 'train.py'}; name a checkout of nanoGPT: "
+                        "git clone https://github.com/karpathy/nanoGPT")  # fmt: skip
+    return directory
+
+
+def make_nanogpt_folder(directory: Path, folder: Path, splits: dict[str, np.ndarray], vocab_size: int) -> None:
+    """Fill a folder in which nanoGPT's train.py can run: links to its files, and data/same with the tokens of the
+    splits "train" and "val" in its format.
+    """
+    for name in ("train.py", "model.py", "configurator.py", "config"):
+        if (directory / name).exists():
+            os.symlink(directory / name, folder / name)
+    data = folder / "data" / "same"
+    data.mkdir(parents=True)
+    for name, tokens in splits.items():
+        tokens.astype(np.uint16).tofile(data / f"{name}.bin")
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+
+
+def read_splits(corpus: Corpus) -> dict[str, np.ndarray]:
+    """The tokens of the splits that nanoGPT names "train" and "val"."""
+    return {name: np.concatenate([file.tokens[start:stop] for file, start, stop in split.pieces])
+            for name, split in (("train", corpus.train), ("val", corpus.val))}  # fmt: skip
+
+
 def run_nanogpt(directory: Path, folder: Path, run: Run, steps: int) -> dict:
     """Run nanoGPT's own train.py in a folder of links to its files, on the same tokens in its format. Raises UserError
     if it fails.
     """
-    for name in ("train.py", "model.py", "configurator.py"):
-        os.symlink(directory / name, folder / name)
-    (folder / "data" / "same").mkdir(parents=True)
-    corpus = Corpus(run.dataset, None, run.model_hyperparams.block_size)
-    for name, split in (("train", corpus.train), ("val", corpus.val)):
-        tokens = np.concatenate([file.tokens[start:stop] for file, start, stop in split.pieces])
-        tokens.astype(np.uint16).tofile(folder / "data" / "same" / f"{name}.bin")
     hyper, device = run.model_hyperparams, choose_device(run.device).type
+    splits = read_splits(Corpus(run.dataset, None, hyper.block_size))
+    make_nanogpt_folder(directory, folder, splits, hyper.vocab_size)
     keys = {name: getattr(hyper, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     keys |= {name: getattr(run, name) for name in (*SAME_SCHEDULE, "lr_decay_iters", "batch_size")}
-    (folder / "data" / "same" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": hyper.vocab_size}))
     keys |= {"dataset": "same", "gradient_accumulation_steps": 1, "max_iters": steps, "log_interval": LOG_INTERVAL,
              "eval_interval": 10**9, "eval_iters": 1, "always_save_checkpoint": False, "device": device,
              "compile": setup.should_compile(run, torch.device(device))}  # fmt: skip
