@@ -3,7 +3,7 @@
 import { ask, complete, get, metrics, post } from "./api.js";
 import { Chart } from "./chart.js";
 import { dropZone } from "./upload.js";
-import { button, chip, count, doing, duration, el, isActive, say, short } from "./dom.js";
+import { button, chip, count, doing, duration, el, isActive, say, short, writeAddress } from "./dom.js";
 
 export const title = "Train your first model";
 
@@ -150,7 +150,7 @@ export function mount(root) {
   async function writeText(model) {
     wrote = true;
     next.replaceChildren(
-      el("a", { class: "button first", href: `#/write?model=${encodeURIComponent(model)}` }, "Write with it"),
+      el("a", { class: "button first", href: writeAddress(model) }, "Write with it"),
       el("a", { class: "button", href: `#/runs/${id}` }, "Look at the run"),
       el("a", { class: "button", href: `#/new?from=${id}` }, "Train another, changed")
     );

@@ -2,7 +2,7 @@
 
 import { get, metrics } from "./api.js";
 import { Chart } from "./chart.js";
-import { ago, chip, count, el, empty, isActive, keep, lastPart, say, short, size, value, when } from "./dom.js";
+import { ago, chip, count, el, empty, isActive, keep, lastPart, many, say, short, size, value, when } from "./dom.js";
 
 export const title = "Runs";
 
@@ -202,7 +202,7 @@ export function mount(root) {
         ? "No run has all these words."
         : found.length < all.length
           ? `${found.length} of ${all.length} runs`
-          : `${all.length} run${all.length === 1 ? "" : "s"}`
+          : many(all.length, "run")
     );
   }
 
