@@ -313,7 +313,7 @@ def test_the_chart_shows_values_at_the_mouse_zooms_and_hides_a_run(page, site):
 
 def test_points_and_smoothing(page):
     """Evaluations have no seconds, a rollback does steps again, and averages begin at the first value."""
-    got = page.js("""import('/page/chart.js').then(chart => {
+    got = page.js("""import('/page/chart_points.js').then(chart => {
       const lines = [{ step: 1, loss: 4, seconds: 1, tokens: 8 }, { step: 2, loss: 3, seconds: 2, tokens: 16 },
         { step: 2, val_loss: 3.5, tokens: 16 }, { step: 1, rollback: 1 }, { step: 2, loss: 2, seconds: 3, tokens: 16 },
         { step: 3, loss: null }];
