@@ -119,8 +119,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     >>> nearest("n_layers", ["n_layer", "n_head"])
     " (did you mean 'n_layer'?)"
     """
-    by_lower = {str(v).lower(): str(v) for v in valid}
-    close = difflib.get_close_matches(str(name).lower()[:200], by_lower, n=1, cutoff=0.6)
+    by_lower = {str(v).lower().lstrip("-"): str(v) for v in valid}  # dashes make no option like another
+    close = difflib.get_close_matches(str(name).lower().lstrip("-")[:200], by_lower, n=1, cutoff=0.6)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 

@@ -321,13 +321,16 @@ def parse_arguments(argv: list[str], names: Iterable[str] = (), flags: Iterable[
     `names` are the options that there are, `flags` those of them that take no value. In `--name value` any word is a
     value, with dashes at its start too, unless it is one of the options.
     """
-    config, overrides, problems = None, [], []
+    config, overrides, problems, names = None, [], [], list(names)
     for word, name, text in split_arguments(argv, names, flags):
         if name in HELP:
             continue
         if name is None:
             mend = f"--config {word}" if word.endswith(".json") else "--key=value"
             problems.append(f"{show(word)} on the command line: must be an option; write {mend}")
+        elif text is None and names and name not in (*names, "config"):
+            hint = nearest(f"--{name}", [f"--{known}" for known in names])
+            problems.append(f"{word}: unknown option{hint}")
         elif text is None:
             problems.append(f"{word}: has no value; write {word}=value")
         elif name == "config":

@@ -5,7 +5,7 @@ call (prepare.py, train.py, sample.py and model.py's public interface), and ever
 
     presets    20 losses, two evaluations and the final weights of every preset in config/, made small; a text of 64
                tokens of each; a resume from step 10
-    cases      for every case of tests/test_model.py at the base: loss, gradients and logits, in one call and through
+    cases      for every case of tests/helpers/cases.py at the base: loss, gradients and logits, in one call and through
                the cache; FLOPs are left out, since they are counted anew
     files      a token file, an encoder, and model files saved by earlier versions: their weights and a greedy text
 
@@ -171,11 +171,16 @@ def probe(tree: Path, wanted: dict, out: Path) -> None:
 
 
 def list_cases(base: Path) -> dict:
-    code = "import json, test_model; print(json.dumps(test_model.CASES))"
-    paths = os.pathsep.join((str(base), str(base / "tests")))
+    """{name: hyperparameters} of the base's test cases: of tests/helpers/cases.py, in earlier trees of
+    tests/test_model.py."""
+    module = "cases" if (base / "tests" / "helpers" / "cases.py").exists() else "test_model"
+    code = f"import json, {module}; print(json.dumps({module}.CASES))"
+    paths = os.pathsep.join(str(base / folder) for folder in (".", "tests", "tests/helpers"))
     # python -c looks for modules in the working directory first
     run = subprocess.run([sys.executable, "-c", code], cwd=base, env={**os.environ, "PYTHONPATH": paths},
-                         capture_output=True, text=True, check=True)  # fmt: skip
+                         capture_output=True, text=True)  # fmt: skip
+    if run.returncode:
+        raise RuntimeError(f"{module}.CASES of {base} cannot be read: {run.stderr[-2000:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 

@@ -1,4 +1,5 @@
-"""The structure of the code: which room may import which, and that model.py holds architectures only.
+"""The structure of the code: which room may import which, that model.py holds architectures only, and how long a
+function may be, in Python and in the page's JavaScript.
 
 KNOWN lists today's violations, and a test fails when one of them is gone but still listed: the lists only shrink.
 """
@@ -6,6 +7,9 @@ KNOWN lists today's violations, and a test fails when one of them is gone but st
 import ast
 import re
 from pathlib import Path
+
+import pytest
+from javascript import Function, functions_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,6 +37,9 @@ ROOMS = [
 KNOWN_CIRCLES = set()
 # questions about the implementation in model.py: how often each is asked
 KNOWN_QUESTIONS = {}
+# functions that are longer than LONGEST
+KNOWN_LONG = {"aft_backward_kernel"}
+LONGEST = 60  # lines
 QUESTIONS = {
     "compiling": r"is_compiling",
     "device": r"\.is_cuda",
@@ -107,3 +114,85 @@ def test_model_asks_for_no_implementation():
     text = (ROOT / "model.py").read_text("utf-8")
     asked = {name: len(re.findall(pattern, text)) for name, pattern in QUESTIONS.items()}
     assert {name: n for name, n in asked.items() if n} == KNOWN_QUESTIONS
+
+
+# ---- how long functions are ----------------------------------------------------------------------------------------
+
+
+def test_functions_of_python_are_short():
+    found = set()
+    for path in [*modules().values(), *ROOT.glob("tests/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= LONGEST:
+                found.add(node.name)
+    assert found == KNOWN_LONG
+
+
+def test_functions_of_the_page_are_short():
+    """No closure holds a whole view: a view is made of small parts."""
+    scripts = [path for path in ROOT.glob("strawberry/serving/page/*.js") if not path.name.endswith(".min.js")]
+    found = {path.name: functions_of(path.read_text("utf-8")) for path in scripts}
+    assert found and all(found.values()), "a module without functions: is it read?"
+    assert not [(name, one) for name, functions in found.items() for one in functions if one.lines > LONGEST]
+
+
+TRAPS = r"""// a comment { with ( open [ brackets
+/* and one of { several
+   lines */
+import { a } from "./a{.js";
+const one = x => x / 2 / a;
+const many = (x, y) =>
+  el(
+    "p{",
+    {},
+    `a template } with ${[x].map(y => `${y / 2} \` {`)} and { ${"`"}`,
+    'it\'s {'
+  );
+const wanted = async ({ b, c }) => {
+  if (/[/{]\/(/.test(b)) return /}/g;
+  for (const d of c) {
+    d.e = { f: 1 };
+  }
+};
+class Part {
+  #list = [];
+  constructor(g = {}) {
+    this.g = g;
+  }
+
+  async *walk() {
+    for await (const h of this.g) yield h;
+  }
+
+  get size() { return this.#list.length / 2; }
+}
+export function mount(root) {
+  root.onclick = function () {
+    root.remove();
+  };
+  return root.list.map(item => [item, item]);
+}
+"""
+
+
+def test_functions_are_found_among_brackets_that_are_none():
+    found = {(function.name, function.line, function.lines) for function in functions_of(TRAPS)}
+    assert found == {
+        ("one", 5, 1),
+        ("many", 6, 7),
+        ("", 10, 1),
+        ("wanted", 13, 6),
+        ("constructor", 21, 3),
+        ("walk", 25, 3),
+        ("size", 29, 1),
+        ("mount", 31, 6),
+        ("onclick", 32, 3),
+        ("", 35, 1),
+    }
+
+
+def test_a_closure_that_is_too_long_is_found():
+    inner = "".join(f"  const part{i} = () => {{\n    use({i});\n  }};\n" for i in range(20))
+    assert Function("mount", 1, 62) in functions_of(f"export function mount(root) {{\n{inner}}}\n")
+    with pytest.raises(AssertionError, match="closes"):
+        functions_of("const f = () => { return (1; }")

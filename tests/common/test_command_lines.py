@@ -142,6 +142,8 @@ def test_lists_end_at_the_next_option(parse, words, expected):
     (["--name", "--quiet"], "--name: expected one argument; see python x.py --help"),
     (["--nmae", "1"], "--nmae: unknown option (did you mean '--name'?)"),
     (["--nam", "1"], "--nam: unknown option (did you mean '--name'?)"),
+    (["--hell", "1"], "--hell: unknown option (did you mean '--help'?)"),
+    (["--model", "1"], "--model: unknown option; python x.py --help lists them"),
     (["--input", "a", "-b"], "-b: unknown option; python x.py --help lists them"),
     (["--quiet=1"], "--quiet: ignored explicit argument '1'; see python x.py --help"),
     (["-5"], "-5: unknown option; python x.py --help lists them"),

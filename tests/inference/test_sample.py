@@ -459,6 +459,7 @@ def test_the_last_line_says_how_fast(run):
         (["abc"], "must be an option"),
         (["--length"], "--length: has no value"),
         (["--prompt", "--length", "5"], "--prompt: has no value; write --prompt=value"),
+        (["--ignore_eot"], r"--ignore_eot: unknown option \(did you mean '--ignore_eos'\?\)"),
         (["--stop", "a\\d"], r"--stop a\\d: \\d is no escape; write \\\\d for a backslash before d; escapes are \\n, "),
         (["--fast"], "--fast: is about a --prompts_file"),
         (["--length", "0"], "--length = 0: must be integer >= 1"),

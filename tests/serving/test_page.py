@@ -67,7 +67,7 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_inserted_as_html():
         assert not re.search(r"https?://|[\"'(]//\w|@import|url\(", code), name
         for word in ("innerHTML", "outerHTML", "AdjacentHTML", "document.write", "eval(", "Function(", "srcdoc"):
             assert word not in code, (name, word)
-        assert name == "history.js" or "localStorage" not in code, "only what a person wrote is kept"
+        assert name == "write_history.js" or "localStorage" not in code, "only what a person wrote is kept"
     assert "localStorage" not in SCRIPTS["api.js"]
     tags = Tags(INDEX)
     assert not tags.open
@@ -313,7 +313,7 @@ def test_the_chart_shows_values_at_the_mouse_zooms_and_hides_a_run(page, site):
 
 def test_points_and_smoothing(page):
     """Evaluations have no seconds, a rollback does steps again, and averages begin at the first value."""
-    got = page.js("""import('/page/chart.js').then(chart => {
+    got = page.js("""import('/page/chart_points.js').then(chart => {
       const lines = [{ step: 1, loss: 4, seconds: 1, tokens: 8 }, { step: 2, loss: 3, seconds: 2, tokens: 16 },
         { step: 2, val_loss: 3.5, tokens: 16 }, { step: 1, rollback: 1 }, { step: 2, loss: 2, seconds: 3, tokens: 16 },
         { step: 3, loss: null }];
@@ -587,6 +587,7 @@ def test_several_texts_are_written_side_by_side(page, site):
     same = site.send("POST", "/v1/completions", asked, **key(site))[2]["choices"]
     texts = page.js("[...document.querySelectorAll('.choices .text')].map(e => e.textContent)")
     assert texts == [choice["text"] for choice in same] and "seed 6" in page.text(".choices")
+    assert page.js("document.activeElement.innerText") == "Write", "the focus is lost"
     page.pictures("samples")
     page.js("document.querySelectorAll('.choices button')[1].click()")
     assert page.js(f"{EDITOR}.textContent") == "the " + texts[1]

@@ -1122,6 +1122,19 @@ def test_a_dataset_is_assembled_once_and_says_what_came_of_it(site):
     assert str(site.data) not in failed["error"]["message"]
 
 
+def check_events(tuning, job):
+    """The events of a run that was paused once, newest first, a few at a time."""
+    events = list(tuning.list_events(job.id, limit=4))
+    messages = [event.message for event in events]
+    plain = [message for message in messages if not message.startswith("step ")]
+    assert plain == ["succeeded", "started", "resumed", "paused", "started", "created"]
+    assert len({event.id for event in events}) == len(events)
+    steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
+    assert steps == STEPS
+    assert any("full_valid_loss" in event.data for event in events)
+    assert [event.created_at for event in events] == sorted((event.created_at for event in events), reverse=True)
+
+
 @pytest.mark.slow
 def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     """It ends with the weights of one that nothing has disturbed."""
@@ -1148,15 +1161,7 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     assert done.fine_tuned_model in [model.id for model in site.client.models.list()]
     text = site.client.completions.create(model=done.fine_tuned_model, prompt="the", max_tokens=4, seed=1)
     assert text.usage.completion_tokens == 4
-    events = list(tuning.list_events(job.id, limit=4))
-    messages = [event.message for event in events]
-    plain = [message for message in messages if not message.startswith("step ")]
-    assert plain == ["succeeded", "started", "resumed", "paused", "started", "created"]
-    assert len({event.id for event in events}) == len(events)
-    steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
-    assert steps == STEPS
-    assert any("full_valid_loss" in event.data for event in events)
-    assert [event.created_at for event in events] == sorted((event.created_at for event in events), reverse=True)
+    check_events(tuning, job)
     points = list(tuning.checkpoints.list(job.id))
     assert points[0].step_number == 800
     assert points[0].metrics.full_valid_loss == pytest.approx(done.progress["val_loss"])
@@ -1169,7 +1174,7 @@ def test_a_run_from_file_to_text_with_a_pause(site, story, undisturbed):
     with pytest.raises(openai.NotFoundError):
         site.client.models.retrieve(name.replace("800", "799"))
     lines = json.loads(site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/metrics")[1])["data"]
-    assert [line["step"] for line in lines] == steps
+    assert [line["step"] for line in lines] == STEPS
     for query in ("", "?sheet=learning_rate&x=tokens"):
         status, png = site.raw("GET", f"/v1/fine_tuning/jobs/{job.id}/curves.png{query}")
         assert (status, png[:8]) == (200, b"\x89PNG\r\n\x1a\n")

@@ -5,7 +5,7 @@ import { DATASETS_PATH, DatasetList } from "./data_datasets.js";
 import { FileList } from "./data_files.js";
 import { DatasetForm } from "./data_form.js";
 import { ModelList } from "./data_models.js";
-import { el, isActive } from "./dom.js";
+import { el, isActive, sayProblem } from "./dom.js";
 
 export const title = "Data";
 
@@ -54,7 +54,7 @@ class DataPage {
     try {
       return await Promise.all(paths.map(path => get(path)));
     } catch (problem) {
-      if (this.page.hidden) this.loading.replaceChildren(problem.status === 401 ? "" : problem.message);
+      if (this.page.hidden) sayProblem(this.loading, problem);
       throw problem;
     }
   }

@@ -3,7 +3,7 @@
 import { deleteButton } from "./data_delete.js";
 import { preview } from "./data_documents.js";
 import { ago, bytes, el, keep, say } from "./dom.js";
-import { dropZone } from "./upload.js";
+import { DropZone } from "./upload.js";
 
 const boxOf = row => row.querySelector("[type=checkbox]");
 const weightOf = row => Number(row.querySelector("[type=number]").value);
@@ -16,7 +16,7 @@ export class FileList {
     this.files = [];
     this.error = el("p", { class: "error", role: "alert" });
     this.status = el("p", { class: "hint", role: "status" });
-    this.zone = dropZone(this.error, this.status, stored => this.chooseStored(stored));
+    this.zone = new DropZone(this.error, this.status, stored => this.chooseStored(stored));
     this.none = el("p", { class: "hint" });
     this.list = el("ul", { class: "list" });
     this.element = el(

@@ -1,7 +1,7 @@
 // The list of models: what each needs on disk, and what can be done with it.
 
 import { deleteButton } from "./data_delete.js";
-import { bytes, el, keep, say } from "./dom.js";
+import { bytes, el, keep, say, writeAddress } from "./dom.js";
 
 function updateRow(row, { arch, bytes: onDisk, loaded }) {
   say(row.querySelector(".facts"), `${arch}, ${bytes(onDisk)}${loaded ? ", in memory" : ""}`);
@@ -42,7 +42,7 @@ export class ModelList {
       { class: "row" },
       el("span", { class: "grow" }, model.id),
       el("span", { class: "facts" }),
-      el("a", { class: "button small", href: `#/write?model=${encodeURIComponent(model.id)}` }, "Write with it"),
+      el("a", { class: "button small", href: writeAddress(model.id) }, "Write with it"),
       this.deleteButton(model)
     );
   }

@@ -19,6 +19,12 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** Says in `loading` why nothing can be shown yet, with some more. Of a missing key it says nothing: the page asks for
+    it. */
+export function sayProblem(loading, problem, ...more) {
+  loading.replaceChildren(problem.status === 401 ? "" : problem.message, ...more);
+}
+
 /** Replaces what is in `list` by `make(item)` for each item, and keeps the elements of items that are there already.
     `key(item)` names an item, `update(element, item)` shows what is new of it. */
 export function keep(list, items, key, make, update = () => {}) {
@@ -145,6 +151,9 @@ export const chip = status => el("span", { class: `chip ${STATUS[status] ?? stat
 /** What stands where there is nothing to show. */
 export const empty = (title, text, ...actions) =>
   el("div", { class: "empty" }, el("h3", {}, title), el("p", {}, text), el("div", { class: "buttons" }, actions));
+
+/** Where a person writes with a model. */
+export const writeAddress = model => `#/write?model=${encodeURIComponent(model)}`;
 
 /** Copies a text, and says so on the button. */
 export const copyButton = text =>

@@ -1,9 +1,10 @@
 // A first visit: from a text to a trained model and what it writes, in three steps.
 
-import { ask, complete, get, metrics, post } from "./api.js";
-import { Chart } from "./chart.js";
-import { dropZone } from "./upload.js";
-import { button, chip, count, doing, duration, el, isActive, say, short } from "./dom.js";
+import { ask, get, post } from "./api.js";
+import { button, doing, el, isActive, say } from "./dom.js";
+import { FirstText } from "./first_text.js";
+import { RunWatch } from "./first_watch.js";
+import { DropZone } from "./upload.js";
 
 export const title = "Train your first model";
 
@@ -21,182 +22,131 @@ export const KEYS = {
   "model_hyperparams.n_layer": 2,
   compile: false
 };
+const ABOUT =
+  "A language model learns to continue text from text that you give it. A small one takes a minute or two, and nothing leaves this machine.";
 
 export function mount(root) {
-  let id = sessionStorage.getItem("first"),
-    wrote = false,
-    drawn = "",
-    lines = [];
-  const error = el("p", { class: "error", role: "alert" }),
-    status = el("p", { class: "hint", role: "status" });
-  const zone = dropZone(error, status, files => train(files));
-  const example = button(
-    "Use an example",
-    doing(error, async () => {
-      say(status, "Taking the documentation of this project …");
-      const text = await (await ask("/v1/example_text")).text();
-      await zone.send([new File([text], "documentation.md", { type: "text/markdown" })]);
-    })
-  );
-  const again = button("Begin again", () => {
-    sessionStorage.removeItem("first");
-    id = null;
-    wrote = false;
-    drawn = "";
-    lines = [];
-    show(null);
+  const view = new FirstVisit();
+  root.append(view.element);
+  return view;
+}
+
+/** Builds a dataset of the files and begins a run with it. Returns the run's id. */
+async function startRun(files) {
+  const isShort = files.reduce((sum, file) => sum + file.bytes, 0) < FEW_BYTES;
+  const dataset = await post("/v1/datasets", {
+    files: files.map(file => file.id),
+    name: files.length === 1 ? files[0].filename : "my text",
+    ...(isShort ? { encoder: "chars" } : { vocab_size: VOCAB_SIZE })
   });
-  const bring = el(
-    "div",
-    {},
-    zone.element,
-    el("p", { class: "or" }, "No text at hand? ", example, " It is the documentation of this project.")
-  );
-  const state = el("span"),
-    facts = el("p", { class: "facts", role: "status" }),
-    bar = el("progress", { max: 1, "aria-label": "Steps" });
-  const curves = el("div"),
-    sample = el("p", { class: "text" }),
-    sampleTitle = el("h4");
-  const chart = new Chart(curves, "first-chart");
-  const watch = el("div", {}, facts, bar, curves, sampleTitle, sample);
-  const text = el("p", { class: "text written", "aria-live": "polite" });
-  const next = el("div", { class: "buttons" });
-  const end = el("div", {}, el("p", {}, "This is what your model writes by itself, token by token:"), text, next);
-  const step = (n, name, ...children) =>
-    el(
-      "li",
-      { class: "stage" },
-      el("h3", {}, el("span", { class: "n", "aria-hidden": "true" }, String(n)), name),
-      children
-    );
-  const steps = [step(1, "Bring a text", bring), step(2, "Watch it learn", watch), step(3, "Read what it writes", end)];
-  steps[1].querySelector("h3").append(state);
-  root.append(
-    el(
+  const run = await post("/v1/fine_tuning/jobs", {
+    model: "tiny",
+    training_file: dataset.id,
+    hyperparameters: KEYS,
+    suffix: "first",
+    seed: 1
+  });
+  return run.id;
+}
+
+function stage(number, name, ...children) {
+  const n = el("span", { class: "n", "aria-hidden": "true" }, String(number));
+  return el("li", { class: "stage" }, el("h3", {}, n, name), children);
+}
+
+class FirstVisit {
+  constructor() {
+    this.id = sessionStorage.getItem("first"); // of the run; null before there is one
+    this.error = el("p", { class: "error", role: "alert" });
+    this.status = el("p", { class: "hint", role: "status" });
+    this.zone = new DropZone(this.error, this.status, files => this.train(files));
+    this.again = button("Begin again", () => this.beginAgain());
+    this.bring = this.makeBring();
+    this.watch = new RunWatch();
+    this.text = new FirstText();
+    this.stages = [
+      stage(1, "Bring a text", this.bring),
+      stage(2, "Watch it learn", this.watch.element),
+      stage(3, "Read what it writes", this.text.element)
+    ];
+    this.stages[1].querySelector("h3").append(this.watch.state);
+    this.element = el(
       "section",
       { class: "card first-visit", "aria-labelledby": "first-title" },
-      el("h2", { id: "first-title" }, "Train your first model"),
-      el(
-        "p",
-        {},
-        "A language model learns to continue text from text that you give it. A small one takes a minute or two, and nothing leaves this machine."
-      ),
-      el("ol", { class: "stages" }, steps),
-      status,
-      error,
-      again
-    )
-  );
-
-  async function train(files) {
-    say(status, "Building the dataset and the run …");
-    const isShort = files.reduce((sum, file) => sum + file.bytes, 0) < FEW_BYTES;
-    const dataset = await post("/v1/datasets", {
-      files: files.map(file => file.id),
-      name: files.length === 1 ? files[0].filename : "my text",
-      ...(isShort ? { encoder: "chars" } : { vocab_size: VOCAB_SIZE })
-    });
-    const run = await post("/v1/fine_tuning/jobs", {
-      model: "tiny",
-      training_file: dataset.id,
-      hyperparameters: KEYS,
-      suffix: "first",
-      seed: 1
-    });
-    id = run.id;
-    sessionStorage.setItem("first", id);
-    say(status, "");
-    await self.refresh();
-  }
-
-  function show(details) {
-    const run = details?.summary,
-      done = run?.status === "succeeded";
-    steps[0].classList.toggle("done", Boolean(run));
-    steps[1].classList.toggle("done", done);
-    bring.hidden = Boolean(run);
-    watch.hidden = !run;
-    end.hidden = !done;
-    again.hidden = !run || isActive(run.status);
-    if (!run) {
-      state.replaceChildren();
-      return;
-    }
-    state.replaceChildren(" ", chip(run.status));
-    bar.value = run.max_iters ? run.step / run.max_iters : 0;
-    bar.hidden = done;
-    const left = run.step && run.seconds ? ((run.max_iters - run.step) * run.seconds) / run.step : 0;
-    say(
-      facts,
-      !run.step
-        ? isActive(run.status)
-          ? "Turning the text into tokens, and the first step …"
-          : ""
-        : [
-            `step ${count(run.step)} of ${count(run.max_iters)}`,
-            `loss ${short(run.train_loss)}`,
-            !done && left > 0 && `about ${duration(left)} left`
-          ]
-            .filter(Boolean)
-            .join(" · ")
+      el("h2", { id: "first-title" }, title),
+      el("p", {}, ABOUT),
+      el("ol", { class: "stages" }, this.stages),
+      this.status,
+      this.error,
+      this.again
     );
-    if (details.error) say(error, details.error);
-    say(sampleTitle, details.samples.length ? `What it writes after ${count(details.samples[0].step)} steps` : "");
-    say(sample, details.samples[0]?.text ?? "");
-    sample.hidden = sampleTitle.hidden = !details.samples.length || done;
   }
 
-  async function writeText(model) {
-    wrote = true;
-    next.replaceChildren(
-      el("a", { class: "button first", href: `#/write?model=${encodeURIComponent(model)}` }, "Write with it"),
-      el("a", { class: "button", href: `#/runs/${id}` }, "Look at the run"),
-      el("a", { class: "button", href: `#/new?from=${id}` }, "Train another, changed")
-    );
-    let best = "";
-    for (let seed = 1; seed <= 5 && best.trim().length < 40; seed++) {
-      // a text may end at once
-      say(text, "");
-      await complete({ model, prompt: "", max_tokens: 200, temperature: 0.7, seed }, choice => {
-        text.append(choice.text);
-      });
-      if (text.textContent.length > best.length) best = text.textContent;
+  makeBring() {
+    const useExample = doing(this.error, async () => {
+      say(this.status, "Taking the documentation of this project …");
+      const text = await (await ask("/v1/example_text")).text();
+      await this.zone.send([new File([text], "documentation.md", { type: "text/markdown" })]);
+    });
+    const example = button("Use an example", useExample);
+    const or = el("p", { class: "or" }, "No text at hand? ", example, " It is the documentation of this project.");
+    return el("div", {}, this.zone.element, or);
+  }
+
+  async train(files) {
+    say(this.status, "Building the dataset and the run …");
+    this.id = await startRun(files);
+    sessionStorage.setItem("first", this.id);
+    say(this.status, "");
+    await this.refresh();
+  }
+
+  beginAgain() {
+    sessionStorage.removeItem("first");
+    this.id = null;
+    this.watch.clear();
+    this.text.clear();
+    this.showStages(null);
+  }
+
+  /** Shows the stages that a run in this state has come to; null: no run. */
+  showStages(status) {
+    const isDone = status === "succeeded";
+    this.stages[0].classList.toggle("done", status !== null);
+    this.stages[1].classList.toggle("done", isDone);
+    this.bring.hidden = status !== null;
+    this.watch.element.hidden = status === null;
+    this.text.element.hidden = !isDone;
+    this.again.hidden = status === null || isActive(status);
+  }
+
+  // ---- what app.js calls ----
+
+  async refresh() {
+    const details = await this.load();
+    this.showStages(details?.summary.status ?? null);
+    if (!details) return false;
+    const { summary, model, error } = details;
+    this.watch.show(details);
+    if (error) say(this.error, error);
+    await this.watch.draw(this.id, summary);
+    if (model) await this.text.write(model, this.id);
+    return isActive(summary.status) || (summary.status === "succeeded" && !this.text.isWritten);
+  }
+
+  /** The run; null where there is none. */
+  async load() {
+    if (!this.id) return null;
+    try {
+      return await get(`/v1/runs/${this.id}`);
+    } catch (problem) {
+      if (problem.status !== 404) throw problem;
+      this.beginAgain(); // it was deleted
+      return null;
     }
-    say(text, best || "It has learned to end at once. Train it longer, or on more text.");
   }
 
-  const self = {
-    async refresh() {
-      if (!id) {
-        show(null);
-        return false;
-      }
-      let details;
-      try {
-        details = await get(`/v1/runs/${id}`);
-      } catch (problem) {
-        if (problem.status !== 404) throw problem;
-        again.click(); // it was deleted
-        return false;
-      }
-      show(details);
-      const { summary } = details,
-        now = `${summary.step} ${summary.val_loss}`;
-      if (drawn !== now) {
-        drawn = now;
-        lines = await metrics(id, summary.step, lines);
-        curves.hidden = !lines.length;
-        chart.draw([{ id, name: summary.name, colour: 0, lines, flopsPerToken: summary.flops_per_token }]);
-      }
-      if (details.model && !wrote)
-        await writeText(details.model).catch(problem => {
-          wrote = false;
-          throw problem;
-        });
-      return isActive(summary.status) || (summary.status === "succeeded" && !wrote);
-    },
-    leave: () => chart.leave()
-  };
-  return self;
+  leave() {
+    this.watch.leave();
+  }
 }

@@ -2,7 +2,7 @@
 
 import { get, post } from "./api.js";
 import { CostPanel } from "./cost.js";
-import { button, doing, el, lastPart, say, value } from "./dom.js";
+import { button, doing, el, lastPart, many, say, sayProblem, value } from "./dom.js";
 import { readRun } from "./new_run_duplicate.js";
 import { Estimator } from "./new_run_estimate.js";
 import { JsonView } from "./new_run_json.js";
@@ -42,7 +42,7 @@ function formKeys({ config_schema, server_keys }, arch) {
 function changesText({ changes, changedCount: n }, start) {
   if (!n) return `All keys are those of ${start}.`;
   const parts = Object.entries(changes).map(([key, to]) => `${lastPart(key)} ${value(to)}`);
-  return `${n} key${n === 1 ? "" : "s"} differ${n === 1 ? "s" : ""} from ${start}: ${parts.join(", ")}.`;
+  return `${many(n, "key")} differ${n === 1 ? "s" : ""} from ${start}: ${parts.join(", ")}.`;
 }
 
 class NewRun {
@@ -118,7 +118,7 @@ class NewRun {
     try {
       this.available = await loadAvailable();
     } catch (problem) {
-      this.loading.replaceChildren(problem.status === 401 ? "" : problem.message);
+      sayProblem(this.loading, problem);
       throw problem;
     }
     this.source.offerData(this.available, this.query.get("dataset") ?? undefined);

@@ -1,8 +1,7 @@
 // A run that is there already, as the beginning of a new one.
 
 import { get } from "./api.js";
-
-const isEqual = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+import { isEqual } from "./schema.js";
 
 /** The preset of the same family with the fewest differences. */
 function nearestPreset(values, presets) {

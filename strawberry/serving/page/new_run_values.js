@@ -1,8 +1,6 @@
 // The values of a new run's keys: those of its preset or model, what a person changed, and what the server computes.
 
-import { flatten } from "./schema.js";
-
-const isEqual = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+import { flatten, isEqual } from "./schema.js";
 
 export class RunValues {
   constructor() {

@@ -1,7 +1,7 @@
 // One run: its curves, texts, keys, checkpoints, events and notes, and what can be done with it.
 
 import { get } from "./api.js";
-import { el, isActive } from "./dom.js";
+import { el, isActive, sayProblem } from "./dom.js";
 import { RunActions } from "./run_actions.js";
 import { Checkpoints } from "./run_checkpoints.js";
 import { Command } from "./run_command.js";
@@ -41,9 +41,8 @@ export function mount(root, { id }) {
 
 /** Says why there is no run to show. */
 function showProblem(loading, problem) {
-  const text = problem.status === 401 ? "" : problem.message; // 401: the page asks for the key
   loading.hidden = false;
-  loading.replaceChildren(text, " ", el("a", { href: "#/runs" }, "All runs"));
+  sayProblem(loading, problem, " ", el("a", { href: "#/runs" }, "All runs"));
 }
 
 const column = parts =>

@@ -1,7 +1,7 @@
 // What can be done with a run: write with it, pause, resume, stop, duplicate and delete it.
 
 import { ask, remove } from "./api.js";
-import { button, doing, el, isActive, say } from "./dom.js";
+import { button, doing, el, isActive, say, writeAddress } from "./dom.js";
 
 const CAN_RESUME = ["paused", "cancelled", "failed"];
 
@@ -67,7 +67,7 @@ export class RunActions {
     this.showButtons(details.summary.status);
     const writer = details.model ?? details.checkpoints[0]?.model;
     this.writeWith.hidden = !writer;
-    if (writer) this.writeWith.href = `#/write?model=${encodeURIComponent(writer)}`;
+    if (writer) this.writeWith.href = writeAddress(writer);
     if (this.element.contains(focused) && focused.hidden) this.head.heading.focus();
   }
 

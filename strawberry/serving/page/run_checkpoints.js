@@ -1,13 +1,13 @@
 // The checkpoints of a run: which is the best, and writing with one or downloading it.
 
 import { download } from "./api.js";
-import { ago, button, bytes, count, doing, el, keep, say, short, when } from "./dom.js";
+import { ago, button, bytes, count, doing, el, keep, say, short, when, writeAddress } from "./dom.js";
 import { section, table } from "./run_section.js";
 
 function writeLink({ model, step }) {
   return el(
     "a",
-    { class: "button small", href: `#/write?model=${encodeURIComponent(model)}` },
+    { class: "button small", href: writeAddress(model) },
     "Write with it",
     el("span", { class: "unseen" }, ` (step ${step})`)
   );

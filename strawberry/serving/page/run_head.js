@@ -3,7 +3,7 @@
 import { ago, bytes, chip, count, duration, el, say, short, size } from "./dom.js";
 
 /** Seconds until the last step; 0 where they are not known. */
-function secondsLeft({ status, step, seconds, max_iters: most }) {
+export function secondsLeft({ status, step, seconds, max_iters: most }) {
   return status === "running" && step && seconds ? ((most - step) * seconds) / step : 0;
 }
 

@@ -2,11 +2,12 @@
 
 import { el, keep, many, say, value } from "./dom.js";
 import { section, table } from "./run_section.js";
+import { isEqual } from "./schema.js";
 
 /** Whether a key has the preset's value, or one that train.py derived from the preset. */
 function isSame(key, { values, preset_values: preset, summary }) {
   return (
-    JSON.stringify(values[key]) === JSON.stringify(preset[key]) ||
+    isEqual(values[key], preset[key]) ||
     (preset[key] === "auto" && !(key in summary.changed)) || // what train.py made of it
     (key === "lr_decay_iters" && [values, preset].every(one => one[key] === one.max_iters)) // it was not set
   );

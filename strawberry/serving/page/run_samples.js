@@ -4,8 +4,7 @@ import { count, el, keep, say, short } from "./dom.js";
 import { section } from "./run_section.js";
 
 function sampleItem(sample, isOpen) {
-  const loss =
-    sample.val_loss != null && el("span", { class: "hint" }, ` · validation loss ${short(sample.val_loss)}`);
+  const loss = sample.val_loss != null && el("span", { class: "hint" }, ` · validation loss ${short(sample.val_loss)}`);
   return el(
     "li",
     {},

@@ -38,6 +38,9 @@ export function flatten(nested, prefix = "") {
   );
 }
 
+/** Whether two values of a key are the same. */
+export const isEqual = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+
 export const kinds = one => one.anyOf ?? [one];
 export const choicesOf = one => kinds(one).flatMap(kind => kind.enum ?? (kind.type === "boolean" ? [true, false] : []));
 export const isNumber = one => kinds(one).some(kind => ["integer", "number"].includes(kind.type));

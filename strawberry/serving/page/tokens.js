@@ -26,10 +26,10 @@ export function tokenElements(text, logprobs) {
   return found.map(element => element.textContent).join("") === text ? found : [document.createTextNode(text)];
 }
 
-/** Collects the pieces of one text, and shows them in `target` as they come. */
+/** Collects the pieces of one text, and shows them in `target` as they come. onFinish(text) gets the whole. */
 export class Continuation {
-  constructor(target, model, seed) {
-    Object.assign(this, { target, model, seed, text: "", reason: null, logprobs: null });
+  constructor(target, model, seed, onFinish = () => {}) {
+    Object.assign(this, { target, model, seed, onFinish, text: "", reason: null, logprobs: null });
     this.node = document.createTextNode("");
     target.append(this.node);
   }
@@ -45,6 +45,7 @@ export class Continuation {
 
   finish() {
     if (this.logprobs?.text_offset.length) this.node.replaceWith(...tokenElements(this.text, this.logprobs));
+    this.onFinish(this.text);
   }
 }
 

@@ -27,68 +27,73 @@ async function isText(file) {
   }
 }
 
-/** What takes files that are dropped on it or chosen, and sends them. `onDone(files)` gets those that are stored. */
-export function dropZone(error, status, onDone) {
-  let sending = null;
-  const bar = el("progress", { max: 1, value: 0, "aria-label": "Upload" });
-  const stop = button("Stop", () => sending?.abort(), { class: "small" });
-  const input = el("input", { type: "file", multiple: true, onchange: () => send([...input.files]) });
-  const zone = el(
-    "label",
-    { class: "drop" },
-    el("strong", {}, "Drop files here, or choose them"),
-    el(
-      "span",
-      { class: "hint" },
-      "Text of any kind (.txt, .md, .py, .html, …): a document each. .json: a list of documents. .jsonl: a document a line. Each also as .gz."
-    ),
-    input
-  );
-  bar.hidden = stop.hidden = true;
-  const send = doing(error, async files => {
+/** What takes files that are dropped on it or chosen, and sends them. */
+export class DropZone {
+  /** error, status: the elements that show what happens; onDone(files) gets those that are stored. */
+  constructor(error, status, onDone) {
+    Object.assign(this, { status, onDone, sending: null });
+    this.bar = el("progress", { max: 1, value: 0, "aria-label": "Upload" });
+    this.stop = button("Stop", () => this.sending?.abort(), { class: "small" });
+    this.send = doing(error, files => this.sendAll(files));
+    this.input = el("input", { type: "file", multiple: true, onchange: () => this.send([...this.input.files]) });
+    this.zone = this.makeZone();
+    this.element = el("div", {}, this.zone, this.bar, this.stop);
+    this.bar.hidden = this.stop.hidden = true;
+  }
+
+  makeZone() {
+    const onDrag = event => {
+      event.preventDefault();
+      this.zone.classList.toggle("over", event.type === "dragover");
+    };
+    const onDrop = event => {
+      onDrag(event);
+      this.send([...event.dataTransfer.files]);
+    };
+    return el(
+      "label",
+      { class: "drop", ondragover: onDrag, ondragleave: onDrag, ondrop: onDrop },
+      el("strong", {}, "Drop files here, or choose them"),
+      el(
+        "span",
+        { class: "hint" },
+        "Text of any kind (.txt, .md, .py, .html, …): a document each. .json: a list of documents. .jsonl: a document a line. Each also as .gz."
+      ),
+      this.input
+    );
+  }
+
+  /** Sends files one after another. Those that are refused do not keep the others back. */
+  async sendAll(files) {
     const stored = [],
       refused = [];
-    sending = new AbortController();
-    bar.hidden = stop.hidden = false;
+    this.sending = new AbortController();
+    this.bar.hidden = this.stop.hidden = false;
     try {
       for (const [i, file] of files.entries()) {
-        say(status, `Uploading ${file.name} (${bytes(file.size)}) …`);
+        say(this.status, `Uploading ${file.name} (${bytes(file.size)}) …`);
+        const progress = share => {
+          this.bar.value = (i + share) / files.length;
+        };
         try {
-          stored.push(
-            await uploadText(
-              file,
-              share => {
-                bar.value = (i + share) / files.length;
-              },
-              sending.signal
-            )
-          );
+          stored.push(await uploadText(file, progress, this.sending.signal));
         } catch (problem) {
           if (problem.name === "AbortError" || problem.status === 401) throw problem;
-          refused.push(
-            files.length > 1 && !problem.message.includes(file.name)
-              ? `${file.name}: ${problem.message}`
-              : problem.message
-          );
+          const isNamed = files.length === 1 || problem.message.includes(file.name);
+          refused.push(isNamed ? problem.message : `${file.name}: ${problem.message}`);
         }
       }
     } finally {
-      sending = null;
-      bar.hidden = stop.hidden = true;
-      input.value = "";
-      say(status, `${stored.length} of ${many(files.length, "file")} uploaded.`);
-      if (stored.length) await onDone(stored);
+      await this.end(files, stored);
     }
     if (refused.length) throw new Error(refused.join(" "));
-  });
-  const stopDefault = event => {
-    event.preventDefault();
-    zone.classList.toggle("over", event.type === "dragover");
-  };
-  for (const name of ["dragover", "dragleave"]) zone.addEventListener(name, stopDefault);
-  zone.addEventListener("drop", event => {
-    stopDefault(event);
-    send([...event.dataTransfer.files]);
-  });
-  return { element: el("div", {}, zone, bar, stop), send };
+  }
+
+  async end(files, stored) {
+    this.sending = null;
+    this.bar.hidden = this.stop.hidden = true;
+    this.input.value = "";
+    say(this.status, `${stored.length} of ${many(files.length, "file")} uploaded.`);
+    if (stored.length) await this.onDone(stored);
+  }
 }
