@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from strawberry.common import UserError
+from strawberry.ops import muon as ops
 from strawberry.sharding import shard_like, shard_of, to_dtensor, to_local
 
 # ROLES are all roles that a model may name. DECAYED have weight decay, HIDDEN may be optimized by Muon.
@@ -88,8 +89,8 @@ def newton_schulz(stack: Tensor, quintics: str = "jordan") -> Tensor:
     x = stack.mT if tall else stack  # so that the Gram matrix has the smaller side
     x = x / (x.norm(dim=(1, 2), keepdim=True) * divisor).clamp(min=1e-7)
     for a, b, c in polynomials:
-        gram = torch.bmm(x, x.mT)  # (n, rows, rows)
-        update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        gram = ops.symmetric_product(x)  # (n, rows, rows)
+        update = ops.symmetric_product(gram, gram, alpha=c, beta=b)
         x = torch.baddbmm(x, update, x, beta=a)
     return x.mT if tall else x
 
@@ -159,11 +160,11 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [to_local(p.grad) for p in params]
         buffers = [to_local(self.state[p]["momentum_buffer"]) for p in params]
+        dtype = self.ns_dtype or (torch.bfloat16 if grads[0].is_cuda else torch.float32)
         if self.found_inf is None:
-            ahead = torch.stack(torch._foreach_lerp(grads, torch._foreach_lerp(buffers, grads, 1 - momentum), momentum))
-        else:
-            ahead = self._move_and_look_ahead(grads, buffers)
-        return ahead.to(self.ns_dtype or (torch.bfloat16 if ahead.is_cuda else torch.float32))
+            moved = torch._foreach_lerp(buffers, grads, 1 - momentum)
+            return torch.stack(torch._foreach_lerp(grads, moved, momentum)).to(dtype)
+        return ops.move_and_look_ahead(grads, buffers, self.lerp, self.found_inf, dtype)
 
     def _update(self, params: list[Tensor], update: Tensor, group: dict, momentum: float) -> None:
         """Update momentum and parameters of one shape."""
@@ -173,10 +174,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(buffers, [to_local(p.grad) for p in params], 1 - momentum)
         else:
             lr = lr * (1 - self.found_inf)
-        update = update.to(params[0].dtype) * (-lr * 0.2 * math.sqrt(max(params[0].shape)))  # 2502.16982, equation 4
-        params, updates = [to_local(p) for p in params], list(update.unbind())
-        self.decay.apply(params, updates, lr, group)
-        torch._foreach_add_(params, updates)
+        step = -lr * 0.2 * math.sqrt(max(params[0].shape))  # 2502.16982, equation 4
+        rate = self.decay.rate(lr, group)
+        ops.decay_and_add([to_local(p) for p in params], update, step, rate, self.decay.cautious)
 
     def _normalize_rows(self, stacks: Iterable[list[Tensor]], updates: Iterable[Tensor]) -> Iterator[Tensor]:
         """NorMuon (2510.05491, Algorithm 1): divide each row of an update by the root of the running mean of its
@@ -185,37 +185,27 @@ class Muon(torch.optim.Optimizer):
         A row has the weights of one output. With sharded parameters each rank has the moments of its rows, and the
         norms are summed over ranks, before any parameter changes.
         """
-        scaled = (self._scale_rows(params, update) for params, update in zip(stacks, updates, strict=True))
+        found = ((update, *self._row_scales(params, update)) for params, update in zip(stacks, updates, strict=True))
         if self.ranks is not None and self.ranks.sharded:
-            scaled = list(scaled)
-            self.ranks.all_reduce_([squares for _, squares in scaled])
-        for update, (before, after) in scaled:
-            yield update * (before / after.clamp(min=1e-30)).sqrt()
+            found = list(found)
+            self.ranks.all_reduce_([squares for *_, squares in found])
+        for update, scale, (before, after) in found:
+            yield update * (scale * (before / after.clamp(min=1e-30)).sqrt())
 
-    def _scale_rows(self, params: list[Tensor], update: Tensor) -> tuple[Tensor, Tensor]:
-        """(the update (n, rows, cols) with its rows divided, its squared Frobenius norms before and after (2, n, 1,
-        1)). Updates the moments: v ← β₂ v + (1 − β₂) mean(u²)."""
+    def _row_scales(self, params: list[Tensor], update: Tensor) -> tuple[Tensor, Tensor]:
+        """(the factor of each row (n, rows, 1), the squared norms of the matrices before and after, divided by the
+        number of columns (2, n, 1, 1)). Updates the moments: v ← β₂ v + (1 − β₂) mean(u²)."""
         for p in params:
             if ROW_MOMENT not in self.state[p]:
                 self.state[p][ROW_MOMENT] = to_dtensor(torch.zeros_like(to_local(p)[:, :1]), p)
-        update = update.to(params[0].dtype)
         moments = [to_local(self.state[p][ROW_MOMENT]) for p in params]
-        squares = update.square().mean(dim=2, keepdim=True)  # (n, rows, 1)
+        norms = torch.linalg.vector_norm(update, dim=2, keepdim=True, dtype=params[0].dtype)
+        squares = norms.square() / update.size(2)
         weight = 1 - self.beta2 if self.found_inf is None else (1 - self.beta2) * (1 - self.found_inf)
         moment = torch.lerp(torch.stack(moments), squares, weight)
         torch._foreach_copy_(moments, list(moment.unbind()))
         scale = moment.clamp(min=1e-10).rsqrt()
-        norms = torch.stack((squares, squares * scale.square())).sum(dim=2, keepdim=True)  # of equal factor: columns
-        return update * scale, norms
-
-    def _move_and_look_ahead(self, grads: list[Tensor], buffers: list[Tensor]) -> Tensor:
-        """Update the momentum and return the Nesterov momentum, for steps in which only the device knows whether the
-        gradients are finite. If they are not, the momentum is unchanged."""
-        grad, old = torch.stack(grads), torch.stack(buffers)  # (n, rows, cols)
-        grad = torch.where(self.found_inf.bool(), old, grad)
-        new = torch.lerp(old, grad, self.lerp)
-        torch._foreach_copy_(buffers, list(new.unbind()))
-        return torch.lerp(new, grad, self.lerp)  # μ m + (1 − μ) g
+        return scale, torch.stack((squares, squares * scale.square())).sum(dim=2, keepdim=True)
 
 
 def momentum_at(group: dict) -> float:
@@ -245,16 +235,10 @@ class Decay:
         """Whether it is what torch's AdamW does."""
         return not self.cautious and self.schedule == "constant"
 
-    def apply(self, params: list[Tensor], updates: list[Tensor], lr: float | Tensor, group: dict) -> None:
-        """Decay the weights, before `updates` are added to them."""
+    def rate(self, lr: float | Tensor, group: dict) -> float | Tensor:
+        """r of a step with learning rate `lr`."""
         rate = lr * group["weight_decay"]
-        if self.schedule == "lr":
-            rate = rate * (group["lr"] / group["base_lr"])
-        if self.cautious:
-            for p, update in zip(params, updates, strict=True):
-                p.mul_(1 - rate * (update * p <= 0).to(p.dtype))
-        else:
-            torch._foreach_mul_(params, 1 - rate)
+        return rate if self.schedule == "constant" else rate * (group["lr"] / group["base_lr"])
 
 
 class AdamW(torch.optim.AdamW):
@@ -281,7 +265,7 @@ class AdamW(torch.optim.AdamW):
             lr = lr * (1 - found_inf)
         if params := [p for p in group["params"] if p.grad is not None and p.numel()]:
             updates = [self._direction(p, group) for p in params] if self.decay.cautious else params
-            self.decay.apply(params, updates, lr, group)
+            ops.decay(params, updates, self.decay.rate(lr, group), self.decay.cautious)
 
     def _direction(self, p: Tensor, group: dict) -> Tensor:
         """The sign of what this step will add to p, which is that of −(β₁ m + (1 − β₁) g)."""
