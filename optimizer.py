@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from strawberry.common import UserError
 from strawberry.ops import muon as ops
+from strawberry.ops.triton.common import HALF_DTYPES
 from strawberry.sharding import shard_like, shard_of, to_dtensor, to_local
 
 # ROLES are all roles that a model may name. DECAYED have weight decay, HIDDEN may be optimized by Muon.
@@ -88,11 +89,39 @@ def newton_schulz(stack: Tensor, quintics: str = "jordan") -> Tensor:
     tall = stack.shape[1] > stack.shape[2]
     x = stack.mT if tall else stack  # so that the Gram matrix has the smaller side
     x = x / (x.norm(dim=(1, 2), keepdim=True) * divisor).clamp(min=1e-7)
+    if x.shape[2] >= 2 * x.shape[1] and x.dtype in HALF_DTYPES:
+        x = map_by_gram(x.half(), polynomials).to(stack.dtype)
+        return x.mT if tall else x
     for a, b, c in polynomials:
-        gram = ops.symmetric_product(x)  # (n, rows, rows)
-        update = ops.symmetric_product(gram, gram, alpha=c, beta=b)
+        gram = ops.symmetric_product(x, x)  # (n, rows, rows)
+        update = ops.symmetric_product(gram, gram, gram, alpha=c, beta=b)
         x = torch.baddbmm(x, update, x, beta=a)
     return x.mT if tall else x
+
+
+def map_by_gram(x: Tensor, polynomials: tuple) -> Tensor:
+    """The polynomials of a wide stack (n, rows, cols), by fewer products that have its long side: for a matrix four
+    times as wide as high, 60 % of the operations.
+
+    p(x) = Q x with Q = a I + b G + c G² and G = x xᵀ, and the Gram matrix of p(x) is Q G Q, since Q and G commute. So
+    the Qs are multiplied first, and then x. Rounding errors of G grow from each polynomial to the next. Therefore the
+    last three begin with the Gram matrix of their own x, and half types are float16, which has 3 bits more than
+    bfloat16, and range enough: all singular values are below 2.
+    """
+    for part in (polynomials[:2], polynomials[2:]):
+        gram, total = ops.symmetric_product(x, x), None
+        for i, (a, b, c) in enumerate(part):
+            q = ops.symmetric_product(gram, gram, gram, alpha=c, beta=b)  # Q − a I
+            if total is None:
+                total = q.clone()
+                total.diagonal(dim1=1, dim2=2).add_(a)
+            else:
+                total = ops.symmetric_product(q, total, total, beta=a)
+            if i + 1 < len(part):
+                half = ops.symmetric_product(q, gram, gram, beta=a)  # Q G
+                gram = ops.symmetric_product(half, q, half, beta=a)  # Q G Q
+        x = torch.bmm(total, x)
+    return x
 
 
 def map_stacks(stacks, shapes, work):

@@ -1,7 +1,7 @@
 """Muon's operations. Each has a plain version here and a Triton kernel in ops/triton/muon.py; tests/ops compares both
 with float64.
 
-    symmetric_product   the two symmetric products of a Newton–Schulz iteration
+    symmetric_product   the symmetric products of Newton–Schulz
     move_and_look_ahead momentum and Nesterov momentum of steps that the device may skip
     decay_and_add       weight decay and update
 """
@@ -12,11 +12,14 @@ from torch import Tensor
 from strawberry.ops.triton import muon as kernels
 
 
-def symmetric_product(x: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """alpha · x xᵀ + beta · c, (n, rows, rows), for x (n, rows, cols) and a symmetric c or none."""
+def symmetric_product(
+    x: Tensor, y: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+) -> Tensor:
+    """alpha · x yᵀ + beta · c, (n, rows, rows), for x and y (n, rows, cols) whose product is symmetric, and a symmetric
+    c or none."""
     if kernels.can_use_symmetry(x):
-        return kernels.launch_symmetric_product(x, c, alpha, beta)
-    return torch.bmm(x, x.mT) if c is None else torch.baddbmm(c, x, x.mT, beta=beta, alpha=alpha)
+        return kernels.launch_symmetric_product(x, y, c, alpha, beta)
+    return torch.bmm(x, y.mT) if c is None else torch.baddbmm(c, x, y.mT, beta=beta, alpha=alpha)
 
 
 def move_and_look_ahead(

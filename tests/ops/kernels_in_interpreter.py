@@ -897,11 +897,11 @@ def test_muons_products_are_symmetric_products(shape, dtype):
     n, rows, cols = shape
     for x in (draw(n, rows, cols, dtype=dtype), draw(n, cols, rows, dtype=dtype).mT):
         exact = torch.stack([a.double() @ a.double().T for a in x])
-        got = muon.symmetric_product(x)
+        got = muon.symmetric_product(x, x)
         check(got, exact, BOUND[dtype])
         assert torch.equal(got, got.mT)
         c = (draw(n, rows, rows, seed=3) + draw(n, rows, rows, seed=3).mT).to(dtype)
-        check(muon.symmetric_product(x, c, alpha=2.0, beta=-5.0), 2 * exact - 5 * c.double(), BOUND[dtype])
+        check(muon.symmetric_product(x, -x, c, alpha=2.0, beta=-5.0), -2 * exact - 5 * c.double(), BOUND[dtype])
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (70, 40)])

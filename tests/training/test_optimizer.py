@@ -19,6 +19,7 @@ from optimizer import (
     Muon,
     build_optimizer,
     lr_at,
+    map_by_gram,
     momentum_at,
     newton_schulz,
 )
@@ -335,6 +336,29 @@ def test_polar_express_comes_closer_to_orthogonal_than_jordan(dtype):
         assert off["polar_express"].max() < 0.17 < 0.25 < off["jordan"].max()
         assert off["polar_express"].mean() < off["jordan"].mean()
     assert torch.equal(newton_schulz(torch.zeros(1, 3, 4), "polar_express"), torch.zeros(1, 3, 4))
+
+
+@pytest.mark.parametrize("quintics", QUINTICS)
+@pytest.mark.parametrize("shape", [(2, 16, 64), (2, 64, 16)])
+def test_wide_matrices_by_their_gram_matrix_are_the_polynomials(quintics, shape):
+    torch.manual_seed(10)
+    polynomials, divisor = QUINTICS[quintics]
+    left, right = (torch.linalg.qr(torch.randn(2, side, 16, dtype=torch.float64))[0] for side in shape[1:])
+    for lowest in (1e-4, 1e-2, 0.5):
+        spectrum = torch.logspace(math.log10(lowest), 0, 16, dtype=torch.float64)
+        stack = left @ torch.diag_embed(spectrum.expand(2, 16)) @ right.mT
+        exact = torch.stack([orthogonal(matrix, quintics) for matrix in stack])
+        wide = (stack if shape[1] < shape[2] else stack.mT) / spectrum.norm() / divisor
+        by_gram = map_by_gram(wide, polynomials)
+        torch.testing.assert_close(by_gram if shape[1] < shape[2] else by_gram.mT, exact, atol=1e-9, rtol=0)
+        got = newton_schulz((1e-6 * stack).bfloat16(), quintics)  # too small for float16 before the division
+        plain = wide.bfloat16()
+        for a, b, c in polynomials:
+            gram = plain @ plain.mT
+            plain = a * plain + (b * gram + c * gram @ gram) @ plain
+        plain = plain if shape[1] < shape[2] else plain.mT
+        off = [(x.double() - exact).norm().item() for x in (got, plain)]
+        assert got.dtype == torch.bfloat16 and off[0] < 1.2 * off[1]
 
 
 def orthogonal(matrix, quintics):

@@ -18,19 +18,20 @@ def can_use_symmetry(x: Tensor) -> bool:
     return fits and kernels.can_run(x) and x.numel() > 0
 
 
-def launch_symmetric_product(x: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """alpha · x xᵀ + beta · c for x (n, rows, cols), and a symmetric c (n, rows, rows) or none.
+def launch_symmetric_product(x: Tensor, y: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """alpha · x yᵀ + beta · c for x and y (n, rows, cols) whose product is symmetric, and a symmetric c (n, rows, rows)
+    or none.
 
     Computes the tiles on and under the diagonal, and writes each a second time, transposed: (t + 1) / 2t of the work of
-    t tiles to a side, 58 % for 768 rows. x may be a transposed view.
+    t tiles to a side, 58 % for 768 rows. x and y may be transposed views.
     """
     n, rows, cols = x.shape
     out = torch.empty((n, rows, rows), dtype=x.dtype, device=x.device)
     across = triton.cdiv(rows, SYMMETRIC_TILE["TILE"])
     even = rows % SYMMETRIC_TILE["TILE"] == 0 and cols % SYMMETRIC_TILE["STEP"] == 0
     symmetric_product_kernel[(across * (across + 1) // 2, n)](
-        x, x if c is None else c, out, rows, cols, *x.stride(), alpha, beta, c is not None, even, dot_dtype(x),
-        **SYMMETRIC_TILE, **SYMMETRIC_LAUNCH,
+        x, y, x if c is None else c, out, rows, cols, *x.stride(), *y.stride(), alpha, beta, c is not None, even,
+        dot_dtype(x), **SYMMETRIC_TILE, **SYMMETRIC_LAUNCH,
     )  # fmt: skip
     return out
 
@@ -46,7 +47,7 @@ def triangle_tile(number):
 
 @jit
 def symmetric_product_kernel(
-    x, c, out, R, K, s_each, s_row, s_col, alpha, beta,
+    x, y, c, out, R, K, x_each, x_row, x_col, y_each, y_row, y_col, alpha, beta,
     HAS_C: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """A tile of a matrix per program, and its mirror image."""
@@ -54,8 +55,8 @@ def symmetric_product_kernel(
     each = tl.program_id(1).to(tl.int64)
     i, j = down * TILE + tl.arange(0, TILE), across * TILE + tl.arange(0, TILE)
     k = tl.arange(0, STEP)
-    left = x + each * s_each + i[:, None] * s_row + k[None, :] * s_col
-    right = x + each * s_each + k[:, None] * s_col + j[None, :] * s_row
+    left = x + each * x_each + i[:, None] * x_row + k[None, :] * x_col
+    right = y + each * y_each + k[:, None] * y_col + j[None, :] * y_row
     total = tl.zeros((TILE, TILE), tl.float32)
     for done in range(0, K, STEP):
         if EVEN:
@@ -64,8 +65,8 @@ def symmetric_product_kernel(
             a = tl.load(left, mask=(i[:, None] < R) & (k[None, :] < K - done), other=0.0)
             b = tl.load(right, mask=(k[:, None] < K - done) & (j[None, :] < R), other=0.0)
         total = tl.dot(a.to(DOT), b.to(DOT), total)
-        left += STEP * s_col
-        right += STEP * s_col
+        left += STEP * x_col
+        right += STEP * y_col
     here = (i[:, None] < R) & (j[None, :] < R)
     at = each * R * R + i[:, None] * R + j[None, :]
     total *= alpha
