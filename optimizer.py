@@ -4,6 +4,7 @@ rate schedule.
     lr_at            the learning rate at a step
     newton_schulz    orthogonalizes a stack of matrices, the core of Muon
     Muon             the optimizer for hidden matrices
+    AdamW            torch's, with the kinds of weight decay that it does not have
     build_optimizer  builds AdamW and Muon as one object, with parameters grouped by the model's roles
 
 Each process has its own optimizer. AdamW updates the process's shard of each parameter. Muon needs whole matrices, so
@@ -13,17 +14,25 @@ format of the state does not depend on the number of processes.
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from strawberry.common import UserError
+from strawberry.ops import muon as ops
+from strawberry.ops.triton.common import HALF_DTYPES
 from strawberry.sharding import shard_like, shard_of, to_dtensor, to_local
 
 # ROLES are all roles that a model may name. DECAYED have weight decay, HIDDEN may be optimized by Muon.
 DECAYED = {"matrix", "residual", "embedding", "input"}
 HIDDEN = {"matrix", "residual"}
 ROLES = ("matrix", "residual", "embedding", "input", "head", "router", "position", "norm", "bias", "tao", "tau")
+# role → the option that sets AdamW's learning rate for it; other roles have `learning_rate`
+RATES = {"embedding": "embedding_lr", "input": "embedding_lr", "head": "head_lr"}
+RATES |= dict.fromkeys(("norm", "bias", "tao", "tau"), "scalar_lr")
+ROW_MOMENT = "row_moment"  # key in Muon's state: the second moment of each row, (rows, 1)
 
 # ---- learning rate ---------------------------------------------------------------------------------------------------
 
@@ -52,24 +61,67 @@ def lr_at(step: int, run) -> float:
 # ---- Muon ------------------------------------------------------------------------------------------------------------
 
 
-def newton_schulz(stack: Tensor, steps: int = 5) -> Tensor:
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # https://kellerjordan.github.io/posts/muon/
+# 2505.16932, Implementation 2, for singular values from 1e-3 to 1. Each polynomial is optimal for those above 2 % of
+# the largest ("cushion"), and all but the last map x / 1.02 ("safety factor"), so that rounding stays in the interval.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+# name → (polynomials, divisor of a singular value besides the norm)
+QUINTICS = {"jordan": (JORDAN, 1.0), "polar_express": (POLAR_EXPRESS, 1.02)}
+
+
+def newton_schulz(stack: Tensor, quintics: str = "jordan") -> Tensor:
     """Orthogonalize a stack of matrices (n, rows, cols): returns approximately the nearest orthogonal matrix of each,
     in the same dtype.
 
-    With G = U S Vᵀ the result is U p(S) Vᵀ. Each singular value is divided by the Frobenius norm and then mapped
-    `steps` times by the quintic p(s) = a·s + b·s³ + c·s⁵. It ends near 1 (0.68 … 1.20), unless it was under 0.15 % of
-    the norm. The coefficients are Keller Jordan's (https://kellerjordan.github.io/posts/muon/): they maximize the slope
-    at zero, but singular values do not converge to 1 exactly. A zero matrix stays zero.
+    With G = U S Vᵀ the result is U p(S) Vᵀ. Each singular value is divided by the Frobenius norm and then mapped by
+    five quintics p(s) = a·s + b·s³ + c·s⁵. Keller Jordan's ("jordan") are five times the same one, with a large slope
+    at zero: singular values end between 0.68 and 1.20, unless they were under 0.15 % of the norm, and do not converge
+    to 1. Those of Polar Express ("polar_express") are each optimal for the values that the one before yields: singular
+    values end between 0.84 and 1.15, unless they were under 0.1 % of the norm. A zero matrix stays zero.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    polynomials, divisor = QUINTICS[quintics]
     tall = stack.shape[1] > stack.shape[2]
     x = stack.mT if tall else stack  # so that the Gram matrix has the smaller side
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = torch.bmm(x, x.mT)  # (n, rows, rows)
-        update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) * divisor).clamp(min=1e-7)
+    if x.shape[2] >= 2 * x.shape[1] and x.dtype in HALF_DTYPES:
+        x = map_by_gram(x.half(), polynomials).to(stack.dtype)
+        return x.mT if tall else x
+    for a, b, c in polynomials:
+        gram = ops.symmetric_product(x, x)  # (n, rows, rows)
+        update = ops.symmetric_product(gram, gram, gram, alpha=c, beta=b)
         x = torch.baddbmm(x, update, x, beta=a)
     return x.mT if tall else x
+
+
+def map_by_gram(x: Tensor, polynomials: tuple) -> Tensor:
+    """The polynomials of a wide stack (n, rows, cols), by fewer products that have its long side: for a matrix four
+    times as wide as high, 60 % of the operations.
+
+    p(x) = Q x with Q = a I + b G + c G² and G = x xᵀ, and the Gram matrix of p(x) is Q G Q, since Q and G commute. So
+    the Qs are multiplied first, and then x. Rounding errors of G grow from each polynomial to the next. Therefore the
+    last three begin with the Gram matrix of their own x, and half types are float16, which has 3 bits more than
+    bfloat16, and range enough: all singular values are below 2.
+    """
+    for part in (polynomials[:2], polynomials[2:]):
+        gram, total = ops.symmetric_product(x, x), None
+        for i, (a, b, c) in enumerate(part):
+            q = ops.symmetric_product(gram, gram, gram, alpha=c, beta=b)  # Q − a I
+            if total is None:
+                total = q.clone()
+                total.diagonal(dim1=1, dim2=2).add_(a)
+            else:
+                total = ops.symmetric_product(q, total, total, beta=a)
+            if i + 1 < len(part):
+                half = ops.symmetric_product(q, gram, gram, beta=a)  # Q G
+                gram = ops.symmetric_product(half, q, half, beta=a)  # Q G Q
+        x = torch.bmm(total, x)
+    return x
 
 
 def map_stacks(stacks, shapes, work):
@@ -90,12 +142,17 @@ class Muon(torch.optim.Optimizer):
     warmup it equals torch.optim.Muon with adjust_lr_fn="match_rms_adamw". With several processes, each orthogonalizes
     its share (`ranks.distribute`). No parameter changes before that has finished, so if a process is lost, the others
     are left with complete steps.
+
+    `quintics`: those of `newton_schulz`. `beta2`: the decay rate of NorMuon's second moment (`_normalize_rows`); 0: no
+    such normalization. `decay`: see `Decay`.
     """
 
-    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, warmup=300, ns_dtype=None, ranks=None):
+    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, warmup=300, ns_dtype=None, ranks=None,
+                 quintics="jordan", beta2=0.0, decay=None):  # fmt: skip
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "warmup": warmup, "step": 0}
-        super().__init__(params, defaults)
-        self.ns_dtype, self.ranks = ns_dtype, ranks
+        super().__init__(params, defaults | {"base_lr": lr})
+        self.ns_dtype, self.ranks, self.quintics, self.beta2 = ns_dtype, ranks, quintics, beta2
+        self.decay = decay or Decay()
         self.found_inf: Tensor | None = None  # 1.0: skip the update; torch's optimizers have the same name
         self.lerp: Tensor | None = None  # 1 − μ on the device, for CUDA graphs
         for group in self.param_groups:
@@ -116,9 +173,11 @@ class Muon(torch.optim.Optimizer):
         ahead = (self._ahead(params, momentum_at(group)) for group, params in zip(groups, stacks.values(), strict=True))
         shapes = [shape for _, shape, *_ in stacks]
         distribute = map_stacks if self.ranks is None else self.ranks.distribute
-        updates = distribute(ahead, shapes, newton_schulz)
+        updates = distribute(ahead, shapes, partial(newton_schulz, quintics=self.quintics))
+        if self.beta2:
+            updates = self._normalize_rows(stacks.values(), updates)
         for group, params, update in zip(groups, stacks.values(), updates, strict=True):
-            self._update(params, update, group["lr"], group["weight_decay"], momentum_at(group))
+            self._update(params, update, group, momentum_at(group))
         for group in self.param_groups:
             group["step"] += 1
 
@@ -130,32 +189,52 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [to_local(p.grad) for p in params]
         buffers = [to_local(self.state[p]["momentum_buffer"]) for p in params]
+        dtype = self.ns_dtype or (torch.bfloat16 if grads[0].is_cuda else torch.float32)
         if self.found_inf is None:
-            ahead = torch.stack(torch._foreach_lerp(grads, torch._foreach_lerp(buffers, grads, 1 - momentum), momentum))
-        else:
-            ahead = self._move_and_look_ahead(grads, buffers)
-        return ahead.to(self.ns_dtype or (torch.bfloat16 if ahead.is_cuda else torch.float32))
+            moved = torch._foreach_lerp(buffers, grads, 1 - momentum)
+            return torch.stack(torch._foreach_lerp(grads, moved, momentum)).to(dtype)
+        return ops.move_and_look_ahead(grads, buffers, self.lerp, self.found_inf, dtype)
 
-    def _update(self, params: list[Tensor], update: Tensor, lr, weight_decay: float, momentum: float) -> None:
-        """Update momentum and parameters of one shape. `lr` may be a float or a tensor of one element."""
+    def _update(self, params: list[Tensor], update: Tensor, group: dict, momentum: float) -> None:
+        """Update momentum and parameters of one shape."""
+        lr = group["lr"]  # a float or a tensor of one element
         if self.found_inf is None:
             buffers = [to_local(self.state[p]["momentum_buffer"]) for p in params]
             torch._foreach_lerp_(buffers, [to_local(p.grad) for p in params], 1 - momentum)
         else:
             lr = lr * (1 - self.found_inf)
-        update = update.to(params[0].dtype) * (-lr * 0.2 * math.sqrt(max(params[0].shape)))  # 2502.16982, equation 4
-        params = [to_local(p) for p in params]
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, list(update.unbind()))
+        step = -lr * 0.2 * math.sqrt(max(params[0].shape))  # 2502.16982, equation 4
+        rate = self.decay.rate(lr, group)
+        ops.decay_and_add([to_local(p) for p in params], update, step, rate, self.decay.cautious)
 
-    def _move_and_look_ahead(self, grads: list[Tensor], buffers: list[Tensor]) -> Tensor:
-        """Update the momentum and return the Nesterov momentum, for steps in which only the device knows whether the
-        gradients are finite. If they are not, the momentum is unchanged."""
-        grad, old = torch.stack(grads), torch.stack(buffers)  # (n, rows, cols)
-        grad = torch.where(self.found_inf.bool(), old, grad)
-        new = torch.lerp(old, grad, self.lerp)
-        torch._foreach_copy_(buffers, list(new.unbind()))
-        return torch.lerp(new, grad, self.lerp)  # μ m + (1 − μ) g
+    def _normalize_rows(self, stacks: Iterable[list[Tensor]], updates: Iterable[Tensor]) -> Iterator[Tensor]:
+        """NorMuon (2510.05491, Algorithm 1): divide each row of an update by the root of the running mean of its
+        squares, then give the matrix back its Frobenius norm.
+
+        A row has the weights of one output. With sharded parameters each rank has the moments of its rows, and the
+        norms are summed over ranks, before any parameter changes.
+        """
+        found = ((update, *self._row_scales(params, update)) for params, update in zip(stacks, updates, strict=True))
+        if self.ranks is not None and self.ranks.sharded:
+            found = list(found)
+            self.ranks.all_reduce_([squares for *_, squares in found])
+        for update, scale, (before, after) in found:
+            yield update * (scale * (before / after.clamp(min=1e-30)).sqrt())
+
+    def _row_scales(self, params: list[Tensor], update: Tensor) -> tuple[Tensor, Tensor]:
+        """(the factor of each row (n, rows, 1), the squared norms of the matrices before and after, divided by the
+        number of columns (2, n, 1, 1)). Updates the moments: v ← β₂ v + (1 − β₂) mean(u²)."""
+        for p in params:
+            if ROW_MOMENT not in self.state[p]:
+                self.state[p][ROW_MOMENT] = to_dtensor(torch.zeros_like(to_local(p)[:, :1]), p)
+        moments = [to_local(self.state[p][ROW_MOMENT]) for p in params]
+        norms = torch.linalg.vector_norm(update, dim=2, keepdim=True, dtype=params[0].dtype)
+        squares = norms.square() / update.size(2)
+        weight = 1 - self.beta2 if self.found_inf is None else (1 - self.beta2) * (1 - self.found_inf)
+        moment = torch.lerp(torch.stack(moments), squares, weight)
+        torch._foreach_copy_(moments, list(moment.unbind()))
+        scale = moment.clamp(min=1e-10).rsqrt()
+        return scale, torch.stack((squares, squares * scale.square())).sum(dim=2, keepdim=True)
 
 
 def momentum_at(group: dict) -> float:
@@ -166,6 +245,65 @@ def momentum_at(group: dict) -> float:
     return first + (group["momentum"] - first) * group["step"] / group["warmup"]
 
 
+# ---- weight decay ----------------------------------------------------------------------------------------------------
+
+
+class Decay:
+    """Decoupled weight decay, w ← w − r·w with r = lr·λ.
+
+    `cautious`: only those weights decay that the update moves toward zero, or not at all (Cautious Weight Decay,
+    2510.12402, Algorithm 1). `schedule`: "constant" is a constant λ; "lr" is λ in proportion to the learning rate, so
+    that r = lr²·λ / peak.
+    """
+
+    def __init__(self, cautious: bool = False, schedule: str = "constant"):
+        self.cautious, self.schedule = cautious, schedule
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what torch's AdamW does."""
+        return not self.cautious and self.schedule == "constant"
+
+    def rate(self, lr: float | Tensor, group: dict) -> float | Tensor:
+        """r of a step with learning rate `lr`."""
+        rate = lr * group["weight_decay"]
+        return rate if self.schedule == "constant" else rate * (group["lr"] / group["base_lr"])
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, with weight decay by `Decay` in place of its own."""
+
+    def __init__(self, params, decay: Decay, **settings):
+        super().__init__(params, **settings)
+        self.decay = decay
+
+    @torch.no_grad()
+    def step(self) -> None:
+        rates = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            if group["weight_decay"]:
+                self._decay(group)
+            group["weight_decay"] = 0.0  # for torch
+        super().step()
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["weight_decay"] = rate
+
+    def _decay(self, group: dict) -> None:
+        lr = group["lr"]
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
+            lr = lr * (1 - found_inf)
+        if params := [p for p in group["params"] if p.grad is not None and p.numel()]:
+            updates = [self._direction(p, group) for p in params] if self.decay.cautious else params
+            ops.decay(params, updates, self.decay.rate(lr, group), self.decay.cautious)
+
+    def _direction(self, p: Tensor, group: dict) -> Tensor:
+        """The sign of what this step will add to p, which is that of −(β₁ m + (1 − β₁) g)."""
+        scale = getattr(self, "grad_scale", None)
+        grad = p.grad if scale is None else p.grad / scale
+        old = self.state[p].get("exp_avg")
+        return -(grad if old is None else torch.lerp(old, grad, 1 - group["betas"][0])).sign()
+
+
 # ---- both behind one object ------------------------------------------------------------------------------------------
 
 
@@ -173,32 +311,40 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
     """Build the optimizer of "optimizer_hyperparams", with parameters grouped by `model.roles()`.
 
     Weight decay applies to matrices and embeddings only. With `use_muon`, Muon optimizes the two-dimensional parameters
-    of the roles matrix and residual, with the learning rate `muon_lr` (`learning_rate` if that is null), and AdamW the
-    rest. `ranks`: the processes among which Muon's work is distributed.
+    of the roles matrix and residual, and AdamW the rest. `ranks`: the processes among which Muon's work is distributed.
     """
     named = parameters_by_role(model)
-    rate = {"adamw": learning_rate, "muon": learning_rate if hyper.muon_lr is None else hyper.muon_lr}
     groups, held = defaultdict(list), {}
     for name, (role, p) in named.items():
         kind = "muon" if hyper.use_muon and role in HIDDEN and p.ndim == 2 else "adamw"
         held[name] = p if kind == "muon" else own_part(p)
-        groups[kind, hyper.weight_decay if role in DECAYED else 0.0].append(held[name])
+        rate = choose_rate(kind, role, hyper, learning_rate)
+        groups[kind, hyper.weight_decay if role in DECAYED else 0.0, rate].append(held[name])
 
     def groups_of(wanted: str) -> list[dict]:
         return [
-            {"params": params, "lr": rate[kind], "base_lr": rate[kind], "weight_decay": decay}
-            for (kind, decay), params in groups.items()
+            {"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay}
+            for (kind, decay, rate), params in groups.items()
             if kind == wanted
         ]
 
-    parts = {}
+    parts, decay = {}, Decay(hyper.cautious_decay, hyper.weight_decay_schedule)
     if muon := groups_of("muon"):  # first, since its step communicates and may raise PeerLost
-        parts["muon"] = Muon(muon, momentum=hyper.momentum, ranks=ranks)
+        parts["muon"] = Muon(muon, momentum=hyper.momentum, ranks=ranks, quintics=hyper.newton_schulz,
+                             beta2=hyper.muon_beta2, decay=decay)  # fmt: skip
     if adamw := groups_of("adamw"):
         fused = device_type in ("cuda", "cpu", "mps")  # where torch has the fused kernel
-        betas = (hyper.beta1, hyper.beta2)
-        parts["adamw"] = torch.optim.AdamW(adamw, lr=learning_rate, betas=betas, eps=hyper.eps, fused=fused)
+        settings = {"lr": learning_rate, "betas": (hyper.beta1, hyper.beta2), "eps": hyper.eps, "fused": fused}
+        parts["adamw"] = torch.optim.AdamW(adamw, **settings) if decay.is_plain else AdamW(adamw, decay, **settings)
     return Optimizer(parts, named, held, in_passing=device_type == "cuda")
+
+
+def choose_rate(kind: str, role: str, hyper, learning_rate: float) -> float:
+    """The peak learning rate of a parameter: the option for its optimizer or role, or `learning_rate` if that is
+    null."""
+    option = "muon_lr" if kind == "muon" else RATES.get(role)
+    chosen = getattr(hyper, option) if option else None
+    return learning_rate if chosen is None else chosen
 
 
 def own_part(p: nn.Parameter) -> Tensor:
@@ -387,7 +533,7 @@ class Optimizer:
             if now != then:
                 mend = "set optimizer_hyperparams.use_muon as it was"
                 raise UserError(f"{name} was trained with {then} and would go on with {now}: {mend}")
-            for tensor in saved["state"][name].values():
-                if tensor.ndim and tensor.shape != p.shape:
+            for key, tensor in saved["state"][name].items():
+                if tensor.ndim and tensor.shape != ((len(p), 1) if key == ROW_MOMENT else p.shape):
                     shapes = f"{tuple(tensor.shape)}, the parameter {tuple(p.shape)}"
                     raise UserError(f"the optimizer state of {name} has shape {shapes}: it is of another model")

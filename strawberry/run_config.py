@@ -56,6 +56,24 @@ class OptimizerHyperparams:
     use_muon: bool = option(False, "true: Muon for hidden matrices, AdamW for the rest; false: AdamW for all")
     momentum: float = option(0.95, "Muon's momentum; it rises from 0.85 over 300 steps", low=0, below=1)
     muon_lr: float | None = option(None, "Muon's learning rate; null: learning_rate", above=0)
+    newton_schulz: str = option(
+        "jordan", "Muon's polynomials; jordan: Keller Jordan's; polar_express: those of Polar Express, which bring "
+        "singular values closer to 1", choices=["jordan", "polar_express"],
+    )
+    muon_beta2: float = option(
+        0.0, "NorMuon: decay rate of the second moment of each row of Muon's update, which divides the row, 0.95 in "
+        "the paper; 0: off", low=0, below=1,
+    )
+    cautious_decay: bool = option(False, "true: weight decay only where the update moves a weight toward zero")
+    weight_decay_schedule: str = option(
+        "constant", "weight decay over the steps, each multiplied by the learning rate; constant: weight_decay; lr: "
+        "weight_decay in proportion to the learning rate, 0 at its end", choices=["constant", "lr"],
+    )
+    embedding_lr: float | None = option(None, "AdamW's learning rate of embeddings; null: learning_rate", above=0)
+    head_lr: float | None = option(
+        None, "AdamW's learning rate of a head that is not the embedding; null: learning_rate", above=0)
+    scalar_lr: float | None = option(
+        None, "AdamW's learning rate of norms, biases, gates, tao and tau; null: learning_rate", above=0)
 
 
 FOREIGN = ("hf", "nanogpt")  # formats of other programs' checkpoints; see strawberry/huggingface/gpt2.py

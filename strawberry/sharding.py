@@ -83,9 +83,11 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
 
 def to_dtensor(mine: Tensor, like: Tensor) -> Tensor:
     """The DTensor of which `mine` is this rank's shard, in the same memory; `mine` itself if `like` is not sharded or
-    `mine` is a scalar."""
+    `mine` is a scalar. It has the rows of `like`, and as many columns as `mine`."""
     if mine.ndim == 0 or not hasattr(like, "to_local"):
         return mine
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(mine, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    shape = torch.Size((len(like), *mine.shape[1:]))
+    stride = like.stride() if shape == like.shape else torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(mine, like.device_mesh, like.placements, shape=shape, stride=stride)

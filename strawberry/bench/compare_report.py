@@ -9,7 +9,7 @@ import torch
 
 from strawberry.bench import hardware
 from strawberry.bench.common import Entry, format_quantity, format_table, make_line_style, style_panel
-from strawberry.bench.sweep import MIN_LR, OPTIMIZERS, USE_MUON, Plan, Sweep, uses_muon
+from strawberry.bench.sweep import MIN_LR, OPTIMIZERS, OWN_RATES, USE_MUON, Plan, Sweep, uses_muon
 from strawberry.bench.width import TOLERANCE
 from strawberry.common import atomic_write
 from strawberry.config import declared, to_dict
@@ -124,7 +124,7 @@ def iter_config_differences(entries: list[Entry], chosen: bool) -> Iterator[str]
     """Yield a sentence for each difference between the configs that is not part of the architecture. `chosen`: whether
     the optimizers were chosen by this command."""
     muon = any(entry.run.optimizer_hyperparams.use_muon for entry in entries)
-    hidden = () if muon else ("momentum", "muon_lr")
+    hidden = () if muon else ("momentum", "muon_lr", "newton_schulz", "muon_beta2")
     hidden += ("use_muon",) if chosen else ()
     names = [name for name in declared(OptimizerHyperparams) if name not in hidden]
     keys = [("optimizer_hyperparams", name) for name in names]
@@ -136,8 +136,9 @@ def iter_config_differences(entries: list[Entry], chosen: bool) -> Iterator[str]
         if len(labels) > 1:
             differences = "; ".join(f"{value} for {', '.join(those)}" for value, those in labels.items())
             yield f"{name} is each config's own: {differences}. --set {name}=… makes it the same."
-    if muon and any(entry.run.optimizer_hyperparams.muon_lr for entry in entries):
-        yield "muon_lr, where a config sets it, keeps its proportion to the learning rate."
+    for name in OWN_RATES:
+        if name not in hidden and any(getattr(entry.run.optimizer_hyperparams, name) for entry in entries):
+            yield f"{name}, where a config sets it, keeps its proportion to the learning rate."
 
 
 def list_caveats(entries: list[Entry], rows: list[dict], plan: Plan) -> list[str]:

@@ -8,8 +8,10 @@ import sys
 import torch
 from torch import Tensor
 
+from optimizer import JORDAN, newton_schulz
 from strawberry.argument_parser import ArgumentParser
 from strawberry.common import UserError
+from strawberry.ops import muon
 from strawberry.ops.activations import ACTIVATIONS
 from strawberry.ops.attention import decode_attention, decode_attention_plain
 from strawberry.ops.linear import int8_linear, quantize_int8
@@ -336,6 +338,66 @@ def exact_aft_positional(q: Tensor, k: Tensor, v: Tensor, *p_window) -> Tensor:
     return torch.sigmoid(q) * (weight @ (k.exp() * v)) / (weight @ k.exp())
 
 
+def measure_muon(bandwidth: float) -> bool:
+    """The stacks of GPT-2's 124M parameters: both symmetric products of a Newton–Schulz iteration, Newton–Schulz as a
+    whole, and the passes over momentum and weights. Plain: the products by torch.bmm. Floor: half a product's
+    operations, at the speed of a large one; of Newton–Schulz all of them.
+    """
+    right, big = True, (random_tensor(8192, 8192), random_tensor(8192, 8192))
+    arithmetic = 2 * 8192**3 / time_graph(torch.matmul, [big] * 3)
+    for n, rows, cols in [(48, 768, 768), (12, 768, 3072), (36, 384, 384)]:
+        sets = [(random_tensor(n, rows, cols) / cols**0.5,) for _ in range(num_input_sets(2 * n * rows * cols))]
+        grams = [(muon.symmetric_product(x, x),) * 3 + (2.0, -5.0) for (x,) in sets]
+        for name, way, plain, calls in [
+            (f"muon x xT, {n} x {rows} x {cols}", muon.symmetric_product,
+             lambda x, y: torch.bmm(x, y.mT), [(x, x) for (x,) in sets]),
+            (f"muon b G + c G G, {n} x {rows}", muon.symmetric_product,
+             lambda x, y, c, alpha, beta: torch.baddbmm(c, x, y.mT, alpha=alpha, beta=beta), grams),
+        ]:  # fmt: skip
+            exact = plain(*(x[:1].double() if isinstance(x, Tensor) else x for x in calls[0]))
+            floor = n * rows**2 * calls[0][0].size(2) / arithmetic
+            for label, how in ((name, way), ("    plain", plain)):
+                error = relative_error(how(*calls[0])[:1], exact)
+                right &= print_row(label, error, 1e-2, time_graph(how, calls), floor)
+        exact, small = newton_schulz(sets[0][0][:1].double()), min(rows, cols)
+        floor = 5 * n * 2 * small * (2 * small * max(rows, cols) + small**2) / arithmetic
+        for label, way in ((f"newton_schulz {n} x {rows} x {cols}", newton_schulz), ("    plain", newton_schulz_plain)):
+            error = relative_error(way(sets[0][0])[:1], exact)
+            right &= print_row(label, error, 0.1, time_graph(way, sets), floor)
+    return right & measure_muon_passes(bandwidth)
+
+
+def newton_schulz_plain(x: Tensor) -> Tensor:
+    """Newton–Schulz by general matrix products in x's dtype."""
+    x = x / x.norm(dim=(1, 2), keepdim=True)
+    for a, b, c in JORDAN:
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def measure_muon_passes(bandwidth: float) -> bool:
+    """Momentum and weights of 48 matrices."""
+    right = True
+    grads, buffers = ([random_tensor(768, 768, dtype=torch.float32) for _ in range(48)] for _ in range(2))
+    weight, found_inf = torch.tensor(0.1, device="cuda"), torch.zeros((), device="cuda")
+    exact = [0.9 * m.double() + 0.1 * g.double() for m, g in zip(buffers[:1], grads)]
+    exact = [0.9 * m + 0.1 * g.double() for m, g in zip(exact, grads)]
+    ahead = muon.move_and_look_ahead(grads, buffers, weight, found_inf, torch.bfloat16)
+    for name, way, calls, got, nbytes in [
+        ("muon momentum, 48 x 768 x 768", muon.move_and_look_ahead,
+         [(grads, buffers, weight, found_inf, torch.bfloat16)] * 2, ahead[:1], 14),
+        ("muon weights, 48 x 768 x 768", muon.decay_and_add, [(buffers, ahead, -weight, weight, False)] * 2, None, 10),
+    ]:  # fmt: skip
+        if got is None:
+            exact = [0.9 * buffers[0].double() - 0.1 * ahead[0].double()]
+            way(*calls[0])
+            got = buffers[0][None]
+        floor = nbytes * 48 * 768**2 / bandwidth
+        right &= print_row(name, relative_error(got[0], exact[0]), 1e-2, time_graph(way, calls), floor)
+    return right
+
+
 MEASURES = (
     measure_decode,
     measure_int8,
@@ -345,6 +407,7 @@ MEASURES = (
     measure_float8,
     measure_retention,
     measure_rope,
+    measure_muon,
 )
 
 

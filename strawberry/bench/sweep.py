@@ -30,6 +30,7 @@ RESULT_FORMAT = 1  # format of the files in runs/; files of another format are n
 POLL_SECONDS = 0.3  # between polls of the children
 USE_MUON = {"adamw": False, "muon": True}  # name on the command line → the value of use_muon
 OPTIMIZERS = {False: "AdamW", True: "Muon"}  # the value of use_muon → the name that tables show
+OWN_RATES = ("muon_lr", "embedding_lr", "head_lr", "scalar_lr")  # of groups of parameters
 BENCH = ROOT / "strawberry" / "bench"  # does not affect the results
 CODE_GLOBS = ("model.py", "optimizer.py", "train.py", "strawberry/**/*.py")  # the code that affects a result
 
@@ -105,9 +106,10 @@ def make_trial(entry: Entry, plan: Plan, lr: float, seed: int, muon: bool | None
     every = max(1, steps // EVALUATIONS)
     if every >= 5:
         every -= every % 5  # so that each evaluation coincides with a logged line, which has the seconds
-    muon_lr = run["optimizer_hyperparams"]["muon_lr"]
-    if muon_lr is not None:  # scales with the learning rate, as in the config
-        run["optimizer_hyperparams"]["muon_lr"] = muon_lr * lr / run["learning_rate"]
+    for name in OWN_RATES:
+        rate = run["optimizer_hyperparams"][name]
+        if rate is not None:  # scales with the learning rate, as in the config
+            run["optimizer_hyperparams"][name] = rate * lr / run["learning_rate"]
     run |= FIXED_VALUES | {
         "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": round(plan.warmup * steps),
         "cooldown_frac": plan.cooldown, "learning_rate": lr, "min_lr": MIN_LR * lr, "seed": seed,

@@ -164,8 +164,9 @@ def test_all_see_what_the_first_sees(workshop):
 
 
 def test_the_schedule_is_the_same_for_all(workshop):
+    own_rates = {"muon_lr": 1e-2, "embedding_lr": 3e-3, "scalar_lr": 5e-4}
     write_config("m", {"arch": "tinystar"}, learning_rate=1e-3, warmup_iters=7, min_lr=1e-5,
-                 optimizer_hyperparams={"use_muon": True, "muon_lr": 1e-2})  # fmt: skip
+                 optimizer_hyperparams={"use_muon": True, **own_rates})  # fmt: skip
     for entry in entries("a.json", "m.json"):
         run = sweep.make_trial(entry, plan(), 4e-3, 5).config
         expected = {"max_iters": 100, "lr_decay_iters": 100, "warmup_iters": 5, "cooldown_frac": 0.4, "seed": 5,
@@ -173,7 +174,9 @@ def test_the_schedule_is_the_same_for_all(workshop):
         assert {key: run[key] for key in expected} == expected
         _, problems = check(run_class(CONFIGS, "tinystar"), run)
         assert problems == []
-    assert run["optimizer_hyperparams"]["muon_lr"] == pytest.approx(4e-2)  # ten times the rate, as in the file
+    rates = {name: run["optimizer_hyperparams"][name] for name in ("muon_lr", "embedding_lr", "scalar_lr", "head_lr")}
+    assert rates.pop("head_lr") is None  # learning_rate
+    assert rates == pytest.approx({"muon_lr": 4e-2, "embedding_lr": 1.2e-2, "scalar_lr": 2e-3})  # ratios of the file
 
 
 # ---- equal sizes ---------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ import torch
 from decoding import by_generate, collect, requests_for, small_model
 
 from model import AFTS, build
+from optimizer import Decay, Muon
 from strawberry.context import ForwardContext
 from strawberry.inference.engine import Decoder
-from strawberry.ops import float8
+from strawberry.ops import float8, muon
 from strawberry.ops.attention import decode_attention
 from strawberry.ops.float8 import act_quantize, act_quantize_backward, concat_quantize, transpose_fp8
 from strawberry.ops.linear import int8_linear, prepare_weights, quantize_int8
@@ -884,3 +885,69 @@ def test_models_join_their_gradients_in_8_bits(name, monkeypatch):
     for p, a, b in zip(model.parameters(), *found, strict=True):
         if p.ndim == 2 and b.any():  # the interpreter rounds some numbers to half of what they are: see in_8_bits
             assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.8
+
+
+# ---- muon ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 32, 48), (3, 50, 33), (1, 5, 7), (1, 96, 16)])
+def test_muons_products_are_symmetric_products(shape, dtype):
+    """More tiles than one and parts of tiles, with and without a term to add, of a matrix and of a transposed one."""
+    n, rows, cols = shape
+    for x in (draw(n, rows, cols, dtype=dtype), draw(n, cols, rows, dtype=dtype).mT):
+        exact = torch.stack([a.double() @ a.double().T for a in x])
+        got = muon.symmetric_product(x, x)
+        check(got, exact, BOUND[dtype])
+        assert torch.equal(got, got.mT)
+        c = (draw(n, rows, rows, seed=3) + draw(n, rows, rows, seed=3).mT).to(dtype)
+        check(muon.symmetric_product(x, -x, c, alpha=2.0, beta=-5.0), -2 * exact - 5 * c.double(), BOUND[dtype])
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (70, 40)])
+def test_muons_momentum_moves_unless_a_gradient_is_not_finite(shape):
+    grads, buffers = ([draw(*shape, seed=s + first) for s in range(3)] for first in (0, 3))
+    before, found_inf, weight = [b.clone() for b in buffers], torch.zeros(()), torch.tensor(0.1)
+    for dtype in DTYPES:
+        ahead = muon.move_and_look_ahead(grads, buffers, weight, found_inf, dtype)
+        assert ahead.dtype == dtype
+        for g, b, old, out in zip(grads, buffers, before, ahead, strict=True):
+            new = 0.9 * old.double() + 0.1 * g.double()
+            check(b, new, BOUND[torch.float32])
+            check(out, 0.9 * new + 0.1 * g.double(), BOUND[dtype])
+            b.copy_(old)
+    found_inf.fill_(1.0)
+    ahead = muon.move_and_look_ahead([g * math.nan for g in grads], buffers, weight, found_inf, torch.float32)
+    for b, old, out in zip(buffers, before, ahead, strict=True):
+        assert torch.equal(b, old) and torch.equal(out, old)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cautious", [False, True])
+def test_muons_weights_decay_and_move(cautious, dtype):
+    params, update = [draw(70, 40, seed=s) for s in range(2)], draw(2, 70, 40, seed=5, dtype=dtype)
+    exact = [p.double() for p in params]
+    muon.decay_and_add(params, update, torch.tensor(-0.5), torch.tensor(0.25), cautious)
+    for p, w, u in zip(params, exact, update.double(), strict=True):
+        decays = (u * w >= 0) if cautious else torch.ones_like(w, dtype=torch.bool)
+        check(p, torch.where(decays, 0.75 * w, w) - 0.5 * u, BOUND[torch.float32])
+
+
+def test_muons_step_by_kernels_is_the_plain_one():
+    """With all options; float64 has no kernels."""
+    about = {"lr": 0.1, "quintics": "polar_express", "beta2": 0.9, "decay": Decay(cautious=True, schedule="lr")}
+    shapes = [(20, 18), (18, 20), (20, 18)]
+    start = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+    both = []
+    for kind in (torch.float32, torch.float64):
+        params = [torch.nn.Parameter(p.to(kind, copy=True)) for p in start]
+        optimizer = Muon(params, **about, ns_dtype=kind)
+        optimizer.found_inf, optimizer.lerp = torch.zeros(()), torch.tensor(0.15, dtype=kind)
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.05, dtype=kind)
+        for step in range(2):
+            for i, p in enumerate(params):
+                p.grad = draw(*p.shape, seed=100 * step + 50 + i).to(kind)
+            optimizer.step()
+        both.append(params)
+    for p, exact in zip(*both, strict=True):
+        check(p.detach(), exact.detach(), 1e-5)

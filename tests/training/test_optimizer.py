@@ -5,12 +5,26 @@ import io
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from optimizer import HIDDEN, Muon, build_optimizer, lr_at, momentum_at, newton_schulz
+from optimizer import (
+    HIDDEN,
+    POLAR_EXPRESS,
+    QUINTICS,
+    AdamW,
+    Decay,
+    Muon,
+    build_optimizer,
+    lr_at,
+    map_by_gram,
+    momentum_at,
+    newton_schulz,
+)
 from strawberry.common import UserError
+from strawberry.run_config import OptimizerHyperparams
 
 
 class Small(nn.Module):
@@ -40,8 +54,7 @@ class Small(nn.Module):
 
 
 def hyper(**changes):
-    values = {"eps": 1e-10, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
-    return SimpleNamespace(**values | {"use_muon": False, "momentum": 0.95, "muon_lr": None} | changes)
+    return OptimizerHyperparams(**changes)
 
 
 def train(model, optimizer, steps):
@@ -278,12 +291,221 @@ def test_muon_refuses_what_is_no_matrix():
         Muon([nn.Parameter(torch.zeros(3))])
 
 
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+ALL = {"use_muon": True, "muon_lr": 0.02, "newton_schulz": "polar_express", "muon_beta2": 0.9, "cautious_decay": True,
+       "weight_decay_schedule": "lr", "embedding_lr": 0.03, "head_lr": 0.004, "scalar_lr": 0.05}  # fmt: skip
+
+
+def minimax_quintic(low, high):
+    """The odd quintic nearest to 1 on [low, high], by Remez's exchange on a fine grid: float64 (a, b, c)."""
+    grid = np.linspace(low, high, 50_001)
+    nodes = low + (high - low) * np.array([0, 0.25, 0.75, 1])
+    for _ in range(20):
+        system = np.stack([nodes, nodes**3, nodes**5, [1, -1, 1, -1]], axis=1)
+        a, b, c, error = np.linalg.solve(system, np.ones(4))
+        off = 1 - (a * grid + b * grid**3 + c * grid**5)
+        inner = np.flatnonzero(np.diff(np.sign(np.diff(off)))) + 1
+        nodes = np.array([low, *grid[inner], high])
+        assert len(nodes) == 4
+    assert (off.max(), -off.min()) == pytest.approx((error, error), rel=1e-6)  # equioscillation
+    return np.array([a, b, c])
+
+
+def test_polar_express_is_the_optimal_composition():
+    """arXiv 2505.16932, Theorem 3.1: each polynomial is the best for the interval that those before leave. With their
+    cushion of 0.02 and safety factor of 1.02."""
+    low, high, powers = 1e-3, 1.0, np.array([1, 3, 5])
+    for i, published in enumerate(POLAR_EXPRESS):
+        found = minimax_quintic(max(low, 0.02 * high), high)
+        found = found * 2 / ((found * low**powers).sum() + (found * high**powers).sum())  # as far below 1 as above it
+        found = found / 1.02**powers if i < 4 else found
+        assert found == pytest.approx(published, rel=1e-6), i
+        low = (found * low**powers).sum()
+        high = 2 - low
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_polar_express_comes_closer_to_orthogonal_than_jordan(dtype):
+    torch.manual_seed(7)
+    left, right = (torch.linalg.qr(torch.randn(3, 24, 24, dtype=torch.float64))[0] for _ in range(2))
+    for low in (3e-3, 2e-2, 0.5):
+        spectrum = torch.logspace(math.log10(low), 0, 24, dtype=torch.float64)
+        stack = (left @ torch.diag_embed(spectrum.expand(3, 24)) @ right).to(dtype)
+        off = {name: (torch.linalg.svdvals(newton_schulz(stack, name).double()) - 1).abs() for name in QUINTICS}
+        assert off["polar_express"].max() < 0.17 < 0.25 < off["jordan"].max()
+        assert off["polar_express"].mean() < off["jordan"].mean()
+    assert torch.equal(newton_schulz(torch.zeros(1, 3, 4), "polar_express"), torch.zeros(1, 3, 4))
+
+
+@pytest.mark.parametrize("quintics", QUINTICS)
+@pytest.mark.parametrize("shape", [(2, 16, 64), (2, 64, 16)])
+def test_wide_matrices_by_their_gram_matrix_are_the_polynomials(quintics, shape):
+    torch.manual_seed(10)
+    polynomials, divisor = QUINTICS[quintics]
+    left, right = (torch.linalg.qr(torch.randn(2, side, 16, dtype=torch.float64))[0] for side in shape[1:])
+    for lowest in (1e-4, 1e-2, 0.5):
+        spectrum = torch.logspace(math.log10(lowest), 0, 16, dtype=torch.float64)
+        stack = left @ torch.diag_embed(spectrum.expand(2, 16)) @ right.mT
+        exact = torch.stack([orthogonal(matrix, quintics) for matrix in stack])
+        wide = (stack if shape[1] < shape[2] else stack.mT) / spectrum.norm() / divisor
+        by_gram = map_by_gram(wide, polynomials)
+        torch.testing.assert_close(by_gram if shape[1] < shape[2] else by_gram.mT, exact, atol=1e-9, rtol=0)
+        got = newton_schulz((1e-6 * stack).bfloat16(), quintics)  # too small for float16 before the division
+        plain = wide.bfloat16()
+        for a, b, c in polynomials:
+            gram = plain @ plain.mT
+            plain = a * plain + (b * gram + c * gram @ gram) @ plain
+        plain = plain if shape[1] < shape[2] else plain.mT
+        off = [(x.double() - exact).norm().item() for x in (got, plain)]
+        assert got.dtype == torch.bfloat16 and off[0] < 1.2 * off[1]
+
+
+def orthogonal(matrix, quintics):
+    """newton_schulz by an SVD."""
+    polynomials, divisor = QUINTICS[quintics]
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.square().sum().sqrt() / divisor
+    for a, b, c in polynomials:
+        s = a * s + b * s**3 + c * s**5
+    return u @ torch.diag(s) @ vt
+
+
+@pytest.mark.parametrize("schedule", ["constant", "lr"])
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("beta2", [0.0, 0.9])
+def test_muon_with_its_options_is_the_formulas(beta2, cautious, schedule):
+    """Loops over scalars, and an SVD: NorMuon (arXiv 2510.05491, Algorithm 1, which sets the norm to that of an
+    orthogonal matrix, where ours keeps it), Cautious Weight Decay (2510.12402, Algorithm 1)."""
+    torch.manual_seed(8)
+    w = torch.randn(4, 3, dtype=torch.float64)
+    p = nn.Parameter(w.clone())
+    decay = Decay(cautious, schedule)
+    muon = Muon([p], lr=0.1, weight_decay=0.2, warmup=0, ns_dtype=torch.float64, quintics="polar_express", beta2=beta2,
+                decay=decay)  # fmt: skip
+    m, v = torch.zeros(4, 3, dtype=torch.float64), [0.0] * 4
+    for lr in (0.1, 0.05, 0.08):
+        muon.param_groups[0]["lr"] = lr
+        p.grad = torch.randn(4, 3, dtype=torch.float64) * torch.tensor([[1.0], [10.0], [0.1], [0.0]])
+        m = 0.95 * m + 0.05 * p.grad
+        u = orthogonal(0.95 * m + 0.05 * p.grad, "polar_express")
+        if beta2:
+            norm = u.norm()
+            for i in range(4):
+                v[i] = beta2 * v[i] + (1 - beta2) * sum(x * x for x in u[i].tolist()) / 3
+                u[i] /= math.sqrt(max(v[i], 1e-10))
+            u *= norm / u.norm()
+        rate = lr * 0.2 * (lr / 0.1 if schedule == "lr" else 1)
+        for i in range(4):
+            for j in range(3):
+                if not cautious or u[i, j] * w[i, j] >= 0:
+                    w[i, j] -= rate * w[i, j]
+                w[i, j] -= lr * 0.2 * 2 * u[i, j]
+        muon.step()
+        torch.testing.assert_close(p.detach(), w, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "lr"])
+@pytest.mark.parametrize("cautious", [False, True])
+def test_adamw_with_its_options_is_the_formulas(cautious, schedule):
+    """Scalars, with gradients that the fused kernel scales in passing, as on a GPU."""
+    torch.manual_seed(9)
+    w = torch.randn(9, dtype=torch.float64)
+    p, m, v = nn.Parameter(w.clone()), [0.0] * 9, [0.0] * 9
+    group = {"params": [p], "lr": 0.1, "base_lr": 0.1, "weight_decay": 0.3}
+    adamw = AdamW([group], Decay(cautious, schedule), betas=(0.9, 0.95), eps=1e-8, fused=True)
+    skipped = []
+    for t, lr in enumerate((0.1, 0.05, 0.08), 1):
+        adamw.param_groups[0]["lr"] = lr
+        p.grad = torch.randn(9, dtype=torch.float64)
+        adamw.grad_scale = torch.tensor(2.0)
+        rate = lr * 0.3 * (lr / 0.1 if schedule == "lr" else 1)
+        for i, g in enumerate((p.grad / 2).tolist()):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.95 * v[i] + 0.05 * g * g
+            if not cautious or m[i] * w[i] >= 0:
+                w[i] -= rate * w[i]
+            else:
+                skipped.append(i)
+            w[i] -= lr * m[i] / (1 - 0.9**t) / (math.sqrt(v[i] / (1 - 0.95**t)) + 1e-8)
+        adamw.step()
+        torch.testing.assert_close(p.detach(), w, atol=1e-6, rtol=0)
+        assert adamw.param_groups[0]["weight_decay"] == 0.3
+    assert bool(skipped) == cautious
+
+
+def test_constant_incautious_decay_is_torchs():
+    ours, theirs = (nn.Parameter(torch.arange(-3.0, 4.0)) for _ in range(2))
+    settings = {"lr": 0.1, "weight_decay": 0.3, "fused": True}
+    optimizers = (AdamW([ours], Decay(), **settings), torch.optim.AdamW([theirs], **settings))
+    for _ in range(3):
+        for p, optimizer in zip((ours, theirs), optimizers, strict=True):
+            p.grad = torch.sin(p.detach())
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_each_group_has_its_own_rate():
+    roles = {"embed.weight": "input", "a": "matrix", "b": "head", "c": "position", "router": "router", "scale": "norm"}
+    about = hyper(use_muon=True, muon_lr=0.02, embedding_lr=0.03, head_lr=0.004, scalar_lr=0.05)
+    optimizer = build_optimizer(Small(roles), about, 1e-3, "cpu")
+    rates = {row["role"]: row["lr"] for row in optimizer.groups}
+    assert rates == {"input": 0.03, "matrix": 0.02, "head": 0.004, "position": 1e-3, "router": 1e-3, "norm": 0.05}
+    optimizer.set_lr(0.5)
+    assert {g["lr"] / g["base_lr"] for part in optimizer.parts.values() for g in part.param_groups} == {0.5}
+
+
+def test_a_step_that_the_device_skips_changes_nothing_and_others_are_the_hosts():
+    """With all options, as a CUDA graph has it: learning rates and the decision are tensors."""
+    host, device = Small(), Small()
+    optimizers = [build_optimizer(model, hyper(**ALL), 0.01, "cpu") for model in (host, device)]
+    found_inf = torch.ones(())
+    optimizers[1].to_device(found_inf)
+    for step in range(4):
+        for model, optimizer in zip((host, device), optimizers, strict=True):
+            optimizer.set_lr(1 / (1 + step))
+            optimizer.count(0) if model is device else None
+            optimizer.zero_grad()
+            model.loss(step).backward()
+        good = [p.grad.clone() for p in device.parameters()]
+        before = copy.deepcopy([device.state_dict(), optimizers[1].state_dict()["state"]])
+        for p in device.parameters():
+            p.grad.fill_(math.nan)
+        found_inf.fill_(1.0)
+        optimizers[1].step()
+        optimizers[1].count(-1)
+        after = [device.state_dict(), optimizers[1].state_dict()["state"]]
+        assert all(torch.equal(before[0][name], after[0][name]) for name in after[0])
+        for name, state in before[1].items():
+            assert all(torch.equal(t, after[1][name][key]) for key, t in state.items()), name
+        for p, grad in zip(device.parameters(), good, strict=True):
+            p.grad.copy_(grad)
+        found_inf.fill_(0.0)
+        optimizers[1].count(0)
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(host.parameters(), device.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("then", "now"), [({}, ALL), (ALL, {"use_muon": True})])
+def test_a_run_goes_on_with_other_options(then, now):
+    model = Small()
+    saved = build_optimizer(model, hyper(**{"use_muon": True} | then), 0.01, "cpu")
+    train(model, saved, range(2))
+    state = copy.deepcopy(saved.state_dict())
+    optimizer = build_optimizer(model, hyper(**now), 0.01, "cpu")
+    optimizer.load_state_dict(state)
+    before = model.a.detach().clone()
+    train(model, optimizer, range(2, 4))
+    assert torch.isfinite(model.a).all() and not torch.equal(model.a, before)
+
+
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use_muon", [False, True])
-def test_the_state_comes_back_bit_for_bit(use_muon):
-    whole, settings = Small(), (hyper(use_muon=use_muon), 0.01, "cpu")
+@pytest.mark.parametrize("options", [{}, {"use_muon": True}, ALL])
+def test_the_state_comes_back_bit_for_bit(options):
+    whole, settings = Small(), (hyper(**options), 0.01, "cpu")
     optimizer = build_optimizer(whole, *settings)
     train(whole, optimizer, range(5))  # inside the momentum's warmup
     weights, file = copy.deepcopy(whole.state_dict()), io.BytesIO()
@@ -300,7 +522,8 @@ def test_the_state_comes_back_bit_for_bit(use_muon):
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
     first, second = optimizer.state_dict(), again.state_dict()
     assert (first["kinds"], first["muon_step"]) == (second["kinds"], second["muon_step"])
-    assert first["muon_step"] == (10 if use_muon else 0)
+    assert first["muon_step"] == (10 if options else 0)
+    assert ("row_moment" in first["state"]["a"]) == ("muon_beta2" in options)
     for name, state in first["state"].items():
         assert state.keys() == second["state"][name].keys() != set()
         assert all(torch.equal(state[key], second["state"][name][key]) for key in state), name

@@ -70,7 +70,15 @@ def models() -> dict[str, tuple[object, int]]:
     found["tokens choose their depth"][0].pop("d_rank")
     found["parameters without a gradient"] = ({**found["strawberry-large"][0], "retention_chunk": 16}, 16)
     found["dropout"] = ({**found["transformer-pairs"][0], "dropout": 0.3}, 32)
+    found["options of the optimizer"] = ({**found["tinystar-v0.8-speedrun"][0], "n_embd": 15}, 32)  # odd rows
     return found
+
+
+STEPS = {"parameters without a gradient": 2, "options of the optimizer": 2}  # one for the others
+OPTIONS = {"options of the optimizer": {
+    "newton_schulz": "polar_express", "muon_beta2": 0.9, "cautious_decay": True, "weight_decay_schedule": "lr",
+    "muon_lr": 0.02, "embedding_lr": 0.03, "head_lr": 0.004, "scalar_lr": 0.05,
+}}  # fmt: skip
 
 
 def perturbed(hyper: dict) -> torch.nn.Module:
@@ -94,10 +102,12 @@ def batches(model, T: int, rank: int, world: int) -> list[Batch]:
     return [Batch(x[p], y[p], source[p] if model.takes_source else None, int((y[p] >= 0).sum())) for p in parts]
 
 
-def steps(group, hyper: dict, T: int, n: int = 1) -> dict:
-    """What n steps with both optimizers come to: train.py's own passes, clipping and update."""
+def steps(group, name: str) -> dict:
+    """What the steps of a model with both optimizers come to: train.py's own passes, clipping and update."""
+    hyper, T = models()[name]
     model = group.place_model(perturbed(hyper), CPU, torch.float32).train()
-    about = OptimizerHyperparams(use_muon=True, eps=1e-2)  # so that AdamW's first step is no mere sign of a gradient
+    # eps: so that AdamW's first step is no mere sign of a gradient
+    about = OptimizerHyperparams(use_muon=True, eps=1e-2, **OPTIONS.get(name, {}))
     optimizer = build_optimizer(model, about, 1e-2, "cpu", group)
     optimizer._in_passing = True  # as on a GPU
     given = batches(model, T, group.rank, group.world)
@@ -115,7 +125,7 @@ def steps(group, hyper: dict, T: int, n: int = 1) -> dict:
                               signals=SimpleNamespace(raise_if_late=lambda: None))  # fmt: skip
     found = {"losses": [], "norms": []}
     torch.manual_seed(group.rank)
-    for _ in range(n):
+    for _ in range(STEPS.get(name, 1)):
         loss = TrainStep(state).accumulate(given)
         group.all_reduce_([loss, *loads])
         found.setdefault("loads", [load.clone() for load in loads])
@@ -336,9 +346,8 @@ def two(argv) -> None:
     for mode, kind in MODES.items():
         found[mode, "spread"] = orthogonalised(kind(device), STACKS)
         found[mode, "memory"] = memory(kind(device))
-        for name, (hyper, T) in models().items():
-            n = 2 if name == "parameters without a gradient" else 1
-            found[mode, name] = steps(kind(device), hyper, T, n)
+        for name in models():
+            found[mode, name] = steps(kind(device), name)
         codes = [run(f"--checkpoints.path={mode}", f"--parallel={mode}")]
         codes.append(run(f"--checkpoints.path={mode}_half", f"--parallel={mode}", *HALF))
         other = next(iter(MODES.keys() - {mode}))
@@ -413,8 +422,7 @@ def compute(there: Path) -> None:
         run("--checkpoints.path=narrow_one", "--dtype=bfloat16", *HALF)
         with small_matrices_in_8_bits():
             run("--checkpoints.path=eight_one", "--dtype=float8", *HALF)
-        alone = {name: steps(distributed.SingleProcess(), hyper, T, 2 if name == "parameters without a gradient" else 1)
-                 for name, (hyper, T) in models().items()}  # fmt: skip
+        alone = {name: steps(distributed.SingleProcess(), name) for name in models()}
         codes = [finish(child, 300) for child in children]
     assert codes == [0, 0], "".join(read(f"log{rank}.txt")[-4000:] for rank in range(2))
     torch.save(alone, "alone.pt")
