@@ -1133,7 +1133,6 @@ class Memory(nn.Module):
         self.delta, self.size, self.d, self.n_head = delta, c.retention_chunk, d, width // d
         self.w_gates = nn.Parameter(torch.empty(3 * self.n_head, c.n_embd))
         self.gate_bias = nn.Parameter(torch.empty(3 * self.n_head))
-        self.register_buffer("offset", -4 - 5 * torch.linspace(0, 1, self.n_head), persistent=False)
 
     roles = {"w_gates": "bias", "gate_bias": "bias", "gain": "bias", "taps": "bias", "w_query": "matrix",
              "w_key": "matrix", "w_value": "matrix", "out": "residual"}  # fmt: skip
@@ -1143,7 +1142,8 @@ class Memory(nn.Module):
         with no_autocast(h):
             gates = F.linear(to_accum_dtype(h), to_accum_dtype(self.w_gates), to_accum_dtype(self.gate_bias))
         forget, write, show = gates.chunk(3, dim=-1)
-        log_decay = ctx.mask_invalid(-F.softplus(forget + self.offset))
+        offset = torch.linspace(-4, -9, self.n_head, dtype=forget.dtype, device=forget.device)
+        log_decay = ctx.mask_invalid(-F.softplus(forget + offset))
         beta = ctx.mask_invalid(torch.sigmoid(write))
         q, k, v = (x.unflatten(-1, (self.n_head, -1)) for x in (q, k, v))
         state = None if cache is None else cache.state
