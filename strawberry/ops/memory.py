@@ -10,9 +10,12 @@ chunks by a scan over one matrix per chunk (arXiv 2406.06484). The chunk's size 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from strawberry.cache import LayerCache
 from strawberry.context import ForwardContext
@@ -24,7 +27,16 @@ def read_memory(
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """o (B, T, H, e) and the last state (B, H, d, e), None without a first one: q, k (B, T, H, d); v (B, T, H, e);
-    log α ≤ 0 and β (B, T, H), float32 or wider, both zero for tokens that write nothing; `size` tokens in a chunk."""
+    log α ≤ 0 and β (B, T, H), float32 or wider, both zero for tokens that write nothing; `size` tokens in a chunk.
+    The backward pass recomputes what lies between: it would take more memory than a block's activations."""
+    if torch.is_grad_enabled() and state is None and v.requires_grad:
+        compute = partial(read_memory_chunks, size=size, delta=delta)
+        return checkpoint(compute, q, k, v, log_decay, beta, use_reentrant=False, preserve_rng_state=False)
+    return read_memory_chunks(q, k, v, log_decay, beta, size=size, delta=delta, state=state)
+
+
+def read_memory_chunks(q, k, v, log_decay, beta, *, size: int, delta: bool, state=None) -> tuple[Tensor, Tensor | None]:
+    """`read_memory`, with a backward pass by autograd."""
     T = q.size(1)
     with no_autocast(q):
         if T == 1 and state is not None:
