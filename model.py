@@ -1166,13 +1166,13 @@ class OwnMemory(Memory):
     place = "residual"
 
     def __init__(self, c: StrawberryConfig, delta: bool, tied: bool):
-        C = c.n_embd
-        super().__init__(c, delta, C, c.memory_head)
+        C, M = c.n_embd, c.memory_width
+        super().__init__(c, delta, M, c.memory_head)
         self.tied, self.n_tail = tied, 4
-        self.w_query = None if tied else nn.Parameter(torch.empty(C, C))
-        self.w_key, self.w_value = nn.Parameter(torch.empty(C, C)), nn.Parameter(torch.empty(C, C))
-        self.taps = nn.Parameter(torch.empty(1 if tied else 2, 4, C))
-        self.out = nn.Parameter(torch.empty(C, C))
+        self.w_query = None if tied else nn.Parameter(torch.empty(M, C))
+        self.w_key, self.w_value = nn.Parameter(torch.empty(M, C)), nn.Parameter(torch.empty(M, C))
+        self.taps = nn.Parameter(torch.empty(1 if tied else 2, 4, M))
+        self.out = nn.Parameter(torch.empty(C, M))
 
     def forward(self, x: Tensor, ctx: ForwardContext, cache: LayerCache | None) -> Tensor:
         h = norm(x)
@@ -1279,7 +1279,8 @@ class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
         "silu", "'silu': the context rewrites the matrices; others: the last step reads a linear memory",
         choices=("silu", *RETENTION_RULES))
     memory_head: int | None = option(
-        None, "channels of a head of the memory; default 64 or the largest divisor of n_embd below it", low=1)
+        None, "channels of a head of the memory; default 64 or the largest divisor of memory_width below it", low=1)
+    memory_width: int | None = option(None, "channels of the memory's keys and of its values; default n_embd", low=1)
     logit_softcap: float | None = option(None, "c: logits become c·tanh(logits / c)", above=0)
 
     def __post_init__(self):
@@ -1288,15 +1289,18 @@ class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
         chunk = default_chunk_size(self) if self.retention_rule == "silu" else MEMORY_CHUNK
         self.retention_chunk = self.retention_chunk or chunk
         self.retention_scale = self.retention_scale or self.n_embd**-0.5
-        self.memory_head = self.memory_head or next(d for d in range(64, 0, -1) if self.n_embd % d == 0)
+        self.memory_width = self.memory_width or self.n_embd
+        self.memory_head = self.memory_head or next(d for d in range(64, 0, -1) if self.memory_width % d == 0)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from heads_divide("n_qkv", self.n_qkv, self.n_head)
         yield from expert_problems(self)
         if self.n_embd % self.n_ffn_experts:
             yield "n_ffn_experts", f"must divide n_embd {self.n_embd}"
-        if self.n_embd % self.memory_head:
-            yield "memory_head", f"must divide n_embd {self.n_embd}"
+        if self.memory_width % self.memory_head:
+            yield "memory_head", f"must divide memory_width {self.memory_width}"
+        if self.retention_rule == "linear" and self.memory_width != self.n_embd:
+            yield "memory_width", f"must be n_embd {self.n_embd} where retention_rule is 'linear'"
         if self.retention_rule != "silu" and self.retention_scope != "causal":
             yield "retention_rule", f"{self.retention_rule!r} is causal; set retention_scope causal, or the rule silu"
         yield from recursion_problems(self)

@@ -43,6 +43,7 @@ COMPANIONS = {
         {"recursions": 2, "n_experts": 2},
         *({"retention_rule": rule, "memory_head": 8, "adaptive": True, "recursions": 2, "n_ffn_experts": 4}
           for rule in RETENTION_RULES),
+        {"retention_rule": "delta-tied", "memory_width": 24},
     ],
     "strawberry-silia": [
         {"attention_sink": False, "exclusive": False, "gated": False, "n_layer": 3},

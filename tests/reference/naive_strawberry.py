@@ -464,7 +464,7 @@ def convolved(x, taps, delay):
 def own_memory(cfg, P, block, x, moving):
     """out · read of one row (T, C), from norm(x)."""
     M, xn = block + "memory.", np.array([norm(x_t) for x_t in x])
-    taps, H = P[M + "taps"], cfg["n_embd"] // cfg["memory_head"]
+    taps, H = P[M + "taps"], cfg["memory_width"] // cfg["memory_head"]
     k = xn @ P[M + "w_key"].T
     q = k if memory_rule(cfg)[2] else xn @ P[M + "w_query"].T
     q, k = about_unit(convolved(q, taps[0], 0), H), about_unit(convolved(k, taps[-1], 1), H)
