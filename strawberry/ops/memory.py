@@ -1,6 +1,6 @@
 """A linear memory: per head a matrix S (d, e) that maps keys to values, written and read token by token.
 
-    gated rule    S_t = α_t S_{t−1} + β_t k_t v_tᵀ                                (arXiv 2312.06635, 2405.21060)
+    gated rule    S_t = α_t S_{t−1} + β_t k_t v_tᵀ                                (arXiv 2405.21060)
     delta rule    S_t = α_t S_{t−1} + β_t k_t (v_t − α_t S_{t−1}ᵀ k_t)ᵀ           (arXiv 2412.06464)
     read          o_t = S_tᵀ q_t
 
