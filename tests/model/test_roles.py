@@ -20,7 +20,8 @@ def expected(arch: str, name: str, tied: bool) -> str:
         return "embedding" if tied else "input"
     if name.startswith("unembed"):
         return "head"
-    if name.endswith((".bias", "skip.shift", "add_to_values.gate", "mixer.sink_k", "mixer.sink_v", ".query")):
+    if name.endswith((".bias", "skip.shift", "add_to_values.gate", "mixer.sink_k", "mixer.sink_v", ".query",
+                      "memory.w_gates", "memory.gate_bias", "memory.taps", "memory.gain")):
         return "bias"
     if name.endswith("add_to_values.table"):
         return "embedding"
