@@ -71,6 +71,7 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+MIN_GRAM_ROWS = 512  # of `map_by_gram`: with fewer, its launches cost more than the operations that it saves
 # name → (polynomials, divisor of a singular value besides the norm)
 QUINTICS = {"jordan": (JORDAN, 1.0), "polar_express": (POLAR_EXPRESS, 1.02)}
 
@@ -89,7 +90,7 @@ def newton_schulz(stack: Tensor, quintics: str = "jordan") -> Tensor:
     tall = stack.shape[1] > stack.shape[2]
     x = stack.mT if tall else stack  # so that the Gram matrix has the smaller side
     x = x / (x.norm(dim=(1, 2), keepdim=True) * divisor).clamp(min=1e-7)
-    if x.shape[2] >= 2 * x.shape[1] and x.dtype in HALF_DTYPES:
+    if x.shape[2] >= 2 * x.shape[1] and x.shape[1] >= MIN_GRAM_ROWS and x.dtype in HALF_DTYPES:
         x = map_by_gram(x.half(), polynomials).to(stack.dtype)
         return x.mT if tall else x
     for a, b, c in polynomials:

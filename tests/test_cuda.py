@@ -276,8 +276,15 @@ def trainer_of(folder, monkeypatch, config: str = "air.json", **keys):
     return trainer
 
 
+MUON = {"optimizer_hyperparams.use_muon": "true"}
+MUON_OPTIONS = MUON | {f"optimizer_hyperparams.{key}": value for key, value in {
+    "newton_schulz": "polar_express", "muon_beta2": 0.95, "cautious_decay": "true", "weight_decay_schedule": "lr",
+    "scalar_lr": 1e-2,
+}.items()}  # fmt: skip
+
+
 @pytest.mark.parametrize("keys", [
-    {}, {"dtype": "float32", "optimizer_hyperparams.use_muon": "true", "gradient_accumulation_steps": 3},
+    {}, MUON | {"dtype": "float32", "gradient_accumulation_steps": 3}, MUON_OPTIONS | {"dtype": "float32"},
     {"model_hyperparams.n_experts": 2, "model_hyperparams.dropout": 0.1},
 ], ids=str)  # fmt: skip
 def test_captured_training_is_training(tmp_path, monkeypatch, keys):
@@ -466,8 +473,8 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 @two_gpus
 @pytest.mark.parametrize("keys", [
     {"compile": "true"}, {"model_hyperparams.dropout": 0.1, "eval_interval": 5},
-    {"parallel": "fsdp"}, {"parallel": "fsdp", "optimizer_hyperparams.use_muon": "true"},
-    {"dtype": "float32", "optimizer_hyperparams.use_muon": "true", "gradient_accumulation_steps": 3},
+    {"parallel": "fsdp"}, {"parallel": "fsdp"} | MUON, {"parallel": "fsdp"} | MUON_OPTIONS,
+    {"dtype": "float32", "gradient_accumulation_steps": 3} | MUON, {"dtype": "float32"} | MUON_OPTIONS,
 ], ids=str)  # fmt: skip
 def test_captured_training_on_two_gpus_is_training(tmp_path, monkeypatch, keys):
     keys = {"checkpoints.path": "checkpoints", "batch_size": 8} | keys

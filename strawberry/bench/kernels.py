@@ -345,7 +345,7 @@ def measure_muon(bandwidth: float) -> bool:
     """
     right, big = True, (random_tensor(8192, 8192), random_tensor(8192, 8192))
     arithmetic = 2 * 8192**3 / time_graph(torch.matmul, [big] * 3)
-    for n, rows, cols in [(48, 768, 768), (12, 768, 3072), (36, 384, 384)]:
+    for n, rows, cols in [(48, 768, 768), (12, 768, 3072), (36, 384, 384), (6, 384, 1536)]:
         sets = [(random_tensor(n, rows, cols) / cols**0.5,) for _ in range(num_input_sets(2 * n * rows * cols))]
         grams = [(muon.symmetric_product(x, x),) * 3 + (2.0, -5.0) for (x,) in sets]
         for name, way, plain, calls in [

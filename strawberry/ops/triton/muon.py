@@ -7,7 +7,7 @@ from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.common import HALF_DTYPES, INTERPRETED, dot_dtype, jit, tl, triton
 
 SYMMETRIC_TILE = {"TILE": 16, "STEP": 16} if INTERPRETED else {"TILE": 128, "STEP": 64}
-SYMMETRIC_LAUNCH = {"num_warps": 4, "num_stages": 4}
+SYMMETRIC_LAUNCH = {"num_warps": 8, "num_stages": 3}  # 96 KiB of shared memory, which smaller GPUs have too
 PASS_TILE = 1024  # elements per program of a pass
 
 
