@@ -150,16 +150,13 @@ def recall_child(argv: list[str]) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         trainer = RecallTrainer(load_run(["--config", file], CONFIGS), task)
         trainer.prepare()
-        print("ready", file=answers, flush=True)
-        if not sys.stdin.readline():
-            return
         trainer.train()
         found = {
             "cells": trainer.measure_recall(int(rows)), "params": trainer.model.num_params(), "loss": trainer.loss,
             "seconds": trainer.progress.seconds, "machine": hardware.describe_device(trainer.device),
         }  # fmt: skip
-        print(json.dumps(found), file=answers, flush=True)
         trainer.close()
+        print(json.dumps(found), file=answers, flush=True)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -174,6 +171,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--steps", type=parse_quantity, default=4000, help="training steps of each config (default 4000)")
     add("--rows", type=parse_quantity, default=256, help="rows asked of each number and distance (default 256)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
+    add("--jobs", type=parse_quantity, help="configs at once, divided among the GPUs (default: one on each)")
     add("--out", default="img/recall", type=Path, help="directory of the results (default img/recall)")
     arguments = parser.parse_args(argv)
     for name, limit in (("pairs", MAX_PAIRS), ("distances", MAX_DISTANCE)):
@@ -213,17 +211,29 @@ def run(argv: list[str]) -> int | None:
     """Train configs on associative recall; measure it by distance and number of pairs."""
     arguments = parse_arguments(argv)
     check_outputs(list_results("recall", arguments.out), list_spec_inputs("configs", arguments.configs))
-    task, rows = RecallTask(arguments.pairs, arguments.distances), []
+    task = RecallTask(arguments.pairs, arguments.distances)
     with tempfile.TemporaryDirectory() as folder:
         runs = load_runs(arguments, task, Path(folder))
-        for i, (spec, loaded) in enumerate(zip(arguments.configs, runs, strict=True)):
-            print(f"{spec}: {arguments.steps:,} steps of {loaded.batch_size} rows of {task.block_size:,}", flush=True)
-            file = write_benchmark_config(Path(folder) / str(i), loaded)
-            (found,) = child_process.run_in_turns("_recall", [[file, json.dumps(asdict(task)), str(arguments.rows)]])
-            rows.append({"config": spec, **found, "run": to_dict(loaded)})
-            print(format_table(*list_accuracies(rows[-1:], task)) if "why" not in found else found["why"], flush=True)
+        found = train_runs(runs, task, arguments, Path(folder))
+    rows = [{"config": spec, **found[i], "run": to_dict(run)}
+            for i, (spec, run) in enumerate(zip(arguments.configs, runs, strict=True))]  # fmt: skip
     write_recall(rows, task, arguments.out, format_command("python", "recall", argv))
     return 2 if any("why" in row for row in rows) else None
+
+
+def train_runs(runs: list[Run], task: RecallTask, arguments: argparse.Namespace, folder: Path) -> dict[int, dict]:
+    """Index of a run → what its child process has measured. Prints each as it ends."""
+    for spec, run in zip(arguments.configs, runs, strict=True):
+        print(f"{spec}: {run.max_iters:,} steps of {run.batch_size} rows of {task.block_size:,}", flush=True)
+    words = [[write_benchmark_config(folder / str(i), run), json.dumps(asdict(task)), str(arguments.rows)]
+             for i, run in enumerate(runs)]  # fmt: skip
+    device, found = runs[0].device, {}
+    jobs = arguments.jobs or child_process.GpuPool(device).lanes
+    for i, row in child_process.run_at_once("_recall", words, jobs, device):
+        found[i] = row
+        shown = {"config": arguments.configs[i], **row}
+        print(row["why"] if "why" in row else format_table(*list_accuracies([shown], task)), flush=True)
+    return found
 
 
 def list_accuracies(rows: list[dict], task: RecallTask) -> tuple[list[str], list[list[str]]]:
