@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from model import CONFIGS, build
+from model import CONFIGS, ValueEmbedding, build
 from strawberry.common import UserError, atomic_write
 from strawberry.config import declared, to_dict
 from strawberry.outputs import Input, Output
@@ -149,6 +149,7 @@ class Entry:
     changes: list[str] = field(default_factory=list)  # what compare changed, in words
     params: int = 0  # without embeddings
     params_total: int = 0
+    params_tables: int = 0  # of tables by token that are added to values; embeddings, so not in `params`
     flops: float = 0.0  # of a training step, per token
     causal: bool = True
     failure: str | None = None
@@ -171,6 +172,7 @@ class Entry:
                 "only models that do can be compared: try :kind=decoder"
             )
         self.params, self.params_total = model.num_params(), model.num_params(non_embedding=False)
+        self.params_tables = sum(m.table.numel() for m in model.modules() if isinstance(m, ValueEmbedding))
         self.flops, self.causal = model.flops_per_token(model.config.block_size), model.causal
 
 

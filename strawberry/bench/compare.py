@@ -104,8 +104,11 @@ def make_plan(arguments, entries: list[Entry]) -> Plan:
 def print_summary(entries: list[Entry], sweep: Sweep) -> None:
     """Print the models, the settings and the number of runs before the training begins, which can take hours."""
     plan = sweep.plan
-    rows = [[e.label, f"{e.params:,}", f"{e.params_total:,}", f"{e.flops / 1e6:.1f}"] for e in entries]
-    print(format_table(["model", "parameters, non-embedding", "total", "MFLOP / token"], rows))
+    tables = any(e.params_tables for e in entries)
+    rows = [[e.label, f"{e.params:,}", *[f"{e.params_tables:,}"] * tables, f"{e.params_total:,}",
+             f"{e.flops / 1e6:.1f}"] for e in entries]  # fmt: skip
+    header = ["model", "parameters, non-embedding", *["value tables"] * tables, "total", "MFLOP / token"]
+    print(format_table(header, rows))
     print("\n".join(["", *list_settings(entries, plan), *list_caveats(entries, [], plan)]))
     amount = f"{sweep.total} runs of {format_quantity(plan.tokens)} tokens, {plan.jobs} at once"
     print(f"{amount}; {sweep.count_done()} of them are done already")

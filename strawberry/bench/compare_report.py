@@ -48,7 +48,8 @@ def make_row(entry: Entry, grid: list[dict], seeds: list[dict], speed: dict | No
     return {
         "label": entry.label, "arch": entry.run.model_hyperparams.arch,
         "optimizer": OPTIMIZERS[entry.run.optimizer_hyperparams.use_muon],
-        "params": entry.params, "params_total": entry.params_total, "flops_per_token": entry.flops,
+        "params": entry.params, "params_total": entry.params_total, "params_tables": entry.params_tables,
+        "flops_per_token": entry.flops,
         "tokens_per_s": speed and speed["tokens_per_s"], "memory": speed and speed["memory"],
         "compiled": speed and speed["compiled"],
         "lr": seeds[0]["lr"] if seeds else None, "bpb": mean, "bpb_sd": deviation, "bpb_seeds": values,
@@ -74,13 +75,15 @@ def sort_by_bpb(rows: list[dict]) -> list[dict]:
 
 def format_main_table(rows: list[dict]) -> str:
     """The table of the models, sorted by bits per byte, best first."""
-    memory = any(row["memory"] for row in rows)
-    header = ["model", "optimizer", "learning rate", "parameters, non-embedding", "total", "MFLOP / token", "tokens/s"]
+    memory, tables = any(row["memory"] for row in rows), any(row["params_tables"] for row in rows)
+    header = ["model", "optimizer", "learning rate", "parameters, non-embedding", *["value tables"] * tables, "total",
+              "MFLOP / token", "tokens/s"]  # fmt: skip
     header += ["memory, GB"] * memory + ["validation, bits per byte"]
     lines = []
     for row in sort_by_bpb(rows):
         line = [row["label"], row["optimizer"], f"{row['lr']:g}" if row["lr"] else "–", f"{row['params']:,}",
-                f"{row['params_total']:,}", f"{row['flops_per_token'] / 1e6:.1f}",
+                *[f"{row['params_tables']:,}"] * tables, f"{row['params_total']:,}",
+                f"{row['flops_per_token'] / 1e6:.1f}",
                 f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "–"]  # fmt: skip
         line += [f"{row['memory'] / 1e9:.2f}" if row["memory"] else "–"] * memory
         lines.append([*line, format_bpb(row)])

@@ -393,6 +393,19 @@ def test_each_model_gets_the_optimizer_that_it_learns_best_with(workshop):
     assert "Optimizer: Muon for all" in Path("out2/compare.md").read_text()
 
 
+def test_value_tables_have_a_column_where_a_model_has_some(workshop):
+    a, b = entries("a.json", "b.json:value_embeddings=true")
+    rows = [compare_report.make_row(entry, [], [], None) for entry in (a, b)]
+    assert "value tables" not in compare_report.format_main_table(rows[:1])
+    header, _, _, with_tables = compare_report.format_main_table(rows).splitlines()
+    # one layer of 32 channels, two heads of q and one of k and v: a table of 16 channels for each of 44 tokens
+    names, cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, with_tables))
+    assert dict(zip(names, cells, strict=True))["value tables"] == f"{44 * 16:,}" == f"{b.params_tables:,}"
+    (without,) = entries("b.json")
+    gate = 32  # a number for each of the channels that it reads
+    assert b.params == without.params + gate and b.params_total == without.params_total + gate + 44 * 16
+
+
 def test_losses_by_quarter_are_means_over_seeds_or_absent(workshop):
     (entry,) = entries("a.json")
     first, second = result(1.25) | {"quarters": [4, 3, 2, 1]}, result(1.5) | {"quarters": [4, 3, 2, 3]}
