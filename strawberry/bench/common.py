@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +66,16 @@ def format_quantity(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"
+
+
+def parse_learning_rates(text: str) -> list[float]:
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(0 < lr < math.inf for lr in found):
+        raise UserError(f"--lrs {text}: must be numbers above 0 between commas, like 1e-3,3e-3")
+    return found
 
 
 def split_list(text: str) -> list[str]:
@@ -225,12 +235,13 @@ def parse_assignment(text: str) -> tuple[str, str]:
     return qualify_key(key.strip()), value.strip()
 
 
-def load_spec(spec: str, common: list[tuple[str, str]], last: bool = False) -> Run:
-    """The run of `file.json:key=value,key=value`; `common` keys are under its own, or over them where they come last.
+def load_spec(spec: str, common: list[tuple[str, str]], last: bool = False, defaults: Sequence = ()) -> Run:
+    """The run of `file.json:key=value,key=value`; `common` keys are under its own, or over them where they come last,
+    and `defaults` replace only what the file states.
     Sizes that its file states and another key makes impossible go back to their defaults."""
     file, _, changes = spec.partition(".json:")
     own = [parse_assignment(text) for text in split_list(changes)] if changes else []
-    words = [*own, *common] if last else [*common, *own]
+    words = [*defaults, *(own + common if last else common + own)]
     file = f"{file}.json" if changes else file
     return load_run(["--config", file, *(f"--{key}={value}" for key, value in words)], CONFIGS)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import math
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from strawberry.bench.common import (
     list_results,
     list_spec_inputs,
     load_entries,
+    parse_learning_rates,
     parse_override,
     parse_quantity,
 )
@@ -60,16 +60,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     arguments.lrs = parse_learning_rates(arguments.lrs)
     arguments.optimizers = parse_optimizers(arguments.optimizers)
     return arguments
-
-
-def parse_learning_rates(text: str) -> list[float]:
-    try:
-        found = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        found = []
-    if not found or not all(0 < lr < math.inf for lr in found):
-        raise UserError(f"--lrs {text}: must be numbers above 0 between commas, like 1e-3,3e-3")
-    return found
 
 
 def parse_optimizers(text: str | None) -> tuple[str, ...]:
