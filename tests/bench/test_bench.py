@@ -396,6 +396,39 @@ def test_each_model_gets_the_optimizer_that_it_learns_best_with(workshop):
     assert "Optimizer: Muon for all" in Path("out2/compare.md").read_text()
 
 
+def test_value_tables_have_a_column_where_a_model_has_some(workshop):
+    a, b = entries("a.json", "b.json:value_embeddings=true")
+    rows = [compare_report.make_row(entry, [], [], None) for entry in (a, b)]
+    assert "value tables" not in compare_report.format_main_table(rows[:1])
+    header, _, _, with_tables = compare_report.format_main_table(rows).splitlines()
+    # one layer of 32 channels, two heads of q and one of k and v: a table of 16 channels for each of 44 tokens
+    names, cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, with_tables))
+    assert dict(zip(names, cells, strict=True))["value tables"] == f"{44 * 16:,}" == f"{b.params_tables:,}"
+    (without,) = entries("b.json")
+    gate = 32  # a number for each of the channels that it reads
+    assert b.params == without.params + gate and b.params_total == without.params_total + gate + 44 * 16
+
+
+def test_losses_by_quarter_are_means_over_seeds_or_absent(workshop):
+    (entry,) = entries("a.json")
+    first, second = result(1.25) | {"quarters": [4, 3, 2, 1]}, result(1.5) | {"quarters": [4, 3, 2, 3]}
+    row = compare_report.make_row(entry, [], [first, second], None)
+    assert row["quarters"] == [[4, 0], [3, 0], [2, 0], [2, pytest.approx(math.sqrt(2))]]
+    assert "| a | 4.0000 ± 0.0000 |" in (text := compare_report.format_quarter_table([row]))
+    assert text.splitlines()[2].endswith("| 2.0000 ± 1.4142 |")
+    for seeds in ([], [first, result(1.5)], [first, result(None)]):  # none has ended, sees the future, diverged
+        assert compare_report.make_row(entry, [], seeds, None)["quarters"] is None
+    one = compare_report.make_row(entry, [], [first], None)
+    assert "| a | 4.0000 | 3.0000 | 2.0000 | 1.0000 |" in compare_report.format_quarter_table([one])
+
+
+def test_the_slowest_models_start_first(workshop):
+    schedule = sweep.Sweep(entries("a.json", "b.json"), plan(lrs=[1e-3, 3e-3]))
+    assert [trial.label for trial in schedule.list_pending()] == ["a", "a", "b", "b"]
+    schedule.speeds = {"a": {"tokens_per_s": 9.0}, "b": {"tokens_per_s": 2.0}}
+    assert [trial.label for trial in schedule.list_pending()] == ["b", "b", "a", "a"]
+
+
 def test_a_model_that_sees_the_future_is_shown_by_its_strict_loss():
     line = {"val_bpb": 2.0, "val_loss": 4.0}
     assert sweep.strict_bpb(line) == 2.0
@@ -504,7 +537,9 @@ def test_a_real_child_trains(workshop, monkeypatch):
     by_role = {"_train": real, "_speed": pretended}
     monkeypatch.setattr(child_process, "make_command", lambda role, *rest: by_role[role](role, *rest))
     assert run_compare("a.json", "--seeds", "1", "--lrs", "1e-2") == 0
-    curve = table()["a"]["curve"]
+    row = table()["a"]
+    curve, quarters = row["curve"], [mean for mean, _ in row["quarters"]]
+    assert f"| a | {quarters[0]:.4f} | {quarters[1]:.4f} |" in Path("out/compare.md").read_text()
     assert len(curve) == 20 and 0 < table()["a"]["bpb"] == curve[-1][1] < curve[0][1]
     assert [path.suffix for path in Path("out/runs").iterdir()] == [".json"] * 2
     assert {path.name for path in Path("out").iterdir()} == {"compare.json", "compare.md", "compare.png", "runs"}

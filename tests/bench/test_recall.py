@@ -39,6 +39,46 @@ def test_no_answer_is_in_the_text_after_its_question():
         assert all(token < N_FILLERS + TASK.n_symbols for token in x[first:])  # filler and keys, no values
 
 
+def test_half_of_the_rows_of_training_ask_each_key_several_times():
+    """Their answers are right too, and in no text after the pairs. Rows that models are judged by ask once."""
+    batch = RecallObjective(TASK).make_batch(None, 1, 0, 300)
+    scattered = 0
+    for x, y in zip(batch.x.tolist(), batch.y.tolist(), strict=True):
+        asked = [t for t, answer in enumerate(y) if answer >= 0]
+        assert all(y[t] == x[x.index(x[t]) + 1] for t in asked)
+        assert all(token < N_FILLERS + TASK.n_symbols for token in x[asked[0]:])
+        times = [sum(x[t] == key for t in asked) for key in {x[t] for t in asked}]
+        scattered += max(times) > 1
+        assert len(times) in TASK.pairs and max(times) <= recall.TIMES_ASKED and max(times) - min(times) <= 1
+    assert 110 < scattered < 190  # of 300
+    for cell in TASK.cells:
+        assert all(sum(answer >= 0 for answer in y) == cell[0] for _, y in rows_of(cell))
+
+
+def test_the_best_rate_is_a_config_s_result():
+    def row(config, lr, *accuracies):
+        return {"config": config, "lr": lr} | ({"cells": [{"accuracy": a} for a in accuracies]} if accuracies else {})
+
+    rows = [row("a", 1e-3, 0.5, 0.7), row("a", 3e-3, 0.9, 0.5), row("b", 1e-3), row("b", 3e-3, 0.1), row("c", 1e-3)]
+    best = {found["config"]: found for found in recall.choose_best(rows)}
+    assert {name: found["lr"] for name, found in best.items()} == {"a": 3e-3, "b": 3e-3, "c": 1e-3}
+    assert best["a"]["by_lr"] == {"0.001": pytest.approx(0.6), "0.003": pytest.approx(0.7)}
+    assert best["c"]["mean"] is None
+
+
+def test_the_optimizer_is_the_same_for_all_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["air.json", "palm-aft.json:muon_lr=0.01", "--lrs", "1e-3,2e-3", "--batch_size", "7"]
+    runs = recall.load_runs(recall.parse_arguments(words), TASK, tmp_path)
+    assert [(spec, run.learning_rate) for spec, run in runs] == [
+        ("air.json", 1e-3), ("air.json", 2e-3), (words[1], 1e-3), (words[1], 2e-3)
+    ]  # fmt: skip
+    assert {(run.batch_size, run.optimizer_hyperparams.use_muon) for _, run in runs} == {(7, True)}
+    assert [run.optimizer_hyperparams.muon_lr for _, run in runs] == [None, None, 0.01, 0.01]
+    ((_, run),) = recall.load_runs(recall.parse_arguments(["air.json", "--set", "use_muon=false"]), TASK, tmp_path)
+    assert run.optimizer_hyperparams.use_muon is False
+
+
 def test_keys_values_order_and_place_are_drawn_anew():
     rows = rows_of((5, 7), 400)
     firsts, orders, maps = set(), set(), {}
@@ -117,7 +157,7 @@ def test_two_configs_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsy
 def test_a_model_that_sees_the_future_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = recall.parse_arguments(["air.json:retention_scope=batch", "--set", "compile=false"])
-    (run,) = recall.load_runs(arguments, TASK, tmp_path)
+    ((_, run),) = recall.load_runs(arguments, TASK, tmp_path)
     with pytest.raises(UserError, match="sees the tokens to come"):
         recall.RecallTrainer(run, TASK).set_up()
 
