@@ -52,7 +52,8 @@ class Decoder:
     continuation. on_full: what happens at the last learned position. With "stop" the sequence ends (reason "full");
     with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a CUDA step
     faster, and takes up to a minute. If only some rows are busy, a step computes the first n rows, n a power of two.
-    It reads the cache up to the length of the longest row.
+    It reads the cache up to the length of the longest row. fuse: a compiled step computes a product of up to 16 rows
+    and the operations around it as one kernel.
 
     batch_invariant: a text is bit for bit the same whatever the other rows contain, on a CPU with a given number of
     threads. Every step computes all rows, reads a multiple of CACHE_ALIGNMENT slots of the cache, begins the chunks of
@@ -72,7 +73,7 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, model: LanguageModel, rows: int, max_length: int, *, on_full: str = "stop",
-                 compile: bool = False, batch_invariant: bool = False, min_bucket: int = 256,
+                 compile: bool = False, fuse: bool = False, batch_invariant: bool = False, min_bucket: int = 256,
                  max_source: int | None = None):  # fmt: skip
         if not model.generates:
             raise UserError(f"a {model.config.arch} of kind encoder predicts masked tokens; it does not continue text")
@@ -87,7 +88,7 @@ class Decoder:
         self.lookahead = 0  # steps that the device runs ahead of the host
         if model.causal and model.device.type == "cuda":
             self.lookahead = 1
-            self.device_step.use_cuda_graphs(compile)
+            self.device_step.use_cuda_graphs(compile, fuse)
 
     @property
     def busy(self) -> int:

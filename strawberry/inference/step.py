@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model import LanguageModel
 from strawberry.cache import CACHE_ALIGNMENT, RingKVCache, iter_layer_caches, round_up
+from strawberry.inference.fusing import compile_fused
 from strawberry.inference.sampling import BatchSampler, Filters, Request
 from strawberry.ops.common import to_accum_dtype
 from strawberry.ops.sampling import sample
@@ -178,10 +179,13 @@ def copy_to_host_async(tokens: Tensor, logprobs: tuple[Tensor, ...], owners: lis
 # ---- compiling and CUDA graphs -------------------------------------------------------------------------------------
 
 
-def compile_step(function, rows: int):
+def compile_step(function, rows: int, fuse: bool = False):
     """Compile a step into fewer, larger kernels. With one row, matrix products become reductions, which are fused with
-    the operations around them.
+    the operations around them. fuse: products of up to 16 rows become kernels of their own, with the norm before and
+    the activation after them.
     """
+    if fuse:
+        return torch.compile(function, dynamic=False, backend=compile_fused)
     return torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": rows == 1})
 
 
@@ -246,13 +250,13 @@ class DecodeStep:
         self.min_bucket = self.logits.choose_min_bucket(min_bucket) if self.batch_invariant else min_bucket
         self.uses_buckets = self.batch_invariant
 
-    def use_cuda_graphs(self, compile: bool) -> None:
+    def use_cuda_graphs(self, compile: bool, fuse: bool) -> None:
         """Capture and replay steps as CUDA graphs from now on. Runs the step three times to initialize what its first
         call initializes; all rows must be free, so that this changes no sequence.
         """
         self.uses_buckets = True
         if compile:  # one shape only, because each further shape would compile as long
-            self.logits.compute = compile_step(self.model.decode_step, self.rows)
+            self.logits.compute = compile_step(self.model.decode_step, self.rows, fuse)
             self.sampler.sample_all = compile_step(sample, self.rows) if self.rows == 1 else sample
             self.min_bucket, self.shrinks = self.logits.capacity, False
         stream = torch.cuda.Stream()
