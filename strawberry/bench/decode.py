@@ -35,6 +35,7 @@ from strawberry.bench.common import (
     set_log_ticks,
     style_panel,
 )
+from strawberry.bench.step_profile import format_profile, profile_steps
 from strawberry.cache import Cache, ChunkCache, iter_layer_caches
 from strawberry.common import UserError, atomic_write
 from strawberry.config import to_dict
@@ -98,7 +99,8 @@ def load_trained(path: str, take_source: bool) -> LanguageModel:
 
 def check_generates(model: LanguageModel, label: str, take_source: bool) -> None:
     if not model.generates or (model.takes_source and not take_source):
-        raise UserError(f"{label}: kind = {model.config.kind!r} does not continue text; give a model that does")
+        raise UserError(f"{label}: kind = {model.config.kind!r} does not continue text; try :kind=decoder, or give a model that "
+                        "does")  # fmt: skip
 
 
 def count_weight_bytes(model: LanguageModel, rows: int) -> int:
@@ -174,6 +176,7 @@ class DecodeBenchmark:
     compile: bool
     bandwidth: float  # bytes per second
     fuse: bool = False
+    profile: bool = False
 
     def prepare(self, model: LanguageModel) -> LanguageModel:
         model = model.to(self.device, self.dtype).eval()
@@ -222,7 +225,17 @@ class DecodeBenchmark:
         if self.device.type == "cuda":  # capture the CUDA graphs of all lengths before the timed steps
             n, _ = self.time_steps(decoder, itertools.islice(prompts, batch), n)
         done, took = self.time_steps(decoder, itertools.islice(prompts, batch), n)
-        return {"first_token_s": seconds, "tokens_per_s": batch * done / took, "steps": done}
+        measured = {"first_token_s": seconds, "tokens_per_s": batch * done / took, "steps": done}
+        return measured | ({"profile": self.profile_steps(decoder, prompts)} if self.profile else {})
+
+    def profile_steps(self, decoder: engine.Decoder, prompts: Iterable[Request]) -> dict:
+        handles = [decoder.admit(prompt) for prompt in itertools.islice(prompts, decoder.rows)]
+        for _ in range(WARMUP_STEPS):
+            decoder.step()
+        profile = profile_steps(decoder.step, self.device)
+        for handle in handles:
+            decoder.release(handle)
+        return profile
 
     def time_steps(self, decoder: engine.Decoder, prompts: Iterable[Request], n: int) -> tuple[int, float]:
         """(steps, seconds) of n steps after these prompts; of fewer steps if they exceed MAX_SECONDS."""
@@ -280,6 +293,8 @@ def measure_model(source: ModelSource, benchmark: DecodeBenchmark, batches: list
     for context, batch in itertools.product(contexts, batches):
         cells.append(benchmark.measure_cell(model, batch, context))
         tqdm.write(f"{source.label}: batch {batch}, context {format_quantity(context)}: {format_cell(cells[-1])}")
+        if "profile" in cells[-1]:
+            tqdm.write(format_profile(cells[-1]["profile"]))
     return {"label": source.label, "arch": config.arch, "params": params, "weight_bytes": count_weight_bytes(model, 1),
             "cache_constant": constant, "cache_per_token": each, "causal": model.causal, "cells": cells,
             "model_hyperparams": to_dict(config)}  # fmt: skip
@@ -421,6 +436,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--quantize", choices=["int8"], help="matrices in 8 bits")
     add("--compile", action="store_true", help="torch.compile the step")
     add("--fuse", action="store_true", help="with --compile: a product and the operations around it as one kernel")
+    add("--profile", action="store_true", help="list the kernels of a step, and how long each takes")
     add("--out", default="img/decode", type=Path, help="directory of decode.md, .json and .png (default img/decode)")
     add("--json", type=Path, help="another place for decode.json")
     add("--against", choices=["nanogpt"], help="measure tinystar in GPT-2's manner beside nanoGPT's generate instead")
@@ -447,8 +463,9 @@ def make_benchmark(arguments: argparse.Namespace) -> DecodeBenchmark:
     if arguments.fuse and not arguments.compile:
         raise UserError("--fuse: needs --compile")
     return DecodeBenchmark(
-        device, dtype, arguments.quantize, arguments.compile, hardware.measure_copy_bandwidth(device), arguments.fuse
-    )
+        device, dtype, arguments.quantize, arguments.compile, hardware.measure_copy_bandwidth(device), arguments.fuse,
+        arguments.profile,
+    )  # fmt: skip
 
 
 def run(argv: list[str]) -> None:
