@@ -99,8 +99,8 @@ def load_trained(path: str, take_source: bool) -> LanguageModel:
 
 def check_generates(model: LanguageModel, label: str, take_source: bool) -> None:
     if not model.generates or (model.takes_source and not take_source):
-        raise UserError(f"{label}: kind = {model.config.kind!r} does not continue text; try :kind=decoder, or give a model that "
-                        "does")  # fmt: skip
+        raise UserError(f"{label}: kind = {model.config.kind!r} does not continue text; try "
+                        ":kind=decoder, or give a model that does")  # fmt: skip
 
 
 def count_weight_bytes(model: LanguageModel, rows: int) -> int:
