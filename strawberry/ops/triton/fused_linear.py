@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from strawberry.ops.triton.common import fast_exp, jit, next_power_of_2, tl
+from strawberry.ops.triton.common import fast_exp, jit, next_power_of_2, overlaps, prefetch, tl, wait_for_inputs
 
 MAX_WEIGHTS = 3  # matrices that one kernel multiplies by the same rows
 
@@ -51,6 +51,7 @@ def fused_linear_kernel(
     K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, OUT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
     EPS: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    OVERLAP: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N results of each row of x. Products accumulate elementwise along k, and each result is reduced across the
     lanes of one warp. Every row is computed alone, by the same instructions whatever M is; the second and later rows
@@ -70,6 +71,13 @@ def fused_linear_kernel(
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     n_zeros = tl.zeros((BLOCK_N, 1), tl.int32)
     start_w = n.to(tl.int64)[:, None] * K
+    if OVERLAP:
+        lines = tl.arange(0, LINES)[None, :] * LINE
+        lines = w + tl.where((n < N)[:, None] & (lines < K), start_w + lines, 0)
+        prefetch(lines)
+        if GATED:
+            prefetch(lines + OUT * K)
+        wait_for_inputs()
     for m in range(M):
         row = x + m * x_row
         mean, inverse = 0.0, 1.0
@@ -137,10 +145,12 @@ def fused_linear_op(
     block_n = 4 if sum(widths) < 16384 else 16
     programs = sum(-(-n // block_n) for n in widths)
     widths += [0] * (MAX_WEIGHTS - len(widths))
+    overlap, line = overlaps(x), 128 // weights[0].element_size()  # numbers in a line of the L2 cache
     fused_linear_kernel[(programs,)](
         *args, K=K, N1=widths[0], N2=widths[1], N3=widths[2], OUT=y.size(1), BLOCK_N=block_n,
         BLOCK_K=min(256, next_power_of_2(K)), NORM=norm, GAIN=gain is not None, SHIFT=shift is not None, EPS=eps,
-        SCALED=bool(scales), BIAS=bool(biases), ACTIVATION=activation, RESIDUAL=residual is not None, num_warps=4,
+        SCALED=bool(scales), BIAS=bool(biases), ACTIVATION=activation, RESIDUAL=residual is not None, OVERLAP=overlap,
+        LINE=line, LINES=next_power_of_2(-(-K // line)), num_warps=4, **({"launch_pdl": True} if overlap else {}),
     )  # fmt: skip
     return y
 
