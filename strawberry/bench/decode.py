@@ -229,7 +229,7 @@ class DecodeBenchmark:
         return measured | ({"profile": self.profile_steps(decoder, prompts)} if self.profile else {})
 
     def profile_steps(self, decoder: engine.Decoder, prompts: Iterable[Request]) -> dict:
-        handles = [decoder.admit(prompt) for prompt in itertools.islice(prompts, decoder.rows)]
+        handles = decoder.admit_all(list(itertools.islice(prompts, decoder.rows)))
         for _ in range(WARMUP_STEPS):
             decoder.step()
         profile = profile_steps(decoder.step, self.device)
@@ -239,7 +239,7 @@ class DecodeBenchmark:
 
     def time_steps(self, decoder: engine.Decoder, prompts: Iterable[Request], n: int) -> tuple[int, float]:
         """(steps, seconds) of n steps after these prompts; of fewer steps if they exceed MAX_SECONDS."""
-        handles = [decoder.admit(prompt) for prompt in prompts]
+        handles = decoder.admit_all(list(prompts))
         for _ in range(WARMUP_STEPS):
             decoder.step()
         began, done = hardware.synchronized_time(self.device), 0

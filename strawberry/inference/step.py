@@ -44,6 +44,18 @@ class CachedLogits:
         self.cache.lengths[row] = len(tokens)
         return logits
 
+    def prefill_together(self, first: int, prompts: list[list[int]]) -> Tensor:
+        """Reset the rows from `first` on and prefill a prompt into each, in one pass. Returns the logits (n, V) after
+        the prompts.
+        """
+        rows, counts = slice(first, first + len(prompts)), list(map(len, prompts))
+        self.cache.reset(range(first, rows.stop))
+        cache, device = self.cache.slice(rows), self.cache.positions.device
+        idx = torch.tensor([prompt + [0] * (max(counts) - len(prompt)) for prompt in prompts], device=device)
+        logits = self.model.logits_after(idx, cache, counts)
+        self.cache.lengths[rows] = counts
+        return logits
+
     def choose_min_bucket(self, smallest: int) -> int:
         """`smallest`, doubled until it covers every ring buffer whose size is not a multiple of CACHE_ALIGNMENT: such a
         ring is then read whole from the first step.

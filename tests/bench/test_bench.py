@@ -623,7 +623,7 @@ def test_what_a_speed_is(quick, monkeypatch):
     now = [0.0]
 
     class Pretended:
-        def __init__(self, model, rows, max_length, compile):
+        def __init__(self, model, rows, max_length, **options):
             self.rows, self.lengths, self.under_way, self.steps = rows, {}, [], 0
             assert max_length == 8 + decode.WARMUP_STEPS + decode.MAX_STEPS + 2
 
@@ -634,6 +634,9 @@ def test_what_a_speed_is(quick, monkeypatch):
             self.under_way.append(handle)
             self.lengths[handle] = len(request.prompt)
             return handle
+
+        def admit_all(self, requests):
+            return [self.admit(request) for request in requests]
 
         def release(self, handle):
             del self.lengths[handle]

@@ -114,6 +114,9 @@ class Scripted:
         self.running[handle] = [request, 0, iter(self.scripts[len(self.asked) - 1])]
         return handle
 
+    def admit_all(self, requests):
+        return [self.admit(request) for request in requests]
+
     def step(self):
         made = []
         for handle, row in list(self.running.items()):
