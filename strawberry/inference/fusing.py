@@ -40,7 +40,7 @@ class FusedLinear:
     @property
     def groups_by(self) -> tuple:
         """Maps with an equal key read equal inputs, and one kernel can compute them."""
-        kinds = (self.scale is None, self.bias is None, value(self.weight).dtype)
+        kinds = (self.scale is None, self.bias is None, self.weight.op, value(self.weight).dtype)
         return (self.x, *self.norm, *kinds)
 
 
@@ -65,9 +65,7 @@ def fuse_linears(graph: fx.Graph) -> int:
     num_fused, found = 0, [node for node in graph.nodes if match_linear(node) is not None]
     while found:  # matched again, because an earlier one may have taken what followed both
         match = match_linear(found.pop(0))
-        group = [match]
-        if match.activation == "identity" and match.residual is None:
-            group = find_group(match, found)
+        group = find_group(match, found)
         found = [node for node in found if all(node is not member.inside[0] for member in group)]
         replace(graph, group)
         num_fused += 1
@@ -81,10 +79,15 @@ def is_impure(node: fx.Node) -> bool:
 
 
 def find_group(match: FusedLinear, found: list[fx.Node]) -> list[FusedLinear]:
-    """Up to MAX_WEIGHTS linear maps of one input, without activations and residual sums; `match` is the first."""
-    others = [match_linear(node) for node in found]
-    alike = [other for other in others if other.activation == "identity" and other.residual is None]
-    alike = [other for other in alike if other.end is not match.end and other.groups_by == match.groups_by]
+    """`match` and up to MAX_WEIGHTS − 1 linear maps of the same input; only `match` if it has an activation, a residual
+    sum, or a matrix for each row.
+    """
+
+    def can_group(match: FusedLinear) -> bool:
+        return match.activation == "identity" and match.residual is None and match.weight.op == "placeholder"
+
+    others = [match_linear(node) for node in found] if can_group(match) else []
+    alike = [other for other in others if can_group(other) and other.groups_by == match.groups_by]
     return [match, *alike][:MAX_WEIGHTS]
 
 
@@ -117,28 +120,52 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 def match_linear(node: fx.Node) -> FusedLinear | None:
     """The linear map at `node` and what can be fused with it; None if the node is something else."""
-    int8 = calls(node, (torch.ops.strawberry.int8_linear, torch.ops.strawberry.int8_linear.default))
-    if not int8 and not calls(node, LINEARS):
+    match = match_product(node) or match_product_per_row(node) or match_int8_product(node)
+    if match is None or value(match.x) is None or value(match.weight) is None:
         return None
-    x, weight, *rest = node.args
-    if int8 and (not calls_method(x, "reshape") or rest[1] is not None or not calls_method(only_user(node), "view")):
+    x, weight = value(match.x), value(match.weight)
+    if x.numel() // x.size(-1) > MAX_ROWS or not kernels.can_run(x, weight):
         return None
-    if not int8 and (rest[0] if rest else node.kwargs.get("bias")) is not None:
+    if match.scale is None and x.dtype != weight.dtype:
         return None
-    end = only_user(node) if int8 else node
-    scale, inside = (rest[0], [node, x, end]) if int8 else (None, [node])
-    x = x.args[0] if int8 else x
-    rows, weights = value(x), value(weight)
-    if rows is None or weights is None or weight.op != "placeholder" or (not int8 and rows.dtype != weights.dtype):
-        return None
-    if rows.numel() // rows.size(-1) > MAX_ROWS or not kernels.can_run(rows, weights):
-        return None
-    match = FusedLinear(end, x, weight, scale, inside=inside)
     take_norm(match)
     take_bias(match)
     take_activation(match)
     take_residual(match)
     return match
+
+
+def match_product(node: fx.Node) -> FusedLinear | None:
+    """x Wᵀ with a parameter W."""
+    if not calls(node, LINEARS) or (node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")) is not None:
+        return None
+    x, weight = node.args[:2]
+    return FusedLinear(node, x, weight, inside=[node]) if weight.op == "placeholder" else None
+
+
+def match_product_per_row(node: fx.Node) -> FusedLinear | None:
+    """x Wᵀ with x (B, 1, in) and a matrix for each row, W (B, out, in)."""
+    if not calls(node, (operator.matmul, torch.matmul)) or not calls(node.args[1], (getattr,)):
+        return None
+    x, transposed = node.args
+    weight, name = transposed.args
+    shapes = [value(operand).shape if value(operand) is not None else () for operand in (x, weight)]
+    if name != "mT" or list(map(len, shapes)) != [3, 3] or shapes[0][:2] != (len(value(weight)), 1):
+        return None
+    if value(weight).stride()[1:] != (shapes[1][2], 1):
+        return None
+    return FusedLinear(node, x, weight, inside=[node, transposed])
+
+
+def match_int8_product(node: fx.Node) -> FusedLinear | None:
+    """x Wᵀ · scale as `ops.linear` records it, with the rows of x flattened."""
+    if not calls(node, (torch.ops.strawberry.int8_linear, torch.ops.strawberry.int8_linear.default)):
+        return None
+    flat, weight, scale, bias = node.args
+    if not calls_method(flat, "reshape") or bias is not None or not calls_method(only_user(node), "view"):
+        return None
+    end = only_user(node)
+    return FusedLinear(end, flat.args[0], weight, scale, inside=[node, flat, end])
 
 
 def take_norm(match: FusedLinear) -> None:

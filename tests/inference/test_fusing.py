@@ -89,6 +89,14 @@ def test_strawberry_has_three_operations_a_step(monkeypatch):
     assert list(map(describe, fused)) == [*step, *step, ("rms", 1, 0, "identity", False)]
 
 
+def test_retention_fuses_the_matrices_of_each_row(monkeypatch):
+    """Two steps, the second with matrices of its own for each of three rows."""
+    fused, targets = compare_steps(build_small({"n_qkv": 32, "retention_chunk": 16, "r_layer": 1}), monkeypatch)
+    per_row = [args[1][0].meta["example_value"].dim() == 3 for args in fused]
+    assert per_row == [False] * 3 + [True] * 3 + [False]
+    assert describe(fused[4]) == ("none", 1, 0, "swiglu", False) and describe(fused[5])[-1]
+
+
 def test_int8_weights_are_fused_with_their_scales(monkeypatch):
     model = quantize_model(build_small(MODELS["palm, lam"]).float())
     fused, targets = compare_steps(model, monkeypatch, kernels_run=True)
