@@ -239,6 +239,9 @@ class StepKey(NamedTuple):
     filters: Filters
 
 
+SIMPLE_FILTERS = [Filters(draws, greedy, None, False, False) for draws in (False, True) for greedy in (False, True)]
+
+
 class DecodeStep:
     """The tensors of all rows, and a decode step of them: logits, sampling, positions. A step reads its state from
     device tensors only, so that a CUDA graph can replay it.
@@ -258,7 +261,7 @@ class DecodeStep:
         self.last_token = torch.zeros(rows, dtype=torch.int64, device=device)
         self.sampled = torch.zeros(rows, dtype=torch.int64, device=device)  # last_token, but −1 for NaN
         self.active = torch.zeros(rows, dtype=torch.int64, device=device)  # 1 where a row generates tokens
-        self.shrinks, self.launch = not batch_invariant, self.run
+        self.shrinks, self.launch, self.compiled_finish = not batch_invariant, self.run, None
         self.min_bucket = self.logits.choose_min_bucket(min_bucket) if self.batch_invariant else min_bucket
         self.uses_buckets = self.batch_invariant
 
@@ -269,7 +272,10 @@ class DecodeStep:
         self.uses_buckets = True
         if compile:  # one shape only, because each further shape would compile as long
             self.logits.compute = compile_step(self.model.decode_step, self.rows, fuse)
-            self.sampler.sample_all = compile_step(sample, self.rows) if self.rows == 1 else sample
+            if fuse:
+                self.compiled_finish = torch.compile(self.draw_and_finish, dynamic=False)
+            elif self.rows == 1:
+                self.sampler.sample_all = compile_step(sample, self.rows)
             self.min_bucket, self.shrinks = self.logits.capacity, False
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -299,6 +305,16 @@ class DecodeStep:
     def run(self, n: int, max_cached: int, filters: Filters) -> None:
         """Run a step of the first n rows."""
         logits = self.logits.decode_step(self.last_token[:n], max_cached)
+        self.finish_step(n, logits, filters)
+
+    def finish_step(self, n: int, logits: Tensor, filters: Filters) -> None:
+        """Sample the tokens after logits (n, V), and advance the rows."""
+        if self.compiled_finish is not None and (self.rows == 1 or filters in SIMPLE_FILTERS):
+            self.compiled_finish(n, logits, filters)
+        else:
+            self.draw_and_finish(n, logits, filters)
+
+    def draw_and_finish(self, n: int, logits: Tensor, filters: Filters) -> None:
         self.finish(n, logits, self.sampler.draw(logits, slice(0, n), filters), filters)
 
     def run_batch_invariant(self, key: StepKey, rows: list[int], requests: list[Request]) -> None:
@@ -319,10 +335,14 @@ class DecodeStep:
         self.sampler.advance(slice(0, n), logits, self.last_token[:n], active, filters)
 
     def warm_up_sampling(self, n: int, max_cached: int, filters: Filters) -> None:
-        device, rows = self.last_token.device, slice(0, n)
-        logits = torch.zeros(n, self.model.config.vocab_size, device=device)
-        token = self.sampler.draw(logits, rows, filters).clamp(min=0)
-        self.sampler.advance(rows, logits, token, torch.zeros_like(token), filters)  # counts for no row
+        """Sample once for no row."""
+        state = (self.last_token, self.sampled, self.active)
+        before = [tensor.clone() for tensor in state]
+        self.active.zero_()
+        logits = torch.zeros(n, self.model.config.vocab_size, device=self.active.device)
+        self.finish_step(n, logits, filters)
+        for tensor, values in zip(state, before, strict=True):
+            tensor.copy_(values)
 
     def sample_first(self, row: int, logits: Tensor, request: Request) -> None:
         """Sample the token after a prompt from its logits (1, V), and activate the row for the next steps."""

@@ -4,11 +4,14 @@ each fused operation; here, its plain version does (the kernel: tests/ops/kernel
 
 import pytest
 import torch
-from decoding import MODELS, SMALL
+from decoding import MODELS, SMALL, collect
 
 from model import build
 from strawberry.inference import fusing
+from strawberry.inference.engine import Decoder
 from strawberry.inference.loading import quantize_model
+from strawberry.inference.sampling import Request
+from strawberry.inference.step import SIMPLE_FILTERS
 from strawberry.ops.fused_linear import Norm, fused_linear_plain
 from strawberry.ops.triton import common as kernels
 
@@ -108,3 +111,21 @@ def test_int8_weights_are_fused_with_their_scales(monkeypatch):
 def test_more_rows_than_a_kernel_takes_stay_products(monkeypatch):
     fused, targets = compare_steps(build_small(GPT2), monkeypatch, rows=17)
     assert not fused and targets & set(fusing.LINEARS)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_compiled_sampling_makes_the_same_texts(rows):
+    model = build_small(GPT2)
+    requests = [Request([1 + i], 9, temperature=i % 2, seed=i, **wish)
+                for i, wish in enumerate([{}, {}, {"top_k": 4}, {"repetition_penalty": 1.5}])]  # fmt: skip
+    expected = collect(Decoder(model, rows, 64), requests)
+    decoder, calls = Decoder(model, rows, 64), []
+    step = decoder.device_step
+    finish = torch.compile(step.draw_and_finish, backend="aot_eager", dynamic=False, fullgraph=True)
+    step.compiled_finish = lambda *args: calls.append(args[2]) or finish(*args)
+    for filters in (SIMPLE_FILTERS[1], SIMPLE_FILTERS[2]):
+        step.warm_up_sampling(rows, 0, filters)
+    calls.clear()
+    step.shrinks = False
+    assert collect(decoder, requests) == expected
+    assert calls and (rows == 1 or set(calls) <= set(SIMPLE_FILTERS))
