@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from strawberry.ops.fused_linear import MAX_ROWS, MAX_WEIGHTS
+from strawberry.ops.fused_linear import MAX_GEMV_ROWS, MAX_ROWS, MAX_WEIGHTS
 from strawberry.ops.triton import common as kernels
 
 LINEARS = (F.linear, torch._C._nn.linear)
@@ -124,7 +124,8 @@ def match_linear(node: fx.Node) -> FusedLinear | None:
     if match is None or value(match.x) is None or value(match.weight) is None:
         return None
     x, weight = value(match.x), value(match.weight)
-    if x.numel() // x.size(-1) > MAX_ROWS or not kernels.can_run(x, weight):
+    most = MAX_GEMV_ROWS if weight.dim() == 3 else MAX_ROWS
+    if x.numel() // x.size(-1) > most or not kernels.can_run(x, weight):
         return None
     if match.scale is None and x.dtype != weight.dtype:
         return None

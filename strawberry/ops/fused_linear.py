@@ -12,9 +12,9 @@ from torch import Tensor
 from strawberry.ops.activations import ACTIVATIONS
 from strawberry.ops.common import to_accum_dtype
 from strawberry.ops.triton import common as kernels
-from strawberry.ops.triton.fused_linear import MAX_WEIGHTS
+from strawberry.ops.triton.fused_linear import MAX_GEMV_ROWS, MAX_WEIGHTS
 
-MAX_ROWS = 16  # beyond it a matrix product on tensor cores is faster
+MAX_ROWS = 64  # beyond it a matrix product is bound by arithmetic, not by reading W
 
 
 class Norm(NamedTuple):
@@ -33,15 +33,17 @@ def fused_linear(
     x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] = (), biases: Sequence[Tensor] = (),
     norm: Norm = NO_NORM, activation: str = "identity", residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """f(norm(x) Wᵀ · scale + b) + residual, with a name f of ACTIVATIONS. x (M, K), M ≤ 16; up to three W (N, K), whose
+    """f(norm(x) Wᵀ · scale + b) + residual, with a name f of ACTIVATIONS. x (M, K), M ≤ 64; up to three W (N, K), whose
     results are concatenated, in x's dtype or in int8, then with a scale (N,) float32 for each; W (M, N, K) is a matrix
-    for each row; residual (M, ΣN). "swiglu" takes one W. Returns (M, ΣN) in x's dtype; all sums are float32, and
-    nothing between the norm and the result is rounded. A row's result does not depend on the other rows or on M.
+    for each row, M ≤ 16; residual (M, ΣN). "swiglu" takes one W. Returns (M, ΣN) in x's dtype; all sums are float32. Up
+    to 16 rows, nothing between the norm and the result is rounded, and a row's result does not depend on the other rows
+    or on M; with more, tensor cores multiply the normed rows in x's dtype.
 
     Bytes moved: W once. Lower bound on the time: its bytes divided by the copy bandwidth.
     """
     tensors = (x, *weights, *scales, *biases, *(t for t in (norm.gain, norm.shift, residual) if t is not None))
-    if x.size(0) > MAX_ROWS or len(weights) > MAX_WEIGHTS or not kernels.can_run(*tensors):
+    most = MAX_GEMV_ROWS if weights[0].dim() == 3 else MAX_ROWS
+    if x.size(0) > most or len(weights) > MAX_WEIGHTS or not kernels.can_run(*tensors):
         return fused_linear_plain(x, weights, scales, biases, norm, activation, residual)
     return torch.ops.strawberry.fused_linear(
         x, list(weights), list(scales), list(biases), norm.kind, norm.gain, norm.shift, norm.eps, activation, residual)

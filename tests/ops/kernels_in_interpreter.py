@@ -278,9 +278,10 @@ def fused_linear_inputs(M, K, widths, dtype=torch.float32, norm="none", biased=F
 @pytest.mark.parametrize("activation", ["identity", "relu", "relu2", "gelu", "gelu_tanh", "swiglu"])
 @pytest.mark.parametrize("norm, biased, int8", [("layer", True, False), ("rms", False, True), ("none", True, True),
                                                 ("plain rms", False, False)])  # fmt: skip
-def test_fused_linear_is_norm_product_activation_and_sum(norm, biased, int8, activation):
-    x, weights, scales, biases, norm = fused_linear_inputs(2, 300, [22], torch.bfloat16, norm, biased, int8)
-    residual = draw(2, 22 // (1 + (activation == "swiglu")), seed=3, dtype=torch.bfloat16)
+@pytest.mark.parametrize("M", [2, 20])
+def test_fused_linear_is_norm_product_activation_and_sum(norm, biased, int8, activation, M):
+    x, weights, scales, biases, norm = fused_linear_inputs(M, 300, [22], torch.bfloat16, norm, biased, int8)
+    residual = draw(M, 22 // (1 + (activation == "swiglu")), seed=3, dtype=torch.bfloat16)
     args = (weights, scales, biases, norm, activation, residual)
     got = fused_linear(x, *args)
     assert got.dtype == torch.bfloat16
@@ -290,7 +291,7 @@ def test_fused_linear_is_norm_product_activation_and_sum(norm, biased, int8, act
 
 
 @pytest.mark.parametrize("K, widths", [(1, [1]), (64, [4, 4, 4]), (257, [5, 1, 9]), (768, [12, 7])])
-@pytest.mark.parametrize("M", [1, 5])
+@pytest.mark.parametrize("M", [1, 5, 17, 64])
 def test_fused_linear_of_odd_shapes(M, K, widths):
     x, *args = fused_linear_inputs(M, K, widths, norm="layer" if K > 1 else "rms", biased=True)
     residual = draw(M, 2 * sum(widths), seed=3)[:, : sum(widths)]  # rows that do not follow each other

@@ -3,8 +3,19 @@
 import torch
 from torch import Tensor
 
-from strawberry.ops.triton.common import fast_exp, jit, next_power_of_2, overlaps, prefetch, tl, wait_for_inputs
+from strawberry.ops.triton.common import (
+    HALF_DTYPES,
+    dot_dtype,
+    fast_exp,
+    jit,
+    next_power_of_2,
+    overlaps,
+    prefetch,
+    tl,
+    wait_for_inputs,
+)
 
+MAX_GEMV_ROWS = 16  # up to which rows are multiplied one after the other, and more on tensor cores
 MAX_WEIGHTS = 3  # matrices that one kernel multiplies by the same rows
 
 
@@ -46,16 +57,12 @@ def row_norm(
 
 
 @jit
-def fused_linear_kernel(
-    x, gain, shift, w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, residual, y, M, x_row, w_row, residual_row,
-    K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, OUT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
-    EPS: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
-    OVERLAP: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
+def select_weight(
+    w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N results of each row of x. Products accumulate elementwise along k, and each result is reduced across the
-    lanes of one warp. Every row is computed alone, by the same instructions whatever M is; the second and later rows
-    read W from the L1 cache. With several matrices, a program's matrix follows from its index."""
+    """This program's matrix, its scale and bias, the column of y where its results begin, its N, and the program's
+    index among those of the matrix."""
     program = tl.program_id(0)
     zero = program * 0  # numbers as tensors, which both ways through an `if` share
     w, scale, bias, first, N = w1, scale1, bias1, zero, zero + N1
@@ -67,6 +74,37 @@ def fused_linear_kernel(
             if program >= ends[1]:
                 program -= ends[1]
                 w, scale, bias, first, N = w3, scale3, bias3, zero + N1 + N2, zero + N3
+    return w, scale, bias, first, N, program
+
+
+@jit
+def activate(h, gate, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "swiglu":
+        h *= gate * sigmoid(gate)
+    elif ACTIVATION == "gelu":
+        h = gelu(h)
+    elif ACTIVATION == "gelu_tanh":
+        h = gelu_tanh(h)
+    elif ACTIVATION == "relu":
+        h = tl.maximum(h, 0.0)
+    elif ACTIVATION == "relu2":
+        h = tl.maximum(h, 0.0) * tl.maximum(h, 0.0)
+    return h
+
+
+@jit
+def fused_linear_kernel(
+    x, gain, shift, w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, residual, y, M, x_row, w_row, residual_row,
+    K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
+    EPS: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    OVERLAP: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N results of each row of x. Products accumulate elementwise along k, and each result is reduced across the
+    lanes of one warp. Every row is computed alone, by the same instructions whatever M is; the second and later rows
+    read W from the L1 cache. With several matrices, a program's matrix follows from its index."""
+    w, scale, bias, first, N, program = select_weight(
+        w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1, N2, N3, BLOCK_N)
     n, at = program * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     n_zeros = tl.zeros((BLOCK_N, 1), tl.int32)
@@ -113,19 +151,72 @@ def fused_linear_kernel(
             result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
             if GATED:
                 gating += tl.load(bias + OUT + n, mask=n < N, other=0.0).to(tl.float32)
-        if ACTIVATION == "swiglu":
-            result *= gating * sigmoid(gating)
-        elif ACTIVATION == "gelu":
-            result = gelu(result)
-        elif ACTIVATION == "gelu_tanh":
-            result = gelu_tanh(result)
-        elif ACTIVATION == "relu":
-            result = tl.maximum(result, 0.0)
-        elif ACTIVATION == "relu2":
-            result = tl.maximum(result, 0.0) * tl.maximum(result, 0.0)
+        result = activate(result, gating, ACTIVATION)
         if RESIDUAL:
             result += tl.load(residual + m * residual_row + first + n, mask=n < N, other=0.0).to(tl.float32)
         tl.store(y + m * OUT + first + n, result.to(y.dtype.element_ty), mask=n < N)
+
+
+@jit
+def fused_linear_dot_kernel(
+    x, gain, shift, w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, residual, y, M, x_row, residual_row,
+    K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
+    EPS: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    OVERLAP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """All rows by BLOCK_N rows of W, on tensor cores; the normed rows are rounded to their type."""
+    w, scale, bias, first, N, program = select_weight(
+        w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1, N2, N3, BLOCK_N)
+    m, n, at = tl.arange(0, ROWS), program * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    start_x, start_w = x + m[:, None] * x_row, w + n.to(tl.int64)[:, None] * K
+    if OVERLAP:
+        wait_for_inputs()
+    mean = tl.zeros((ROWS,), tl.float32)
+    inverse = mean + 1.0
+    if NORM == "layer":
+        sums = tl.zeros((ROWS, BLOCK_K), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = (start + at)[None, :]
+            sums += tl.load(start_x + k, mask=(m < M)[:, None] & (k < K), other=0.0).to(tl.float32)
+        mean = tl.sum(sums, axis=1) / K
+    if NORM != "none":
+        squares = tl.zeros((ROWS, BLOCK_K), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = (start + at)[None, :]
+            value = tl.load(start_x + k, mask=(m < M)[:, None] & (k < K), other=0.0).to(tl.float32) - mean[:, None]
+            squares += tl.where(k < K, value * value, 0.0)
+        inverse = 1 / tl.sqrt(tl.sum(squares, axis=1) / K + EPS)
+    result, gate = tl.zeros((ROWS, BLOCK_N), tl.float32), tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = (start + at)[None, :]
+        value = tl.load(start_x + k, mask=(m < M)[:, None] & (k < K), other=0.0)
+        if NORM != "none":
+            value = (value.to(tl.float32) - mean[:, None]) * inverse[:, None]
+        if GAIN:
+            value *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+        if SHIFT:
+            value += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
+        mask = (n < N)[:, None] & (k < K)
+        weight = tl.load(start_w + k, mask=mask, other=0.0)
+        result = tl.dot(value.to(DOT), tl.trans(weight.to(DOT)), result, input_precision="ieee")
+        if GATED:
+            weight = tl.load(start_w + OUT * K + k, mask=mask, other=0.0)
+            gate = tl.dot(value.to(DOT), tl.trans(weight.to(DOT)), gate, input_precision="ieee")
+    if SCALED:
+        result *= tl.load(scale + n, mask=n < N, other=0.0)[None, :]
+        if GATED:
+            gate *= tl.load(scale + OUT + n, mask=n < N, other=0.0)[None, :]
+    if BIAS:
+        result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            gate += tl.load(bias + OUT + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    result = activate(result, gate, ACTIVATION)
+    here, column = (m < M)[:, None] & (n < N)[None, :], (first + n)[None, :]
+    if RESIDUAL:
+        result += tl.load(residual + m[:, None] * residual_row + column, mask=here, other=0.0).to(tl.float32)
+    tl.store(y + m[:, None] * OUT + column, result.to(y.dtype.element_ty), mask=here)
 
 
 @torch.library.custom_op("strawberry::fused_linear", mutates_args=())
@@ -135,23 +226,28 @@ def fused_linear_op(
 ) -> Tensor:  # fmt: skip
     (M, K), widths = x.shape, list_widths(weights, activation)
     y = torch.empty(M, sum(widths), dtype=x.dtype, device=x.device)
-    fill = [weights[0]] * (MAX_WEIGHTS - len(weights))
-    w_row = weights[0].stride(0) if weights[0].dim() == 3 else 0
-    pointers = [x, *(x if t is None else t for t in (gain, shift)), *weights, *fill]
+    pointers = [x, *(x if t is None else t for t in (gain, shift)), *weights]
+    pointers += [weights[0]] * (MAX_WEIGHTS - len(weights))
     for tensors in (scales, biases):
         pointers += [*tensors, *[x] * (MAX_WEIGHTS - len(tensors))]
-    residual_row = 0 if residual is None else residual.stride(0)
-    args = (*pointers, x if residual is None else residual, y, M, x.stride(0), w_row, residual_row)
-    block_n = 4 if sum(widths) < 16384 else 16
-    programs = sum(-(-n // block_n) for n in widths)
+    strides = (x.stride(0), 0 if residual is None else residual.stride(0))
+    args, overlap = (*pointers, x if residual is None else residual, y, M), overlaps(x)
+    wide = sum(widths) >= 16384
+    block_n = (16 if wide else 4) if M <= MAX_GEMV_ROWS else (64 if wide else 16)
+    grid = (sum(-(-n // block_n) for n in widths),)
     widths += [0] * (MAX_WEIGHTS - len(widths))
-    overlap, line = overlaps(x), 128 // weights[0].element_size()  # numbers in a line of the L2 cache
-    fused_linear_kernel[(programs,)](
-        *args, K=K, N1=widths[0], N2=widths[1], N3=widths[2], OUT=y.size(1), BLOCK_N=block_n,
-        BLOCK_K=min(256, next_power_of_2(K)), NORM=norm, GAIN=gain is not None, SHIFT=shift is not None, EPS=eps,
-        SCALED=bool(scales), BIAS=bool(biases), ACTIVATION=activation, RESIDUAL=residual is not None, OVERLAP=overlap,
-        LINE=line, LINES=next_power_of_2(-(-K // line)), num_warps=4, **({"launch_pdl": True} if overlap else {}),
-    )  # fmt: skip
+    options = {"K": K, "N1": widths[0], "N2": widths[1], "N3": widths[2], "OUT": y.size(1), "BLOCK_N": block_n,
+               "NORM": norm, "GAIN": gain is not None, "SHIFT": shift is not None, "EPS": eps, "SCALED": bool(scales),
+               "BIAS": bool(biases), "ACTIVATION": activation, "RESIDUAL": residual is not None, "OVERLAP": overlap,
+               "num_warps": 4, **({"launch_pdl": True} if overlap else {})}  # fmt: skip
+    if M <= MAX_GEMV_ROWS:
+        line = 128 // weights[0].element_size()  # numbers in a line of the L2 cache
+        w_row = weights[0].stride(0) if weights[0].dim() == 3 else 0
+        blocks = {"LINE": line, "LINES": next_power_of_2(-(-K // line)), "BLOCK_K": min(256, next_power_of_2(K))}
+        fused_linear_kernel[grid](*args, strides[0], w_row, strides[1], **options, **blocks)
+    else:
+        fused_linear_dot_kernel[grid](*args, *strides, **options, ROWS=next_power_of_2(max(M, 16)), DOT=dot_dtype(x),
+                                      BLOCK_K=128 if x.dtype in HALF_DTYPES else 32, num_stages=3)  # fmt: skip
     return y
 
 
