@@ -41,7 +41,7 @@ from strawberry.common import UserError, atomic_write
 from strawberry.config import to_dict
 from strawberry.device import choose_device
 from strawberry.inference import engine
-from strawberry.inference.loading import quantize_model
+from strawberry.inference.loading import check_can_compile, quantize_model
 from strawberry.inference.sampling import Request
 from strawberry.model_file import load_model
 from strawberry.ops.linear import Int8Weight
@@ -458,8 +458,8 @@ def make_benchmark(arguments: argparse.Namespace) -> DecodeBenchmark:
     device = choose_device(arguments.device)
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, auto if arguments.dtype == "auto" else arguments.dtype)
-    if arguments.compile and device.type != "cuda":
-        raise UserError(f"--compile: steps are compiled on cuda only, and this is {device.type}; leave it out")
+    if arguments.compile:
+        check_can_compile(device.type, "--compile")
     if arguments.fuse and not arguments.compile:
         raise UserError("--fuse: needs --compile")
     return DecodeBenchmark(

@@ -52,7 +52,7 @@ class Decoder:
 
     model: in eval mode, on its device and in its dtype. max_length: the largest number of tokens of a prompt and its
     continuation. on_full: what happens at the last learned position. With "stop" the sequence ends (reason "full");
-    with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a CUDA step
+    with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a step
     faster, and takes up to a minute. If only some rows are busy, a step computes the first n rows, n a power of two.
     It reads the cache up to the length of the longest row. fuse: a compiled step computes a product of up to 16 rows
     and the operations around it as one kernel.
@@ -91,6 +91,8 @@ class Decoder:
         if model.causal and model.device.type == "cuda":
             self.lookahead = 1
             self.device_step.use_cuda_graphs(compile, fuse)
+        elif model.causal and compile and not self.batch_invariant:
+            self.device_step.compile_on_cpu()
 
     @property
     def busy(self) -> int:

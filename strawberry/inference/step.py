@@ -285,6 +285,11 @@ class DecodeStep:
         torch.cuda.current_stream().wait_stream(stream)
         self.launch = CudaGraphs(self.run, self.warm_up_sampling).launch
 
+    def compile_on_cpu(self) -> None:
+        """Compile the model's part of a step for one shape: all rows, and the whole cache."""
+        self.uses_buckets, self.min_bucket, self.shrinks = True, self.logits.capacity, False
+        self.logits.compute = torch.compile(self.model.decode_step, dynamic=False)
+
     def choose_key(self, rows: int, max_cached: int, requests: list[Request]) -> StepKey:
         if self.uses_buckets:
             bucket = self.min_bucket << (max_cached // self.min_bucket).bit_length()

@@ -770,7 +770,6 @@ def test_the_speeds_are_drawn_a_panel_for_each_batch():
     (["t.json", "--contexts", "0"], "'0' is no positive number"),
     (["t.json", "--quantize", "int4"], "int8"),
     (["t.json", "t.json"], "given twice"),
-    (["t.json", "--compile"], "steps are compiled on cuda only, and this is cpu"),
     (["t.json:n_layers=2"], "n_layer"),
     (["nowhere.json"], "no such file"),
     (["nowhere.strawberry"], "nowhere.strawberry"),
