@@ -68,6 +68,7 @@ def compare_steps(model, monkeypatch, rows: int = 3, kernels_run: bool = False) 
     return fused, targets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "batch scope"])
 def test_a_fused_step_is_the_step(name, monkeypatch):
     fused, targets = compare_steps(build_small(MODELS[name] | {"n_layer": 1}), monkeypatch)
