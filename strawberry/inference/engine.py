@@ -54,7 +54,7 @@ class Decoder:
     continuation. on_full: what happens at the last learned position. With "stop" the sequence ends (reason "full");
     with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a step
     faster, and takes up to a minute. If only some rows are busy, a step computes the first n rows, n a power of two.
-    It reads the cache up to the length of the longest row. fuse: a compiled step computes a product of up to 16 rows
+    It reads the cache up to the length of the longest row. fuse: a compiled step computes a product of up to 64 rows
     and the operations around it as one kernel.
 
     batch_invariant: a text is bit for bit the same whatever the other rows contain, on a CPU with a given number of

@@ -193,7 +193,7 @@ def copy_to_host_async(tokens: Tensor, logprobs: tuple[Tensor, ...], owners: lis
 
 def compile_step(function, rows: int, fuse: bool = False):
     """Compile a step into fewer, larger kernels. With one row, matrix products become reductions, which are fused with
-    the operations around them. fuse: products of up to 16 rows become kernels of their own, with the norm before and
+    the operations around them. fuse: products of up to 64 rows become kernels of their own, with the norm before and
     the activation after them.
     """
     if fuse:
