@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -186,15 +186,15 @@ class Entry:
         self.flops, self.causal = model.flops_per_token(model.config.block_size), model.causal
 
 
-def read_specs(specs: list[str]) -> list[Entry]:
-    """`file.json:key=value,key=value` for each entry."""
+def read_specs(specs: list[str], shared: Collection[str] = SHARED_KEYS) -> list[Entry]:
+    """`file.json:key=value,key=value` for each entry. Raises UserError where one of several sets a key of `shared`."""
     entries = []
     for spec in specs:
         match = re.fullmatch(r"(.+?\.json5?)(?::(.*))?", spec, re.DOTALL)
         file, texts = (match[1], split_list(match[2]) if match[2] else []) if match else (spec, [])
         label = " ".join([Path(file).stem, *(text.removeprefix("model_hyperparams.") for text in texts)])
         overrides = [parse_override(text) for text in texts]
-        if (twice := next((key for key, _ in overrides if key in SHARED_KEYS), None)) and len(specs) > 1:
+        if (twice := next((key for key, _ in overrides if key in shared), None)) and len(specs) > 1:
             raise UserError(f"{spec}: {twice} must be the same for all; use --set {twice}=…")
         entries.append(Entry(label, file, overrides))
     for label in {entry.label for entry in entries}:

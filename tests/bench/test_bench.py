@@ -661,7 +661,7 @@ def test_what_a_speed_is(quick, monkeypatch):
     now = [0.0]
 
     class Pretended:
-        def __init__(self, model, rows, max_length, compile):
+        def __init__(self, model, rows, max_length, **options):
             self.rows, self.lengths, self.under_way, self.steps = rows, {}, [], 0
             assert max_length == 8 + decode.WARMUP_STEPS + decode.MAX_STEPS + 2
 
@@ -672,6 +672,9 @@ def test_what_a_speed_is(quick, monkeypatch):
             self.under_way.append(handle)
             self.lengths[handle] = len(request.prompt)
             return handle
+
+        def admit_all(self, requests):
+            return [self.admit(request) for request in requests]
 
         def release(self, handle):
             del self.lengths[handle]
@@ -805,11 +808,11 @@ def test_the_speeds_are_drawn_a_panel_for_each_batch():
     (["t.json", "--contexts", "0"], "'0' is no positive number"),
     (["t.json", "--quantize", "int4"], "int8"),
     (["t.json", "t.json"], "given twice"),
-    (["t.json", "--compile"], "steps are compiled on cuda only, and this is cpu"),
     (["t.json:n_layers=2"], "n_layer"),
     (["nowhere.json"], "no such file"),
     (["nowhere.strawberry"], "nowhere.strawberry"),
-    (["t.json:arch=transformer"], "kind=decoder"),
+    (["t.json:arch=transformer,kind=encoder"], "kind=decoder"),
+    (["t.json", "--fuse"], "--fuse: needs --compile"),
 ])  # fmt: skip
 def test_mistakes_in_decode_are_told_before_anything_is_made(quick, words, message):
     with pytest.raises(UserError, match=message):

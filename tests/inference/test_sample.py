@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,9 @@ class Scripted:
         handle = next(row for row in range(self.rows) if row not in self.running)
         self.running[handle] = [request, 0, iter(self.scripts[len(self.asked) - 1])]
         return handle
+
+    def admit_all(self, requests):
+        return [self.admit(request) for request in requests]
 
     def step(self):
         made = []
@@ -508,9 +512,10 @@ def test_a_missing_device_is_named(folder, capsys, monkeypatch):
     assert "--device cuda" in fails(capsys, monkeypatch, *argv)
 
 
-def test_compiling_where_nothing_is_compiled_is_refused(folder, capsys, monkeypatch):
+def test_compiling_without_a_compiler_is_refused(folder, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     argv = ["--model", str(folder / "tinystar.strawberry"), "--prompt", "a", "--device", "cpu", "--compile", "true"]
-    assert "--compile true: steps are compiled on cuda only, and this is cpu" in fails(capsys, monkeypatch, *argv)
+    assert "--compile true: on a CPU it needs a C++ compiler" in fails(capsys, monkeypatch, *argv)
 
 
 def test_wrong_prompts_are_one_line_and_exit_2(folder, tmp_path, capsys, monkeypatch):
