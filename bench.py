@@ -51,6 +51,13 @@ compare's runs are child processes: train.py's own loop, each with a JSON file. 
 and several share a device (--jobs). Speed is measured apart from them, while nothing else runs.
 """
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 from collections.abc import Callable
 
 from strawberry.bench import compare, decode, growth, kernels, recall, scale, serve, speedrun, speedrun_child, train

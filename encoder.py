@@ -19,6 +19,13 @@ left. rustbpe finds the merges: against Hugging Face's tokenizers it measured tw
 and it understands GPT-4's possessive quantifiers as tiktoken does. It is imported by `train` alone.
 """
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import argparse
 import base64
 import codecs

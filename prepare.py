@@ -24,6 +24,13 @@ Index:  corpora · pairs · the encoder · writing the token file · the command
 
 from __future__ import annotations
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import argparse
 import dataclasses
 import hashlib

@@ -13,6 +13,13 @@ strawberry/inference generates the text.
 Index:  settings · the prompt · samples and conversation · the command
 """
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import itertools
 import json
 import re

@@ -20,6 +20,13 @@ Index:  the recipe · documents on disk · copies and splits · progress · the 
 
 from __future__ import annotations
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import argparse
 import contextlib
 import dataclasses

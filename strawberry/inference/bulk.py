@@ -407,12 +407,9 @@ def write_results(pieces: Iterable[TextPiece], results: Results, done: int, coun
                     bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
                     bar.update()
         except KeyboardInterrupt:
-            bar.close()
-            print(
+            raise KeyboardInterrupt(
                 f"interrupted: {done + reasons.total():,} of {count:,} texts are in {results.path}; "
-                "the same command goes on",
-                file=sys.stderr,
-            )
-            raise
+                "the same command goes on"
+            ) from None
     print(format_rate(tokens, time.perf_counter() - began), file=sys.stderr)
     return reasons

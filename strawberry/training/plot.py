@@ -10,6 +10,13 @@ it. They use the Agg backend, which needs no display.
 Index:  reading · style · the three sheets · the command
 """
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import contextlib
 import io
 import json
