@@ -46,7 +46,7 @@ def run_cli(main: Callable[[list[str]], int | None], handles_signals: bool = Fal
             report_error(str(error))
         code = 2
     except KeyboardInterrupt as interrupt:
-        print(*interrupt.args or ["interrupted"], file=sys.stderr)
+        print(f"{startup.start_line()}{str(interrupt) or 'interrupted'}", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader (`| head`) exited; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,8 +25,13 @@ def exit_on(*numbers: int) -> None:
 def exit_at_once(number: int, frame: object) -> None:
     if os.environ.get("RANK", "0") == "0":  # torchrun signals all processes of a machine
         with contextlib.suppress(OSError):
-            os.write(2, b"interrupted\n" if number == signal.SIGINT else b"terminated\n")
+            os.write(2, f"{start_line()}{'interrupted' if number == signal.SIGINT else 'terminated'}\n".encode())
     os._exit(128 + number)
+
+
+def start_line() -> str:
+    """A line end on a terminal, which shows ^C behind whatever was printed last; nothing elsewhere."""
+    return "\n" if os.isatty(2) else ""
 
 
 def restore_handlers() -> None:
