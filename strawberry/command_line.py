@@ -22,7 +22,7 @@ def parse_settings(argv: list[str], cls: type, finish: Callable[[dict], Iterable
     for name, text in words:
         repeats = name in known and bool(LISTS & set(known[name].kinds))
         if name not in known:
-            hint = nearest(f"--{name}", [f"--{key}" for key in known])
+            hint = nearest(f"--{name}", [f"--{key}" for key in (*known, "help")])
             problems.append(f"--{name}: unknown option{hint or '; --help lists them'}")
         elif name in raw and not repeats:
             problems.append(f"--{name}: given twice; keep one")

@@ -78,7 +78,7 @@ class PromptLine:
             if not isinstance(getattr(self, name), (str, type(None))):
                 yield name, "must be text"
         if isinstance(self.id, bool) or not isinstance(self.id, (str, int, type(None))):
-            yield "id", "must be text or integer"
+            yield "id", "must be text or an integer"
         if self.max_tokens is not None and self.length is not None:
             yield "length", f"is max_tokens too, which is {self.max_tokens}; keep one"
 

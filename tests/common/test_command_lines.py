@@ -45,6 +45,9 @@ SCRIPTS = [
 ]
 
 
+OPTIONAL = {"train.py", "sample.py", "serve.py", "prepare.py", "bench.py growth", "bench.py kernels"}  # need no option
+
+
 def scripts(*left_out: str, valued: bool = False) -> list:
     chosen = [script for script in SCRIPTS if not valued or script.option != "--help"]
     return [pytest.param(script, id=script.name) for script in chosen if script.name not in left_out]
@@ -91,6 +94,36 @@ def test_an_option_like_no_other_is_refused(call, script):
     code, out, err = call(script, *script.words, "--qqqqq=1")
     assert code == 2 and not out
     assert re.fullmatch(r"error: .*\bqqqqq\b.*unknown .*\n", err)
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_a_misspelt_option_at_the_end_is_named(call, script):
+    code, out, err = call(script, *script.words, "--hlep")
+    assert (code, out, err) == (2, "", "error: --hlep: unknown option (did you mean '--help'?)\n")
+
+
+@pytest.mark.parametrize("word,option", [
+    ("--quite", "--quiet"), ("--chek", "--check"), ("--confg", "--config"), ("--n_hed", "--n_head"),
+    ("--checkpoints.kep", "--checkpoints.keep"),
+])  # fmt: skip
+def test_train_names_its_own_options_and_its_keys(call, word, option):
+    code, out, err = call(SCRIPTS[0], "--config=tiny.json", word)
+    assert (code, out, err) == (2, "", f"error: {word}: unknown option (did you mean '{option}'?)\n")
+
+
+def test_bench_without_a_command_is_an_error_with_its_usage(call):
+    bench = Script("bench.py", "--help")
+    code, out, err = call(bench)
+    assert code == 2 and not out and err.startswith("usage: python bench.py COMMAND")
+    assert call(bench, "--help") == (0, err, "")
+    assert call(bench, "--hlep")[2].endswith("(did you mean '--help'?)\n")
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name not in OPTIONAL], ids=str)
+def test_a_script_without_what_it_needs_is_an_error_that_says_what(call, script):
+    code, out, err = call(script)
+    assert code == 2 and not out
+    assert re.fullmatch(r"error: (the following arguments are required: .*|.* is required; .*|name configs .*)\n", err)
 
 
 @pytest.mark.parametrize("script", scripts(valued=True))
