@@ -304,7 +304,8 @@ REFUSED = {
     "--n_layer=4": "n_layer = 4: unknown key (did you mean 'model_hyperparams.n_layer'?)",
     "--n_layr=4": "n_layr = 4: unknown key (did you mean 'model_hyperparams.n_layer'?)",
     "--dataset.max_iter=4": "dataset.max_iter = 4: unknown key (did you mean 'max_iters'?)",
-    "--batch_size=atuo": """batch_size = "atuo": must be an integer >= 1 and <= 1048576 or "auto" (did you mean 'auto'?)""",
+    "--batch_size=atuo":
+        "batch_size = \"atuo\": must be an integer >= 1 and <= 1048576 or \"auto\" (did you mean 'auto'?)",
     "--model_hyperparams.min_lr=1": "model_hyperparams.min_lr = 1: unknown key (did you mean 'min_lr'?)",
     "--dataset.zebra=1": "dataset.zebra = 1: unknown key; valid here: data_division, load_from_file, path",
     "--learning_rate=NaN": "learning_rate = NaN: must be a number > 0, finite",
