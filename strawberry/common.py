@@ -135,6 +135,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
+def format_count(n: int, noun: str) -> str:
+    """`1 file`, `2,000 files`."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 NO_PATH = "a path has no control characters, which \\n and \\t in quotes are; write / or \\\\ instead of \\"
 

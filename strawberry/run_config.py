@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -334,19 +335,22 @@ def own_option_like(name: str, keys: Iterable[str]) -> str:
 
 
 def parse_arguments(
-    argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = (), own: Iterable[str] = ("help",)
+    argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = (), own: Iterable[str] = ("help",),
+    bare: str = "",
 ) -> tuple:
     """(config file, overrides as (dotted name, text), problems) of `--name=value` and `--name value`.
 
     `names` are the options that there are, `flags` those of them that take no value, `own` further options that a hint
-    may name. In `--name value` any word is a value, with dashes at its start too, unless it is one of the options.
+    may name. `bare` is the option that a word without one is most likely meant for; "": a config, or any key. In
+    `--name value` any word is a value, with dashes at its start too, unless it is one of the options.
     """
     config, overrides, problems, names = None, [], [], list(names)
     for word, name, text in split_arguments(argv, names, flags):
         if name in HELP:
             continue
         if name is None:
-            mend = f"--config {word}" if word.endswith(".json") else "--key=value"
+            option = bare or ("config" if word.endswith(".json") else "")
+            mend = f"--{option} {shlex.quote(word)}" if option else "--key=value"
             problems.append(f"{show(word)} on the command line: must be an option; write {mend}")
         elif text is None and names and name not in (*names, "config"):
             last_parts = {known.rpartition(".")[2] for known in names}

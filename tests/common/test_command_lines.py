@@ -9,7 +9,7 @@ import pytest
 
 from strawberry.argument_parser import ArgumentParser
 from strawberry.bench.common import parse_quantity
-from strawberry.common import UserError, run_cli
+from strawberry.common import UserError, format_count, run_cli
 
 
 class Script(NamedTuple):
@@ -117,6 +117,20 @@ def test_bench_without_a_command_is_an_error_with_its_usage(call):
     assert code == 2 and not out and err.startswith("usage: python bench.py COMMAND")
     assert call(bench, "--help") == (0, err, "")
     assert call(bench, "--hlep")[2].endswith("(did you mean '--help'?)\n")
+
+
+@pytest.mark.parametrize("name,word,fix", [
+    ("sample.py", "Once upon", "--prompt 'Once upon'"), ("sample.py", "a.json", "--prompt a.json"),
+    ("serve.py", "bin/", "--models bin/"), ("train.py", "a.json", "--config a.json"),
+    ("train.py", "air", "--key=value"),
+])  # fmt: skip
+def test_a_word_without_an_option_is_an_error_that_names_one(call, name, word, fix):
+    code, out, err = call(Script(name, ""), word)
+    assert (code, out) == (2, "") and err.endswith(f"on the command line: must be an option; write {fix}\n")
+
+
+def test_counts_have_their_number():
+    assert [format_count(n, "file") for n in (0, 1, 2000)] == ["0 files", "1 file", "2,000 files"]
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name not in OPTIONAL], ids=str)
