@@ -22,6 +22,13 @@ blocks. A mixer is a module with
 
 from __future__ import annotations
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

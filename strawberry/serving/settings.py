@@ -78,4 +78,4 @@ def is_loopback(host: str) -> bool:
 def read_command(argv: list[str]) -> Settings:
     """Parse the command line and the environment. Raises UserError that lists all problems."""
     keys = os.environ.get(KEY_VARIABLE, "").split()
-    return parse_settings([*argv, *(f"--api_key={key}" for key in keys)], Settings)
+    return parse_settings([*argv, *(f"--api_key={key}" for key in keys)], Settings, "models")
