@@ -3,8 +3,9 @@
 A row has n pairs of a key and a value, d tokens of filler, and then each key once more, in another order. The target at
 a repeated key is its value; nothing else has a target. Keys and values are drawn anew for each row, so that no weights
 can know them. The answers are not in the text: where each would follow its question, as in the paper, a model could
-infer the later ones by elimination. Only the values of the row's pairs are plausible, so that chance is 1/n. A row has
-questions at one distance only, since an answered question would hand its value on to a later one.
+infer the later ones by elimination. Only the values of the row's pairs are plausible, so that chance is 1/n; for a model that
+does not even see the pairs, it is one in the number of all values. A row has questions at one distance only, since an
+answered question would hand its value on to a later one.
 
     n = 2, d = 3:   text     k7 v3 k1 v9 .. .. .. k1 k7        target   -  -  -  -  -  -  -  v9 v3
 
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import encoder as encoders
 from model import CONFIGS
@@ -187,6 +189,8 @@ class RecallTrainer(BenchmarkTrainer):
                 self.steps.synchronize()
                 self.steps.release_graph()
                 self.set_stage(stage)
+                torch.compiler.reset()  # else the code of so many shapes exceeds dynamo's limit
+                self.steps.warm_up(self.compiled)
             self.run.max_iters = self.total_steps * (stage + 1) // stages
             self.train()
 
@@ -337,7 +341,7 @@ def write_recall(rows: list[dict], task: RecallTask, out: Path, command: str) ->
     where = hardware.describe_device(choose_device("auto"))
     text = format_table(*list_accuracies(rows, task))
     note = ("The probe is valid where a model with attention over everything reaches 99 %, and one whose layers "
-            "together see less than the distance stays at chance.")  # fmt: skip
+            "together see less than the distance stays at chance or below.")  # fmt: skip
     report = f"{text}\n\n![recall](recall.png)\n\n{note}\n\n{where}\n\n```\n{command}\n```\n"
     atomic_write(out / "recall.md", report.encode())
     atomic_write(out / "recall.json", json.dumps({"command": command, "rows": rows}, indent=1).encode())

@@ -151,6 +151,24 @@ def test_accuracy_counts_right_answers_and_nothing_else(monkeypatch):
 
 
 @pytest.mark.slow
+def test_attention_over_everything_recalls_and_a_window_out_of_reach_does_not(tmp_path, monkeypatch):
+    """Two layers with windows of 4 see at most 7 tokens, and the questions are 20 from the pairs. Such a model does not
+    even see the row's values, so it is right once in 8, the number of all values, and not once in 2."""
+    monkeypatch.chdir(tmp_path)
+    task, found = RecallTask((2,), (20,)), []
+    for config, steps in (("tinystar-v0.2-modernbase.json:", 300), ("tinystar-v0.7-gqa-swa.json:window=4,", 100)):
+        words = [f"{config}n_layer=2,n_embd=32,n_head=2", "--steps", str(steps), "--set", "compile=false"]
+        ((_, run),) = recall.load_runs(recall.parse_arguments(words), task, tmp_path)
+        run.checkpoints.create_checkpoints = False
+        trainer = recall.RecallTrainer(run, task)
+        trainer.prepare()
+        trainer.train_stages()
+        found += [cell["accuracy"] for cell in trainer.measure_recall(200)]
+        trainer.close()
+    assert found[0] >= 0.95 and found[1] < 0.3
+
+
+@pytest.mark.slow
 def test_two_configs_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shape = "n_layer=1,n_embd=16,n_head=2"
