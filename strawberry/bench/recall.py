@@ -3,9 +3,9 @@
 A row has n pairs of a key and a value, d tokens of filler, and then each key once more, in another order. The target at
 a repeated key is its value; nothing else has a target. Keys and values are drawn anew for each row, so that no weights
 can know them. The answers are not in the text: where each would follow its question, as in the paper, a model could
-infer the later ones by elimination. Only the values of the row's pairs are plausible, so that chance is 1/n; for a model that
-does not even see the pairs, it is one in the number of all values. A row has questions at one distance only, since an
-answered question would hand its value on to a later one.
+infer the later ones by elimination. Only the values of the row's pairs are plausible, so that chance is 1/n; for a
+model that does not even see the pairs, it is one in the number of all values. A row has questions at one distance only,
+since an answered question would hand its value on to a later one.
 
     n = 2, d = 3:   text     k7 v3 k1 v9 .. .. .. k1 k7        target   -  -  -  -  -  -  -  v9 v3
 
