@@ -68,13 +68,13 @@ def format_quantity(number: float) -> str:
     return f"{number:.3g}"
 
 
-def parse_learning_rates(text: str) -> list[float]:
+def parse_learning_rates(text: str, option: str = "--lrs") -> list[float]:
     try:
         found = sorted({float(part) for part in text.split(",")})
     except ValueError:
         found = []
     if not found or not all(0 < lr < math.inf for lr in found):
-        raise UserError(f"--lrs {text}: must be numbers above 0 between commas, like 1e-3,3e-3")
+        raise UserError(f"{option} {text}: must be numbers above 0 between commas, like 1e-3,3e-3")
     return found
 
 

@@ -40,6 +40,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--tokens", type=parse_quantity, default=parse_quantity("5M"), help="training tokens of each run (default 5M)")
     add("--seeds", type=parse_quantity, default=3, help="runs of each config with its best learning rate (default 3)")
     add("--lrs", default="1e-3,3e-3,1e-2", help="learning rates to choose from (default 1e-3,3e-3,1e-2)")
+    add("--muon_lrs", help="learning rates to choose from with Muon (default: --lrs)")
     add("--optimizers", help="adamw,muon: choose each model's optimizer too (default: each config's own)")
     add("--warmup", type=float, default=0.05, help="share of the steps with rising learning rate (default 0.05)")
     add("--cooldown", type=float, default=0.4, help="share of the steps with falling learning rate (default 0.4)")
@@ -58,6 +59,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if arguments.params and not arguments.match:
         raise UserError(f"--params {arguments.params}: says what --match params aims at; add --match params")
     arguments.lrs = parse_learning_rates(arguments.lrs)
+    given = arguments.muon_lrs
+    arguments.muon_lrs = parse_learning_rates(given, "--muon_lrs") if given is not None else None
     arguments.optimizers = parse_optimizers(arguments.optimizers)
     return arguments
 
@@ -88,7 +91,7 @@ def make_plan(arguments, entries: list[Entry]) -> Plan:
         )
     prints = {"dataset": corpus.fingerprint, "encoder": encoder.fingerprint, "code": hash_code()}
     return Plan(steps, per_step, arguments.warmup, arguments.cooldown, arguments.lrs, arguments.seeds, jobs,
-                device, arguments.out, prints, arguments.optimizers)  # fmt: skip
+                device, arguments.out, prints, arguments.optimizers, arguments.muon_lrs)  # fmt: skip
 
 
 def print_summary(entries: list[Entry], sweep: Sweep) -> None:

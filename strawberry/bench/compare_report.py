@@ -104,13 +104,13 @@ def format_mean(mean: float, deviation: float | None) -> str:
 
 def format_grid_table(rows: list[dict], plan: Plan) -> str:
     """The table of the learning rate grid: bits per byte of every run, a row for each model and optimizer."""
-    lines = []
+    lines, rates = [], sorted({*plan.lrs, *(plan.muon_lrs or ())})
     for row in sort_by_bpb(rows):
         for optimizer in [OPTIMIZERS[USE_MUON[name]] for name in plan.optimizers] or [row["optimizer"]]:
-            cells = [row["grid"].get(f"{optimizer} {lr:g}", "–") for lr in plan.lrs]
+            cells = [row["grid"].get(f"{optimizer} {lr:g}", "–") for lr in rates]
             shown = ["diverged" if c is None else c if c == "–" else f"{c:.4f}" for c in cells]
             lines.append([row["label"] + f", {optimizer}" * bool(plan.optimizers), *shown])
-    return format_table(["learning rate, seed 1", *(f"{lr:g}" for lr in plan.lrs)], lines)
+    return format_table(["learning rate, seed 1", *(f"{lr:g}" for lr in rates)], lines)
 
 
 def describe_optimizers(plan: Plan) -> str:
@@ -120,14 +120,19 @@ def describe_optimizers(plan: Plan) -> str:
     return f"for each model the better of {' and '.join(names)}, chosen with the learning rate"
 
 
+def describe_rates(plan: Plan) -> str:
+    adamw, muon = (", ".join(f"{lr:g}" for lr in plan.list_rates(muon)) for muon in (False, True))
+    return f"{adamw} for each model" if adamw == muon else f"{adamw} with AdamW, of {muon} with Muon for each model"
+
+
 def list_settings(entries: list[Entry], plan: Plan) -> list[str]:
     """Sentences that state how the results were measured."""
     run = entries[0].run
     T, rows = run.model_hyperparams.block_size, run.batch_size * run.gradient_accumulation_steps
     evaluated = run.eval_iters * run.batch_size * T
-    rate = f"{plan.lrs[0]:g} for all, not tuned." if len(plan.lrs) == 1 else (
-        f"for each model the best of {', '.join(f'{lr:g}' for lr in plan.lrs)} by the last validation bits per byte "
-        "with seed 1; that run is also the first of the mean, which flatters all models alike.")  # fmt: skip
+    rate = f"{describe_rates(plan)}, not tuned." if len(plan.lrs) == 1 and len(plan.muon_lrs or [0]) == 1 else (
+        f"the best of {describe_rates(plan)}, by the last validation bits per byte with seed 1; that run is also the "
+        "first of the mean, which flatters all models alike.")  # fmt: skip
     return [
         f"Data: {run.dataset.path}, encoder {run.encoder_path} ({run.model_hyperparams.vocab_size:,} tokens); the same "
         "order for all, given the seed.",
@@ -177,9 +182,11 @@ def list_caveats(entries: list[Entry], rows: list[dict], plan: Plan) -> list[str
             f"Sizes differ: from {min(sizes):,} to {max(sizes):,} non-embedding parameters; --match params "
             "makes them the same."
         )
-    for edge, what in ((min(plan.lrs), "smallest"), (max(plan.lrs), "largest")):
-        at_edge = [row["label"] for row in rows if row["lr"] == edge]
-        if at_edge and len(plan.lrs) > 1:
+    for find_edge, what in ((min, "smallest"), (max, "largest")):
+        rates = {row["label"]: plan.list_rates(row["optimizer"] == "Muon") for row in rows}
+        at_edge = [row["label"] for row in rows
+                   if len(rates[row["label"]]) > 1 and row["lr"] == find_edge(rates[row["label"]])]  # fmt: skip
+        if at_edge:
             found.append(
                 f"The best learning rate is the grid's {what} for {', '.join(at_edge)}: a better one may lie beyond."
             )
@@ -202,7 +209,7 @@ def format_report(entries: list[Entry], rows: list[dict], plan: Plan, command: s
     parts.append("\n".join(f"- {line}" for line in list_settings(entries, plan) + list_caveats(entries, rows, plan)))
     if any(row["quarters"] for row in rows):
         parts.append(format_quarter_table(rows))
-    if len(plan.lrs) > 1 or len(plan.optimizers) > 1:
+    if len(plan.lrs) > 1 or len(plan.muon_lrs or ()) > 1 or len(plan.optimizers) > 1:
         parts.append(format_grid_table(rows, plan))
     return "\n\n".join([*parts, f"```\n{command}\n```"]) + "\n"
 
@@ -276,6 +283,7 @@ def write_results(sweep: Sweep, command: str) -> str:
         rows.append(make_row(entry, grid, seeds, sweep.speeds.get(entry.label)))
     text = format_report(entries, rows, plan, command)
     about = {"tokens": plan.tokens, "steps": plan.steps, "tokens_per_step": plan.tokens_per_step, "lrs": plan.lrs,
+             "muon_lrs": plan.muon_lrs,
              "seeds": plan.seeds, "warmup": plan.warmup, "cooldown": plan.cooldown,
              "device": hardware.describe_device(plan.device), "torch": torch.__version__,
              "fingerprints": plan.data, "command": command}  # fmt: skip

@@ -3,8 +3,9 @@
 A row has n pairs of a key and a value, d tokens of filler, and then each key once more, in another order. The target at
 a repeated key is its value; nothing else has a target. Keys and values are drawn anew for each row, so that no weights
 can know them. The answers are not in the text: where each would follow its question, as in the paper, a model could
-infer the later ones by elimination. Only the values of the row's pairs are plausible, so that chance is 1/n. A row has
-questions at one distance only, since an answered question would hand its value on to a later one.
+infer the later ones by elimination. Only the values of the row's pairs are plausible, so that chance is 1/n; for a
+model that does not even see the pairs, it is one in the number of all values. A row has questions at one distance only,
+since an answered question would hand its value on to a later one.
 
     n = 2, d = 3:   text     k7 v3 k1 v9 .. .. .. k1 k7        target   -  -  -  -  -  -  -  v9 v3
 
@@ -25,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import encoder as encoders
 from model import CONFIGS
@@ -59,7 +61,9 @@ from strawberry.training.signals import Signals
 N_FILLERS = 16  # token ids of filler
 EVAL_SEED = 2**31  # no run's seed is as large, so that no row is both trained on and asked
 ROWS_AT_ONCE = 32  # rows of an evaluation's pass
-TIMES_ASKED = 4  # how often a row of training with scattered questions asks each key
+FIRST_LENGTH, STRETCH = 24, 6  # tokens of a row in the first stage of training; how many times longer the next is
+MAX_ROWS = 256  # of a step, in the stages with short rows
+TIMES_ASKED = 4  # how often a row with scattered questions asks each key
 # The optimizer's keys, the same for all unless --set or a config's own changes give others
 RECIPE = {"optimizer_hyperparams.use_muon": "true", "optimizer_hyperparams.muon_lr": "null",
           "optimizer_hyperparams.weight_decay": "0", "gradient_accumulation_steps": "1"}  # fmt: skip
@@ -90,55 +94,68 @@ class RecallTask:
     def cells(self) -> list[tuple[int, int]]:
         return list(itertools.product(self.pairs, self.distances))
 
-    def draw_row(self, rng: np.random.Generator, n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
-        """(text, targets) of one row, (block_size,) each; targets are −1 where there is none. The pairs begin at a
-        random place."""
-        x, y, start, keys, values = self.draw_pairs(rng, n, d)
-        order, asked = rng.permutation(n), slice(start + 2 * n + d, start + 3 * n + d)
-        x[asked], y[asked] = keys[order], values[order]
-        return x, y
+    @property
+    def lengths(self) -> list[int]:
+        """The length of a row in each stage of training; in the last, that of the task."""
+        shorter = itertools.takewhile(lambda length: 2 * length < self.block_size,
+                                      (FIRST_LENGTH * STRETCH**k for k in itertools.count()))  # fmt: skip
+        return [*shorter, self.block_size]
 
-    def draw_scattered_row(self, rng: np.random.Generator, n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `draw_row`, but each key is asked TIMES_ASKED times, at random places after the pairs; fewer times where
-        the row has no room."""
-        x, y, start, keys, values = self.draw_pairs(rng, n, d)
-        room = self.block_size - (start + 2 * n)
-        asked = start + 2 * n + rng.choice(room, min(room, TIMES_ASKED * n), replace=False)
-        order = np.arange(len(asked)) % n
-        x[asked], y[asked] = keys[order], values[order]
-        return x, y
+    def draw_cells(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+        """(count, 2) numbers of pairs and distances for rows of a length: those of the task where it is the task's,
+        else some that fit."""
+        if length == self.block_size:
+            return np.array(self.cells)[rng.integers(len(self.cells), size=count)]
+        most = max(2, min(max(self.pairs), length // 6))
+        n = np.minimum(2 ** rng.integers(1, most.bit_length() + 1, count), min(most, max(self.pairs)))
+        return np.stack((n, rng.integers(0, np.minimum(length - 3 * n, max(self.distances)) + 1)), axis=1)
 
-    def draw_pairs(self, rng: np.random.Generator, n: int, d: int) -> tuple:
-        """(text, targets, the pairs' first place, keys, values) of a row with its pairs and without questions."""
-        x = rng.integers(0, N_FILLERS, self.block_size)
-        y = np.full(self.block_size, -1)
-        start = rng.integers(0, self.block_size - (3 * n + d) + 1)
-        keys = N_FILLERS + rng.choice(self.n_symbols, n, replace=False)
-        values = N_FILLERS + self.n_symbols + rng.choice(self.n_symbols, n, replace=False)
-        x[start : start + 2 * n] = np.stack((keys, values), axis=1).ravel()
-        return x, y, start, keys, values
+    def draw_rows(
+        self, rng: np.random.Generator, cells: np.ndarray, length: int, scattered: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(text, targets), (rows, length) each, of rows with these numbers of pairs and distances; targets are −1 where
+        there is none. The pairs begin at a random place. The rows where `scattered` (rows,) is set ask keys at random
+        places after the pairs instead, each TIMES_ASKED times on average if there is room."""
+        count, (n, d) = len(cells), cells[:, :, None].transpose(1, 0, 2)  # (rows, 1) each
+        start = rng.integers(0, length - (3 * n + d) + 1)
+        place = np.arange(length) - start  # counted from the first pair
+        keys, values = (first + rng.random((count, self.n_symbols)).argsort(axis=1)[:, : max(self.pairs)]
+                        for first in (N_FILLERS, N_FILLERS + self.n_symbols))  # fmt: skip
+        asked = (place >= 2 * n + d) & (place < 3 * n + d)
+        number = np.where(asked, place - 2 * n - d, place // 2)  # of the pair; clipped where there is none
+        number = number.clip(0, n - 1)
+        shuffled = np.where(np.arange(max(self.pairs)) < n, rng.random(keys.shape), 2).argsort(axis=1)
+        number = np.where(asked, np.take_along_axis(shuffled, number, axis=1), number)
+        if scattered is not None and scattered.any():
+            share = np.minimum(TIMES_ASKED * n / (length - start - 2 * n), 1)
+            anywhere = (place >= 2 * n) & (rng.random((count, length)) < share)
+            where = scattered[:, None]
+            asked = np.where(where, anywhere, asked)
+            number = np.where(where & anywhere, (rng.random((count, length)) * n).astype(int), number)
+        key, value = (np.take_along_axis(part, number, axis=1) for part in (keys, values))
+        is_pair, fillers = (place >= 0) & (place < 2 * n), rng.integers(0, N_FILLERS, (count, length))
+        x = np.where(asked | is_pair & (place % 2 == 0), key, np.where(is_pair, value, fillers))
+        return x, np.where(asked, value, -1)
 
 
 class RecallObjective:
-    """Rows of a RecallTask: those of training, each of a cell drawn at random, or those of the cell `only`, which
-    models are judged by."""
+    """Rows of a RecallTask: those of a stage of training, or those of the cell `only`, which models are judged by."""
 
     model, kind = "decoder", "tokens"
     has_bits_per_byte = has_padding = False
     extra_ids = 0
 
-    def __init__(self, task: RecallTask, only: tuple[int, int] | None = None):
-        self.task, self.cells, self.trains = task, task.cells if only is None else [only], only is None
+    def __init__(self, task: RecallTask, only: tuple[int, int] | None = None, stage: int = -1):
+        self.task, self.only, self.length = task, only, task.lengths[stage]
 
     def make_batch(self, split, seed: int, first: int, count: int) -> Batch:
-        """Rows first … first + count − 1. `split` is not read."""
-        rows = []
-        for i in range(first, first + count):
-            rng = np.random.default_rng([seed, i])
-            cell = self.cells[rng.integers(len(self.cells))]
-            scatters = self.trains and rng.random() < 0.5
-            rows.append((self.task.draw_scattered_row if scatters else self.task.draw_row)(rng, *cell))
-        x, y = (np.stack(parts) for parts in zip(*rows, strict=True))
+        """`count` rows, a function of (seed, first, count, stage). `split` is not read."""
+        rng = np.random.default_rng([seed, first, self.length])
+        if self.only is None:
+            cells, scattered = self.task.draw_cells(rng, count, self.length), rng.random(count) < 0.5
+        else:
+            cells, scattered = np.array([self.only] * count), None
+        x, y = self.task.draw_rows(rng, cells, self.length, scattered)
         return Batch(x, y, None, int((y >= 0).sum()))
 
 
@@ -154,7 +171,28 @@ class RecallTrainer(BenchmarkTrainer):
         if not self.model.causal:
             raise UserError(f"{self.model.config.arch} sees the tokens to come, and the answers are not in the text "
                             "for it to see; give a causal model")  # fmt: skip
-        self.objective = RecallObjective(self.task)
+        self.rows_at_most, self.total_steps = self.run.batch_size, self.run.max_iters
+        self.set_stage(0)
+
+    def set_stage(self, stage: int) -> None:
+        """Let the next steps be those of a stage: shorter rows, and more of them."""
+        self.objective = RecallObjective(self.task, stage=stage)
+        longer = self.task.block_size // self.objective.length
+        self.run.batch_size = max(self.rows_at_most, min(self.rows_at_most * longer, MAX_ROWS))
+
+    def train_stages(self) -> None:
+        """Train on short rows first. In long ones, a model finds no way from a question to its answer for thousands of
+        steps, since nearly all that it sees is filler."""
+        stages = len(self.task.lengths)
+        for stage in range(stages):
+            if stage:
+                self.steps.synchronize()
+                self.steps.release_graph()
+                self.set_stage(stage)
+                torch.compiler.reset()  # else the code of so many shapes exceeds dynamo's limit
+                self.steps.warm_up(self.compiled)
+            self.run.max_iters = self.total_steps * (stage + 1) // stages
+            self.train()
 
     def measure_recall(self, rows: int) -> list[dict]:
         """The share of right answers of each cell, over `rows` rows of it."""
@@ -179,7 +217,7 @@ def recall_child(argv: list[str]) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         trainer = RecallTrainer(load_run(["--config", file], CONFIGS), task)
         trainer.prepare()
-        trainer.train()
+        trainer.train_stages()
         found = {
             "cells": trainer.measure_recall(int(rows)), "params": trainer.model.num_params(), "loss": trainer.loss,
             "seconds": trainer.progress.seconds, "machine": hardware.describe_device(trainer.device),
@@ -303,7 +341,7 @@ def write_recall(rows: list[dict], task: RecallTask, out: Path, command: str) ->
     where = hardware.describe_device(choose_device("auto"))
     text = format_table(*list_accuracies(rows, task))
     note = ("The probe is valid where a model with attention over everything reaches 99 %, and one whose layers "
-            "together see less than the distance stays at chance.")  # fmt: skip
+            "together see less than the distance stays at chance or below.")  # fmt: skip
     report = f"{text}\n\n![recall](recall.png)\n\n{note}\n\n{where}\n\n```\n{command}\n```\n"
     atomic_write(out / "recall.md", report.encode())
     atomic_write(out / "recall.json", json.dumps({"command": command, "rows": rows}, indent=1).encode())

@@ -51,6 +51,10 @@ class Plan:
     out: Path
     data: dict[str, str]  # fingerprints of the data, the encoder and the code
     optimizers: tuple[str, ...] = ()  # keys of USE_MUON to choose from; none: each config has its own
+    muon_lrs: list[float] | None = None  # learning rates to choose from with Muon, instead of `lrs`
+
+    def list_rates(self, muon: bool) -> list[float]:
+        return self.muon_lrs if muon and self.muon_lrs else self.lrs
 
     @property
     def runs(self) -> Path:
@@ -287,9 +291,13 @@ class Sweep:
 
     def __init__(self, entries: list[Entry], plan: Plan):
         self.entries, self.plan = entries, plan
-        chosen_from = [USE_MUON[name] for name in plan.optimizers] or [None]
-        self.grid = {entry.label: [make_trial(entry, plan, lr, 1, muon) for muon in chosen_from for lr in plan.lrs]
-                     for entry in entries}  # fmt: skip
+        chosen_from = [USE_MUON[name] for name in plan.optimizers]
+        self.grid = {
+            entry.label: [make_trial(entry, plan, lr, 1, muon)
+                          for muon in chosen_from or [entry.run.optimizer_hyperparams.use_muon]
+                          for lr in plan.list_rates(muon)]
+            for entry in entries
+        }  # fmt: skip
         self.results: dict[str, dict] = {}
         self.speeds: dict[str, dict] = {}  # label → what measure_speeds has found
         self.pool = TrialPool(plan)

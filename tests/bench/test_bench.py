@@ -392,6 +392,12 @@ def test_each_model_gets_the_optimizer_that_it_learns_best_with(workshop):
     assert table()["b"]["optimizer_hyperparams"]["use_muon"] is True
     assert run_compare("a.json", "b.json", "--optimizers", "adamw,muon") == 0
     assert calls() == []
+    assert run_compare("a.json", "b.json", "--optimizers", "adamw,muon", "--muon_lrs", "3e-3,9e-3") == 0
+    assert sorted(calls()) == ["16 0.009 1 False", "32 0.009 1 False"]  # the others are done
+    text = Path("out/compare.md").read_text()
+    assert "the best of 0.001, 0.003 with AdamW, of 0.003, 0.009 with Muon" in text
+    assert "the grid's largest for a:" in text and "the grid's smallest for b:" in text
+    assert "| b, Muon | – | 2.0100 | 2.6100 |" in text
     assert run_compare("a.json", "b.json", "--optimizers", "muon", "--out", "out2") == 0
     assert "Optimizer: Muon for all" in Path("out2/compare.md").read_text()
 
@@ -407,6 +413,13 @@ def test_value_tables_have_a_column_where_a_model_has_some(workshop):
     (without,) = entries("b.json")
     gate = 32  # a number for each of the channels that it reads
     assert b.params == without.params + gate and b.params_total == without.params_total + gate + 44 * 16
+
+
+def test_rates_of_muon_are_for_the_models_that_train_with_it(workshop):
+    write_config("b", {"arch": "tinystar"}, optimizer_hyperparams={"use_muon": True})
+    schedule = sweep.Sweep(entries("a.json", "b.json"), plan(lrs=[1e-3], muon_lrs=[6e-3, 1e-2]))
+    rates = {label: [trial.lr for trial in trials] for label, trials in schedule.grid.items()}
+    assert rates == {"a": [1e-3], "b": [6e-3, 1e-2]} and schedule.total == 3
 
 
 def test_losses_by_quarter_are_means_over_seeds_or_absent(workshop):
