@@ -4,7 +4,7 @@ rate schedule.
     lr_at            the learning rate at a step
     newton_schulz    orthogonalizes a stack of matrices, the core of Muon
     Muon             the optimizer for hidden matrices
-    AdamW            torch's, with the kinds of weight decay that it does not have
+    AdamW            torch's, with a scheduled weight decay
     build_optimizer  builds AdamW and Muon as one object, with parameters grouped by the model's roles
 
 Each process has its own optimizer. AdamW updates the process's shard of each parameter. Muon needs whole matrices, so
@@ -145,15 +145,15 @@ class Muon(torch.optim.Optimizer):
     are left with complete steps.
 
     `quintics`: those of `newton_schulz`. `beta2`: the decay rate of NorMuon's second moment (`_normalize_rows`); 0: no
-    such normalization. `decay`: see `Decay`.
+    such normalization. `decay_schedule`: see `decay_rate`.
     """
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, warmup=300, ns_dtype=None, ranks=None,
-                 quintics="jordan", beta2=0.0, decay=None):  # fmt: skip
+                 quintics="jordan", beta2=0.0, decay_schedule="constant"):  # fmt: skip
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "warmup": warmup, "step": 0}
         super().__init__(params, defaults | {"base_lr": lr})
         self.ns_dtype, self.ranks, self.quintics, self.beta2 = ns_dtype, ranks, quintics, beta2
-        self.decay = decay or Decay()
+        self.decay_schedule = decay_schedule
         self.found_inf: Tensor | None = None  # 1.0: skip the update; torch's optimizers have the same name
         self.lerp: Tensor | None = None  # 1 − μ on the device, for CUDA graphs
         for group in self.param_groups:
@@ -205,8 +205,7 @@ class Muon(torch.optim.Optimizer):
         else:
             lr = lr * (1 - self.found_inf)
         step = -lr * 0.2 * math.sqrt(max(params[0].shape))  # 2502.16982, equation 4
-        rate = self.decay.rate(lr, group)
-        ops.decay_and_add([to_local(p) for p in params], update, step, rate, self.decay.cautious)
+        ops.decay_and_add([to_local(p) for p in params], update, step, decay_rate(lr, group, self.decay_schedule))
 
     def _normalize_rows(self, stacks: Iterable[list[Tensor]], updates: Iterable[Tensor]) -> Iterator[Tensor]:
         """NorMuon (2510.05491, Algorithm 1): divide each row of an update by the root of the running mean of its
@@ -249,60 +248,33 @@ def momentum_at(group: dict) -> float:
 # ---- weight decay ----------------------------------------------------------------------------------------------------
 
 
-class Decay:
-    """Decoupled weight decay, w ← w − r·w with r = lr·λ.
-
-    `cautious`: only those weights decay that the update moves toward zero, or not at all (Cautious Weight Decay,
-    2510.12402, Algorithm 1). `schedule`: "constant" is a constant λ; "lr" is λ in proportion to the learning rate, so
-    that r = lr²·λ / peak.
-    """
-
-    def __init__(self, cautious: bool = False, schedule: str = "constant"):
-        self.cautious, self.schedule = cautious, schedule
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is what torch's AdamW does."""
-        return not self.cautious and self.schedule == "constant"
-
-    def rate(self, lr: float | Tensor, group: dict) -> float | Tensor:
-        """r of a step with learning rate `lr`."""
-        rate = lr * group["weight_decay"]
-        return rate if self.schedule == "constant" else rate * (group["lr"] / group["base_lr"])
+def decay_rate(lr: float | Tensor, group: dict, schedule: str) -> float | Tensor:
+    """r of decoupled weight decay, w ← w − r·w, at the learning rate `lr`: lr·λ with the schedule "constant". With "lr"
+    λ too is in proportion to the learning rate, r = lr²·λ / peak."""
+    rate = lr * group["weight_decay"]
+    return rate if schedule == "constant" else rate * (group["lr"] / group["base_lr"])
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, with weight decay by `Decay` in place of its own."""
-
-    def __init__(self, params, decay: Decay, **settings):
-        super().__init__(params, **settings)
-        self.decay = decay
+    """torch's AdamW, with the schedule "lr" of weight decay."""
 
     @torch.no_grad()
     def step(self) -> None:
-        rates = [group["weight_decay"] for group in self.param_groups]
+        decays = [group["weight_decay"] for group in self.param_groups]
         for group in self.param_groups:
             if group["weight_decay"]:
                 self._decay(group)
             group["weight_decay"] = 0.0  # for torch
         super().step()
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["weight_decay"] = rate
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
 
     def _decay(self, group: dict) -> None:
-        lr = group["lr"]
+        rate = decay_rate(group["lr"], group, "lr")
         if (found_inf := getattr(self, "found_inf", None)) is not None:
-            lr = lr * (1 - found_inf)
+            rate = rate * (1 - found_inf)
         if params := [p for p in group["params"] if p.grad is not None and p.numel()]:
-            updates = [self._direction(p, group) for p in params] if self.decay.cautious else params
-            ops.decay(params, updates, self.decay.rate(lr, group), self.decay.cautious)
-
-    def _direction(self, p: Tensor, group: dict) -> Tensor:
-        """The sign of what this step will add to p, which is that of −(β₁ m + (1 − β₁) g)."""
-        scale = getattr(self, "grad_scale", None)
-        grad = p.grad if scale is None else p.grad / scale
-        old = self.state[p].get("exp_avg")
-        return -(grad if old is None else torch.lerp(old, grad, 1 - group["betas"][0])).sign()
+            torch._foreach_mul_(params, 1 - rate)
 
 
 # ---- both behind one object ------------------------------------------------------------------------------------------
@@ -329,14 +301,14 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
             if kind == wanted
         ]
 
-    parts, decay = {}, Decay(hyper.cautious_decay, hyper.weight_decay_schedule)
+    parts, schedule = {}, hyper.weight_decay_schedule
     if muon := groups_of("muon"):  # first, since its step communicates and may raise PeerLost
         parts["muon"] = Muon(muon, momentum=hyper.momentum, ranks=ranks, quintics=hyper.newton_schulz,
-                             beta2=hyper.muon_beta2, decay=decay)  # fmt: skip
+                             beta2=hyper.muon_beta2, decay_schedule=schedule)  # fmt: skip
     if adamw := groups_of("adamw"):
         fused = device_type in ("cuda", "cpu", "mps")  # where torch has the fused kernel
         settings = {"lr": learning_rate, "betas": (hyper.beta1, hyper.beta2), "eps": hyper.eps, "fused": fused}
-        parts["adamw"] = torch.optim.AdamW(adamw, **settings) if decay.is_plain else AdamW(adamw, decay, **settings)
+        parts["adamw"] = (torch.optim.AdamW if schedule == "constant" else AdamW)(adamw, **settings)
     return Optimizer(parts, named, held, in_passing=device_type == "cuda")
 
 

@@ -65,7 +65,6 @@ class OptimizerHyperparams:
         0.0, "NorMuon: decay rate of the second moment of each row of Muon's update, which divides the row, 0.95 in "
         "the paper; 0: off", low=0, below=1,
     )
-    cautious_decay: bool = option(False, "true: weight decay only where the update moves a weight toward zero")
     weight_decay_schedule: str = option(
         "constant", "weight decay over the steps, each multiplied by the learning rate; constant: weight_decay; lr: "
         "weight_decay in proportion to the learning rate, 0 at its end", choices=["constant", "lr"],

@@ -387,7 +387,7 @@ def measure_muon_passes(bandwidth: float) -> bool:
     for name, way, calls, got, nbytes in [
         ("muon momentum, 48 x 768 x 768", muon.move_and_look_ahead,
          [(grads, buffers, weight, found_inf, torch.bfloat16)] * 2, ahead[:1], 14),
-        ("muon weights, 48 x 768 x 768", muon.decay_and_add, [(buffers, ahead, -weight, weight, False)] * 2, None, 10),
+        ("muon weights, 48 x 768 x 768", muon.decay_and_add, [(buffers, ahead, -weight, weight)] * 2, None, 10),
     ]:  # fmt: skip
         if got is None:
             exact = [0.9 * buffers[0].double() - 0.1 * ahead[0].double()]

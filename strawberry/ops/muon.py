@@ -39,25 +39,11 @@ def move_and_look_ahead(
     return torch.lerp(new, grad, weight).to(dtype)
 
 
-def decay_and_add(
-    params: list[Tensor], update: Tensor, step: float | Tensor, rate: float | Tensor, cautious: bool
-) -> None:
-    """w ← w − rate · w + step · u in place, u a matrix of `update` (n, rows, cols). If `cautious`, only those weights
-    decay that the update moves toward zero, or not at all."""
+def decay_and_add(params: list[Tensor], update: Tensor, step: float | Tensor, rate: float | Tensor) -> None:
+    """w ← w − rate · w + step · u in place, u a matrix of `update` (n, rows, cols)."""
     if isinstance(step, Tensor) and isinstance(rate, Tensor) and kernels.can_fuse_passes(*params, update):
         for p, u in zip(params, update.unbind(), strict=True):
-            kernels.launch_decay_and_add(p, u, step, rate, cautious)
+            kernels.launch_decay_and_add(p, u, step, rate)
         return
-    updates = list((update.to(params[0].dtype) * step).unbind())
-    decay(params, updates, rate, cautious)
-    torch._foreach_add_(params, updates)
-
-
-def decay(params: list[Tensor], updates: list[Tensor], rate: float | Tensor, cautious: bool) -> None:
-    """w ← w − rate · w in place, before `updates` are added. If `cautious`, only those weights that the update moves
-    toward zero, or not at all."""
-    if not cautious:
-        torch._foreach_mul_(params, 1 - rate)
-        return
-    for p, update in zip(params, updates, strict=True):
-        p.mul_(1 - rate * (update * p <= 0).to(p.dtype))
+    torch._foreach_mul_(params, 1 - rate)
+    torch._foreach_add_(params, list((update.to(params[0].dtype) * step).unbind()))

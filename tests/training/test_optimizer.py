@@ -16,7 +16,6 @@ from optimizer import (
     POLAR_EXPRESS,
     QUINTICS,
     AdamW,
-    Decay,
     Muon,
     build_optimizer,
     lr_at,
@@ -294,7 +293,7 @@ def test_muon_refuses_what_is_no_matrix():
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
-ALL = {"use_muon": True, "muon_lr": 0.02, "newton_schulz": "polar_express", "muon_beta2": 0.9, "cautious_decay": True,
+ALL = {"use_muon": True, "muon_lr": 0.02, "newton_schulz": "polar_express", "muon_beta2": 0.9,
        "weight_decay_schedule": "lr", "embedding_lr": 0.03, "head_lr": 0.004, "scalar_lr": 0.05}  # fmt: skip
 
 
@@ -374,17 +373,15 @@ def orthogonal(matrix, quintics):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "lr"])
-@pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("beta2", [0.0, 0.9])
-def test_muon_with_its_options_is_the_formulas(beta2, cautious, schedule):
+def test_muon_with_its_options_is_the_formulas(beta2, schedule):
     """Loops over scalars, and an SVD: NorMuon (arXiv 2510.05491, Algorithm 1, which sets the norm to that of an
-    orthogonal matrix, where ours keeps it), Cautious Weight Decay (2510.12402, Algorithm 1)."""
+    orthogonal matrix, where ours keeps it), and the schedule of weight decay."""
     torch.manual_seed(8)
     w = torch.randn(4, 3, dtype=torch.float64)
     p = nn.Parameter(w.clone())
-    decay = Decay(cautious, schedule)
     muon = Muon([p], lr=0.1, weight_decay=0.2, warmup=0, ns_dtype=torch.float64, quintics="polar_express", beta2=beta2,
-                decay=decay)  # fmt: skip
+                decay_schedule=schedule)  # fmt: skip
     m, v = torch.zeros(4, 3, dtype=torch.float64), [0.0] * 4
     for lr in (0.1, 0.05, 0.08):
         muon.param_groups[0]["lr"] = lr
@@ -400,45 +397,36 @@ def test_muon_with_its_options_is_the_formulas(beta2, cautious, schedule):
         rate = lr * 0.2 * (lr / 0.1 if schedule == "lr" else 1)
         for i in range(4):
             for j in range(3):
-                if not cautious or u[i, j] * w[i, j] >= 0:
-                    w[i, j] -= rate * w[i, j]
-                w[i, j] -= lr * 0.2 * 2 * u[i, j]
+                w[i, j] -= rate * w[i, j] + lr * 0.2 * 2 * u[i, j]
         muon.step()
         torch.testing.assert_close(p.detach(), w, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "lr"])
-@pytest.mark.parametrize("cautious", [False, True])
-def test_adamw_with_its_options_is_the_formulas(cautious, schedule):
+def test_adamw_with_scheduled_decay_is_the_formulas():
     """Scalars, with gradients that the fused kernel scales in passing, as on a GPU."""
     torch.manual_seed(9)
     w = torch.randn(9, dtype=torch.float64)
     p, m, v = nn.Parameter(w.clone()), [0.0] * 9, [0.0] * 9
     group = {"params": [p], "lr": 0.1, "base_lr": 0.1, "weight_decay": 0.3}
-    adamw = AdamW([group], Decay(cautious, schedule), betas=(0.9, 0.95), eps=1e-8, fused=True)
-    skipped = []
+    adamw = AdamW([group], betas=(0.9, 0.95), eps=1e-8, fused=True)
     for t, lr in enumerate((0.1, 0.05, 0.08), 1):
         adamw.param_groups[0]["lr"] = lr
         p.grad = torch.randn(9, dtype=torch.float64)
         adamw.grad_scale = torch.tensor(2.0)
-        rate = lr * 0.3 * (lr / 0.1 if schedule == "lr" else 1)
+        rate = lr * 0.3 * lr / 0.1
         for i, g in enumerate((p.grad / 2).tolist()):
             m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.95 * v[i] + 0.05 * g * g
-            if not cautious or m[i] * w[i] >= 0:
-                w[i] -= rate * w[i]
-            else:
-                skipped.append(i)
+            w[i] -= rate * w[i]
             w[i] -= lr * m[i] / (1 - 0.9**t) / (math.sqrt(v[i] / (1 - 0.95**t)) + 1e-8)
         adamw.step()
         torch.testing.assert_close(p.detach(), w, atol=1e-6, rtol=0)
         assert adamw.param_groups[0]["weight_decay"] == 0.3
-    assert bool(skipped) == cautious
 
 
-def test_constant_incautious_decay_is_torchs():
+def test_scheduled_decay_at_the_peak_rate_is_torchs():
     ours, theirs = (nn.Parameter(torch.arange(-3.0, 4.0)) for _ in range(2))
     settings = {"lr": 0.1, "weight_decay": 0.3, "fused": True}
-    optimizers = (AdamW([ours], Decay(), **settings), torch.optim.AdamW([theirs], **settings))
+    optimizers = (AdamW([{"params": [ours], "base_lr": 0.1}], **settings), torch.optim.AdamW([theirs], **settings))
     for _ in range(3):
         for p, optimizer in zip((ours, theirs), optimizers, strict=True):
             p.grad = torch.sin(p.detach())

@@ -104,20 +104,16 @@ def look_ahead_kernel(grad, buffer, out, weight, found_inf, N, TILE: tl.constexp
     tl.store(out + at, (m + w * (g - m)).to(out.dtype.element_ty), mask=here)
 
 
-def launch_decay_and_add(p: Tensor, update: Tensor, step: Tensor, rate: Tensor, cautious: bool) -> None:
-    """w ← w − rate · w + step · u; if `cautious`, the decay only where step · u · w ≤ 0. step and rate are (). Bytes
-    moved per element: 8, and those of `update`."""
+def launch_decay_and_add(p: Tensor, update: Tensor, step: Tensor, rate: Tensor) -> None:
+    """w ← w − rate · w + step · u; step and rate are (). Bytes moved per element: 8, and those of `update`."""
     n = p.numel()
-    decay_and_add_kernel[(triton.cdiv(n, PASS_TILE),)](p, update, step, rate, n, cautious, PASS_TILE)
+    decay_and_add_kernel[(triton.cdiv(n, PASS_TILE),)](p, update, step, rate, n, PASS_TILE)
 
 
 @jit
-def decay_and_add_kernel(p, update, step, rate, N, CAUTIOUS: tl.constexpr, TILE: tl.constexpr):
+def decay_and_add_kernel(p, update, step, rate, N, TILE: tl.constexpr):
     at = tl.program_id(0) * TILE + tl.arange(0, TILE)
     here = at < N
     w = tl.load(p + at, mask=here, other=0.0)
     u = tl.load(step) * tl.load(update + at, mask=here, other=0.0).to(tl.float32)
-    decayed = tl.load(rate) * w
-    if CAUTIOUS:
-        decayed = tl.where(u * w <= 0, decayed, 0.0)
-    tl.store(p + at, w - decayed + u, mask=here)
+    tl.store(p + at, w - tl.load(rate) * w + u, mask=here)
