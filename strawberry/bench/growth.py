@@ -29,7 +29,7 @@ from strawberry.outputs import check_outputs
 from strawberry.training import plot
 
 DEFAULT_CONFIGS = (  # used if no configs are named: one shape with three ways to mix tokens
-    "strawberry-large.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,r_layer=1,window=256",
+    "strawberry-large.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,r_layer=1,use_muon=false,window=256",
     "palm-aft.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,d_rank=null,use_muon=false",
     "palm-aft.json:n_layer=4,n_embd=512,n_qkv=512,n_head=8,d_rank=null,use_muon=false,attention_type=mha",
 )

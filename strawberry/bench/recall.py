@@ -66,7 +66,8 @@ MAX_ROWS = 256  # of a step, in the stages with short rows
 TIMES_ASKED = 4  # how often a row with scattered questions asks each key
 # The optimizer's keys, the same for all unless --set or a config's own changes give others
 RECIPE = {"optimizer_hyperparams.use_muon": "true", "optimizer_hyperparams.muon_lr": "null",
-          "optimizer_hyperparams.weight_decay": "0", "gradient_accumulation_steps": "1"}  # fmt: skip
+          "optimizer_hyperparams.muon_beta2": "0", "optimizer_hyperparams.weight_decay": "0",
+          "gradient_accumulation_steps": "1"}  # fmt: skip
 MAX_PAIRS, MAX_DISTANCE = 1024, 1 << 20
 
 

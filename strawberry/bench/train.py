@@ -409,6 +409,7 @@ def format_step(row: dict) -> str:
 # GPT-2's keys without biases, which nanoGPT omits by default too: both have equally many parameters
 GPT2_KEYS_WITHOUT_BIAS = GPT2_KEYS | {"norm_type": "RMSNorm"}
 SAME_SCHEDULE = {"learning_rate": 6e-4, "min_lr": 6e-5, "warmup_iters": 100}  # the same for both
+NANOGPT_OPTIMIZER = {"use_muon": "false", "weight_decay": 0.1, "weight_decay_schedule": "constant"}
 LOG_INTERVAL = 10  # steps between the lines whose times are read
 
 
@@ -417,7 +418,7 @@ def train_against_nanogpt(arguments: argparse.Namespace) -> dict:
     directory = find_nanogpt(arguments.nanogpt_path)
     shape = {name: getattr(arguments, name) for name in GPT2_SHAPE}
     keys = {**SAME_SCHEDULE, "lr_decay_iters": arguments.steps, "batch_size": arguments.batch_size}
-    keys |= {**shape, **GPT2_KEYS_WITHOUT_BIAS, "arch": "tinystar"}
+    keys |= {**shape, **GPT2_KEYS_WITHOUT_BIAS, **NANOGPT_OPTIMIZER, "arch": "tinystar"}
     words = [f"--{qualify_key(key)}={value}" for key, value in (*keys.items(), *map(parse_assignment, arguments.set))]
     words += ["--cooldown_frac=1", "--optimizer_hyperparams.eps=1e-8"]
     run = load_run(["--config", "tinystar-v0.1-baseline.json", *words], CONFIGS)

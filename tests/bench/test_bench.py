@@ -993,7 +993,10 @@ for i in range(int(keys["max_iters"]) + 1):
 
 
 @pytest.mark.slow
-def test_both_train_scripts_run_on_the_same_text(real, capsys):
+def test_both_train_scripts_run_on_the_same_text(real, capsys, monkeypatch):
+    hypers, write = [], train.write_benchmark_config
+    monkeypatch.setattr(train, "write_benchmark_config", lambda folder, run, **keys: (
+        hypers.append(run.optimizer_hyperparams), write(folder, run, **keys))[1])  # fmt: skip
     Path("theirs").mkdir()
     for name, text in (("train.py", THEIR_TRAIN), ("model.py", "name = 'theirs'"), ("configurator.py", "")):
         Path("theirs", name).write_text(text)
@@ -1005,6 +1008,8 @@ def test_both_train_scripts_run_on_the_same_text(real, capsys):
     assert found["nanogpt"]["params"] == 12 and found["nanogpt"]["losses"][-1] == [60, 4.4]
     assert 0.01 <= found["nanogpt"]["step_s"] < 0.05
     assert [step for step, _ in found["strawberry"]["losses"]] == [10, 20, 30, 40, 50, 60]
+    assert [(hyper.use_muon, hyper.weight_decay, hyper.weight_decay_schedule) for hyper in hypers] == [
+        (False, 0.1, "constant")]  # nanoGPT's
     ours = build(SMALL | train.GPT2_KEYS_WITHOUT_BIAS | {"arch": "tinystar"})
     assert found["strawberry"]["params"] == ours.num_params(False)
     assert re.search(r"[\d.]+ times as fast", capsys.readouterr().out)

@@ -67,13 +67,15 @@ def test_the_best_rate_is_a_config_s_result():
 
 def test_the_optimizer_is_the_same_for_all_unless_told_otherwise(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["air.json", "palm-aft.json:muon_lr=0.01", "--lrs", "1e-3,2e-3", "--batch_size", "7"]
+    words = ["tinystar-v0.2-modernbase.json", "palm-aft.json:muon_lr=0.01", "--lrs", "1e-3,2e-3", "--batch_size", "7"]
     runs = recall.load_runs(recall.parse_arguments(words), TASK, tmp_path)
     assert [(spec, run.learning_rate) for spec, run in runs] == [
-        ("air.json", 1e-3), ("air.json", 2e-3), (words[1], 1e-3), (words[1], 2e-3)
+        (words[0], 1e-3), (words[0], 2e-3), (words[1], 1e-3), (words[1], 2e-3)
     ]  # fmt: skip
     assert {(run.batch_size, run.optimizer_hyperparams.use_muon) for _, run in runs} == {(7, True)}
-    assert [run.optimizer_hyperparams.muon_lr for _, run in runs] == [None, None, 0.01, 0.01]
+    hypers = [run.optimizer_hyperparams for _, run in runs]
+    assert [hyper.muon_lr for hyper in hypers] == [None, None, 0.01, 0.01]
+    assert {(hyper.muon_beta2, hyper.weight_decay) for hyper in hypers} == {(0, 0)}
     ((_, run),) = recall.load_runs(recall.parse_arguments(["air.json", "--set", "use_muon=false"]), TASK, tmp_path)
     assert run.optimizer_hyperparams.use_muon is False
 

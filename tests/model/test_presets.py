@@ -19,6 +19,7 @@ from strawberry.data.token_file import TokenFileWriter
 from strawberry.model_file import load_model
 from strawberry.run_config import CONFIG_FOLDER, load_run
 from strawberry.training import plot
+from strawberry.training.setup import BETTER_WITH_MUON
 
 CONFIG = CONFIG_FOLDER
 PRESETS = sorted(path.stem for path in CONFIG.glob("*.json") if path.name != "schema.json")
@@ -77,6 +78,17 @@ def test_all_can_be_built_and_are_small():
         assert model.num_params(non_embedding=False) < 7e6
 
 
+def test_families_that_learn_better_with_muon_have_it():
+    """But for air, which is the seed of the project as it was."""
+    for name in set(PRESETS) - {"air"}:
+        run = loaded(name)
+        used = run.optimizer_hyperparams.use_muon
+        assert used or run.model_hyperparams.arch not in BETTER_WITH_MUON, name
+    assert not loaded("air").optimizer_hyperparams.use_muon
+    first, *others = (raw(f"tinystar-{version}")["optimizer_hyperparams"] for version in TINYSTAR)
+    assert all(other == first for other in others)
+
+
 def test_those_of_tinystar_differ_from_v0_2_in_one_thing():
     base = raw("tinystar-v0.2-modernbase")
     default = to_dict(CONFIGS["tinystar"]())
@@ -110,7 +122,6 @@ def test_each_is_what_its_name_says():
     has("tinystar-v0.1-baseline", attention_type="MHA", ffn_type="GELU", norm_type="LayerNorm", pos_encoding="Learned")
     has("tinystar-v0.8-speedrun", qk_norm=True, ffn_type="ReLU2", n_ffn=None, logit_softcap=15, tie_embeddings=False,
         skip_scalars=True, value_embeddings=True)  # fmt: skip
-    assert loaded("tinystar-v0.8-speedrun").optimizer_hyperparams.use_muon
     has("transformer-spans", kind="encoder-decoder", attention_type="MHA", norm_position="post", ffn_type="relu",
         pos_encoding="Sinusoidal", norm_type="LayerNorm")  # fmt: skip
     has("transformer-pairs", kind="encoder-decoder")

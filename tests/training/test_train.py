@@ -630,10 +630,11 @@ def test_training_goes_on_where_compiling_fails(run_folder, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("model,muon,said", [
-    ("strawberry", "false", True), ("strawberry", "true", False), ("tinystar", "false", False),
+    ("strawberry", "false", True), ("strawberry", "true", False), ("tinystar", "false", True),
+    ("strawberry-silia", "false", False),
 ])  # fmt: skip
 def test_a_family_that_learns_better_with_muon_is_told_so_once(run_folder, capsys, model, muon, said):
-    write_config(model)
+    write_config("tinystar", model_hyperparams={"arch": model})
     run("--max_iters=2", f"--optimizer_hyperparams.use_muon={muon}")
     assert capsys.readouterr().out.count(f"{model} learned better with Muon") == said
 
