@@ -1125,7 +1125,7 @@ class Memory(nn.Module):
 
     Keys, values and gates are linear in h = norm(x). A convolution over the last four projections z gives the query
     z_t + Σ_j taps_j ⊙ z_{t−j}; the key is the query of the token before, so that the memory maps a token to what
-    followed it. A head's gates are log α = −softplus(a + offset), β = σ(b), and σ(c) for what is read. The offsets,
+    followed it. A head's gates are log α = log σ(−a − offset), β = σ(b), and σ(c) for what is read. The offsets,
     −4 … −9, let heads forget over about 50 to 8,000 tokens at the start. strawberry/ops/memory.py has the memory's
     formula.
     """
@@ -1161,7 +1161,7 @@ class Memory(nn.Module):
         """log α, β and σ(c), (B, T, H) each; tokens that write nothing have log α = β = 0."""
         a, b, c = (to_accum_dtype(F.linear(h, self.w_gates)) + self.gate_bias).chunk(3, dim=-1)
         offset = torch.linspace(-4, -9, self.n_head, dtype=a.dtype, device=a.device)
-        return ctx.mask_invalid(-F.softplus(a + offset)), ctx.mask_invalid(torch.sigmoid(b)), torch.sigmoid(c)
+        return ctx.mask_invalid(F.logsigmoid(-a - offset)), ctx.mask_invalid(torch.sigmoid(b)), torch.sigmoid(c)
 
     def new_cache(self, batch: int, device, dtype) -> LayerCache:
         wide = torch.float64 if dtype == torch.float64 else torch.float32

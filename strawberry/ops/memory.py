@@ -79,11 +79,13 @@ def solve_unit_lower(lower: Tensor, b: Tensor) -> Tensor:
 
 
 def step_memory(q, k, v, log_decay, beta, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`read_memory` for one token: the recurrence itself."""
-    q, k, new = (x[:, 0].to(state.dtype).unsqueeze(-2) for x in (q, k, v))  # (B, H, 1, ·)
-    state = log_decay[:, 0].exp()[..., None, None].to(state.dtype) * state
-    state = state + k.mT @ (beta[:, 0, :, None, None].to(state.dtype) * (new - k @ state))
-    return (q @ state).transpose(1, 2).to(v.dtype), state
+    """`read_memory` for one token: the recurrence itself, in sums over channels, which round alike in every row."""
+    q, k = (x[:, 0].to(state.dtype).unsqueeze(-1) for x in (q, k))  # (B, H, d, 1)
+    decay, beta = (x[:, 0, :, None, None].to(state.dtype) for x in (log_decay.exp(), beta))
+    state = decay * state
+    new = v[:, 0].to(state.dtype).unsqueeze(-2) - (k * state).sum(dim=-2, keepdim=True)  # (B, H, 1, e)
+    state = state + beta * k * new
+    return (q * state).sum(dim=-2).unsqueeze(1).to(v.dtype), state
 
 
 def unit(x: Tensor) -> Tensor:
