@@ -1146,12 +1146,12 @@ class Memory(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext, cache: LayerCache | None) -> Tensor:
         h = norm(x)
-        k, v = (ops.linear(h, w, precision=self.precision) for w in (self.w_key, self.w_value))
-        q = ops.causal_convolution(k, self.taps, ctx, cache)
-        q, k, v = (y.unflatten(-1, (self.n_head, self.d)) for y in (q[:, 1:], q[:, :-1], v))
-        log_decay, beta, show = self.gates(h, ctx)
+        z, v = (ops.linear(h, w, precision=self.precision) for w in (self.w_key, self.w_value))
+        z = ops.causal_convolution(z, self.taps, ctx, cache)  # (B, T + 1, M), of the token before too
+        z, v = (y.unflatten(-1, (self.n_head, self.d)) for y in (z, v))
+        z, (log_decay, beta, show) = ops.unit(z), self.gates(h, ctx)
         state = None if cache is None else cache.state
-        o, last = ops.read_memory(ops.unit(q), ops.unit(k), v, log_decay, beta, size=self.size, state=state)
+        o, last = ops.read_memory(z[:, 1:], z[:, :-1], v, log_decay, beta, size=self.size, state=state)
         if cache is not None:
             state.copy_(last)
         o = ops.soft_norm(o) * show.unsqueeze(-1)

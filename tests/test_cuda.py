@@ -42,6 +42,7 @@ SMALL = {"vocab_size": 64, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd"
 MODELS = [
     {},
     {"retention": "none"},
+    {"retention_rule": "delta", "retention_chunk": 16},
     {"n_experts": 2},
     {"arch": "strawberry-silia"},
     {"arch": "strawberry-v0"},

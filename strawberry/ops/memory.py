@@ -19,6 +19,7 @@ from strawberry.cache import LayerCache
 from strawberry.context import ForwardContext
 from strawberry.ops.common import no_autocast, to_accum_dtype
 from strawberry.ops.flops import counted
+from strawberry.ops.triton import memory as memory_kernels
 
 MEMORY_CHUNK = 64  # tokens in a chunk by default: larger chunks compute more pairs, smaller ones take more steps
 
@@ -33,13 +34,16 @@ def read_memory(
     with no_autocast(q):
         if q.size(1) == 1 and state is not None:
             return step_memory(*inputs, state)
+        if memory_kernels.can_fuse_memory(q, k, v, size):
+            return memory_kernels.fused_memory(*inputs, size, state)
         if torch.is_grad_enabled() and state is None and v.requires_grad:
             return checkpoint(read_chunks, *inputs, size, use_reentrant=False, preserve_rng_state=False)
         return read_chunks(*inputs, size, state)
 
 
 def read_chunks(q, k, v, log_decay, beta, size: int, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`read_memory` in plain PyTorch. tests/ops/test_memory.py compares it with the recurrence."""
+    """`read_memory` in plain PyTorch. tests/ops/test_memory.py compares it with the recurrence, and
+    tests/ops/kernels_in_interpreter.py the kernels with it."""
     inputs = [to_accum_dtype(x).transpose(1, 2).split(size, dim=2) for x in (q, k, v, log_decay, beta)]
     outputs = []
     if state is None:
