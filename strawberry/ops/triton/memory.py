@@ -18,7 +18,8 @@ from strawberry.ops.triton.common import dot_dtype, fast_exp, jit, next_power_of
 
 BLOCK = 16  # columns of the state in a program: its chunks are computed one after another, so many programs are needed
 SIZES = (16, 32, 64)  # tokens in a chunk
-MAX_WIDTH = 128  # channels of a head in a half type, half as many in float32: tiles of a program share on-chip memory
+MAX_WIDTH = 128  # channels of a head in a half type, half as many in float32
+MAX_TILE = 4096  # numbers in a chunk's tile in a half type, a quarter in float32: 99 KiB of on-chip memory suffice
 
 
 def can_fuse_memory(q: Tensor, k: Tensor, v: Tensor, size: int) -> bool:
@@ -298,18 +299,19 @@ def strides(*tensors: Tensor) -> list[int]:
 
 
 def launch_shape(v: Tensor, size: int) -> dict:
-    """The kernels' constants."""
-    D, dot = v.size(3), dot_dtype(v)
+    """The kernels' constants. A chunk has fewer tokens where heads are wide."""
+    D, is_half = v.size(3), v.dtype in kernels.HALF_DTYPES
     wide = max(16, next_power_of_2(D))
-    precision = "tf32" if v.dtype in kernels.HALF_DTYPES else "tf32x3"  # of products in float32
-    return {"D": D, "WIDE": wide, "C": size, "DOT": dot, "PRECISION": precision, "num_warps": 8 if wide > 64 else 4}
+    tokens = min(size, (MAX_TILE if is_half else MAX_TILE // 4) // wide)
+    return {"D": D, "WIDE": wide, "C": tokens, "DOT": dot_dtype(v), "PRECISION": "tf32" if is_half else "tf32x3",
+            "num_warps": 8 if wide > 64 else 4}  # fmt: skip
 
 
 def compute_states(k, v, log_decay, beta, state: Tensor | None, size: int, save: bool) -> tuple[Tensor, ...]:
     """X (J, C, C) if `save`, X β Γ k and the writes (J, C, WIDE), the states before the chunks (J, WIDE, WIDE), all for
     the J chunks of all rows and heads in v's dtype; and the last state (B, H, d, d)."""
     (B, T, H, D), shape = v.shape, launch_shape(v, size)
-    wide, lines, chunks = shape["WIDE"], B * H, -(-T // size)
+    wide, size, lines, chunks = shape["WIDE"], shape["C"], B * H, -(-T // shape["C"])
     new = {"dtype": v.dtype, "device": v.device}
     J = lines * chunks
     inverse = torch.empty((J, size, size) if save else (0,), **new)
@@ -336,7 +338,8 @@ def memory_op(
     _, _, writes, states, last = compute_states(k, v, log_decay, beta, state, size, False)
     o = torch.empty(B, T, H, D, dtype=v.dtype, device=v.device)
     args = (q, k, log_decay, writes, states, o, T, H, *strides(q, k))
-    read_kernel[(-(-T // size), B * H)](*args, **launch_shape(v, size))
+    shape = launch_shape(v, size)
+    read_kernel[(-(-T // shape["C"]), B * H)](*args, **shape)
     return o, last
 
 
@@ -353,7 +356,7 @@ def memory_backward_op(
     (B, T, H, _), shape = v.shape, launch_shape(v, size)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     inverse, erases, writes, states, _ = compute_states(k, v, log_decay, beta, None, size, True)
-    chunks, lines, d_writes, d_states = -(-T // size), B * H, torch.empty_like(writes), torch.empty_like(states)
+    chunks, lines, d_writes, d_states = -(-T // shape["C"]), B * H, torch.empty_like(writes), torch.empty_like(states)
     grad_writes_kernel[(chunks, lines)](q, k, grad, log_decay, d_writes, T, H, *strides(q, k, grad), **shape)
     grad_states_kernel[(shape["WIDE"] // BLOCK, lines)](
         q, k, grad, log_decay, erases, d_writes, d_states, T, H, chunks, *strides(q, k, grad),
