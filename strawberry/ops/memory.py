@@ -34,7 +34,7 @@ def read_memory(
     with no_autocast(q):
         if q.size(1) == 1 and state is not None:
             return step_memory(*inputs, state)
-        if memory_kernels.can_fuse_memory(q, k, v, size):
+        if memory_kernels.can_fuse_memory(q, k, v):
             return memory_kernels.fused_memory(*inputs, size, state)
         if torch.is_grad_enabled() and state is None and v.requires_grad:
             return checkpoint(read_chunks, *inputs, size, use_reentrant=False, preserve_rng_state=False)

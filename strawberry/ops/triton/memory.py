@@ -17,20 +17,19 @@ from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.common import dot_dtype, fast_exp, jit, next_power_of_2, tl
 
 BLOCK = 16  # columns of the state in a program: its chunks are computed one after another, so many programs are needed
-SIZES = (16, 32, 64)  # tokens in a chunk
 MAX_WIDTH = 128  # channels of a head in a half type, half as many in float32
 MAX_TILE = 4096  # numbers in a chunk's tile in a half type, a quarter in float32: 99 KiB of on-chip memory suffice
 
 
-def can_fuse_memory(q: Tensor, k: Tensor, v: Tensor, size: int) -> bool:
-    """Whether the kernels support these inputs (B, T, H, d) and chunks of `size` tokens."""
+def can_fuse_memory(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels support these inputs (B, T, H, d)."""
     width = MAX_WIDTH if v.dtype in kernels.HALF_DTYPES else MAX_WIDTH // 2
-    return kernels.can_run(q, k, v) and size in SIZES and k.size(-1) == v.size(-1) <= width
+    return kernels.can_run(q, k, v) and k.size(-1) == v.size(-1) <= width
 
 
 def fused_memory(q, k, v, log_decay, beta, size: int, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """o (B, T, H, d) in v's dtype and the last state (B, H, d, d) float32: q, k, v (B, T, H, d), channels contiguous;
-    log α and β (B, T, H) float32; `size` tokens in a chunk. Requires `can_fuse_memory`. o is differentiable if there is
+    log α and β (B, T, H) float32; about `size` tokens in a chunk. Requires `can_fuse_memory`. o is differentiable if there is
     no first state, the last state is not. Backward recomputes writes and states.
 
     Bytes moved in bfloat16 per element of v, with d = C = 64: forward 28 (14 tensors of v's size), backward 66."""
@@ -299,10 +298,10 @@ def strides(*tensors: Tensor) -> list[int]:
 
 
 def launch_shape(v: Tensor, size: int) -> dict:
-    """The kernels' constants. A chunk has fewer tokens where heads are wide."""
+    """The kernels' constants. A chunk has a power of two of tokens, at least 16, and fewer where heads are wide."""
     D, is_half = v.size(3), v.dtype in kernels.HALF_DTYPES
     wide = max(16, next_power_of_2(D))
-    tokens = min(size, (MAX_TILE if is_half else MAX_TILE // 4) // wide)
+    tokens = max(16, min(next_power_of_2(size + 1) // 2, (MAX_TILE if is_half else MAX_TILE // 4) // wide))
     return {"D": D, "WIDE": wide, "C": tokens, "DOT": dot_dtype(v), "PRECISION": "tf32" if is_half else "tf32x3",
             "num_warps": 8 if wide > 64 else 4}  # fmt: skip
 
