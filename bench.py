@@ -51,6 +51,14 @@ compare's runs are child processes: train.py's own loop, each with a JSON file. 
 and several share a device (--jobs). Speed is measured apart from them, while nothing else runs.
 """
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
+import sys
 from collections.abc import Callable
 
 from strawberry.bench import compare, decode, growth, kernels, recall, scale, serve, speedrun, speedrun_child, train
@@ -71,12 +79,17 @@ CHILDREN: dict[str, Callable[[list[str]], int | None]] = {
 
 def main(argv: list[str]) -> int | None:
     known = "\n".join(f"  {name:<10} {function.__doc__.splitlines()[0]}" for name, function in COMMANDS.items())
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: python bench.py COMMAND …; python bench.py COMMAND --help says more\n\n{known}")
-        return 0
+    usage = f"usage: python bench.py COMMAND …; python bench.py COMMAND --help says more\n\n{known}"
+    if not argv:
+        print(usage, file=sys.stderr)
+        return 2
     name, *rest = argv
+    if name in ("-h", "--help"):
+        print(usage)
+        return 0
     if name not in COMMANDS | CHILDREN:
-        raise UserError(f"{name!r} is no command; there are: {', '.join(COMMANDS)}{nearest(name, COMMANDS)}")
+        hint = nearest(name, [*COMMANDS, "--help"])
+        raise UserError(f"{name!r} is no command; there are: {', '.join(COMMANDS)}{hint}")
     return (COMMANDS | CHILDREN)[name](rest)
 
 

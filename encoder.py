@@ -19,6 +19,13 @@ left. rustbpe finds the merges: against Hugging Face's tokenizers it measured tw
 and it understands GPT-4's possessive quantifiers as tiktoken does. It is imported by `train` alone.
 """
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import argparse
 import base64
 import codecs
@@ -38,7 +45,7 @@ import numpy as np
 from tqdm import tqdm
 
 from strawberry.argument_parser import ArgumentParser
-from strawberry.common import UserError, atomic_write, check_path_arguments, nearest, run_cli
+from strawberry.common import UserError, atomic_write, check_path_arguments, format_count, nearest, run_cli
 from strawberry.data.documents import Documents, InputFile, add_reading_options, expand_inputs
 from strawberry.outputs import Input, Output, check_outputs, find_previous
 
@@ -621,15 +628,16 @@ def main(argv: list[str]) -> None:
     documents.scan()
     if not documents.files:
         raise UserError(f"no text to train on: {'; '.join(documents.notes())}")
-    print(f"training {args.vocab_size} tokens on {len(documents.files)} files …", file=sys.stderr, flush=True)
+    files = format_count(len(documents.files), "file")
+    print(f"training an encoder of {args.vocab_size:,} tokens on {files} …", file=sys.stderr, flush=True)
     text = TrainingText(documents)
     encoder = train(text, args.vocab_size, args.special)
     encoder.save(args.output)
     seconds = time.perf_counter() - start
     n_tokens = sum(len(ids) for ids in encoder.encode_batch(text.sample))
     n_bytes = sum(len(piece.encode("utf-8", "surrogatepass")) for piece in text.sample)
-    print(f"{args.output}: {encoder.vocab_size} tokens from {text.n_bytes / 1e6:.1f} MB in {len(documents.files)} "
-          f"files; {n_bytes / n_tokens:.2f} bytes per token, {seconds:.1f} s")
+    print(f"{args.output}: {encoder.vocab_size:,} tokens from {text.n_bytes / 1e6:.1f} MB in {files}; "
+          f"{n_bytes / n_tokens:.2f} bytes per token, {seconds:.1f} s")
     for note in documents.notes():
         print(note)
 

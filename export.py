@@ -8,6 +8,13 @@ A tinystar becomes a GPT-2, Llama, Mistral, Qwen3, Arcee, DeepSeek-V2, Starcoder
 same; other models are refused, with the option that none of them has. docs/export.md has the table.
 """
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 from strawberry.argument_parser import ArgumentParser
 from strawberry.common import UserError, check_path_arguments, run_cli
 from strawberry.huggingface import export

@@ -22,6 +22,13 @@ blocks. A mixer is a module with
 
 from __future__ import annotations
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -966,10 +973,14 @@ class CachedGeneration:
             logits = self.last_logits(idx if cache is None else token.unsqueeze(1), cache, source)
 
     @torch.no_grad()
-    def logits_after(self, idx: Tensor, cache: Cache) -> Tensor:
-        """Logits (B, V), float32 or wider, after the last token of idx (B, T)."""
+    def logits_after(self, idx: Tensor, cache: Cache, lengths: list[int] | None = None) -> Tensor:
+        """Logits (B, V), float32 or wider, after the last token of idx (B, T), or after the first `lengths` of a row,
+        at least one of each."""
         self.check_length(idx)
-        return to_accum_dtype(self.head(self.forward_cached(idx, cache)[:, -1:])[:, -1])
+        x = self.forward_cached(idx, cache, lengths)
+        if lengths is not None:
+            x = x[torch.arange(len(x), device=x.device), torch.tensor(lengths, device=x.device) - 1].unsqueeze(1)
+        return to_accum_dtype(self.head(x[:, -1:])[:, -1])
 
     def last_logits(self, idx: Tensor, cache: Cache | None, source: Tensor | None) -> Tensor:
         """Logits (B, V), float32 or wider, after the last token. Without a cache they are recomputed from the last
@@ -1003,7 +1014,7 @@ class LanguageModel(CachedGeneration, nn.Module):
     max_positions: int | None = None  # number of learned positions
     cap: float | None = None  # of `softcap`, for the logits
     compile_partitions = 1  # graphs into which torch.compile divides the blocks
-    max_prefill = 2048  # tokens in a part of a prefill, at most: bounds the masks' size for long prompts
+    max_prefill = 8192  # tokens in a part of a prefill, at most: bounds the masks' size for long prompts
     precision = None  # of the head's product in training; see ops.prepare_weights
     compile_loss = False  # whether the fused loss is compiled separately, if the model is not compiled as one graph
 

@@ -24,6 +24,13 @@ Index:  corpora · pairs · the encoder · writing the token file · the command
 
 from __future__ import annotations
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import argparse
 import dataclasses
 import hashlib
@@ -42,7 +49,7 @@ from tqdm import tqdm
 
 from encoder import Encoder, cut_pieces, load, train
 from strawberry.argument_parser import ArgumentParser
-from strawberry.common import UserError, check_path_arguments, run_cli, show
+from strawberry.common import UserError, check_path_arguments, format_count, run_cli, show
 from strawberry.data import encoding
 from strawberry.data.chat import ChatReader, ChatTemplate, read_template, template_of
 from strawberry.data.docstrings import DocstringPairs
@@ -289,11 +296,11 @@ def write_token_file(source: Source, encoder: Encoder, output: str) -> None:
                 bar.update(tokens.nbytes)
         except OSError as error:  # a full disk, above all
             raise UserError(f"cannot write beside {output}: {error.strerror or error}") from error
-    print(f"{output}: {spool.n_documents:,} {what}s, {writer.n_tokens:,} tokens ({writer.dtype.name}), "
+    print(f"{output}: {format_count(spool.n_documents, what)}, {writer.n_tokens:,} tokens ({writer.dtype.name}), "
           f"{n_bytes / 1e6:.1f} MB of text, {n_bytes / writer.n_tokens:.2f} bytes per token, "
           f"in {time.perf_counter() - began:.1f} s")
     if spool.n_empty:
-        print(f"left out {spool.n_empty:,} empty {what}s")
+        print(f"left out {format_count(spool.n_empty, f'empty {what}')}")
     for note in [*spool.notes, *reader.notes()]:
         print(note)
 
@@ -322,8 +329,9 @@ def verify_token_file(path: str) -> None:
     header = file.header
     with tqdm(total=header.n_tokens, desc="verifying", unit="tokens", unit_scale=True, disable=None) as bar:
         file.verify(bar.update)
-    what = "documents" if header.kind == "tokens" else "sources and targets"
-    print(f"{path} is sound: {header.n_documents:,} {what}, {header.n_tokens:,} tokens ({header.dtype}, under "
+    what = (format_count(header.n_documents, "document") if header.kind == "tokens"
+            else f"{header.n_documents:,} sources and targets")  # fmt: skip
+    print(f"{path} is sound: {what}, {header.n_tokens:,} tokens ({header.dtype}, under "
           f"{header.vocab_size:,}), encoder {header.encoder[:12]}…, SHA-256 {header.sha256[:12]}…")
 
 

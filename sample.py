@@ -13,6 +13,13 @@ strawberry/inference generates the text.
 Index:  settings · the prompt · samples and conversation · the command
 """
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import itertools
 import json
 import re
@@ -118,7 +125,7 @@ class Settings(SamplingOptions, Inputs):  # fields in this order: those of Input
 
 def read_settings(argv: list[str]) -> Settings:
     """Parse the settings of a command line. Raises UserError that lists all problems in one line."""
-    return parse_settings(argv, Settings, finish_options)
+    return parse_settings(argv, Settings, "prompt", finish_options)
 
 
 def finish_options(raw: dict) -> Iterator[str]:

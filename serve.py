@@ -9,6 +9,13 @@ and jobs.py the training jobs. Models are loaded and text is generated as in sam
 process.
 """
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import sys
 
 from strawberry.command_line import format_help

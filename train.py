@@ -25,19 +25,18 @@ Index:  the trainer, whose take_steps is the training loop · the command. Its c
         setup · step · cuda_graph · distributed · checkpointing · evaluation · memory · metrics · console · signals
 """
 
-import os
 import signal
-import sys
 
-import strawberry  # noqa: F401  before torch: sets an environment variable that OpenMP reads when it is loaded
+from strawberry import startup  # before torch: the package sets an environment variable that OpenMP reads
 
-if __name__ == "__main__":  # importing torch takes seconds, during which there is nothing to save
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT, signal.SIGTERM)
 
 import contextlib
 import functools
+import os
 import secrets
+import sys
 import time
 import weakref
 
@@ -338,4 +337,4 @@ def exit_gracefully(trainer: Trainer, stop: Interrupted | distributed.PeerLost, 
 
 
 if __name__ == "__main__":
-    run_cli(functools.partial(main, last=True))
+    run_cli(functools.partial(main, last=True), handles_signals=True)

@@ -10,19 +10,22 @@ from strawberry.run_config import parse_arguments
 LISTS = {list[str], list[int]}  # options of these types may be given several times
 
 
-def parse_settings(argv: list[str], cls: type, finish: Callable[[dict], Iterable[str]] | None = None) -> Any:
+def parse_settings(
+    argv: list[str], cls: type, bare: str, finish: Callable[[dict], Iterable[str]] | None = None
+) -> Any:
     """The settings of a command line, an instance of the dataclass `cls`. A list option may be given several times.
 
+    bare: the option that the error for a word without one names.
     finish: changes the parsed options in place before they are checked, and returns what is wrong with them. Raises
     UserError with all problems in one line.
     """
     known, raw = declared(cls), {}
-    config, words, problems = parse_arguments(argv, known, flag_names(cls))
+    config, words, problems = parse_arguments(argv, known, flag_names(cls), bare=bare)
     words += [] if config is None else [("config", config)]  # train.py's; unknown here
     for name, text in words:
         repeats = name in known and bool(LISTS & set(known[name].kinds))
         if name not in known:
-            hint = nearest(f"--{name}", [f"--{key}" for key in known])
+            hint = nearest(f"--{name}", [f"--{key}" for key in (*known, "help")])
             problems.append(f"--{name}: unknown option{hint or '; --help lists them'}")
         elif name in raw and not repeats:
             problems.append(f"--{name}: given twice; keep one")

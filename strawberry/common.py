@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from strawberry import startup
+
 
 class UserError(Exception):
     """An error that the user can fix: the message names the value, the limit and the fix."""
@@ -23,19 +25,28 @@ class UserError(Exception):
         return [f"error: {self}"]
 
 
-def run_cli(main: Callable[[list[str]], int | None]) -> None:
+def run_cli(main: Callable[[list[str]], int | None], handles_signals: bool = False) -> None:
     """Run `main(argv)` as a program and exit: code 2 with `error: …` on a UserError, 130 on Ctrl-C, 141 on a broken
-    pipe, otherwise the value that `main` returns."""
+    pipe, otherwise the value that `main` returns.
+
+    handles_signals: `main` installs handlers itself, and until then a signal ends the program at once.
+    """
     for stream in (sys.stdout, sys.stderr):
         set_encoding(stream)
     try:
-        code = main(sys.argv[1:]) or 0
-        sys.stdout.flush()
+        try:
+            if not handles_signals:
+                startup.restore_handlers()
+            code = main(sys.argv[1:]) or 0
+            sys.stdout.flush()
+        finally:
+            startup.exit_on(*startup.replaced)  # a second Ctrl-C, or one while the interpreter shuts down
     except UserError as error:
         with contextlib.suppress(OSError):  # a log on a full disk
             report_error(str(error))
         code = 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        print(f"{startup.start_line()}{str(interrupt) or 'interrupted'}", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # the reader (`| head`) exited; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,6 +133,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     by_lower = {str(v).lower().lstrip("-"): str(v) for v in valid}  # dashes make no option like another
     close = difflib.get_close_matches(str(name).lower().lstrip("-")[:200], by_lower, n=1, cutoff=0.6)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def format_count(n: int, noun: str) -> str:
+    """`1 file`, `2,000 files`."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")

@@ -70,21 +70,31 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """What may stand there, in words: `integer >= 1 or null`."""
+        """What may stand there, for a table: `integer >= 1 or null`."""
+        return self._describe({int: "integer", float: "number"}, {}, "list of")
+
+    @property
+    def rule(self) -> str:
+        """What a value must be, for a sentence: `an integer >= 1 or null`."""
+        return self._describe({int: "an integer", float: "a number"}, {int: "integers", float: "numbers"}, "a list of")
+
+    def _describe(self, numbers: dict[type, str], items: dict[type, str], list_of: str) -> str:
+        """`items`: the words for numbers in a list, where they differ."""
         if self.must:
             return self.must
-        words = {type(None): "null", bool: "true or false", int: "integer", float: "number", str: "text"}
+        words = {type(None): "null", bool: "true or false", str: "text"} | numbers
         signs = {">=": self.low, ">": self.above, "<=": self.high, "<": self.below}
         bounds = " and ".join(f"{sign} {limit}" for sign, limit in signs.items() if limit is not None)
         parts = []
         for kind in self.kinds:
             item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
-            word = "{ section }" if dataclasses.is_dataclass(kind) else words.get(item, "anything")
+            known = words if item is kind else words | items
+            word = "{ section }" if dataclasses.is_dataclass(kind) else known.get(item, "anything")
             if item is str and self.choices:
                 word = " or ".join(map(show, self.choices))
             if item in (int, float) and bounds:
                 word += f" {bounds}"
-            parts.append(word if item is kind else f"list of {word}")
+            parts.append(word if item is kind else f"{list_of} {word}")
         return " or ".join(parts) or "anything"
 
 
@@ -290,7 +300,7 @@ def check(cls: type, raw: Any, prefix: str = "") -> tuple[Any, list[str]]:
     A class may define `problems(self)`, an iterator of (key, message), for rules between its keys.
 
     >>> check(Dataset, {"data_division": 2, "pth": "x"})
-    (None, ["data_division = 2: must be number > 0 and < 1", "pth = \\"x\\": unknown key (did you mean 'path'?)"])
+    (None, ["data_division = 2: must be a number > 0 and < 1", "pth = \\"x\\": unknown key (did you mean 'path'?)"])
     """
     return _check(cls, raw, f"{prefix.rstrip('.')}." if prefix else "", dotted_names(cls))
 
@@ -335,8 +345,8 @@ def validate(cls: type, raw: dict) -> tuple[dict, dict[str, str]]:
 def _explain(value: Any, key: Option) -> str:
     """Why a value is refused."""
     if isinstance(value, (int, float)) and not abs(value) < 2**63 and not key.must:  # NaN and Infinity too
-        return f"must be {key.allowed}, finite" + (" and < 2**63" if int in key.kinds else "")
-    return f"must be {key.allowed}" + (nearest(value, key.choices) if isinstance(value, str) else "")
+        return f"must be {key.rule}, finite" + (" and < 2**63" if int in key.kinds else "")
+    return f"must be {key.rule}" + (nearest(value, key.choices) if isinstance(value, str) else "")
 
 
 def _hint(name: str, siblings: list[str], names: list[str]) -> str:

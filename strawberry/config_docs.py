@@ -2,6 +2,13 @@
 config/schema.json, with which editors complete and check configs; `--options` writes docs/options.md, the tables of all
 keys."""
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,8 @@
 """Choose the torch device."""
 
+import os
+import shutil
+
 import torch
 
 from strawberry.common import UserError
@@ -14,3 +17,8 @@ def choose_device(name: str, spelling: str = 'device = "{}"') -> torch.device:
     if not available[name]:
         raise UserError(f'{spelling.format(name)}: torch finds none on this machine; use "auto" or "cpu"')
     return torch.device(name)
+
+
+def has_cxx_compiler() -> bool:
+    """Whether the C++ compiler that torch.compile needs on a CPU is installed."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"))

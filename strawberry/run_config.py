@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -284,7 +285,7 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
     Every problem of file and command line is in one UserError. `--help` prints every key and exits.
     """
     names = set(RENAMED).union(*(dotted_names(run_class(archs, arch)) for arch in archs))
-    config, overrides, problems = parse_arguments(argv, names)
+    config, overrides, problems = parse_arguments(argv, names, own=OWN_OPTIONS)
     misspelt = [(name, hint) for name, _ in overrides if (hint := own_option_like(name, names))]
     overrides = [(name, text) for name, text in overrides if name not in dict(misspelt)]
     problems += [f"--{name}: unknown option{hint}" for name, hint in misspelt]
@@ -301,7 +302,7 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
         arch, _ = take_arch(raw, archs)
         print(help_text(run_class(archs, arch), arch, archs))
         raise SystemExit(0)
-    return make_run(raw, archs, problems, f"{config}: " if raw and not overrides else "")
+    return make_run(raw, archs, problems, f"{config}: " if raw and not overrides and not problems else "")
 
 
 def make_run(raw: dict, archs: dict[str, type], problems: Iterable[str] = (), source: str = "") -> Run:
@@ -333,22 +334,28 @@ def own_option_like(name: str, keys: Iterable[str]) -> str:
     return hint if any(f"'--{option}'" in hint for option in OWN_OPTIONS) else ""
 
 
-def parse_arguments(argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = ()) -> tuple:
+def parse_arguments(
+    argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = (), own: Iterable[str] = ("help",),
+    bare: str = "",
+) -> tuple:
     """(config file, overrides as (dotted name, text), problems) of `--name=value` and `--name value`.
 
-    `names` are the options that there are, `flags` those of them that take no value. In `--name value` any word is a
-    value, with dashes at its start too, unless it is one of the options.
+    `names` are the options that there are, `flags` those of them that take no value, `own` further options that a hint
+    may name. `bare` is the option that a word without one is most likely meant for; "": a config, or any key. In
+    `--name value` any word is a value, with dashes at its start too, unless it is one of the options.
     """
     config, overrides, problems, names = None, [], [], list(names)
     for word, name, text in split_arguments(argv, names, flags):
         if name in HELP:
             continue
         if name is None:
-            mend = f"--config {word}" if word.endswith(".json") else "--key=value"
+            option = bare or ("config" if word.endswith(".json") else "")
+            mend = f"--{option} {shlex.quote(word)}" if option else "--key=value"
             problems.append(f"{show(word)} on the command line: must be an option; write {mend}")
         elif text is None and names and name not in (*names, "config"):
-            hint = nearest(f"--{name}", [f"--{known}" for known in names])
-            problems.append(f"{word}: unknown option{hint}")
+            last_parts = {known.rpartition(".")[2] for known in names}
+            hint = nearest(f"--{name}", [f"--{known}" for known in (*own, *last_parts, *names)])
+            problems.append(f"{word}: unknown option{hint or '; --help lists them'}")
         elif text is None:
             problems.append(f"{word}: has no value; write {word}=value")
         elif name == "config":

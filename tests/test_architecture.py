@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     ("common", ("strawberry.argument_parser", "strawberry.command_line", "strawberry.common", "strawberry.config",
                 "strawberry.device", "strawberry.environment", "strawberry.machine", "strawberry.outputs",
-                "strawberry.run_config", "strawberry.status_file", "strawberry.data.documents")),
+                "strawberry.run_config", "strawberry.startup", "strawberry.status_file",
+                "strawberry.data.documents")),
     ("ops.triton", ("strawberry.ops.triton",)),
     ("ops, cache", ("strawberry.ops", "strawberry.cache", "strawberry.context", "strawberry.compile",
                     "strawberry.stack", "strawberry.summary", "strawberry.sharding", "strawberry.initialization")),

@@ -23,7 +23,8 @@ from strawberry.ops.float8 import (
     quantize_fp8,
     transpose_fp8,
 )
-from strawberry.ops.linear import prepare_weights
+from strawberry.ops.fused_linear import NO_NORM, Norm, fused_linear, fused_linear_plain
+from strawberry.ops.linear import prepare_weights, quantize_int8
 from strawberry.ops.masks import AttentionPattern
 from strawberry.ops.qkv import no_transform
 from strawberry.ops.triton import common as kernels
@@ -89,11 +90,37 @@ def test_captured_steps_make_the_texts_that_the_cpu_makes(name, dtype):
 
 
 @every_model
-def test_compiled_steps_make_the_texts_that_the_cpu_makes(name):
+@pytest.mark.parametrize("fuse", [False, True])
+def test_compiled_steps_make_the_texts_that_the_cpu_makes(name, fuse):
     model = small_model(name).float()
     requests = requests_for(model, 5)
     expected = collect(Decoder(model, 4, 64), requests)
-    assert collect(Decoder(model.cuda(), 4, 64, compile=True), requests) == expected
+    assert collect(Decoder(model.cuda(), 4, 64, compile=True, fuse=fuse), requests) == expected
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("K, widths, norm, activation", [
+    (768, [768, 768, 768], "layer", "identity"), (768, [3072], "layer", "gelu"), (3072, [768], "none", "identity"),
+    (768, [4096], "rms", "swiglu"), (768, [50304], "rms", "identity"), (100, [33, 7], "rms", "relu2"),
+])  # fmt: skip
+def test_fused_linear_by_its_kernel(K, widths, norm, activation, int8):
+    """Near the plain version in float64, and each row's bits are the same in any company."""
+    torch.manual_seed(0)
+    bf16 = {"device": "cuda", "dtype": torch.bfloat16}
+    x, weights = torch.randn(64, K, **bf16), [torch.randn(n, K, **bf16) * K**-0.5 for n in widths]
+    scales = []
+    if int8:
+        weights, scales = zip(*map(quantize_int8, weights), strict=True)
+    biases, gain, shift = [torch.randn(n, **bf16) for n in widths], torch.randn(K, **bf16), torch.randn(K, **bf16)
+    norm = {"none": NO_NORM, "rms": Norm("rms", gain, None, 1e-6), "layer": Norm("layer", gain, shift, 1e-5)}[norm]
+    residual = torch.randn(64, sum(widths) // (2 if activation == "swiglu" else 1), **bf16)
+    args = (weights, scales, biases, norm, activation)
+    exact = fused_linear_plain(x.double(), *args, residual)
+    assert relative(fused_linear(x, *args, residual), exact) < 6e-3
+    y = fused_linear(x[:16], *args, residual[:16])
+    assert relative(y, exact[:16]) < 4e-3
+    for rows in (slice(0, 1), slice(5, 7), slice(4, 16)):
+        assert torch.equal(fused_linear(x[rows], *args, residual[rows]), y[rows])
 
 
 def test_penalties_in_a_cuda_graph_are_those_of_a_cpu():
@@ -518,7 +545,7 @@ def test_a_rank_killed_under_nccl_ends_the_other_and_the_run_resumes(tmp_path, m
     processes = start_ranks(words_of(tmp_path, monkeypatch, **keys), "log")
     try:
         metrics, end = Path("checkpoints/metrics.jsonl"), time.monotonic() + 200
-        while not metrics.exists() or plot.read_metrics(metrics)[-1]["step"] < 400:  # long since in replays, without FSDP
+        while not metrics.exists() or plot.read_metrics(metrics)[-1]["step"] < 400:  # replays
             told = Path("log0.txt").read_text()
             assert time.monotonic() < end and processes[0].poll() is None, told
             time.sleep(0.1)

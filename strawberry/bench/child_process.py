@@ -1,4 +1,6 @@
-"""Child processes of bench.py. Each measurement and each training run has its own, so that a failure stops no other."""
+"""Child processes of bench.py. Each measurement and each training run has its own, so that a failure stops no other.
+On a host of several GPUs, each child is given one of them.
+"""
 
 import contextlib
 import itertools
@@ -7,39 +9,82 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from strawberry.bench.common import SCRIPT
+from strawberry.device import choose_device
+
+POLL_SECONDS = 0.3  # between polls of children that run at once
 
 
 def make_command(role: str, *arguments: str) -> list[str]:
     return [sys.executable, SCRIPT, role, *arguments]
 
 
-def gpu_environment(index: int) -> dict[str, str]:
-    """The environment variable with which a child sees one GPU: number `index` of those that this process sees."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return {"CUDA_VISIBLE_DEVICES": visible[index] if visible else str(index)}
+class GpuPool:
+    """The host's GPUs. Each child that it starts is given one, the one with the fewest running children; a child that
+    ends gives its GPU back. With one GPU or none, children see what this process sees.
+    """
+
+    def __init__(self, device: str = "auto"):
+        names = list_gpus() if choose_device(device).type == "cuda" else []
+        self.children: dict[str, list[subprocess.Popen]] = {name: [] for name in names if len(names) > 1}
+
+    @property
+    def lanes(self) -> int:
+        """The number of children that can measure at the same time."""
+        return max(1, len(self.children))
+
+    def start(self, command: list[str], env: dict, **how) -> subprocess.Popen:
+        """subprocess.Popen, with the child's GPU in its environment."""
+        if not self.children:
+            return subprocess.Popen(command, env=env, **how)
+        running = {name: sum(child.poll() is None for child in mine) for name, mine in self.children.items()}
+        name = min(running, key=running.get)
+        child = subprocess.Popen(command, env=env | {"CUDA_VISIBLE_DEVICES": name}, **how)
+        self.children[name].append(child)
+        return child
+
+    def list_turns(self, children: list[subprocess.Popen]) -> list[list[subprocess.Popen]]:
+        """The children in groups that measure one group after the other. A group has at most one child of each GPU."""
+        lanes = [[child for child in children if child in mine] for mine in self.children.values()] or [children]
+        return [[child for child in turn if child is not None] for turn in itertools.zip_longest(*lanes)]
 
 
-def start(command: list[str], log: Path, jobs: int, extra: dict[str, str] | None = None, **pipes) -> subprocess.Popen:
+def list_gpus() -> list[str]:
+    """The GPUs that this process sees, each as CUDA_VISIBLE_DEVICES names it: an index of the host or a UUID."""
+    count, chosen = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return [str(i) for i in range(count)]
+    return [name.strip() for name in chosen.split(",")][:count]  # CUDA stops at the first entry that is no GPU
+
+
+def share_threads(jobs: int) -> dict[str, str]:
+    """The environment of one of `jobs` children: a share of the CPU threads each, unless the user has set a number."""
+    if jobs == 1:
+        return dict(os.environ)
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    return {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
+
+
+def start(
+    command: list[str], log: Path, jobs: int, gpus: GpuPool, extra: dict[str, str] | None = None, **pipes
+) -> subprocess.Popen:
     """Start a child in a process group or session of its own, so that the terminal's Ctrl-C does not reach it: this
     process receives it and signals the child once.
 
     stderr goes to `log`, and stdout too unless `pipes` says otherwise. With several jobs, each child gets a share of
     the CPU threads. `extra`: environment variables of the child.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    env = dict(os.environ)
-    if jobs > 1:
-        env = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, **env}
-    env |= extra or {}
     apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
     with open(log, "ab") as file:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": file} | pipes
-        return subprocess.Popen(command, stderr=file, env=env, **pipes, **apart)
+        return gpus.start(command, share_threads(jobs) | (extra or {}), stderr=file, **pipes, **apart)
 
 
 def stop_all(children: list[subprocess.Popen], patience: float = 60) -> None:
@@ -64,43 +109,74 @@ def read_failure(log: Path) -> str:
     return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "no output")
 
 
-def run_in_turns(role: str, arguments: list[list[str]]) -> list[dict]:
+def run_in_turns(role: str, arguments: list[list[str]], device: str = "auto") -> list[dict]:
     """The JSON object that each child process prints; {"why": …} for a child that fails. All children prepare at the
-    same time, then they measure one at a time.
+    same time, then they measure one at a time; on a host of several GPUs, one at a time on each of them.
     """
-    env = dict(os.environ)
-    if len(arguments) > 1:
-        threads = str(max(1, (os.cpu_count() or 1) // len(arguments)))
-        env = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads, **env}
-    rows = []
-    with start_measuring(role, arguments, env) as (children, before_ready):
-        for child, lines in zip(children, before_ready, strict=True):
-            lines += child.communicate("go\n" if child.poll() is None else None)[0].splitlines()
-            rows.append(parse_result(lines, child.returncode))
-    return rows
+    gpus = GpuPool(device)
+    with start_measuring(role, arguments, share_threads(len(arguments)), gpus) as (children, before_ready):
+        printed = {child.pid: lines for child, lines in zip(children, before_ready, strict=True)}
+        for turn in gpus.list_turns(children):
+            send_go(turn)
+            for child in turn:
+                printed[child.pid] += child.communicate()[0].splitlines()
+        return [parse_result(printed[child.pid], child.returncode) for child in children]
+
+
+def run_at_once(role: str, arguments: list[list[str]], jobs: int, device: str = "auto") -> Iterator[tuple[int, dict]]:
+    """Run children that measure no speed, up to `jobs` at a time. Yields (index, the JSON object that the child prints,
+    or {"why": …} for a child that fails), as they end. Kills the running ones if the caller stops.
+    """
+    gpus, waiting, running = GpuPool(device), list(enumerate(arguments)), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                index, words = waiting.pop(0)
+                printed = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would fill up)
+                how = {"stdin": subprocess.DEVNULL, "stdout": printed, "stderr": subprocess.STDOUT}
+                running[index] = (gpus.start(make_command(role, *words), share_threads(jobs), **how), printed)
+            for index in [index for index, (child, _) in running.items() if child.poll() is not None]:
+                child, printed = running.pop(index)
+                with printed:
+                    printed.seek(0)
+                    yield index, parse_result(printed.read().splitlines(), child.returncode)
+            time.sleep(POLL_SECONDS if running else 0)
+    finally:
+        for child, printed in running.values():
+            child.kill()
+            child.wait()
+            printed.close()
+
+
+def send_go(children: list[subprocess.Popen]) -> None:
+    """Tell children that are ready to measure."""
+    for child in children:
+        with contextlib.suppress(OSError):  # the child has ended
+            child.stdin.write("go\n")
+            child.stdin.flush()
 
 
 def run_together(role: str, arguments: list[list[str]]) -> list[dict]:
-    """As `run_in_turns`, but all children measure at the same time, each with the number of threads that it would use
-    alone.
+    """As `run_in_turns`, but all children measure at the same time on one device, each with the number of threads that
+    it would use alone.
     """
     with start_measuring(role, arguments, dict(os.environ)) as (children, before_ready):
-        for child in children:
-            with contextlib.suppress(OSError):  # the child has ended
-                child.stdin.write("go\n")
-                child.stdin.flush()
+        send_go(children)
         for child, lines in zip(children, before_ready, strict=True):
             lines += child.communicate()[0].splitlines()
         return [parse_result(lines, child.returncode) for child, lines in zip(children, before_ready, strict=True)]
 
 
 @contextlib.contextmanager
-def start_measuring(role: str, arguments: list[list[str]], env: dict) -> Iterator[tuple[list, list]]:
+def start_measuring(
+    role: str, arguments: list[list[str]], env: dict, gpus: GpuPool | None = None
+) -> Iterator[tuple[list, list]]:
     """Start child processes and wait until each is ready or has failed. Yields (children, lines that each has printed);
     kills the children at the end.
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    children = [subprocess.Popen(make_command(role, *words), env=env, **pipes) for words in arguments]
+    start_child = gpus.start if gpus else subprocess.Popen
+    children = [start_child(make_command(role, *words), env=env, **pipes) for words in arguments]
     try:
         yield children, [read_until_ready(child) for child in children]
     finally:

@@ -6,13 +6,13 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from model import CONFIGS, build
+from model import CONFIGS, ValueEmbedding, build
 from strawberry.common import UserError, atomic_write
 from strawberry.config import declared, to_dict
 from strawberry.outputs import Input, Output
@@ -66,6 +66,16 @@ def format_quantity(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}"
     return f"{number:.3g}"
+
+
+def parse_learning_rates(text: str, option: str = "--lrs") -> list[float]:
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(0 < lr < math.inf for lr in found):
+        raise UserError(f"{option} {text}: must be numbers above 0 between commas, like 1e-3,3e-3")
+    return found
 
 
 def split_list(text: str) -> list[str]:
@@ -149,6 +159,7 @@ class Entry:
     changes: list[str] = field(default_factory=list)  # what compare changed, in words
     params: int = 0  # without embeddings
     params_total: int = 0
+    params_tables: int = 0  # of tables by token that are added to values; embeddings, so not in `params`
     flops: float = 0.0  # of a training step, per token
     causal: bool = True
     failure: str | None = None
@@ -171,18 +182,19 @@ class Entry:
                 "only models that do can be compared: try :kind=decoder"
             )
         self.params, self.params_total = model.num_params(), model.num_params(non_embedding=False)
+        self.params_tables = sum(m.table.numel() for m in model.modules() if isinstance(m, ValueEmbedding))
         self.flops, self.causal = model.flops_per_token(model.config.block_size), model.causal
 
 
-def read_specs(specs: list[str]) -> list[Entry]:
-    """`file.json:key=value,key=value` for each entry."""
+def read_specs(specs: list[str], shared: Collection[str] = SHARED_KEYS) -> list[Entry]:
+    """`file.json:key=value,key=value` for each entry. Raises UserError where one of several sets a key of `shared`."""
     entries = []
     for spec in specs:
         match = re.fullmatch(r"(.+?\.json5?)(?::(.*))?", spec, re.DOTALL)
         file, texts = (match[1], split_list(match[2]) if match[2] else []) if match else (spec, [])
         label = " ".join([Path(file).stem, *(text.removeprefix("model_hyperparams.") for text in texts)])
         overrides = [parse_override(text) for text in texts]
-        if (twice := next((key for key, _ in overrides if key in SHARED_KEYS), None)) and len(specs) > 1:
+        if (twice := next((key for key, _ in overrides if key in shared), None)) and len(specs) > 1:
             raise UserError(f"{spec}: {twice} must be the same for all; use --set {twice}=…")
         entries.append(Entry(label, file, overrides))
     for label in {entry.label for entry in entries}:
@@ -223,12 +235,13 @@ def parse_assignment(text: str) -> tuple[str, str]:
     return qualify_key(key.strip()), value.strip()
 
 
-def load_spec(spec: str, common: list[tuple[str, str]], last: bool = False) -> Run:
-    """The run of `file.json:key=value,key=value`; `common` keys are under its own, or over them where they come last.
+def load_spec(spec: str, common: list[tuple[str, str]], last: bool = False, defaults: Sequence = ()) -> Run:
+    """The run of `file.json:key=value,key=value`; `common` keys are under its own, or over them where they come last,
+    and `defaults` replace only what the file states.
     Sizes that its file states and another key makes impossible go back to their defaults."""
     file, _, changes = spec.partition(".json:")
     own = [parse_assignment(text) for text in split_list(changes)] if changes else []
-    words = [*own, *common] if last else [*common, *own]
+    words = [*defaults, *(own + common if last else common + own)]
     file = f"{file}.json" if changes else file
     return load_run(["--config", file, *(f"--{key}={value}" for key, value in words)], CONFIGS)
 

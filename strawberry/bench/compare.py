@@ -2,12 +2,12 @@
 
 import argparse
 import contextlib
-import math
 import signal
 import sys
 from pathlib import Path
 
 from strawberry.argument_parser import ArgumentParser
+from strawberry.bench import child_process
 from strawberry.bench.common import (
     Entry,
     format_command,
@@ -16,6 +16,7 @@ from strawberry.bench.common import (
     list_results,
     list_spec_inputs,
     load_entries,
+    parse_learning_rates,
     parse_override,
     parse_quantity,
 )
@@ -39,6 +40,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--tokens", type=parse_quantity, default=parse_quantity("5M"), help="training tokens of each run (default 5M)")
     add("--seeds", type=parse_quantity, default=3, help="runs of each config with its best learning rate (default 3)")
     add("--lrs", default="1e-3,3e-3,1e-2", help="learning rates to choose from (default 1e-3,3e-3,1e-2)")
+    add("--muon_lrs", help="learning rates to choose from with Muon (default: --lrs)")
     add("--optimizers", help="adamw,muon: choose each model's optimizer too (default: each config's own)")
     add("--warmup", type=float, default=0.05, help="share of the steps with rising learning rate (default 0.05)")
     add("--cooldown", type=float, default=0.4, help="share of the steps with falling learning rate (default 0.4)")
@@ -48,7 +50,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
-    add("--jobs", type=parse_quantity, default=1, help="runs at once, when a small model leaves a GPU idle (default 1)")
+    add("--jobs", type=parse_quantity, help="runs at once, divided among the GPUs (default: one on each)")
     add("--out", default="img/compare", type=Path, help="directory of the results (default img/compare)")
     arguments = parser.parse_args(argv)
     for name in ("warmup", "cooldown"):
@@ -57,18 +59,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if arguments.params and not arguments.match:
         raise UserError(f"--params {arguments.params}: says what --match params aims at; add --match params")
     arguments.lrs = parse_learning_rates(arguments.lrs)
+    given = arguments.muon_lrs
+    arguments.muon_lrs = parse_learning_rates(given, "--muon_lrs") if given is not None else None
     arguments.optimizers = parse_optimizers(arguments.optimizers)
     return arguments
-
-
-def parse_learning_rates(text: str) -> list[float]:
-    try:
-        found = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        found = []
-    if not found or not all(0 < lr < math.inf for lr in found):
-        raise UserError(f"--lrs {text}: must be numbers above 0 between commas, like 1e-3,3e-3")
-    return found
 
 
 def parse_optimizers(text: str | None) -> tuple[str, ...]:
@@ -86,6 +80,7 @@ def make_plan(arguments, entries: list[Entry]) -> Plan:
     if run.batch_size == "auto":
         raise UserError('batch_size = "auto": what is compared has equal batches; give a number, --set batch_size=32')
     device = choose_device(arguments.device)
+    jobs = arguments.jobs or child_process.GpuPool(device.type).lanes
     encoder, corpus = setup.load_data(run)
     per_step = run.batch_size * run.gradient_accumulation_steps * run.model_hyperparams.block_size
     steps = round(arguments.tokens / per_step)
@@ -95,15 +90,18 @@ def make_plan(arguments, entries: list[Entry]) -> Plan:
             f"anything; give at least {10 * per_step:,}, or --set batch_size=… smaller"
         )
     prints = {"dataset": corpus.fingerprint, "encoder": encoder.fingerprint, "code": hash_code()}
-    return Plan(steps, per_step, arguments.warmup, arguments.cooldown, arguments.lrs, arguments.seeds, arguments.jobs,
-                device, arguments.out, prints, arguments.optimizers)  # fmt: skip
+    return Plan(steps, per_step, arguments.warmup, arguments.cooldown, arguments.lrs, arguments.seeds, jobs,
+                device, arguments.out, prints, arguments.optimizers, arguments.muon_lrs)  # fmt: skip
 
 
 def print_summary(entries: list[Entry], sweep: Sweep) -> None:
     """Print the models, the settings and the number of runs before the training begins, which can take hours."""
     plan = sweep.plan
-    rows = [[e.label, f"{e.params:,}", f"{e.params_total:,}", f"{e.flops / 1e6:.1f}"] for e in entries]
-    print(format_table(["model", "parameters, non-embedding", "total", "MFLOP / token"], rows))
+    tables = any(e.params_tables for e in entries)
+    rows = [[e.label, f"{e.params:,}", *[f"{e.params_tables:,}"] * tables, f"{e.params_total:,}",
+             f"{e.flops / 1e6:.1f}"] for e in entries]  # fmt: skip
+    header = ["model", "parameters, non-embedding", *["value tables"] * tables, "total", "MFLOP / token"]
+    print(format_table(header, rows))
     print("\n".join(["", *list_settings(entries, plan), *list_caveats(entries, [], plan)]))
     amount = f"{sweep.total} runs of {format_quantity(plan.tokens)} tokens, {plan.jobs} at once"
     print(f"{amount}; {sweep.count_done()} of them are done already")
@@ -146,9 +144,9 @@ def run(argv: list[str]) -> int | None:
     print_summary(entries, sweep)
     try:
         with interrupt_on_signals():
-            speeds = measure_speeds(entries, plan)
+            sweep.speeds = measure_speeds(entries, plan)
             sweep.run()
-            speeds |= measure_speeds(sweep.choose_optimizers(), plan)
+            sweep.speeds |= measure_speeds(sweep.choose_optimizers(), plan)
     except KeyboardInterrupt:
         again = format_command(setup.relative_path(sys.executable), "compare", argv)
         print(
@@ -157,7 +155,7 @@ def run(argv: list[str]) -> int | None:
             flush=True,
         )
         return 130
-    text = write_results(sweep, speeds, format_command("python", "compare", argv))
+    text = write_results(sweep, format_command("python", "compare", argv))
     print(f"\n{text}\n\nthe table and the picture are in {plan.out}")
     failed = [f"{entry.label} ({entry.failure})" for entry in entries if entry.failure]
     if failed:

@@ -31,6 +31,16 @@ def average_curves(results: list[dict]) -> list[list[float]]:
             for t in places for mean, deviation in [compute_mean_and_sd([curve[t] for curve in curves])]]  # fmt: skip
 
 
+def average_quarters(results: list[dict]) -> list[list[float | None]] | None:
+    """[mean, standard deviation] over the seeds of the last validation loss of each quarter of the window, in nats per
+    token. None if a seed has none: it diverged, or its model sees the future.
+    """
+    found = [result.get("quarters") for result in results if result["bpb"] is not None]
+    if not found or None in found or len(found) < len(results):
+        return None
+    return [list(compute_mean_and_sd(list(values))) for values in zip(*found, strict=True)]
+
+
 def make_row(entry: Entry, grid: list[dict], seeds: list[dict], speed: dict | None) -> dict:
     """The results of one config as plain data. bpb is None if a seed diverged or a run failed."""
     values = [result["bpb"] for result in seeds]
@@ -38,10 +48,12 @@ def make_row(entry: Entry, grid: list[dict], seeds: list[dict], speed: dict | No
     return {
         "label": entry.label, "arch": entry.run.model_hyperparams.arch,
         "optimizer": OPTIMIZERS[entry.run.optimizer_hyperparams.use_muon],
-        "params": entry.params, "params_total": entry.params_total, "flops_per_token": entry.flops,
+        "params": entry.params, "params_total": entry.params_total, "params_tables": entry.params_tables,
+        "flops_per_token": entry.flops,
         "tokens_per_s": speed and speed["tokens_per_s"], "memory": speed and speed["memory"],
         "compiled": speed and speed["compiled"],
         "lr": seeds[0]["lr"] if seeds else None, "bpb": mean, "bpb_sd": deviation, "bpb_seeds": values,
+        "quarters": average_quarters(seeds),
         "grid": {f"{OPTIMIZERS[uses_muon(result['run'])]} {result['lr']:g}": result["bpb"] for result in grid},
         "curve": average_curves(seeds), "changes": entry.changes, "failure": entry.failure,
         "model_hyperparams": to_dict(entry.run.model_hyperparams),
@@ -54,7 +66,7 @@ def format_bpb(row: dict) -> str:
         return "failed"
     if row["bpb"] is None:
         return f"diverged ({row['bpb_seeds'].count(None)} of {len(row['bpb_seeds'])})"
-    return f"{row['bpb']:.4f}" + ("" if row["bpb_sd"] is None else f" ± {row['bpb_sd']:.4f}")
+    return format_mean(row["bpb"], row["bpb_sd"])
 
 
 def sort_by_bpb(rows: list[dict]) -> list[dict]:
@@ -63,28 +75,42 @@ def sort_by_bpb(rows: list[dict]) -> list[dict]:
 
 def format_main_table(rows: list[dict]) -> str:
     """The table of the models, sorted by bits per byte, best first."""
-    memory = any(row["memory"] for row in rows)
-    header = ["model", "optimizer", "learning rate", "parameters, non-embedding", "total", "MFLOP / token", "tokens/s"]
+    memory, tables = any(row["memory"] for row in rows), any(row["params_tables"] for row in rows)
+    header = ["model", "optimizer", "learning rate", "parameters, non-embedding", *["value tables"] * tables, "total",
+              "MFLOP / token", "tokens/s"]  # fmt: skip
     header += ["memory, GB"] * memory + ["validation, bits per byte"]
     lines = []
     for row in sort_by_bpb(rows):
         line = [row["label"], row["optimizer"], f"{row['lr']:g}" if row["lr"] else "–", f"{row['params']:,}",
-                f"{row['params_total']:,}", f"{row['flops_per_token'] / 1e6:.1f}",
+                *[f"{row['params_tables']:,}"] * tables, f"{row['params_total']:,}",
+                f"{row['flops_per_token'] / 1e6:.1f}",
                 f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else "–"]  # fmt: skip
         line += [f"{row['memory'] / 1e9:.2f}" if row["memory"] else "–"] * memory
         lines.append([*line, format_bpb(row)])
     return format_table(header, lines)
 
 
+def format_quarter_table(rows: list[dict]) -> str:
+    """The table of the losses by quarter of the window, in the order of the main table."""
+    header = ["validation loss by quarter of the window, nats per token", "first", "second", "third", "last"]
+    lines = [[row["label"], *("–" if pair is None else format_mean(*pair) for pair in row["quarters"] or [None] * 4)]
+             for row in sort_by_bpb(rows)]  # fmt: skip
+    return format_table(header, lines)
+
+
+def format_mean(mean: float, deviation: float | None) -> str:
+    return f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+
+
 def format_grid_table(rows: list[dict], plan: Plan) -> str:
     """The table of the learning rate grid: bits per byte of every run, a row for each model and optimizer."""
-    lines = []
+    lines, rates = [], sorted({*plan.lrs, *(plan.muon_lrs or ())})
     for row in sort_by_bpb(rows):
         for optimizer in [OPTIMIZERS[USE_MUON[name]] for name in plan.optimizers] or [row["optimizer"]]:
-            cells = [row["grid"].get(f"{optimizer} {lr:g}", "–") for lr in plan.lrs]
+            cells = [row["grid"].get(f"{optimizer} {lr:g}", "–") for lr in rates]
             shown = ["diverged" if c is None else c if c == "–" else f"{c:.4f}" for c in cells]
             lines.append([row["label"] + f", {optimizer}" * bool(plan.optimizers), *shown])
-    return format_table(["learning rate, seed 1", *(f"{lr:g}" for lr in plan.lrs)], lines)
+    return format_table(["learning rate, seed 1", *(f"{lr:g}" for lr in rates)], lines)
 
 
 def describe_optimizers(plan: Plan) -> str:
@@ -94,14 +120,19 @@ def describe_optimizers(plan: Plan) -> str:
     return f"for each model the better of {' and '.join(names)}, chosen with the learning rate"
 
 
+def describe_rates(plan: Plan) -> str:
+    adamw, muon = (", ".join(f"{lr:g}" for lr in plan.list_rates(muon)) for muon in (False, True))
+    return f"{adamw} for each model" if adamw == muon else f"{adamw} with AdamW, of {muon} with Muon for each model"
+
+
 def list_settings(entries: list[Entry], plan: Plan) -> list[str]:
     """Sentences that state how the results were measured."""
     run = entries[0].run
     T, rows = run.model_hyperparams.block_size, run.batch_size * run.gradient_accumulation_steps
     evaluated = run.eval_iters * run.batch_size * T
-    rate = f"{plan.lrs[0]:g} for all, not tuned." if len(plan.lrs) == 1 else (
-        f"for each model the best of {', '.join(f'{lr:g}' for lr in plan.lrs)} by the last validation bits per byte "
-        "with seed 1; that run is also the first of the mean, which flatters all models alike.")  # fmt: skip
+    rate = f"{describe_rates(plan)}, not tuned." if len(plan.lrs) == 1 and len(plan.muon_lrs or [0]) == 1 else (
+        f"the best of {describe_rates(plan)}, by the last validation bits per byte with seed 1; that run is also the "
+        "first of the mean, which flatters all models alike.")  # fmt: skip
     return [
         f"Data: {run.dataset.path}, encoder {run.encoder_path} ({run.model_hyperparams.vocab_size:,} tokens); the same "
         "order for all, given the seed.",
@@ -151,9 +182,11 @@ def list_caveats(entries: list[Entry], rows: list[dict], plan: Plan) -> list[str
             f"Sizes differ: from {min(sizes):,} to {max(sizes):,} non-embedding parameters; --match params "
             "makes them the same."
         )
-    for edge, what in ((min(plan.lrs), "smallest"), (max(plan.lrs), "largest")):
-        at_edge = [row["label"] for row in rows if row["lr"] == edge]
-        if at_edge and len(plan.lrs) > 1:
+    for find_edge, what in ((min, "smallest"), (max, "largest")):
+        rates = {row["label"]: plan.list_rates(row["optimizer"] == "Muon") for row in rows}
+        at_edge = [row["label"] for row in rows
+                   if len(rates[row["label"]]) > 1 and row["lr"] == find_edge(rates[row["label"]])]  # fmt: skip
+        if at_edge:
             found.append(
                 f"The best learning rate is the grid's {what} for {', '.join(at_edge)}: a better one may lie beyond."
             )
@@ -174,7 +207,9 @@ def format_report(entries: list[Entry], rows: list[dict], plan: Plan, command: s
     """The text of compare.md."""
     parts = [format_main_table(rows), "![validation bits per byte against tokens, FLOPs and seconds](compare.png)"]
     parts.append("\n".join(f"- {line}" for line in list_settings(entries, plan) + list_caveats(entries, rows, plan)))
-    if len(plan.lrs) > 1 or len(plan.optimizers) > 1:
+    if any(row["quarters"] for row in rows):
+        parts.append(format_quarter_table(rows))
+    if len(plan.lrs) > 1 or len(plan.muon_lrs or ()) > 1 or len(plan.optimizers) > 1:
         parts.append(format_grid_table(rows, plan))
     return "\n\n".join([*parts, f"```\n{command}\n```"]) + "\n"
 
@@ -238,16 +273,17 @@ def set_limits(panels, rows: list[dict]) -> None:
             ax.set_xlim(min(seen) * 0.85, max(seen) * 1.18)
 
 
-def write_results(sweep: Sweep, speeds: dict[str, dict], command: str) -> str:
+def write_results(sweep: Sweep, command: str) -> str:
     """Write compare.md, compare.json and compare.png. Returns the main table."""
     entries, plan = sweep.entries, sweep.plan
     rows = []
     for entry in entries:
         grid = [sweep.results[trial.key] for trial in sweep.grid[entry.label] if trial.key in sweep.results]
         seeds = [sweep.results[trial.key] for trial in sweep.list_seed_trials(entry) if trial.key in sweep.results]
-        rows.append(make_row(entry, grid, seeds, speeds.get(entry.label)))
+        rows.append(make_row(entry, grid, seeds, sweep.speeds.get(entry.label)))
     text = format_report(entries, rows, plan, command)
     about = {"tokens": plan.tokens, "steps": plan.steps, "tokens_per_step": plan.tokens_per_step, "lrs": plan.lrs,
+             "muon_lrs": plan.muon_lrs,
              "seeds": plan.seeds, "warmup": plan.warmup, "cooldown": plan.cooldown,
              "device": hardware.describe_device(plan.device), "torch": torch.__version__,
              "fingerprints": plan.data, "command": command}  # fmt: skip

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import CONFIGS, Embedding, LanguageModel, LearnedPositions, build
+from model import CONFIGS, CrossAttention, Embedding, LanguageModel, LearnedPositions, build
 from strawberry.argument_parser import ArgumentParser
 from strawberry.bench import hardware
 from strawberry.bench.common import (
@@ -35,12 +35,13 @@ from strawberry.bench.common import (
     set_log_ticks,
     style_panel,
 )
+from strawberry.bench.step_profile import format_profile, profile_steps
 from strawberry.cache import Cache, ChunkCache, iter_layer_caches
 from strawberry.common import UserError, atomic_write
 from strawberry.config import to_dict
 from strawberry.device import choose_device
 from strawberry.inference import engine
-from strawberry.inference.loading import quantize_model
+from strawberry.inference.loading import check_can_compile, quantize_model
 from strawberry.inference.sampling import Request
 from strawberry.model_file import load_model
 from strawberry.ops.linear import Int8Weight
@@ -56,19 +57,21 @@ class ModelSource:
     make: Callable[[], LanguageModel]
 
 
-def read_model_sources(specs: list[str]) -> list[ModelSource]:
+def read_model_sources(specs: list[str], take_source: bool = False) -> list[ModelSource]:
     """One ModelSource for each spec: `config.json:key=value` as in compare, or the path of a model file.
 
-    Raises UserError if a model cannot continue text or two labels are equal.
+    Raises UserError if a model cannot continue text or two labels are equal, and for an encoder-decoder unless
+    `take_source`.
     """
     configs = [spec for spec in specs if re.match(r".+\.json5?(:|$)", spec)]
-    entries = dict(zip(configs, read_specs(configs), strict=True))
+    entries = dict(zip(configs, read_specs(configs, shared=()), strict=True))
     for entry in entries.values():
         entry.load([])
-        entry.measure()  # raises for models that cannot continue text
+        with torch.device("meta"):
+            check_generates(build(entry.run.model_hyperparams), entry.label, take_source)
     sources = [
         ModelSource(entries[spec].label, partial(build_fresh, entries[spec].run.model_hyperparams)) if spec in entries
-        else ModelSource(Path(spec).stem, partial(load_trained, spec)) for spec in specs
+        else ModelSource(Path(spec).stem, partial(load_trained, spec, take_source)) for spec in specs
     ]  # fmt: skip
     labels = [source.label for source in sources]
     if twice := [label for label in labels if labels.count(label) > 1]:
@@ -88,19 +91,28 @@ def build_fresh(config) -> LanguageModel:
     return model.eval()
 
 
-def load_trained(path: str) -> LanguageModel:
+def load_trained(path: str, take_source: bool) -> LanguageModel:
     model, _, _ = load_model(path)
-    if model.takes_source or not model.generates:
-        raise UserError(f"{path}: kind = {model.config.kind!r} does not continue text; give a model that does")
+    check_generates(model, path, take_source)
     return model
+
+
+def check_generates(model: LanguageModel, label: str, take_source: bool) -> None:
+    if not model.generates or (model.takes_source and not take_source):
+        raise UserError(f"{label}: kind = {model.config.kind!r} does not continue text; try "
+                        ":kind=decoder, or give a model that does")  # fmt: skip
 
 
 def count_weight_bytes(model: LanguageModel, rows: int) -> int:
     """Bytes of weights that a step for `rows` texts reads. Every weight is read once, except for lookup tables (input
-    embeddings, learned positions): one row for each text. A table that is also the head is read completely.
+    embeddings, learned positions): one row for each text. A table that is also the head is read completely. The encoder
+    of an encoder-decoder, and the projections of the source, are read before the first step only.
     """
-    total = 0
+    total, skipped = 0, set(model.encoder.modules() if model.takes_source else ())
     for module in model.modules():
+        if isinstance(module, CrossAttention):
+            skipped |= {module.wk, module.wv}
+    for module in (module for module in model.modules() if module not in skipped):
         table = isinstance(module, Embedding) and module.roles["weight"] == "input"
         looked_up = table or isinstance(module, LearnedPositions)
         in_8_bits = [t for value in vars(module).values() if isinstance(value, Int8Weight) for t in value]  # and scales
@@ -110,12 +122,13 @@ def count_weight_bytes(model: LanguageModel, rows: int) -> int:
 
 
 def make_meta_cache(config, dtype: torch.dtype, length: int) -> Cache | None:
-    """The cache of one text on the meta device (shapes only); None for a model without a cache, which recomputes all
-    tokens.
+    """The cache of one text on the meta device (shapes only), and of a source of as many tokens; None for a model
+    without a cache, which recomputes all tokens.
     """
     with torch.device("meta"):
         model = build(config).to(dtype)
-        return model.new_cache(1, length) if model.causal else None
+        source = length if model.takes_source else None
+        return model.new_cache(1, length, max_source=source) if model.causal else None
 
 
 def count_cache_bytes(config, dtype: torch.dtype, length: int) -> int:
@@ -162,6 +175,8 @@ class DecodeBenchmark:
     quantize: str | None
     compile: bool
     bandwidth: float  # bytes per second
+    fuse: bool = False
+    profile: bool = False
 
     def prepare(self, model: LanguageModel) -> LanguageModel:
         model = model.to(self.device, self.dtype).eval()
@@ -199,7 +214,8 @@ class DecodeBenchmark:
         """
         steps = count_steps_that_fit(model, context)
         self.check_memory(model, batch, context + steps)
-        decoder = engine.Decoder(model, batch, context + steps, compile=self.compile)
+        decoder = engine.Decoder(model, batch, context + steps, compile=self.compile, fuse=self.fuse,
+                                 max_source=context)  # fmt: skip
         prompts = (make_random_request(model, context, steps, seed) for seed in itertools.count())
         decoder.release(decode_first_token(decoder, next(prompts)))  # the first prompt selects and compiles kernels
         began = hardware.synchronized_time(self.device)
@@ -209,11 +225,21 @@ class DecodeBenchmark:
         if self.device.type == "cuda":  # capture the CUDA graphs of all lengths before the timed steps
             n, _ = self.time_steps(decoder, itertools.islice(prompts, batch), n)
         done, took = self.time_steps(decoder, itertools.islice(prompts, batch), n)
-        return {"first_token_s": seconds, "tokens_per_s": batch * done / took, "steps": done}
+        measured = {"first_token_s": seconds, "tokens_per_s": batch * done / took, "steps": done}
+        return measured | ({"profile": self.profile_steps(decoder, prompts)} if self.profile else {})
+
+    def profile_steps(self, decoder: engine.Decoder, prompts: Iterable[Request]) -> dict:
+        handles = decoder.admit_all(list(itertools.islice(prompts, decoder.rows)))
+        for _ in range(WARMUP_STEPS):
+            decoder.step()
+        profile = profile_steps(decoder.step, self.device)
+        for handle in handles:
+            decoder.release(handle)
+        return profile
 
     def time_steps(self, decoder: engine.Decoder, prompts: Iterable[Request], n: int) -> tuple[int, float]:
         """(steps, seconds) of n steps after these prompts; of fewer steps if they exceed MAX_SECONDS."""
-        handles = [decoder.admit(prompt) for prompt in prompts]
+        handles = decoder.admit_all(list(prompts))
         for _ in range(WARMUP_STEPS):
             decoder.step()
         began, done = hardware.synchronized_time(self.device), 0
@@ -246,7 +272,7 @@ def count_steps_that_fit(model: LanguageModel, context: int) -> int:
 def make_random_request(model: LanguageModel, context: int, steps: int, seed: int) -> Request:
     generator = torch.Generator().manual_seed(int(seed > 0))  # the same for seed > 0: prefilled once
     prompt = torch.randint(model.config.vocab_size, (context,), generator=generator).tolist()
-    return Request(prompt, steps, seed=seed)
+    return Request(prompt, steps, seed=seed, source=prompt if model.takes_source else None)
 
 
 def decode_first_token(decoder: engine.Decoder, request: Request) -> int:
@@ -267,6 +293,8 @@ def measure_model(source: ModelSource, benchmark: DecodeBenchmark, batches: list
     for context, batch in itertools.product(contexts, batches):
         cells.append(benchmark.measure_cell(model, batch, context))
         tqdm.write(f"{source.label}: batch {batch}, context {format_quantity(context)}: {format_cell(cells[-1])}")
+        if "profile" in cells[-1]:
+            tqdm.write(format_profile(cells[-1]["profile"]))
     return {"label": source.label, "arch": config.arch, "params": params, "weight_bytes": count_weight_bytes(model, 1),
             "cache_constant": constant, "cache_per_token": each, "causal": model.causal, "cells": cells,
             "model_hyperparams": to_dict(config)}  # fmt: skip
@@ -344,7 +372,8 @@ def describe_setup(benchmark: DecodeBenchmark) -> str:
         [f"{n} thread{'s' * (n > 1)}"] if (n := torch.get_num_threads()) and benchmark.device.type == "cpu" else []
     )
     words += [f"{benchmark.quantize} weights"] if benchmark.quantize else []
-    return ", ".join([*words, "compiled" if benchmark.compile else "not compiled"])
+    words += ["compiled" if benchmark.compile else "not compiled", *(["fused"] if benchmark.fuse else [])]
+    return ", ".join(words)
 
 
 def list_notes(benchmark: DecodeBenchmark, rows: list[dict]) -> list[str]:
@@ -359,6 +388,7 @@ def list_notes(benchmark: DecodeBenchmark, rows: list[dict]) -> list[str]:
         "choose are counted.",
         f"Columns are batch × context. Speed: all rows' tokens together, up to {MAX_STEPS} each, after prompts of that "
         "context, drawn at temperature 1. First token: a prompt alone is read, and the first token after it is there.",
+        "An encoder-decoder also has a source of as many tokens as the context.",
         *([f"Sees the future, has no cache and computes the last block_size tokens anew for each: "
            f"{', '.join(recomputing)}."] if recomputing else []),
         *list_missing_cells(rows),
@@ -405,6 +435,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
     add("--quantize", choices=["int8"], help="matrices in 8 bits")
     add("--compile", action="store_true", help="torch.compile the step")
+    add("--fuse", action="store_true", help="with --compile: a product and the operations around it as one kernel")
+    add("--profile", action="store_true", help="list the kernels of a step, and how long each takes")
     add("--out", default="img/decode", type=Path, help="directory of decode.md, .json and .png (default img/decode)")
     add("--json", type=Path, help="another place for decode.json")
     add("--against", choices=["nanogpt"], help="measure tinystar in GPT-2's manner beside nanoGPT's generate instead")
@@ -426,11 +458,14 @@ def make_benchmark(arguments: argparse.Namespace) -> DecodeBenchmark:
     device = choose_device(arguments.device)
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, auto if arguments.dtype == "auto" else arguments.dtype)
-    if arguments.compile and device.type != "cuda":
-        raise UserError(f"--compile: steps are compiled on cuda only, and this is {device.type}; leave it out")
+    if arguments.compile:
+        check_can_compile(device.type, "--compile")
+    if arguments.fuse and not arguments.compile:
+        raise UserError("--fuse: needs --compile")
     return DecodeBenchmark(
-        device, dtype, arguments.quantize, arguments.compile, hardware.measure_copy_bandwidth(device)
-    )
+        device, dtype, arguments.quantize, arguments.compile, hardware.measure_copy_bandwidth(device), arguments.fuse,
+        arguments.profile,
+    )  # fmt: skip
 
 
 def run(argv: list[str]) -> None:
@@ -439,7 +474,7 @@ def run(argv: list[str]) -> None:
     if arguments.against:
         run_against_nanogpt(arguments)
         return
-    sources = read_model_sources(arguments.models)
+    sources = read_model_sources(arguments.models, take_source=True)
     check_outputs(list_results("decode", arguments.out, arguments.json), list_spec_inputs("models", arguments.models))
     benchmark = make_benchmark(arguments)
     print(f"{hardware.describe_device(benchmark.device)} copies {benchmark.bandwidth / 1e9:,.1f} GB/s", flush=True)
@@ -465,7 +500,8 @@ def write_results(rows: list[dict], benchmark: DecodeBenchmark, arguments: argpa
     atomic_write(arguments.out / "decode.md", ("\n\n".join(parts) + "\n").encode())
     about = {"device": hardware.describe_device(benchmark.device), "torch": torch.__version__,
              "dtype": str(benchmark.dtype), "quantize": benchmark.quantize, "compile": benchmark.compile,
-             "bandwidth": benchmark.bandwidth, "notes": notes, "command": command, "rows": rows}  # fmt: skip
+             "fuse": benchmark.fuse, "bandwidth": benchmark.bandwidth, "notes": notes, "command": command,
+             "rows": rows}  # fmt: skip
     atomic_write(arguments.json or arguments.out / "decode.json", json.dumps(about, indent=1).encode())
     plot.save(draw_speeds(rows, arguments.batches, describe_setup(benchmark)), arguments.out / "decode.png")
     return f"{tables}\n\n{text}"

@@ -115,7 +115,8 @@ def run(argv: list[str]) -> None:
         group = points[first : first + arguments.jobs]
         with tempfile.TemporaryDirectory() as folder:
             files = [write_benchmark_config(Path(folder) / str(i), point["run"]) for i, point in enumerate(group)]
-            for point, row in zip(group, child_process.run_in_turns("_speed", [[file] for file in files]), strict=True):
+            found = child_process.run_in_turns("_speed", [[file] for file in files], group[0]["run"].device)
+            for point, row in zip(group, found, strict=True):
                 point |= row
                 if "why" not in point:  # on a CPU, the peak resident memory of the process
                     point["memory"] = point["memory"] or point["resident"]

@@ -3,22 +3,30 @@
 A row has n pairs of a key and a value, d tokens of filler, and then each key once more, in another order. The target at
 a repeated key is its value; nothing else has a target. Keys and values are drawn anew for each row, so that no weights
 can know them. The answers are not in the text: where each would follow its question, as in the paper, a model could
-infer the later ones by elimination. Only the values of the row's pairs are plausible, so that chance is 1/n. A row has
-questions at one distance only, since an answered question would hand its value on to a later one.
+infer the later ones by elimination. Only the values of the row's pairs are plausible, so that chance is 1/n; for a
+model that does not even see the pairs, it is one in the number of all values. A row has questions at one distance only,
+since an answered question would hand its value on to a later one.
 
     n = 2, d = 3:   text     k7 v3 k1 v9 .. .. .. k1 k7        target   -  -  -  -  -  -  -  v9 v3
+
+Half of the rows that models train on, and none that they are judged by, ask each key several times at random places:
+more targets for the same tokens. All train with Muon unless told otherwise. With AdamW a small transformer learns which
+values are in the row, and then stays at chance for thousands of steps, far beyond those that Muon takes to bind each
+value to its key.
 """
 
 import argparse
 import contextlib
 import itertools
 import json
+import statistics
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import encoder as encoders
 from model import CONFIGS
@@ -32,6 +40,7 @@ from strawberry.bench.common import (
     load_spec,
     make_line_style,
     parse_assignment,
+    parse_learning_rates,
     parse_quantity,
     qualify_key,
     style_panel,
@@ -52,6 +61,12 @@ from strawberry.training.signals import Signals
 N_FILLERS = 16  # token ids of filler
 EVAL_SEED = 2**31  # no run's seed is as large, so that no row is both trained on and asked
 ROWS_AT_ONCE = 32  # rows of an evaluation's pass
+FIRST_LENGTH, STRETCH = 24, 6  # tokens of a row in the first stage of training; how many times longer the next is
+MAX_ROWS = 256  # of a step, in the stages with short rows
+TIMES_ASKED = 4  # how often a row with scattered questions asks each key
+# The optimizer's keys, the same for all unless --set or a config's own changes give others
+RECIPE = {"optimizer_hyperparams.use_muon": "true", "optimizer_hyperparams.muon_lr": "null",
+          "optimizer_hyperparams.weight_decay": "0", "gradient_accumulation_steps": "1"}  # fmt: skip
 MAX_PAIRS, MAX_DISTANCE = 1024, 1 << 20
 
 
@@ -79,37 +94,68 @@ class RecallTask:
     def cells(self) -> list[tuple[int, int]]:
         return list(itertools.product(self.pairs, self.distances))
 
-    def draw_row(self, rng: np.random.Generator, n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
-        """(text, targets) of one row, (block_size,) each; targets are −1 where there is none. The pairs begin at a
-        random place."""
-        x = rng.integers(0, N_FILLERS, self.block_size)
-        y = np.full(self.block_size, -1)
-        start = rng.integers(0, self.block_size - (3 * n + d) + 1)
-        keys = N_FILLERS + rng.choice(self.n_symbols, n, replace=False)
-        values = N_FILLERS + self.n_symbols + rng.choice(self.n_symbols, n, replace=False)
-        x[start : start + 2 * n] = np.stack((keys, values), axis=1).ravel()
-        order, asked = rng.permutation(n), slice(start + 2 * n + d, start + 3 * n + d)
-        x[asked], y[asked] = keys[order], values[order]
-        return x, y
+    @property
+    def lengths(self) -> list[int]:
+        """The length of a row in each stage of training; in the last, that of the task."""
+        shorter = itertools.takewhile(lambda length: 2 * length < self.block_size,
+                                      (FIRST_LENGTH * STRETCH**k for k in itertools.count()))  # fmt: skip
+        return [*shorter, self.block_size]
+
+    def draw_cells(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+        """(count, 2) numbers of pairs and distances for rows of a length: those of the task where it is the task's,
+        else some that fit."""
+        if length == self.block_size:
+            return np.array(self.cells)[rng.integers(len(self.cells), size=count)]
+        most = max(2, min(max(self.pairs), length // 6))
+        n = np.minimum(2 ** rng.integers(1, most.bit_length() + 1, count), min(most, max(self.pairs)))
+        return np.stack((n, rng.integers(0, np.minimum(length - 3 * n, max(self.distances)) + 1)), axis=1)
+
+    def draw_rows(
+        self, rng: np.random.Generator, cells: np.ndarray, length: int, scattered: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(text, targets), (rows, length) each, of rows with these numbers of pairs and distances; targets are −1 where
+        there is none. The pairs begin at a random place. The rows where `scattered` (rows,) is set ask keys at random
+        places after the pairs instead, each TIMES_ASKED times on average if there is room."""
+        count, (n, d) = len(cells), cells[:, :, None].transpose(1, 0, 2)  # (rows, 1) each
+        start = rng.integers(0, length - (3 * n + d) + 1)
+        place = np.arange(length) - start  # counted from the first pair
+        keys, values = (first + rng.random((count, self.n_symbols)).argsort(axis=1)[:, : max(self.pairs)]
+                        for first in (N_FILLERS, N_FILLERS + self.n_symbols))  # fmt: skip
+        asked = (place >= 2 * n + d) & (place < 3 * n + d)
+        number = np.where(asked, place - 2 * n - d, place // 2)  # of the pair; clipped where there is none
+        number = number.clip(0, n - 1)
+        shuffled = np.where(np.arange(max(self.pairs)) < n, rng.random(keys.shape), 2).argsort(axis=1)
+        number = np.where(asked, np.take_along_axis(shuffled, number, axis=1), number)
+        if scattered is not None and scattered.any():
+            share = np.minimum(TIMES_ASKED * n / (length - start - 2 * n), 1)
+            anywhere = (place >= 2 * n) & (rng.random((count, length)) < share)
+            where = scattered[:, None]
+            asked = np.where(where, anywhere, asked)
+            number = np.where(where & anywhere, (rng.random((count, length)) * n).astype(int), number)
+        key, value = (np.take_along_axis(part, number, axis=1) for part in (keys, values))
+        is_pair, fillers = (place >= 0) & (place < 2 * n), rng.integers(0, N_FILLERS, (count, length))
+        x = np.where(asked | is_pair & (place % 2 == 0), key, np.where(is_pair, value, fillers))
+        return x, np.where(asked, value, -1)
 
 
 class RecallObjective:
-    """Rows of a RecallTask, each of a cell drawn at random, or all of the cell `only`."""
+    """Rows of a RecallTask: those of a stage of training, or those of the cell `only`, which models are judged by."""
 
     model, kind = "decoder", "tokens"
     has_bits_per_byte = has_padding = False
     extra_ids = 0
 
-    def __init__(self, task: RecallTask, only: tuple[int, int] | None = None):
-        self.task, self.cells = task, task.cells if only is None else [only]
+    def __init__(self, task: RecallTask, only: tuple[int, int] | None = None, stage: int = -1):
+        self.task, self.only, self.length = task, only, task.lengths[stage]
 
     def make_batch(self, split, seed: int, first: int, count: int) -> Batch:
-        """Rows first … first + count − 1. `split` is not read."""
-        rows = []
-        for i in range(first, first + count):
-            rng = np.random.default_rng([seed, i])
-            rows.append(self.task.draw_row(rng, *self.cells[rng.integers(len(self.cells))]))
-        x, y = (np.stack(parts) for parts in zip(*rows, strict=True))
+        """`count` rows, a function of (seed, first, count, stage). `split` is not read."""
+        rng = np.random.default_rng([seed, first, self.length])
+        if self.only is None:
+            cells, scattered = self.task.draw_cells(rng, count, self.length), rng.random(count) < 0.5
+        else:
+            cells, scattered = np.array([self.only] * count), None
+        x, y = self.task.draw_rows(rng, cells, self.length, scattered)
         return Batch(x, y, None, int((y >= 0).sum()))
 
 
@@ -125,7 +171,28 @@ class RecallTrainer(BenchmarkTrainer):
         if not self.model.causal:
             raise UserError(f"{self.model.config.arch} sees the tokens to come, and the answers are not in the text "
                             "for it to see; give a causal model")  # fmt: skip
-        self.objective = RecallObjective(self.task)
+        self.rows_at_most, self.total_steps = self.run.batch_size, self.run.max_iters
+        self.set_stage(0)
+
+    def set_stage(self, stage: int) -> None:
+        """Let the next steps be those of a stage: shorter rows, and more of them."""
+        self.objective = RecallObjective(self.task, stage=stage)
+        longer = self.task.block_size // self.objective.length
+        self.run.batch_size = max(self.rows_at_most, min(self.rows_at_most * longer, MAX_ROWS))
+
+    def train_stages(self) -> None:
+        """Train on short rows first. In long ones, a model finds no way from a question to its answer for thousands of
+        steps, since nearly all that it sees is filler."""
+        stages = len(self.task.lengths)
+        for stage in range(stages):
+            if stage:
+                self.steps.synchronize()
+                self.steps.release_graph()
+                self.set_stage(stage)
+                torch.compiler.reset()  # else the code of so many shapes exceeds dynamo's limit
+                self.steps.warm_up(self.compiled)
+            self.run.max_iters = self.total_steps * (stage + 1) // stages
+            self.train()
 
     def measure_recall(self, rows: int) -> list[dict]:
         """The share of right answers of each cell, over `rows` rows of it."""
@@ -150,16 +217,13 @@ def recall_child(argv: list[str]) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         trainer = RecallTrainer(load_run(["--config", file], CONFIGS), task)
         trainer.prepare()
-        print("ready", file=answers, flush=True)
-        if not sys.stdin.readline():
-            return
-        trainer.train()
+        trainer.train_stages()
         found = {
             "cells": trainer.measure_recall(int(rows)), "params": trainer.model.num_params(), "loss": trainer.loss,
             "seconds": trainer.progress.seconds, "machine": hardware.describe_device(trainer.device),
         }  # fmt: skip
-        print(json.dumps(found), file=answers, flush=True)
         trainer.close()
+        print(json.dumps(found), file=answers, flush=True)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -171,13 +235,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("configs", nargs="+", help="config files; file.json:key=value,key=value changes keys of one")
     add("--pairs", default="8", help="numbers of pairs of a key and a value, between commas (default 8)")
     add("--distances", default="16,64,256", help="tokens between the pairs and the questions (default 16,64,256)")
-    add("--steps", type=parse_quantity, default=4000, help="training steps of each config (default 4000)")
+    add("--steps", type=parse_quantity, default=2000, help="training steps of each config (default 2000)")
+    add("--batch_size", type=parse_quantity, default=32, help="rows of a step (default 32)")
+    add("--lrs", default="3e-3", help="learning rates; a config's result is that of its best (default 3e-3)")
     add("--rows", type=parse_quantity, default=256, help="rows asked of each number and distance (default 256)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
+    add("--jobs", type=parse_quantity, help="configs at once, divided among the GPUs (default: one on each)")
     add("--out", default="img/recall", type=Path, help="directory of the results (default img/recall)")
     arguments = parser.parse_args(argv)
     for name, limit in (("pairs", MAX_PAIRS), ("distances", MAX_DISTANCE)):
         setattr(arguments, name, parse_numbers(f"--{name}", getattr(arguments, name), limit))
+    arguments.lrs = parse_learning_rates(arguments.lrs)
     return arguments
 
 
@@ -192,48 +260,79 @@ def parse_numbers(option: str, text: str, limit: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def load_runs(arguments: argparse.Namespace, task: RecallTask, folder: Path) -> list[Run]:
-    """The configs, with the task's sizes and a schedule of --steps, reading a token file that has nothing of the task:
-    rows are drawn, not read."""
+def load_runs(arguments: argparse.Namespace, task: RecallTask, folder: Path) -> list[tuple[str, Run]]:
+    """(config, run) for each config and learning rate, with the task's sizes and a schedule of --steps, reading a token
+    file that has nothing of the task: rows are drawn, not read."""
     (folder / "text.txt").write_text("ab")
     with TokenFileWriter(folder / "tokens.bin", encoders.load(f"chars:{folder / 'text.txt'}")) as writer:
         for _ in range(2):
             writer.add(np.zeros(2 * task.block_size + 2, np.int64))
     steps = arguments.steps
     fixed = {"vocab_size": task.vocab_size, "block_size": task.block_size, "dropout": 0, "max_iters": steps,
-             "lr_decay_iters": steps, "warmup_iters": max(steps // 20, 1), "dataset.path": folder / "tokens.bin",
+             "lr_decay_iters": steps, "warmup_iters": max(steps // 20, 1), "batch_size": arguments.batch_size,
+             "dataset.path": folder / "tokens.bin",
              "dataset.data_division": 0.5, "encoder_path": f"chars:{folder / 'text.txt'}", "sample_length": 0,
              "objective": "next", "eval_interval": 10**9, "log_interval": max(steps // 10, 1)}  # fmt: skip
     common = [parse_assignment(text) for text in arguments.set]
     common += [(qualify_key(name), str(value)) for name, value in fixed.items()]
-    return [load_spec(spec, common, last=True) for spec in arguments.configs]
+    rates = [[("learning_rate", f"{lr}"), ("min_lr", f"{lr / 10}")] for lr in arguments.lrs]
+    return [(spec, load_spec(spec, [*common, *rate], last=True, defaults=[*RECIPE.items()]))
+            for spec in arguments.configs for rate in rates]  # fmt: skip
 
 
 def run(argv: list[str]) -> int | None:
     """Train configs on associative recall; measure it by distance and number of pairs."""
     arguments = parse_arguments(argv)
     check_outputs(list_results("recall", arguments.out), list_spec_inputs("configs", arguments.configs))
-    task, rows = RecallTask(arguments.pairs, arguments.distances), []
+    task = RecallTask(arguments.pairs, arguments.distances)
     with tempfile.TemporaryDirectory() as folder:
         runs = load_runs(arguments, task, Path(folder))
-        for i, (spec, loaded) in enumerate(zip(arguments.configs, runs, strict=True)):
-            print(f"{spec}: {arguments.steps:,} steps of {loaded.batch_size} rows of {task.block_size:,}", flush=True)
-            file = write_benchmark_config(Path(folder) / str(i), loaded)
-            (found,) = child_process.run_in_turns("_recall", [[file, json.dumps(asdict(task)), str(arguments.rows)]])
-            rows.append({"config": spec, **found, "run": to_dict(loaded)})
-            print(format_table(*list_accuracies(rows[-1:], task)) if "why" not in found else found["why"], flush=True)
+        found = train_runs(runs, task, arguments, Path(folder))
+    rows = choose_best(found)
     write_recall(rows, task, arguments.out, format_command("python", "recall", argv))
     return 2 if any("why" in row for row in rows) else None
 
 
+def train_runs(
+    runs: list[tuple[str, Run]], task: RecallTask, arguments: argparse.Namespace, folder: Path
+) -> list[dict]:
+    """What the child process of each run has measured, in the order of `runs`. Prints each as it ends."""
+    print(f"{len(runs)} runs of {arguments.steps:,} steps of {arguments.batch_size} rows of {task.block_size:,} tokens",
+          flush=True)  # fmt: skip
+    words = [[write_benchmark_config(folder / str(i), run), json.dumps(asdict(task)), str(arguments.rows)]
+             for i, (_, run) in enumerate(runs)]  # fmt: skip
+    device, found = runs[0][1].device, {}
+    jobs = arguments.jobs or child_process.GpuPool(device).lanes
+    for i, measured in child_process.run_at_once("_recall", words, jobs, device):
+        spec, run = runs[i]
+        found[i] = {"config": spec, "lr": run.learning_rate, **measured, "run": to_dict(run)}
+        table = f"{spec}: {measured['why']}" if "why" in measured else format_table(*list_accuracies([found[i]], task))
+        print(table, flush=True)
+    return [found[i] for i in range(len(runs))]
+
+
+def choose_best(rows: list[dict]) -> list[dict]:
+    """The row of each config with the highest mean accuracy; it has that of every learning rate. A row that failed is
+    chosen only where all have."""
+    best = {}
+    for row in rows:
+        row["mean"] = statistics.fmean(cell["accuracy"] for cell in row["cells"]) if "cells" in row else None
+        mine = best.setdefault(row["config"], row)
+        if (row["mean"] or 0) > (mine["mean"] or 0) or mine["mean"] is None:
+            best[row["config"]] = row
+    for spec, row in best.items():
+        row["by_lr"] = {f"{each['lr']:g}": each["mean"] for each in rows if each["config"] == spec}
+    return list(best.values())
+
+
 def list_accuracies(rows: list[dict], task: RecallTask) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of the table: a row for each config and number of pairs."""
-    header = ["config", "pairs", "chance", *(f"at {d:,}" for d in task.distances)]
+    header = ["config", "learning rate", "pairs", "chance", *(f"at {d:,}" for d in task.distances)]
     table = []
     for row, n in itertools.product(rows, task.pairs):
         found = {cell["distance"]: cell["accuracy"] for cell in row.get("cells", ()) if cell["pairs"] == n}
         shown = [f"{100 * found[d]:.1f} %" if d in found else "failed" for d in task.distances]
-        table.append([row["config"], f"{n}", f"{100 / n:.1f} %", *shown])
+        table.append([row["config"], f"{row['lr']:g}", f"{n}", f"{100 / n:.1f} %", *shown])
     return header, table
 
 
@@ -242,7 +341,7 @@ def write_recall(rows: list[dict], task: RecallTask, out: Path, command: str) ->
     where = hardware.describe_device(choose_device("auto"))
     text = format_table(*list_accuracies(rows, task))
     note = ("The probe is valid where a model with attention over everything reaches 99 %, and one whose layers "
-            "together see less than the distance stays at chance.")  # fmt: skip
+            "together see less than the distance stays at chance or below.")  # fmt: skip
     report = f"{text}\n\n![recall](recall.png)\n\n{note}\n\n{where}\n\n```\n{command}\n```\n"
     atomic_write(out / "recall.md", report.encode())
     atomic_write(out / "recall.json", json.dumps({"command": command, "rows": rows}, indent=1).encode())

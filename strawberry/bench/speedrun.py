@@ -5,7 +5,6 @@ see strawberry/bench/speedrun_child.py. A finished run is a small file in --out/
 """
 
 import argparse
-import itertools
 import json
 import math
 import shutil
@@ -155,8 +154,8 @@ class Pool:
     """Simultaneous runs, each on a GPU of its own and in a folder of its own until its result is written."""
 
     def __init__(self, plan: Plan):
-        self.plan = plan
-        self.running: dict[str, tuple[Trial, subprocess.Popen, int]] = {}
+        self.plan, self.gpus = plan, child_process.GpuPool(plan.device.type)
+        self.running: dict[str, tuple[Trial, subprocess.Popen]] = {}
 
     @property
     def n_free(self) -> int:
@@ -167,7 +166,7 @@ class Pool:
 
     def start(self, trial: Trial) -> None:
         """Start a run. Its caches of compiled code are empty, so that each run's compilation takes as long."""
-        folder, used = self.folder(trial), {number for _, _, number in self.running.values()}
+        folder = self.folder(trial)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         job = trial.job | {"windows": str(self.plan.work / "windows.npy"), "folder": str(self.plan.work / "nanogpt"),
@@ -175,13 +174,11 @@ class Pool:
         if trial.side == STRAWBERRY:
             job["config"] = self.write_config(folder, job.pop("run"))
         atomic_write(folder / "job.json", json.dumps(job).encode())
-        number = next(i for i in itertools.count() if i not in used)
         extra = {"TORCHINDUCTOR_CACHE_DIR": str((folder / "inductor").absolute()),
                  "TRITON_CACHE_DIR": str((folder / "triton").absolute())}  # fmt: skip
-        extra |= child_process.gpu_environment(number) if self.plan.device.type == "cuda" else {}
         command = child_process.make_command(ROLES[trial.side], str((folder / "job.json").absolute()))
-        child = child_process.start(command, folder / "log.txt", self.plan.arguments.jobs, extra)
-        self.running[trial.key] = (trial, child, number)
+        child = child_process.start(command, folder / "log.txt", self.plan.arguments.jobs, self.gpus, extra)
+        self.running[trial.key] = (trial, child)
 
     def write_config(self, folder: Path, run: dict) -> str:
         none = {"path": str(folder / "ck"), "create_checkpoints": False}
@@ -192,7 +189,7 @@ class Pool:
     def collect_finished(self) -> list[tuple[Trial, str]]:
         """(trial, reason of its failure or "") of the children that have ended since the last call."""
         finished = []
-        for key, (trial, child, _) in list(self.running.items()):
+        for key, (trial, child) in list(self.running.items()):
             if child.poll() is None:
                 continue
             del self.running[key]
@@ -206,7 +203,7 @@ class Pool:
         return finished
 
     def stop(self) -> None:
-        child_process.stop_all([child for _, child, _ in self.running.values()])
+        child_process.stop_all([child for _, child in self.running.values()])
 
 
 class Speedrun:

@@ -22,11 +22,12 @@ from strawberry.bench.common import FIXED_VALUES, ROOT, Entry
 from strawberry.common import UserError, atomic_write
 from strawberry.config import to_dict
 from strawberry.training import plot
+from strawberry.training.evaluation import QUARTERS
 from strawberry.training.metrics import METRICS
 
 EVALUATIONS = 20  # in each run: the number of points of its curve
 MIN_LR = 0.1  # final learning rate, as a share of the highest
-RESULT_FORMAT = 1  # format of the files in runs/; files of another format are not read
+RESULT_FORMAT = 2  # format of the files in runs/; files of another format are not read
 POLL_SECONDS = 0.3  # between polls of the children
 USE_MUON = {"adamw": False, "muon": True}  # name on the command line → the value of use_muon
 OPTIMIZERS = {False: "AdamW", True: "Muon"}  # the value of use_muon → the name that tables show
@@ -50,6 +51,10 @@ class Plan:
     out: Path
     data: dict[str, str]  # fingerprints of the data, the encoder and the code
     optimizers: tuple[str, ...] = ()  # keys of USE_MUON to choose from; none: each config has its own
+    muon_lrs: list[float] | None = None  # learning rates to choose from with Muon, instead of `lrs`
+
+    def list_rates(self, muon: bool) -> list[float]:
+        return self.muon_lrs if muon and self.muon_lrs else self.lrs
 
     @property
     def runs(self) -> Path:
@@ -153,8 +158,9 @@ def make_result(trial: Trial, lines: list[dict], diverged: bool) -> dict:
     curve = [[line["tokens"], strict_bpb(line)] for _, line in sorted(points.items())]
     bpb = curve[-1][1] if curve and not diverged else None
     seconds = max((line["seconds"] for line in lines if "seconds" in line), default=None)
+    quarters = points[max(points)].get(QUARTERS) if points and not diverged else None
     return {"label": trial.label, "lr": trial.lr, "seed": trial.seed, "bpb": bpb, "seconds_in_steps": seconds,
-            "curve": curve, "torch": torch.__version__, "run": trial.config}  # fmt: skip
+            "quarters": quarters, "curve": curve, "torch": torch.__version__, "run": trial.config}  # fmt: skip
 
 
 def write_trial_config(folder: Path, trial: Trial, **changes) -> Path:
@@ -170,7 +176,7 @@ class TrialPool:
     """Up to plan.jobs simultaneous runs, each in its own folder until its result is written."""
 
     def __init__(self, plan: Plan):
-        self.plan = plan
+        self.plan, self.gpus = plan, child_process.GpuPool(plan.device.type)
         self.running: dict[str, tuple[Trial, subprocess.Popen]] = {}
 
     def folder(self, trial: Trial) -> Path:
@@ -181,7 +187,8 @@ class TrialPool:
         config = write_trial_config(folder, trial)
         resume = ["--init_from=resume"] if any((folder / "ck").glob("step_*")) else []
         command = child_process.make_command("_train", "--config", str(config), *resume)
-        self.running[trial.key] = (trial, child_process.start(command, folder / "log.txt", self.plan.jobs))
+        child = child_process.start(command, folder / "log.txt", self.plan.jobs, self.gpus)
+        self.running[trial.key] = (trial, child)
 
     def collect_finished(self) -> Iterator[tuple[Trial, dict | None, str]]:
         """Write the results of the children that have ended since the last call. Yields (trial, result or None, reason
@@ -227,8 +234,9 @@ def make_speed_trial(entry: Entry, plan: Plan) -> Trial:
 
 
 def measure_speeds(entries: list[Entry], plan: Plan) -> dict[str, dict]:
-    """label → tokens/s and memory of each config, alone on the device. --jobs children prepare at the same time, with
-    compilation, then measure one at a time. A config that fails gets its `failure` set.
+    """label → tokens/s and memory of each config, alone on its device. --jobs children prepare at the same time, with
+    compilation, then measure one at a time; on a host of several GPUs, one at a time on each of them. A config that
+    fails gets its `failure` set.
     """
     trials = {entry.label: make_speed_trial(entry, plan) for entry in entries}
     found = {label: result for label, trial in trials.items() if (result := read_result(plan, trial))}
@@ -247,26 +255,34 @@ def measure_speeds(entries: list[Entry], plan: Plan) -> dict[str, dict]:
 
 
 def measure_speed_group(trials: dict[str, Trial], plan: Plan) -> dict[str, dict]:
-    children, found = {}, {}
+    children, found, gpus = {}, {}, child_process.GpuPool(plan.device.type)
     try:
         for label, trial in trials.items():
             folder = plan.runs / trial.key
             none = {"path": str(folder / "ck"), "create_checkpoints": False}
             command = child_process.make_command("_speed", str(write_trial_config(folder, trial, checkpoints=none)))
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            children[label] = child_process.start(command, folder / "log.txt", plan.jobs, **pipes)
-        ready = [label for label, child in children.items() if child.stdout.readline() == "ready\n"]
-        for label in ready:
-            answer = children[label].communicate("go\n")[0]
-            if children[label].returncode == 0:
-                found[label] = json.loads(answer) | {"label": label, "machine": hardware.describe_device(plan.device)}
-                path = plan.runs / f"{trials[label].key}.json"
-                atomic_write(path, json.dumps(found[label]).encode())
-                tqdm.write(f"{label}: {found[label]['tokens_per_s']:,.0f} tokens/s alone on the device")
+            children[label] = child_process.start(command, folder / "log.txt", plan.jobs, gpus, **pipes)
+        ready = {label: child for label, child in children.items() if child.stdout.readline() == "ready\n"}
+        labels = {child.pid: label for label, child in ready.items()}
+        for turn in gpus.list_turns(list(ready.values())):
+            child_process.send_go(turn)
+            for child in turn:
+                answer, label = child.communicate()[0], labels[child.pid]
+                if child.returncode == 0:
+                    found[label] = write_speed(json.loads(answer), trials[label], plan)
     finally:
         for child in children.values():
             child.kill()
             child.communicate()
+    return found
+
+
+def write_speed(measured: dict, trial: Trial, plan: Plan) -> dict:
+    """Write and print what a child has measured. Returns it with its label and the machine."""
+    found = measured | {"label": trial.label, "machine": hardware.describe_device(plan.device)}
+    atomic_write(plan.runs / f"{trial.key}.json", json.dumps(found).encode())
+    tqdm.write(f"{trial.label}: {found['tokens_per_s']:,.0f} tokens/s alone on the device")
     return found
 
 
@@ -275,10 +291,15 @@ class Sweep:
 
     def __init__(self, entries: list[Entry], plan: Plan):
         self.entries, self.plan = entries, plan
-        chosen_from = [USE_MUON[name] for name in plan.optimizers] or [None]
-        self.grid = {entry.label: [make_trial(entry, plan, lr, 1, muon) for muon in chosen_from for lr in plan.lrs]
-                     for entry in entries}  # fmt: skip
+        chosen_from = [USE_MUON[name] for name in plan.optimizers]
+        self.grid = {
+            entry.label: [make_trial(entry, plan, lr, 1, muon)
+                          for muon in chosen_from or [entry.run.optimizer_hyperparams.use_muon]
+                          for lr in plan.list_rates(muon)]
+            for entry in entries
+        }  # fmt: skip
         self.results: dict[str, dict] = {}
+        self.speeds: dict[str, dict] = {}  # label → what measure_speeds has found
         self.pool = TrialPool(plan)
 
     def find_best(self, entry: Entry) -> tuple[float, bool] | None:
@@ -316,9 +337,11 @@ class Sweep:
         return trial.key in self.results
 
     def list_pending(self) -> list[Trial]:
-        """The trials that can start now."""
+        """The trials that can start now, those of the slowest models first, so that no long one is left at the end."""
+        speeds = {label: speed["tokens_per_s"] for label, speed in self.speeds.items()}
+        entries = sorted(self.entries, key=lambda entry: speeds.get(entry.label, math.inf))
         found = []
-        for entry in (entry for entry in self.entries if not entry.failure):
+        for entry in (entry for entry in entries if not entry.failure):
             grid = [trial for trial in self.grid[entry.label] if not self.has_result(trial)]
             found += grid or [trial for trial in self.list_seed_trials(entry) if not self.has_result(trial)]
         return [trial for trial in found if trial.key not in self.pool.running]

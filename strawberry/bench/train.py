@@ -45,7 +45,7 @@ from strawberry.device import choose_device
 from strawberry.outputs import Input, check_outputs
 from strawberry.run_config import Run, load_run
 from strawberry.training import plot, setup
-from strawberry.training.evaluation import Evaluator
+from strawberry.training.evaluation import QUARTERS, Evaluator
 from strawberry.training.signals import Signals
 from train import Trainer
 
@@ -211,11 +211,18 @@ class BenchmarkTrainer(Trainer):
         return 2 * (n - 1) / n * 4 * numbers / statistics.median(times[3:])
 
 
+def sum_losses_and_quarters(evaluator: Evaluator, sum_losses=Evaluator.sum_losses) -> dict:
+    results, state = sum_losses(evaluator), evaluator.state
+    if state.progress.step == state.run.max_iters and state.model.causal:
+        results[QUARTERS] = evaluator.sum_losses_by_quarter()
+    return results
+
+
 def train_child(argv: list[str]) -> int | None:
     """The main function of a child: train.py without the curves that it draws at each evaluation, which nobody reads
-    here.
+    here. The last evaluation also has the losses by quarter of the window.
     """
-    Evaluator.draw = lambda self: None
+    Evaluator.draw, Evaluator.sum_losses = lambda self: None, sum_losses_and_quarters
     return train.main(argv)
 
 
@@ -356,7 +363,8 @@ def measure_configs(arguments: argparse.Namespace) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             files = [write_benchmark_config(Path(folder) / str(i), run)
                      for i, run in enumerate(runs[first : first + arguments.jobs])]  # fmt: skip
-            found = child_process.run_in_turns("_step", [[file, str(int(arguments.profile))] for file in files])
+            words = [[file, str(int(arguments.profile))] for file in files]
+            found = child_process.run_in_turns("_step", words, runs[first].device)
             for i, row in enumerate(found if arguments.beside else ()):
                 row |= {} if "why" in row else measure_beside(runs[first + i], arguments.beside)
         for spec, row in zip(specs, found, strict=True):

@@ -20,6 +20,13 @@ Index:  the recipe · documents on disk · copies and splits · progress · the 
 
 from __future__ import annotations
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import argparse
 import contextlib
 import dataclasses
@@ -37,7 +44,7 @@ import numpy as np
 
 import encoder as encoders
 from strawberry.argument_parser import ArgumentParser
-from strawberry.common import UserError, atomic_write, run_cli, show
+from strawberry.common import UserError, atomic_write, format_count, run_cli, show
 from strawberry.config import check, declared, option, read_json
 from strawberry.data import encoding
 from strawberry.data.documents import ERRORS, NO_TEXTS, NOT_UTF8, OTHER_KIND, Documents, expand_inputs
@@ -436,7 +443,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"cannot write in {folder}: {error.strerror or error}") from error
     left_out = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in result["left_out"].items() if n)
     print(
-        f"{folder / TOKENS}: {result['documents']:,} documents, {result['tokens']:,} tokens, of which "
+        f"{folder / TOKENS}: {format_count(result['documents'], 'document')}, {result['tokens']:,} tokens, of which "
         f"{result['validation']['tokens']:,} validate; data_division {result['data_division']:.6f}"
         + (f"; left out: {left_out}" if left_out else "")
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from strawberry.common import UserError
+from strawberry.common import UserError, format_count
 from strawberry.data import token_file
 from strawberry.data.order import derive_keys, mix64, permute
 from strawberry.data.token_file import TokenFile
@@ -147,10 +147,11 @@ class Corpus:
         for split in (self.train, self.val):
             if not split.n_windows and (split is self.train or division < 1):
                 needed = f"a window of {block_size + 1}" if self.kind == "tokens" else "a pair"
+                files = format_count(len(self.files), "file")
                 raise UserError(
-                    f"the {split.name} split has {split.n_tokens} tokens in {len(self.files)} file(s), too "
-                    f"few for {needed}; change dataset.data_division (now {division}), "
-                    "lower block_size, or prepare more text"
+                    f"the {split.name} split has {split.n_tokens:,} tokens in {files}, too few for {needed}; change "
+                    f"dataset.data_division (now {division}), lower block_size, or prepare more text; the splits meet "
+                    "between documents, so that a very long document is better cut into several"
                 )
 
     def _check(self, file: TokenFile, encoder: str, block_size: int) -> None:

@@ -5,6 +5,13 @@ python -m strawberry.data.loader --measure data/webtext.bin      # resident memo
 
 from __future__ import annotations
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import contextlib
 import itertools
 import os

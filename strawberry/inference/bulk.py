@@ -78,7 +78,7 @@ class PromptLine:
             if not isinstance(getattr(self, name), (str, type(None))):
                 yield name, "must be text"
         if isinstance(self.id, bool) or not isinstance(self.id, (str, int, type(None))):
-            yield "id", "must be text or integer"
+            yield "id", "must be text or an integer"
         if self.max_tokens is not None and self.length is not None:
             yield "length", f"is max_tokens too, which is {self.max_tokens}; keep one"
 
@@ -407,12 +407,9 @@ def write_results(pieces: Iterable[TextPiece], results: Results, done: int, coun
                     bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
                     bar.update()
         except KeyboardInterrupt:
-            bar.close()
-            print(
+            raise KeyboardInterrupt(
                 f"interrupted: {done + reasons.total():,} of {count:,} texts are in {results.path}; "
-                "the same command goes on",
-                file=sys.stderr,
-            )
-            raise
+                "the same command goes on"
+            ) from None
     print(format_rate(tokens, time.perf_counter() - began), file=sys.stderr)
     return reasons

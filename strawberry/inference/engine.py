@@ -5,10 +5,10 @@
         …
 
 A sequence occupies one row of a cache that is allocated once. A new sequence joins at any decode step, whatever the
-positions of the others, and its row is free again when it ends. A row samples with random numbers from its own seed,
-prefills its prompt separately, and is computed independently of the other rows. So its text does not depend on other
-texts: up to rounding by default, because matrix products and sums of other shapes add in another order; exactly with
-batch_invariant, which gives every step the same shape.
+positions of the others, and its row is free again when it ends. A row samples with random numbers from its own seed
+and is computed independently of the other rows. So its text does not depend on other texts: up to rounding by default,
+because matrix products and sums of other shapes add in another order; exactly with batch_invariant, which gives every
+step the same shape and prefills each prompt alone.
 
 On CUDA, a decode step of all rows, with sampling, is captured once as a CUDA graph and then replayed (step.py). One
 launch generates a token for each row, without a host decision or an allocation. The device runs one step ahead of the
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,8 @@ from strawberry.common import UserError
 from strawberry.inference.logprobs import read_logprob
 from strawberry.inference.sampling import Request
 from strawberry.inference.step import DecodeStep
+
+PREFILL_TOKENS = 16384  # in one pass over the prompts of several rows, at most
 
 
 @dataclass
@@ -50,9 +52,10 @@ class Decoder:
 
     model: in eval mode, on its device and in its dtype. max_length: the largest number of tokens of a prompt and its
     continuation. on_full: what happens at the last learned position. With "stop" the sequence ends (reason "full");
-    with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a CUDA step
+    with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a step
     faster, and takes up to a minute. If only some rows are busy, a step computes the first n rows, n a power of two.
-    It reads the cache up to the length of the longest row.
+    It reads the cache up to the length of the longest row. fuse: a compiled step computes a product of up to 64 rows
+    and the operations around it as one kernel.
 
     batch_invariant: a text is bit for bit the same whatever the other rows contain, on a CPU with a given number of
     threads. Every step computes all rows, reads a multiple of CACHE_ALIGNMENT slots of the cache, begins the chunks of
@@ -72,7 +75,7 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, model: LanguageModel, rows: int, max_length: int, *, on_full: str = "stop",
-                 compile: bool = False, batch_invariant: bool = False, min_bucket: int = 256,
+                 compile: bool = False, fuse: bool = False, batch_invariant: bool = False, min_bucket: int = 256,
                  max_source: int | None = None):  # fmt: skip
         if not model.generates:
             raise UserError(f"a {model.config.arch} of kind encoder predicts masked tokens; it does not continue text")
@@ -87,7 +90,9 @@ class Decoder:
         self.lookahead = 0  # steps that the device runs ahead of the host
         if model.causal and model.device.type == "cuda":
             self.lookahead = 1
-            self.device_step.use_cuda_graphs(compile)
+            self.device_step.use_cuda_graphs(compile, fuse)
+        elif model.causal and compile and not self.batch_invariant:
+            self.device_step.compile_on_cpu()
 
     @property
     def busy(self) -> int:
@@ -114,6 +119,21 @@ class Decoder:
         return sequence.handle
 
     @torch.no_grad()
+    def admit_all(self, requests: Sequence[Request]) -> list[int]:
+        """`admit` for several requests, at most as many as rows are free. Prompts of similar lengths are prefilled in
+        one pass, unless the decoder is batch_invariant. Returns the handles, in the order of the requests.
+        """
+        for request in requests:
+            check_request(self, request)
+        handles, order = {}, sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        while order:
+            group = self.take_prefill_group([requests[i] for i in order])
+            chosen, order = order[: len(group)], order[len(group) :]
+            made = self.admit_group(group) if len(group) > 1 else [self.admit(group[0])]
+            handles |= dict(zip(chosen, made, strict=True))
+        return [handles[i] for i in range(len(requests))]
+
+    @torch.no_grad()
     def step(self) -> list[tuple[int, int, str | None]]:
         """Generate one more token of every row. Returns (handle, token, reason) of the tokens that have arrived; reason
         says why the sequence ended, None if it did not.
@@ -137,6 +157,43 @@ class Decoder:
 
     # -- beginning and ending
 
+    def take_prefill_group(self, requests: list[Request]) -> list[Request]:
+        """The first of these requests, which are sorted by length, that one pass prefills: into rows that follow each
+        other, with at most PREFILL_TOKENS tokens and at most twice as many as the prompts have. Equal prompts are
+        prefilled once, one after the other.
+        """
+        first, most = self.sequences.index(None), 1
+        while most < len(requests) and first + most < self.rows and self.sequences[first + most] is None:
+            most += 1
+        can_group = self.model.causal and not self.model.takes_source and not self.batch_invariant
+        n, total = 1, len(requests[0].prompt)
+        while can_group and n < most:
+            longest = len(requests[n].prompt)
+            total += longest
+            fits = (n + 1) * longest <= min(2 * total, PREFILL_TOKENS) and longest <= self.logits.capacity
+            if not fits or requests[n].prompt == requests[n - 1].prompt:
+                break
+            n += 1
+        return requests[:n]
+
+    def admit_group(self, requests: list[Request]) -> list[int]:
+        first = self.sequences.index(None)
+        rows = range(first, first + len(requests))
+        try:
+            for row, request in zip(rows, requests, strict=True):
+                generator = torch.Generator().manual_seed(request.seed)
+                self.sequences[row] = RunningSequence(next(self.handles), request, list(request.prompt), generator)
+                self.sampler.set_row(row, request)
+            logits = self.logits.prefill_together(first, [request.prompt for request in requests])
+            for row in rows:
+                self.sample_first(row, self.sequences[row], logits[row - first : row - first + 1])
+        except BaseException:
+            for row in rows:
+                self.free_row(row)
+            raise
+        self.last_prefill = (rows[-1], list(requests[-1].prompt), None, logits[-1:])
+        return [self.sequences[row].handle for row in rows]
+
     def start(self, row: int, sequence: RunningSequence) -> None:
         """Prefill the sequence's tokens and sample the next one. If they exceed the capacity, prefill the newest
         capacity / 2.
@@ -144,7 +201,10 @@ class Decoder:
         tokens = sequence.tokens
         if len(tokens) > self.logits.capacity:
             tokens = tokens[-max(1, self.logits.capacity // 2) :]
-        logits = self.prefill(row, tokens, sequence.request.source)
+        self.sample_first(row, sequence, self.prefill(row, tokens, sequence.request.source))
+
+    def sample_first(self, row: int, sequence: RunningSequence, logits: Tensor) -> None:
+        """Sample the token after a prefill from its logits (1, V)."""
         self.refill_uniforms(row, sequence)
         self.device_step.sample_first(row, logits, sequence.request)
         sequence.num_launched += 1
@@ -272,8 +332,8 @@ def generate(decoder: Decoder, requests: Iterable[Request]) -> Iterator[tuple[in
     """Yield (index of the request, token, finish reason or None) as tokens arrive. Waiting requests take free rows."""
     waiting, index = enumerate(requests), {}
     while True:
-        for i, request in itertools.islice(waiting, decoder.free):
-            index[decoder.admit(request)] = i
+        new = list(itertools.islice(waiting, decoder.free))
+        index |= zip(decoder.admit_all([request for _, request in new]), (i for i, _ in new), strict=True)
         if not index:
             return
         for handle, token, reason in decoder.step():

@@ -10,7 +10,7 @@ import torch
 
 from model import MODELS, LanguageModel
 from strawberry.common import UserError
-from strawberry.device import choose_device
+from strawberry.device import choose_device, has_cxx_compiler
 from strawberry.model_file import load_model
 from strawberry.ops.linear import Int8Weight, quantize_int8
 from strawberry.training import checkpoint
@@ -29,8 +29,8 @@ def load_for_inference(path: Path, settings: LoadSettings):
     """
     device = choose_device(settings.device, "--device {}").type
     model, encoder, record = load_model(path, device)
-    if settings.compile == "true" and device != "cuda":
-        raise UserError(f"--compile true: steps are compiled on cuda only, and this is {device}; leave it out")
+    if settings.compile == "true":
+        check_can_compile(device, "--compile true")
     if not model.generates:
         raise UserError(f"{path}: this {model.config.arch} is an encoder: it guesses masked tokens and makes no text")
     if not all(p.isfinite().all() for p in model.parameters()):
@@ -42,6 +42,14 @@ def load_for_inference(path: Path, settings: LoadSettings):
         model, about = quantize_model(model, settings.quantize), f"{about}, {settings.quantize}"
     print(about, file=sys.stderr)
     return model, encoder, record
+
+
+def check_can_compile(device: str, option: str) -> None:
+    """Raises UserError where a decode step cannot be compiled."""
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"{option}: steps are compiled on cuda and cpu, and this is {device}; leave it out")
+    if device == "cpu" and not has_cxx_compiler():
+        raise UserError(f"{option}: on a CPU it needs a C++ compiler, and none is installed; leave it out")
 
 
 def choose_dtype_name(settings: LoadSettings, device: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model import LanguageModel
 from strawberry.cache import CACHE_ALIGNMENT, RingKVCache, iter_layer_caches, round_up
+from strawberry.inference.fusing import compile_fused
 from strawberry.inference.sampling import BatchSampler, Filters, Request
 from strawberry.ops.common import to_accum_dtype
 from strawberry.ops.sampling import sample
@@ -41,6 +42,18 @@ class CachedLogits:
             self.model.set_source(torch.tensor([source], device=device), cache)
         logits = self.model.logits_after(torch.tensor([tokens], device=device), cache)
         self.cache.lengths[row] = len(tokens)
+        return logits
+
+    def prefill_together(self, first: int, prompts: list[list[int]]) -> Tensor:
+        """Reset the rows from `first` on and prefill a prompt into each, in one pass. Returns the logits (n, V) after
+        the prompts.
+        """
+        rows, counts = slice(first, first + len(prompts)), list(map(len, prompts))
+        self.cache.reset(range(first, rows.stop))
+        cache, device = self.cache.slice(rows), self.cache.positions.device
+        idx = torch.tensor([prompt + [0] * (max(counts) - len(prompt)) for prompt in prompts], device=device)
+        logits = self.model.logits_after(idx, cache, counts)
+        self.cache.lengths[rows] = counts
         return logits
 
     def choose_min_bucket(self, smallest: int) -> int:
@@ -178,10 +191,13 @@ def copy_to_host_async(tokens: Tensor, logprobs: tuple[Tensor, ...], owners: lis
 # ---- compiling and CUDA graphs -------------------------------------------------------------------------------------
 
 
-def compile_step(function, rows: int):
+def compile_step(function, rows: int, fuse: bool = False):
     """Compile a step into fewer, larger kernels. With one row, matrix products become reductions, which are fused with
-    the operations around them.
+    the operations around them. fuse: products of up to 64 rows become kernels of their own, with the norm before and
+    the activation after them.
     """
+    if fuse:
+        return torch.compile(function, dynamic=False, backend=compile_fused)
     return torch.compile(function, dynamic=False, options={"coordinate_descent_tuning": rows == 1})
 
 
@@ -223,6 +239,9 @@ class StepKey(NamedTuple):
     filters: Filters
 
 
+SIMPLE_FILTERS = [Filters(draws, greedy, None, False, False) for draws in (False, True) for greedy in (False, True)]
+
+
 class DecodeStep:
     """The tensors of all rows, and a decode step of them: logits, sampling, positions. A step reads its state from
     device tensors only, so that a CUDA graph can replay it.
@@ -242,18 +261,21 @@ class DecodeStep:
         self.last_token = torch.zeros(rows, dtype=torch.int64, device=device)
         self.sampled = torch.zeros(rows, dtype=torch.int64, device=device)  # last_token, but −1 for NaN
         self.active = torch.zeros(rows, dtype=torch.int64, device=device)  # 1 where a row generates tokens
-        self.shrinks, self.launch = not batch_invariant, self.run
+        self.shrinks, self.launch, self.compiled_finish = not batch_invariant, self.run, None
         self.min_bucket = self.logits.choose_min_bucket(min_bucket) if self.batch_invariant else min_bucket
         self.uses_buckets = self.batch_invariant
 
-    def use_cuda_graphs(self, compile: bool) -> None:
+    def use_cuda_graphs(self, compile: bool, fuse: bool) -> None:
         """Capture and replay steps as CUDA graphs from now on. Runs the step three times to initialize what its first
         call initializes; all rows must be free, so that this changes no sequence.
         """
         self.uses_buckets = True
         if compile:  # one shape only, because each further shape would compile as long
-            self.logits.compute = compile_step(self.model.decode_step, self.rows)
-            self.sampler.sample_all = compile_step(sample, self.rows) if self.rows == 1 else sample
+            self.logits.compute = compile_step(self.model.decode_step, self.rows, fuse)
+            if fuse:
+                self.compiled_finish = torch.compile(self.draw_and_finish, dynamic=False)
+            elif self.rows == 1:
+                self.sampler.sample_all = compile_step(sample, self.rows)
             self.min_bucket, self.shrinks = self.logits.capacity, False
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -262,6 +284,11 @@ class DecodeStep:
                 self.run(*self.choose_key(self.rows, 0, []))
         torch.cuda.current_stream().wait_stream(stream)
         self.launch = CudaGraphs(self.run, self.warm_up_sampling).launch
+
+    def compile_on_cpu(self) -> None:
+        """Compile the model's part of a step for one shape: all rows, and the whole cache."""
+        self.uses_buckets, self.min_bucket, self.shrinks = True, self.logits.capacity, False
+        self.logits.compute = torch.compile(self.model.decode_step, dynamic=False)
 
     def choose_key(self, rows: int, max_cached: int, requests: list[Request]) -> StepKey:
         if self.uses_buckets:
@@ -283,6 +310,16 @@ class DecodeStep:
     def run(self, n: int, max_cached: int, filters: Filters) -> None:
         """Run a step of the first n rows."""
         logits = self.logits.decode_step(self.last_token[:n], max_cached)
+        self.finish_step(n, logits, filters)
+
+    def finish_step(self, n: int, logits: Tensor, filters: Filters) -> None:
+        """Sample the tokens after logits (n, V), and advance the rows."""
+        if self.compiled_finish is not None and (self.rows == 1 or filters in SIMPLE_FILTERS):
+            self.compiled_finish(n, logits, filters)
+        else:
+            self.draw_and_finish(n, logits, filters)
+
+    def draw_and_finish(self, n: int, logits: Tensor, filters: Filters) -> None:
         self.finish(n, logits, self.sampler.draw(logits, slice(0, n), filters), filters)
 
     def run_batch_invariant(self, key: StepKey, rows: list[int], requests: list[Request]) -> None:
@@ -303,10 +340,14 @@ class DecodeStep:
         self.sampler.advance(slice(0, n), logits, self.last_token[:n], active, filters)
 
     def warm_up_sampling(self, n: int, max_cached: int, filters: Filters) -> None:
-        device, rows = self.last_token.device, slice(0, n)
-        logits = torch.zeros(n, self.model.config.vocab_size, device=device)
-        token = self.sampler.draw(logits, rows, filters).clamp(min=0)
-        self.sampler.advance(rows, logits, token, torch.zeros_like(token), filters)  # counts for no row
+        """Sample once for no row."""
+        state = (self.last_token, self.sampled, self.active)
+        before = [tensor.clone() for tensor in state]
+        self.active.zero_()
+        logits = torch.zeros(n, self.model.config.vocab_size, device=self.active.device)
+        self.finish_step(n, logits, filters)
+        for tensor, values in zip(state, before, strict=True):
+            tensor.copy_(values)
 
     def sample_first(self, row: int, logits: Tensor, request: Request) -> None:
         """Sample the token after a prompt from its logits (1, V), and activate the row for the next steps."""

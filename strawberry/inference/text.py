@@ -5,6 +5,7 @@ Index:  tokens of a text · stop strings and streaming · requests · decoders �
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections import deque
@@ -238,8 +239,8 @@ def stream_texts(decoder: engine.Decoder, texts: Iterable[TextStream]) -> Iterat
     """
     waiting, running = iter(texts), {}
     while True:
-        while decoder.free and (text := next(waiting, None)) is not None:
-            running[decoder.admit(text.request)] = text
+        new = list(itertools.islice(waiting, decoder.free))
+        running |= zip(decoder.admit_all([text.request for text in new]), new, strict=True)
         if not running:
             return
         for handle, token, reason in decoder.step():

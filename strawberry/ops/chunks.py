@@ -50,6 +50,8 @@ def chunked_linear(x: Tensor, w: Weight, ctx: ForwardContext, precision: str | N
     w = materialize(w)
     if isinstance(w, Int8Weight) or w.dim() == 2:
         return linear(x, w, precision=precision)
+    if x.size(1) == w.size(1) == 1:  # a decode step
+        return x @ w[:, 0].mT.to(x.dtype)
     y = to_chunks(x, ctx.chunk_size) @ w.mT.to(x.dtype)  # (B, J, slot, out)
     return y.flatten(1, 2)[:, : x.size(1)]
 

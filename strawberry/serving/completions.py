@@ -80,7 +80,7 @@ async def submit_request(body: GenerationRequest, service: Service, make_group: 
     context = service.settings.context
     for name in ("max_tokens", "max_completion_tokens"):
         if (limit := getattr(body, name, None)) is not None and limit > context:
-            raise ApiError(400, f"{name} = {limit}: must be integer <= {context}, the server's --context", name)
+            raise ApiError(400, f"{name} = {limit}: must be an integer <= {context}, the server's --context", name)
     async with service.models.use(body.model) as engine:
         engine.check_queue()
         group = await asyncio.to_thread(make_group, body, engine)

@@ -52,7 +52,7 @@ class Settings:
         "type of the weights; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
     )
     quantize: str | None = option(None, "int8: store matrices in 8 bits", choices=["int8"])
-    compile: str = option("false", "torch.compile, on cuda only; delays a model's first text",
+    compile: str = option("false", "torch.compile; delays a model's first text",
                           choices=["true", "false"])  # fmt: skip
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -78,4 +78,4 @@ def is_loopback(host: str) -> bool:
 def read_command(argv: list[str]) -> Settings:
     """Parse the command line and the environment. Raises UserError that lists all problems."""
     keys = os.environ.get(KEY_VARIABLE, "").split()
-    return parse_settings([*argv, *(f"--api_key={key}" for key in keys)], Settings)
+    return parse_settings([*argv, *(f"--api_key={key}" for key in keys)], Settings, "models")

@@ -17,6 +17,7 @@ from strawberry.training.console import warn
 
 EVAL_SEED = 0  # seed of the evaluation windows, independent of the run's seed
 STRICT_POSITIONS = 512
+QUARTERS = "val_loss_by_quarter"  # key of metrics.jsonl
 
 
 @contextlib.contextmanager
@@ -68,6 +69,21 @@ def mean_loss(
     total, n_bytes = (sum(torch.stack(values).tolist()) if values else 0 for values in (nats, n_bytes))
     total, n_bytes, count = ranks.sum_numbers(total, n_bytes, count)
     return total / max(count, 1), total / math.log(2) / n_bytes if n_bytes and objective.has_bits_per_byte else math.nan
+
+
+def mean_loss_by_quarter(forward, split: Split, batches: int, rows: int, device) -> list[float]:
+    """The mean loss in nats of the targets in each quarter of the window, over the samples of `mean_loss`. Each quarter
+    takes a pass of its own, in which the others' targets are masked, so that no logits are kept."""
+    n = min(batches, max(1, split.n_windows // rows))
+    edges = [split.block_size * i // 4 for i in range(5)]
+    sums = torch.zeros(4, dtype=torch.float64)
+    for i in range(n):
+        x, y, *_ = make_batch(NextToken(), split, EVAL_SEED, i * rows, rows, device)
+        for quarter, (start, stop) in enumerate(itertools.pairwise(edges)):
+            masked = torch.full_like(y, -1)
+            masked[:, start:stop] = y[:, start:stop]
+            sums[quarter] += forward(x, masked, source=None)[1].item()
+    return (sums / n).tolist()
 
 
 def strict_loss(model: nn.Module, split: Split, positions: int = STRICT_POSITIONS, rows: int = 16, device="cpu"):
@@ -171,6 +187,12 @@ class Evaluator:
                 asked = (split, run.eval_iters, run.batch_size, *about)
                 results[f"{name}_loss"], results[f"{name}_bpb"] = mean_loss(self.state.forward, *asked)
         return results
+
+    def sum_losses_by_quarter(self) -> list[float]:
+        run = self.state.run
+        asked = (self.state.corpus.val, run.eval_iters, run.batch_size, self.state.device)
+        with self.state.autocast(), self.stance():
+            return mean_loss_by_quarter(self.state.forward, *asked)
 
     def evaluate_full_model(self, results: dict) -> str:
         """The part that rank 0 does alone: adds the strict loss to `results`, and returns a sample of text."""

@@ -10,6 +10,13 @@ it. They use the Agg backend, which needs no display.
 Index:  reading · style · the three sheets · the command
 """
 
+import signal
+
+from strawberry import startup
+
+if __name__ == "__main__":
+    startup.exit_on(signal.SIGINT)
+
 import contextlib
 import io
 import json
@@ -366,7 +373,7 @@ def picture_outputs(option: str, out: str | os.PathLike) -> list[Output]:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser("-m strawberry.training.plot", "Draw the curves of one or more training runs.")
-    parser.add_argument("metrics", nargs="+", help="metrics.jsonl, in a run's checkpoints.path")
+    parser.add_argument("metrics", nargs="+", help="metrics.jsonl of a run, or the run's checkpoints.path")
     parser.add_argument(
         "--out",
         default="img",
@@ -378,8 +385,9 @@ def main(argv: list[str]) -> None:
     check_path_arguments(arguments, "metrics", "out")
     if problem := explain_picture_path(arguments.out):
         raise UserError(f"--out {arguments.out}: {problem}")
-    check_outputs(picture_outputs("--out", arguments.out), [Input("metrics", path) for path in arguments.metrics])
-    curves(arguments.metrics, arguments.out, arguments.x)
+    metrics = [os.path.join(path, "metrics.jsonl") if os.path.isdir(path) else path for path in arguments.metrics]
+    check_outputs(picture_outputs("--out", arguments.out), [Input("metrics", path) for path in metrics])
+    curves(metrics, arguments.out, arguments.x)
     print("\n".join(map(str, list_pictures(arguments.out))))
 
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from strawberry.common import UserError
 from strawberry.config import to_dict
 from strawberry.data.dataset import Corpus, find_token_files
 from strawberry.data.objectives import make_objective
+from strawberry.device import has_cxx_compiler
 from strawberry.huggingface import gpt2
 from strawberry.model_file import load_model
 from strawberry.outputs import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
@@ -125,7 +125,7 @@ def should_compile(run, device: torch.device) -> bool | str:
         return run.compile
     if device.type != "cpu" or run.max_iters < COMPILE_ON_CPU_FROM:
         return device.type == "cuda"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl")):
+    if not has_cxx_compiler():
         warn("no C++ compiler is installed, so that the model is not compiled and steps take longer")
         return False
     return True

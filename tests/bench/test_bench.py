@@ -392,8 +392,54 @@ def test_each_model_gets_the_optimizer_that_it_learns_best_with(workshop):
     assert table()["b"]["optimizer_hyperparams"]["use_muon"] is True
     assert run_compare("a.json", "b.json", "--optimizers", "adamw,muon") == 0
     assert calls() == []
+    assert run_compare("a.json", "b.json", "--optimizers", "adamw,muon", "--muon_lrs", "3e-3,9e-3") == 0
+    assert sorted(calls()) == ["16 0.009 1 False", "32 0.009 1 False"]  # the others are done
+    text = Path("out/compare.md").read_text()
+    assert "the best of 0.001, 0.003 with AdamW, of 0.003, 0.009 with Muon" in text
+    assert "the grid's largest for a:" in text and "the grid's smallest for b:" in text
+    assert "| b, Muon | – | 2.0100 | 2.6100 |" in text
     assert run_compare("a.json", "b.json", "--optimizers", "muon", "--out", "out2") == 0
     assert "Optimizer: Muon for all" in Path("out2/compare.md").read_text()
+
+
+def test_value_tables_have_a_column_where_a_model_has_some(workshop):
+    a, b = entries("a.json", "b.json:value_embeddings=true")
+    rows = [compare_report.make_row(entry, [], [], None) for entry in (a, b)]
+    assert "value tables" not in compare_report.format_main_table(rows[:1])
+    header, _, _, with_tables = compare_report.format_main_table(rows).splitlines()
+    # one layer of 32 channels, two heads of q and one of k and v: a table of 16 channels for each of 44 tokens
+    names, cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, with_tables))
+    assert dict(zip(names, cells, strict=True))["value tables"] == f"{44 * 16:,}" == f"{b.params_tables:,}"
+    (without,) = entries("b.json")
+    gate = 32  # a number for each of the channels that it reads
+    assert b.params == without.params + gate and b.params_total == without.params_total + gate + 44 * 16
+
+
+def test_rates_of_muon_are_for_the_models_that_train_with_it(workshop):
+    write_config("b", {"arch": "tinystar"}, optimizer_hyperparams={"use_muon": True})
+    schedule = sweep.Sweep(entries("a.json", "b.json"), plan(lrs=[1e-3], muon_lrs=[6e-3, 1e-2]))
+    rates = {label: [trial.lr for trial in trials] for label, trials in schedule.grid.items()}
+    assert rates == {"a": [1e-3], "b": [6e-3, 1e-2]} and schedule.total == 3
+
+
+def test_losses_by_quarter_are_means_over_seeds_or_absent(workshop):
+    (entry,) = entries("a.json")
+    first, second = result(1.25) | {"quarters": [4, 3, 2, 1]}, result(1.5) | {"quarters": [4, 3, 2, 3]}
+    row = compare_report.make_row(entry, [], [first, second], None)
+    assert row["quarters"] == [[4, 0], [3, 0], [2, 0], [2, pytest.approx(math.sqrt(2))]]
+    assert "| a | 4.0000 ± 0.0000 |" in (text := compare_report.format_quarter_table([row]))
+    assert text.splitlines()[2].endswith("| 2.0000 ± 1.4142 |")
+    for seeds in ([], [first, result(1.5)], [first, result(None)]):  # none has ended, sees the future, diverged
+        assert compare_report.make_row(entry, [], seeds, None)["quarters"] is None
+    one = compare_report.make_row(entry, [], [first], None)
+    assert "| a | 4.0000 | 3.0000 | 2.0000 | 1.0000 |" in compare_report.format_quarter_table([one])
+
+
+def test_the_slowest_models_start_first(workshop):
+    schedule = sweep.Sweep(entries("a.json", "b.json"), plan(lrs=[1e-3, 3e-3]))
+    assert [trial.label for trial in schedule.list_pending()] == ["a", "a", "b", "b"]
+    schedule.speeds = {"a": {"tokens_per_s": 9.0}, "b": {"tokens_per_s": 2.0}}
+    assert [trial.label for trial in schedule.list_pending()] == ["b", "b", "a", "a"]
 
 
 def test_a_model_that_sees_the_future_is_shown_by_its_strict_loss():
@@ -504,7 +550,9 @@ def test_a_real_child_trains(workshop, monkeypatch):
     by_role = {"_train": real, "_speed": pretended}
     monkeypatch.setattr(child_process, "make_command", lambda role, *rest: by_role[role](role, *rest))
     assert run_compare("a.json", "--seeds", "1", "--lrs", "1e-2") == 0
-    curve = table()["a"]["curve"]
+    row = table()["a"]
+    curve, quarters = row["curve"], [mean for mean, _ in row["quarters"]]
+    assert f"| a | {quarters[0]:.4f} | {quarters[1]:.4f} |" in Path("out/compare.md").read_text()
     assert len(curve) == 20 and 0 < table()["a"]["bpb"] == curve[-1][1] < curve[0][1]
     assert [path.suffix for path in Path("out/runs").iterdir()] == [".json"] * 2
     assert {path.name for path in Path("out").iterdir()} == {"compare.json", "compare.md", "compare.png", "runs"}
@@ -626,7 +674,7 @@ def test_what_a_speed_is(quick, monkeypatch):
     now = [0.0]
 
     class Pretended:
-        def __init__(self, model, rows, max_length, compile):
+        def __init__(self, model, rows, max_length, **options):
             self.rows, self.lengths, self.under_way, self.steps = rows, {}, [], 0
             assert max_length == 8 + decode.WARMUP_STEPS + decode.MAX_STEPS + 2
 
@@ -637,6 +685,9 @@ def test_what_a_speed_is(quick, monkeypatch):
             self.under_way.append(handle)
             self.lengths[handle] = len(request.prompt)
             return handle
+
+        def admit_all(self, requests):
+            return [self.admit(request) for request in requests]
 
         def release(self, handle):
             del self.lengths[handle]
@@ -770,11 +821,11 @@ def test_the_speeds_are_drawn_a_panel_for_each_batch():
     (["t.json", "--contexts", "0"], "'0' is no positive number"),
     (["t.json", "--quantize", "int4"], "int8"),
     (["t.json", "t.json"], "given twice"),
-    (["t.json", "--compile"], "steps are compiled on cuda only, and this is cpu"),
     (["t.json:n_layers=2"], "n_layer"),
     (["nowhere.json"], "no such file"),
     (["nowhere.strawberry"], "nowhere.strawberry"),
-    (["t.json:arch=transformer"], "kind=decoder"),
+    (["t.json:arch=transformer,kind=encoder"], "kind=decoder"),
+    (["t.json", "--fuse"], "--fuse: needs --compile"),
 ])  # fmt: skip
 def test_mistakes_in_decode_are_told_before_anything_is_made(quick, words, message):
     with pytest.raises(UserError, match=message):

@@ -39,6 +39,45 @@ def test_no_answer_is_in_the_text_after_its_question():
         assert all(token < N_FILLERS + TASK.n_symbols for token in x[first:])  # filler and keys, no values
 
 
+def test_half_of_the_rows_of_training_ask_each_key_several_times():
+    """Their answers are right too, and in no text after the pairs. Rows that models are judged by ask once."""
+    batch = RecallObjective(TASK).make_batch(None, 1, 0, 300)
+    scattered = 0
+    for x, y in zip(batch.x.tolist(), batch.y.tolist(), strict=True):
+        asked = [t for t, answer in enumerate(y) if answer >= 0]
+        assert all(y[t] == x[x.index(x[t]) + 1] for t in asked)
+        assert all(token < N_FILLERS + TASK.n_symbols for token in x[asked[0]:])
+        keys = [x[t] for t in asked]
+        scattered += len(set(keys)) < len(keys)
+    assert 90 < scattered < 190  # of 300; some draw no key twice
+    for cell in TASK.cells:
+        assert all(sum(answer >= 0 for answer in y) == cell[0] for _, y in rows_of(cell))
+
+
+def test_the_best_rate_is_a_config_s_result():
+    def row(config, lr, *accuracies):
+        return {"config": config, "lr": lr} | ({"cells": [{"accuracy": a} for a in accuracies]} if accuracies else {})
+
+    rows = [row("a", 1e-3, 0.5, 0.7), row("a", 3e-3, 0.9, 0.5), row("b", 1e-3), row("b", 3e-3, 0.1), row("c", 1e-3)]
+    best = {found["config"]: found for found in recall.choose_best(rows)}
+    assert {name: found["lr"] for name, found in best.items()} == {"a": 3e-3, "b": 3e-3, "c": 1e-3}
+    assert best["a"]["by_lr"] == {"0.001": pytest.approx(0.6), "0.003": pytest.approx(0.7)}
+    assert best["c"]["mean"] is None
+
+
+def test_the_optimizer_is_the_same_for_all_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["air.json", "palm-aft.json:muon_lr=0.01", "--lrs", "1e-3,2e-3", "--batch_size", "7"]
+    runs = recall.load_runs(recall.parse_arguments(words), TASK, tmp_path)
+    assert [(spec, run.learning_rate) for spec, run in runs] == [
+        ("air.json", 1e-3), ("air.json", 2e-3), (words[1], 1e-3), (words[1], 2e-3)
+    ]  # fmt: skip
+    assert {(run.batch_size, run.optimizer_hyperparams.use_muon) for _, run in runs} == {(7, True)}
+    assert [run.optimizer_hyperparams.muon_lr for _, run in runs] == [None, None, 0.01, 0.01]
+    ((_, run),) = recall.load_runs(recall.parse_arguments(["air.json", "--set", "use_muon=false"]), TASK, tmp_path)
+    assert run.optimizer_hyperparams.use_muon is False
+
+
 def test_keys_values_order_and_place_are_drawn_anew():
     rows = rows_of((5, 7), 400)
     firsts, orders, maps = set(), set(), {}
@@ -54,12 +93,26 @@ def test_keys_values_order_and_place_are_drawn_anew():
 
 
 def test_batches_are_a_function_of_seed_and_index():
-    whole = RecallObjective(TASK).make_batch(None, 3, 0, 8)
-    parts = [RecallObjective(TASK).make_batch(None, 3, first, 4) for first in (0, 4)]
-    assert np.array_equal(whole.x, np.concatenate([part.x for part in parts]))
-    assert whole.n_targets == sum(part.n_targets for part in parts) == (whole.y >= 0).sum()
-    assert not np.array_equal(whole.x, RecallObjective(TASK).make_batch(None, 4, 0, 8).x)
+    draw = lambda seed, first, stage=-1: RecallObjective(TASK, stage=stage).make_batch(None, seed, first, 8)  # noqa: E731
+    whole, again = draw(3, 0), draw(3, 0)
+    assert np.array_equal(whole.x, again.x) and np.array_equal(whole.y, again.y)
+    assert whole.n_targets == (whole.y >= 0).sum()
+    assert not any(np.array_equal(whole.x, draw(*other).x) for other in ((4, 0), (3, 8)))
     assert whole.x.max() < TASK.vocab_size and whole.x.shape[1] == TASK.block_size == 45
+
+
+def test_rows_grow_longer_stage_by_stage():
+    task = RecallTask((8, 64), (16, 4096))
+    assert task.lengths == [24, 144, 864, 4288] and TASK.lengths == [45] and RecallTask((4,), (64,)).lengths == [24, 76]
+    for stage, length in enumerate(task.lengths[:2]):
+        batch = RecallObjective(task, stage=stage).make_batch(None, 1, 0, 200)
+        assert batch.x.shape == (200, length)
+        counts = set()
+        for x, y in zip(batch.x.tolist(), batch.y.tolist(), strict=True):
+            asked = [t for t, answer in enumerate(y) if answer >= 0]
+            assert asked and all(y[t] == x[x.index(x[t]) + 1] for t in asked)
+            counts.add(sum(token >= N_FILLERS + task.n_symbols for token in x))  # values, so pairs
+        assert counts == {24: {2, 4}, 144: {2, 4, 8, 16, 24}}[length]
 
 
 def test_accuracy_counts_right_answers_and_nothing_else(monkeypatch):
@@ -98,6 +151,24 @@ def test_accuracy_counts_right_answers_and_nothing_else(monkeypatch):
 
 
 @pytest.mark.slow
+def test_attention_over_everything_recalls_and_a_window_out_of_reach_does_not(tmp_path, monkeypatch):
+    """Two layers with windows of 4 see at most 7 tokens, and the questions are 20 from the pairs. Such a model does not
+    even see the row's values, so it is right once in 8, the number of all values, and not once in 2."""
+    monkeypatch.chdir(tmp_path)
+    task, found = RecallTask((2,), (20,)), []
+    for config, steps in (("tinystar-v0.2-modernbase.json:", 300), ("tinystar-v0.7-gqa-swa.json:window=4,", 100)):
+        words = [f"{config}n_layer=2,n_embd=32,n_head=2", "--steps", str(steps), "--set", "compile=false"]
+        ((_, run),) = recall.load_runs(recall.parse_arguments(words), task, tmp_path)
+        run.checkpoints.create_checkpoints = False
+        trainer = recall.RecallTrainer(run, task)
+        trainer.prepare()
+        trainer.train_stages()
+        found += [cell["accuracy"] for cell in trainer.measure_recall(200)]
+        trainer.close()
+    assert found[0] >= 0.95 and found[1] < 0.3
+
+
+@pytest.mark.slow
 def test_two_configs_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shape = "n_layer=1,n_embd=16,n_head=2"
@@ -117,7 +188,7 @@ def test_two_configs_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsy
 def test_a_model_that_sees_the_future_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = recall.parse_arguments(["air.json:retention_scope=batch", "--set", "compile=false"])
-    (run,) = recall.load_runs(arguments, TASK, tmp_path)
+    ((_, run),) = recall.load_runs(arguments, TASK, tmp_path)
     with pytest.raises(UserError, match="sees the tokens to come"):
         recall.RecallTrainer(run, TASK).set_up()
 

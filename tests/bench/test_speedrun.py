@@ -233,7 +233,7 @@ def children(checkout, monkeypatch):
     monkeypatch.setattr(speedrun_plan, "hash_code", lambda: "c")  # the code is not read again for each command
     monkeypatch.setattr(plot, "save", lambda fig, path: path.write_bytes(b"\x89PNG\r\n\x1a\n"))
 
-    def start(command, log, jobs, extra):
+    def start(command, log, jobs, gpus, extra):
         job = json.loads(Path(command[-1]).read_text())
         if command[-2] == "_speedrun_nanogpt":
             lr, seed = next(float(w.partition("=")[2]) for w in job["words"] if "learning_rate" in w), job["seed"]
@@ -289,9 +289,9 @@ def test_a_loss_that_is_not_reached_is_told_by_how_much(children, capsys):
 def test_a_failed_run_is_named_and_the_others_are_kept(children, monkeypatch):
     works = child_process.start
 
-    def start(command, log, jobs, extra):
+    def start(command, log, jobs, gpus, extra):
         if command[-2] == "_speedrun_nanogpt":
-            return works(command, log, jobs, extra)
+            return works(command, log, jobs, gpus, extra)
         log.write_text("error: no such thing\n")
         return Ended(2)
 
@@ -307,8 +307,8 @@ def test_a_failed_run_is_named_and_the_others_are_kept(children, monkeypatch):
 def test_after_an_interruption_the_same_command_goes_on(children, monkeypatch, capsys):
     works, stopped = child_process.start, []
 
-    def start(command, log, jobs, extra):
-        return works(command, log, jobs, extra) if not children else Ended(None)
+    def start(command, log, jobs, gpus, extra):
+        return works(command, log, jobs, gpus, extra) if not children else Ended(None)
 
     def interrupt(seconds):
         raise KeyboardInterrupt
@@ -323,11 +323,7 @@ def test_after_an_interruption_the_same_command_goes_on(children, monkeypatch, c
     assert children == [("nanogpt", 1e-2, 1), ("strawberry", 1e-3, 1)]
 
 
-def test_each_run_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert child_process.gpu_environment(1) == {"CUDA_VISIBLE_DEVICES": "1"}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert child_process.gpu_environment(1) == {"CUDA_VISIBLE_DEVICES": "7"}
+def test_no_two_runs_share_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     speedrun_plan.check_jobs(2, torch.device("cuda"))
     for jobs, device in ((3, "cuda"), (2, "cpu")):

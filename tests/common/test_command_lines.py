@@ -9,7 +9,7 @@ import pytest
 
 from strawberry.argument_parser import ArgumentParser
 from strawberry.bench.common import parse_quantity
-from strawberry.common import UserError, run_cli
+from strawberry.common import UserError, format_count, run_cli
 
 
 class Script(NamedTuple):
@@ -43,6 +43,9 @@ SCRIPTS = [
     Script("-m strawberry.data.assemble", "--help"),
     Script("-m strawberry.config_docs", "--help"),
 ]
+
+
+OPTIONAL = {"train.py", "sample.py", "serve.py", "prepare.py", "bench.py growth", "bench.py kernels"}  # need no option
 
 
 def scripts(*left_out: str, valued: bool = False) -> list:
@@ -91,6 +94,50 @@ def test_an_option_like_no_other_is_refused(call, script):
     code, out, err = call(script, *script.words, "--qqqqq=1")
     assert code == 2 and not out
     assert re.fullmatch(r"error: .*\bqqqqq\b.*unknown .*\n", err)
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_a_misspelt_option_at_the_end_is_named(call, script):
+    code, out, err = call(script, *script.words, "--hlep")
+    assert (code, out, err) == (2, "", "error: --hlep: unknown option (did you mean '--help'?)\n")
+
+
+@pytest.mark.parametrize("word,option", [
+    ("--quite", "--quiet"), ("--chek", "--check"), ("--confg", "--config"), ("--n_hed", "--n_head"),
+    ("--checkpoints.kep", "--checkpoints.keep"),
+])  # fmt: skip
+def test_train_names_its_own_options_and_its_keys(call, word, option):
+    code, out, err = call(SCRIPTS[0], "--config=tiny.json", word)
+    assert (code, out, err) == (2, "", f"error: {word}: unknown option (did you mean '{option}'?)\n")
+
+
+def test_bench_without_a_command_is_an_error_with_its_usage(call):
+    bench = Script("bench.py", "--help")
+    code, out, err = call(bench)
+    assert code == 2 and not out and err.startswith("usage: python bench.py COMMAND")
+    assert call(bench, "--help") == (0, err, "")
+    assert call(bench, "--hlep")[2].endswith("(did you mean '--help'?)\n")
+
+
+@pytest.mark.parametrize("name,word,fix", [
+    ("sample.py", "Once upon", "--prompt 'Once upon'"), ("sample.py", "a.json", "--prompt a.json"),
+    ("serve.py", "bin/", "--models bin/"), ("train.py", "a.json", "--config a.json"),
+    ("train.py", "air", "--key=value"),
+])  # fmt: skip
+def test_a_word_without_an_option_is_an_error_that_names_one(call, name, word, fix):
+    code, out, err = call(Script(name, ""), word)
+    assert (code, out) == (2, "") and err.endswith(f"on the command line: must be an option; write {fix}\n")
+
+
+def test_counts_have_their_number():
+    assert [format_count(n, "file") for n in (0, 1, 2000)] == ["0 files", "1 file", "2,000 files"]
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name not in OPTIONAL], ids=str)
+def test_a_script_without_what_it_needs_is_an_error_that_says_what(call, script):
+    code, out, err = call(script)
+    assert code == 2 and not out
+    assert re.fullmatch(r"error: (the following arguments are required: .*|.* is required; .*|name configs .*)\n", err)
 
 
 @pytest.mark.parametrize("script", scripts(valued=True))

@@ -102,7 +102,7 @@ def write(folder, text, name="run.json"):
 # ---- shared helpers ------------------------------------------------------------------------------------------------
 
 
-MISTAKE = "batch_size = 0: must be integer >= 1"
+MISTAKE = "batch_size = 0: must be an integer >= 1"
 
 
 def program(body, *argv, cwd=None, **pipes):
@@ -166,7 +166,8 @@ def test_every_program_runs_through_run_cli(name):
         ("return", 0, ""),
         ("return 3", 3, ""),
         (f"raise UserError({MISTAKE!r})", 2, f"error: {MISTAKE}\n"),
-        ("raise KeyboardInterrupt", 130, ""),
+        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("raise KeyboardInterrupt('interrupted: so')", 130, "interrupted: so\n"),
         ("raise BrokenPipeError", 141, ""),
         ("raise UserError('\\ud800')", 2, "error: ?\n"),
     ],
@@ -303,27 +304,28 @@ REFUSED = {
     "--n_layer=4": "n_layer = 4: unknown key (did you mean 'model_hyperparams.n_layer'?)",
     "--n_layr=4": "n_layr = 4: unknown key (did you mean 'model_hyperparams.n_layer'?)",
     "--dataset.max_iter=4": "dataset.max_iter = 4: unknown key (did you mean 'max_iters'?)",
-    "--batch_size=atuo": 'batch_size = "atuo": must be integer >= 1 and <= 1048576 or "auto" (did you mean \'auto\'?)',
+    "--batch_size=atuo":
+        "batch_size = \"atuo\": must be an integer >= 1 and <= 1048576 or \"auto\" (did you mean 'auto'?)",
     "--model_hyperparams.min_lr=1": "model_hyperparams.min_lr = 1: unknown key (did you mean 'min_lr'?)",
     "--dataset.zebra=1": "dataset.zebra = 1: unknown key; valid here: data_division, load_from_file, path",
-    "--learning_rate=NaN": "learning_rate = NaN: must be number > 0, finite",
-    "--learning_rate=1e999": "learning_rate = Infinity: must be number > 0, finite",
-    "--grad_clip=-Infinity": "grad_clip = -Infinity: must be number >= 0, finite",
-    "--learning_rate=true": "learning_rate = true: must be number > 0",
-    "--learning_rate=0": "learning_rate = 0: must be number > 0",
-    '--learning_rate="1e-3"': 'learning_rate = "1e-3": must be number > 0',
-    "--batch_size=2.5": "batch_size = 2.5: must be integer >= 1 and <= 1048576 or \"auto\"",
-    "--batch_size=true": "batch_size = true: must be integer >= 1 and <= 1048576 or \"auto\"",
-    "--max_iters=1e30": "max_iters = 1e+30: must be integer >= 1, finite and < 2**63",
+    "--learning_rate=NaN": "learning_rate = NaN: must be a number > 0, finite",
+    "--learning_rate=1e999": "learning_rate = Infinity: must be a number > 0, finite",
+    "--grad_clip=-Infinity": "grad_clip = -Infinity: must be a number >= 0, finite",
+    "--learning_rate=true": "learning_rate = true: must be a number > 0",
+    "--learning_rate=0": "learning_rate = 0: must be a number > 0",
+    '--learning_rate="1e-3"': 'learning_rate = "1e-3": must be a number > 0',
+    "--batch_size=2.5": "batch_size = 2.5: must be an integer >= 1 and <= 1048576 or \"auto\"",
+    "--batch_size=true": "batch_size = true: must be an integer >= 1 and <= 1048576 or \"auto\"",
+    "--max_iters=1e30": "max_iters = 1e+30: must be an integer >= 1, finite and < 2**63",
     "--decay_lr=1": "decay_lr = 1: must be true or false",
     "--compile=maybe": 'compile = "maybe": must be true or false or "auto" or "blocks"',
     "--device=cuda:0": 'device = "cuda:0": must be "auto" or "cpu" or "cuda" or "mps" (did you mean \'cuda\'?)',
-    "--seed=-1": 'seed = -1: must be integer >= 0 or "auto"',
+    "--seed=-1": 'seed = -1: must be an integer >= 0 or "auto"',
     "--model_path=": 'model_path = "": must be text',
     "--dataset=5": "dataset = 5: must be an object, { … }",
-    "--dataset.data_division=1": "dataset.data_division = 1: must be number > 0 and < 1",
+    "--dataset.data_division=1": "dataset.data_division = 1: must be a number > 0 and < 1",
     "--dataset.path.x=1": 'dataset.path = {"x": 1}: must be text',
-    "--model_hyperparams.window=[4,0]": "model_hyperparams.window = [4, 0]: must be list of integer >= 1 or null",
+    "--model_hyperparams.window=[4,0]": "model_hyperparams.window = [4, 0]: must be a list of integers >= 1 or null",
     "--model_hyperparams.arch=tinystars": 'model_hyperparams.arch = "tinystars": must be one of "strawberry", '
     "\"tinystar\" (did you mean 'tinystar'?)",
     '--model_hyperparams={"arch": []}': 'model_hyperparams.arch = []: must be one of "strawberry", "tinystar"',
@@ -408,9 +410,16 @@ def test_a_type_of_pydantic_is_told_in_words_of_its_own():
     assert object_schema(Pair)["properties"]["pair"]["anyOf"][0]["maxItems"] == 2
 
 
+def test_every_refusal_is_a_sentence_with_articles():
+    classes = [Run, *(run_class(ARCHS, arch) for arch in ARCHS), *ARCHS.values()]
+    rules = {key.rule for cls in classes for key in declared(cls).values()}
+    assert {"an integer >= 1", "a number > 0", "a list of integers >= 1 or null"} <= rules
+    assert not [rule for rule in rules if re.search(r"(?<!an )\binteger\b|(?<!a )\b(number|list)\b", rule)]
+
+
 def test_a_rule_is_silent_where_one_of_its_keys_is_wrong_in_itself():
     assert problems_of("--model_hyperparams.n_qkv=255", "--model_hyperparams.n_head=x") == [
-        'model_hyperparams.n_head = "x": must be integer >= 1'
+        'model_hyperparams.n_head = "x": must be an integer >= 1'
     ]
 
 

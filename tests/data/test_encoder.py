@@ -615,7 +615,7 @@ def test_command_trains_on_files_folders_and_globs(tmp_path, corpus, capsys):
         out = capsys.readouterr()
         assert "400 tokens" in out.out and "bytes per token" in out.out and "2 files" in out.out
         assert ("left out 1 file of other kinds: " in out.out) == (name != "files")
-        assert out.err.startswith("training 400 tokens")
+        assert out.err.startswith("training an encoder of 400 tokens on ")
     expected = train([CORPUS[0], CORPUS[2]], 400, ["<|user|>"]).fingerprint
     assert {load(str(tmp_path / name)).fingerprint for name in inputs} == {expected}
 

@@ -52,6 +52,30 @@ def test_alone_and_in_company_are_the_same_in_float32(name):
     assert together == alone
 
 
+@every_model
+def test_prompts_that_are_read_together_make_the_texts_of_each_alone(name, monkeypatch):
+    """Prompts of unlike lengths, some of them equal, into rows of which one in the middle is taken."""
+    model = small_model(name)
+    requests = [replace(request, max_new_tokens=5, stop=frozenset()) for request in requests_for(model, 7)]
+    requests[5] = replace(requests[4], seed=50)
+    alone = [collect(Decoder(model, 1, 64), [request])[0][0] for request in requests]
+    decoder, passes = Decoder(model, 8, 64), []
+    forward = type(model).forward_cached
+    monkeypatch.setattr(type(model), "forward_cached", lambda self, idx, cache, lengths=None: passes.append(len(idx)) or
+                        forward(self, idx, cache, lengths))  # fmt: skip
+    taken = [decoder.admit(Request([1], 60, source=[1] if model.takes_source else None)) for _ in range(3)]
+    decoder.release(taken[0])
+    decoder.release(taken[2])
+    handles, texts = decoder.admit_all(requests[:6]), {}
+    while len(texts) < 6 or any(len(text) < 5 for text in texts.values()):
+        for handle, token, _ in decoder.step():
+            if handle in handles:
+                texts.setdefault(handle, []).append(token)
+    assert [texts[handle] for handle in handles] == alone[:6]
+    together = model.causal and not model.takes_source
+    assert (max(passes, default=0) > 1) == together
+
+
 # ---- batch invariance ----------------------------------------------------------------------------------------------
 
 
@@ -360,3 +384,16 @@ def test_eight_bits_keep_what_was_learned(name):
 def test_only_int8_is_known():
     with pytest.raises(UserError, match="--quantize int4.*int8"):
         quantize_model(small_model("tinystar"), "int4")
+
+
+@pytest.mark.slow
+def test_compiled_steps_on_a_cpu_make_the_same_texts():
+    """Of any length and any number of rows, with one compilation."""
+    model = build(SMALL | {"arch": "tinystar", "n_layer": 1}).double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4, generator=torch.Generator().manual_seed(p.numel()))
+    requests = [replace(request, stop=frozenset()) for request in requests_for(model, 5)]
+    expected = collect(Decoder(model, 3, 64), requests)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert collect(Decoder(model, 3, 64, compile=True), requests) == expected

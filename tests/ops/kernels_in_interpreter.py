@@ -11,15 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from decoding import by_generate, collect, requests_for, small_model
+from decoding import SMALL, by_generate, collect, requests_for, small_model
 
 from model import AFTS, build
 from optimizer import Decay, Muon
 from strawberry.context import ForwardContext
 from strawberry.inference.engine import Decoder
+from strawberry.inference.fusing import fuse_linears
 from strawberry.ops import float8, muon
 from strawberry.ops.attention import decode_attention
 from strawberry.ops.float8 import act_quantize, act_quantize_backward, concat_quantize, transpose_fp8
+from strawberry.ops.fused_linear import NO_NORM, Norm, fused_linear, fused_linear_plain
 from strawberry.ops.linear import int8_linear, prepare_weights, quantize_int8
 from strawberry.ops.memory import read_chunks, read_memory
 from strawberry.ops.qkv import norm_channels
@@ -230,6 +232,110 @@ def test_int8_linear_of_odd_shapes(M, N, K):
     x = draw(M, 1, 2 * K)[..., :K]  # rows that do not follow each other
     got = int8_linear(x, w8, torch.full((N,), 0.01))
     check(got, x.double() @ w8.double().T * 0.01, 2e-6)
+
+# ---- fused_linear ----------------------------------------------------------------------------------------------------
+
+
+def fused_linear_exact(x, weights, scales=(), biases=(), norm=NO_NORM, activation="identity", residual=None):
+    """Row by row and result by result, by the definitions, in float64."""
+    w = torch.cat([w.double() for w in weights], dim=-2)
+    if scales:
+        w = w * torch.cat(list(scales)).double().unsqueeze(-1)
+    rows = []
+    for m, row in enumerate(x.double()):
+        if norm.kind == "layer":
+            row = row - row.sum() / len(row)
+        if norm.kind != "none":
+            row = row / ((row**2).sum() / len(row) + norm.eps).sqrt()
+        row = row if norm.gain is None else row * norm.gain.double()
+        row = row if norm.shift is None else row + norm.shift.double()
+        rows.append((w[m] if w.dim() == 3 else w) @ row)
+    h = torch.stack(rows)
+    h = h + torch.cat(list(biases)).double() if biases else h
+    half = h.size(1) // 2
+    h = {
+        "identity": lambda: h,
+        "relu": lambda: h * (h > 0),
+        "relu2": lambda: (h * (h > 0)) ** 2,
+        "gelu": lambda: h * (1 + torch.special.erf(h / math.sqrt(2))) / 2,
+        "gelu_tanh": lambda: h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))) / 2,
+        "swiglu": lambda: h[:, :half] * h[:, half:] / (1 + (-h[:, half:]).exp()),
+    }[activation]()
+    return h if residual is None else h + residual.double()
+
+
+def fused_linear_inputs(M, K, widths, dtype=torch.float32, norm="none", biased=False, int8=False, per_row=False):
+    shape = [(M, n, K) if per_row else (n, K) for n in widths]
+    weights = [draw(*size, seed=10 + i, dtype=dtype) / K**0.5 for i, size in enumerate(shape)]
+    scales = []
+    if int8:
+        weights, scales = zip(*map(quantize_int8, weights), strict=True)
+    biases = [draw(n, seed=20 + i, dtype=dtype) for i, n in enumerate(widths)] if biased else []
+    gain, shift = (draw(K, seed=s, dtype=dtype) + 1 for s in (30, 31))
+    norm = {"none": Norm(), "rms": Norm("rms", gain, None, 1e-6), "plain rms": Norm("rms", None, None, 1e-6),
+            "layer": Norm("layer", gain, shift, 1e-5)}[norm]  # fmt: skip
+    return draw(M, K, dtype=dtype) * 3 + 0.5, weights, scales, biases, norm
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu2", "gelu", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("norm, biased, int8, M", [
+    ("layer", True, False, 2), ("layer", True, False, 20), ("rms", False, True, 2), ("none", True, True, 20),
+    ("plain rms", False, False, 2),
+])  # fmt: skip
+def test_fused_linear_is_norm_product_activation_and_sum(norm, biased, int8, M, activation):
+    x, weights, scales, biases, norm = fused_linear_inputs(M, 300, [22], torch.bfloat16, norm, biased, int8)
+    residual = draw(M, 22 // (1 + (activation == "swiglu")), seed=3, dtype=torch.bfloat16)
+    args = (weights, scales, biases, norm, activation, residual)
+    got = fused_linear(x, *args)
+    assert got.dtype == torch.bfloat16
+    check(got, fused_linear_exact(x, *args), BOUND[torch.bfloat16])
+    check(fused_linear(x.float(), *args[:-1], residual.float()), fused_linear_exact(x, *args), 3e-6)
+    check(fused_linear_plain(x.double(), *args), fused_linear_exact(x, *args), 1e-6)
+
+
+@pytest.mark.parametrize("K, widths", [(1, [1]), (64, [4, 4, 4]), (257, [5, 1, 9]), (768, [12, 7])])
+@pytest.mark.parametrize("M", [1, 5, 17, 64])
+def test_fused_linear_of_odd_shapes(M, K, widths):
+    x, *args = fused_linear_inputs(M, K, widths, norm="layer" if K > 1 else "rms", biased=True)
+    residual = draw(M, 2 * sum(widths), seed=3)[:, : sum(widths)]  # rows that do not follow each other
+    got = fused_linear(x.repeat(1, 2)[:, :K], *args, residual=residual)
+    check(got, fused_linear_exact(x, *args, residual=residual), 3e-6)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_row_of_fused_linear_does_not_depend_on_its_company(int8):
+    x, *args = fused_linear_inputs(16, 100, [10], torch.bfloat16, "layer", True, int8)
+    y = fused_linear(x, *args, "swiglu")
+    for rows in (slice(0, 1), slice(3, 5), slice(7, 16)):
+        assert torch.equal(fused_linear(x[rows], *args, "swiglu"), y[rows])
+
+
+def test_fused_linear_with_a_matrix_for_each_row():
+    x, *args = fused_linear_inputs(3, 40, [6], norm="rms", per_row=True)
+    check(fused_linear(x, *args, "swiglu"), fused_linear_exact(x, *args, activation="swiglu"), 3e-6)
+
+
+def test_a_fused_step_runs_the_kernel():
+    """As torch.compile records it."""
+    torch.manual_seed(3)
+    hyper = {"arch": "tinystar", "norm_type": "LayerNorm", "attention_type": "MHA", "ffn_type": "GELU",
+             "pos_encoding": "Learned", "n_layer": 1, "n_embd": 16, "n_head": 2}  # fmt: skip
+    model = build(SMALL | hyper).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+
+    def fuse(module, inputs):
+        assert fuse_linears(module.graph) == 5
+        module.recompile()
+        return module.forward
+
+    with torch.no_grad():
+        logits = []
+        for step in (model.decode_step, torch.compile(model.decode_step, backend=fuse, dynamic=False)):
+            cache = model.new_cache(1, 8)
+            model.logits_after(torch.tensor([[1, 2]]), cache)
+            logits.append(step(torch.tensor([3]), cache, 8))
+    check(logits[1], logits[0].double(), 3e-6)
 
 
 # ---- AFT simple ------------------------------------------------------------------------------------------------------

@@ -107,6 +107,8 @@ def test_what_has_nothing_to_draw_leaves_the_last_pictures(tmp_path, text, told)
     other.write_text(text)
     plot.main([str(good), "--out", str(tmp_path / "img")])
     before = {path.name: path.read_bytes() for path in (tmp_path / "img").iterdir()}
+    plot.main([str(good.parent), "--out", str(tmp_path / "same")])  # a directory stands for its metrics.jsonl
+    assert {path.name: path.read_bytes() for path in (tmp_path / "same").iterdir()} == before
     for paths in ([other], [good, other]):
         with pytest.raises(UserError, match=f"other.txt {told}"):
             plot.main([*map(str, paths), "--out", str(tmp_path / "img")])

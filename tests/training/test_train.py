@@ -576,6 +576,20 @@ def test_evaluation_is_the_mean_over_tokens_and_bytes(run_folder):
     assert got == pytest.approx((nats / count, nats / math.log(2) / n_bytes), rel=1e-5)
 
 
+def test_losses_by_quarter_are_means_over_their_targets(run_folder):
+    trainer = prepared()
+    split, T = trainer.corpus.val, trainer.run.model_hyperparams.block_size
+    nats = [[], [], [], []]
+    with evaluation.evaluation_mode(trainer.model):
+        got = evaluation.mean_loss_by_quarter(trainer.model, split, 2, 3, trainer.device)
+        for window in split.read_windows(evaluation.EVAL_SEED, 0, 6):
+            log_p = trainer.model(torch.from_numpy(window[None, :-1]))[0][0].double().log_softmax(-1)
+            for t, target in enumerate(window[1:].tolist()):
+                nats[4 * t // T].append(-log_p[t, target].item())
+    assert T % 4 == 0 and got == pytest.approx([sum(part) / len(part) for part in nats], rel=1e-5)
+    assert len({round(loss, 4) for loss in got}) == 4
+
+
 def test_evaluations_read_each_window_at_most_once_and_always_the_same(run_folder):
     trainer = prepared()
     seen = []

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from runs import ALPHABET, write_corpus
 
+from strawberry import startup
 from strawberry.common import run_cli
 from strawberry.training import checkpoint, plot
 from strawberry.training.checkpoint import find_latest
@@ -95,8 +96,7 @@ def begin(body, argv, directory, log, threads, env):
     sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(n, "wb"), line_buffering=True) for n in (1, 2))
     torch.set_num_threads(threads)
     faulthandler.register(signal.SIGUSR1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # as train.py does where it is the program
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+    startup.exit_on(signal.SIGINT, signal.SIGTERM)  # as train.py does where it is the program
     sys.argv = ["train.py", *argv]
     try:
         body(argv)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from strawberry.ops.triton import common as kernels
-from strawberry.ops.triton.common import LOG2E, dot_dtype, jit, next_power_of_2, tl
+from strawberry.ops.triton.common import LOG2E, dot_dtype, jit, next_power_of_2, tl, wait_for_inputs
 
 
 def block_tokens(d: int) -> int:
@@ -34,9 +34,12 @@ def decode_mha_kernel(
     q, k, v, new_k, new_v, pos, out, parts, size, heads, splits, scale, q_row, q_head, k_row, k_slot, v_row, v_slot,
     new_k_row, new_v_row,
     NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A head with its own keys. Each of BLOCK lanes computes its own online softmax over every BLOCK-th slot, and the
     lanes are merged at the end: in the loop only the dot product reduces across lanes."""
+    if OVERLAP:
+        wait_for_inputs()
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     first = split * share
@@ -89,9 +92,11 @@ def decode_gqa_kernel(
     q, k, v, new_k, new_v, pos, out, parts, size, heads, splits, scale, q_row, q_head, k_row, k_slot, v_row, v_slot,
     new_k_row, new_v_row,
     NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DOT: tl.constexpr,
+    OVERLAP: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """GROUP heads that share their keys, which are read once and multiplied on tensor cores (arXiv 2205.14135)."""
+    if OVERLAP:
+        wait_for_inputs()
     shared, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     first = split * share
@@ -141,9 +146,11 @@ def decode_gqa_kernel(
 @jit
 def merge_splits_kernel(
     parts, pos, out, size, heads, splits,
-    D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of a head, each of which has its sums relative to its own highest score."""
+    if OVERLAP:
+        wait_for_inputs()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     s, c = tl.arange(0, SPLITS_PAD), tl.arange(0, PAD)
@@ -188,17 +195,19 @@ def launch_decode_attention(q, k, v, new_k, new_v, pos, size: int, scale: float,
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     fresh = new_k is not None
     new_k, new_v = (new_k, new_v) if fresh else (k, v)
-    shape |= {"NEW": fresh}
+    overlap = kernels.overlaps(q)
+    options = {"num_warps": 4, "launch_pdl": True} if overlap else {"num_warps": 4}
+    shape |= {"NEW": fresh, "OVERLAP": overlap}
     strides += (new_k.stride(0), new_v.stride(0))
     args = (q, k, v, new_k, new_v, pos, out, parts, size, H, splits, scale * LOG2E, *strides)
     if shared == H:
-        decode_mha_kernel[(H, splits, B)](*args, **shape, SPLIT=splits > 1, num_warps=4)
+        decode_mha_kernel[(H, splits, B)](*args, **shape, SPLIT=splits > 1, **options)
     else:
         group = {"GROUP": H // shared, "GROUP_PAD": next_power_of_2(max(H // shared, 16)), "DOT": dot_dtype(k, v)}
-        decode_gqa_kernel[(shared, splits, B)](*args, **shape, SPLIT=splits > 1, **group, num_warps=4)
+        decode_gqa_kernel[(shared, splits, B)](*args, **shape, SPLIT=splits > 1, **group, **options)
     if splits > 1:
         del shape["NEW"]
         merge_splits_kernel[(H, B)](
-            parts, pos, out, size, H, splits, **shape, SPLITS_PAD=next_power_of_2(splits), num_warps=4
+            parts, pos, out, size, H, splits, **shape, SPLITS_PAD=next_power_of_2(splits), **options
         )
     return out
