@@ -1,6 +1,6 @@
-"""Fuse a decode step's graph: each linear map takes the norm before it (up to 16 rows), and the bias, the activation and
-the residual sum after it, into one operation (strawberry/ops/fused_linear.py). It works on the graph that torch.compile
-records, so that a model says nothing about it.
+"""Fuse a decode step's graph: each linear map takes the norm before it (up to 16 rows), and the bias, the activation
+and the residual sum after it, into one operation (strawberry/ops/fused_linear.py). It works on the graph that
+torch.compile records, so that a model says nothing about it.
 """
 
 from __future__ import annotations

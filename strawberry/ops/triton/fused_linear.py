@@ -50,8 +50,8 @@ def row_norm(
 
 @jit
 def select_weight(
-    program, w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    program, w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3,
+    N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The program's matrix, its scale and bias, the column of y where its results begin, its N, and the program's index
     among those of the matrix."""
@@ -102,7 +102,7 @@ def normed(
 def finish(
     h, gate, scale, bias, n, N, OUT: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr
 ):
-    """The activation of sums h (…, BLOCK_N) and, for "swiglu", of the sums of the gate's rows of W, OUT rows further."""
+    """The activation of sums h (…, BLOCK_N); "swiglu" has a gate, whose rows of W are OUT rows further."""
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     if SCALED:
         h *= tl.load(scale + n, mask=n < N, other=0.0)
@@ -204,9 +204,11 @@ def fused_linear_op(
     for tensors in (scales, biases):
         pointers += [*tensors, *[x] * (MAX_WEIGHTS - len(tensors))]
     pointers += [x if residual is None else residual, y]
-    residual_row, wide = 0 if residual is None else residual.stride(0), y.size(1) >= WIDE
+    residual_row = 0 if residual is None else residual.stride(0)
     if M <= MAX_GEMV_ROWS:
-        block_n, w_row = 16 if wide else 4, weights[0].stride(0) if weights[0].dim() == 3 else 0
+        # more than 3072 results by 8, because an H100 runs fewer than 800 programs at once
+        block_n = 16 if y.size(1) >= WIDE else 8 if y.size(1) > 3072 else 4
+        w_row = weights[0].stride(0) if weights[0].dim() == 3 else 0
         grid = (sum(-(-n // block_n) for n in widths),)
         options |= {"NORM": norm, "GAIN": gain is not None, "SHIFT": shift is not None, "EPS": eps}
         fused_linear_kernel[grid](
