@@ -175,7 +175,6 @@ class DecodeBenchmark:
     quantize: str | None
     compile: bool
     bandwidth: float  # bytes per second
-    fuse: bool = False
     profile: bool = False
 
     def prepare(self, model: LanguageModel) -> LanguageModel:
@@ -214,8 +213,7 @@ class DecodeBenchmark:
         """
         steps = count_steps_that_fit(model, context)
         self.check_memory(model, batch, context + steps)
-        decoder = engine.Decoder(model, batch, context + steps, compile=self.compile, fuse=self.fuse,
-                                 max_source=context)  # fmt: skip
+        decoder = engine.Decoder(model, batch, context + steps, compile=self.compile, max_source=context)
         prompts = (make_random_request(model, context, steps, seed) for seed in itertools.count())
         decoder.release(decode_first_token(decoder, next(prompts)))  # the first prompt selects and compiles kernels
         began = hardware.synchronized_time(self.device)
@@ -372,7 +370,7 @@ def describe_setup(benchmark: DecodeBenchmark) -> str:
         [f"{n} thread{'s' * (n > 1)}"] if (n := torch.get_num_threads()) and benchmark.device.type == "cpu" else []
     )
     words += [f"{benchmark.quantize} weights"] if benchmark.quantize else []
-    words += ["compiled" if benchmark.compile else "not compiled", *(["fused"] if benchmark.fuse else [])]
+    words += ["compiled" if benchmark.compile else "not compiled"]
     return ", ".join(words)
 
 
@@ -435,7 +433,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
     add("--quantize", choices=["int8"], help="matrices in 8 bits")
     add("--compile", action="store_true", help="torch.compile the step")
-    add("--fuse", action="store_true", help="with --compile: a product and the operations around it as one kernel")
     add("--profile", action="store_true", help="list the kernels of a step, and how long each takes")
     add("--out", default="img/decode", type=Path, help="directory of decode.md, .json and .png (default img/decode)")
     add("--json", type=Path, help="another place for decode.json")
@@ -460,10 +457,8 @@ def make_benchmark(arguments: argparse.Namespace) -> DecodeBenchmark:
     dtype = getattr(torch, auto if arguments.dtype == "auto" else arguments.dtype)
     if arguments.compile:
         check_can_compile(device.type, "--compile")
-    if arguments.fuse and not arguments.compile:
-        raise UserError("--fuse: needs --compile")
     return DecodeBenchmark(
-        device, dtype, arguments.quantize, arguments.compile, hardware.measure_copy_bandwidth(device), arguments.fuse,
+        device, dtype, arguments.quantize, arguments.compile, hardware.measure_copy_bandwidth(device),
         arguments.profile,
     )  # fmt: skip
 
@@ -500,8 +495,7 @@ def write_results(rows: list[dict], benchmark: DecodeBenchmark, arguments: argpa
     atomic_write(arguments.out / "decode.md", ("\n\n".join(parts) + "\n").encode())
     about = {"device": hardware.describe_device(benchmark.device), "torch": torch.__version__,
              "dtype": str(benchmark.dtype), "quantize": benchmark.quantize, "compile": benchmark.compile,
-             "fuse": benchmark.fuse, "bandwidth": benchmark.bandwidth, "notes": notes, "command": command,
-             "rows": rows}  # fmt: skip
+             "bandwidth": benchmark.bandwidth, "notes": notes, "command": command, "rows": rows}  # fmt: skip
     atomic_write(arguments.json or arguments.out / "decode.json", json.dumps(about, indent=1).encode())
     plot.save(draw_speeds(rows, arguments.batches, describe_setup(benchmark)), arguments.out / "decode.png")
     return f"{tables}\n\n{text}"

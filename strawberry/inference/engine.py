@@ -54,8 +54,8 @@ class Decoder:
     continuation. on_full: what happens at the last learned position. With "stop" the sequence ends (reason "full");
     with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a step
     faster, and takes up to a minute. If only some rows are busy, a step computes the first n rows, n a power of two.
-    It reads the cache up to the length of the longest row. fuse: a compiled step computes a product of up to 64 rows
-    and the operations around it as one kernel.
+    It reads the cache up to the length of the longest row. fuse: whether a compiled step on CUDA computes a product of
+    up to 64 rows and the operations around it as one kernel; False is for comparison.
 
     batch_invariant: a text is bit for bit the same whatever the other rows contain, on a CPU with a given number of
     threads. Every step computes all rows, reads a multiple of CACHE_ALIGNMENT slots of the cache, begins the chunks of
@@ -75,7 +75,7 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, model: LanguageModel, rows: int, max_length: int, *, on_full: str = "stop",
-                 compile: bool = False, fuse: bool = False, batch_invariant: bool = False, min_bucket: int = 256,
+                 compile: bool = False, fuse: bool = True, batch_invariant: bool = False, min_bucket: int = 256,
                  max_source: int | None = None):  # fmt: skip
         if not model.generates:
             raise UserError(f"a {model.config.arch} of kind encoder predicts masked tokens; it does not continue text")

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from strawberry.ops.fused_linear import MAX_GEMV_ROWS, MAX_ROWS, MAX_WEIGHTS
 from strawberry.ops.triton import common as kernels
+from strawberry.ops.triton.common import HALF_DTYPES
 
 LINEARS = (F.linear, torch._C._nn.linear)
 NORMS = {F.layer_norm: "layer", F.rms_norm: "rms", torch.rms_norm: "rms", torch.layer_norm: "layer"}
@@ -54,8 +55,8 @@ def compile_fused(module: fx.GraphModule, inputs: list) -> object:
 
 
 def fuse_linears(graph: fx.Graph) -> int:
-    """Replace the linear maps of up to MAX_ROWS rows in a graph of torch functions, as torch.compile records it without
-    gradients. Returns the number of operations that took their place.
+    """Replace the linear maps of up to MAX_ROWS rows (in float32 MAX_GEMV_ROWS) in a graph of torch functions, as
+    torch.compile records it without gradients. Returns the number of operations that took their place.
     """
     for node in list(graph.nodes):
         if is_no_op(node):
@@ -124,7 +125,7 @@ def match_linear(node: fx.Node) -> FusedLinear | None:
     if match is None or value(match.x) is None or value(match.weight) is None:
         return None
     x, weight = value(match.x), value(match.weight)
-    most = MAX_GEMV_ROWS if weight.dim() == 3 else MAX_ROWS
+    most = MAX_ROWS if weight.dim() == 2 and x.dtype in HALF_DTYPES else MAX_GEMV_ROWS  # tensor cores multiply halves
     if x.numel() // x.size(-1) > most or not kernels.can_run(x, weight):
         return None
     if match.scale is None and x.dtype != weight.dtype:

@@ -191,10 +191,10 @@ def copy_to_host_async(tokens: Tensor, logprobs: tuple[Tensor, ...], owners: lis
 # ---- compiling and CUDA graphs -------------------------------------------------------------------------------------
 
 
-def compile_step(function, rows: int, fuse: bool = False):
-    """Compile a step into fewer, larger kernels. With one row, matrix products become reductions, which are fused with
-    the operations around them. fuse: products of up to 64 rows become kernels of their own, with the norm before and
-    the activation after them.
+def compile_step(function, rows: int, fuse: bool):
+    """Compile a step into fewer, larger kernels. fuse: products of up to 64 rows become kernels of their own, with the
+    norm before (up to 16 rows) and the activation after them. Otherwise, with one row, they become reductions, which
+    are fused with the operations around them.
     """
     if fuse:
         return torch.compile(function, dynamic=False, backend=compile_fused)
@@ -275,7 +275,7 @@ class DecodeStep:
             if fuse:
                 self.compiled_finish = torch.compile(self.draw_and_finish, dynamic=False)
             elif self.rows == 1:
-                self.sampler.sample_all = compile_step(sample, self.rows)
+                self.sampler.sample_all = compile_step(sample, self.rows, fuse=False)
             self.min_bucket, self.shrinks = self.logits.capacity, False
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -825,7 +825,6 @@ def test_the_speeds_are_drawn_a_panel_for_each_batch():
     (["nowhere.json"], "no such file"),
     (["nowhere.strawberry"], "nowhere.strawberry"),
     (["t.json:arch=transformer,kind=encoder"], "kind=decoder"),
-    (["t.json", "--fuse"], "--fuse: needs --compile"),
 ])  # fmt: skip
 def test_mistakes_in_decode_are_told_before_anything_is_made(quick, words, message):
     with pytest.raises(UserError, match=message):

@@ -63,7 +63,7 @@ def compare_steps(model, monkeypatch, rows: int = 3, kernels_run: bool = False) 
                 if kernels_run and logits:  # the second step is the fused one
                     patch.setattr(kernels, "can_run", lambda *tensors: True)
                 logits.append(step(torch.arange(3, 3 + rows) % 31, cache, 32))
-    bound = 1e-10 if model.probe.dtype == torch.float64 else 1e-4
+    bound = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}[model.probe.dtype]
     torch.testing.assert_close(logits[1], logits[0], rtol=bound, atol=bound)
     return fused, targets
 
@@ -85,6 +85,17 @@ def test_gpt2_has_four_operations_a_layer(monkeypatch):
              ("none", 1, 1, "identity", True)]  # fmt: skip
     fused, _ = compare_steps(build_small(GPT2 | {"n_layer": 2}), monkeypatch)
     assert list(map(describe, fused)) == [*layer, *layer, ("layer", 1, 0, "identity", False)]
+
+
+def test_more_than_16_rows_are_fused_without_their_norm(monkeypatch):
+    """And only in half types, which tensor cores multiply."""
+    layer = [("none", 3, 3, "identity", False), ("none", 1, 1, "identity", True), ("none", 1, 1, "gelu", False),
+             ("none", 1, 1, "identity", True)]  # fmt: skip
+    fused, targets = compare_steps(build_small(GPT2).bfloat16(), monkeypatch, rows=17)
+    assert list(map(describe, fused)) == [*layer, ("none", 1, 0, "identity", False)]
+    assert targets & set(fusing.NORMS)
+    fused, _ = compare_steps(build_small(GPT2), monkeypatch, rows=17)
+    assert not fused
 
 
 def test_strawberry_has_three_operations_a_step(monkeypatch):
@@ -110,7 +121,7 @@ def test_int8_weights_are_fused_with_their_scales(monkeypatch):
 
 
 def test_more_rows_than_a_kernel_takes_stay_products(monkeypatch):
-    fused, targets = compare_steps(build_small(GPT2), monkeypatch, rows=65)
+    fused, targets = compare_steps(build_small(GPT2).bfloat16(), monkeypatch, rows=65)
     assert not fused and targets & set(fusing.LINEARS)
 
 

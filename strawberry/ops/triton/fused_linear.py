@@ -84,34 +84,47 @@ def activate(h, gate, ACTIVATION: tl.constexpr):
 
 
 @jit
-def normed(
-    row, k, mean, inverse, gain, shift, K: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr
+def load_blocks(start, inside, n_zeros, K: tl.constexpr, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr):
+    """A tuple of the blocks (BLOCK_N, BLOCK_K) of K numbers from each of start (BLOCK_N, 1) on, from left to right."""
+    blocks = ()
+    for first in tl.static_range(0, K, BLOCK_K):
+        k = n_zeros + (first + tl.arange(0, BLOCK_K))[None, :]
+        place = start + k
+        if ALIGNED:
+            place = tl.multiple_of(place, [16, 16])
+        blocks += (tl.load(place, mask=inside & (k < K), other=0.0),)
+    return blocks
+
+
+@jit
+def load_scales(
+    scale, bias, n, N, OUT: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr
 ):
-    """The numbers at k of a row, normed."""
-    value = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
-    if NORM != "none":
-        value = (value - mean) * inverse
-    if GAIN:
-        value *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
-    if SHIFT:
-        value += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
-    return value
+    """The scales and biases of results n and of their gates; 0 where there are none."""
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    factor, term = tl.zeros_like(n).to(tl.float32), tl.zeros_like(n).to(tl.float32)
+    gate_factor, gate_term = factor, term
+    if SCALED:
+        factor = tl.load(scale + n, mask=n < N, other=0.0)
+        if GATED:
+            gate_factor = tl.load(scale + OUT + n, mask=n < N, other=0.0)
+    if BIAS:
+        term = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        if GATED:
+            gate_term = tl.load(bias + OUT + n, mask=n < N, other=0.0).to(tl.float32)
+    return factor, term, gate_factor, gate_term
 
 
 @jit
 def finish(
-    h, gate, scale, bias, n, N, OUT: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr
-):
-    """The activation of sums h (…, BLOCK_N); "swiglu" has a gate, whose rows of W are OUT rows further."""
-    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    h, gate, factor, term, gate_factor, gate_term,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """The activation of sums h (…, BLOCK_N) and, for "swiglu", of the gate's sums."""
     if SCALED:
-        h *= tl.load(scale + n, mask=n < N, other=0.0)
-        if GATED:
-            gate *= tl.load(scale + OUT + n, mask=n < N, other=0.0)
+        h, gate = h * factor, gate * gate_factor
     if BIAS:
-        h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-        if GATED:
-            gate += tl.load(bias + OUT + n, mask=n < N, other=0.0).to(tl.float32)
+        h, gate = h + term, gate + gate_term
     return activate(h, gate, ACTIVATION)
 
 
@@ -130,29 +143,43 @@ def fused_linear_kernel(
     n, at = program * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     n_zeros = tl.zeros((BLOCK_N, 1), tl.int32)
+    inside, everywhere = (n < N)[:, None], n_zeros == 0
     start_w = n.to(tl.int64)[:, None] * K
+    scales = load_scales(scale, bias, n, N, OUT, SCALED, BIAS, ACTIVATION)
     for m in range(M):
-        row = x + m * x_row
+        row, rows_w = x + m * x_row, w + m * w_row + start_w
+        weights = load_blocks(rows_w, inside, n_zeros, K, BLOCK_K, K % 16 == 0)
+        gates, gains, shifts = weights, weights, weights
+        if GATED:
+            gates = load_blocks(rows_w + OUT * K, inside, n_zeros, K, BLOCK_K, K % 16 == 0)
+        if GAIN:
+            gains = load_blocks(gain + n_zeros, everywhere, n_zeros, K, BLOCK_K, False)
+        if SHIFT:
+            shifts = load_blocks(shift + n_zeros, everywhere, n_zeros, K, BLOCK_K, False)
+        sum_with = tl.zeros((BLOCK_N,), tl.float32)
+        if RESIDUAL:
+            sum_with = tl.load(residual + m * residual_row + first + n, mask=n < N, other=0.0).to(tl.float32)
+        if K * (BLOCK_N * (1 + GATED) + 4 * GAIN + 4 * SHIFT) <= 32768:  # they fit into registers
+            tl.debug_barrier()  # without it, the compiler moves the loads behind the norm, one after the other
         mean, inverse = 0.0, 1.0
         if NORM != "none":
             mean, inverse = row_norm(row, n_zeros, BLOCK_N, K, BLOCK_K, NORM == "layer", EPS)
             mean, inverse = mean[:, None], inverse[:, None]
-        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        total, gate = tl.zeros((BLOCK_N, BLOCK_K), tl.float32), tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for start in tl.static_range(0, K, BLOCK_K):
             k = n_zeros + (start + at)[None, :]
-            mask = (n < N)[:, None] & (k < K)
-            place = w + m * w_row + start_w + k
-            if K % 16 == 0:
-                place = tl.multiple_of(place, [16, 16])
-            weight = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-            value = normed(row, k, mean, inverse, gain, shift, K, NORM, GAIN, SHIFT)
-            total += value * weight
+            value = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
+            if NORM != "none":
+                value = (value - mean) * inverse
+            if GAIN:
+                value *= gains[start // BLOCK_K].to(tl.float32)
+            if SHIFT:
+                value += shifts[start // BLOCK_K].to(tl.float32)
+            total += value * weights[start // BLOCK_K].to(tl.float32)
             if GATED:
-                gate += value * tl.load(place + OUT * K, mask=mask, other=0.0).to(tl.float32)
-        result = finish(tl.sum(total, axis=1), tl.sum(gate, axis=1), scale, bias, n, N, OUT, SCALED, BIAS, ACTIVATION)
-        if RESIDUAL:
-            result += tl.load(residual + m * residual_row + first + n, mask=n < N, other=0.0).to(tl.float32)
+                gate += value * gates[start // BLOCK_K].to(tl.float32)
+        result = finish(tl.sum(total, axis=1), tl.sum(gate, axis=1), scales[0], scales[1], scales[2], scales[3],
+                        SCALED, BIAS, ACTIVATION) + sum_with  # fmt: skip
         tl.store(y + m * OUT + first + n, result.to(y.dtype.element_ty), mask=n < N)
 
 
@@ -183,7 +210,8 @@ def fused_linear_dot_kernel(
         if GATED:
             weight = tl.load(start_w + OUT * K + k, mask=mask, other=0.0)
             gate = tl.dot(value, tl.trans(weight.to(DOT)), gate, input_precision="ieee")
-    result = finish(result, gate, scale, bias, n, N, OUT, SCALED, BIAS, ACTIVATION)
+    factor, term, gate_factor, gate_term = load_scales(scale, bias, n, N, OUT, SCALED, BIAS, ACTIVATION)
+    result = finish(result, gate, factor, term, gate_factor, gate_term, SCALED, BIAS, ACTIVATION)
     here, column = (m < M)[:, None] & (n < N)[None, :], (first + n)[None, :]
     if RESIDUAL:
         result += tl.load(residual + m[:, None] * residual_row + column, mask=here, other=0.0).to(tl.float32)
@@ -206,8 +234,8 @@ def fused_linear_op(
     pointers += [x if residual is None else residual, y]
     residual_row = 0 if residual is None else residual.stride(0)
     if M <= MAX_GEMV_ROWS:
-        # more than 3072 results by 8, because an H100 runs fewer than 800 programs at once
-        block_n = 16 if y.size(1) >= WIDE else 8 if y.size(1) > 3072 else 4
+        # 3072 results by 8: of 768 programs by 4, an H100 runs 660 at once
+        block_n = 16 if y.size(1) >= WIDE else 8 if y.size(1) > 2560 else 4
         w_row = weights[0].stride(0) if weights[0].dim() == 3 else 0
         grid = (sum(-(-n // block_n) for n in widths),)
         options |= {"NORM": norm, "GAIN": gain is not None, "SHIFT": shift is not None, "EPS": eps}
