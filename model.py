@@ -1131,141 +1131,53 @@ class LanguageModel(CachedGeneration, nn.Module):
 # ---- strawberry ----------------------------------------------------------------------------------------------------
 
 
-MEMORY_CHUNK = 64  # tokens of which a memory computes all pairs at once
-
-
 class Memory(nn.Module):
-    """A linear memory (strawberry/ops/memory.py) with H heads of d channels, which forgets, writes and reads as three
-    gates per head and token say: log α = −softplus(a + offset), β = σ(b), and the read times σ(c), where a, b and c are
-    linear in the normed x. The offsets, −4 … −9, let the heads forget over about 50 to 8,000 tokens at the start."""
+    """x + out · read of a linear memory: what `retention_rule: "delta"` adds before a block's last step.
 
-    def __init__(self, c: StrawberryConfig, delta: bool, width: int, d: int):
+    Keys, values and gates are linear in h = norm(x). A convolution over the last four projections z gives the query
+    z_t + Σ_j taps_j ⊙ z_{t−j}; the key is the query of the token before, so that the memory maps a token to what
+    followed it. A head's gates are log α = log σ(−a − offset), β = σ(b), and σ(c) for what is read. The offsets,
+    −4 … −9, let heads forget over about 50 to 8,000 tokens at the start. strawberry/ops/memory.py has the memory's
+    formula.
+    """
+
+    roles = {"w_key": "matrix", "w_value": "matrix", "w_gates": "bias", "gate_bias": "bias", "taps": "bias",
+             "out": "residual"}  # fmt: skip
+    products = ("w_key", "w_value", "out")
+    precision = None
+
+    def __init__(self, c: StrawberryConfig):
         super().__init__()
-        self.delta, self.size, self.d, self.n_head = delta, c.retention_chunk, d, width // d
-        self.w_gates = nn.Parameter(torch.empty(3 * self.n_head, c.n_embd))
-        self.gate_bias = nn.Parameter(torch.empty(3 * self.n_head))
-
-    roles = {"w_gates": "bias", "gate_bias": "bias", "gain": "bias", "taps": "bias", "w_query": "matrix",
-             "w_key": "matrix", "w_value": "matrix", "out": "residual"}  # fmt: skip
-
-    def read(self, q: Tensor, k: Tensor, v: Tensor, h: Tensor, ctx: ForwardContext, cache: LayerCache | None):
-        """o (B, T, H, d): q, k, v (B, T, H · d), h (B, T, C) the normed x."""
-        with no_autocast(h):
-            gates = F.linear(to_accum_dtype(h), to_accum_dtype(self.w_gates), to_accum_dtype(self.gate_bias))
-        forget, write, show = gates.chunk(3, dim=-1)
-        offset = torch.linspace(-4, -9, self.n_head, dtype=forget.dtype, device=forget.device)
-        log_decay = ctx.mask_invalid(-F.softplus(forget + offset))
-        beta = ctx.mask_invalid(torch.sigmoid(write))
-        q, k, v = (x.unflatten(-1, (self.n_head, -1)) for x in (q, k, v))
-        state = None if cache is None else cache.state
-        o, last = ops.read_memory(q, k, v, log_decay, beta, size=self.size, delta=self.delta, state=state)
-        if cache is not None:
-            cache.state.copy_(last)
-        return o, torch.sigmoid(show).unsqueeze(-1).to(o.dtype)
-
-    def new_cache(self, batch: int, device, dtype) -> LayerCache:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        state = ((self.n_head, self.d, self.d), 0.0, wide)
-        return LayerCache(batch, device, state=state, tail=((self.n_tail, self.n_head * self.d), 0.0, dtype))
-
-
-class OwnMemory(Memory):
-    """x + out · read, with queries, keys and values of its own from norm(x). A key is at first that of the token
-    before, so that the memory maps a token to what followed it; learned taps add up to three earlier tokens. `tied`:
-    queries are keys, one token later."""
-
-    place = "residual"
-
-    def __init__(self, c: StrawberryConfig, delta: bool, tied: bool):
         C, M = c.n_embd, c.memory_width
-        super().__init__(c, delta, M, c.memory_head)
-        self.tied, self.n_tail = tied, 4
-        self.w_query = None if tied else nn.Parameter(torch.empty(M, C))
+        self.d, self.n_head, self.size = c.memory_head, M // c.memory_head, c.retention_chunk
         self.w_key, self.w_value = nn.Parameter(torch.empty(M, C)), nn.Parameter(torch.empty(M, C))
-        self.taps = nn.Parameter(torch.empty(1 if tied else 2, 4, M))
+        self.w_gates, self.gate_bias = (nn.Parameter(torch.empty(3 * self.n_head, *rest)) for rest in ((C,), ()))
+        self.taps = nn.Parameter(torch.empty(4, M))
         self.out = nn.Parameter(torch.empty(C, M))
 
     def forward(self, x: Tensor, ctx: ForwardContext, cache: LayerCache | None) -> Tensor:
         h = norm(x)
-        k, v = ops.linear(h, self.w_key), ops.linear(h, self.w_value)
-        start = torch.zeros_like(self.taps[:1])
-        start[:, 0] = 1
-        q_taps = F.pad(self.taps[:1] + start, (0, 0, 0, 1))
-        k_taps = F.pad(self.taps[-1:] + start, (0, 0, 1, 0))
-        if self.tied:
-            q, k = ops.causal_convolution(k, torch.cat((q_taps, k_taps)), ctx, cache)
-        else:
-            q = ops.linear(h, self.w_query)
-            both = ops.causal_convolution(torch.cat((q, k), -1), torch.cat((q_taps, k_taps), -1)[0], ctx, cache)
-            q, k = both.chunk(2, dim=-1)
-        q, k = (ops.unit(x.unflatten(-1, (self.n_head, -1))).flatten(2) for x in (q, k))
-        o, show = self.read(q, k, v, h, ctx, cache)
-        return ops.linear((ops.soft_norm(o) * show).to(v.dtype).flatten(2), self.out)
+        z, v = (ops.linear(h, w, precision=self.precision) for w in (self.w_key, self.w_value))
+        z = ops.causal_convolution(z, self.taps, ctx, cache)  # (B, T + 1, M), of the token before too
+        z, v = (y.unflatten(-1, (self.n_head, self.d)) for y in (z, v))
+        z, (log_decay, beta, show) = ops.unit(z), self.gates(h, ctx)
+        state = None if cache is None else cache.state
+        o, last = ops.read_memory(z[:, 1:], z[:, :-1], v, log_decay, beta, size=self.size, state=state)
+        if cache is not None:
+            state.copy_(last)
+        o = ops.soft_norm(o) * show.unsqueeze(-1)
+        return ops.linear(o.to(v.dtype).flatten(2), self.out, precision=self.precision)
+
+    def gates(self, h: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """log α, β and σ(c), (B, T, H) each; tokens that write nothing have log α = β = 0."""
+        a, b, c = (to_accum_dtype(F.linear(h, self.w_gates)) + self.gate_bias).chunk(3, dim=-1)
+        offset = torch.linspace(-4, -9, self.n_head, dtype=a.dtype, device=a.device)
+        return ctx.mask_invalid(F.logsigmoid(-a - offset)), ctx.mask_invalid(torch.sigmoid(b)), torch.sigmoid(c)
 
     def new_cache(self, batch: int, device, dtype) -> LayerCache:
-        cache = super().new_cache(batch, device, dtype)
-        return cache if self.tied else LayerCache(
-            batch, device, state=(tuple(cache.state.shape[1:]), 0.0, cache.state.dtype),
-            tail=((4, 2 * self.n_head * self.d), 0.0, dtype))  # fmt: skip
-
-
-class SharedMemory(Memory):
-    """y + gain · read, with the last step's own q, k and v, before rotary positions. Keys as in OwnMemory."""
-
-    place = "mixer"
-
-    def __init__(self, c: StrawberryConfig, delta: bool):
-        D = c.n_qkv
-        super().__init__(c, delta, D, D // c.n_head)
-        self.n_tail = 4
-        self.taps, self.gain = nn.Parameter(torch.empty(2, 4, D)), nn.Parameter(torch.empty(D))
-
-    def forward(self, qkv: Tensor, h: Tensor, ctx: ForwardContext, cache: LayerCache | None) -> Tensor:
-        q, k, v = qkv.chunk(3, dim=-1)
-        start = torch.zeros_like(self.taps[:1])
-        start[:, 0] = 1
-        q_taps, k_taps = (self.taps[:1] + start)[0], (self.taps[-1:] + start)[0]
-        taps = torch.cat((F.pad(q_taps, (0, 0, 0, 1)), F.pad(k_taps, (0, 0, 1, 0))), dim=-1)
-        q, k = ops.causal_convolution(torch.cat((q, k), -1), taps, ctx, cache).chunk(2, dim=-1)
-        q, k = (ops.unit(x.unflatten(-1, (self.n_head, -1))).flatten(2) for x in (q, k))
-        o, show = self.read(q, k, v, h, ctx, cache)
-        return (ops.soft_norm(o) * show).flatten(2).to(v.dtype) * self.gain.to(v.dtype)
-
-    def new_cache(self, batch: int, device, dtype) -> LayerCache:
-        cache = super().new_cache(batch, device, dtype)
-        return LayerCache(
-            batch, device, state=(tuple(cache.state.shape[1:]), 0.0, cache.state.dtype),
-            tail=((4, 2 * self.n_head * self.d), 0.0, dtype))  # fmt: skip
-
-
-class HiddenMemory(Memory):
-    """norm(x) + M outᵀ norm(x): keys and values are g and u of the last retention step's SwiGLU, the read changes the
-    input of w_attn_qkv."""
-
-    place = "input"
-
-    def __init__(self, c: StrawberryConfig, delta: bool):
-        super().__init__(c, delta, c.n_embd, c.memory_head)
-        self.n_tail = 0
-        self.out = nn.Parameter(torch.empty(c.n_embd, c.n_embd))
-
-    def forward(self, ug: Tensor, h: Tensor, ctx: ForwardContext, cache: LayerCache | None) -> Tensor:
-        u, g = ug.chunk(2, dim=-1)
-        g = ops.unit(g.unflatten(-1, (self.n_head, -1))).flatten(2)
-        o, show = self.read(ops.linear(h, self.out), g, u, h, ctx, cache)
-        return (o * show).to(u.dtype).flatten(2)
-
-
-# retention_rule → the memory that the last step reads
-RETENTION_RULES = {
-    "linear": lambda c: HiddenMemory(c, False),
-    "gated": lambda c: OwnMemory(c, False, False),
-    "delta": lambda c: OwnMemory(c, True, False),
-    "gated-tied": lambda c: OwnMemory(c, False, True),
-    "delta-tied": lambda c: OwnMemory(c, True, True),
-    "gated-shared": lambda c: SharedMemory(c, False),
-    "delta-shared": lambda c: SharedMemory(c, True),
-}
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        state = ((self.n_head, self.d, self.d), 0.0, wide)
+        return LayerCache(batch, device, state=state, tail=((4, self.n_head * self.d), 0.0, dtype))
 
 
 @dataclass
@@ -1284,11 +1196,11 @@ class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
         choices=("causal", "batch"))
     retention_chunk: int | None = option(
         None, "tokens that share weights; default n_embd rounded up to a power of two, at most block_size / 2, "
-        "at least 16", low=1)
+        "at least 16; with the rule delta, tokens computed at once; default 64", low=1)
     retention_scale: float | None = option(None, "size of the update; default n_embd ** -0.5", above=0)
     retention_rule: str = option(
-        "silu", "'silu': the context rewrites the matrices; others: the last step reads a linear memory",
-        choices=("silu", *RETENTION_RULES))
+        "silu", "'silu': the context rewrites the matrices; 'delta': a linear memory before the last step",
+        choices=("silu", "delta"))
     memory_head: int | None = option(
         None, "channels of a head of the memory; default 64 or the largest divisor of memory_width below it", low=1)
     memory_width: int | None = option(None, "channels of the memory's keys and of its values; default n_embd", low=1)
@@ -1297,7 +1209,7 @@ class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
     def __post_init__(self):
         default_window(self)
         default_experts(self)
-        chunk = default_chunk_size(self) if self.retention_rule == "silu" else MEMORY_CHUNK
+        chunk = default_chunk_size(self) if self.retention_rule == "silu" else ops.MEMORY_CHUNK
         self.retention_chunk = self.retention_chunk or chunk
         self.retention_scale = self.retention_scale or self.n_embd**-0.5
         self.memory_width = self.memory_width or self.n_embd
@@ -1310,8 +1222,6 @@ class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
             yield "n_ffn_experts", f"must divide n_embd {self.n_embd}"
         if self.memory_width % self.memory_head:
             yield "memory_head", f"must divide memory_width {self.memory_width}"
-        if self.retention_rule == "linear" and self.memory_width != self.n_embd:
-            yield "memory_width", f"must be n_embd {self.n_embd} where retention_rule is 'linear'"
         if self.retention_rule != "silu" and self.retention_scope != "causal":
             yield "retention_rule", f"{self.retention_rule!r} is causal; set retention_scope causal, or the rule silu"
         yield from recursion_problems(self)
@@ -1400,16 +1310,14 @@ class StrawberryBlock(nn.Module):
         self.w_attn_qkv = nn.Parameter(torch.empty(3 * D, C))
         self.w_attn_swiglu = nn.Parameter(torch.empty(2 * C, D))
         self.w_attn_out = nn.Parameter(torch.empty(C, C))
-        self.retention = NoRetention()
-        self.memory = None
-        if c.r_layer and c.retention == "on" and c.retention_rule != "silu":
-            self.memory = RETENTION_RULES[c.retention_rule](c)
-            self.products = ("w_attn_qkv", "w_attn_swiglu", "w_attn_out")
-        elif c.r_layer and c.retention == "on":
+        self.retention, self.memory = NoRetention(), None
+        rule = c.retention_rule if c.r_layer and c.retention == "on" else None
+        if rule == "silu":
             self.out, self.tao = nn.Parameter(torch.empty(C, C)), nn.Parameter(torch.empty(1, 3))
             self.retention = RETENTION[c.retention_scope](c)
         else:  # only matrix products read the weights
             self.products = ("w_attn_qkv", "w_attn_swiglu", "w_attn_out")
+            self.memory = Memory(c) if rule == "delta" else None
         self.steps = strawberry_steps(c)
         self.tea = ExpertAttention(c, ops.rotary_qk_norm)
         self.aft = AFTS[c.aft](c, ops.norm_channels) if "aft" in self.steps else None
@@ -1420,44 +1328,27 @@ class StrawberryBlock(nn.Module):
         return ops.BlockWeights(self.w_attn_qkv, self.w_attn_swiglu, self.w_attn_out)
 
     def forward(self, x: Tensor, ctx: ForwardContext, caches: list | None) -> Tensor:
-        w, ug = self.weights(), None
+        w = self.weights()
         for i, kind in enumerate(self.steps):
-            mixer_cache, retention_cache = (None, None) if caches is None else caches[i]
-            if i == len(self.steps) - 1 and self.memory is not None:
-                return self.last_step(x, ug, w, ctx, mixer_cache, retention_cache)
-            x, ug = self.step(getattr(self, kind), x, w, ctx, mixer_cache, i < len(self.steps) - 1)
-            if i < len(self.steps) - 1:
+            cache, retention_cache = (None, None) if caches is None else caches[i]
+            last = i + 1 == len(self.steps)
+            if last and self.memory is not None:
+                x = ctx.keep_frozen(x, x + self.drop(self.memory(x, ctx, retention_cache)))
+            x, ug = self.step(getattr(self, kind), x, w, ctx, cache, retain=not last)
+            if not last:
                 w = self.retention.update(w, ug, self, ctx, retention_cache)  # the weights of the next step
         return x
-
-    def last_step(self, x: Tensor, ug: Tensor, w: ops.BlockWeights, ctx: ForwardContext, cache, memory_cache) -> Tensor:
-        """The last step, with what it reads in the memory."""
-        place, mixer = self.memory.place, self.tea
-        if place == "residual":
-            x = ctx.keep_frozen(x, x + self.drop(self.memory(x, ctx, memory_cache)))
-            return self.step(mixer, x, w, ctx, cache, False)[0]
-        h = norm(x)
-        if place == "input":
-            h = h + self.memory(ug, h, ctx, memory_cache)
-        qkv = ops.linear(h, w.qkv)
-        y = mixer(*ops.split_qkv_apply_rope(qkv, self.widths, mixer.qk_transform, ctx), x, ctx, cache)
-        if place == "mixer":
-            y = y + self.memory(qkv, h, ctx, memory_cache)
-        return ctx.keep_frozen(x, x + self.drop(self.swiglu(x, y, w, ctx, False)[0]))
-
-    def swiglu(self, x: Tensor, y: Tensor, w: ops.BlockWeights, ctx: ForwardContext, retain: bool):
-        gate = None
-        if self.ffn_router is not None:  # (B, T, C); zero in groups of channels that are not selected
-            gate = self.ffn_router(x, ctx).repeat_interleave(len(self.w_attn_out) // self.ffn_router.n, dim=-1)
-        retain = retain and (self.retention.reads_hidden or (self.memory is not None and self.memory.place == "input"))
-        return ops.swiglu_mlp(y, w.swiglu, w.out, ctx, gate, self.precision, return_hidden=retain)
 
     def step(self, mixer: nn.Module, x: Tensor, w: ops.BlockWeights, ctx: ForwardContext, cache, retain: bool):
         """The mixer, then SwiGLU, with the weights w. Returns x, and the SwiGLU's u and g, concatenated, (B, T, 2C):
         with `retain`, the retention update sums over them."""
         q, k, v = ops.fused_qkv_projection(norm(x), w.qkv, self.widths, mixer.qk_transform, ctx, self.precision)
         y = mixer(q, k, v, x, ctx, cache)
-        out, ug = self.swiglu(x, y, w, ctx, retain)
+        gate = None
+        if self.ffn_router is not None:  # (B, T, C); zero in groups of channels that are not selected
+            gate = self.ffn_router(x, ctx).repeat_interleave(len(self.w_attn_out) // self.ffn_router.n, dim=-1)
+        retain = retain and self.retention.reads_hidden
+        out, ug = ops.swiglu_mlp(y, w.swiglu, w.out, ctx, gate, self.precision, return_hidden=retain)
         return ctx.keep_frozen(x, x + self.drop(out)), ug
 
     def begin_chunks(self, caches: list, rows) -> None:

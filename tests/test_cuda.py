@@ -12,7 +12,7 @@ from model import AFTS, build
 from strawberry.context import ForwardContext
 from strawberry.inference.engine import Decoder
 from strawberry.inference.loading import quantize_model
-from strawberry.ops import cross_entropy, float8
+from strawberry.ops import cross_entropy, float8, memory
 from strawberry.ops.activations import ACTIVATIONS
 from strawberry.ops.aft import aft_simple
 from strawberry.ops.attention import flex_sliding_window, sdpa
@@ -43,6 +43,7 @@ SMALL = {"vocab_size": 64, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd"
 MODELS = [
     {},
     {"retention": "none"},
+    {"retention_rule": "delta", "retention_chunk": 16},
     {"n_experts": 2},
     {"arch": "strawberry-silia"},
     {"arch": "strawberry-v0"},
@@ -228,6 +229,25 @@ def test_blocks_are_windows_on_a_gpu(T, windows, kv_heads, d, dtype, bound):
     assert relative(y, expected) < bound  # TF32 or not
     for got, its in zip(torch.autograd.grad(y, (q, k, v), slope), torch.autograd.grad(expected, exact, slope.double())):
         assert relative(got, its) < bound
+
+
+# ---- the linear memory -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("d", [24, 64, 128])
+def test_a_memory_is_its_recurrence(d, dtype, bound):
+    """o, the last state and every gradient, by kernels and, for heads of 128 in float32, without."""
+    torch.manual_seed(0)
+    z, v, grad = (torch.randn(2, n, 3, d, device="cuda").to(dtype) for n in (301, 300, 300))
+    inputs = memory.unit(z), v, -torch.rand(2, 300, 3, device="cuda") / 8, torch.rand(2, 300, 3, device="cuda")
+    found = []
+    for cast in (torch.clone, torch.Tensor.double):
+        z, v, *gates = (cast(x).requires_grad_() for x in inputs)
+        o, last = memory.read_memory(z[:, 1:], z[:, :-1], v, *gates, size=64)
+        found.append((o, last, *torch.autograd.grad(o, (z, v, *gates), cast(grad))))
+    for got, exact in zip(*found, strict=True):
+        assert relative(got, exact) < bound
 
 
 # ---- queries and keys by their kernel --------------------------------------------------------------------------------

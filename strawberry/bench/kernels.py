@@ -15,6 +15,7 @@ from strawberry.ops import muon
 from strawberry.ops.activations import ACTIVATIONS
 from strawberry.ops.attention import decode_attention, decode_attention_plain
 from strawberry.ops.linear import int8_linear, quantize_int8
+from strawberry.ops.memory import read_chunks, unit
 from strawberry.ops.retention import gated_update_backward_plain, gated_update_plain
 from strawberry.ops.rope import qk_rope_norm_backward_plain, qk_rope_norm_plain
 from strawberry.ops.triton.aft_positional import AFT_BLOCK, fused_aft_conv, fused_aft_local
@@ -398,6 +399,30 @@ def measure_muon_passes(bandwidth: float) -> bool:
     return right
 
 
+def measure_memory(bandwidth: float) -> bool:
+    """The linear memory, forward and backward. Floor: inputs read, outputs written. Error: the largest of all outputs
+    and gradients, against float64."""
+    right = True
+    for B, T, H, d in ((8, 4096, 4, 64), (8, 4096, 2, 128), (1, 32768, 12, 64)):
+        sets = []
+        for _ in range(num_input_sets(8 * B * T * H * d)):
+            z, v, grad = (random_tensor(B, n, H, d) for n in (T + 1, T, T))
+            gates = -random_tensor(B, T, H).float().abs() / 16, random_tensor(B, T, H).float().sigmoid()
+            sets.append((unit(z)[:, 1:], unit(z)[:, :-1], v, *gates, grad))
+        ops, name = torch.ops.strawberry, f"memory {B} x {T}, {H} heads of {d}"
+        *some, grad = (x[:1, :1000].clone() for x in sets[0])
+        exact = [x.double().requires_grad_() for x in some]
+        o = read_chunks(*exact, 64)[0]
+        grads = torch.autograd.grad(o, exact, grad.double())
+        error = relative_error(ops.memory(*some, None, 64)[0], o.detach())
+        forward, backward = [(*one[:-1], None, 64) for one in sets], [(one[-1], *one[:-1], 64) for one in sets]
+        size = v.nbytes / bandwidth
+        right &= print_row(name, error, 2e-2, time_graph(ops.memory, forward), 4 * size)
+        error = max(map(relative_error, ops.memory_backward(grad, *some, 64), grads))
+        right &= print_row("  backward", error, 3e-2, time_graph(ops.memory_backward, backward), 7 * size)
+    return right
+
+
 MEASURES = (
     measure_decode,
     measure_int8,
@@ -406,6 +431,7 @@ MEASURES = (
     measure_cross_entropy,
     measure_float8,
     measure_retention,
+    measure_memory,
     measure_rope,
     measure_muon,
 )

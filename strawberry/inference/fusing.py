@@ -1,6 +1,6 @@
-"""Fuse a decode step's graph: each linear map takes the norm before it, and the bias, the activation and the residual
-sum after it, into one operation (strawberry/ops/fused_linear.py). It works on the graph that torch.compile records, so
-that a model says nothing about it.
+"""Fuse a decode step's graph: each linear map takes the norm before it (up to 16 rows), and the bias, the activation
+and the residual sum after it, into one operation (strawberry/ops/fused_linear.py). It works on the graph that
+torch.compile records, so that a model says nothing about it.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def match_linear(node: fx.Node) -> FusedLinear | None:
         return None
     if match.scale is None and x.dtype != weight.dtype:
         return None
-    take_norm(match)
+    if x.numel() // x.size(-1) <= MAX_GEMV_ROWS:
+        take_norm(match)
     take_bias(match)
     take_activation(match)
     take_residual(match)

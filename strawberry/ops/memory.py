@@ -1,16 +1,14 @@
 """A linear memory: per head a matrix S (d, e) that maps keys to values, written and read token by token.
 
-    gated rule    S_t = α_t S_{t−1} + β_t k_t v_tᵀ                                (arXiv 2405.21060)
-    delta rule    S_t = α_t S_{t−1} + β_t k_t (v_t − α_t S_{t−1}ᵀ k_t)ᵀ           (arXiv 2412.06464)
-    read          o_t = S_tᵀ q_t
+    write    S_t = α_t S_{t−1} + β_t k_t (v_t − α_t S_{t−1}ᵀ k_t)ᵀ          gated delta rule, arXiv 2412.06464
+    read     o_t = S_tᵀ q_t
 
-Whole sequences are computed chunk by chunk, all chunks at once: inside a chunk by products of queries and keys, between
-chunks by a scan over one matrix per chunk (arXiv 2406.06484). The chunk's size changes speed, not the result.
+The write replaces a part β_t of what the memory gives for k_t by v_t (delta rule, arXiv 2102.11174), after all of it
+has decayed by α_t. Whole sequences are computed chunk by chunk (arXiv 2406.06484): the writes of a chunk solve a
+triangular system, and the state passes from chunk to chunk. The chunk's size changes the speed, not the result.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,59 +18,54 @@ from torch.utils.checkpoint import checkpoint
 from strawberry.cache import LayerCache
 from strawberry.context import ForwardContext
 from strawberry.ops.common import no_autocast, to_accum_dtype
+from strawberry.ops.flops import counted
+from strawberry.ops.triton import memory as memory_kernels
+
+MEMORY_CHUNK = 64  # tokens in a chunk by default: larger chunks compute more pairs, smaller ones take more steps
 
 
 def read_memory(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, size: int, delta: bool,
-    state: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """o (B, T, H, e) and the last state (B, H, d, e), None without a first one: q, k (B, T, H, d); v (B, T, H, e);
-    log α ≤ 0 and β (B, T, H), float32 or wider, both zero for tokens that write nothing; `size` tokens in a chunk.
-    The backward pass recomputes what lies between: it would take more memory than a block's activations."""
-    if torch.is_grad_enabled() and state is None and v.requires_grad:
-        compute = partial(read_memory_chunks, size=size, delta=delta)
-        return checkpoint(compute, q, k, v, log_decay, beta, use_reentrant=False, preserve_rng_state=False)
-    return read_memory_chunks(q, k, v, log_decay, beta, size=size, delta=delta, state=state)
-
-
-def read_memory_chunks(q, k, v, log_decay, beta, *, size: int, delta: bool, state=None) -> tuple[Tensor, Tensor | None]:
-    """`read_memory`, with a backward pass by autograd."""
-    T = q.size(1)
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, size: int, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """o (B, T, H, e) in v's dtype and the last state (B, H, d, e): q, k (B, T, H, d); v (B, T, H, e); log α ≤ 0 and β
+    (B, T, H), both zero for tokens that write nothing; `size` tokens in a chunk; the first state is zero by default.
+    The backward pass recomputes the states: stored, they would take more memory than a block's activations."""
+    inputs = (q, k, v, log_decay, beta)
     with no_autocast(q):
-        if T == 1 and state is not None:
-            return step_memory(q, k, v, log_decay, beta, state, delta)
-        q, k, v = (split_chunks(x.to(v.dtype), min(size, T)) for x in (q, k, v))  # (B, H, n, c, ·)
-        passed, beta = (split_chunks(x.unsqueeze(-1), min(size, T)).squeeze(-1) for x in (log_decay, beta))
-        passed = passed.cumsum(dim=-1)  # log of the decay since the chunk's start, (B, H, n, c)
-        decay = masked_decay(passed)  # of what token s wrote, seen by token t
-        writes, erases = v * beta.unsqueeze(-1).to(v.dtype), None
-        end = (passed[..., -1:] - passed).exp().unsqueeze(-1).to(k.dtype)  # decay until the chunk's end
-        if delta:
-            overlap = beta.unsqueeze(-1) * decay * to_accum_dtype(k @ k.mT)
-            solve = InvertUnitLower.apply(overlap.tril(-1)).to(v.dtype)
-            writes = solve @ writes
-            erases = solve @ (k * (beta * passed.exp()).unsqueeze(-1).to(k.dtype))
-        before, last = scan_states(k * end, writes, erases, passed[..., -1], state)
-        if delta:
-            writes = writes - erases @ before
-        o = (decay.to(v.dtype) * (q @ k.mT)) @ writes + (q * passed.exp().unsqueeze(-1).to(q.dtype)) @ before
-    return o.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T], last
+        if q.size(1) == 1 and state is not None:
+            return step_memory(*inputs, state)
+        if memory_kernels.can_fuse_memory(q, k, v):
+            return memory_kernels.fused_memory(*inputs, size, state)
+        if torch.is_grad_enabled() and state is None and v.requires_grad:
+            return checkpoint(read_chunks, *inputs, size, use_reentrant=False, preserve_rng_state=False)
+        return read_chunks(*inputs, size, state)
 
 
-def step_memory(q, k, v, log_decay, beta, state, delta: bool) -> tuple[Tensor, Tensor]:
-    """`read_memory` for one token: the recurrence itself."""
-    q, k, v = (x[:, 0].to(state.dtype).unsqueeze(-2) for x in (q, k, v))  # (B, H, 1, ·)
-    state = log_decay[:, 0].exp()[..., None, None].to(state.dtype) * state
-    write = v - k @ state if delta else v
-    state = state + k.mT @ (beta[:, 0, :, None, None].to(state.dtype) * write)
-    return (q @ state).transpose(1, 2), state
+def read_chunks(q, k, v, log_decay, beta, size: int, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`read_memory` in plain PyTorch. tests/ops/test_memory.py compares it with the recurrence, and
+    tests/ops/kernels_in_interpreter.py the kernels with it."""
+    inputs = [to_accum_dtype(x).transpose(1, 2).split(size, dim=2) for x in (q, k, v, log_decay, beta)]
+    outputs = []
+    if state is None:
+        state = inputs[0][0].new_zeros(v.size(0), v.size(2), k.size(3), v.size(3))
+    for chunk in zip(*inputs, strict=True):
+        o, state = read_chunk(*chunk, state)
+        outputs.append(o)
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(v.dtype), state
 
 
-def split_chunks(x: Tensor, size: int) -> Tensor:
-    """(B, T, H, ·) → (B, H, n, size, ·), with zeros after the last token."""
-    if x.size(1) % size:
-        x = F.pad(x, (0, 0, 0, 0, 0, -x.size(1) % size))
-    return x.unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4)
+def read_chunk(q, k, v, log_decay, beta, state: Tensor) -> tuple[Tensor, Tensor]:
+    """o (B, H, c, e) and the state after one chunk: q, k (B, H, c, d), v (B, H, c, e), log α and β (B, H, c).
+
+    With Γ_t the decay since the chunk's start and S the state before it, the writes n_t, of which the chunk adds
+    k_t n_tᵀ, are n_t = β_t (v_t − Γ_t Sᵀ k_t − Σ_{s<t} Γ_t/Γ_s (k_t · k_s) n_s)."""
+    passed = log_decay.cumsum(dim=-1)  # log Γ
+    decay = masked_decay(passed)
+    since_start, until_end = passed.exp().unsqueeze(-1), (passed[..., -1:] - passed).exp().unsqueeze(-1)
+    beta = beta.unsqueeze(-1)
+    writes = solve_unit_lower((beta * decay * (k @ k.mT)).tril(-1), beta * (v - since_start * (k @ state)))
+    o = (decay * (q @ k.mT)) @ writes + since_start * (q @ state)
+    return o, since_start[..., -1:, :] * state + (until_end * k).mT @ writes
 
 
 def masked_decay(passed: Tensor) -> Tensor:
@@ -82,74 +75,21 @@ def masked_decay(passed: Tensor) -> Tensor:
     return (passed.unsqueeze(-1) - passed.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
 
 
-def scan_states(k: Tensor, writes: Tensor, erases: Tensor | None, passed: Tensor, first: Tensor | None):
-    """The state before each chunk, (B, H, n, d, e) in k's dtype, and after the last one, (B, H, d, e), None without a
-    first state: k (B, H, n, c, d) decayed to the chunk's end, passed (B, H, n) the log of each chunk's decay."""
-    added = to_accum_dtype(k.mT @ writes)
-    if erases is None:
-        before, last = decay_states(added, passed, first)
-    else:
-        kept = passed.exp()[..., None, None] * torch.eye(k.size(-1), dtype=passed.dtype, device=k.device)
-        kept = kept - to_accum_dtype(k.mT @ erases)
-        if first is not None:  # as if the first chunk had written it
-            head = added[:, :, :1] + kept[:, :, :1] @ first.unsqueeze(2)
-            added = torch.cat((head, added[:, :, 1:]), dim=2)
-        after = affine_scan(kept, added)
-        start = torch.zeros_like(after[:, :, :1]) if first is None else first.unsqueeze(2)
-        before, last = torch.cat((start, after[:, :, :-1]), dim=2), after[:, :, -1]
-    return before.to(k.dtype), None if first is None else last.to(first.dtype)
+def solve_unit_lower(lower: Tensor, b: Tensor) -> Tensor:
+    """x of (I + L) x = b: L (…, c, c) strictly lower triangular, b (…, c, e)."""
+    if b.is_meta:
+        return counted(b, b.numel() * (b.size(-2) - 1))  # a multiplication and an addition for each pair s < t
+    return torch.linalg.solve_triangular(lower, b, upper=False, unitriangular=True)
 
 
-def decay_states(added: Tensor, passed: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`scan_states` where the decay of a chunk is one number: a product with a triangular matrix."""
-    total = F.pad(passed.cumsum(dim=-1), (1, 0))  # (B, H, n + 1): the log of the decay until each boundary
-    decay = masked_decay(total)[..., 1:]  # [c, i]: of what chunk i added, at boundary c > i
-    states = (decay @ added.flatten(-2)).unflatten(-1, added.shape[-2:])
-    if first is not None:
-        states = states + total.exp()[..., None, None] * first.unsqueeze(2)
-    return states[:, :, :-1], states[:, :, -1]
-
-
-def affine_scan(a: Tensor, b: Tensor) -> Tensor:
-    """S_i = a_i S_{i−1} + b_i over axis 2, from S = 0: a (B, H, n, d, d), b (B, H, n, d, e). Depth O(log n): adjacent
-    steps are combined into pairs; the scan over the pairs gives the odd steps, from which the even ones follow."""
-    n = b.size(2)
-    if n == 1:
-        return b
-    even = n // 2 * 2
-    a0, a1, b0, b1 = a[:, :, 0:even:2], a[:, :, 1:even:2], b[:, :, 0:even:2], b[:, :, 1:even:2]
-    odd = affine_scan(a1 @ a0, a1 @ b0 + b1)
-    later = a0[:, :, 1:] @ odd[:, :, :-1] + b0[:, :, 1:]
-    s = torch.stack((torch.cat((b0[:, :, :1], later), dim=2), odd), dim=3).flatten(2, 3)
-    if even == n:
-        return s
-    return torch.cat((s, a[:, :, even:] @ s[:, :, -1:] + b[:, :, even:]), dim=2)
-
-
-class InvertUnitLower(torch.autograd.Function):
-    """(I + L)⁻¹ for strictly lower triangular L (…, c, c). Blocks of 1, 2, 4 … rows are inverted in pairs:
-    [[A, 0], [M, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ M A⁻¹, B⁻¹]]. Saves only the result."""
-
-    @staticmethod
-    def forward(ctx, lower: Tensor) -> Tensor:
-        c = lower.size(-1)
-        i = torch.arange(c, device=lower.device)
-        x, width = torch.eye(c, dtype=lower.dtype, device=lower.device), 1
-        while width < c:
-            block = i // width
-            pair = (block.unsqueeze(1) == block + 1) & (block % 2 == 0)  # the lower left block of each pair
-            between = lower * pair.to(lower.dtype)
-            x = x - (between if width == 1 else x @ between @ x)
-            width *= 2
-        x = x.expand(lower.shape)
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        with no_autocast(x):
-            return -(x.mT @ grad @ x.mT).tril(-1)
+def step_memory(q, k, v, log_decay, beta, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`read_memory` for one token: the recurrence itself, in sums over channels, which round alike in every row."""
+    q, k = (x[:, 0].to(state.dtype).unsqueeze(-1) for x in (q, k))  # (B, H, d, 1)
+    decay, beta = (x[:, 0, :, None, None].to(state.dtype) for x in (log_decay.exp(), beta))
+    state = decay * state
+    new = v[:, 0].to(state.dtype).unsqueeze(-2) - (k * state).sum(dim=-2, keepdim=True)  # (B, H, 1, e)
+    state = state + beta * k * new
+    return (q * state).sum(dim=-2).unsqueeze(1).to(v.dtype), state
 
 
 def unit(x: Tensor) -> Tensor:
@@ -164,15 +104,15 @@ def soft_norm(x: Tensor) -> Tensor:
 
 
 def causal_convolution(x: Tensor, taps: Tensor, ctx: ForwardContext, cache: LayerCache | None) -> Tensor:
-    """y_t = Σ_j taps_j ⊙ x_{t−j}: x (B, T, ·), taps (n, ·). The cache's `tail` has the last n − 1 tokens (B, n − 1, ·).
-    Zeros precede the first token. Several sets of taps, (m, n, ·), give (m, B, T, ·)."""
-    n, T = taps.size(-2), x.size(1)
-    earlier = x.new_zeros(x.size(0), n - 1, x.size(2)) if cache is None else cache.tail.to(x.dtype)
+    """y_t = x_t + Σ_j taps_j ⊙ x_{t−j} for the token before the call's tokens and for these, (B, T + 1, ·): x (B, T,
+    ·), taps (n, ·). The cache's `tail` has the last n tokens (B, n, ·). Zeros precede the first token."""
+    n, T = taps.size(0), x.size(1)
+    earlier = x.new_zeros(x.size(0), n, x.size(2)) if cache is None else cache.tail.to(x.dtype)
     both = torch.cat((earlier, x), dim=1)
     if cache is not None:
-        cache.tail.copy_(last_tokens(both, n - 1, ctx))
-    taps = taps.to(x.dtype).unsqueeze(-3)  # (…, 1, n, ·)
-    return sum(both[:, n - 1 - j : n - 1 - j + T] * taps[..., j : j + 1, :] for j in range(n))
+        cache.tail.copy_(last_tokens(both, n, ctx))
+    taps = taps.to(x.dtype)
+    return both[:, n - 1 :] + sum(both[:, n - 1 - j : n + T - j] * taps[j] for j in range(n))
 
 
 def last_tokens(both: Tensor, n: int, ctx: ForwardContext) -> Tensor:

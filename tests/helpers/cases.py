@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 
-from model import CONFIGS, RETENTION_RULES, LanguageModel, build
+from model import CONFIGS, LanguageModel, build
 from strawberry.config import declared
 
 SMALL = {"vocab_size": 29, "block_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_qkv": 32}
@@ -41,9 +41,8 @@ COMPANIONS = {
         {"r_layer": 0},
         {"retention_chunk": 64},
         {"recursions": 2, "n_experts": 2},
-        *({"retention_rule": rule, "memory_head": 8, "adaptive": True, "recursions": 2, "n_ffn_experts": 4}
-          for rule in RETENTION_RULES),
-        {"retention_rule": "delta-tied", "memory_width": 24},
+        {"retention_rule": "delta", "memory_head": 8, "adaptive": True, "recursions": 2, "n_ffn_experts": 4},
+        {"retention_rule": "delta", "memory_width": 24},
     ],
     "strawberry-silia": [
         {"attention_sink": False, "exclusive": False, "gated": False, "n_layer": 3},

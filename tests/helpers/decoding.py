@@ -14,6 +14,7 @@ MODELS = {
     "strawberry": {"n_qkv": 32, "retention_chunk": 16},
     "strawberry, experts, two passes": {"n_qkv": 32, "retention_chunk": 16, "n_experts": 2, "recursions": 2},
     "strawberry, adaptive": {"n_qkv": 32, "retention": "none", "recursions": 2, "adaptive": True},
+    "strawberry, memory": {"n_qkv": 32, "retention_rule": "delta", "retention_chunk": 8, "memory_head": 8},
     "strawberry-v0": {"arch": "strawberry-v0", "n_qkv": 32, "compaction": True, "retention_chunk": 16, "aft": "conv"},
     "strawberry-silia": {"arch": "strawberry-silia", "n_qkv": 32},
     "palm": {"arch": "palm", "n_qkv": 32, "d_rank": 8},

@@ -101,6 +101,14 @@ def compare_retention(page: dict) -> None:
         assert_close(mine, theirs)
 
 
+def compare_delta_memory(page: dict) -> None:
+    config = model.StrawberryConfig(n_embd=C, n_head=1, memory_head=4, memory_width=8, retention_rule="delta",
+                                    retention_chunk=8)  # fmt: skip
+    layer, x = fill(model.Memory(config)), random(1, 30, C)
+    tensors = layer.w_key, layer.w_value, layer.w_gates, layer.gate_bias, layer.taps, layer.out
+    assert_close(page["delta_memory"](x[0], *tensors, 4), layer(x, context(30), None)[0])
+
+
 def compare_recursion(page: dict) -> None:
     router = fill(model.Router(C, 4, 1))
     router.bias.copy_(random(4) / 4)
@@ -121,5 +129,6 @@ COMPARISONS = {
     "aft.md": compare_aft,
     "tea.md": compare_tea,
     "retention.md": compare_retention,
+    "delta-memory.md": compare_delta_memory,
     "recursion.md": compare_recursion,
 }

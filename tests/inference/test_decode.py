@@ -364,8 +364,9 @@ def learned(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["strawberry", "strawberry, adaptive", "strawberry-silia", "strawberry-v0", "palm",
-                                  "tinystar", "tinystar, latent", "tinystar, learned", "transformer"])  # fmt: skip
+@pytest.mark.parametrize("name", ["strawberry", "strawberry, adaptive", "strawberry, memory", "strawberry-silia",
+                                  "strawberry-v0", "palm", "tinystar", "tinystar, latent", "tinystar, learned",
+                                  "transformer"])  # fmt: skip
 def test_eight_bits_keep_what_was_learned(name):
     """The loss stays within 0.5 %, weights are smaller, and text is made."""
     model, judged = learned(name)

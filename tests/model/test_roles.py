@@ -21,7 +21,7 @@ def expected(arch: str, name: str, tied: bool) -> str:
     if name.startswith("unembed"):
         return "head"
     if name.endswith((".bias", "skip.shift", "add_to_values.gate", "mixer.sink_k", "mixer.sink_v", ".query",
-                      "memory.w_gates", "memory.gate_bias", "memory.taps", "memory.gain")):
+                      "memory.w_gates", "memory.gate_bias", "memory.taps")):
         return "bias"
     if name.endswith("add_to_values.table"):
         return "embedding"

@@ -23,9 +23,10 @@ from strawberry.ops.attention import decode_attention
 from strawberry.ops.float8 import act_quantize, act_quantize_backward, concat_quantize, transpose_fp8
 from strawberry.ops.fused_linear import NO_NORM, Norm, fused_linear, fused_linear_plain
 from strawberry.ops.linear import int8_linear, prepare_weights, quantize_int8
+from strawberry.ops.memory import read_chunks, read_memory
 from strawberry.ops.qkv import norm_channels
 from strawberry.ops.retention import GatedUpdate
-from strawberry.ops.triton import aft, aft_positional, rope
+from strawberry.ops.triton import aft, aft_positional, memory, rope
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.aft import fused_aft_simple, is_chained, segment_size
 from strawberry.ops.triton.aft_positional import fused_aft_conv, fused_aft_local
@@ -631,6 +632,62 @@ def test_compile_differentiates_aft(small_blocks):
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got, expected = (torch.autograd.grad(f(*qkv), qkv) for f in (compiled, loss))
     torch.testing.assert_close(got, expected)
+
+
+# ---- the linear memory -----------------------------------------------------------------------------------------------
+
+MEMORIES = {  # B, T, H, d, tokens in a chunk, dtype
+    "whole chunks": (1, 32, 2, 16, 16, torch.float32),
+    "odd ends and heads": (2, 37, 2, 24, 23, torch.float32),
+    "less than a chunk": (2, 3, 1, 16, 32, torch.float32),
+    "half": (1, 70, 1, 32, 64, torch.bfloat16),
+}
+
+
+def memory_inputs(B, T, H, d, size, dtype):
+    """z, of which q and k are slices, v, log α, β. Some tokens write nothing."""
+    z = draw(B, T + 1, H, d) / d**0.5
+    log_decay, beta = -draw(B, T, H, seed=2).abs() / 4, draw(B, T, H, seed=3).sigmoid()
+    log_decay[:, 1:3] = beta[:, 1:3] = 0
+    return z.to(dtype), draw(B, T, H, d, seed=1, dtype=dtype), log_decay, beta
+
+
+@pytest.mark.parametrize("shape", MEMORIES)
+def test_a_memory_computes_its_recurrence(shape):
+    """o, the last state and all gradients, from an empty state; o and the last state from another one."""
+    *_, size, dtype = MEMORIES[shape]
+    inputs, state = memory_inputs(*MEMORIES[shape]), draw(*(MEMORIES[shape][i] for i in (0, 2, 3, 3)), seed=4)
+    bound = 5e-6 if dtype == torch.float32 else 2e-2
+    found = []
+    for read, cast in ((read_memory, lambda x: x.clone()), (read_chunks, lambda x: x.double())):
+        z, v, *gates = (cast(x).requires_grad_() for x in inputs)
+        o, last = read(z[:, 1:], z[:, :-1], v, *gates, size=size)
+        grads = torch.autograd.grad(o, (z, v, *gates), cast(draw(*o.shape, seed=5, dtype=dtype)))
+        with torch.no_grad():
+            found.append((o, last, *grads, *read(z[:, 1:], z[:, :-1], v, *gates, size=size, state=cast(state))))
+    for got, exact in zip(*found, strict=True):
+        check(got, exact, bound)
+
+
+def test_a_model_with_a_memory_trains_and_decodes_by_kernels(monkeypatch):
+    """Loss, gradients and cached logits are those of float64, which no kernel computes."""
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_qkv": 16, "vocab_size": 32, "block_size": 64, "r_layer": 1}
+    model = build(sizes | {"retention_rule": "delta", "retention_chunk": 16, "memory_head": 8})
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    idx, launched, fused = torch.randint(32, (2, 40)), [], memory.fused_memory
+    monkeypatch.setattr(memory, "fused_memory", lambda *inputs: launched.append(1) or fused(*inputs))
+    found = []
+    for one in (model, copy.deepcopy(model).double()):
+        loss = one(idx, idx)[1]
+        grads = torch.autograd.grad(loss, list(one.parameters()))
+        cache = one.new_cache(2, 64)
+        with torch.no_grad():
+            logits = torch.cat([one(part, cache=cache)[0] for part in idx.split((21, 1, 18), dim=1)], dim=1)
+        found.append((loss, logits, *grads))
+    assert len(launched) == 3  # training, and two prefills
+    for got, exact in zip(*found, strict=True):
+        check(got, exact, 1e-4)
 
 
 # ---- retention's weights ---------------------------------------------------------------------------------------------

@@ -173,11 +173,11 @@ ARCHITECTURES = [
     {"arch": "tinystar", "ffn_type": "GELU"}, {"arch": "tinystar", "ffn_type": "SwiGLU"}, {"arch": "strawberry"},
     {"arch": "strawberry", "retention": "none"}, {"arch": "strawberry", "retention_scope": "batch"},
     {"arch": "strawberry", "n_experts": 2, "n_ffn_experts": 2}, {"arch": "strawberry-v0"}, {"arch": "palm"},
-    {"arch": "strawberry-silia"},
+    {"arch": "strawberry-silia"}, {"arch": "strawberry", "retention_rule": "delta", "retention_chunk": 16},
 ]  # fmt: skip
 
 # whole feed-forwards in 8 bits: of causal retention's steps the first alone has one matrix for all tokens
-FED = dict(zip(map(json.dumps, ARCHITECTURES), (2, 2, 2, 6, 6, 0, 0, 0, 0), strict=True))
+FED = dict(zip(map(json.dumps, ARCHITECTURES), (2, 2, 2, 6, 6, 0, 0, 0, 0, 6), strict=True))
 
 
 def gradients(model, way) -> tuple[float, torch.Tensor]:

@@ -399,115 +399,63 @@ def strawberry_block(cfg, P, block, x, moving):
     for i in range(1, cfg["r_layer"] + 1):
         mix = strawberry_tea if i % (option(cfg, "aft_ratio", 3) + 1) == 0 else strawberry_aft
         x, u, v = strawberry_step(cfg, P, block, mix, x, w, moving)
-        if retention_is_on(cfg) and memory_rule(cfg) is None:
+        if retention_is_on(cfg) and not has_memory(cfg):
             oa = retention_oa(cfg, u, v)
             out, tao = P[block + "out"], P[block + "tao"]
             w = [[update(w[b][j], oa[b][j], out, tao) for j in range(len(w[b]))] for b in range(B)]
-    if not (cfg["r_layer"] and retention_is_on(cfg) and memory_rule(cfg)):
-        return strawberry_step(cfg, P, block, strawberry_tea, x, w, moving)[0]
-    if memory_rule(cfg)[0] == "hidden":
-        return strawberry_step(cfg, P, block, strawberry_tea, x, w, moving, hidden=(u, v))[0]
-    if memory_rule(cfg)[0] == "shared":
-        return strawberry_step(cfg, P, block, strawberry_tea, x, w, moving, shared=True)[0]
-    read = np.array([own_memory(cfg, P, block, x[b], moving[b]) for b in range(B)])
-    x = np.where(moving[:, :, None], x + read, x)
+    if cfg["r_layer"] and retention_is_on(cfg) and has_memory(cfg):
+        read = np.array([read_memory(cfg, P, block + "memory.", x[b], moving[b]) for b in range(B)])
+        x = np.where(moving[:, :, None], x + read, x)
     return strawberry_step(cfg, P, block, strawberry_tea, x, w, moving)[0]
 
 
-def memory_rule(cfg):
-    """(which memory, delta rule or not, tied or not) of a retention_rule; None for silu."""
-    rule = option(cfg, "retention_rule", "silu")
-    if rule in ("silu", "linear"):
-        return ("hidden", False, False) if rule == "linear" else None
-    update, _, kind = rule.partition("-")
-    return "shared" if kind == "shared" else "own", update == "delta", kind == "tied"
+def has_memory(cfg):
+    return option(cfg, "retention_rule", "silu") == "delta"
 
 
-def memory_heads(cfg, P, block, q, k, v, xn, moving, n_head):
-    """o (T, H, d) of one row, token by token: q, k, v (T, H · d). S maps keys to values."""
-    T, width = q.shape
-    d, gates = width // n_head, P[block + "memory.w_gates"]
-    o = np.zeros((T, n_head, d))
-    for h in range(n_head):
-        S, mine = np.zeros((d, d)), slice(h * d, (h + 1) * d)
-        offset = -4 - 5 * (h / (n_head - 1) if n_head > 1 else 0)
+def read_memory(cfg, P, M, x, moving):
+    """out · read of one row (T, C), head by head and token by token. S maps keys to values."""
+    T, d = len(x), cfg["memory_head"]
+    H, taps, o = cfg["memory_width"] // d, P[M + "taps"], np.zeros((T, cfg["memory_width"]))
+    h = np.array([norm(x_t) for x_t in x])
+    z, values = h @ P[M + "w_key"].T, h @ P[M + "w_value"].T
+    convolved = [z[t] + sum(taps[j] * z[t - j] for j in range(min(4, t + 1))) for t in range(T)]
+    for head in range(H):
+        S, mine = np.zeros((d, d)), slice(head * d, (head + 1) * d)
+        offset = -4 - 5 * (head / (H - 1) if H > 1 else 0)
+        key = np.zeros(d)
         for t in range(T):
-            forget, write, show = (gates @ xn[t] + P[block + "memory.gate_bias"])[h::n_head]
+            forget, write, show = (P[M + "w_gates"] @ h[t] + P[M + "gate_bias"])[head::H]
+            query = about_unit(convolved[t][mine])
             if moving[t]:
                 S = S / (1 + math.exp(forget + offset))  # exp(−softplus(z)) = 1 / (1 + e^z)
-                new = v[t, mine] - (S.T @ k[t, mine] if memory_rule(cfg)[1] else 0)
-                S = S + sigmoid(write) * np.outer(k[t, mine], new)
-            o[t, h] = sigmoid(show) * soft(S.T @ q[t, mine], memory_rule(cfg)[0] != "hidden")
-    return o
+                S = S + sigmoid(write) * np.outer(key, values[t, mine] - S.T @ key)
+            read = S.T @ query
+            o[t, mine] = sigmoid(show) * read / np.sqrt(np.mean(read * read) + 0.01)
+            key = query  # of the next token
+    return o @ P[M + "out"].T
 
 
-def soft(o, on):
-    return o / np.sqrt(np.mean(o * o) + 0.01) if on else o
-
-
-def about_unit(x, n_head):
-    """Each head's vector at about unit length: (T, H · d)."""
-    parts = x.reshape(len(x), n_head, -1)
-    return (parts / np.sqrt((parts**2).sum(-1, keepdims=True) + 0.01)).reshape(x.shape)
-
-
-def convolved(x, taps, delay):
-    """x_{t − delay} plus Σ_j taps_j ⊙ x_{t − delay − j}."""
-    y = np.zeros_like(x)
-    for t in range(len(x)):
-        for j in range(4):
-            if t - delay - j >= 0:
-                y[t] += (taps[j] + (j == 0)) * x[t - delay - j]
-    return y
-
-
-def own_memory(cfg, P, block, x, moving):
-    """out · read of one row (T, C), from norm(x)."""
-    M, xn = block + "memory.", np.array([norm(x_t) for x_t in x])
-    taps, H = P[M + "taps"], cfg["memory_width"] // cfg["memory_head"]
-    k = xn @ P[M + "w_key"].T
-    q = k if memory_rule(cfg)[2] else xn @ P[M + "w_query"].T
-    q, k = about_unit(convolved(q, taps[0], 0), H), about_unit(convolved(k, taps[-1], 1), H)
-    o = memory_heads(cfg, P, block, q, k, xn @ P[M + "w_value"].T, xn, moving, H)
-    return o.reshape(len(x), -1) @ P[M + "out"].T
-
-
-def shared_memory(cfg, P, block, q, k, v, xn, moving):
-    """What is added to the mixer's y, from its q, k and v before rotary positions."""
-    taps, H = P[block + "memory.taps"], cfg["n_head"]
-    q, k = about_unit(convolved(q, taps[0], 0), H), about_unit(convolved(k, taps[1], 1), H)
-    return memory_heads(cfg, P, block, q, k, v, xn, moving, H).reshape(v.shape) * P[block + "memory.gain"]
-
-
-def hidden_memory(cfg, P, block, u, g, xn, moving):
-    """What is added to norm(x): keys g, values u, query outᵀ norm(x), in the sense of W x."""
-    H = cfg["n_embd"] // cfg["memory_head"]
-    o = memory_heads(cfg, P, block, xn @ P[block + "memory.out"].T, about_unit(g, H), u, xn, moving, H)
-    return o.reshape(u.shape)
+def about_unit(x):
+    return x / np.sqrt(np.sum(x * x) + 0.01)
 
 
 def n_chunks(cfg, T):
     return math.ceil(T / chunk_size(cfg))
 
 
-def strawberry_step(cfg, P, block, mix, x, w, moving, hidden=None, shared=False):
-    """Mixer and SwiGLU once: x (B, T, C) -> the new x, and the u, v that the update sums (0 for frozen tokens). The
-    last step may read a memory: of the u, v of the step before it (`hidden`), or beside the mixer (`shared`)."""
+def strawberry_step(cfg, P, block, mix, x, w, moving):
+    """Mixer and SwiGLU once: x (B, T, C) -> the new x, and the u, v that the update sums (0 for frozen tokens)."""
     B, T, C = x.shape
     D, chunk = cfg["n_qkv"], chunk_size(cfg)
     x_new, u, v = x.copy(), np.zeros((B, T, C)), np.zeros((B, T, C))
     for b in range(B):
         xn = np.array([norm(x[b, t]) for t in range(T)])
         q, key, value = np.zeros((3, T, D))
-        z = xn
-        if hidden is not None:
-            z = xn + hidden_memory(cfg, P, block, hidden[0][b], hidden[1][b], xn, moving[b])
         for t in range(T):
             w_qkv, _, _ = w[b][t // chunk]
-            q[t], key[t], value[t] = w_qkv[:D] @ z[t], w_qkv[D : 2 * D] @ z[t], w_qkv[2 * D :] @ z[t]
+            q[t], key[t], value[t] = w_qkv[:D] @ xn[t], w_qkv[D : 2 * D] @ xn[t], w_qkv[2 * D :] @ xn[t]
         y = mix(cfg, P, block, q, key, value, xn)
-        if shared:
-            y = y + shared_memory(cfg, P, block, q, key, value, xn, moving[b])
         for t in range(T):
             if moving[b, t]:
                 _, w_swiglu, w_out = w[b][t // chunk]

@@ -69,6 +69,8 @@ def models() -> dict[str, tuple[object, int]]:
     found["tokens choose their depth"] = ({**SMALL, **depth, "n_ffn_experts": 2}, 32)
     found["tokens choose their depth"][0].pop("d_rank")
     found["parameters without a gradient"] = ({**found["strawberry-large"][0], "retention_chunk": 16}, 16)
+    memory = {"retention_rule": "delta", "retention_chunk": 16, "dropout": 0.0, "retention_scale": None}
+    found["a memory"] = ({**found["strawberry-large"][0], **memory, "memory_head": 8, "memory_width": 16}, 32)
     found["dropout"] = ({**found["transformer-pairs"][0], "dropout": 0.3}, 32)
     found["options of the optimizer"] = ({**found["tinystar-v0.8-speedrun"][0], "n_embd": 15}, 32)  # odd rows
     return found

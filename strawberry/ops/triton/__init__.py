@@ -14,6 +14,7 @@ from strawberry.ops.triton import (  # noqa: F401
     decode_attention,
     float8,
     int8_linear,
+    memory,
     retention,
     rope,
 )

@@ -25,7 +25,6 @@ except ImportError:  # macOS, Windows: only the plain versions run
         return function
 
 
-OVERLAP = os.environ.get("STRAWBERRY_OVERLAP") == "1"
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -39,12 +38,6 @@ def can_run(*tensors: Tensor) -> bool:
 def multiprocessors(x: Tensor) -> int:
     """The number of multiprocessors of x's device."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-
-
-def overlaps(x: Tensor) -> bool:
-    """Whether the kernels of a decode step start before the kernel before them has ended (programmatic dependent
-    launch, from compute capability 9.0 on)."""
-    return OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def next_power_of_2(n: int) -> int:
@@ -76,19 +69,3 @@ def fast_reciprocal(x):
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)  # fmt: skip
     return 1.0 / x
-
-
-@jit
-def wait_for_inputs():
-    """Let the next kernel start, then wait until the kernels before this one have ended. Before it, a kernel reads
-    constants only."""
-    tl.extra.cuda.gdc_launch_dependents()
-    tl.extra.cuda.gdc_wait()
-
-
-@jit
-def prefetch(pointers):
-    """Ask for the lines at these addresses, so that they are in the L2 cache when they are read."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False,
-        pack=1)  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from strawberry.ops.triton import common as kernels
-from strawberry.ops.triton.common import LOG2E, dot_dtype, jit, next_power_of_2, tl, wait_for_inputs
+from strawberry.ops.triton.common import LOG2E, dot_dtype, jit, next_power_of_2, tl
 
 
 def block_tokens(d: int) -> int:
@@ -34,12 +34,11 @@ def decode_mha_kernel(
     q, k, v, new_k, new_v, pos, out, parts, size, heads, splits, scale, q_row, q_head, k_row, k_slot, v_row, v_slot,
     new_k_row, new_v_row,
     NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A head with its own keys. Each of BLOCK lanes computes its own online softmax over every BLOCK-th slot, and the
-    lanes are merged at the end: in the loop only the dot product reduces across lanes."""
-    if OVERLAP:
-        wait_for_inputs()
+    lanes are merged at the end: in the loop only the dot product reduces across lanes. The keys and values of
+    STAGES − 1 iterations are on their way to shared memory at once, so that a short context waits for one load only."""
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     first = split * share
@@ -52,19 +51,16 @@ def decode_mha_kernel(
     if NEW:
         fresh_k = tl.load(new_k + row * new_k_row + head * D + c, mask=c < D, other=0.0).to(k.dtype.element_ty)
         fresh_v = tl.load(new_v + row * new_v_row + head * D + c, mask=c < D, other=0.0).to(v.dtype.element_ty)
-        mine = (c < D) & (first <= newest) & (newest < last)
-        tl.store(k + newest * k_slot + c, fresh_k, mask=mine)
-        tl.store(v + newest * v_slot + c, fresh_v, mask=mine)
     top = tl.full((BLOCK,), -1e30, tl.float32)  # finite, so that lanes without a slot do not give NaN
     total = tl.zeros((BLOCK,), tl.float32)
     mixed = tl.zeros((BLOCK, PAD), tl.float32)
-    for start in range(first, last, BLOCK):
+    for start in tl.range(first, last, BLOCK, num_stages=STAGES):
         slot = (start + lane).to(tl.int64)
         here = slot < last
         mask = here[:, None] & (c < D)[None, :]
         keys = tl.load(k + slot[:, None] * k_slot + c[None, :], mask=mask, other=0.0).to(tl.float32)
         values = tl.load(v + slot[:, None] * v_slot + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        if NEW:  # the store above may not be visible to this load
+        if NEW:  # stored at the end, so that no load waits for it
             keys = tl.where((slot == newest)[:, None], fresh_k[None, :].to(tl.float32), keys)
             values = tl.where((slot == newest)[:, None], fresh_v[None, :].to(tl.float32), values)
         score = tl.where(here, tl.sum(keys * query[None, :], axis=1), float("-inf"))
@@ -77,6 +73,10 @@ def decode_mha_kernel(
     fade = tl.exp2(top - highest)
     weight = tl.sum(total * fade, axis=0)
     mixed_all = tl.sum(mixed * fade[:, None], axis=0)
+    if NEW:
+        mine = (c < D) & (first <= newest) & (newest < last)
+        tl.store(k + newest * k_slot + c, fresh_k, mask=mine)
+        tl.store(v + newest * v_slot + c, fresh_v, mask=mine)
     if SPLIT:
         part = parts + ((row * heads + head) * splits + split) * (D + 4)  # sums, highest, weight, and two for alignment
         tl.store(part + c, mixed_all, mask=(c < D) & (first < last))
@@ -92,11 +92,9 @@ def decode_gqa_kernel(
     q, k, v, new_k, new_v, pos, out, parts, size, heads, splits, scale, q_row, q_head, k_row, k_slot, v_row, v_slot,
     new_k_row, new_v_row,
     NEW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    OVERLAP: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DOT: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """GROUP heads that share their keys, which are read once and multiplied on tensor cores (arXiv 2205.14135)."""
-    if OVERLAP:
-        wait_for_inputs()
     shared, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     first = split * share
@@ -111,9 +109,6 @@ def decode_gqa_kernel(
     if NEW:
         fresh_k = tl.load(new_k + row * new_k_row + shared * D + c, mask=c < D, other=0.0).to(k.dtype.element_ty)
         fresh_v = tl.load(new_v + row * new_v_row + shared * D + c, mask=c < D, other=0.0).to(v.dtype.element_ty)
-        mine = (c < D) & (first <= newest) & (newest < last)
-        tl.store(k + newest * k_slot + c, fresh_k, mask=mine)
-        tl.store(v + newest * v_slot + c, fresh_v, mask=mine)
     top = tl.full((GROUP_PAD,), -1e30, tl.float32)
     total = tl.zeros((GROUP_PAD,), tl.float32)
     mixed = tl.zeros((GROUP_PAD, PAD), tl.float32)
@@ -133,6 +128,10 @@ def decode_gqa_kernel(
         total = total * fade + tl.sum(weight, axis=1)
         mixed = mixed * fade[:, None] + tl.dot(weight.to(DOT), values, input_precision="ieee")
         top = higher
+    if NEW:
+        mine = (c < D) & (first <= newest) & (newest < last)
+        tl.store(k + newest * k_slot + c, fresh_k, mask=mine)
+        tl.store(v + newest * v_slot + c, fresh_v, mask=mine)
     if SPLIT:
         part = parts + ((row * heads + head) * splits + split) * (D + 4)  # sums, highest, weight, and two for alignment
         tl.store(part[:, None] + c[None, :], mixed, mask=inside & (first < last))
@@ -146,11 +145,9 @@ def decode_gqa_kernel(
 @jit
 def merge_splits_kernel(
     parts, pos, out, size, heads, splits,
-    D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of a head, each of which has its sums relative to its own highest score."""
-    if OVERLAP:
-        wait_for_inputs()
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     s, c = tl.arange(0, SPLITS_PAD), tl.arange(0, PAD)
@@ -195,19 +192,18 @@ def launch_decode_attention(q, k, v, new_k, new_v, pos, size: int, scale: float,
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     fresh = new_k is not None
     new_k, new_v = (new_k, new_v) if fresh else (k, v)
-    overlap = kernels.overlaps(q)
-    options = {"num_warps": 4, "launch_pdl": True} if overlap else {"num_warps": 4}
-    shape |= {"NEW": fresh, "OVERLAP": overlap}
+    shape["NEW"] = fresh
     strides += (new_k.stride(0), new_v.stride(0))
     args = (q, k, v, new_k, new_v, pos, out, parts, size, H, splits, scale * LOG2E, *strides)
     if shared == H:
-        decode_mha_kernel[(H, splits, B)](*args, **shape, SPLIT=splits > 1, **options)
+        stages = 4 if k.element_size() <= 2 else 3  # 48 or 64 KB of shared memory
+        decode_mha_kernel[(H, splits, B)](*args, **shape, SPLIT=splits > 1, STAGES=stages, num_warps=4)
     else:
         group = {"GROUP": H // shared, "GROUP_PAD": next_power_of_2(max(H // shared, 16)), "DOT": dot_dtype(k, v)}
-        decode_gqa_kernel[(shared, splits, B)](*args, **shape, SPLIT=splits > 1, **group, **options)
+        decode_gqa_kernel[(shared, splits, B)](*args, **shape, SPLIT=splits > 1, **group, num_warps=4)
     if splits > 1:
         del shape["NEW"]
         merge_splits_kernel[(H, B)](
-            parts, pos, out, size, H, splits, **shape, SPLITS_PAD=next_power_of_2(splits), **options
+            parts, pos, out, size, H, splits, **shape, SPLITS_PAD=next_power_of_2(splits), num_warps=4
         )
     return out

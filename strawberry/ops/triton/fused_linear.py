@@ -3,20 +3,12 @@
 import torch
 from torch import Tensor
 
-from strawberry.ops.triton.common import (
-    HALF_DTYPES,
-    dot_dtype,
-    fast_exp,
-    jit,
-    next_power_of_2,
-    overlaps,
-    prefetch,
-    tl,
-    wait_for_inputs,
-)
+from strawberry.ops.triton.common import HALF_DTYPES, dot_dtype, fast_exp, jit, next_power_of_2, tl
 
 MAX_GEMV_ROWS = 16  # up to which rows are multiplied one after the other, and more on tensor cores
 MAX_WEIGHTS = 3  # matrices that one kernel multiplies by the same rows
+SHARED_MEMORY = 96 * 1024  # bytes that a program may take; compute capability 8.6 has 99 KB
+WIDE = 16384  # results of a row from which on a program makes many of them
 
 
 @jit
@@ -58,12 +50,11 @@ def row_norm(
 
 @jit
 def select_weight(
-    w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    program, w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3,
+    N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """This program's matrix, its scale and bias, the column of y where its results begin, its N, and the program's
-    index among those of the matrix."""
-    program = tl.program_id(0)
+    """The program's matrix, its scale and bias, the column of y where its results begin, its N, and the program's index
+    among those of the matrix."""
     zero = program * 0  # numbers as tensors, which both ways through an `if` share
     w, scale, bias, first, N = w1, scale1, bias1, zero, zero + N1
     if N2 > 0:
@@ -93,29 +84,53 @@ def activate(h, gate, ACTIVATION: tl.constexpr):
 
 
 @jit
+def normed(
+    row, k, mean, inverse, gain, shift, K: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr
+):
+    """The numbers at k of a row, normed."""
+    value = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
+    if NORM != "none":
+        value = (value - mean) * inverse
+    if GAIN:
+        value *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
+    if SHIFT:
+        value += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
+    return value
+
+
+@jit
+def finish(
+    h, gate, scale, bias, n, N, OUT: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """The activation of sums h (…, BLOCK_N); "swiglu" has a gate, whose rows of W are OUT rows further."""
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    if SCALED:
+        h *= tl.load(scale + n, mask=n < N, other=0.0)
+        if GATED:
+            gate *= tl.load(scale + OUT + n, mask=n < N, other=0.0)
+    if BIAS:
+        h += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+        if GATED:
+            gate += tl.load(bias + OUT + n, mask=n < N, other=0.0).to(tl.float32)
+    return activate(h, gate, ACTIVATION)
+
+
+@jit
 def fused_linear_kernel(
     x, gain, shift, w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, residual, y, M, x_row, w_row, residual_row,
     K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, OUT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
     EPS: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
-    OVERLAP: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N results of each row of x. Products accumulate elementwise along k, and each result is reduced across the
     lanes of one warp. Every row is computed alone, by the same instructions whatever M is; the second and later rows
     read W from the L1 cache. With several matrices, a program's matrix follows from its index."""
     w, scale, bias, first, N, program = select_weight(
-        w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1, N2, N3, BLOCK_N)
+        tl.program_id(0), w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1, N2, N3, BLOCK_N)
     n, at = program * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     n_zeros = tl.zeros((BLOCK_N, 1), tl.int32)
     start_w = n.to(tl.int64)[:, None] * K
-    if OVERLAP:
-        lines = tl.arange(0, LINES)[None, :] * LINE
-        lines = w + tl.where((n < N)[:, None] & (lines < K), start_w + lines, 0)
-        prefetch(lines)
-        if GATED:
-            prefetch(lines + OUT * K)
-        wait_for_inputs()
     for m in range(M):
         row = x + m * x_row
         mean, inverse = 0.0, 1.0
@@ -131,27 +146,11 @@ def fused_linear_kernel(
             if K % 16 == 0:
                 place = tl.multiple_of(place, [16, 16])
             weight = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-            value = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
-            if NORM != "none":
-                value = (value - mean) * inverse
-            if GAIN:
-                value *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
-            if SHIFT:
-                value += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
+            value = normed(row, k, mean, inverse, gain, shift, K, NORM, GAIN, SHIFT)
             total += value * weight
             if GATED:
                 gate += value * tl.load(place + OUT * K, mask=mask, other=0.0).to(tl.float32)
-        result = tl.sum(total, axis=1)
-        gating = tl.sum(gate, axis=1)
-        if SCALED:
-            result *= tl.load(scale + n, mask=n < N, other=0.0)
-            if GATED:
-                gating *= tl.load(scale + OUT + n, mask=n < N, other=0.0)
-        if BIAS:
-            result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-            if GATED:
-                gating += tl.load(bias + OUT + n, mask=n < N, other=0.0).to(tl.float32)
-        result = activate(result, gating, ACTIVATION)
+        result = finish(tl.sum(total, axis=1), tl.sum(gate, axis=1), scale, bias, n, N, OUT, SCALED, BIAS, ACTIVATION)
         if RESIDUAL:
             result += tl.load(residual + m * residual_row + first + n, mask=n < N, other=0.0).to(tl.float32)
         tl.store(y + m * OUT + first + n, result.to(y.dtype.element_ty), mask=n < N)
@@ -159,60 +158,32 @@ def fused_linear_kernel(
 
 @jit
 def fused_linear_dot_kernel(
-    x, gain, shift, w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, residual, y, M, x_row, residual_row,
+    x, w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, residual, y, M, x_row, residual_row, row_blocks,
     K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, OUT: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
-    EPS: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
-    OVERLAP: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """All rows by BLOCK_N rows of W, on tensor cores; the normed rows are rounded to their type."""
+    """ROWS rows by BLOCK_N rows of W, on tensor cores. Programs that share rows of W are neighbors, so that one of them
+    finds them in the L2 cache."""
     w, scale, bias, first, N, program = select_weight(
-        w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1, N2, N3, BLOCK_N)
-    m, n, at = tl.arange(0, ROWS), program * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        tl.program_id(0) // row_blocks, w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1, N2, N3, BLOCK_N)
+    m = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
+    n, at = program * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     start_x, start_w = x + m[:, None] * x_row, w + n.to(tl.int64)[:, None] * K
-    if OVERLAP:
-        wait_for_inputs()
-    mean = tl.zeros((ROWS,), tl.float32)
-    inverse = mean + 1.0
-    if NORM == "layer":
-        sums = tl.zeros((ROWS, BLOCK_K), tl.float32)
-        for start in range(0, K, BLOCK_K):
-            k = (start + at)[None, :]
-            sums += tl.load(start_x + k, mask=(m < M)[:, None] & (k < K), other=0.0).to(tl.float32)
-        mean = tl.sum(sums, axis=1) / K
-    if NORM != "none":
-        squares = tl.zeros((ROWS, BLOCK_K), tl.float32)
-        for start in range(0, K, BLOCK_K):
-            k = (start + at)[None, :]
-            value = tl.load(start_x + k, mask=(m < M)[:, None] & (k < K), other=0.0).to(tl.float32) - mean[:, None]
-            squares += tl.where(k < K, value * value, 0.0)
-        inverse = 1 / tl.sqrt(tl.sum(squares, axis=1) / K + EPS)
+    if K % 16 == 0:
+        start_w = tl.multiple_of(start_w, [16, 16])
     result, gate = tl.zeros((ROWS, BLOCK_N), tl.float32), tl.zeros((ROWS, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = (start + at)[None, :]
-        value = tl.load(start_x + k, mask=(m < M)[:, None] & (k < K), other=0.0)
-        if NORM != "none":
-            value = (value.to(tl.float32) - mean[:, None]) * inverse[:, None]
-        if GAIN:
-            value *= tl.load(gain + k, mask=k < K, other=0.0).to(tl.float32)
-        if SHIFT:
-            value += tl.load(shift + k, mask=k < K, other=0.0).to(tl.float32)
+        value = tl.load(start_x + k, mask=(m < M)[:, None] & (k < K), other=0.0).to(DOT)
         mask = (n < N)[:, None] & (k < K)
         weight = tl.load(start_w + k, mask=mask, other=0.0)
-        result = tl.dot(value.to(DOT), tl.trans(weight.to(DOT)), result, input_precision="ieee")
+        result = tl.dot(value, tl.trans(weight.to(DOT)), result, input_precision="ieee")
         if GATED:
             weight = tl.load(start_w + OUT * K + k, mask=mask, other=0.0)
-            gate = tl.dot(value.to(DOT), tl.trans(weight.to(DOT)), gate, input_precision="ieee")
-    if SCALED:
-        result *= tl.load(scale + n, mask=n < N, other=0.0)[None, :]
-        if GATED:
-            gate *= tl.load(scale + OUT + n, mask=n < N, other=0.0)[None, :]
-    if BIAS:
-        result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            gate += tl.load(bias + OUT + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    result = activate(result, gate, ACTIVATION)
+            gate = tl.dot(value, tl.trans(weight.to(DOT)), gate, input_precision="ieee")
+    result = finish(result, gate, scale, bias, n, N, OUT, SCALED, BIAS, ACTIVATION)
     here, column = (m < M)[:, None] & (n < N)[None, :], (first + n)[None, :]
     if RESIDUAL:
         result += tl.load(residual + m[:, None] * residual_row + column, mask=here, other=0.0).to(tl.float32)
@@ -226,34 +197,49 @@ def fused_linear_op(
 ) -> Tensor:  # fmt: skip
     (M, K), widths = x.shape, list_widths(weights, activation)
     y = torch.empty(M, sum(widths), dtype=x.dtype, device=x.device)
-    pointers = [x, *(x if t is None else t for t in (gain, shift)), *weights]
-    pointers += [weights[0]] * (MAX_WEIGHTS - len(weights))
+    options = {"K": K, "OUT": y.size(1), "SCALED": bool(scales), "BIAS": bool(biases), "ACTIVATION": activation,
+               "RESIDUAL": residual is not None, "num_warps": 4}  # fmt: skip
+    options |= {f"N{i + 1}": n for i, n in enumerate(widths + [0] * (MAX_WEIGHTS - len(widths)))}
+    pointers = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
     for tensors in (scales, biases):
         pointers += [*tensors, *[x] * (MAX_WEIGHTS - len(tensors))]
-    strides = (x.stride(0), 0 if residual is None else residual.stride(0))
-    args, overlap = (*pointers, x if residual is None else residual, y, M), overlaps(x)
-    wide = sum(widths) >= 16384
-    block_n = (16 if wide else 4) if M <= MAX_GEMV_ROWS else (64 if wide else 16)
-    grid = (sum(-(-n // block_n) for n in widths),)
-    widths += [0] * (MAX_WEIGHTS - len(widths))
-    options = {"K": K, "N1": widths[0], "N2": widths[1], "N3": widths[2], "OUT": y.size(1), "BLOCK_N": block_n,
-               "NORM": norm, "GAIN": gain is not None, "SHIFT": shift is not None, "EPS": eps, "SCALED": bool(scales),
-               "BIAS": bool(biases), "ACTIVATION": activation, "RESIDUAL": residual is not None, "OVERLAP": overlap,
-               "num_warps": 4, **({"launch_pdl": True} if overlap else {})}  # fmt: skip
+    pointers += [x if residual is None else residual, y]
+    residual_row = 0 if residual is None else residual.stride(0)
     if M <= MAX_GEMV_ROWS:
-        line = 128 // weights[0].element_size()  # numbers in a line of the L2 cache
+        # more than 3072 results by 8, because an H100 runs fewer than 800 programs at once
+        block_n = 16 if y.size(1) >= WIDE else 8 if y.size(1) > 3072 else 4
         w_row = weights[0].stride(0) if weights[0].dim() == 3 else 0
-        blocks = {"LINE": line, "LINES": next_power_of_2(-(-K // line)), "BLOCK_K": min(256, next_power_of_2(K))}
-        fused_linear_kernel[grid](*args, strides[0], w_row, strides[1], **options, **blocks)
-    else:
-        fused_linear_dot_kernel[grid](*args, *strides, **options, ROWS=next_power_of_2(max(M, 16)), DOT=dot_dtype(x),
-                                      BLOCK_K=128 if x.dtype in HALF_DTYPES else 32, num_stages=3)  # fmt: skip
+        grid = (sum(-(-n // block_n) for n in widths),)
+        options |= {"NORM": norm, "GAIN": gain is not None, "SHIFT": shift is not None, "EPS": eps}
+        fused_linear_kernel[grid](
+            x, *(x if t is None else t for t in (gain, shift)), *pointers, M, x.stride(0), w_row, residual_row,
+            BLOCK_N=block_n, BLOCK_K=min(256, next_power_of_2(K)), **options)  # fmt: skip
+        return y
+    if norm != "none":
+        raise ValueError(f"{M} rows with a norm: up to {MAX_GEMV_ROWS}")
+    block = choose_dot_block(M, y.size(1), x, activation == "swiglu")
+    row_blocks = -(-M // block["ROWS"])
+    grid = (row_blocks * sum(-(-n // block["BLOCK_N"]) for n in widths),)
+    fused_linear_dot_kernel[grid](x, *pointers, M, x.stride(0), residual_row, row_blocks, **block,
+                                  **options, DOT=dot_dtype(x))  # fmt: skip
     return y
 
 
 @fused_linear_op.register_fake
 def _(x, weights, scales, biases, norm, gain, shift, eps, activation, residual):
     return x.new_empty(x.size(0), sum(list_widths(weights, activation)))
+
+
+def choose_dot_block(M: int, N: int, x: Tensor, gated: bool) -> dict[str, int]:
+    """The shape of one program's product, and in how many stages it is loaded: one more than what SHARED_MEMORY holds.
+    Where W is small, 32 rows by few rows of W, so that there are programs for most multiprocessors; where it is large,
+    all rows, so that W is read once."""
+    half, rows, block_n = x.dtype in HALF_DTYPES, 32, 16 if N < 2048 else 32
+    block_k = 256 if half else 64
+    if N >= WIDE:
+        rows, block_n, block_k = next_power_of_2(M), 64, block_k // 2
+    stage = (rows + block_n * (1 + gated)) * block_k * x.element_size()
+    return {"ROWS": rows, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_stages": min(5, 1 + SHARED_MEMORY // stage)}
 
 
 def list_widths(weights: list[Tensor], activation: str) -> list[int]:
