@@ -115,7 +115,8 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path / "nano"
 
 
-CONFIG = "tinystar-v0.8-speedrun.json:n_layer=1,n_head=2,n_embd=8,value_embeddings=false,warmup_iters=1"
+CONFIG = ("tinystar-v0.8-speedrun.json:n_layer=1,n_head=2,n_embd=8,value_embeddings=false,learning_rate=1e-3,"
+          "warmup_iters=1")  # fmt: skip
 WORDS = ["speedrun", "--nanogpt_path", "nano", "--config", CONFIG, "--data", "input.txt", "--evaluations", "4",
          "--device", "cpu"]  # fmt: skip
 
