@@ -166,6 +166,7 @@ class Decoder:
         while most < len(requests) and first + most < self.rows and self.sequences[first + most] is None:
             most += 1
         can_group = self.model.causal and not self.model.takes_source and not self.batch_invariant
+        can_group &= requests[0].prompt != self.last_prefill[1]  # whose row is copied
         n, total = 1, len(requests[0].prompt)
         while can_group and n < most:
             longest = len(requests[n].prompt)

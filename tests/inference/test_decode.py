@@ -333,8 +333,10 @@ def test_a_prompt_that_several_texts_share_is_read_once(name, monkeypatch):
     first, other, *_ = requests_for(model, 3)
     requests = [Request(other.prompt, 9 + i, seed=i, source=other.source) for i in range(3)]
     decoder, read = Decoder(model, 5, 64), []
-    prefill = decoder.logits.prefill
+    prefill, together = decoder.logits.prefill, getattr(decoder.logits, "prefill_together", None)
     monkeypatch.setattr(decoder.logits, "prefill", lambda *args: read.append(args) or prefill(*args))
+    both = lambda row, prompts: read.extend(prompts) or together(row, prompts)  # noqa: E731
+    monkeypatch.setattr(decoder.logits, "prefill_together", both, raising=False)
     results = collect(decoder, [first, *requests, Request(other.prompt + [1], 5, source=other.source)])
     assert len(read) == 3
     assert collect(decoder, requests) == results[1:4]  # what was read before a step is not used after it
