@@ -7,6 +7,7 @@ from strawberry.ops.triton.common import HALF_DTYPES, dot_dtype, fast_exp, jit, 
 
 MAX_GEMV_ROWS = 16  # up to which rows are multiplied one after the other, and more on tensor cores
 MAX_WEIGHTS = 3  # matrices that one kernel multiplies by the same rows
+REGISTERS = 64 * 1024  # bytes that a program may read ahead: half of the registers that its threads can have
 SHARED_MEMORY = 96 * 1024  # bytes that a program may take; compute capability 8.6 has 99 KB
 WIDE = 16384  # results of a row from which on a program makes many of them
 
@@ -134,10 +135,12 @@ def fused_linear_kernel(
     K: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, OUT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
     EPS: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N results of each row of x. Products accumulate elementwise along k, and each result is reduced across the
     lanes of one warp. Every row is computed alone, by the same instructions whatever M is; the second and later rows
-    read W from the L1 cache. With several matrices, a program's matrix follows from its index."""
+    read W from the L1 cache. With several matrices, a program's matrix follows from its index. AHEAD: W and the norm's
+    gain and shift are read before the norm is computed."""
     w, scale, bias, first, N, program = select_weight(
         tl.program_id(0), w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1, N2, N3, BLOCK_N)
     n, at = program * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -159,7 +162,7 @@ def fused_linear_kernel(
         sum_with = tl.zeros((BLOCK_N,), tl.float32)
         if RESIDUAL:
             sum_with = tl.load(residual + m * residual_row + first + n, mask=n < N, other=0.0).to(tl.float32)
-        if K * (BLOCK_N * (1 + GATED) + 4 * GAIN + 4 * SHIFT) <= 32768:  # they fit into registers
+        if AHEAD:
             tl.debug_barrier()  # without it, the compiler moves the loads behind the norm, one after the other
         mean, inverse = 0.0, 1.0
         if NORM != "none":
@@ -238,6 +241,8 @@ def fused_linear_op(
         block_n = 16 if y.size(1) >= WIDE else 8 if y.size(1) > 2560 else 4
         w_row = weights[0].stride(0) if weights[0].dim() == 3 else 0
         grid = (sum(-(-n // block_n) for n in widths),)
+        ahead = K * (block_n * (1 + (activation == "swiglu")) + 4 * (gain is not None) + 4 * (shift is not None))
+        options["AHEAD"] = ahead * x.element_size() <= REGISTERS
         options |= {"NORM": norm, "GAIN": gain is not None, "SHIFT": shift is not None, "EPS": eps}
         fused_linear_kernel[grid](
             x, *(x if t is None else t for t in (gain, shift)), *pointers, M, x.stride(0), w_row, residual_row,
