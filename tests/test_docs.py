@@ -86,7 +86,7 @@ def test_the_lines_of_the_notebook_page_run_in_a_kernel(tmp_path, monkeypatch):
     assert all(0 < float(loss) < 6 for loss in losses)
     assert any(line.startswith("def close(self):") for line in shown) and any(" parameters" in line for line in shown)
     assert re.fullmatch(r"(<run tiny: strawberry, 40 of 40 steps, validation loss [\d.]+> ?){2} "
-                        r"\['learning_rate 0.005', 'learning_rate 0.01'\]", last), last  # fmt: skip
+                        r"\['learning_rate 0.01', 'learning_rate 0.02'\]", last), last  # fmt: skip
     assert Path("shown.png").read_bytes().startswith(b"\x89PNG")
     assert Path("bin/tiny.strawberry").exists() and Path("bin/ck_tiny/earlier_1/metrics.jsonl").exists()
     assert ran.stderr == ""

@@ -62,15 +62,17 @@ def models() -> dict[str, tuple[object, int]]:
         config = vars(load_run(["--config", f"{name}.json"], CONFIGS).model_hyperparams)
         small = {key: value for key, value in SMALL.items() if key in config}
         raw = json.loads(json.dumps(config, default=vars))
-        for key in ("window", "windows", "retention_chunk", "kv_rank", "rope_dim", "n_ffn", "n_kv_head", "pad_id"):
+        for key in ("window", "windows", "retention_chunk", "kv_rank", "rope_dim", "n_ffn", "n_kv_head", "pad_id",
+                    "memory_head", "memory_width"):
             raw.pop(key, None)
         found[name] = ({**raw, **small}, 32)
     depth = {"arch": "transformer", "kind": "decoder", "recursions": 3, "adaptive": True, "norm_position": "pre"}
     found["tokens choose their depth"] = ({**SMALL, **depth, "n_ffn_experts": 2}, 32)
     found["tokens choose their depth"][0].pop("d_rank")
-    found["parameters without a gradient"] = ({**found["strawberry-large"][0], "retention_chunk": 16}, 16)
-    memory = {"retention_rule": "delta", "retention_chunk": 16, "dropout": 0.0, "retention_scale": None}
-    found["a memory"] = ({**found["strawberry-large"][0], **memory, "memory_head": 8, "memory_width": 16}, 32)
+    rule = {"retention_rule": "silu", "retention_chunk": 16}
+    found["parameters without a gradient"] = ({**found["strawberry-large"][0], **rule}, 16)
+    memory = {"retention_chunk": 16, "retention_scale": None, "memory_head": 8, "memory_width": 16}
+    found["a memory"] = ({**found["strawberry-large"][0], **memory}, 32)
     found["dropout"] = ({**found["transformer-pairs"][0], "dropout": 0.3}, 32)
     found["options of the optimizer"] = ({**found["tinystar-v0.8-speedrun"][0], "n_embd": 15}, 32)  # odd rows
     return found
@@ -729,7 +731,7 @@ def test_blocks_travel_in_half_precision_only_where_products_alone_read_them():
     narrow = {name: all(map(blocks.has_only_matmul_weights, blocks.iterate_blocks(build(hyper))))
               for name, (hyper, _) in models().items()}  # fmt: skip
     assert narrow["tinystar-v0.2-modernbase"] and narrow["transformer-decoder"] and narrow["strawberry-v0"] is False
-    assert not narrow["strawberry-large"]  # retention rewrites its weights
+    assert not narrow["parameters without a gradient"]  # retention rewrites its weights
 
 
 def test_alone_an_unknown_way_is_refused_and_a_known_one_ignored(tmp_path, monkeypatch):
