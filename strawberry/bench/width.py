@@ -48,6 +48,8 @@ def find_dependent_widths(config, multiples: tuple[int, int, int]) -> dict[str, 
         found["d_rank"] = (config.d_rank, min(step, 8))
     if getattr(config, "attention_type", "").startswith("MHLA"):
         found |= {"kv_rank": (config.kv_rank, min(step, 8)), "rope_dim": (config.rope_dim, 2)}
+    if getattr(config, "retention_rule", "silu") != "silu":
+        found["memory_width"] = (config.memory_width, config.memory_head)
     return found
 
 
@@ -115,8 +117,8 @@ def match_params(entries: list[Entry], target: int, common: list[tuple[str, str]
     for entry in entries:
         old = entry.run.model_hyperparams
         new, off = fit_params(old, target)
-        widths = {name: getattr(new, name) for name in ("n_embd", "n_qkv", "n_ffn", "d_rank", "kv_rank", "rope_dim")
-                  if getattr(new, name, None) != getattr(old, name, None)}  # fmt: skip
+        names = ["n_embd", *find_dependent_widths(old, WIDTH_MULTIPLES[0])]
+        widths = {name: getattr(new, name) for name in names if getattr(new, name) != getattr(old, name)}
         if abs(off) > TOLERANCE:
             nearest_widths = ", ".join(f"{name} {width}" for name, width in widths.items()) or "as it is"
             raise UserError(

@@ -196,6 +196,8 @@ def test_every_preset_can_be_given_the_same_size(name):
     assert after.n_qkv % (2 * after.n_head) == 0
     ratio = (after.n_qkv / after.n_embd) / (before.n_qkv / before.n_embd)
     assert 0.8 < ratio < 1.25, "not in proportion"
+    if name == "strawberry-large.json":
+        assert after.memory_width < before.memory_width and after.memory_width % after.memory_head == 0
     if after.n_embd != before.n_embd:
         assert any(change.startswith(f"n_embd {before.n_embd} → {after.n_embd}") for change in entry.changes)
 

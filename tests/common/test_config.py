@@ -245,7 +245,7 @@ def test_comments_and_trailing_commas(tmp_path):
 
 def test_config_is_looked_for_here_then_in_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert load_run(["--config=tiny.json"], ARCHS).checkpoints.path == "bin/ck_tiny"
+    assert load_run(["--config=air.json"], ARCHS).checkpoints.path == "bin/ck"
     write(tmp_path, '{"seed": 5}', "tiny.json")
     assert load_run(["--config", "tiny.json"], ARCHS).seed == 5
     (line,) = problems_of("--config", "tinny.json")
