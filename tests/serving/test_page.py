@@ -445,13 +445,13 @@ def test_a_run_is_planned_started_paused_resumed_stopped_and_deleted(page, site)
     page.click("Train on it")
     page.has("Parameters", ".cost")
     page.set("max_iters", "15")
-    page.has("preset: 390")
+    page.has("preset: 480")
     page.has("the run ends during its warm-up", "section[aria-label=Cost]")
     page.set("learning_rate", "-1")
     page.has("learning_rate = -1", "section[aria-label=Cost]")
     assert page.js(f"{page.control('learning_rate')}.getAttribute('aria-invalid')") == "true"
     page.js("document.querySelector('[data-key=learning_rate] button').click()")
-    page.until(f"{page.control('learning_rate')}.value === '0.005' && !{page.control('learning_rate')}.ariaInvalid")
+    page.until(f"{page.control('learning_rate')}.value === '0.01' && !{page.control('learning_rate')}.ariaInvalid")
     assert json.loads(page.js(f"{page.control('The keys that differ')}.value")) == {"max_iters": 15}
     endless = {**SMALL, "max_iters": 10**6, "log_interval": 20, "eval_interval": 10**5}
     page.js("[...document.querySelectorAll('summary')].find(e => e.textContent.startsWith('As JSON')).click()")

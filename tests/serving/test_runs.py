@@ -215,7 +215,7 @@ def test_flat_and_changed_keys():
 def test_presets_come_with_every_key_and_the_schema(site):
     found = get(site, "/v1/presets")
     tiny = next(preset["values"] for preset in found["data"] if preset["id"] == "tiny")
-    assert tiny["max_iters"] == 390 and tiny["lr_decay_iters"] is None and tiny["model_hyperparams.n_layer"] == 3
+    assert tiny["max_iters"] == 480 and tiny["lr_decay_iters"] is None and tiny["model_hyperparams.n_layer"] == 3
     assert not set(found["server_keys"]) & tiny.keys() and "max_iters" in found["config_schema"]["properties"]
     assert get(site, "/v1/presets/tiny")["values"] == tiny
     assert site.send("GET", "/v1/presets/tinny")[0] == 404
@@ -237,7 +237,7 @@ def test_an_estimate_counts_what_the_model_has_and_warns_as_the_run_does(site, p
 
 CONFIGS_OF = {
     "tiny": {"arch": "strawberry", "block_size": 256, "r_layer": 1, "n_head": 4, "n_embd": 128, "n_qkv": 128,
-             "retention_rule": "delta", "memory_width": 64},
+             "retention": "none"},
     "transformer-pairs": {"arch": "transformer", "kind": "encoder-decoder", "block_size": 256, "n_head": 4,
                           "n_embd": 128},
 }  # fmt: skip
