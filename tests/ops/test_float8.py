@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from runs import metrics, run, write_config
+from torch._dynamo import trace_rules
 
 from model import build
 from strawberry.common import UserError
@@ -37,6 +38,7 @@ def in_8_bits(monkeypatch):
 @pytest.fixture
 def products(monkeypatch) -> list:
     """Something for each product in 8 bits."""
+    trace_rules.get_torch_obj_rule_map()  # torch.compile's table of torch's functions, which is made once
     made, whole = [], torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **k: made.append(1) or whole(*a, **k))
     return made
