@@ -71,8 +71,6 @@ def models() -> dict[str, tuple[object, int]]:
     found["tokens choose their depth"][0].pop("d_rank")
     rule = {"retention_rule": "silu", "retention_chunk": 16}
     found["parameters without a gradient"] = ({**found["strawberry-large"][0], **rule}, 16)
-    memory = {"retention_chunk": 16, "retention_scale": None, "memory_head": 8, "memory_width": 16}
-    found["a memory"] = ({**found["strawberry-large"][0], **memory}, 32)
     found["dropout"] = ({**found["transformer-pairs"][0], "dropout": 0.3}, 32)
     found["options of the optimizer"] = ({**found["tinystar-v0.8-speedrun"][0], "n_embd": 15}, 32)  # odd rows
     return found
