@@ -889,11 +889,14 @@ class CachedGeneration:
 
     def prefill_bounds(self, cache: Cache, T: int) -> list[int]:
         """Ends of the parts of a call of T tokens: the first chunk boundary, then every `max_prefill` tokens, rounded
-        up to whole chunks. Each token is a part if the model has chunks and the rows' lengths differ."""
+        up to whole chunks; on a GPU, what begins an empty cache may be longer. Each token is a part if the model has
+        chunks and the rows' lengths differ."""
         if T == 1 or (self.chunk_size and len(set(cache.lengths)) > 1):
             return list(range(1, T + 1))
-        chunk = self.chunk_size or 1
-        first, most = -max(cache.lengths) % chunk, -(-self.max_prefill // chunk) * chunk
+        chunk, cached = self.chunk_size or 1, max(cache.lengths)
+        first, most = -cached % chunk, -(-self.max_prefill // chunk) * chunk
+        if not cached and self.device.type == "cuda":
+            first = -(-self.max_first_prefill // chunk) * chunk
         return sorted({min(first, T), *range(first + most, T, most), T} - {0})
 
     def make_cached_context(self, cache: Cache, T: int, counts: list[int]) -> ForwardContext:
@@ -1014,7 +1017,8 @@ class LanguageModel(CachedGeneration, nn.Module):
     max_positions: int | None = None  # number of learned positions
     cap: float | None = None  # of `softcap`, for the logits
     compile_partitions = 1  # graphs into which torch.compile divides the blocks
-    max_prefill = 8192  # tokens in a part of a prefill, at most: bounds the masks' size for long prompts
+    max_prefill = 2048  # tokens in a part of a prefill, at most: bounds the masks' size for long prompts
+    max_first_prefill = 8192  # in the first part on a GPU, which needs no mask for it
     precision = None  # of the head's product in training; see ops.prepare_weights
     compile_loss = False  # whether the fused loss is compiled separately, if the model is not compiled as one graph
 
@@ -1180,6 +1184,9 @@ class Memory(nn.Module):
         return LayerCache(batch, device, state=state, tail=((4, self.n_head * self.d), 0.0, dtype))
 
 
+MEMORIES = {"delta": Memory}  # retention_rule → the memory before a block's last step
+
+
 @dataclass
 class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
     arch: str = option("strawberry", "the family of architectures", choices=("strawberry",))
@@ -1200,7 +1207,7 @@ class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
     retention_scale: float | None = option(None, "size of the update; default n_embd ** -0.5", above=0)
     retention_rule: str = option(
         "silu", "'silu': the context rewrites the matrices; 'delta': a linear memory before the last step",
-        choices=("silu", "delta"))
+        choices=("silu", *MEMORIES))
     memory_head: int | None = option(
         None, "channels of a head of the memory; default 64 or the largest divisor of memory_width below it", low=1)
     memory_width: int | None = option(None, "channels of the memory's keys and of its values; default n_embd", low=1)
@@ -1223,7 +1230,7 @@ class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
         if self.memory_width % self.memory_head:
             yield "memory_head", f"must divide memory_width {self.memory_width}"
         if self.retention_rule != "silu" and self.retention_scope != "causal":
-            yield "retention_rule", f"{self.retention_rule!r} is causal; set retention_scope causal, or the rule silu"
+            yield "retention_rule", f"needs retention_scope causal, not {self.retention_scope}; or set the rule silu"
         yield from recursion_problems(self)
 
 
@@ -1317,7 +1324,7 @@ class StrawberryBlock(nn.Module):
             self.retention = RETENTION[c.retention_scope](c)
         else:  # only matrix products read the weights
             self.products = ("w_attn_qkv", "w_attn_swiglu", "w_attn_out")
-            self.memory = Memory(c) if rule == "delta" else None
+            self.memory = MEMORIES[rule](c) if rule in MEMORIES else None
         self.steps = strawberry_steps(c)
         self.tea = ExpertAttention(c, ops.rotary_qk_norm)
         self.aft = AFTS[c.aft](c, ops.norm_channels) if "aft" in self.steps else None

@@ -6,6 +6,8 @@ without another (IDLE_ALONE), needs companions (COMPANIONS) or a slow reference 
 """
 
 import dataclasses
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +81,18 @@ def test_chunking_is_invisible(case):
         worst = (through_cache(model, idx, pieces, source) - full).abs().max().item()
         assert worst < 1e-9, f"pieces {pieces}: {worst}"
         model.max_prefill = 9  # and in parts that the cache takes at once
+
+
+@pytest.mark.parametrize("chunk", [None, 48])
+@pytest.mark.parametrize("device, cached, first", [("cpu", 0, 2048), ("cuda", 0, 8192), ("cuda", 96, 2048)])
+def test_only_a_gpu_begins_an_empty_cache_with_a_long_part(device, cached, first, chunk):
+    """A long part needs no mask there. On a CPU it took three to six times the memory of short ones."""
+    model = SimpleNamespace(chunk_size=chunk, device=torch.device(device), max_prefill=2048, max_first_prefill=8192)
+    bounds = LanguageModel.prefill_bounds(model, SimpleNamespace(lengths=[cached]), 16_000)
+    sizes = [b - a for a, b in itertools.pairwise([0, *bounds])]
+    up = 0 if chunk is None else 47  # rounded up to whole chunks
+    assert first <= sizes[0] <= first + up and sum(sizes) == 16_000
+    assert all(2048 <= size <= 2048 + up for size in sizes[1:-1]) and sizes[-1] <= 2048 + up
 
 
 @pytest.mark.slow
