@@ -249,7 +249,7 @@ class JobRun:
         return {}
 
     def changed(self, index: RunIndex) -> dict:
-        return index.remember(("changed", self.id), self._find_changed)
+        return index.get_cached(("changed", self.id), self._find_changed)
 
     def _find_changed(self, index: RunIndex) -> dict:
         chosen, base = flatten(self.job.request["chosen"]), flatten(self.base(index))
@@ -315,10 +315,10 @@ class RunIndex:
         folder = job.folder / "checkpoints"
         with contextlib.suppress(OSError):
             stamp = os.stat(folder / RECORD).st_mtime_ns
-            return JobRun(job, self.get_jobs(), self.remember((job.id, stamp), lambda _: read_record(folder)))
+            return JobRun(job, self.get_jobs(), self.get_cached((job.id, stamp), lambda _: read_record(folder)))
         return JobRun(job, self.get_jobs(), {})
 
-    def remember(self, key: tuple, find: Callable[[RunIndex], dict]) -> dict:
+    def get_cached(self, key: tuple, find: Callable[[RunIndex], dict]) -> dict:
         """find(self), once for each key."""
         if key not in self.resolved:
             self.resolved[key] = find(self)
@@ -357,7 +357,7 @@ class RunIndex:
             key = (path, path.stat().st_mtime_ns)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
-        return self.remember(key, lambda _: read_config(path))
+        return self.get_cached(key, lambda _: read_config(path))
 
     def resolve_starting_point(self, name: str) -> dict:
         """Every key of a preset or a model, with defaults. Raises UserError if there is none."""
@@ -368,7 +368,7 @@ class RunIndex:
 
     def defaults(self, arch: str) -> dict:
         raw = {"model_hyperparams": {"arch": arch}}
-        return self.remember(("defaults", arch), lambda _: to_dict(make_run(raw, CONFIGS)))
+        return self.get_cached(("defaults", arch), lambda _: to_dict(make_run(raw, CONFIGS)))
 
     def find_checkpoint_file(self, name: str) -> Path | None:
         """The model file of the checkpoint of that name, of a run from the command line."""

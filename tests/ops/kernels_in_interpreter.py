@@ -693,7 +693,7 @@ def test_a_model_with_a_memory_trains_and_decodes_by_kernels(monkeypatch):
 # ---- retention's weights ---------------------------------------------------------------------------------------------
 
 
-def grown(raw, scale, oa, out, viewed):
+def updated_weights(raw, scale, oa, out, viewed):
     """A loop over rows and chunks: (the sums, their deviations)."""
     B, n = oa.shape[:2]
     new = []
@@ -731,7 +731,7 @@ def test_grow(case, dtype):
     each = scale.expand(B, n, rows, C)  # a scale for each number, since in the sum of their gradients much cancels
     exact = [x.double().requires_grad_() for x in (raw, each, oa, out)]
     assert can_fuse_update(raw, oa)
-    got, want = GatedUpdate.apply(*ours, viewed), grown(*exact, viewed)
+    got, want = GatedUpdate.apply(*ours, viewed), updated_weights(*exact, viewed)
     for new, deviation in got, want:
         slope = 40 * draw(B, n, 1, 1, seed=5).double()
         ((new.double() * grad.double()).sum() + (deviation.double() * slope).sum()).backward()

@@ -610,13 +610,13 @@ def palm_mix(cfg, p, layer, h):
     d, kind = head_width(cfg), cfg["attention_type"]
     inv_freq, factor = frequencies(cfg, d)
 
-    def turned(x, t):  # rotary, then QK-norm, per head
+    def rotate(x, t):  # rotary, then QK-norm, per head
         return np.stack([rms(head) for head in rotated(heads(x, d), t, cfg, inv_freq)])
 
     parts = [np.split(palm_qkv(p, layer, h_t), 2 if kind == "kv" else 3) for h_t in h]
-    k = [turned(part[-2], t) for t, part in enumerate(parts)]
+    k = [rotate(part[-2], t) for t, part in enumerate(parts)]
     v = [heads(part[-1], d) for part in parts]
-    q = k if kind == "kv" else [turned(part[0], t) for t, part in enumerate(parts)]
+    q = k if kind == "kv" else [rotate(part[0], t) for t, part in enumerate(parts)]
     sees = visibility(cfg, layer, causal=True)
     if kind == "aft":
         q, k, v = ([x.reshape(-1) for x in part] for part in (q, k, v))

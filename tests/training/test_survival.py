@@ -869,7 +869,7 @@ def test_a_file_made_to_harm_is_refused_quickly_and_runs_nothing(den, told, harm
         in_checkpoint(name, content)
     else:
         Path(name).write_bytes(content(Path(name).read_bytes() if Path(name).exists() else b""))
-    assert finish(start("--config", "run.json", *argv, body=torture.measured)) == 2, read()
+    assert finish(start("--config", "run.json", *argv, body=torture.record_resources)) == 2, read()
     lines = read().splitlines()
     used = json.loads(Path("used.json").read_text())
     assert used["seconds"] < 5 and used["megabytes"] < 200, used

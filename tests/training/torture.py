@@ -196,7 +196,7 @@ def short_of_memory(argv):
     program(argv)
 
 
-def measured(argv):
+def record_resources(argv):
     """used.json: the seconds and the megabytes that it took to refuse something."""
     scale = 1e6 if sys.platform == "darwin" else 1e3
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
