@@ -1,8 +1,11 @@
 """The linear memory's chunks against its recurrence, token by token, and its gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from model import build
 from strawberry.ops.memory import read_memory, unit
 
 torch.set_num_threads(1)
@@ -62,3 +65,19 @@ def test_equal_keys_and_extreme_decays_in_float32(decay):
     exact = recur(q, k, v, log_decay, beta, torch.zeros(1, 1, 6, 5, dtype=torch.float64))[0]
     got = read_memory(*(x.float() for x in (q, k, v, log_decay, beta)), size=64)[0]
     assert (got.double() - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+def test_what_the_memory_adds_is_dropped_in_training():
+    """The steps add nothing here, so that a block's change is the memory's, which has nothing for the first token."""
+    keys = {"n_embd": 8, "n_qkv": 8, "n_head": 2, "n_layer": 1, "r_layer": 1, "vocab_size": 11, "block_size": 16}
+    model = build({"arch": "strawberry", "retention_rule": "delta", "dropout": 0.5, **keys}).double()
+    block = model.blocks[0]
+    with torch.no_grad():
+        block.w_attn_out.zero_()
+        block.memory.out.normal_()
+    x, ctx = torch.randn(2, 16, 8, dtype=torch.float64), model.make_context(torch.zeros(2, 16, dtype=torch.int64))
+    ctx = replace(ctx, rope=model.rope(ctx.positions))
+    whole, dropped = ((block.train(training)(x, ctx, None) - x).detach()[:, 1:] for training in (False, True))
+    kept = dropped != 0
+    assert 0.3 < kept.double().mean() < 0.7 and whole.abs().min() > 0
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept])
