@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 import bench
 from strawberry.bench import recall
-from strawberry.bench.recall import N_FILLERS, RecallObjective, RecallTask
+from strawberry.bench.recall import N_FILLERS, RecallObjective, RecallTask, RecallTrainer
 from strawberry.common import UserError
 
 TASK = RecallTask((2, 5), (1, 7, 30))
@@ -115,6 +117,18 @@ def test_rows_grow_longer_stage_by_stage():
             assert asked and all(y[t] == x[x.index(x[t]) + 1] for t in asked)
             counts.add(sum(token >= N_FILLERS + task.n_symbols for token in x))  # values, so pairs
         assert counts == {24: {2, 4}, 144: {2, 4, 8, 16, 24}}[length]
+
+
+def test_stages_share_the_steps_and_short_rows_come_in_large_batches(monkeypatch):
+    trainer, stages = object.__new__(RecallTrainer), []
+    trainer.task, trainer.rows_at_most, trainer.total_steps = RecallTask((8, 64), (16, 4096)), 4, 8
+    trainer.compiled, trainer.run, trainer.steps = False, SimpleNamespace(batch_size=4, max_iters=8), Mock()
+    monkeypatch.setattr(RecallTrainer, "train", lambda self: stages.append(
+        (self.run.max_iters, self.run.batch_size, self.objective.length)))  # fmt: skip
+    trainer.set_stage(0)
+    trainer.train_stages()
+    assert stages == [(2, 256, 24), (4, 4 * 29, 144), (6, 4 * 4, 864), (8, 4, 4288)]
+    assert trainer.steps.release_graph.call_count == trainer.steps.warm_up.call_count == 3
 
 
 def test_accuracy_counts_right_answers_and_nothing_else(monkeypatch):

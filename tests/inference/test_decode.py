@@ -76,6 +76,17 @@ def test_prompts_that_are_read_together_make_the_texts_of_each_alone(name, monke
     assert (max(passes, default=0) > 1) == together
 
 
+def test_a_batch_invariant_decoder_reads_each_prompt_alone(monkeypatch):
+    """A product of other rows may round otherwise."""
+    model = small_model("tinystar")
+    decoder, read = Decoder(model, 4, 64, batch_invariant=True), []
+    prefill = decoder.logits.prefill
+    monkeypatch.setattr(decoder.logits, "prefill", lambda *args: read.append(args[1]) or prefill(*args))
+    prompts = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    decoder.admit_all([Request(prompt, 3) for prompt in prompts])
+    assert sorted(read) == sorted(prompts)
+
+
 # ---- batch invariance ----------------------------------------------------------------------------------------------
 
 

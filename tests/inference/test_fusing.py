@@ -80,10 +80,11 @@ def describe(args) -> tuple:
     return norm, len(weights), len(biases), activation, residual is not None
 
 
-def test_gpt2_has_four_operations_a_layer(monkeypatch):
-    layer = [("layer", 3, 3, "identity", False), ("none", 1, 1, "identity", True), ("layer", 1, 1, "gelu", False),
+@pytest.mark.parametrize("ffn_type, activation", [("GELU", "gelu"), ("GELU_tanh", "gelu_tanh")])
+def test_gpt2_has_four_operations_a_layer(ffn_type, activation, monkeypatch):
+    layer = [("layer", 3, 3, "identity", False), ("none", 1, 1, "identity", True), ("layer", 1, 1, activation, False),
              ("none", 1, 1, "identity", True)]  # fmt: skip
-    fused, _ = compare_steps(build_small(GPT2 | {"n_layer": 2}), monkeypatch)
+    fused, _ = compare_steps(build_small(GPT2 | {"n_layer": 2, "ffn_type": ffn_type}), monkeypatch)
     assert list(map(describe, fused)) == [*layer, *layer, ("layer", 1, 0, "identity", False)]
 
 

@@ -28,6 +28,7 @@ from strawberry import command_line
 from strawberry.common import UserError, run_cli
 from strawberry.data.objectives import decode_with_sentinels
 from strawberry.inference import bulk, engine
+from strawberry.inference.loading import check_can_compile
 from strawberry.inference.sampling import Request
 from strawberry.inference.scoring import iter_windows, score_text
 from strawberry.inference.text import (
@@ -516,6 +517,8 @@ def test_compiling_without_a_compiler_is_refused(folder, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     argv = ["--model", str(folder / "tinystar.strawberry"), "--prompt", "a", "--device", "cpu", "--compile", "true"]
     assert "--compile true: on a CPU it needs a C++ compiler" in fails(capsys, monkeypatch, *argv)
+    with pytest.raises(UserError, match="--compile true: steps are compiled on cuda and cpu, and this is mps"):
+        check_can_compile("mps", "--compile true")
 
 
 def test_wrong_prompts_are_one_line_and_exit_2(folder, tmp_path, capsys, monkeypatch):
