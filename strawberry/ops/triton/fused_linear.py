@@ -231,9 +231,9 @@ def fused_linear_op(
     options = {"K": K, "OUT": y.size(1), "SCALED": bool(scales), "BIAS": bool(biases), "ACTIVATION": activation,
                "RESIDUAL": residual is not None, "num_warps": 4}  # fmt: skip
     options |= {f"N{i + 1}": n for i, n in enumerate(widths + [0] * (MAX_WEIGHTS - len(widths)))}
-    pointers = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
-    for tensors in (scales, biases):
-        pointers += [*tensors, *[x] * (MAX_WEIGHTS - len(tensors))]
+    pointers = []
+    for tensors in (weights, scales, biases):  # filled with one of the same type, which both ways through an `if` need
+        pointers += [*tensors, *[tensors[0] if tensors else x] * (MAX_WEIGHTS - len(tensors))]
     pointers += [x if residual is None else residual, y]
     residual_row = 0 if residual is None else residual.stride(0)
     if M <= MAX_GEMV_ROWS:

@@ -87,7 +87,7 @@ def add_kernel(
 
 @jit
 def gate_backward_kernel(
-    grad, out, scale, z, h, dz, turned, M, N, C,
+    grad, out, scale, z, h, dz, d_scale, M, N, C,
     VIEWED: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def gate_backward_kernel(
     turn = x * gate * (1.0 - gate)
     tl.store(h + at, (x * gate).to(h.dtype.element_ty), mask=here)
     tl.store(dz + at, (dh * (gate + s * turn)).to(dz.dtype.element_ty), mask=here)
-    tl.store(turned + each * tl.num_programs(0) + tile, tl.sum(dh * turn * x))
+    tl.store(d_scale + each * tl.num_programs(0) + tile, tl.sum(dh * turn * x))
 
 
 @jit
@@ -155,10 +155,10 @@ def gated_update_backward_op(
     grad, oa, out, z, scale = (x.contiguous() for x in (grad, oa, out, z, scale))
     tiles, shape = update_launch_config(grad, C, viewed)
     h, dz, d_raw = (torch.empty(B, n, M, N, dtype=z.dtype, device=z.device) for _ in range(3))
-    turned = torch.empty(B, n, tiles, dtype=torch.float32, device=z.device)
-    gate_backward_kernel[(tiles, B * n)](grad, out, scale, z, h, dz, turned, M, N, C, **shape, **UPDATE_LAUNCH)
+    d_scale = torch.empty(B, n, tiles, dtype=torch.float32, device=z.device)
+    gate_backward_kernel[(tiles, B * n)](grad, out, scale, z, h, dz, d_scale, M, N, C, **shape, **UPDATE_LAUNCH)
     add_backward_kernel[(tiles, B * n)](grad, oa, dz, d_raw, M, N, C, **shape, **UPDATE_LAUNCH)
-    return d_raw, turned.sum(-1)[..., None, None], dz, h
+    return d_raw, d_scale.sum(-1)[..., None, None], dz, h
 
 
 @gated_update_backward_op.register_fake
