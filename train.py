@@ -302,6 +302,8 @@ def run_command(argv: list[str], last: bool) -> int:
     run = load_run(words, CONFIGS)
     trainer = Trainer(run, Signals(), parse_arguments(words)[0], quiet="--quiet" in argv)
     trainer.command = setup.command_line(argv, resume=False)
+    if last:
+        trainer.on_loss = functools.partial(end_without_main_thread, trainer, argv)
     for message in run.warnings() if os.environ.get("RANK", "0") == "0" and not checking else ():
         warn(message)
     try:
@@ -323,6 +325,14 @@ def run_command(argv: list[str], last: bool) -> int:
         return 3
     finally:
         trainer.close()
+
+
+def end_without_main_thread(trainer: Trainer, argv: list[str], stop: distributed.PeerLost) -> None:
+    """End the process on the thread that has detected the loss of another: the main thread waits for the device."""
+    trainer.ranks.can_save = False  # weights could be read only after the step
+    code = exit_gracefully(trainer, stop, argv)
+    trainer.release()
+    trainer.ranks.hard_exit(code)
 
 
 def exit_gracefully(trainer: Trainer, stop: Interrupted | distributed.PeerLost, argv: list[str]) -> int:

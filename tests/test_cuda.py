@@ -504,7 +504,6 @@ def train_on_two(folder, monkeypatch, **keys) -> tuple[list[dict], str]:
     import sys
     from pathlib import Path
 
-
     folder.mkdir()
     words = words_of(folder, monkeypatch, **keys)
     script = Path(__file__).parent.parent / "train.py"
@@ -524,7 +523,8 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
     {"dtype": "float32", "gradient_accumulation_steps": 3} | MUON, {"dtype": "float32"} | MUON_OPTIONS,
 ], ids=str)  # fmt: skip
 def test_captured_training_on_two_gpus_is_training(tmp_path, monkeypatch, keys):
-    keys = {"checkpoints.path": "checkpoints", "batch_size": 8} | keys
+    # a few steps: Muon's options amplify the last bit, in which two runs differ, to 3 % of the norm of step 12
+    keys = {"checkpoints.path": "checkpoints", "batch_size": 8, "max_iters": 8} | keys
     runs = [train_on_two(tmp_path / graph, monkeypatch, cuda_graph=graph, **keys) for graph in ("true", "false")]
     for what in ("loss", "val_loss", "grad_norm"):
         captured, called = ([line[what] for line in lines if what in line] for lines, _ in runs)
@@ -544,7 +544,7 @@ def start_ranks(words: list[str], log: str) -> list:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2",
-               "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
+               "LOCAL_WORLD_SIZE": "2", "PYTHONFAULTHANDLER": "1"}  # fmt: skip
     script, processes = Path(__file__).parent.parent / "train.py", []
     for rank in "01":
         with open(f"{log}{rank}.txt", "w") as file:
@@ -556,6 +556,9 @@ def start_ranks(words: list[str], log: str) -> list:
 @two_gpus
 @pytest.mark.parametrize("keys", [{}, {"parallel": "fsdp"}], ids=str)
 def test_a_rank_killed_under_nccl_ends_the_other_and_the_run_resumes(tmp_path, monkeypatch, keys):
+    import contextlib
+    import signal
+    import subprocess
     import time
     from pathlib import Path
 
@@ -570,9 +573,12 @@ def test_a_rank_killed_under_nccl_ends_the_other_and_the_run_resumes(tmp_path, m
             time.sleep(0.1)
         assert "cannot be captured" not in Path("log0.txt").read_text()
         processes[1].kill()
-        killed = time.monotonic()
-        assert processes[0].wait(60) == 4, Path("log0.txt").read_text()
-        assert time.monotonic() - killed < 30
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            processes[0].wait(30)
+        if processes[0].poll() is None:
+            processes[0].send_signal(signal.SIGABRT)  # the log then says where it waits
+            processes[0].wait(30)
+        assert processes[0].returncode == 4, Path("log0.txt").read_text()
     finally:
         for process in processes:
             process.kill()

@@ -30,7 +30,9 @@ saves.
     stops_together                       whether all ranks must stop after the same step, because a rank cannot abandon
                                          a collective or a launched step
     can_capture                          whether the collectives of a step can be part of a CUDA graph
-    start_heartbeat()                    lets wait_for() detect lost processes from now on
+    start_heartbeat(on_loss)             lets wait_for() detect lost processes from now on; on_loss(PeerLost) is called
+                                         on a thread where wait_for() is not reached
+    device_step()                        a context around calls that may wait for a step of all ranks
     wait_for(event)                      waits until the device reaches the event; raises PeerLost if a lost process
                                          prevents that
     reset()                              discards the state of an abandoned step; make_forward() must follow
@@ -67,7 +69,7 @@ TIMEOUT = datetime.timedelta(minutes=30)  # longer than any evaluation or save o
 BUCKET_SIZE = 1 << 24  # numbers in one all-reduce
 COMPILE_PARTITIONS = 3  # graphs of a compiled model: one's all-reduce overlaps with the backward pass of the next
 HEARTBEAT_INTERVAL = 2.0  # seconds between two heartbeats
-HEARTBEAT_TIMEOUT = 20.0  # seconds without a heartbeat after which a process is lost, if a device waits for it
+HEARTBEAT_TIMEOUT = 16.0  # seconds without a heartbeat after which a process is lost, if a device waits for it
 DRAIN_TIMEOUT = 5.0  # seconds for the device to finish its collectives with a lost process
 
 
@@ -122,8 +124,11 @@ class SingleProcess:
     def max_signal(self, number: int) -> int:
         return 0
 
-    def start_heartbeat(self) -> None:
+    def start_heartbeat(self, on_loss=None) -> None:
         pass
+
+    def device_step(self):
+        return contextlib.nullcontext()
 
     def wait_for(self, event: torch.cuda.Event) -> None:
         event.synchronize()
@@ -222,6 +227,8 @@ class ProcessGroup:
             if not (certain or is_connection_error(error)):
                 raise
             self.can_save, self.peer_lost = not self.sharded, True
+            if self.heartbeat:
+                self.heartbeat.in_step = True  # what cleans up may wait for the device
             reason = str(error).strip().partition("\n")[0]
             raise PeerLost(f"another process of this run has ended or is out of reach ({reason})") from error
 
@@ -231,8 +238,19 @@ class ProcessGroup:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return int(largest)
 
-    def start_heartbeat(self) -> None:
-        self.heartbeat = self.heartbeat or Heartbeat(dist.distributed_c10d._get_default_store(), self.rank, self.world)
+    def start_heartbeat(self, on_loss: Callable[[PeerLost], object] | None = None) -> None:
+        if self.heartbeat is None:
+            store = dist.distributed_c10d._get_default_store()
+            self.heartbeat = Heartbeat(store, self.rank, self.world, on_loss)
+
+    @contextlib.contextmanager
+    def device_step(self):
+        if self.heartbeat is None:
+            yield
+            return
+        self.heartbeat.in_step = True
+        yield
+        self.heartbeat.in_step = False  # not after an error: what cleans up may wait for the device too
 
     def wait_for(self, event: torch.cuda.Event) -> None:
         """Poll the event. A GPU that waits for a lost process never reports an error, so a synchronization could block
@@ -304,11 +322,17 @@ def is_connection_error(error: RuntimeError) -> bool:
 
 class Heartbeat:
     """A thread that writes an increasing number to the process group's store every HEARTBEAT_INTERVAL seconds, so that
-    other ranks know that this process is alive. NCCL's own watchdog does not monitor collectives in a CUDA graph."""
+    other ranks know that this process is alive. NCCL's own watchdog does not monitor collectives in a CUDA graph.
 
-    def __init__(self, store, rank: int, world: int):
+    on_loss(PeerLost) is called if another rank has been silent for so long, since `in_step` was set, that wait_for() must
+    have raised PeerLost and the process must have ended. Its main thread then waits in a call of CUDA, such as the
+    allocation of pinned memory, for a device that waits for the lost rank.
+    """
+
+    def __init__(self, store, rank: int, world: int, on_loss: Callable[[PeerLost], object] | None = None):
         self.store, self.rank, self.world = (store.clone() if hasattr(store, "clone") else store), rank, world
         self.beats, self.ended = 0, threading.Event()
+        self.on_loss, self.in_step, self.lost_since = on_loss, False, None
         self.seen: dict[int, tuple[bytes, float]] = {}  # each rank's last heartbeat, and when it was first seen
         self.beat()
         self.thread = threading.Thread(target=self.run, name="heartbeat", daemon=True)
@@ -325,6 +349,14 @@ class Heartbeat:
         with contextlib.suppress(RuntimeError):  # the store is lost, which other ranks detect themselves
             while not self.ended.wait(HEARTBEAT_INTERVAL):
                 self.beat()
+                self.watch()
+
+    def watch(self) -> None:
+        """Calls on_loss if the main thread has not acted on a lost rank within DRAIN_TIMEOUT."""
+        message = self.stale_peer() if self.on_loss and self.in_step else None
+        self.lost_since = (self.lost_since or time.monotonic()) if message else None
+        if message and time.monotonic() - self.lost_since > DRAIN_TIMEOUT:
+            self.on_loss(PeerLost(f"another process of this run has ended or is out of reach ({message})"))
 
     def stale_peer(self) -> str | None:
         """A message about a rank without a heartbeat for HEARTBEAT_TIMEOUT seconds, or about a lost store; None if all

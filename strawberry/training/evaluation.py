@@ -182,7 +182,7 @@ class Evaluator:
 
     def sum_losses(self) -> dict:
         run, about, results = self.state.run, (self.state.lengths, self.state.objective, self.state.ranks), {}
-        with self.state.autocast(), self.stance():
+        with self.state.autocast(), self.stance(), self.state.ranks.device_step():
             for name, split in (("train", self.state.corpus.train), ("val", self.state.corpus.val)):
                 asked = (split, run.eval_iters, run.batch_size, *about)
                 results[f"{name}_loss"], results[f"{name}_bpb"] = mean_loss(self.state.forward, *asked)

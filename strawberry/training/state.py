@@ -5,6 +5,7 @@ TrainState  configuration, device, processes, data, model, optimizer and progres
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class TrainState:
         self.compiled: bool | str = False  # whether steps are compiled; "blocks": block by block
         self.graph_step = None  # a CudaGraphStep, once steps are captured
         self.command: str | None = None  # the command line that repeats the run, where it has one
+        self.on_loss: Callable[[distributed.PeerLost], object] | None = None  # see distributed.Heartbeat
 
     @property
     def rows(self) -> int:

@@ -786,6 +786,45 @@ def test_a_device_that_waits_for_a_process_that_is_gone_is_left(monkeypatch):
     this.stop()
 
 
+def test_a_process_whose_main_thread_waits_in_a_call_is_ended_by_its_heartbeat(monkeypatch):
+    """Only where the main thread takes a step, and a while after it must have seen the loss itself."""
+    for name, seconds in {"INTERVAL": 0.05, "TIMEOUT": 0.5}.items():
+        monkeypatch.setattr(distributed, f"HEARTBEAT_{name}", seconds)
+    monkeypatch.setattr(distributed, "DRAIN_TIMEOUT", 0.4)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ended: list[tuple[float, str]] = []
+    group = distributed.DDP.__new__(distributed.DDP)
+    group.heartbeat = distributed.Heartbeat(
+        store, 0, 2, lambda stop: ended.append((time.monotonic(), f"{type(stop).__name__}: {stop}")))  # fmt: skip
+    other = distributed.Heartbeat(store, 1, 2)
+    with group.device_step():
+        time.sleep(1.2)  # a long step of two processes that live
+    other.stop()
+    silent = time.monotonic()
+    time.sleep(1.5)  # the other may have done its last step
+    assert not ended
+    with pytest.raises(KeyError), group.device_step():
+        raise KeyError  # what cleans up after an error may wait too
+    wait_until(lambda: ended)
+    group.heartbeat.stop()
+    assert ended[0][0] - silent >= 1.5 + 0.4
+    assert ended[0][1].startswith("PeerLost: another process of this run has ended") and "rank 1 has" in ended[0][1]
+
+
+def test_a_process_that_its_heartbeat_ends_says_how_to_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    set_up(tmp_path)
+    trainer = train.Trainer(load_run(["--config", "run.json", "--max_iters=4"], CONFIGS), train.Signals())
+    trainer.complete()
+    codes = []
+    monkeypatch.setattr(trainer.ranks, "hard_exit", codes.append, raising=False)
+    train.end_without_main_thread(trainer, ["--config", "run.json"], distributed.PeerLost("another process has ended"))
+    told = capsys.readouterr().err.splitlines()[-2:]
+    assert told[0].startswith("error: another process has ended: step 4 is saved") and told[1].endswith(RESUME)
+    assert codes == [4] and trainer.lock is None
+    trainer.close()
+
+
 # ---- two machines --------------------------------------------------------------------------------------------------
 
 
