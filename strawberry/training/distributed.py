@@ -324,8 +324,8 @@ class Heartbeat:
     """A thread that writes an increasing number to the process group's store every HEARTBEAT_INTERVAL seconds, so that
     other ranks know that this process is alive. NCCL's own watchdog does not monitor collectives in a CUDA graph.
 
-    on_loss(PeerLost) is called if another rank has been silent for so long, since `in_step` was set, that wait_for() must
-    have raised PeerLost and the process must have ended. Its main thread then waits in a call of CUDA, such as the
+    on_loss(PeerLost) is called if another rank has been silent for so long, since `in_step` was set, that wait_for()
+    must have raised PeerLost and the process must have ended. Its main thread then waits in a call of CUDA, such as the
     allocation of pinned memory, for a device that waits for the lost rank.
     """
 
