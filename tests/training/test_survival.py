@@ -725,11 +725,14 @@ def test_a_gpu_that_is_full_and_the_batch_that_fits_it(den, capsys):
     runs.write_corpus("data.bin", runs.TEXT * 400)
     free, total = torch.cuda.mem_get_info()
     ballast = torch.empty(free - total // 10, dtype=torch.uint8, device="cuda")
-    assert run("--batch_size=auto", "--max_iters=3") == 0
-    rows = find_latest("ck").meta["run"]["batch_size"]
-    with pytest.raises(UserError, match=r"cuda is out of memory before the first step, of .*weights"):
-        run(f"--batch_size={4 * rows}")
-    del ballast
+    try:
+        assert run("--batch_size=auto", "--max_iters=3") == 0
+        rows = find_latest("ck").meta["run"]["batch_size"]
+        with pytest.raises(UserError, match=r"cuda is out of memory before the first step, of .*weights"):
+            run(f"--batch_size={4 * rows}")
+    finally:
+        del ballast
+        torch.cuda.empty_cache()  # the next test's child processes need it
 
 
 # ---- files made to harm --------------------------------------------------------------------------------------------
