@@ -5,6 +5,7 @@ this one, computes meanwhile. tests/training/test_survival.py kills and signals 
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -55,6 +56,7 @@ HALF = ["--max_iters=5", "--lr_decay_iters=10"]
 # ---- one step of any model, by any number of processes -------------------------------------------------------------
 
 
+@functools.cache
 def models() -> dict[str, tuple[object, int]]:
     """name → (hyperparameters, tokens in a row): every preset in small, and what no preset has."""
     found = {}
