@@ -29,7 +29,9 @@ TEXT is as it stands there, or a JSON string ("a\\n").
 A page's commands run in order, in a folder with the repository's tracked files and nothing else.
 """
 
+import atexit
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -41,6 +43,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -303,6 +306,29 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
+@functools.cache
+def given_shell() -> "Shell":
+    """A copy of the repository in which the files of GIVEN are made, once for all pages."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy_repository(folder)
+    return Shell(folder)
+
+
+@functools.cache
+def make_given(name: str) -> list[Path]:
+    """Run the commands of GIVEN that make the file. Returns all files in data/ and bin/ that they have written."""
+    shell, began = given_shell(), time.time_ns()
+    for command in GIVEN[name]:
+        for needed in GIVEN:
+            if re.search(rf" {re.escape(needed)}( |$)", command):
+                shell.give(needed)
+        done = shell.bash(command)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    files = [file for part in ("data", "bin") for file in (shell.folder / part).glob("*")]
+    return [file for file in files if file.is_file() and file.stat().st_mtime_ns > began]
+
+
 class Shell:
     """Runs the commands of a page one after another in a folder."""
 
@@ -331,12 +357,11 @@ class Shell:
             return
         if path.exists():
             return
-        for command in content:
-            for needed in GIVEN:
-                if re.search(rf" {re.escape(needed)}( |$)", command):
-                    self.give(needed)
-            done = self.bash(command)
-            assert done.returncode == 0, f"{command}\n{done.stderr}"
+        for file in make_given(name):
+            copy = self.folder / file.relative_to(given_shell().folder)
+            copy.parent.mkdir(exist_ok=True)
+            if not copy.exists():
+                shutil.copy(file, copy)
 
     def start(self, text: str) -> tuple[subprocess.Popen, str]:
         """A server and its port, once it answers."""

@@ -1,5 +1,6 @@
 """One small model of each family that generates text, requests to it, and the texts that it makes."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -73,6 +74,13 @@ def by_generate(model, r: Request) -> list[int]:
     new = model.generate(torch.tensor([r.prompt]), r.max_new_tokens, r.temperature, r.top_k, r.top_p, r.min_p, r.stop,
                          torch.Generator().manual_seed(r.seed), source)  # fmt: skip
     return new[0, len(r.prompt) :].tolist()
+
+
+@functools.cache
+def texts_by_generate(name: str, n: int) -> list[list[int]]:
+    """What generate makes of requests_for(small_model(name), n)."""
+    model = small_model(name)
+    return [by_generate(model, request) for request in requests_for(model, n)]
 
 
 def collect(decoder, requests) -> list[tuple[list[int], str]]:

@@ -146,7 +146,7 @@ def test_decode_writes_the_new_token_into_the_ring(shape, splits):
 def test_decoder_through_kernels_makes_the_texts_that_generate_makes(name, monkeypatch):
     """Without kernels."""
     model = small_model(name).float()
-    requests = [replace(request, max_new_tokens=6) for request in requests_for(model, 4)]
+    requests = [replace(request, max_new_tokens=4) for request in requests_for(model, 3)]
     got = collect(Decoder(model, 2, 64), requests)
     monkeypatch.setattr(kernels, "can_run", lambda *tensors: False)
     for request, (tokens, _) in zip(requests, got, strict=True):
@@ -410,14 +410,14 @@ def test_aft_and_its_gradients(keys, small_tiles):
     check_aft(draw(B, T, D), k, draw(B, T, D, seed=2), 2e-6)
 
 
-@pytest.mark.parametrize("T", [1, 8, 9, 16, 17, 60])
+@pytest.mark.parametrize("T", [1, 8, 9, 17, 40])
 def test_aft_of_any_length(T, small_tiles):
     check_aft(*(draw(1, T, 33 if T == 17 else 3, seed=s) for s in range(3)), 2e-6)
 
 
-def test_aft_over_256_tokens():
+def test_aft_over_128_tokens():
     """As many as the interpreter has time for; `python bench.py kernels` goes to 65,536 on a GPU."""
-    check_aft(*(draw(1, 256, 2, seed=s) for s in range(3)), 2e-6)
+    check_aft(*(draw(1, 128, 2, seed=s) for s in range(3)), 2e-6)
 
 
 def test_aft_in_bfloat16(small_tiles):
@@ -622,7 +622,7 @@ def test_compile_keeps_the_kernels_whole():
 
 
 def test_compile_differentiates_aft(small_blocks):
-    qkv = [draw(1, 20, 3, seed=s).requires_grad_() for s in range(3)]
+    qkv = [draw(1, 10, 3, seed=s).requires_grad_() for s in range(3)]
 
     def loss(q, k, v):
         local = fused_aft_local(q, k, v, v[0], k[0], 5)
@@ -675,7 +675,7 @@ def test_a_model_with_a_memory_trains_and_decodes_by_kernels(monkeypatch):
     model = build(sizes | {"retention_rule": "delta", "retention_chunk": 16, "memory_head": 8})
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    idx, launched, fused = torch.randint(32, (2, 40)), [], memory.fused_memory
+    idx, launched, fused = torch.randint(32, (2, 30)), [], memory.fused_memory
     monkeypatch.setattr(memory, "fused_memory", lambda *inputs: launched.append(1) or fused(*inputs))
     found = []
     for one in (model, copy.deepcopy(model).double()):
@@ -683,7 +683,7 @@ def test_a_model_with_a_memory_trains_and_decodes_by_kernels(monkeypatch):
         grads = torch.autograd.grad(loss, list(one.parameters()))
         cache = one.new_cache(2, 64)
         with torch.no_grad():
-            logits = torch.cat([one(part, cache=cache)[0] for part in idx.split((21, 1, 18), dim=1)], dim=1)
+            logits = torch.cat([one(part, cache=cache)[0] for part in idx.split((19, 1, 10), dim=1)], dim=1)
         found.append((loss, logits, *grads))
     assert len(launched) == 3  # training, and two prefills
     for got, exact in zip(*found, strict=True):
@@ -1038,7 +1038,7 @@ def test_models_join_their_gradients_in_8_bits(name, monkeypatch):
     kind = {True: "turned", False: "normed"}
     monkeypatch.setattr(rope, "qkv_grad_quantize", lambda *args: taken.append(kind[args[3] is None]) or turn(*args))
     monkeypatch.setattr(float8, "MIN_DIM", 4)
-    idx, found = torch.randint(64, (2, 16)), []
+    idx, found = torch.randint(64, (1, 16)), []
     for on in (True, False):
         prepare_weights(model, "float8" if on else None, torch.device("cpu"))
         with torch.autocast("cpu", torch.bfloat16):
