@@ -2088,6 +2088,7 @@ def build(hyperparams: dict | ModelConfig) -> LanguageModel:
     where a key or a value is wrong.
 
     >>> build({"arch": "tinystar", "n_layer": 4, "n_embd": 128}).num_params()
+    787584
     """
     config = hyperparams
     if isinstance(hyperparams, dict):

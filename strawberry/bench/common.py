@@ -46,7 +46,7 @@ GPT2_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304, "
 def parse_quantity(text: str) -> int:
     """A positive whole number, short or long.
 
-    >>> quantity("5M"), quantity("1.5B"), quantity("100k"), quantity("2e6")
+    >>> parse_quantity("5M"), parse_quantity("1.5B"), parse_quantity("100k"), parse_quantity("2e6")
     (5000000, 1500000000, 100000, 2000000)
     """
     sizes = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
@@ -98,7 +98,7 @@ def split_list(text: str) -> list[str]:
 def qualify_key(key: str) -> str:
     """The dotted name of a key: those of the model and of the optimizer may be given without their section.
 
-    >>> full_name("r_layer"), full_name("use_muon"), full_name("batch_size")
+    >>> qualify_key("r_layer"), qualify_key("use_muon"), qualify_key("batch_size")
     ('model_hyperparams.r_layer', 'optimizer_hyperparams.use_muon', 'batch_size')
     """
     if "." in key or key in declared(Run):

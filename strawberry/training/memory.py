@@ -85,7 +85,7 @@ class MemoryEstimate:
 def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
     """The largest n up to `limit` that fits, where what fits leaves room for all that is smaller; 0: not even 1 does.
 
-    >>> largest(lambda n: n <= 11, limit=100)  # asks for 1, 2, 4, 8, 16, 12, 10, 11
+    >>> largest_fitting(lambda n: n <= 11, limit=100)  # tries 1, 2, 4, 8, 16, 12, 10, 11
     11
     """
     good, bad, n = 0, limit + 1, 1
