@@ -17,7 +17,7 @@ from strawberry.bench.common import (
     list_spec_inputs,
     parse_assignment,
     parse_quantity,
-    split_list,
+    split_spec,
     write_benchmark_config,
 )
 from strawberry.common import atomic_write
@@ -47,11 +47,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def run(argv: list[str]) -> None:
     """Measure how training speeds up with processes, one for each GPU."""
     arguments = parse_arguments(argv)
-    file, _, changes = arguments.config.partition(".json:")
-    words = [parse_assignment(text) for text in (*arguments.set, *(split_list(changes) if changes else ()))]
-    words = [f"--{key}={value}" for key, value in words]
+    config, changes = split_spec(arguments.config)
+    words = [f"--{key}={value}" for key, value in map(parse_assignment, (*arguments.set, *changes))]
     rows: list[dict] = []
-    config = f"{file}.json" if changes else file
     read = list_spec_inputs("--config", [config], [load_run(["--config", config, *words], CONFIGS)])
     check_outputs(list_json_output(arguments.json), read)
     for n, parallel in itertools.product(arguments.processes, arguments.parallel):

@@ -23,10 +23,11 @@ from strawberry.bench.common import (
     list_results,
     list_spec_inputs,
     parse_assignment,
+    parse_learning_rates,
     parse_quantity,
-    split_list,
+    split_spec,
 )
-from strawberry.bench.compare import interrupt_on_signals, parse_learning_rates
+from strawberry.bench.compare import interrupt_on_signals
 from strawberry.bench.speedrun_plan import (
     KINDS,
     Plan,
@@ -97,7 +98,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     for name in ("lrs", "nanogpt_lrs"):
         text = getattr(arguments, name)
-        setattr(arguments, name, None if text is None else parse_rates(f"--{name}", text))
+        setattr(arguments, name, None if text is None else parse_learning_rates(text, f"--{name}"))
     if arguments.kind == "gpt2" and arguments.encoder is None:
         raise UserError("--kind gpt2: needs --encoder, the encoder of the token file --data")
     if arguments.kind == "char" and arguments.encoder is not None:
@@ -109,17 +110,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def parse_rates(option: str, text: str) -> list[float]:
-    try:
-        return parse_learning_rates(text)
-    except UserError as error:
-        raise UserError(str(error).replace("--lrs", option, 1)) from error
-
-
 def check_keys(arguments: argparse.Namespace) -> None:
     """Raises UserError for keys of either side that the command sets itself."""
-    _, _, changes = arguments.config.partition(".json:")
-    for text in [*arguments.set, *(split_list(changes) if changes else [])]:
+    _, changes = split_spec(arguments.config)
+    for text in [*arguments.set, *changes]:
         key, _ = parse_assignment(text)
         if key in STRAWBERRY_KEYS:
             raise UserError(f"{text!r}: speedrun sets {key} itself; use {STRAWBERRY_KEYS[key]}")

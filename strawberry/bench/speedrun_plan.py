@@ -12,8 +12,7 @@ import torch
 import encoder as encoders
 from model import build
 from strawberry.bench import child_process, hardware
-from strawberry.bench.common import FIXED_VALUES, load_spec, parse_assignment
-from strawberry.bench.compare import parse_learning_rates
+from strawberry.bench.common import FIXED_VALUES, load_spec, parse_assignment, parse_learning_rates
 from strawberry.bench.speedrun_report import NANOGPT, STRAWBERRY
 from strawberry.bench.sweep import dump_without_comments, hash_code, hash_json
 from strawberry.bench.train import find_nanogpt, make_nanogpt_folder, read_splits

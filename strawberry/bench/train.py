@@ -317,7 +317,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--jobs",
         type=parse_quantity,
         default=1,
-        help="get so many ready at once; they are measured in turns (default 1)",
+        help="configs that are prepared at once; they are measured one after the other (default 1)",
     )
     add("--beside", type=parse_quantity, default=0, metavar="N", help="measure again beside N more of the same config")
     add("--json", type=Path, help="write what was measured there, too")
