@@ -69,8 +69,8 @@ STRAWBERRY_KEYS |= {"max_iters": "--steps", "lr_decay_iters": "--steps", "eval_i
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         "bench.py speedrun",
-        "Train with nanoGPT's own train.py, and a config until its validation loss is as low as nanoGPT's best. The "
-        "same command goes on after an interruption.",
+        "Train with nanoGPT's own train.py, and a config until its validation loss is as low as nanoGPT's best. After "
+        "an interruption, the same command continues.",
     )
     add = parser.add_argument
     add("--nanogpt_path", type=Path, required=True, help="a checkout of nanoGPT")
@@ -81,17 +81,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="with char a text file, with gpt2 a token file of prepare.py")
     add("--encoder", help="encoder of the token file, with gpt2")
     add("--data_division", type=float, help="share of the tokens for training (default 0.9 for char, 0.95 for gpt2)")
-    add("--steps", type=parse_quantity, help="our steps at most, over which our learning rate falls (default 0.4 of "
-        "nanoGPT's)")  # fmt: skip
-    add("--lrs", help="our learning rates to choose from, by seed 1 (default: the config's)")
-    add("--nanogpt_lrs", help="nanoGPT's learning rates to choose from, by seed 1 (default: its own with char, "
+    add("--steps", type=parse_quantity, help="maximum number of our steps; our learning rate falls over them (default "
+        "0.4 of nanoGPT's)")  # fmt: skip
+    add("--lrs", help="our learning rates; the best with seed 1 is chosen (default: the config's)")
+    add("--nanogpt_lrs", help="nanoGPT's learning rates; the best with seed 1 is chosen (default: its own with char, "
         "3e-4,6e-4,1e-3 with gpt2)")  # fmt: skip
     add("--nanogpt_steps", type=parse_quantity, help="nanoGPT's steps (default 5000 with char, 1500 with gpt2)")
     add("--nanogpt_set", action="append", default=[], metavar="KEY=VALUE", help="a key of nanoGPT; may be repeated")
     add("--seeds", type=parse_quantity, default=3, help="runs of each side with its best learning rate (default 3)")
-    add("--evaluations", type=parse_quantity, default=50, help="of each run (default 50)")
-    add("--eval_tokens", type=parse_quantity, default=500_000, help="held-out tokens of an evaluation, at most "
-        "(default 500k)")  # fmt: skip
+    add("--evaluations", type=parse_quantity, default=50, help="number of evaluations in each run (default 50)")
+    add("--eval_tokens", type=parse_quantity, default=500_000, help="maximum number of held-out tokens of an "
+        "evaluation (default 500k)")  # fmt: skip
     add("--jobs", type=parse_quantity, default=1, help="runs at once, each on a GPU of its own (default 1)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: cuda, else cpu")
     add("--out", default="img/speedrun", type=Path, help="directory of the results (default img/speedrun)")
@@ -201,9 +201,8 @@ class Pool:
 
 
 class Speedrun:
-    """The order of the runs: nanoGPT's learning rates with seed 1, its other seeds and ours to its loss; without
-    finished runs.
-    """
+    """The schedule of the runs: nanoGPT's learning rates with seed 1, then its other seeds, and our runs to its losses;
+    without finished runs."""
 
     def __init__(self, plan: Plan):
         self.plan, self.pool = plan, Pool(plan)

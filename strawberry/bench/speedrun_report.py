@@ -14,7 +14,7 @@ NANOGPT, STRAWBERRY = "nanogpt", "strawberry"  # the sides
 NAMES = {NANOGPT: "nanoGPT", STRAWBERRY: "strawberry"}
 HEADER = ["run", "learning rate", "validation loss", "steps", "tokens", "seconds in steps", "compilation",
           "seconds with compilation"]  # fmt: skip
-MEASURES = {  # of a row: what its mean and its ratio are given of
+MEASURES = {  # name → value of a row, for the ratios of the means
     "seconds in steps": lambda row: row["seconds"],
     "seconds with compilation": lambda row: row["seconds"] + row["compile_s"],
     "tokens": lambda row: row["tokens"],
@@ -121,8 +121,9 @@ def list_edges(grid: list[dict], rows: list[dict]) -> list[str]:
 NOTES = (
     "nanoGPT's loss is the lowest of its run, and its seconds end where it first reaches it. strawberry's run with the "
     "same seed ends at its first evaluation that is as low.",
-    "Seconds in steps end after the device has finished, and are without evaluations, checkpoints and compilation. "
-    "Compilation is all from the start of train.py to the end of the first step, but for a step, with empty caches.",
+    "Seconds in steps are read after the device has finished, without evaluations, checkpoints and compilation. "
+    "Compilation is the time from the start of train.py to the end of the first step, minus the time of a step, with "
+    "empty caches.",
 )
 
 

@@ -120,11 +120,11 @@ def make_trial(entry: Entry, plan: Plan, lr: float, seed: int, muon: bool | None
         "cooldown_frac": plan.cooldown, "learning_rate": lr, "min_lr": MIN_LR * lr, "seed": seed,
         "device": plan.device.type, "eval_interval": every, "log_interval": max(1, every // 5),
     }  # fmt: skip
-    places = ("checkpoints", "model_path", "img_path", "encoder_path")
-    matters = {key: value for key, value in run.items() if key not in places}
-    matters["dataset"] = {key: value for key, value in run["dataset"].items() if key != "path"}
-    prints = {name: plan.data[name] for name in ("dataset", "encoder")}
-    return Trial(entry.label, lr, seed, run, f"{hash_json([RESULT_FORMAT, matters, prints])}-{plan.data['code'][:8]}")
+    paths = ("checkpoints", "model_path", "img_path", "encoder_path")
+    hashed = {key: value for key, value in run.items() if key not in paths}
+    hashed["dataset"] = {key: value for key, value in run["dataset"].items() if key != "path"}
+    data = {name: plan.data[name] for name in ("dataset", "encoder")}
+    return Trial(entry.label, lr, seed, run, f"{hash_json([RESULT_FORMAT, hashed, data])}-{plan.data['code'][:8]}")
 
 
 def read_result(plan: Plan, trial: Trial) -> dict | None:
@@ -137,7 +137,7 @@ def read_result_file(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it, and its run is done again") from error
+        raise UserError(f"{path} cannot be read ({error}); delete it, and its run is repeated") from error
 
 
 def strict_bpb(line: dict) -> float | None:

@@ -207,7 +207,7 @@ def test_windows_divide_the_held_out_tokens_and_do_not_overlap():
     whole = speedrun_plan.choose_windows(tokens, 8, 10**6)
     assert whole[:, 1:].ravel().tolist() == list(range(1, 97))
     assert speedrun_plan.choose_windows(tokens, 8, 24)[:, 0].tolist() == [0, 40, 88]
-    with pytest.raises(UserError, match="no window of 101"):
+    with pytest.raises(UserError, match="fewer than a window of 101"):
         speedrun_plan.choose_windows(tokens, 100, 100)
 
 
