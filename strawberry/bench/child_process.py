@@ -1,5 +1,5 @@
 """Child processes of bench.py. Each measurement and each training run has its own, so that a failure stops no other.
-On a host of several GPUs, each child is given one of them.
+On a host of several GPUs, each child uses one of them.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ def make_command(role: str, *arguments: str) -> list[str]:
 
 
 class GpuPool:
-    """The host's GPUs. Each child that it starts is given one, the one with the fewest running children; a child that
-    ends gives its GPU back. With one GPU or none, children see what this process sees.
+    """The host's GPUs. Each child that it starts gets one of them, the one with the fewest running children. With one
+    GPU or none, children see the devices of this process.
     """
 
     def __init__(self, device: str = "auto"):
@@ -149,7 +149,7 @@ def run_at_once(role: str, arguments: list[list[str]], jobs: int, device: str = 
 
 
 def send_go(children: list[subprocess.Popen]) -> None:
-    """Tell children that are ready to measure."""
+    """Send ready children the line for which they wait before they measure."""
     for child in children:
         with contextlib.suppress(OSError):  # the child has ended
             child.stdin.write("go\n")

@@ -33,11 +33,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", required=True, help="a config file; file.json:key=value,key=value changes keys of it")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key")
-    add("--processes", default="1,2", help="how many, with commas (default 1,2)")
+    add("--processes", default="1,2", help="numbers of processes, between commas (default 1,2)")
     add("--parallel", default="ddp", help="ddp, fsdp or both, with a comma (default ddp)")
-    add("--steps", type=parse_quantity, default=30, help="measured, after 10 others or as many (default 30)")
-    add("--same_batch", action="store_true", help="divide the config's batch, instead of as many rows for each process")
-    add("--json", type=Path, help="write what was measured there, too")
+    add("--steps", type=parse_quantity, default=30, help="measured steps, after 10 or as many others (default 30)")
+    add("--same_batch", action="store_true", help="divide the config's batch among the processes (default: one each)")
+    add("--json", type=Path, help="also write the measurements to this file")
     arguments = parser.parse_args(argv)
     arguments.processes = [parse_quantity(part) for part in arguments.processes.split(",")]
     arguments.parallel = arguments.parallel.split(",")

@@ -574,7 +574,7 @@ def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys)
     assert 2**26 < found["resident"] < 2**36
     steps = [line["step"] for line in plot.read_metrics("x/ck/metrics.jsonl") if "tokens_per_s" in line]
     assert steps[-1] == 10 + found["steps"] and not Path("x/model").exists()
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # the one who asked is gone
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # the parent has ended
     train.speed_child([str(config)])
     assert capsys.readouterr().out == "ready\n"
 
@@ -790,7 +790,7 @@ def test_trained_files_and_models_without_a_cache_are_measured_too(quick):
     assert [row["label"] for row in found] == ["mine", "b"] and all(row["cells"][0]["tokens_per_s"] for row in found)
     assert found[0]["weight_bytes"] == decode.count_weight_bytes(model.bfloat16(), 1)
     assert found[1]["cache_constant"] == 0 and found[1]["cells"][0]["bytes_per_token"] == found[1]["weight_bytes"]
-    assert "computes the last block_size tokens anew for each: b." in Path("out/decode.md").read_text()
+    assert "each token recomputes the last block_size tokens: b." in Path("out/decode.md").read_text()
 
 
 def test_nothing_of_a_fresh_model_is_idle(quick):
@@ -885,9 +885,9 @@ def test_times_as_many_is_the_median_of_the_turns(monkeypatch):
     monkeypatch.setattr(decode, "measure_nanogpt", lambda *_: next(theirs))
     told = decode.compare_with_nanogpt(Turns(), None, None, 2, 512)
     # ratios 10, 15, 5; 64 tokens for two rows take 128 / 200 + 2 · 0.5 = 1.64 s, and nanoGPT's at 20/s 6.4 s
-    assert "nanoGPT 20.0 tokens/s, tinystar 200.0 (40% of what the floor allows), 10.0 times as many" in told
+    assert "nanoGPT 20.0 tokens/s, tinystar 200.0 (40% of the upper bound), 10.0 times as many" in told
     assert "(5.0 to 15.0)" in told
-    assert "64 tokens come 3.9 times as fast with the reading of the prompt" in told
+    assert "with the prefill, 64 tokens are 3.9 times as fast" in told
 
 
 def test_a_missing_nanogpt_is_named(tmp_path):
@@ -1103,14 +1103,14 @@ def test_a_share_is_of_as_many_single_processes():
 
 
 def test_clients_are_counted_and_their_texts_compared():
-    """Three turns of three clients; one is told to come again, one gets somebody else's text."""
+    """Three turns of three clients; one is answered with 429, one gets another client's text."""
     arguments = serve.parse_arguments(["air.json", "--clients", "3", "--rows", "2", "--tokens", "9"])
     alone, good = ["a", "b", "c"], [(200, "a", 9), (200, "b", 9), (200, "c", 9)]
     turns = [good, [(200, "a", 9), (429, "", 0), (200, "c", 9)], [(200, "a", 9), (200, "a", 9), (200, "c", 9)]]
     found = [((100.0, good), (speed, turn)) for speed, turn in zip((400.0, 200.0, 300.0), turns)]
     told = serve.format_result(found, alone, arguments)
     assert "3 clients at once, 9 tokens each: 100 tokens/s a text at a time, 300 with 2 rows, 3.0 times" in told
-    assert "(2.0 to 4.0)" in told and "8 of 9 requests were served, 1 told to come again" in told
+    assert "(2.0 to 4.0)" in told and "8 of 9 requests were served, 1 answered with status 429" in told
     assert "7 of the 8 texts are exactly" in told
 
 
