@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from strawberry.common import first_line
 from strawberry.data.dataset import Split
 from strawberry.data.loader import map_tensors
 from strawberry.data.objectives import Batch, NextToken, decode_with_sentinels, encode_with_sentinels
@@ -175,7 +176,7 @@ class Evaluator:
         except Exception as error:
             if not self.state.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             warn(f"torch.compile failed, so that evaluations take longer ({type(error).__name__}: {reason})")
             self.stance = functools.partial(torch.compiler.set_stance, "force_eager")
         return self.sum_losses()

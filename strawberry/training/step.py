@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strawberry.common import first_line
 from strawberry.data.objectives import Batch
 from strawberry.data.order import derive_keys
 from strawberry.sharding import divide_batch
@@ -130,7 +131,7 @@ class TrainStep:
                 except Exception as error:
                     if memory.is_out_of_memory(error):
                         raise
-                    reason = str(error).strip().partition("\n")[0]
+                    reason = first_line(error)
                     warn(f"torch.compile failed, so that steps take longer ({type(error).__name__}: {reason})")
                     compile = False
             if not compile:
@@ -197,7 +198,7 @@ class TrainStep:
             graph_step.close()
             if memory.is_out_of_memory(error) or isinstance(error, distributed.PeerLost):
                 raise
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             why = f"{type(error).__name__}: {reason}"
         if ranks.world > 1 and ranks.max_signal(bool(why)) and not why:  # all ranks use a graph, or none
             graph_step.close()
