@@ -113,7 +113,7 @@ def steps(group, name: str) -> dict:
     # eps: so that AdamW's first step is no mere sign of a gradient
     about = OptimizerHyperparams(use_muon=True, eps=1e-2, **OPTIONS.get(name, {}))
     optimizer = build_optimizer(model, about, 1e-2, "cpu", group)
-    optimizer._in_passing = True  # as on a GPU
+    optimizer._fused_clipping = True  # as on a GPU
     given = batches(model, T, group.rank, group.world)
 
     def idle() -> bool:
