@@ -38,7 +38,7 @@ def decode_mha_kernel(
 ):  # fmt: skip
     """A head with its own keys. Each of BLOCK lanes computes its own online softmax over every BLOCK-th slot, and the
     lanes are merged at the end: in the loop only the dot product reduces across lanes. The keys and values of
-    STAGES − 1 iterations are on their way to shared memory at once, so that a short context waits for one load only."""
+    STAGES − 1 iterations are loaded to shared memory at once, so that a short context waits for one load only."""
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     first = split * share
@@ -147,7 +147,7 @@ def merge_splits_kernel(
     parts, pos, out, size, heads, splits,
     D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of a head, each of which has its sums relative to its own highest score."""
+    """Merge the splits of a head, whose sums are relative to their own highest scores (arXiv 2311.01282)."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     s, c = tl.arange(0, SPLITS_PAD), tl.arange(0, PAD)
