@@ -111,8 +111,8 @@ class TrainStep:
         """Run one forward and backward pass and discard the gradients: this compiles the model and detects errors
         before any file is changed, and outside the measured time. Returns the loss.
 
-        An evaluation's pass is compiled with the first evaluation, since it takes as long again; here only the memory
-        of its logits is tried.
+        An evaluation's pass is compiled at the first evaluation, since that takes as long again; here only the memory
+        for its logits is tried.
         """
         batch = evaluation.make_batch(
             self.state.objective, self.state.corpus.train, self.state.run.seed, 0, self.state.rows, self.state.device
@@ -120,7 +120,7 @@ class TrainStep:
         with self.preserve_model(), self.state.ranks.detect_peer_loss():
             if compile:
                 print("compiling …", flush=True)
-                # a note to PyTorch's developers, about one kernel of many
+                # a warning of Inductor about one of its kernels, which users cannot act on
                 warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled on the fly")
                 self.state.forward = self.state.ranks.make_forward(
                     self.state.model, compile, self.has_unused_parameters
@@ -141,8 +141,8 @@ class TrainStep:
             return self.state.ranks.sum_numbers(loss.item())[0]
 
     def try_memory_of_logits(self, batch: Batch) -> None:
-        """Raises OutOfMemoryError if an evaluation's logits and their float32 copy find no room. Steps need none: their
-        head computes the loss without logits."""
+        """Raises OutOfMemoryError if an evaluation's logits and their float32 copy do not fit. Steps need none, since
+        their head computes the loss without logits."""
         if self.state.device.type == "cuda":
             torch.empty(batch.y.numel() * self.state.run.model_hyperparams.vocab_size * 6, dtype=torch.uint8,
                         device=self.state.device)  # fmt: skip

@@ -98,9 +98,9 @@ def test_short_and_broken_files_are_drawn_as_far_as_they_go(tmp_path, text):
     ("", "holds no loss at any step"),
     ('{"step": 1, "loss": null}\n{"step": 2, "lo', "holds no loss at any step"),
     ('{"step": 1, "lr": 0.1}\n', "holds no loss at any step"),
-    ("[]\n7\n", "holds no metrics of a training run"),
-    ("Once upon a time,\nin a book.\n", "holds no metrics of a training run"),
-    ('{"text": "a document"}\n', "holds no metrics of a training run"),
+    ("[]\n7\n", "has no metrics of a training run"),
+    ("Once upon a time,\nin a book.\n", "has no metrics of a training run"),
+    ('{"text": "a document"}\n', "has no metrics of a training run"),
 ])  # fmt: skip
 def test_what_has_nothing_to_draw_leaves_the_last_pictures(tmp_path, text, told):
     good, other = write_run(tmp_path / "a" / "metrics.jsonl"), tmp_path / "other.txt"

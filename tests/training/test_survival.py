@@ -939,7 +939,7 @@ def test_a_lock_is_given_back(tmp_path, monkeypatch, flock):
 def test_a_lock_whose_file_was_removed_still_keeps_the_directory(tmp_path):
     lock = Lock(tmp_path)
     lock.path.unlink()
-    with pytest.raises(UserError, match="another process, which has left no name"):
+    with pytest.raises(UserError, match="another process, which has not written its name"):
         Lock(tmp_path)
     lock.release()
 
@@ -968,7 +968,7 @@ def test_without_flock_a_dead_processs_lock_is_taken_over(tmp_path, monkeypatch,
 def test_without_flock_a_lock_without_a_name_is_respected(tmp_path, monkeypatch, content):
     without_flock(monkeypatch)
     (tmp_path / "lock").write_bytes(content)
-    with pytest.raises(UserError, match="another process, which has left no name; .* if it is gone, remove .*lock"):
+    with pytest.raises(UserError, match="another process, which has not written its name; .* if it has ended, remove .*lock"):
         Lock(tmp_path)
 
 
