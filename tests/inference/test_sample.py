@@ -631,7 +631,7 @@ def test_sentinels_are_read_where_spans_were_learned(answering, capsys, monkeypa
     assert encode_source_text(asked, model, encoder, record) == [0, 1, 12, 2, 14, encoder.eot]
     answer(capsys, path, "--source", asked)
     error = fails(capsys, monkeypatch, "--model", str(path), "--source", "ab<|3|>")
-    assert error == "error: --source: <|3|> is one of too many; the model knows 3"
+    assert error == "error: --source: <|3|> is too high; the model has 3 sentinels"
     error = fails(capsys, monkeypatch, "--model", str(answering / "pairs.transformer"), "--source", "ab<|0|>")
     assert "'<'" in error  # which this encoder lacks: without spans it is ordinary text
 
@@ -666,12 +666,12 @@ def test_an_answer_is_scored_given_its_source(answering, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "argv", "message"),
     [
-        ("pairs", ["--prompt", "a"], "an encoder-decoder, which answers to a text; give it one with --source"),
-        ("pairs", ["--score", "a.txt"], "give it one with --source"),
-        ("masked", ["--prompt", "a"], "this transformer is an encoder: it guesses masked tokens and makes no text"),
-        ("masked", ["--source", "a"], "is an encoder: it guesses"),
-        ("masked", ["--score", "a.txt"], "is an encoder: it guesses"),
-        ("strawberry", ["--source", "a"], "this strawberry reads none; leave it out, or make it the prompt"),
+        ("pairs", ["--prompt", "a"], "an encoder-decoder, which needs a source text; give one with --source"),
+        ("pairs", ["--score", "a.txt"], "give one with --source"),
+        ("masked", ["--prompt", "a"], "this transformer is an encoder: it predicts masked tokens, not text"),
+        ("masked", ["--source", "a"], "is an encoder: it predicts"),
+        ("masked", ["--score", "a.txt"], "is an encoder: it predicts"),
+        ("strawberry", ["--source", "a"], "this strawberry takes no source; leave it out, or make it the prompt"),
         ("pairs", ["--source", "a", "--source", "b"], "--source: given twice"),
         ("pairs", ["--source", "\udcff"], "is not UTF-8"),
         ("pairs", ["--source", "x"], "'x'"),
@@ -895,7 +895,7 @@ def test_texts_in_bulk_do_not_depend_on_batch(desk, folder, name, capsys):
     for batch in ("8", "1", "3", "16"):
         sample.main([*argv, "--out", f"{batch}.jsonl", "--batch", batch])
         assert results(f"{batch}.jsonl") == results("8.jsonl")
-        assert ("on a CPU 8 texts are made at once" in capsys.readouterr().err) == (batch != "8")
+        assert ("on a CPU 8 texts are generated at once" in capsys.readouterr().err) == (batch != "8")
 
 
 def test_the_shape_that_a_text_is_computed_in_is_fixed_by_its_line_alone(desk, monkeypatch):
@@ -984,7 +984,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(desk, monkeypatch, 
                 raise KeyboardInterrupt
             yield piece
 
-    message = "^interrupted: 2 of 4 texts are in texts.jsonl; the same command goes on$"
+    message = "^interrupted: 2 of 4 texts are in texts.jsonl; the same command continues$"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=message):
         patch.setattr(bulk, "stream_texts", interrupted)
         run_bulk(desk)
@@ -1078,7 +1078,7 @@ def test_results_of_something_else_are_not_added_to(desk, folder, capsys, monkey
         options["--model"] = str(folder / "tinystar.strawberry")
     argv = [word for pair in options.items() for word in pair]
     told = fails(capsys, monkeypatch, *argv)
-    assert re.search(f"texts.jsonl was made otherwise: {message}. Give the same again, or name another --out", told)
+    assert re.search(f"texts.jsonl has other inputs: {message}. Give the same again, or name another --out", told)
     assert Path("texts.jsonl").read_bytes() == before
 
 
@@ -1115,7 +1115,7 @@ def test_more_at_once_or_on_another_day_is_the_same_run(desk):
     ({"prompt": "a", "stop": "b"}, 'stop = "b": must be a list of text'),
     ({"prompt": "a", "stop": [""]}, r'stop = \[""\]: must be a list of text'),
     ({"prompt": "a", "id": [1]}, r"id = \[1\]: must be text or an integer"),
-    ({"prompt": "a", "source": "b"}, "source: this strawberry reads none"),
+    ({"prompt": "a", "source": "b"}, "source: this strawberry takes no source"),
 ])  # fmt: skip
 def test_a_wrong_line_is_named_before_anything_is_made(desk, capsys, monkeypatch, line, message):
     desk({"prompt": "a"}, line)
@@ -1195,7 +1195,7 @@ def test_an_out_that_is_no_result_of_ours_is_left_alone(desk, capsys, monkeypatc
     run_bulk(desk)
     data = Path("texts.jsonl").read_text()
     Path("texts.jsonl.from.json").rename("aside")
-    assert "texts.jsonl is there, but texts.jsonl.from.json, which would say" in fails(capsys, monkeypatch, *argv)
+    assert "texts.jsonl exists, but texts.jsonl.from.json, which states" in fails(capsys, monkeypatch, *argv)
     assert Path("texts.jsonl").read_text() == data
     Path("aside").rename("texts.jsonl.from.json")
     Path("texts.jsonl").write_text(data + "more\n")

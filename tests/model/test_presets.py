@@ -195,7 +195,7 @@ def test_trains_evaluates_is_saved_and_makes_text(name, workshop, tmp_path, monk
     assert "bits per byte" in told or objective in ("spans", "masked")
     assert f"\nobjective    {objective}\n" in told
     if not model.generates:
-        with pytest.raises(UserError, match="is an encoder: it guesses masked tokens and makes no text"):
+        with pytest.raises(UserError, match="is an encoder: it predicts masked tokens, not text"):
             sample.main(["--prompt", "the"])
         return
     argv = ["--source", "the cat"] if model.takes_source else ["--prompt", "the"]

@@ -968,7 +968,7 @@ def test_without_flock_a_dead_processs_lock_is_taken_over(tmp_path, monkeypatch,
 def test_without_flock_a_lock_without_a_name_is_respected(tmp_path, monkeypatch, content):
     without_flock(monkeypatch)
     (tmp_path / "lock").write_bytes(content)
-    with pytest.raises(UserError, match="another process, which has not written its name; .* if it has ended, remove .*lock"):
+    with pytest.raises(UserError, match="which has not written its name; .* if it has ended, remove .*lock"):
         Lock(tmp_path)
 
 
