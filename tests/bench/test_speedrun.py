@@ -131,7 +131,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_stopwatch_stands_still_during_evaluations(clock):
+def test_a_stopwatch_is_paused_during_evaluations(clock):
     watch = Stopwatch(CPU)
     clock[0] += 5
     watch.end_first_step()
@@ -143,7 +143,7 @@ def test_a_stopwatch_stands_still_during_evaluations(clock):
     assert watch.read() == 7 and watch.first_step == 5
 
 
-def test_compilation_is_told_from_steps():
+def test_compilation_is_separated_from_steps():
     """Ready after 20 s; the first step takes 11 s, the others one each; evaluations at steps 0, 4 and 8."""
     found = speedrun_child.summarize([Point(0, 20, 9.0), Point(4, 34, 5.0), Point(8, 38, float("nan"))], 31, 10)
     assert found["step_s"] == 1 and found["compile_s"] == 30
@@ -280,7 +280,7 @@ def test_other_data_another_target_or_another_key_is_another_run(children):
     assert bench.main([*WORDS, "--seeds", "1"]) is None and len(children) == 5
 
 
-def test_a_loss_that_is_not_reached_is_told_by_how_much(children, capsys):
+def test_a_loss_that_is_not_reached_is_reported_by_how_much(children, capsys):
     assert bench.main([*WORDS, "--seeds", "1", "--lrs", "2"]) is None
     text = Path("img/speedrun/speedrun.md").read_text()
     assert "not reached: best 2.3100 at step 4, 0.2000 above nanoGPT's" in text
