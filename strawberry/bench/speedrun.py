@@ -8,7 +8,6 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -51,7 +50,6 @@ from strawberry.common import UserError, atomic_write
 from strawberry.outputs import Input, check_outputs, encoder_inputs
 from strawberry.training import setup
 
-POLL_SECONDS = 0.3  # between polls of the children
 ROLES = {NANOGPT: "_speedrun_nanogpt", STRAWBERRY: "_speedrun_strawberry"}
 # Keys of nanoGPT that the command sets itself, and the option for each.
 NANOGPT_KEYS = {"learning_rate": "--nanogpt_lrs", "min_lr": "--nanogpt_lrs", "dataset": "--data", "device": "--device",
@@ -144,19 +142,12 @@ def rank_strawberry(result: dict, target: float) -> tuple[float, float]:
     return math.inf if point is None else point[2], rank_nanogpt(result)
 
 
-class Pool:
-    """Simultaneous runs, each on a GPU of its own and in a folder of its own until its result is written."""
+class Pool(child_process.RunPool):
+    """The running children of speedrun, each on a separate GPU."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.gpus = plan, child_process.GpuPool(plan.device.type)
-        self.running: dict[str, tuple[Trial, subprocess.Popen]] = {}
-
-    @property
-    def n_free(self) -> int:
-        return self.plan.arguments.jobs - len(self.running)
-
-    def folder(self, trial: Trial) -> Path:
-        return self.plan.runs / trial.key
+        super().__init__(plan.runs, plan.arguments.jobs, plan.device.type)
+        self.plan = plan
 
     def start(self, trial: Trial) -> None:
         """Start a run. Its caches of compiled code are empty, so that each run's compilation takes as long."""
@@ -171,8 +162,7 @@ class Pool:
         extra = {"TORCHINDUCTOR_CACHE_DIR": str((folder / "inductor").absolute()),
                  "TRITON_CACHE_DIR": str((folder / "triton").absolute())}  # fmt: skip
         command = child_process.make_command(ROLES[trial.side], str((folder / "job.json").absolute()))
-        child = child_process.start(command, folder / "log.txt", self.plan.arguments.jobs, self.gpus, extra)
-        self.running[trial.key] = (trial, child)
+        self.start_child(trial, command, extra)
 
     def write_config(self, folder: Path, run: dict) -> str:
         none = {"path": str(folder / "ck"), "create_checkpoints": False}
@@ -183,21 +173,14 @@ class Pool:
     def collect_finished(self) -> list[tuple[Trial, str]]:
         """(trial, reason of its failure or "") of the children that have ended since the last call."""
         finished = []
-        for key, (trial, child) in list(self.running.items()):
-            if child.poll() is None:
-                continue
-            del self.running[key]
-            folder, why = self.folder(trial), ""
-            if child.returncode == 0 and (self.plan.runs / f"{key}.json").exists():
-                shutil.rmtree(folder, ignore_errors=True)
+        for trial, code in self.pop_ended():
+            why = ""
+            if code == 0 and (self.runs / f"{trial.key}.json").exists():
+                shutil.rmtree(self.folder(trial), ignore_errors=True)
             else:
-                reason = child_process.read_failure(folder / "log.txt")
-                why = f"exit code {child.returncode}, {reason}; see {folder}/log.txt"
+                why = self.describe_failure(trial, code)
             finished.append((trial, why))
         return finished
-
-    def stop(self) -> None:
-        child_process.stop_all([child for _, child in self.running.values()])
 
 
 class Speedrun:
@@ -275,7 +258,7 @@ class Speedrun:
                     print(f"{trial}: started", flush=True)
                     self.pool.start(trial)
                 while not (finished := self.pool.collect_finished()):
-                    time.sleep(POLL_SECONDS)
+                    time.sleep(child_process.POLL_SECONDS)
                 for trial, why in finished:
                     self.failures |= {trial.key: why} if why else {}
                     print(f"{trial}: {f'failed: {why}' if why else self.describe(trial)}", flush=True)

@@ -80,7 +80,7 @@ def workshop(tmp_path, monkeypatch):
     write_config("b", {"arch": "tinystar", "n_embd": 32})
     command = lambda role, *arguments: [sys.executable, "-c", FAKE, role, *arguments]  # noqa: E731
     monkeypatch.setattr(child_process, "make_command", command)
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(child_process, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(compare_report, "draw_comparison", lambda *arguments: None)
     monkeypatch.setattr(plot, "save", lambda *arguments: None)
     return tmp_path

@@ -230,7 +230,7 @@ def children(checkout, monkeypatch):
                 "gradient_accumulation_steps": 1, "learning_rate": 1e-2, "min_lr": 1e-3, "warmup_iters": 0,
                 "dropout": 0.0, "dtype": "float32", "params": 8, "params_total": 10**6}  # fmt: skip
     monkeypatch.setattr(child_process, "run_in_turns", lambda role, words: [settings])
-    monkeypatch.setattr(speedrun, "POLL_SECONDS", 0)
+    monkeypatch.setattr(child_process, "POLL_SECONDS", 0)
     monkeypatch.setattr(speedrun_plan, "hash_code", lambda: "c")  # the code is not read again for each command
     monkeypatch.setattr(plot, "save", lambda fig, path: path.write_bytes(b"\x89PNG\r\n\x1a\n"))
 
