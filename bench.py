@@ -36,7 +36,7 @@ asks serve.py for texts from many clients at once, in turns with a server that m
 
     python bench.py recall tinystar-v0.2-modernbase.json air.json:window=16 --pairs 8 --distances 16,64,256
 
-recall trains configs on associative recall, and measures how far back and among how many facts they remember.
+recall trains configs on associative recall, and measures their accuracy by distance and by number of pairs.
 
     python bench.py speedrun --nanogpt_path ~/nanoGPT --config tinystar-v0.8-speedrun.json --data input.txt
 

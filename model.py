@@ -1136,13 +1136,13 @@ class LanguageModel(CachedGeneration, nn.Module):
 
 
 class Memory(nn.Module):
-    """x + out · read of a linear memory: what `retention_rule: "delta"` adds before a block's last step.
+    """out · o, where o is read from a linear memory: `retention_rule: "delta"` adds it to x before a block's last step.
 
-    Keys, values and gates are linear in h = norm(x). A convolution over the last four projections z gives the query
-    z_t + Σ_j taps_j ⊙ z_{t−j}; the key is the query of the token before, so that the memory maps a token to what
-    followed it. A head's gates are log α = log σ(−a − offset), β = σ(b), and σ(c) for what is read. The offsets,
-    −4 … −9, let heads forget over about 50 to 8,000 tokens at the start. strawberry/ops/memory.py has the memory's
-    formula.
+    Projections z, values and gates are linear in h = norm(x). A convolution over the last four projections gives the
+    query, q_t = unit(z_t + Σ_{j<4} taps_j ⊙ z_{t−j}); the key is the query of the token before, k_t = q_{t−1}, so that
+    the memory maps a token to the value of the token after it. A head's gates are log α = log σ(−a − offset) for the
+    decay, β = σ(b) for the write, and σ(c) for the read. The offsets, −4 … −9, initialize the decay such that heads
+    forget over about 50 to 8,000 tokens. strawberry/ops/memory.py has the recurrence (arXiv 2412.06464).
     """
 
     roles = {"w_key": "matrix", "w_value": "matrix", "w_gates": "bias", "gate_bias": "bias", "taps": "bias",
@@ -1164,12 +1164,12 @@ class Memory(nn.Module):
         z, v = (ops.linear(h, w, precision=self.precision) for w in (self.w_key, self.w_value))
         z = ops.causal_convolution(z, self.taps, ctx, cache)  # (B, T + 1, M), of the token before too
         z, v = (y.unflatten(-1, (self.n_head, self.d)) for y in (z, v))
-        z, (log_decay, beta, show) = ops.unit(z), self.gates(h, ctx)
+        z, (log_decay, beta, read_gate) = ops.unit(z), self.gates(h, ctx)
         state = None if cache is None else cache.state
         o, last = ops.read_memory(z[:, 1:], z[:, :-1], v, log_decay, beta, size=self.size, state=state)
         if cache is not None:
             state.copy_(last)
-        o = ops.soft_norm(o) * show.unsqueeze(-1)
+        o = ops.soft_norm(o) * read_gate.unsqueeze(-1)
         return ops.linear(o.to(v.dtype).flatten(2), self.out, precision=self.precision)
 
     def gates(self, h: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -1179,8 +1179,8 @@ class Memory(nn.Module):
         return ctx.mask_invalid(F.logsigmoid(-a - offset)), ctx.mask_invalid(torch.sigmoid(b)), torch.sigmoid(c)
 
     def new_cache(self, batch: int, device, dtype) -> LayerCache:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        state = ((self.n_head, self.d, self.d), 0.0, wide)
+        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        state = ((self.n_head, self.d, self.d), 0.0, state_dtype)
         return LayerCache(batch, device, state=state, tail=((4, self.n_head * self.d), 0.0, dtype))
 
 
@@ -2088,6 +2088,7 @@ def build(hyperparams: dict | ModelConfig) -> LanguageModel:
     where a key or a value is wrong.
 
     >>> build({"arch": "tinystar", "n_layer": 4, "n_embd": 128}).num_params()
+    787584
     """
     config = hyperparams
     if isinstance(hyperparams, dict):

@@ -25,11 +25,11 @@ from strawberry.ops import muon as ops
 from strawberry.ops.triton.common import HALF_DTYPES
 from strawberry.sharding import shard_like, shard_of, to_dtensor, to_local
 
-# ROLES are all roles that a model may name. DECAYED have weight decay, HIDDEN may be optimized by Muon.
+# ROLES are all roles of parameters. DECAYED have weight decay, HIDDEN may be optimized by Muon.
 DECAYED = {"matrix", "residual", "embedding", "input"}
 HIDDEN = {"matrix", "residual"}
 ROLES = ("matrix", "residual", "embedding", "input", "head", "router", "position", "norm", "bias", "tao", "tau")
-# role → the option that sets AdamW's learning rate for it; other roles have `learning_rate`
+# role → the option for AdamW's learning rate of these parameters; the other roles have `learning_rate`
 RATES = {"embedding": "embedding_lr", "input": "embedding_lr", "head": "head_lr"}
 RATES |= dict.fromkeys(("norm", "bias", "tao", "tau"), "scalar_lr")
 ROW_MOMENT = "row_moment"  # key in Muon's state: the second moment of each row, (rows, 1)
@@ -71,8 +71,8 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-MIN_GRAM_ROWS = 512  # of `map_by_gram`: with fewer, its launches cost more than the operations that it saves
-# name → (polynomials, divisor of a singular value besides the norm)
+MIN_GRAM_ROWS = 512  # for `map_by_gram`: with fewer rows, its launches take longer than the operations that it saves
+# name → (polynomials, a divisor of the singular values beside the norm)
 QUINTICS = {"jordan": (JORDAN, 1.0), "polar_express": (POLAR_EXPRESS, 1.02)}
 
 
@@ -126,7 +126,7 @@ def map_by_gram(x: Tensor, polynomials: tuple) -> Tensor:
 
 
 def map_stacks(stacks, shapes, work):
-    """`distribute` for one process, which does all the work itself."""
+    """`ranks.distribute` for a single process."""
     return map(work, stacks)
 
 
@@ -159,7 +159,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
-                    raise ValueError(f"Muon takes matrices only, and here is a parameter of shape {tuple(p.shape)}")
+                    raise ValueError(f"Muon optimizes matrices only, not a parameter of shape {tuple(p.shape)}")
 
     @torch.no_grad()
     def step(self) -> None:
@@ -171,10 +171,11 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     stacks[i, p.shape, p.dtype, p.device].append(p)
         groups = [self.param_groups[i] for i, *_ in stacks]
-        ahead = (self._ahead(params, momentum_at(group)) for group, params in zip(groups, stacks.values(), strict=True))
+        momenta = (self._nesterov_momentum(params, momentum_at(group))
+                   for group, params in zip(groups, stacks.values(), strict=True))  # fmt: skip
         shapes = [shape for _, shape, *_ in stacks]
         distribute = map_stacks if self.ranks is None else self.ranks.distribute
-        updates = distribute(ahead, shapes, partial(newton_schulz, quintics=self.quintics))
+        updates = distribute(momenta, shapes, partial(newton_schulz, quintics=self.quintics))
         if self.beta2:
             updates = self._normalize_rows(stacks.values(), updates)
         for group, params, update in zip(groups, stacks.values(), updates, strict=True):
@@ -182,9 +183,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] += 1
 
-    def _ahead(self, params: list[Tensor], momentum: float) -> Tensor:
-        """The Nesterov momentum μ m + (1 − μ) g of parameters of one shape, (n, rows, cols), before orthogonalization;
-        for sharded parameters, this rank's rows."""
+    def _nesterov_momentum(self, params: list[Tensor], momentum: float) -> Tensor:
+        """The Nesterov momentum of parameters of one shape, (n, rows, cols), before orthogonalization; for sharded
+        parameters, this rank's rows. With found_inf, this also updates the momentum."""
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -197,7 +198,7 @@ class Muon(torch.optim.Optimizer):
         return ops.move_and_look_ahead(grads, buffers, self.lerp, self.found_inf, dtype)
 
     def _update(self, params: list[Tensor], update: Tensor, group: dict, momentum: float) -> None:
-        """Update momentum and parameters of one shape."""
+        """Update the parameters of one shape and, without found_inf, their momentum."""
         lr = group["lr"]  # a float or a tensor of one element
         if self.found_inf is None:
             buffers = [to_local(self.state[p]["momentum_buffer"]) for p in params]
@@ -249,8 +250,8 @@ def momentum_at(group: dict) -> float:
 
 
 def decay_rate(lr: float | Tensor, group: dict, schedule: str) -> float | Tensor:
-    """r of decoupled weight decay, w ← w − r·w, at the learning rate `lr`: lr·λ with the schedule "constant". With "lr"
-    λ too is in proportion to the learning rate, r = lr²·λ / peak."""
+    """r of decoupled weight decay, w ← w − r·w, at the learning rate `lr`: lr·λ with the schedule "constant"; lr²·λ /
+    peak with "lr", where λ too is proportional to the learning rate."""
     rate = lr * group["weight_decay"]
     return rate if schedule == "constant" else rate * (group["lr"] / group["base_lr"])
 
@@ -285,14 +286,15 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
 
     Weight decay applies to matrices and embeddings only. With `use_muon`, Muon optimizes the two-dimensional parameters
     of the roles matrix and residual, and AdamW the rest. `ranks`: the processes among which Muon's work is distributed.
+    Raises RuntimeError if roles() does not name each parameter once.
     """
     named = parameters_by_role(model)
-    groups, held = defaultdict(list), {}
+    groups, updated = defaultdict(list), {}
     for name, (role, p) in named.items():
         kind = "muon" if hyper.use_muon and role in HIDDEN and p.ndim == 2 else "adamw"
-        held[name] = p if kind == "muon" else own_part(p)
+        updated[name] = p if kind == "muon" else local_tensor(p)
         rate = choose_rate(kind, role, hyper, learning_rate)
-        groups[kind, hyper.weight_decay if role in DECAYED else 0.0, rate].append(held[name])
+        groups[kind, hyper.weight_decay if role in DECAYED else 0.0, rate].append(updated[name])
 
     def groups_of(wanted: str) -> list[dict]:
         return [
@@ -309,7 +311,7 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
         fused = device_type in ("cuda", "cpu", "mps")  # where torch has the fused kernel
         settings = {"lr": learning_rate, "betas": (hyper.beta1, hyper.beta2), "eps": hyper.eps, "fused": fused}
         parts["adamw"] = (torch.optim.AdamW if schedule == "constant" else AdamW)(adamw, **settings)
-    return Optimizer(parts, named, held, in_passing=device_type == "cuda")
+    return Optimizer(parts, named, updated, fused_clipping=device_type == "cuda")
 
 
 def choose_rate(kind: str, role: str, hyper, learning_rate: float) -> float:
@@ -320,9 +322,9 @@ def choose_rate(kind: str, role: str, hyper, learning_rate: float) -> float:
     return learning_rate if chosen is None else chosen
 
 
-def own_part(p: nn.Parameter) -> Tensor:
-    """The tensor that AdamW, which is elementwise, updates: the parameter, or this rank's shard of it, in the same
-    memory. With DTensors, an operation on a few hundred tensors takes more time on the host than on the GPU."""
+def local_tensor(p: nn.Parameter) -> Tensor:
+    """The parameter, or this rank's shard of it in the same memory. AdamW, which is elementwise, updates it instead of
+    a DTensor, since an operation on a few hundred DTensors takes more time on the host than on the GPU."""
     return p if to_local(p) is p else to_local(p).detach()
 
 
@@ -331,10 +333,10 @@ def parameters_by_role(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
     model."""
     named = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter may be named either way
     roles = model.roles()
-    if strangers := sorted(roles.keys() - named.keys()):
-        raise RuntimeError(f"roles() of {type(model).__name__} names what is no parameter: {', '.join(strangers)}")
+    if others := sorted(roles.keys() - named.keys()):
+        raise RuntimeError(f"roles() of {type(model).__name__} names what is no parameter: {', '.join(others)}")
     if unknown := [f"{name}: {role}" for name, role in roles.items() if role not in ROLES]:
-        raise RuntimeError(f"{type(model).__name__} has roles that nobody knows: {', '.join(unknown)}")
+        raise RuntimeError(f"{type(model).__name__} has unknown roles: {', '.join(unknown)}")
     names_of = defaultdict(list)
     for name in roles:
         names_of[id(named[name])].append(name)
@@ -352,16 +354,17 @@ class Optimizer:
     """
 
     def __init__(self, parts: dict[str, torch.optim.Optimizer], named: dict[str, tuple[str, nn.Parameter]],
-                 held: dict[str, Tensor], in_passing: bool = False):
-        """`held`: name → the tensor that AdamW or Muon updates, the parameter itself or a shard in the same memory.
-        `in_passing`: AdamW's fused kernel clips the gradients as it reads them, which saves a pass on a GPU."""
-        self.parts, self._held, self._in_passing = parts, held, in_passing
+                 updated: dict[str, Tensor], fused_clipping: bool = False):
+        """`named`: name → (role, parameter). `updated`: name → the tensor that AdamW or Muon updates, the parameter
+        itself or this rank's shard in the same memory. `fused_clipping`: AdamW's fused kernel clips the gradients when
+        it reads them, which saves a pass on a GPU."""
+        self.parts, self._updated, self._fused_clipping = parts, updated, fused_clipping
         self._params = {name: p for name, (_, p) in named.items()}
-        self._apart = [(p, held[name]) for name, p in self._params.items() if held[name] is not p]
-        self._part_of = {id(p): kind for kind, part in parts.items() for g in part.param_groups for p in g["params"]}
-        self.groups = self._rows({id(held[name]): about for name, about in named.items()})
+        self._shards = [(p, updated[name]) for name, p in self._params.items() if updated[name] is not p]
+        self._kind_of = {id(p): kind for kind, part in parts.items() for g in part.param_groups for p in g["params"]}
+        self.groups = self._summarize_groups({id(updated[name]): about for name, about in named.items()})
 
-    def _rows(self, named: dict[int, tuple[str, nn.Parameter]]) -> list[dict]:
+    def _summarize_groups(self, named: dict[int, tuple[str, nn.Parameter]]) -> list[dict]:
         rows = {}
         for kind, part in self.parts.items():
             for group in part.param_groups:
@@ -378,8 +381,8 @@ class Optimizer:
         """The groups as text, one line each."""
         lines = [f"{'role':<10} {'optimizer':<9} {'lr':>8} {'decay':>6} {'tensors':>7} {'parameters':>13}"]
         for row in self.groups:
-            what = f"{row['role']:<10} {row['optimizer']:<9} {row['lr']:>8g} {row['weight_decay']:>6g}"
-            lines.append(f"{what} {row['tensors']:>7} {row['parameters']:>13,}")
+            text = f"{row['role']:<10} {row['optimizer']:<9} {row['lr']:>8g} {row['weight_decay']:>6g}"
+            lines.append(f"{text} {row['tensors']:>7} {row['parameters']:>13,}")
         return "\n".join(lines)
 
     def set_lr(self, factor: float) -> None:
@@ -395,7 +398,7 @@ class Optimizer:
 
     def to_device(self, found_inf: Tensor) -> None:
         """Make steps independent of the host, as a CUDA graph requires: learning rates and momentum become device
-        tensors, which `set_lr` and `count` fill, and a step is skipped if found_inf () is 1.0."""
+        tensors, which `set_lr` and `count` fill, and a step changes nothing if found_inf () is 1.0."""
         for kind, part in self.parts.items():
             part.found_inf = found_inf
             for group in part.param_groups:
@@ -424,27 +427,27 @@ class Optimizer:
 
     @torch.no_grad()
     def clip(self, norm: Tensor, limit: float) -> None:
-        """Scale the gradients to the norm `limit` if their norm () exceeds it; 0 is no limit. With `in_passing`,
+        """Scale the gradients to the norm `limit` if their norm () exceeds it; 0 is no limit. With `fused_clipping`,
         AdamW's gradients are scaled in `step`."""
         if not limit:
             return
-        self._bring_grads()
+        self._assign_shard_grads()
         for kind, part in self.parts.items():
-            if kind == "adamw" and self._in_passing:  # the fused kernel divides by grad_scale, as with GradScaler
+            if kind == "adamw" and self._fused_clipping:  # the fused kernel divides by grad_scale, as with GradScaler
                 part.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0).float()
                 continue
             grads = [to_local(p.grad) for group in part.param_groups for p in group["params"] if p.grad is not None]
             if grads := [grad for grad in grads if grad.numel()]:
                 torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))  # torch's clip_grads_with_norm_
 
-    def _bring_grads(self) -> None:
-        for p, mine in self._apart:
+    def _assign_shard_grads(self) -> None:
+        for p, mine in self._shards:
             mine.grad = None if p.grad is None else to_local(p.grad)
 
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""
-        self._bring_grads()
+        self._assign_shard_grads()
         for part in self.parts.values():
             part.step()
 
@@ -453,7 +456,7 @@ class Optimizer:
         for part in self.parts.values():
             part.zero_grad(set_to_none=True)
             part.grad_scale = None
-        for p, _ in self._apart:
+        for p, _ in self._shards:
             p.grad = None
 
     # ---- saving and restoring
@@ -464,11 +467,11 @@ class Optimizer:
         The tensors are references, not copies. Values from the JSON file (learning rates, decay, betas) are not
         included: a resumed run uses its own JSON file, and its schedule sets the learning rate.
         """
-        state = {name: dict(self._part(name).state.get(mine, {})) for name, mine in self._held.items()}
+        state = {name: dict(self._part(name).state.get(mine, {})) for name, mine in self._updated.items()}
         for name, p in self._params.items():
-            if self._held[name] is not p:
+            if self._updated[name] is not p:
                 state[name] = {key: to_dtensor(t, p) for key, t in state[name].items()}
-        kinds = {name: self._part_of[id(mine)] for name, mine in self._held.items()}
+        kinds = {name: self._kind_of[id(mine)] for name, mine in self._updated.items()}
         muon_step = self.parts["muon"].param_groups[0]["step"] if "muon" in self.parts else 0
         return {"kinds": kinds, "state": state, "muon_step": muon_step}
 
@@ -476,23 +479,24 @@ class Optimizer:
         """Restore a state from `state_dict`. Raises UserError, before any change, if it belongs to another model or
         another choice of optimizers."""
         self._check(saved)
-        name_of = {id(mine): name for name, mine in self._held.items()}
+        name_of = {id(mine): name for name, mine in self._updated.items()}
         for part in self.parts.values():
             order = [p for group in part.param_groups for p in group["params"]]  # torch numbers them in this order
             state = {i: saved["state"][name_of[id(p)]] for i, p in enumerate(order)}
-            state = {i: {key: self._mine(t, name_of[id(order[i])]) for key, t in s.items()} for i, s in state.items()}
+            state = {i: {key: self._to_local_state(t, name_of[id(order[i])]) for key, t in s.items()}
+                     for i, s in state.items()}  # fmt: skip
             groups = part.state_dict()["param_groups"]
             part.load_state_dict({"state": {i: s for i, s in state.items() if s}, "param_groups": groups})
         if "muon" in self.parts:
             self.parts["muon"].param_groups[0]["step"] = saved["muon_step"]
 
     def _part(self, name: str) -> torch.optim.Optimizer:
-        return self.parts[self._part_of[id(self._held[name])]]
+        return self.parts[self._kind_of[id(self._updated[name])]]
 
-    def _mine(self, whole: Tensor, name: str) -> Tensor:
+    def _to_local_state(self, whole: Tensor, name: str) -> Tensor:
         """This rank's shard of a state tensor, in the form that the parameter's optimizer uses: DTensor or tensor."""
         p = self._params[name]
-        if self._held[name] is p or not whole.ndim:
+        if self._updated[name] is p or not whole.ndim:
             return shard_like(whole, p)
         return shard_of(whole, p).to(p.device, copy=True)
 
@@ -502,10 +506,10 @@ class Optimizer:
         if differing := sorted(self._params.keys() ^ saved["kinds"].keys()):
             raise UserError(f"the optimizer state is of another model: only one of the two has {differing[0]}")
         for name, p in self._params.items():
-            now, then = self._part_of[id(self._held[name])], saved["kinds"][name]
+            now, then = self._kind_of[id(self._updated[name])], saved["kinds"][name]
             if now != then:
-                mend = "set optimizer_hyperparams.use_muon as it was"
-                raise UserError(f"{name} was trained with {then} and would go on with {now}: {mend}")
+                fix = "set optimizer_hyperparams.use_muon as it was"
+                raise UserError(f"{name} was trained with {then} and would continue with {now}: {fix}")
             for key, tensor in saved["state"][name].items():
                 if tensor.ndim and tensor.shape != ((len(p), 1) if key == ROW_MOMENT else p.shape):
                     shapes = f"{tuple(tensor.shape)}, the parameter {tuple(p.shape)}"

@@ -25,6 +25,11 @@ class UserError(Exception):
         return [f"error: {self}"]
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0]
+
+
 def run_cli(main: Callable[[list[str]], int | None], handles_signals: bool = False) -> None:
     """Run `main(argv)` as a program and exit: code 2 with `error: …` on a UserError, 130 on Ctrl-C, 141 on a broken
     pipe, otherwise the value that `main` returns.

@@ -299,8 +299,9 @@ def check(cls: type, raw: Any, prefix: str = "") -> tuple[Any, list[str]]:
     A problem names the key by its dotted name (`prefix` and a dot go before it), the value, and what is allowed.
     A class may define `problems(self)`, an iterator of (key, message), for rules between its keys.
 
-    >>> check(Dataset, {"data_division": 2, "pth": "x"})
-    (None, ["data_division = 2: must be a number > 0 and < 1", "pth = \\"x\\": unknown key (did you mean 'path'?)"])
+    >>> from strawberry.run_config import Dataset
+    >>> check(Dataset, {"data_division": 2, "path": 1})
+    (None, ['data_division = 2: must be a number > 0 and < 1', 'path = 1: must be text'])
     """
     return _check(cls, raw, f"{prefix.rstrip('.')}." if prefix else "", dotted_names(cls))
 

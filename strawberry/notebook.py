@@ -86,7 +86,7 @@ class TrainedRun:
         encoder-decoder. Raises UserError for what cannot be sampled.
         """
         if not self.model.generates:
-            raise UserError(f"this {self.model.config.arch} is an encoder: it guesses masked tokens and makes no text")
+            raise UserError(f"this {self.model.config.arch} is an encoder: it predicts masked tokens, not text")
         given = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         options, problems = check(SampleOptions, {**given, "seed": seed, **more})
         if problems:

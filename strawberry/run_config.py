@@ -266,7 +266,7 @@ def rename_old_keys(raw: dict) -> tuple[list[str], list[str]]:
     """Give the keys of RENAMED their names, in place: (a warning for each, a problem where both names are given).
 
     >>> rename_old_keys({"record": False})
-    (["record is now called cuda_graph: write cuda_graph = false"], [])
+    (['record is now called cuda_graph: write cuda_graph = false'], [])
     """
     warnings, problems = [], []
     for old, new in RENAMED.items():
@@ -324,7 +324,7 @@ def own_option_like(name: str, keys: Iterable[str]) -> str:
     """The hint for a name that is no key and is closer to one of train.py's own options than to any key, or nothing.
 
     >>> own_option_like("confg", ["compile"]), own_option_like("compil", ["compile"])
-    (" (did you mean '--config'?)", "")
+    (" (did you mean '--config'?)", '')
     """
     last_parts = {key.rpartition(".")[2] for key in keys}
     if name.rpartition(".")[2] in last_parts:

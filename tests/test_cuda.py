@@ -529,7 +529,7 @@ def test_captured_training_on_two_gpus_is_training(tmp_path, monkeypatch, keys):
     for what in ("loss", "val_loss", "grad_norm"):
         captured, called = ([line[what] for line in lines if what in line] for lines, _ in runs)
         assert captured and captured == pytest.approx(called, rel=2e-3 if what != "grad_norm" else 2e-2)
-    assert not any("cannot be captured" in told for _, told in runs)
+    assert not any("cannot be captured" in output for _, output in runs)
 
 
 def start_ranks(words: list[str], log: str) -> list:
@@ -568,8 +568,8 @@ def test_a_rank_killed_under_nccl_ends_the_other_and_the_run_resumes(tmp_path, m
     try:
         metrics, end = Path("checkpoints/metrics.jsonl"), time.monotonic() + 200
         while not metrics.exists() or not any(line["step"] >= 400 for line in plot.read_metrics(metrics)):  # replays
-            told = Path("log0.txt").read_text()
-            assert time.monotonic() < end and processes[0].poll() is None, told
+            output = Path("log0.txt").read_text()
+            assert time.monotonic() < end and processes[0].poll() is None, output
             time.sleep(0.1)
         assert "cannot be captured" not in Path("log0.txt").read_text()
         processes[1].kill()
@@ -582,8 +582,8 @@ def test_a_rank_killed_under_nccl_ends_the_other_and_the_run_resumes(tmp_path, m
     finally:
         for process in processes:
             process.kill()
-    told = Path("log0.txt").read_text()
-    assert "another process of this run has ended" in told and "--init_from=resume" in told
+    output = Path("log0.txt").read_text()
+    assert "another process of this run has ended" in output and "--init_from=resume" in output
     reached = max(int(path.name.split("_")[1]) for path in Path("checkpoints").glob("step_*"))
     assert reached >= 350  # of the last checkpoint before it
     resumed = words_of(tmp_path, monkeypatch, **keys | {"max_iters": reached + 40, "init_from": "resume"})

@@ -1,5 +1,5 @@
 """Child processes of bench.py. Each measurement and each training run has its own, so that a failure stops no other.
-On a host of several GPUs, each child is given one of them.
+On a host of several GPUs, each child uses one of them.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,8 +28,8 @@ def make_command(role: str, *arguments: str) -> list[str]:
 
 
 class GpuPool:
-    """The host's GPUs. Each child that it starts is given one, the one with the fewest running children; a child that
-    ends gives its GPU back. With one GPU or none, children see what this process sees.
+    """The host's GPUs. Each child that it starts gets one of them, the one with the fewest running children. With one
+    GPU or none, children see the devices of this process.
     """
 
     def __init__(self, device: str = "auto"):
@@ -85,6 +86,40 @@ def start(
     with open(log, "ab") as file:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": file} | pipes
         return gpus.start(command, share_threads(jobs) | (extra or {}), stderr=file, **pipes, **apart)
+
+
+class RunPool:
+    """Up to `jobs` simultaneous training runs, each in the folder runs/KEY until its result is in runs/KEY.json. A run
+    is an object with a `key`."""
+
+    def __init__(self, runs: Path, jobs: int, device: str):
+        self.runs, self.jobs, self.gpus = runs, jobs, GpuPool(device)
+        self.running: dict[str, tuple[Any, subprocess.Popen]] = {}
+
+    @property
+    def n_free(self) -> int:
+        return self.jobs - len(self.running)
+
+    def folder(self, run) -> Path:
+        return self.runs / run.key
+
+    def start_child(self, run, command: list[str], extra: dict[str, str] | None = None) -> None:
+        child = start(command, self.folder(run) / "log.txt", self.jobs, self.gpus, extra)
+        self.running[run.key] = (run, child)
+
+    def pop_ended(self) -> Iterator[tuple[Any, int]]:
+        """Yield (run, exit code) of the children that have ended since the last call."""
+        for key, (run, child) in list(self.running.items()):
+            if child.poll() is not None:
+                del self.running[key]
+                yield run, child.returncode
+
+    def describe_failure(self, run, code: int) -> str:
+        log = self.folder(run) / "log.txt"
+        return f"exit code {code}, {read_failure(log)}; see {log}"
+
+    def stop(self) -> None:
+        stop_all([child for _, child in self.running.values()])
 
 
 def stop_all(children: list[subprocess.Popen], patience: float = 60) -> None:
@@ -149,7 +184,7 @@ def run_at_once(role: str, arguments: list[list[str]], jobs: int, device: str = 
 
 
 def send_go(children: list[subprocess.Popen]) -> None:
-    """Tell children that are ready to measure."""
+    """Send ready children the line for which they wait before they measure."""
     for child in children:
         with contextlib.suppress(OSError):  # the child has ended
             child.stdin.write("go\n")

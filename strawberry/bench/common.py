@@ -22,10 +22,10 @@ from strawberry.training import plot, setup
 ROOT = Path(os.path.abspath(__file__)).parents[2]
 SCRIPT = str(ROOT / "bench.py")
 
-# Keys that are the same for all, as the first config has them: what is seen, in which portions, and how it is judged.
+# Keys of which all configs get the first one's values: data, batch size and evaluation.
 SHARED_KEYS = ("dataset.path", "dataset.load_from_file", "dataset.data_division", "encoder_path",
-          "model_hyperparams.vocab_size", "model_hyperparams.block_size", "batch_size", "gradient_accumulation_steps",
-          "eval_iters", "grad_clip", "dtype", "compile")  # fmt: skip
+               "model_hyperparams.vocab_size", "model_hyperparams.block_size", "batch_size",
+               "gradient_accumulation_steps", "eval_iters", "grad_clip", "dtype", "compile")  # fmt: skip
 
 # Keys that compare sets itself, and the option for each.
 MANAGED_KEYS = {
@@ -34,19 +34,19 @@ MANAGED_KEYS = {
     "img_path": "--out", "checkpoints.path": "--out",
 }  # fmt: skip
 
-FIXED_VALUES = {  # and those that have one value in compare
+# Keys that have the same value in each run of compare.
+FIXED_VALUES = {
     "decay_lr": True, "init_from": "scratch", "objective": "next", "sample_length": 0, "sample_prompt": "",
 }  # fmt: skip
-
 
 GPT2_KEYS = {"norm_type": "LayerNorm", "attention_type": "MHA", "ffn_type": "GELU", "pos_encoding": "Learned"}
 GPT2_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304, "block_size": 1024}  # GPT-2, 124M
 
 
 def parse_quantity(text: str) -> int:
-    """A positive whole number, short or long.
+    """A positive whole number, with or without a suffix k, M, B or G. Raises UserError for other text.
 
-    >>> quantity("5M"), quantity("1.5B"), quantity("100k"), quantity("2e6")
+    >>> parse_quantity("5M"), parse_quantity("1.5B"), parse_quantity("100k"), parse_quantity("2e6")
     (5000000, 1500000000, 100000, 2000000)
     """
     sizes = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
@@ -69,6 +69,7 @@ def format_quantity(number: float) -> str:
 
 
 def parse_learning_rates(text: str, option: str = "--lrs") -> list[float]:
+    """Learning rates between commas, ascending. Raises UserError, naming the option."""
     try:
         found = sorted({float(part) for part in text.split(",")})
     except ValueError:
@@ -79,7 +80,7 @@ def parse_learning_rates(text: str, option: str = "--lrs") -> list[float]:
 
 
 def split_list(text: str) -> list[str]:
-    """The parts between commas that stand in no brackets and no quotes.
+    """The parts between commas; commas inside brackets or quotes do not divide.
 
     >>> split_list('windows=[64,32],aft="conv"')
     ['windows=[64,32]', 'aft="conv"']
@@ -95,10 +96,20 @@ def split_list(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
+def split_spec(spec: str) -> tuple[str, list[str]]:
+    """(file, changes) of a config's `file.json:key=value,key=value`. Any other text is a file without changes.
+
+    >>> split_spec("air.json:r_layer=0,window=64"), split_spec("bin/air.strawberry")
+    (('air.json', ['r_layer=0', 'window=64']), ('bin/air.strawberry', []))
+    """
+    match = re.fullmatch(r"(.+?\.json5?)(?::(.*))?", spec, re.DOTALL)
+    return (match[1], split_list(match[2]) if match[2] else []) if match else (spec, [])
+
+
 def qualify_key(key: str) -> str:
     """The dotted name of a key: those of the model and of the optimizer may be given without their section.
 
-    >>> full_name("r_layer"), full_name("use_muon"), full_name("batch_size")
+    >>> qualify_key("r_layer"), qualify_key("use_muon"), qualify_key("batch_size")
     ('model_hyperparams.r_layer', 'optimizer_hyperparams.use_muon', 'batch_size')
     """
     if "." in key or key in declared(Run):
@@ -111,35 +122,34 @@ def qualify_key(key: str) -> str:
 
 
 def parse_override(text: str) -> tuple[str, str]:
-    """`r_layer=0` → ("model_hyperparams.r_layer", "0"). Refuses what compare sets itself."""
+    """`r_layer=0` → ("model_hyperparams.r_layer", "0"). Raises UserError for a key that compare sets itself."""
     key, equals, value = text.partition("=")
     name = qualify_key(key.strip().removeprefix("--"))
     if not equals or not name:
         raise UserError(f"{text!r} is no override; write key=value")
     if name in MANAGED_KEYS:
-        raise UserError(f"{text!r}: compare sets {name} for all alike; use {MANAGED_KEYS[name]}")
+        raise UserError(f"{text!r}: compare sets {name} for all configs; use {MANAGED_KEYS[name]}")
     if name in FIXED_VALUES or name in ("eval_interval", "log_interval") or name.startswith("checkpoints."):
         raise UserError(f"{text!r}: compare sets {name} itself; leave it out")
     return name, value.strip()
 
 
 def list_results(name: str, out: Path, table: Path | None = None) -> list[Output]:
-    """What a command writes into the directory --out; `table`: another place for its JSON, which --json names."""
+    """The files that a command writes into the directory --out. `table`: the path of --json, instead of name.json."""
     json_file = Output("--out", out / f"{name}.json", "benchmark") if table is None else list_json_output(table)[0]
     return [json_file, Output("--out", out / f"{name}.md", "report"), Output("--out", out / f"{name}.png", "picture")]
 
 
 def list_json_output(path: Path | None) -> list[Output]:
-    """The file of --json, where it is given."""
+    """The file of --json; none without that option."""
     return [] if path is None else [Output("--json", path, "benchmark")]
 
 
 def list_spec_inputs(option: str, specs: Iterable[str], runs: Iterable[Run] = ()) -> list[Input]:
     """The files that a command reads: the configs and models that an option names, and what the runs train on."""
     inputs = []
-    for spec in specs:
-        match = re.fullmatch(r"(.+?\.json5?)(?::(.*))?", spec, re.DOTALL)
-        inputs.append(Input(option, find_config(match[1]) if match else spec))
+    for file, _ in map(split_spec, specs):
+        inputs.append(Input(option, find_config(file) if file.endswith((".json", ".json5")) else file))
     return inputs + [given for run in runs for given in setup.list_inputs(run)]
 
 
@@ -150,19 +160,19 @@ def format_command(python: str, command: str, argv: list[str]) -> str:
 
 @dataclass
 class Entry:
-    """One line of the table: a config file, what is changed in it, and the model that it makes."""
+    """A row of the table: a config file, the changes to it, and the size of its model."""
 
     label: str
     file: str
     overrides: list[tuple[str, str]]  # its own, which win over --set
     run: Run | None = None
-    changes: list[str] = field(default_factory=list)  # what compare changed, in words
+    changes: list[str] = field(default_factory=list)  # `key old → new` of each key of SHARED_KEYS that was changed
     params: int = 0  # without embeddings
     params_total: int = 0
     params_tables: int = 0  # of tables by token that are added to values; embeddings, so not in `params`
     flops: float = 0.0  # of a training step, per token
     causal: bool = True
-    failure: str | None = None
+    failure: str | None = None  # the reason why a run or a measurement failed
 
     def load(self, common: list[tuple[str, str]]) -> None:
         """Read the config with `common` overrides under its own. Raises UserError, naming the config."""
@@ -173,7 +183,7 @@ class Entry:
             raise UserError(f"{self.label}: {error}") from error
 
     def measure(self) -> None:
-        """Count what needs no training."""
+        """Set the sizes, the FLOPs and `causal`. Raises UserError if the model does not predict the next token."""
         with torch.device("meta"):  # shapes without memory
             model = build(self.run.model_hyperparams)
         if model.takes_source or not model.generates:
@@ -190,8 +200,7 @@ def read_specs(specs: list[str], shared: Collection[str] = SHARED_KEYS) -> list[
     """`file.json:key=value,key=value` for each entry. Raises UserError where one of several sets a key of `shared`."""
     entries = []
     for spec in specs:
-        match = re.fullmatch(r"(.+?\.json5?)(?::(.*))?", spec, re.DOTALL)
-        file, texts = (match[1], split_list(match[2]) if match[2] else []) if match else (spec, [])
+        file, texts = split_spec(spec)
         label = " ".join([Path(file).stem, *(text.removeprefix("model_hyperparams.") for text in texts)])
         overrides = [parse_override(text) for text in texts]
         if (twice := next((key for key, _ in overrides if key in shared), None)) and len(specs) > 1:
@@ -213,7 +222,7 @@ def get_value(run: Run, dotted: str):
 
 
 def load_entries(specs: list[str], common: list[tuple[str, str]]) -> list[Entry]:
-    """The entries, all with the first one's SHARED_KEYS."""
+    """The entries of --configs, all with the first one's values of SHARED_KEYS."""
     entries = read_specs(specs)
     first = entries[0]
     first.load(common)
@@ -229,6 +238,7 @@ def load_entries(specs: list[str], common: list[tuple[str, str]]) -> list[Entry]
 
 
 def parse_assignment(text: str) -> tuple[str, str]:
+    """(dotted key, value) of `key=value`. Raises UserError."""
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"{text!r}: write key=value")
@@ -236,18 +246,18 @@ def parse_assignment(text: str) -> tuple[str, str]:
 
 
 def load_spec(spec: str, common: list[tuple[str, str]], last: bool = False, defaults: Sequence = ()) -> Run:
-    """The run of `file.json:key=value,key=value`; `common` keys are under its own, or over them where they come last,
-    and `defaults` replace only what the file states.
-    Sizes that its file states and another key makes impossible go back to their defaults."""
-    file, _, changes = spec.partition(".json:")
-    own = [parse_assignment(text) for text in split_list(changes)] if changes else []
+    """The run of `file.json:key=value,key=value`. In order of precedence, lowest first: the file, `defaults`, `common`
+    and the spec's own keys; with `last`, `common` replaces the spec's own keys. As in load_run, sizes of the file that
+    another key makes impossible get their defaults."""
+    file, changes = split_spec(spec)
+    own = [parse_assignment(text) for text in changes]
     words = [*defaults, *(own + common if last else common + own)]
-    file = f"{file}.json" if changes else file
     return load_run(["--config", file, *(f"--{key}={value}" for key, value in words)], CONFIGS)
 
 
 def write_benchmark_config(folder: Path, run: Run, **changes) -> str:
-    """A JSON file of this run, of which nothing is kept."""
+    """Write the config of a run that starts from scratch and saves no checkpoint, with all outputs in the folder.
+    Returns its path."""
     config = to_dict(run) | {"init_from": "scratch"} | {
         "checkpoints": {"path": str(folder / "ck"), "create_checkpoints": False},
         "model_path": str(folder / "model"), "img_path": str(folder)}  # fmt: skip
@@ -265,7 +275,7 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 
 
 def make_line_style(number: int) -> dict:
-    """Colour, dashes and marker of the line of that number, unlike all others' up to three times the colours."""
+    """Colour, dashes and marker of the line of that number, different for three times as many lines as colours."""
     colour = plot.COLOURS[number % len(plot.COLOURS)]
     return {"color": colour, "linestyle": DASHES[number // len(plot.COLOURS) % len(DASHES)], "linewidth": 1.5,
             "marker": plot.MARKERS[number % len(plot.MARKERS)], "markersize": 5,
@@ -273,17 +283,22 @@ def make_line_style(number: int) -> dict:
 
 
 def style_panel(ax, xlabel: str) -> None:
+    """Label and style a panel whose lines are drawn already, with x on a log scale."""
+    style_axes(ax, xlabel)
+    set_log_scale(ax)
+
+
+def style_axes(ax, xlabel: str) -> None:
     ax.set_xlabel(xlabel, fontsize=11)
     ax.tick_params(labelsize=9.5, color="0.5", which="both")
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color("0.5")
     ax.grid(color="0.92", linewidth=0.8)
     ax.set_axisbelow(True)
-    set_log_scale(ax)
 
 
 def set_log_scale(ax) -> None:
-    """x on a log scale."""
+    """Set x to a log scale, with ticks for the lines that are drawn already."""
     ax.set_xscale("log")
     set_log_ticks(ax.xaxis, [x for line in ax.lines for x in line.get_xdata() if x > 0])
 

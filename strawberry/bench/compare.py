@@ -32,8 +32,8 @@ from strawberry.training import setup
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         "bench.py compare",
-        "Train several configs under equal conditions; write a table and a picture. The same command goes on "
-        "after an interruption.",
+        "Train several configs under equal conditions; write a table and a picture. After an interruption, the same "
+        "command continues.",
     )
     add = parser.add_argument
     add("configs", nargs="+", help="config files; file.json:key=value,key=value changes keys of one")
@@ -44,9 +44,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--optimizers", help="adamw,muon: choose each model's optimizer too (default: each config's own)")
     add("--warmup", type=float, default=0.05, help="share of the steps with rising learning rate (default 0.05)")
     add("--cooldown", type=float, default=0.4, help="share of the steps with falling learning rate (default 0.4)")
-    add("--match", choices=["params"], help="resize widths until all have as many non-embedding parameters")
+    add("--match", choices=["params"], help="resize widths until all have equally many non-embedding parameters")
     add(
-        "--params", type=parse_quantity, help="how many, with --match params (default: as many as the first config has)"
+        "--params", type=parse_quantity, help="the number for --match params (default: that of the first config)"
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         if not 0 <= getattr(arguments, name) <= 1:
             raise UserError(f"--{name} {getattr(arguments, name)}: is a share of the steps, between 0 and 1")
     if arguments.params and not arguments.match:
-        raise UserError(f"--params {arguments.params}: says what --match params aims at; add --match params")
+        raise UserError(f"--params {arguments.params}: is the target of --match params; add --match params")
     arguments.lrs = parse_learning_rates(arguments.lrs)
     given = arguments.muon_lrs
     arguments.muon_lrs = parse_learning_rates(given, "--muon_lrs") if given is not None else None
@@ -78,7 +78,7 @@ def make_plan(arguments, entries: list[Entry]) -> Plan:
     """
     run = entries[0].run
     if run.batch_size == "auto":
-        raise UserError('batch_size = "auto": what is compared has equal batches; give a number, --set batch_size=32')
+        raise UserError('batch_size = "auto": all runs need equal batches; give a number, --set batch_size=32')
     device = choose_device(arguments.device)
     jobs = arguments.jobs or child_process.GpuPool(device.type).lanes
     encoder, corpus = setup.load_data(run)
@@ -108,7 +108,7 @@ def print_summary(entries: list[Entry], sweep: Sweep) -> None:
     grid = [trial for trials in sweep.grid.values() for trial in trials if trial.key not in sweep.results]
     stale = sum(bool(list(plan.runs.glob(f"{trial.key.partition('-')[0]}-*.json"))) for trial in grid)
     if stale:
-        print(f"{stale} results in {plan.runs} were made by other code than this, and are not used")
+        print(f"{stale} results in {plan.runs} are of another version of the code, and are not used")
     print(flush=True)
 
 

@@ -132,7 +132,7 @@ def list_settings(entries: list[Entry], plan: Plan) -> list[str]:
     evaluated = run.eval_iters * run.batch_size * T
     rate = f"{describe_rates(plan)}, not tuned." if len(plan.lrs) == 1 and len(plan.muon_lrs or [0]) == 1 else (
         f"the best of {describe_rates(plan)}, by the last validation bits per byte with seed 1; that run is also the "
-        "first of the mean, which flatters all models alike.")  # fmt: skip
+        "first of the mean, which favors all models alike.")  # fmt: skip
     return [
         f"Data: {run.dataset.path}, encoder {run.encoder_path} ({run.model_hyperparams.vocab_size:,} tokens); the same "
         "order for all, given the seed.",
@@ -143,11 +143,11 @@ def list_settings(entries: list[Entry], plan: Plan) -> list[str]:
         f"Learning rate: {rate}",
         f"Validation: the same {evaluated:,} tokens at most, for all; ± is the standard deviation over "
         f"{plan.seeds} seeds (n − 1)." if plan.seeds > 1 else
-        f"Validation: the same {evaluated:,} tokens at most, for all; one seed, so nothing is known of the noise.",
+        f"Validation: the same {evaluated:,} tokens at most, for all; one seed, so the deviation is unknown.",
         f"Speed: training steps of each model alone on {hardware.describe_device(plan.device)}, "
-        f"torch {torch.__version__}, the median of ten stretches; "
+        f"torch {torch.__version__}, the median of ten intervals; "
         "seconds in the picture are tokens by this speed, without evaluation and compilation.",
-        "FLOPs: matrix products of forward and backward, attention counted in full (T²).",
+        "FLOPs: forward and backward, attention by the pairs of tokens that its pattern includes.",
     ]  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def iter_config_differences(entries: list[Entry], chosen: bool) -> Iterator[str]
 
 
 def list_caveats(entries: list[Entry], rows: list[dict], plan: Plan) -> list[str]:
-    """Sentences that limit what the table shows: changed keys, differences between configs, failures."""
+    """Sentences about what limits the comparison: changed keys, differences between configs, failures."""
     found = [f"{entry.label}: changed: {', '.join(entry.changes)}." for entry in entries if entry.changes]
     found += iter_config_differences(entries, bool(plan.optimizers))
     sizes = [entry.params for entry in entries]
@@ -193,10 +193,10 @@ def list_caveats(entries: list[Entry], rows: list[dict], plan: Plan) -> list[str
     eager = [row["label"] for row in rows if row["compiled"] is False]
     if 0 < len(eager) < len(rows):
         found.append(f"Not compiled, unlike the others, and slower for it: {', '.join(eager)}.")
-    cheats = [entry.label for entry in entries if not entry.causal]
-    if cheats:
+    non_causal = [entry.label for entry in entries if not entry.causal]
+    if non_causal:
         found.append(
-            f"{', '.join(cheats)}: sees the future, so that its bits per byte are those of the strict loss, "
+            f"{', '.join(non_causal)}: sees the future, so that its bits per byte are those of the strict loss, "
             "estimated from 512 positions."
         )
     found += [f"{row['label']}: failed: {row['failure']}" for row in rows if row["failure"]]

@@ -163,7 +163,7 @@ MAX_SECONDS = 8.0  # approximate limit of the timed steps' duration
 
 
 class DoesNotFit(Exception):
-    """A batch at a context cannot be measured. The message is the reason, for the table."""
+    """A batch size at a context cannot be measured. The message is the reason, which the table shows."""
 
 
 @dataclass
@@ -361,33 +361,31 @@ def list_missing_cells(rows: list[dict]) -> list[str]:
 
 
 def describe_setup(benchmark: DecodeBenchmark) -> str:
-    words = [
-        hardware.describe_device(benchmark.device),
-        f"torch {torch.__version__}",
-        str(benchmark.dtype).removeprefix("torch."),
-    ]
-    words[1:1] = (
-        [f"{n} thread{'s' * (n > 1)}"] if (n := torch.get_num_threads()) and benchmark.device.type == "cpu" else []
-    )
-    words += [f"{benchmark.quantize} weights"] if benchmark.quantize else []
-    words += ["compiled" if benchmark.compile else "not compiled"]
-    return ", ".join(words)
+    parts = [hardware.describe_device(benchmark.device)]
+    if benchmark.device.type == "cpu":
+        n = torch.get_num_threads()
+        parts.append(f"{n} thread{'s' * (n > 1)}")
+    parts += [f"torch {torch.__version__}", str(benchmark.dtype).removeprefix("torch.")]
+    if benchmark.quantize:
+        parts.append(f"{benchmark.quantize} weights")
+    return ", ".join([*parts, "compiled" if benchmark.compile else "not compiled"])
 
 
 def list_notes(benchmark: DecodeBenchmark, rows: list[dict]) -> list[str]:
-    """Sentences that state how the results were measured, and which are missing."""
+    """Sentences that state how the results were measured, and why some are missing."""
     recomputing = [row["label"] for row in rows if not row["causal"]]
     return [
         f"{describe_setup(benchmark)}.",
         f"Floor: bytes per token over {benchmark.bandwidth / 1e9:,.1f} GB/s, at which this machine copies a large "
         "tensor, bytes read and written. "
         "The bytes are those of the weights, read once for the whole batch, and of the cache "
-        "of a text of that context, read once; of an embedding that is no head, a line. Experts that a token does not "
-        "choose are counted.",
+        "of a text of that context, read once; of an input embedding only one row per text. Experts that a token does "
+        "not choose are counted.",
         f"Columns are batch × context. Speed: all rows' tokens together, up to {MAX_STEPS} each, after prompts of that "
-        "context, drawn at temperature 1. First token: a prompt alone is read, and the first token after it is there.",
+        "context, sampled at temperature 1. First token: the time to prefill one prompt alone and to sample the first "
+        "token after it.",
         "An encoder-decoder also has a source of as many tokens as the context.",
-        *([f"Sees the future, has no cache and computes the last block_size tokens anew for each: "
+        *([f"Not causal, so without a cache; each token recomputes the last block_size tokens: "
            f"{', '.join(recomputing)}."] if recomputing else []),
         *list_missing_cells(rows),
     ]  # fmt: skip
@@ -423,21 +421,21 @@ def draw_speeds(rows: list[dict], batches: list[int], title: str):
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         "bench.py decode",
-        "Measure how fast models make text, beside the floor that reading their weights and caches sets.",
+        "Measure the speed of text generation, beside its upper bound: reading weights and cache once for each step.",
     )
     add = parser.add_argument
     add("models", nargs="*", help="config files (file.json:key=value,key=value changes keys) and trained model files")
-    add("--batches", default="1,8,64", help="texts at once (default 1,8,64)")
-    add("--contexts", default="128,1k,8k", help="tokens before those that are timed (default 128,1k,8k)")
+    add("--batches", default="1,8,64", help="batch sizes (default 1,8,64)")
+    add("--contexts", default="128,1k,8k", help="tokens of the prompts (default 128,1k,8k)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
-    add("--quantize", choices=["int8"], help="matrices in 8 bits")
+    add("--quantize", choices=["int8"], help="quantize weight matrices")
     add("--compile", action="store_true", help="torch.compile the step")
-    add("--profile", action="store_true", help="list the kernels of a step, and how long each takes")
+    add("--profile", action="store_true", help="list the kernels of a step with their times")
     add("--out", default="img/decode", type=Path, help="directory of decode.md, .json and .png (default img/decode)")
-    add("--json", type=Path, help="another place for decode.json")
-    add("--against", choices=["nanogpt"], help="measure tinystar in GPT-2's manner beside nanoGPT's generate instead")
-    add("--nanogpt_path", type=Path, help="directory that holds nanoGPT's model.py")
+    add("--json", type=Path, help="path of the JSON file, instead of decode.json in --out")
+    add("--against", choices=["nanogpt"], help="measure tinystar in GPT-2's shape beside nanoGPT's generate instead")
+    add("--nanogpt_path", type=Path, help="directory with nanoGPT's model.py")
     for name, size in GPT2_SHAPE.items():
         add(f"--{name}", type=parse_quantity, default=size, help=f"of both, with --against (default {size})")
     arguments = parser.parse_args(argv)
@@ -447,7 +445,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if bool(arguments.models) == bool(arguments.against):
         raise UserError("name configs or model files, or --against nanogpt, one of the two")
     if arguments.against and arguments.nanogpt_path is None:
-        raise UserError("--against nanogpt: needs --nanogpt_path, a directory that holds nanoGPT's model.py")
+        raise UserError("--against nanogpt: needs --nanogpt_path, a directory with nanoGPT's model.py")
     return arguments
 
 
@@ -545,10 +543,9 @@ def compare_with_nanogpt(benchmark: DecodeBenchmark, ours: LanguageModel, theirs
     with_prompt = 64 * batch / (64 * batch / our + first * batch) / their
     share = our * cell["floor_s"]
     return (
-        f"nanoGPT {their:,.1f} tokens/s, tinystar {our:,.1f} ({share:.0%} of what the floor allows), "
+        f"nanoGPT {their:,.1f} tokens/s, tinystar {our:,.1f} ({share:.0%} of the upper bound), "
         f"{statistics.median(ratios):.1f} times as many ({min(ratios):.1f} to {max(ratios):.1f}); the first token "
-        f"after {1e3 * first:,.1f} ms, so that 64 tokens come {with_prompt:.1f} times as fast with the reading of "
-        "the prompt"
+        f"after {1e3 * first:,.1f} ms, so with the prefill, 64 tokens are {with_prompt:.1f} times as fast"
     )
 
 

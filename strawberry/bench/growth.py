@@ -19,7 +19,7 @@ from strawberry.bench.common import (
     parse_assignment,
     parse_quantity,
     qualify_key,
-    split_list,
+    split_spec,
     style_panel,
     write_benchmark_config,
 )
@@ -63,7 +63,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--jobs",
         type=parse_quantity,
         default=1,
-        help="get so many ready at once; they are measured in turns (default 1)",
+        help="configs that are prepared at once; they are measured one after the other (default 1)",
     )
     add("--out", default="img/growth", type=Path, help="directory of growth.md, .json and .png (default img/growth)")
     arguments = parser.parse_args(argv)
@@ -99,9 +99,9 @@ def make_label(spec: str) -> str:
     >>> make_label("palm-aft.json:n_layer=4,attention_type=mha")
     'palm-aft attention_type=mha'
     """
-    file, _, changes = spec.partition(".json:")
+    file, changes = split_spec(spec)
     sizes = ("n_layer=", "n_embd=", "n_qkv=", "n_head=", "d_rank=", "use_muon=", "window=")
-    kept = [change for change in split_list(changes) if change and not change.startswith(sizes)]
+    kept = [change for change in changes if change and not change.startswith(sizes)]
     return " ".join([Path(file).stem, *kept])
 
 

@@ -13,7 +13,7 @@ from strawberry import machine
 
 
 def peak_resident_bytes() -> int | None:
-    """Bytes that this process had in memory at most, torch included; None where the system does not tell."""
+    """The peak resident memory of this process in bytes, torch included; None where the system does not report it."""
     with contextlib.suppress(OSError, TypeError):  # psutil has no peak; getrusage's counts the parent's before exec
         line = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         return int(line[1]) * 1024
@@ -31,11 +31,11 @@ def describe_device(device: torch.device) -> str:
     return f"{device.type}{f' {model}' if model else ''}, {os.cpu_count()} cores"
 
 
-COPY_BYTES = (2**28, 2**30)  # bytes, on a CPU and on a GPU: many times what their caches hold
+COPY_BYTES = (2**28, 2**30)  # bytes, on a CPU and on a GPU: many times the size of their caches
 
 
 def measure_copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of copying a tensor that no cache holds: the median of ten."""
+    """Bytes per second, read and written, of copying a tensor larger than any cache: the median of ten."""
     source = torch.ones(COPY_BYTES[device.type == "cuda"] // 4, device=device)
     target = torch.empty_like(source)
     times = []
@@ -54,7 +54,7 @@ def synchronized_time(device: torch.device) -> float:
 
 
 def get_free_memory(device: torch.device) -> int:
-    """Bytes that can still be had."""
+    """Bytes that this process can still allocate; on CUDA with those that torch's allocator has reserved."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return machine.memory()[0]

@@ -24,14 +24,14 @@ from strawberry.ops.triton.rope import qkv_grad_quantize
 
 
 def time_graph(call, sets: list[tuple]) -> float:
-    """Seconds of one call(*set): the median of seven replays of a CUDA graph that calls every set in turn. There are
-    more sets than fit the L2 cache, so that each call reads its inputs from memory.
+    """Seconds of one call(*inputs): the median of seven replays of a CUDA graph with a call for each set of inputs. The
+    sets together exceed the L2 cache, so that each call reads its inputs from memory.
     """
     call(*sets[0])  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for one in sets:
-            call(*one)
+        for inputs in sets:
+            call(*inputs)
     times = []
     for _ in range(10):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -51,6 +51,7 @@ def copy_bandwidth() -> float:
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
+    """|got − exact| / |exact|, in Frobenius norms."""
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
@@ -60,12 +61,12 @@ def random_tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def print_row(name: str, error: float, bound: float, seconds: float, floor: float) -> bool:
     """Print a row of the table. Returns whether the error is below its bound."""
-    right = error < bound
+    passed = error < bound
     print(
         f"{name:46} {error:8.1e} {seconds * 1e6:9.1f} {floor * 1e6:9.1f} {floor / seconds:6.0%}",
-        "" if right else "WRONG",
+        "" if passed else "WRONG",
     )
-    return right
+    return passed
 
 
 def num_input_sets(nbytes: float) -> int:
@@ -74,7 +75,7 @@ def num_input_sets(nbytes: float) -> int:
 
 
 def measure_decode(bandwidth: float) -> bool:
-    right = True
+    passed = True
     for B, H, Hkv, d, context, size in [
         (1, 12, 12, 64, 128, 256), (1, 12, 12, 64, 1000, 1024), (1, 12, 12, 64, 1000, 32768),
         (1, 12, 12, 64, 8192, 32768), (1, 12, 12, 64, 32768, 32768), (64, 12, 12, 64, 1024, 1024),
@@ -92,12 +93,12 @@ def measure_decode(bandwidth: float) -> bool:
         )
         seconds = time_graph(decode_attention, sets)
         name = f"decode B {B} heads {H}/{Hkv} of {d}, {context} of {size}"
-        right &= print_row(name, error, 6e-3, seconds, nbytes / bandwidth)
-    return right
+        passed &= print_row(name, error, 6e-3, seconds, nbytes / bandwidth)
+    return passed
 
 
 def measure_int8(bandwidth: float) -> bool:
-    right = True
+    passed = True
     for M, N, K in [
         (1, 2304, 768), (1, 768, 3072), (1, 50304, 768), (1, 4096, 4096), (4, 2304, 768), (8, 2304, 768),
         (64, 2304, 768), (64, 50304, 768),
@@ -105,68 +106,68 @@ def measure_int8(bandwidth: float) -> bool:
         sets = [(random_tensor(M, K), *quantize_int8(random_tensor(N, K))) for _ in range(num_input_sets(N * K))]
         x, w, scale = sets[0]
         error = relative_error(int8_linear(x, w, scale), x.double() @ (w.double() * scale.double().unsqueeze(1)).T)
-        right &= print_row(
+        passed &= print_row(
             f"int8_linear {M} x {K} to {N}", error, 6e-3, time_graph(int8_linear, sets), N * K / bandwidth
         )
-    return right
+    return passed
 
 
 def measure_cross_entropy(bandwidth: float) -> bool:
     """Gradients of the logits, in bfloat16 and in FP8. Floor: logits read, gradients written."""
-    right = True
+    passed = True
     for N, V in ((8192, 50304), (32768, 8192)):
         sets = [(2 * random_tensor(N, V), torch.randint(0, V, (N,), device="cuda"), V, None) for _ in range(2)]
         exact = sets[0][0][:64].double().softmax(dim=-1)
         exact[torch.arange(64), sets[0][1][:64]] -= 1
         for scale, dtype, bound in ((1.0, torch.bfloat16, 1e-2), (2.0**15, torch.float8_e5m2, 8e-2)):
-            calls = [(*one, scale, dtype) for one in sets]
+            calls = [(*inputs, scale, dtype) for inputs in sets]
             got = torch.ops.strawberry.cross_entropy_fwd_bwd(*calls[0])[1][:64].double() / scale
             seconds = time_graph(torch.ops.strawberry.cross_entropy_fwd_bwd, calls)
             name = f"cross_entropy {N} x {V}, {str(dtype).removeprefix('torch.')}"
-            right &= print_row(
+            passed &= print_row(
                 name, relative_error(got, exact), bound, seconds, N * V * (2 + dtype.itemsize) / bandwidth
             )
-    return right
+    return passed
 
 
 def measure_float8(bandwidth: float) -> bool:
     """The kernels between FP8 matrix products. Floor: each number read once and written once."""
-    n, m, right, ops = 32768, 3072, True, torch.ops.strawberry
+    n, m, passed, ops = 32768, 3072, True, torch.ops.strawberry
     sets = [(random_tensor(n, m).to(torch.float8_e4m3fn).view(torch.uint8),) for _ in range(2)]
     error = relative_error(ops.transpose_fp8(*sets[0]), sets[0][0].t().double())
-    right &= print_row(
+    passed &= print_row(
         f"transpose_fp8 {n} x {m}", error, 1e-9, time_graph(ops.transpose_fp8, sets), 2 * n * m / bandwidth
     )
     thirds = [(*(random_tensor(n, m // 3) for _ in range(3)), 4.0, torch.float8_e5m2) for _ in range(2)]
-    got, transposed_too = ops.concat_quantize(*thirds[0])
+    got, transposed = ops.concat_quantize(*thirds[0])
     error = relative_error(got.view(torch.float8_e5m2).double() / 4, torch.cat(thirds[0][:3], dim=1).double())
-    right &= print_row(
+    passed &= print_row(
         f"concat_quantize {n} x {m}", error, 8e-2, time_graph(ops.concat_quantize, thirds), 4 * n * m / bandwidth
     )
-    right &= torch.equal(got.t(), transposed_too)
+    passed &= torch.equal(got.t(), transposed)
     for kind in ("gelu", "swiglu"):
         parts, dtypes = 2 if kind == "swiglu" else 1, (torch.float8_e4m3fn, torch.float8_e5m2)
         sets = [(random_tensor(n, parts * m), random_tensor(n, m)) for _ in range(2)]
         h, grad = (x[:256].double() for x in sets[0])
         exact = ACTIVATIONS[kind][0](h), ACTIVATIONS[kind][1](h, grad)
         calls = [(h, kind, 4.0, dtypes[0]) for h, _ in sets], [(h, g, None, kind, 4.0, dtypes[1]) for h, g in sets]
-        least = (2 * parts + 2) * n * m / bandwidth, (4 * parts + 2) * n * m / bandwidth
+        floors = (2 * parts + 2) * n * m / bandwidth, (4 * parts + 2) * n * m / bandwidth
         for i, (name, op) in enumerate(
             ((f"act_quantize {kind} {n} x {m}", ops.act_quantize), ("  backward", ops.act_quantize_backward))
         ):
-            got, transposed_too = op(*calls[i][0])
+            got, transposed = op(*calls[i][0])
             error = relative_error(got.view(dtypes[i])[:256].double() / 4, exact[i])
-            right &= print_row(name, error, 8e-2, time_graph(op, calls[i]), least[i]) and torch.equal(
-                got.t(), transposed_too
+            passed &= print_row(name, error, 8e-2, time_graph(op, calls[i]), floors[i]) and torch.equal(
+                got.t(), transposed
             )
-    return right
+    return passed
 
 
 def measure_retention(bandwidth: float) -> bool:
     """gated_update, forward and backward: two products with a (C, C) matrix in each. Floor: the larger of bytes and
     FLOPs, the latter at the speed of a large product. Plain: the same in PyTorch, compiled.
     """
-    a, right = random_tensor(8192, 8192), True
+    a, passed = random_tensor(8192, 8192), True
     ceiling = 2 * 8192**3 / time_graph(torch.mm, [(a, a)] * 2)
     for n, M, N, C, viewed in [
         (32, 2304, 768, 768, False), (32, 768, 1536, 768, True), (24, 768, 256, 256, False), (24, 256, 512, 256, True),
@@ -180,42 +181,28 @@ def measure_retention(bandwidth: float) -> bool:
                 random_tensor(C, C),
             )
             sets.append((raw, torch.ones(n, 1, 1, 1, device="cuda"), oa * C**-0.5, out * C**-0.5, viewed, grad))
-        forward = [one[:5] for one in sets]
-        z = [torch.ops.strawberry.gated_update(*one)[1] for one in forward]
-        backward = [(one[5], *one[1:4], its, viewed) for one, its in zip(sets, z)]
-        floor = 4 * n * M * N * C / ceiling
-        for name, op, plain, calls, passes, checked in [
-            (
-                f"gated_update {n} x {M} x {N}, C {C}",
-                torch.ops.strawberry.gated_update,
-                gated_update_plain,
-                forward,
-                12,
-                (0, 1),
-            ),
-            (
-                "  backward",
-                torch.ops.strawberry.gated_update_backward,
-                gated_update_backward_plain,
-                backward,
-                14,
-                (0, 2, 3),
-            ),
+        forward = [inputs[:5] for inputs in sets]
+        zs = [torch.ops.strawberry.gated_update(*inputs)[1] for inputs in forward]
+        backward = [(inputs[5], *inputs[1:4], z, viewed) for inputs, z in zip(sets, zs)]
+        flops_floor, ops = 4 * n * M * N * C / ceiling, torch.ops.strawberry
+        for name, op, plain, calls, num_bytes, checked in [  # num_bytes per element; checked: indices of the outputs
+            (f"gated_update {n} x {M} x {N}, C {C}", ops.gated_update, gated_update_plain, forward, 12, (0, 1)),
+            ("  backward", ops.gated_update_backward, gated_update_backward_plain, backward, 14, (0, 2, 3)),
         ]:
             double = [x[:1].double() if x.dim() == 4 else x.double() for x in calls[0][:-1]]
-            exact, least = plain(*double, viewed), max(floor, passes * n * M * N / bandwidth)
-            for label, way in ((name, op), ("    plain, compiled", torch.compile(plain, dynamic=False))):
-                got = way(*calls[0])
+            exact, floor = plain(*double, viewed), max(flops_floor, num_bytes * n * M * N / bandwidth)
+            for label, function in ((name, op), ("    plain, compiled", torch.compile(plain, dynamic=False))):
+                got = function(*calls[0])
                 error = max(relative_error(got[i][:1], exact[i]) for i in checked)
-                right &= print_row(label, error, 1e-2, time_graph(way, calls), least)
-    return right
+                passed &= print_row(label, error, 1e-2, time_graph(function, calls), floor)
+    return passed
 
 
 def measure_rope(bandwidth: float) -> bool:
     """RoPE of q and k in a training step, with and without the norm, with grouped-query heads, with 128 channels per
     head. Plain: the same in PyTorch, compiled.
     """
-    right = True
+    passed = True
     for B, T, H, Hkv, d, normed in [
         (32, 1024, 12, 12, 64, True), (32, 1024, 12, 12, 64, False), (8, 4096, 32, 8, 128, True),
     ]:  # fmt: skip
@@ -224,9 +211,9 @@ def measure_rope(bandwidth: float) -> bool:
         tables = (angle.cos().cuda(), angle.sin().cuda())
         sets = range(num_input_sets(4 * B * T * (n_q + n_k)))
         forward = [(random_tensor(B, T, n_q + 2 * n_k), *tables, n_q, n_k, normed) for _ in sets]
-        slopes = [[random_tensor(B, T, n) for n in (n_q, n_k, n_k)] for _ in sets]
-        backward = [(*its, one[0], *tables) for its, one in zip(slopes, forward)]
-        double = [x[:1].double() for x in (*slopes[0], forward[0][0])], [x.double() for x in tables]
+        grads = [[random_tensor(B, T, n) for n in (n_q, n_k, n_k)] for _ in sets]
+        backward = [(*grad, inputs[0], *tables) for grad, inputs in zip(grads, forward)]
+        double = [x[:1].double() for x in (*grads[0], forward[0][0])], [x.double() for x in tables]
         exact = (
             qk_rope_norm_plain(double[0][-1], *double[1], n_q, n_k, normed),
             (qk_rope_norm_backward_plain(*double[0], *double[1], normed),),
@@ -238,24 +225,26 @@ def measure_rope(bandwidth: float) -> bool:
         def plain_back(*args, normed=normed):
             return qk_rope_norm_backward_plain(*args, normed)
 
-        there, back = 4 * B * T * (n_q + n_k), 4 * B * T * (n_q + 2 * n_k) + 2 * B * T * (n_q + n_k) * normed
-        for name, op, plain, calls, its, nbytes in [
+        forward_bytes = 4 * B * T * (n_q + n_k)
+        backward_bytes = 4 * B * T * (n_q + 2 * n_k) + 2 * B * T * (n_q + n_k) * normed
+        for name, op, plain, calls, expected, nbytes in [
             (f"qk_rope_norm {B} x {T} x {H}/{Hkv} of {d}{', normed' * normed}", torch.ops.strawberry.qk_rope_norm,
-             qk_rope_norm_plain, forward, exact[0], there),
-            ("  backward", op_back, plain_back, backward, exact[1], back),
+             qk_rope_norm_plain, forward, exact[0], forward_bytes),
+            ("  backward", op_back, plain_back, backward, exact[1], backward_bytes),
         ]:  # fmt: skip
-            for label, way in ((name, op), ("    plain, compiled", torch.compile(plain, dynamic=False))):
-                got = way(*calls[0])
+            for label, function in ((name, op), ("    plain, compiled", torch.compile(plain, dynamic=False))):
+                got = function(*calls[0])
                 got = (got,) if isinstance(got, Tensor) else got
-                error = max(relative_error(x[:1], y) for x, y in zip(got, its, strict=True))
-                right &= print_row(label, error, 6e-3, time_graph(way, calls), nbytes / bandwidth)
-        eight = [(*its, one[0] if normed else None, *tables, 4.0, torch.float8_e5m2)
-                 for its, one in zip(slopes, forward)]  # fmt: skip
-        got, flipped = qkv_grad_quantize(*eight[0])
+                error = max(relative_error(x[:1], y) for x, y in zip(got, expected, strict=True))
+                passed &= print_row(label, error, 6e-3, time_graph(function, calls), nbytes / bandwidth)
+        fp8 = [(*grad, inputs[0] if normed else None, *tables, 4.0, torch.float8_e5m2)
+               for grad, inputs in zip(grads, forward)]  # fmt: skip
+        got, transposed = qkv_grad_quantize(*fp8[0])
         error = relative_error(got[:T].double() / 4, exact[1][0].flatten(0, 1))
-        right &= print_row("  backward in 8 bits", error, 8e-2, time_graph(qkv_grad_quantize, eight), back / bandwidth)
-        right &= torch.equal(got.view(torch.uint8).t(), flipped.view(torch.uint8))
-    return right
+        floor = backward_bytes / bandwidth
+        passed &= print_row("  backward in FP8", error, 8e-2, time_graph(qkv_grad_quantize, fp8), floor)
+        passed &= torch.equal(got.view(torch.uint8).t(), transposed.view(torch.uint8))
+    return passed
 
 
 def exact_aft(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -268,47 +257,47 @@ def measure_aft(bandwidth: float) -> bool:
     """AFT-simple: forward, which also returns the states for backward, then backward. The error of backward is the
     largest error of the gradients.
     """
-    right = True
+    passed = True
     for B, T, D, spread in [(32, 1024, 768, 1), (8, 4096, 768, 1), (1, 65536, 768, 80), (4, 256, 256, 1)]:
         sets = [[random_tensor(B, T, D) for _ in range(4)] for _ in range(num_input_sets(8 * B * T * D))]
-        for one in sets:
-            one[1] = one[1].sign() * spread if spread > 1 else one[1]  # keys of ±80
-        forward = [(*one[:3], True) for one in sets]
+        for inputs in sets:
+            inputs[1] = inputs[1].sign() * spread if spread > 1 else inputs[1]  # keys of ±80
+        forward = [(*inputs[:3], True) for inputs in sets]
         states = [torch.ops.strawberry.aft_simple(*args)[1] for args in forward]
-        backward = [(one[3], *one[:3], its) for one, its in zip(sets, states)]
+        backward = [(inputs[3], *inputs[:3], state) for inputs, state in zip(sets, states)]
         exact = [x[:1, :, :64].double().requires_grad_() for x in sets[0][:3]]
         y = exact_aft(*exact)
         y.backward(sets[0][3][:1, :, :64].double())
         error = relative_error(torch.ops.strawberry.aft_simple(*forward[0])[0][:1, :, :64], y.detach())
         floor = 8 * B * T * D / bandwidth
         seconds = time_graph(torch.ops.strawberry.aft_simple, forward)
-        right &= print_row(f"aft_simple {B} x {T} x {D}", error, 6e-3, seconds, floor)
+        passed &= print_row(f"aft_simple {B} x {T} x {D}", error, 6e-3, seconds, floor)
         got = torch.ops.strawberry.aft_simple_backward(*backward[0])
         error = max(relative_error(g[:1, :, :64], x.grad) for g, x in zip(got, exact))
         seconds = time_graph(torch.ops.strawberry.aft_simple_backward, backward)
-        right &= print_row("  backward", error, 1e-2, seconds, floor * 14 / 8)
-    return right
+        passed &= print_row("  backward", error, 1e-2, seconds, floor * 14 / 8)
+    return passed
 
 
 def measure_aft_positional(bandwidth: float) -> bool:
     """Forward, then forward and backward, of AFT-conv and AFT-local. The error is the largest of result and gradients
     of one group of channels, against float64.
     """
-    right = True
+    passed = True
     product = (random_tensor(8192, 8192), random_tensor(8192, 8192))
-    arithmetic = 2 * 8192**3 / time_graph(torch.matmul, [product] * 3)
+    ceiling = 2 * 8192**3 / time_graph(torch.matmul, [product] * 3)
     for kind, window in [("conv", 256), ("conv", 1024), ("local", 256)]:
         B, T, D, G = 32, 1024, 768, 12
         qkv = [random_tensor(B, T, D).requires_grad_() for _ in range(3)]
         p = [torch.randn(*shape, device="cuda").mul(0.1).requires_grad_()
              for shape in ([(G, window)] if kind == "conv" else [(T, 128)] * 2)]  # fmt: skip
-        slope = random_tensor(B, T, D)
+        grad = random_tensor(B, T, D)
 
         def forward(*args, kind=kind, window=window):
             return fused_aft_conv(*args) if kind == "conv" else fused_aft_local(*args, window)
 
-        def both(*args, forward=forward, slope=slope):
-            return torch.autograd.grad(forward(*args), args, slope)
+        def forward_backward(*args, forward=forward, grad=grad):
+            return torch.autograd.grad(forward(*args), args, grad)
 
         small = [x.detach()[:2, :, :64].requires_grad_() for x in qkv] + [
             x.detach()[:1] if kind == "conv" else x for x in p
@@ -316,17 +305,18 @@ def measure_aft_positional(bandwidth: float) -> bool:
         small = [x.detach().requires_grad_() for x in small]
         exact = [x.detach().double().requires_grad_() for x in small]
         y = exact_aft_positional(*exact, window)
-        expected = [y, *torch.autograd.grad(y, exact, slope[:2, :, :64].double())]
+        expected = [y, *torch.autograd.grad(y, exact, grad[:2, :, :64].double())]
         got = forward(*small)
-        got = [got, *torch.autograd.grad(got, small, slope[:2, :, :64])]
+        got = [got, *torch.autograd.grad(got, small, grad[:2, :, :64])]
         error = max(relative_error(g, e) for g, e in zip(got, expected))
         operations = 4 * B * T * D * (min(window, T // 2) + AFT_BLOCK)
-        floor = max(8 * B * T * D / bandwidth, operations / arithmetic)
+        floor = max(8 * B * T * D / bandwidth, operations / ceiling)
         seconds = time_graph(forward, [(*qkv, *p)] * 2)
-        right &= print_row(f"aft_{kind} {B} x {T} x {D}, window {window}", error, 2e-2, seconds, floor)
-        floor = max(22 * B * T * D / bandwidth, 3 * operations / arithmetic)
-        right &= print_row("  forward and backward", error, 2e-2, time_graph(both, [(*qkv, *p)] * 2), floor)
-    return right
+        passed &= print_row(f"aft_{kind} {B} x {T} x {D}, window {window}", error, 2e-2, seconds, floor)
+        floor = max(22 * B * T * D / bandwidth, 3 * operations / ceiling)
+        seconds = time_graph(forward_backward, [(*qkv, *p)] * 2)
+        passed &= print_row("  forward and backward", error, 2e-2, seconds, floor)
+    return passed
 
 
 def exact_aft_positional(q: Tensor, k: Tensor, v: Tensor, *p_window) -> Tensor:
@@ -344,28 +334,29 @@ def measure_muon(bandwidth: float) -> bool:
     whole, and the passes over momentum and weights. Plain: the products by torch.bmm. Floor: half a product's
     operations, at the speed of a large one; of Newton–Schulz all of them.
     """
-    right, big = True, (random_tensor(8192, 8192), random_tensor(8192, 8192))
-    arithmetic = 2 * 8192**3 / time_graph(torch.matmul, [big] * 3)
+    passed, big = True, (random_tensor(8192, 8192), random_tensor(8192, 8192))
+    ceiling = 2 * 8192**3 / time_graph(torch.matmul, [big] * 3)
     for n, rows, cols in [(48, 768, 768), (12, 768, 3072), (36, 384, 384), (6, 384, 1536)]:
         sets = [(random_tensor(n, rows, cols) / cols**0.5,) for _ in range(num_input_sets(2 * n * rows * cols))]
         grams = [(muon.symmetric_product(x, x),) * 3 + (2.0, -5.0) for (x,) in sets]
-        for name, way, plain, calls in [
+        for name, function, plain, calls in [
             (f"muon x xT, {n} x {rows} x {cols}", muon.symmetric_product,
              lambda x, y: torch.bmm(x, y.mT), [(x, x) for (x,) in sets]),
             (f"muon b G + c G G, {n} x {rows}", muon.symmetric_product,
              lambda x, y, c, alpha, beta: torch.baddbmm(c, x, y.mT, alpha=alpha, beta=beta), grams),
         ]:  # fmt: skip
             exact = plain(*(x[:1].double() if isinstance(x, Tensor) else x for x in calls[0]))
-            floor = n * rows**2 * calls[0][0].size(2) / arithmetic
-            for label, how in ((name, way), ("    plain", plain)):
-                error = relative_error(how(*calls[0])[:1], exact)
-                right &= print_row(label, error, 1e-2, time_graph(how, calls), floor)
+            floor = n * rows**2 * calls[0][0].size(2) / ceiling
+            for label, measured in ((name, function), ("    plain", plain)):
+                error = relative_error(measured(*calls[0])[:1], exact)
+                passed &= print_row(label, error, 1e-2, time_graph(measured, calls), floor)
         exact, small = newton_schulz(sets[0][0][:1].double()), min(rows, cols)
-        floor = 5 * n * 2 * small * (2 * small * max(rows, cols) + small**2) / arithmetic
-        for label, way in ((f"newton_schulz {n} x {rows} x {cols}", newton_schulz), ("    plain", newton_schulz_plain)):
-            error = relative_error(way(sets[0][0])[:1], exact)
-            right &= print_row(label, error, 0.1, time_graph(way, sets), floor)
-    return right & measure_muon_passes(bandwidth)
+        floor = 5 * n * 2 * small * (2 * small * max(rows, cols) + small**2) / ceiling
+        name = f"newton_schulz {n} x {rows} x {cols}"
+        for label, function in ((name, newton_schulz), ("    plain", newton_schulz_plain)):
+            error = relative_error(function(sets[0][0])[:1], exact)
+            passed &= print_row(label, error, 0.1, time_graph(function, sets), floor)
+    return passed & measure_muon_passes(bandwidth)
 
 
 def newton_schulz_plain(x: Tensor) -> Tensor:
@@ -379,30 +370,30 @@ def newton_schulz_plain(x: Tensor) -> Tensor:
 
 def measure_muon_passes(bandwidth: float) -> bool:
     """Momentum and weights of 48 matrices."""
-    right = True
+    passed = True
     grads, buffers = ([random_tensor(768, 768, dtype=torch.float32) for _ in range(48)] for _ in range(2))
     weight, found_inf = torch.tensor(0.1, device="cuda"), torch.zeros((), device="cuda")
     exact = [0.9 * m.double() + 0.1 * g.double() for m, g in zip(buffers[:1], grads)]
     exact = [0.9 * m + 0.1 * g.double() for m, g in zip(exact, grads)]
     ahead = muon.move_and_look_ahead(grads, buffers, weight, found_inf, torch.bfloat16)
-    for name, way, calls, got, nbytes in [
+    for name, function, calls, got, nbytes in [
         ("muon momentum, 48 x 768 x 768", muon.move_and_look_ahead,
          [(grads, buffers, weight, found_inf, torch.bfloat16)] * 2, ahead[:1], 14),
         ("muon weights, 48 x 768 x 768", muon.decay_and_add, [(buffers, ahead, -weight, weight)] * 2, None, 10),
     ]:  # fmt: skip
         if got is None:
             exact = [0.9 * buffers[0].double() - 0.1 * ahead[0].double()]
-            way(*calls[0])
+            function(*calls[0])
             got = buffers[0][None]
         floor = nbytes * 48 * 768**2 / bandwidth
-        right &= print_row(name, relative_error(got[0], exact[0]), 1e-2, time_graph(way, calls), floor)
-    return right
+        passed &= print_row(name, relative_error(got[0], exact[0]), 1e-2, time_graph(function, calls), floor)
+    return passed
 
 
 def measure_memory(bandwidth: float) -> bool:
     """The linear memory, forward and backward. Floor: inputs read, outputs written. Error: the largest of all outputs
     and gradients, against float64."""
-    right = True
+    passed = True
     for B, T, H, d in ((8, 4096, 4, 64), (8, 4096, 2, 128), (1, 32768, 12, 64)):
         sets = []
         for _ in range(num_input_sets(8 * B * T * H * d)):
@@ -410,17 +401,17 @@ def measure_memory(bandwidth: float) -> bool:
             gates = -random_tensor(B, T, H).float().abs() / 16, random_tensor(B, T, H).float().sigmoid()
             sets.append((unit(z)[:, 1:], unit(z)[:, :-1], v, *gates, grad))
         ops, name = torch.ops.strawberry, f"memory {B} x {T}, {H} heads of {d}"
-        *some, grad = (x[:1, :1000].clone() for x in sets[0])
-        exact = [x.double().requires_grad_() for x in some]
+        *inputs, grad = (x[:1, :1000].clone() for x in sets[0])
+        exact = [x.double().requires_grad_() for x in inputs]
         o = read_chunks(*exact, 64)[0]
         grads = torch.autograd.grad(o, exact, grad.double())
-        error = relative_error(ops.memory(*some, None, 64)[0], o.detach())
-        forward, backward = [(*one[:-1], None, 64) for one in sets], [(one[-1], *one[:-1], 64) for one in sets]
-        size = v.nbytes / bandwidth
-        right &= print_row(name, error, 2e-2, time_graph(ops.memory, forward), 4 * size)
-        error = max(map(relative_error, ops.memory_backward(grad, *some, 64), grads))
-        right &= print_row("  backward", error, 3e-2, time_graph(ops.memory_backward, backward), 7 * size)
-    return right
+        error = relative_error(ops.memory(*inputs, None, 64)[0], o.detach())
+        forward, backward = [(*s[:-1], None, 64) for s in sets], [(s[-1], *s[:-1], 64) for s in sets]
+        floor = v.nbytes / bandwidth  # of one of the tensors
+        passed &= print_row(name, error, 2e-2, time_graph(ops.memory, forward), 4 * floor)
+        error = max(map(relative_error, ops.memory_backward(grad, *inputs, 64), grads))
+        passed &= print_row("  backward", error, 3e-2, time_graph(ops.memory_backward, backward), 7 * floor)
+    return passed
 
 
 MEASURES = (
@@ -453,12 +444,12 @@ def print_table() -> int:
     Triton.
     """
     if triton is None or not torch.cuda.is_available():
-        raise UserError("bench.py kernels times the kernels on a GPU; there is no GPU with Triton here")
+        raise UserError("bench.py kernels times the kernels on a GPU; this machine has no GPU with Triton")
     bandwidth = copy_bandwidth()
     name, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}: copies at {bandwidth / 1e12:.2f} TB/s")
     print(f"{'bfloat16':46} {'error':>8} {'µs':>9} {'floor µs':>9} {'floor':>6}")
-    right = [measure(bandwidth) for measure in MEASURES]
-    if not all(right):
+    passed = [measure(bandwidth) for measure in MEASURES]
+    if not all(passed):
         print("a kernel is wrong: its error is above its bound", file=sys.stderr)
-    return 0 if all(right) else 1
+    return 0 if all(passed) else 1

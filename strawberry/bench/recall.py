@@ -1,18 +1,17 @@
-"""`bench.py recall`: how well models remember, by distance and by number of facts (MQAR, arXiv 2312.04927).
+"""`bench.py recall`: associative recall by distance and by number of pairs (MQAR, arXiv 2312.04927).
 
-A row has n pairs of a key and a value, d tokens of filler, and then each key once more, in another order. The target at
-a repeated key is its value; nothing else has a target. Keys and values are drawn anew for each row, so that no weights
-can know them. The answers are not in the text: where each would follow its question, as in the paper, a model could
-infer the later ones by elimination. Only the values of the row's pairs are plausible, so that chance is 1/n; for a
-model that does not even see the pairs, it is one in the number of all values. A row has questions at one distance only,
-since an answered question would hand its value on to a later one.
+A row has n pairs of a key and a value, d tokens of filler, and then n queries: each key once more, in another order.
+The target of a query is the key's value; other tokens have no target. Keys and values are drawn for each row, so
+weights cannot store them. The values are not in the text after the queries: if each followed its query, as in the
+paper, a model could infer the later ones by elimination. A model that knows only which values are in the row is right
+once in n; a model that does not see the pairs is right once in the number of all values. All queries of a row are at
+one distance, since the state after a query holds its value for later ones.
 
     n = 2, d = 3:   text     k7 v3 k1 v9 .. .. .. k1 k7        target   -  -  -  -  -  -  -  v9 v3
 
-Half of the rows that models train on, and none that they are judged by, ask each key several times at random places:
-more targets for the same tokens. All train with Muon unless told otherwise. With AdamW a small transformer learns which
-values are in the row, and then stays at chance for thousands of steps, far beyond those that Muon takes to bind each
-value to its key.
+Half of the training rows, and no evaluation row, have several queries of each key at random places: more targets for
+the same number of tokens. The optimizer is Muon by default. With AdamW a small transformer learns which values are in
+the row, and then stays at chance for thousands of steps, many more than Muon needs to bind each value to its key.
 """
 
 import argparse
@@ -59,12 +58,12 @@ from strawberry.training.evaluation import evaluation_mode, make_batch
 from strawberry.training.signals import Signals
 
 N_FILLERS = 16  # token ids of filler
-EVAL_SEED = 2**31  # no run's seed is as large, so that no row is both trained on and asked
-ROWS_AT_ONCE = 32  # rows of an evaluation's pass
-FIRST_LENGTH, STRETCH = 24, 6  # tokens of a row in the first stage of training; how many times longer the next is
-MAX_ROWS = 256  # of a step, in the stages with short rows
-TIMES_ASKED = 4  # how often a row with scattered questions asks each key
-# The optimizer's keys, the same for all unless --set or a config's own changes give others
+EVAL_SEED = 2**31  # larger than any run's seed, so that evaluation rows are not training rows
+ROWS_AT_ONCE = 32  # rows in a pass of an evaluation
+FIRST_LENGTH, LENGTH_RATIO = 24, 6  # tokens of a row in the first stage of training; each next stage's over its own
+MAX_ROWS = 256  # in a step of a stage with short rows
+QUERIES_PER_KEY = 4  # on average, in a row with scattered queries
+# The keys of the optimizer for all configs; --set and a config's own changes replace them
 RECIPE = {"optimizer_hyperparams.use_muon": "true", "optimizer_hyperparams.muon_lr": "null",
           "optimizer_hyperparams.muon_beta2": "0", "optimizer_hyperparams.weight_decay": "0",
           "gradient_accumulation_steps": "1"}  # fmt: skip
@@ -97,14 +96,14 @@ class RecallTask:
 
     @property
     def lengths(self) -> list[int]:
-        """The length of a row in each stage of training; in the last, that of the task."""
+        """The length of a row in each stage of training. In the last stage it is block_size."""
         shorter = itertools.takewhile(lambda length: 2 * length < self.block_size,
-                                      (FIRST_LENGTH * STRETCH**k for k in itertools.count()))  # fmt: skip
+                                      (FIRST_LENGTH * LENGTH_RATIO**k for k in itertools.count()))  # fmt: skip
         return [*shorter, self.block_size]
 
     def draw_cells(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
-        """(count, 2) numbers of pairs and distances for rows of a length: those of the task where it is the task's,
-        else some that fit."""
+        """(count, 2) numbers of pairs and distances: the task's for rows of block_size, random ones that fit for
+        shorter rows."""
         if length == self.block_size:
             return np.array(self.cells)[rng.integers(len(self.cells), size=count)]
         most = max(2, min(max(self.pairs), length // 6))
@@ -114,48 +113,48 @@ class RecallTask:
     def draw_rows(
         self, rng: np.random.Generator, cells: np.ndarray, length: int, scattered: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(text, targets), (rows, length) each, of rows with these numbers of pairs and distances; targets are −1 where
-        there is none. The pairs begin at a random place. The rows where `scattered` (rows,) is set ask keys at random
-        places after the pairs instead, each TIMES_ASKED times on average if there is room."""
+        """(text, targets), (rows, length) each, of rows with these numbers of pairs and distances; a target of −1 means
+        none. The pairs begin at a random place. In rows where `scattered` (rows,) is True, the queries are at random
+        places after the pairs, QUERIES_PER_KEY for each key on average if there is room."""
         count, (n, d) = len(cells), cells[:, :, None].transpose(1, 0, 2)  # (rows, 1) each
         start = rng.integers(0, length - (3 * n + d) + 1)
         place = np.arange(length) - start  # counted from the first pair
         keys, values = (first + rng.random((count, self.n_symbols)).argsort(axis=1)[:, : max(self.pairs)]
                         for first in (N_FILLERS, N_FILLERS + self.n_symbols))  # fmt: skip
-        asked = (place >= 2 * n + d) & (place < 3 * n + d)
-        number = np.where(asked, place - 2 * n - d, place // 2)  # of the pair; clipped where there is none
+        is_query = (place >= 2 * n + d) & (place < 3 * n + d)
+        number = np.where(is_query, place - 2 * n - d, place // 2)  # of the pair; clipped where there is none
         number = number.clip(0, n - 1)
         shuffled = np.where(np.arange(max(self.pairs)) < n, rng.random(keys.shape), 2).argsort(axis=1)
-        number = np.where(asked, np.take_along_axis(shuffled, number, axis=1), number)
+        number = np.where(is_query, np.take_along_axis(shuffled, number, axis=1), number)
         if scattered is not None and scattered.any():
-            share = np.minimum(TIMES_ASKED * n / (length - start - 2 * n), 1)
+            share = np.minimum(QUERIES_PER_KEY * n / (length - start - 2 * n), 1)
             anywhere = (place >= 2 * n) & (rng.random((count, length)) < share)
             where = scattered[:, None]
-            asked = np.where(where, anywhere, asked)
+            is_query = np.where(where, anywhere, is_query)
             number = np.where(where & anywhere, (rng.random((count, length)) * n).astype(int), number)
         key, value = (np.take_along_axis(part, number, axis=1) for part in (keys, values))
         is_pair, fillers = (place >= 0) & (place < 2 * n), rng.integers(0, N_FILLERS, (count, length))
-        x = np.where(asked | is_pair & (place % 2 == 0), key, np.where(is_pair, value, fillers))
-        return x, np.where(asked, value, -1)
+        x = np.where(is_query | is_pair & (place % 2 == 0), key, np.where(is_pair, value, fillers))
+        return x, np.where(is_query, value, -1)
 
 
 class RecallObjective:
-    """Rows of a RecallTask: those of a stage of training, or those of the cell `only`, which models are judged by."""
+    """Rows of a RecallTask: the training rows of a stage, or the evaluation rows of `cell`, (pairs, distance)."""
 
     model, kind = "decoder", "tokens"
     has_bits_per_byte = has_padding = False
     extra_ids = 0
 
-    def __init__(self, task: RecallTask, only: tuple[int, int] | None = None, stage: int = -1):
-        self.task, self.only, self.length = task, only, task.lengths[stage]
+    def __init__(self, task: RecallTask, cell: tuple[int, int] | None = None, stage: int = -1):
+        self.task, self.cell, self.length = task, cell, task.lengths[stage]
 
     def make_batch(self, split, seed: int, first: int, count: int) -> Batch:
         """`count` rows, a function of (seed, first, count, stage). `split` is not read."""
         rng = np.random.default_rng([seed, first, self.length])
-        if self.only is None:
+        if self.cell is None:
             cells, scattered = self.task.draw_cells(rng, count, self.length), rng.random(count) < 0.5
         else:
-            cells, scattered = np.array([self.only] * count), None
+            cells, scattered = np.array([self.cell] * count), None
         x, y = self.task.draw_rows(rng, cells, self.length, scattered)
         return Batch(x, y, None, int((y >= 0).sum()))
 
@@ -170,51 +169,51 @@ class RecallTrainer(BenchmarkTrainer):
     def set_up(self) -> None:
         super().set_up()
         if not self.model.causal:
-            raise UserError(f"{self.model.config.arch} sees the tokens to come, and the answers are not in the text "
-                            "for it to see; give a causal model")  # fmt: skip
-        self.rows_at_most, self.total_steps = self.run.batch_size, self.run.max_iters
+            raise UserError(f"{self.model.config.arch}: its predictions depend on later tokens; recall needs a causal "
+                            "model")  # fmt: skip
+        self.task_rows, self.total_steps = self.run.batch_size, self.run.max_iters
         self.set_stage(0)
 
     def set_stage(self, stage: int) -> None:
-        """Let the next steps be those of a stage: shorter rows, and more of them."""
+        """Set the length and the number of the next steps' rows to those of a stage."""
         self.objective = RecallObjective(self.task, stage=stage)
         longer = self.task.block_size // self.objective.length
-        self.run.batch_size = max(self.rows_at_most, min(self.rows_at_most * longer, MAX_ROWS))
+        self.run.batch_size = max(self.task_rows, min(self.task_rows * longer, MAX_ROWS))
 
     def train_stages(self) -> None:
-        """Train on short rows first. In long ones, a model finds no way from a question to its answer for thousands of
-        steps, since nearly all that it sees is filler."""
+        """Train on short rows first. On long rows, which are nearly all filler, a model does not learn to find a
+        query's value for thousands of steps."""
         stages = len(self.task.lengths)
         for stage in range(stages):
             if stage:
                 self.steps.synchronize()
                 self.steps.release_graph()
                 self.set_stage(stage)
-                torch.compiler.reset()  # else the code of so many shapes exceeds dynamo's limit
+                torch.compiler.reset()  # otherwise the number of shapes exceeds dynamo's recompile limit
                 self.steps.warm_up(self.compiled)
             self.run.max_iters = self.total_steps * (stage + 1) // stages
             self.train()
 
     def measure_recall(self, rows: int) -> list[dict]:
-        """The share of right answers of each cell, over `rows` rows of it."""
+        """The accuracy of each cell, over `rows` evaluation rows."""
         return [{"pairs": n, "distance": d, "accuracy": self.measure_cell((n, d), rows)} for n, d in self.task.cells]
 
     def measure_cell(self, cell: tuple[int, int], rows: int) -> float:
-        right = asked = 0
+        correct = total = 0
         with evaluation_mode(self.model), self.autocast():
             for first in range(0, rows, ROWS_AT_ONCE):
                 count = min(ROWS_AT_ONCE, rows - first)
                 batch = make_batch(RecallObjective(self.task, cell), None, EVAL_SEED, first, count, self.device)
                 found = self.model(batch.x)[0].argmax(dim=-1)
-                right += int((found == batch.y).sum())
-                asked += batch.n_targets
-        return right / asked
+                correct += int((found == batch.y).sum())
+                total += batch.n_targets
+        return correct / total
 
 
 def recall_child(argv: list[str]) -> None:
     """The main function of a child: train a config on a task, measure its recall and print it."""
     file, task, rows = argv
-    answers, task = sys.stdout, RecallTask(**{key: tuple(value) for key, value in json.loads(task).items()})
+    results, task = sys.stdout, RecallTask(**{key: tuple(value) for key, value in json.loads(task).items()})
     with contextlib.redirect_stdout(sys.stderr):
         trainer = RecallTrainer(load_run(["--config", file], CONFIGS), task)
         trainer.prepare()
@@ -224,22 +223,23 @@ def recall_child(argv: list[str]) -> None:
             "seconds": trainer.progress.seconds, "machine": hardware.describe_device(trainer.device),
         }  # fmt: skip
         trainer.close()
-        print(json.dumps(found), file=answers, flush=True)
+        print(json.dumps(found), file=results, flush=True)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         "bench.py recall",
-        "Train configs on associative recall, and measure the share of right answers by distance and number of pairs.",
+        "Train configs on associative recall, and measure their accuracy by distance and number of pairs.",
     )
     add = parser.add_argument
     add("configs", nargs="+", help="config files; file.json:key=value,key=value changes keys of one")
     add("--pairs", default="8", help="numbers of pairs of a key and a value, between commas (default 8)")
-    add("--distances", default="16,64,256", help="tokens between the pairs and the questions (default 16,64,256)")
+    add("--distances", default="16,64,256", help="tokens between the pairs and the queries (default 16,64,256)")
     add("--steps", type=parse_quantity, default=2000, help="training steps of each config (default 2000)")
     add("--batch_size", type=parse_quantity, default=32, help="rows of a step (default 32)")
     add("--lrs", default="3e-3", help="learning rates; a config's result is that of its best (default 3e-3)")
-    add("--rows", type=parse_quantity, default=256, help="rows asked of each number and distance (default 256)")
+    add("--rows", type=parse_quantity, default=256, help="evaluation rows for each number of pairs and distance "
+        "(default 256)")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
     add("--jobs", type=parse_quantity, help="configs at once, divided among the GPUs (default: one on each)")
     add("--out", default="img/recall", type=Path, help="directory of the results (default img/recall)")
@@ -262,8 +262,8 @@ def parse_numbers(option: str, text: str, limit: int) -> tuple[int, ...]:
 
 
 def load_runs(arguments: argparse.Namespace, task: RecallTask, folder: Path) -> list[tuple[str, Run]]:
-    """(config, run) for each config and learning rate, with the task's sizes and a schedule of --steps, reading a token
-    file that has nothing of the task: rows are drawn, not read."""
+    """(config, run) for each config and learning rate, with the task's sizes and a schedule of --steps. The runs have a
+    token file, which train.py requires, but RecallObjective does not read it."""
     (folder / "text.txt").write_text("ab")
     with TokenFileWriter(folder / "tokens.bin", encoders.load(f"chars:{folder / 'text.txt'}")) as writer:
         for _ in range(2):
@@ -297,7 +297,7 @@ def run(argv: list[str]) -> int | None:
 def train_runs(
     runs: list[tuple[str, Run]], task: RecallTask, arguments: argparse.Namespace, folder: Path
 ) -> list[dict]:
-    """What the child process of each run has measured, in the order of `runs`. Prints each as it ends."""
+    """The measurements of each run's child process, in the order of `runs`. Prints each when it ends."""
     print(f"{len(runs)} runs of {arguments.steps:,} steps of {arguments.batch_size} rows of {task.block_size:,} tokens",
           flush=True)  # fmt: skip
     words = [[write_benchmark_config(folder / str(i), run), json.dumps(asdict(task)), str(arguments.rows)]
@@ -313,8 +313,8 @@ def train_runs(
 
 
 def choose_best(rows: list[dict]) -> list[dict]:
-    """The row of each config with the highest mean accuracy; it has that of every learning rate. A row that failed is
-    chosen only where all have."""
+    """For each config the row with the highest mean accuracy, a failed one only if all of them failed. Its `by_lr` has
+    the mean accuracy of every learning rate."""
     best = {}
     for row in rows:
         row["mean"] = statistics.fmean(cell["accuracy"] for cell in row["cells"]) if "cells" in row else None
@@ -341,8 +341,8 @@ def write_recall(rows: list[dict], task: RecallTask, out: Path, command: str) ->
     """Write recall.json, recall.md and recall.png."""
     where = hardware.describe_device(choose_device("auto"))
     text = format_table(*list_accuracies(rows, task))
-    note = ("The probe is valid where a model with attention over everything reaches 99 %, and one whose layers "
-            "together see less than the distance stays at chance or below.")  # fmt: skip
+    note = ("The benchmark is valid if a model with full attention reaches 99 %, and a model whose layers' windows "
+            "together are shorter than the distance stays at chance or below.")  # fmt: skip
     report = f"{text}\n\n![recall](recall.png)\n\n{note}\n\n{where}\n\n```\n{command}\n```\n"
     atomic_write(out / "recall.md", report.encode())
     atomic_write(out / "recall.json", json.dumps({"command": command, "rows": rows}, indent=1).encode())
@@ -368,7 +368,7 @@ def draw_recall(rows: list[dict], task: RecallTask, title: str):
         panel.set_xticks(task.distances, [f"{d:,}" for d in task.distances])
         panel.minorticks_off()
         panel.set_ylim(0, 1.03)
-    panels[0].set_ylabel("right answers", fontsize=11)
+    panels[0].set_ylabel("accuracy", fontsize=11)
     fig.suptitle(title, fontsize=12, x=0.01, ha="left")
     fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=9, frameon=False)
     return fig

@@ -17,7 +17,7 @@ from strawberry.bench.common import (
     list_spec_inputs,
     parse_assignment,
     parse_quantity,
-    split_list,
+    split_spec,
     write_benchmark_config,
 )
 from strawberry.common import atomic_write
@@ -33,11 +33,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", required=True, help="a config file; file.json:key=value,key=value changes keys of it")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key")
-    add("--processes", default="1,2", help="how many, with commas (default 1,2)")
+    add("--processes", default="1,2", help="numbers of processes, between commas (default 1,2)")
     add("--parallel", default="ddp", help="ddp, fsdp or both, with a comma (default ddp)")
-    add("--steps", type=parse_quantity, default=30, help="measured, after 10 others or as many (default 30)")
-    add("--same_batch", action="store_true", help="divide the config's batch, instead of as many rows for each process")
-    add("--json", type=Path, help="write what was measured there, too")
+    add("--steps", type=parse_quantity, default=30, help="measured steps, after 10 or as many others (default 30)")
+    add("--same_batch", action="store_true", help="divide the config's batch among the processes (default: one each)")
+    add("--json", type=Path, help="also write the measurements to this file")
     arguments = parser.parse_args(argv)
     arguments.processes = [parse_quantity(part) for part in arguments.processes.split(",")]
     arguments.parallel = arguments.parallel.split(",")
@@ -47,11 +47,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def run(argv: list[str]) -> None:
     """Measure how training speeds up with processes, one for each GPU."""
     arguments = parse_arguments(argv)
-    file, _, changes = arguments.config.partition(".json:")
-    words = [parse_assignment(text) for text in (*arguments.set, *(split_list(changes) if changes else ()))]
-    words = [f"--{key}={value}" for key, value in words]
+    config, changes = split_spec(arguments.config)
+    words = [f"--{key}={value}" for key, value in map(parse_assignment, (*arguments.set, *changes))]
     rows: list[dict] = []
-    config = f"{file}.json" if changes else file
     read = list_spec_inputs("--config", [config], [load_run(["--config", config, *words], CONFIGS)])
     check_outputs(list_json_output(arguments.json), read)
     for n, parallel in itertools.product(arguments.processes, arguments.parallel):

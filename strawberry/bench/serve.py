@@ -79,16 +79,16 @@ class ServerProcess:
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         "bench.py serve",
-        "Measure how many tokens/s serve.py makes for clients that ask at once, beside a server without "
-        "batches, and compare each answer with what its client is told alone.",
+        "Measure the tokens/s of serve.py for simultaneous clients, beside a server without batching, and compare each "
+        "text with the one that its client gets alone.",
     )
     add = parser.add_argument
     add("model", help="config file (file.json:key=value,key=value changes keys) or trained model file")
-    add("--clients", type=parse_quantity, default=16, help="that ask at once (default 16)")
-    add("--rows", type=parse_quantity, default=16, help="texts that are made at once (default 16)")
+    add("--clients", type=parse_quantity, default=16, help="simultaneous clients (default 16)")
+    add("--rows", type=parse_quantity, default=16, help="texts that are generated at once (default 16)")
     add("--queue", type=parse_quantity, default=64, help="clients that may wait (default 64)")
     add("--prompt", type=parse_quantity, default=32, help="tokens of a prompt (default 32)")
-    add("--tokens", type=parse_quantity, default=128, help="tokens that are made (default 128)")
+    add("--tokens", type=parse_quantity, default=128, help="tokens to generate (default 128)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
     return parser.parse_args(argv)
 
@@ -126,6 +126,6 @@ def format_result(found: list[tuple], alone: list[str], arguments: argparse.Name
         f"{arguments.clients} clients at once, {arguments.tokens} tokens each: {slow:,.0f} tokens/s a text at a "
         f"time, {fast:,.0f} with {arguments.rows} rows, {statistics.median(ratios):.1f} times as many "
         f"({min(ratios):.1f} to {max(ratios):.1f})\n{len(served)} of {len(answers)} requests were served, "
-        f"{len(answers) - len(served)} told to come again; {same} of the {len(served)} texts are exactly those "
+        f"{len(answers) - len(served)} answered with status 429; {same} of the {len(served)} texts are exactly those "
         "that their clients get alone"
     )

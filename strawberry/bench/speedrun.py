@@ -8,7 +8,6 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,10 +22,11 @@ from strawberry.bench.common import (
     list_results,
     list_spec_inputs,
     parse_assignment,
+    parse_learning_rates,
     parse_quantity,
-    split_list,
+    split_spec,
 )
-from strawberry.bench.compare import interrupt_on_signals, parse_learning_rates
+from strawberry.bench.compare import interrupt_on_signals
 from strawberry.bench.speedrun_plan import (
     KINDS,
     Plan,
@@ -50,7 +50,6 @@ from strawberry.common import UserError, atomic_write
 from strawberry.outputs import Input, check_outputs, encoder_inputs
 from strawberry.training import setup
 
-POLL_SECONDS = 0.3  # between polls of the children
 ROLES = {NANOGPT: "_speedrun_nanogpt", STRAWBERRY: "_speedrun_strawberry"}
 # Keys of nanoGPT that the command sets itself, and the option for each.
 NANOGPT_KEYS = {"learning_rate": "--nanogpt_lrs", "min_lr": "--nanogpt_lrs", "dataset": "--data", "device": "--device",
@@ -68,8 +67,8 @@ STRAWBERRY_KEYS |= {"max_iters": "--steps", "lr_decay_iters": "--steps", "eval_i
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         "bench.py speedrun",
-        "Train with nanoGPT's own train.py, and a config until its validation loss is as low as nanoGPT's best. The "
-        "same command goes on after an interruption.",
+        "Train with nanoGPT's own train.py, and a config until its validation loss is as low as nanoGPT's best. After "
+        "an interruption, the same command continues.",
     )
     add = parser.add_argument
     add("--nanogpt_path", type=Path, required=True, help="a checkout of nanoGPT")
@@ -80,24 +79,24 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="with char a text file, with gpt2 a token file of prepare.py")
     add("--encoder", help="encoder of the token file, with gpt2")
     add("--data_division", type=float, help="share of the tokens for training (default 0.9 for char, 0.95 for gpt2)")
-    add("--steps", type=parse_quantity, help="our steps at most, over which our learning rate falls (default 0.4 of "
-        "nanoGPT's)")  # fmt: skip
-    add("--lrs", help="our learning rates to choose from, by seed 1 (default: the config's)")
-    add("--nanogpt_lrs", help="nanoGPT's learning rates to choose from, by seed 1 (default: its own with char, "
+    add("--steps", type=parse_quantity, help="maximum number of our steps; our learning rate falls over them (default "
+        "0.4 of nanoGPT's)")  # fmt: skip
+    add("--lrs", help="our learning rates; the best with seed 1 is chosen (default: the config's)")
+    add("--nanogpt_lrs", help="nanoGPT's learning rates; the best with seed 1 is chosen (default: its own with char, "
         "3e-4,6e-4,1e-3 with gpt2)")  # fmt: skip
     add("--nanogpt_steps", type=parse_quantity, help="nanoGPT's steps (default 5000 with char, 1500 with gpt2)")
     add("--nanogpt_set", action="append", default=[], metavar="KEY=VALUE", help="a key of nanoGPT; may be repeated")
     add("--seeds", type=parse_quantity, default=3, help="runs of each side with its best learning rate (default 3)")
-    add("--evaluations", type=parse_quantity, default=50, help="of each run (default 50)")
-    add("--eval_tokens", type=parse_quantity, default=500_000, help="held-out tokens of an evaluation, at most "
-        "(default 500k)")  # fmt: skip
+    add("--evaluations", type=parse_quantity, default=50, help="number of evaluations in each run (default 50)")
+    add("--eval_tokens", type=parse_quantity, default=500_000, help="maximum number of held-out tokens of an "
+        "evaluation (default 500k)")  # fmt: skip
     add("--jobs", type=parse_quantity, default=1, help="runs at once, each on a GPU of its own (default 1)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: cuda, else cpu")
     add("--out", default="img/speedrun", type=Path, help="directory of the results (default img/speedrun)")
     arguments = parser.parse_args(argv)
     for name in ("lrs", "nanogpt_lrs"):
         text = getattr(arguments, name)
-        setattr(arguments, name, None if text is None else parse_rates(f"--{name}", text))
+        setattr(arguments, name, None if text is None else parse_learning_rates(text, f"--{name}"))
     if arguments.kind == "gpt2" and arguments.encoder is None:
         raise UserError("--kind gpt2: needs --encoder, the encoder of the token file --data")
     if arguments.kind == "char" and arguments.encoder is not None:
@@ -109,17 +108,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def parse_rates(option: str, text: str) -> list[float]:
-    try:
-        return parse_learning_rates(text)
-    except UserError as error:
-        raise UserError(str(error).replace("--lrs", option, 1)) from error
-
-
 def check_keys(arguments: argparse.Namespace) -> None:
     """Raises UserError for keys of either side that the command sets itself."""
-    _, _, changes = arguments.config.partition(".json:")
-    for text in [*arguments.set, *(split_list(changes) if changes else [])]:
+    _, changes = split_spec(arguments.config)
+    for text in [*arguments.set, *changes]:
         key, _ = parse_assignment(text)
         if key in STRAWBERRY_KEYS:
             raise UserError(f"{text!r}: speedrun sets {key} itself; use {STRAWBERRY_KEYS[key]}")
@@ -150,19 +142,12 @@ def rank_strawberry(result: dict, target: float) -> tuple[float, float]:
     return math.inf if point is None else point[2], rank_nanogpt(result)
 
 
-class Pool:
-    """Simultaneous runs, each on a GPU of its own and in a folder of its own until its result is written."""
+class Pool(child_process.RunPool):
+    """The running children of speedrun, each on a separate GPU."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.gpus = plan, child_process.GpuPool(plan.device.type)
-        self.running: dict[str, tuple[Trial, subprocess.Popen]] = {}
-
-    @property
-    def n_free(self) -> int:
-        return self.plan.arguments.jobs - len(self.running)
-
-    def folder(self, trial: Trial) -> Path:
-        return self.plan.runs / trial.key
+        super().__init__(plan.runs, plan.arguments.jobs, plan.device.type)
+        self.plan = plan
 
     def start(self, trial: Trial) -> None:
         """Start a run. Its caches of compiled code are empty, so that each run's compilation takes as long."""
@@ -177,8 +162,7 @@ class Pool:
         extra = {"TORCHINDUCTOR_CACHE_DIR": str((folder / "inductor").absolute()),
                  "TRITON_CACHE_DIR": str((folder / "triton").absolute())}  # fmt: skip
         command = child_process.make_command(ROLES[trial.side], str((folder / "job.json").absolute()))
-        child = child_process.start(command, folder / "log.txt", self.plan.arguments.jobs, self.gpus, extra)
-        self.running[trial.key] = (trial, child)
+        self.start_child(trial, command, extra)
 
     def write_config(self, folder: Path, run: dict) -> str:
         none = {"path": str(folder / "ck"), "create_checkpoints": False}
@@ -189,27 +173,19 @@ class Pool:
     def collect_finished(self) -> list[tuple[Trial, str]]:
         """(trial, reason of its failure or "") of the children that have ended since the last call."""
         finished = []
-        for key, (trial, child) in list(self.running.items()):
-            if child.poll() is None:
-                continue
-            del self.running[key]
-            folder, why = self.folder(trial), ""
-            if child.returncode == 0 and (self.plan.runs / f"{key}.json").exists():
-                shutil.rmtree(folder, ignore_errors=True)
+        for trial, code in self.pop_ended():
+            why = ""
+            if code == 0 and (self.runs / f"{trial.key}.json").exists():
+                shutil.rmtree(self.folder(trial), ignore_errors=True)
             else:
-                reason = child_process.read_failure(folder / "log.txt")
-                why = f"exit code {child.returncode}, {reason}; see {folder}/log.txt"
+                why = self.describe_failure(trial, code)
             finished.append((trial, why))
         return finished
 
-    def stop(self) -> None:
-        child_process.stop_all([child for _, child in self.running.values()])
-
 
 class Speedrun:
-    """The order of the runs: nanoGPT's learning rates with seed 1, its other seeds and ours to its loss; without
-    finished runs.
-    """
+    """The schedule of the runs: nanoGPT's learning rates with seed 1, then its other seeds, and our runs to its losses;
+    without finished runs."""
 
     def __init__(self, plan: Plan):
         self.plan, self.pool = plan, Pool(plan)
@@ -282,7 +258,7 @@ class Speedrun:
                     print(f"{trial}: started", flush=True)
                     self.pool.start(trial)
                 while not (finished := self.pool.collect_finished()):
-                    time.sleep(POLL_SECONDS)
+                    time.sleep(child_process.POLL_SECONDS)
                 for trial, why in finished:
                     self.failures |= {trial.key: why} if why else {}
                     print(f"{trial}: {f'failed: {why}' if why else self.describe(trial)}", flush=True)

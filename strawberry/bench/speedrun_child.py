@@ -1,7 +1,8 @@
 """One run of `bench.py speedrun`: nanoGPT's train.py or this one, and its validation loss at regular steps.
 
-Both are measured by the same Stopwatch: it waits for the device, stands still during evaluations, and tells compilation
-from steps. nanoGPT's files are not changed: its model class tells when its own evaluation begins and ends.
+Both are measured by the same Stopwatch: it waits for the device, is paused during evaluations, and separates
+compilation from steps. nanoGPT's files are not changed: calls of its model's eval() and train() mark the beginning and
+the end of its own evaluation.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ PROBED = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "gradient_a
 
 
 class Stopwatch:
-    """Seconds of training. It runs from its creation on, and stands still between pause and resume."""
+    """Seconds of training, from its creation on, except between pause() and resume()."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds, self.first_step = device, 0.0, 0.0
@@ -66,10 +67,11 @@ class Point:
 
 
 def summarize(points: list[Point], first_step: float, tokens_per_step: int) -> dict:
-    """The curve as [step, tokens, seconds in steps, loss], and what compilation took.
+    """{"curve": [[step, tokens, seconds in steps, loss], …], "compile_s": seconds of compilation, "step_s": seconds of
+    a step}.
 
-    Compilation is all that the stopwatch counted up to the end of the first step, but for a step as the later ones
-    are. `loss` is None where it is not finite.
+    Compilation is the stopwatch's time at the end of the first step, minus the mean time of a later step. `loss` is
+    None where it is not finite.
     """
     last = points[-1] if points else Point(0, 0.0, math.nan)
     step_s = (last.seconds - first_step) / (last.step - 1) if last.step > 1 else first_step
@@ -95,8 +97,8 @@ class NanogptMeter:
         self.steps, self.points = 0, []
 
     def install(self, model_class: type[nn.Module]) -> None:
-        """Pause the stopwatch from model.eval() until model.train(), by which its estimate_loss begins and ends; then
-        our evaluation follows.
+        """Pause the stopwatch from model.eval() until model.train(), with which nanoGPT's estimate_loss begins and
+        ends, and add a point of our evaluation before it continues.
         """
         set_mode = model_class.train
 
@@ -137,7 +139,7 @@ def measure_loss(model: nn.Module, windows: np.ndarray, device: torch.device) ->
 
 
 def shift_seeds(by: int) -> None:
-    """Have torch.manual_seed add `by`: nanoGPT's train.py has a fixed seed."""
+    """Make torch.manual_seed add `by` to its seed, since that of nanoGPT's train.py is fixed."""
     original = torch.manual_seed
     torch.manual_seed = lambda seed: original(seed + by)
 
@@ -152,7 +154,7 @@ def nanogpt_child(argv: list[str]) -> None:
     if device.type != "cpu":
         context = torch.autocast(device.type, getattr(torch, job["dtype"]))
     shift_seeds(job["seed"] - 1)
-    torch.save = lambda *_, **__: None  # its checkpoints, which nobody reads: neither side writes any
+    torch.save = lambda *_, **__: None  # neither side writes checkpoints
     meter = NanogptMeter(Stopwatch(device), windows, context)
     meter.install(model_class)
     runpy.run_path("train.py", run_name="__main__")
@@ -160,7 +162,7 @@ def nanogpt_child(argv: list[str]) -> None:
 
 
 class Probed(BaseException):
-    """Ends a train.py whose settings are known."""
+    """Raised to end train.py once its settings are known. A BaseException, so that no handler of its own catches it."""
 
 
 def probe_child(argv: list[str]) -> None:
@@ -201,7 +203,7 @@ def count_params(model: nn.Module) -> dict[str, int]:
 
 
 class HeldOut:
-    """Held-out windows (n, block_size + 1), as a split and an objective at once. The last batch is filled up with rows
+    """Held-out windows (n, block_size + 1), as both a split and an objective. The last batch is padded with rows
     without targets, so that all batches have the shape of a training batch and nothing is compiled again.
     """
 
@@ -243,10 +245,10 @@ class SpeedrunTrainer(BenchmarkTrainer):
         self.evaluator = HeldOutEvaluator(self, windows)
         self.target, self.points = target, []
 
-    def complete_timed(self) -> None:
+    def train_to_target(self) -> None:
         self.watch = Stopwatch(choose_device(self.run.device))
         self.prepare()
-        with contextlib.suppress(NonFinite):  # the loss of the last point says how far it came
+        with contextlib.suppress(NonFinite):  # the points up to then are the result
             self.train()
 
     def evaluate(self) -> None:
@@ -257,7 +259,7 @@ class SpeedrunTrainer(BenchmarkTrainer):
         self.points.append(Point(self.progress.step, self.watch.read(), loss))
         print(f"speedrun: step {self.progress.step}, {self.watch.read():.2f} s, validation loss {loss:.4f}", flush=True)
         if loss <= self.target:
-            self.run.max_iters = self.progress.step  # the schedule has lr_decay_iters, and stays
+            self.run.max_iters = self.progress.step  # the schedule depends on lr_decay_iters, not on this
         self.watch.resume()
 
     def log(self, bar, step: int, loss: float, *about) -> None:
@@ -271,7 +273,7 @@ def strawberry_child(argv: list[str]) -> None:
     job = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
     run = load_run(["--config", job["config"]], CONFIGS)
     trainer = SpeedrunTrainer(run, np.load(job["windows"]), job["target"])
-    trainer.complete_timed()
+    trainer.train_to_target()
     found = summarize(trainer.points, trainer.watch.first_step, trainer.tokens_per_step)
     about = {"compiled": bool(trainer.compiled), "cuda_graph": bool(trainer.graph_step)}
     write_result(job["result"], found | about, trainer.device)

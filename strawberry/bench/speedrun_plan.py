@@ -12,8 +12,7 @@ import torch
 import encoder as encoders
 from model import build
 from strawberry.bench import child_process, hardware
-from strawberry.bench.common import FIXED_VALUES, load_spec, parse_assignment
-from strawberry.bench.compare import parse_learning_rates
+from strawberry.bench.common import FIXED_VALUES, load_spec, parse_assignment, parse_learning_rates
 from strawberry.bench.speedrun_report import NANOGPT, STRAWBERRY
 from strawberry.bench.sweep import dump_without_comments, hash_code, hash_json
 from strawberry.bench.train import find_nanogpt, make_nanogpt_folder, read_splits
@@ -33,12 +32,12 @@ MAX_JOBS = 64
 
 @dataclass(frozen=True)
 class Kind:
-    """A configuration of nanoGPT: the words of its command line, and how data is split and vocabularies are padded."""
+    """A configuration of nanoGPT, and how data is split and vocabularies are padded for it."""
 
-    words: tuple[str, ...]
-    division: float
-    vocab_multiple: int  # of our vocabulary
-    lrs: str | None  # None: its own
+    words: tuple[str, ...]  # of its command line
+    division: float  # share of the tokens for training
+    vocab_multiple: int  # our vocabulary is padded to a multiple of it
+    lrs: str | None  # nanoGPT's learning rates to choose from; None: the one of its configuration
 
 
 GPT2_WORDS = {"n_layer": 12, "n_head": 12, "n_embd": 768, "bias": False, "dropout": 0.0, "block_size": 1024,
@@ -60,7 +59,7 @@ class Data:
     splits: dict[str, np.ndarray]  # "train" and "val"
     vocab_size: int  # of the encoder
     nanogpt_vocab_size: int
-    keys: dict  # of our run
+    keys: dict  # of our run: dataset and encoder
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"{self.nanogpt_vocab_size}".encode())
@@ -105,13 +104,13 @@ def read_token_file(path: Path, encoder_path: str, division: float) -> Data:
 
 
 def choose_windows(tokens: np.ndarray, block_size: int, eval_tokens: int) -> np.ndarray:
-    """Held-out windows (n, block_size + 1): of those that divide the tokens from their start on, so many that their
-    targets are at most eval_tokens (one at least), at equal distances.
+    """Held-out windows (n, block_size + 1): the tokens divided into windows, of which n at equal distances are taken,
+    so that n · block_size is at most eval_tokens, but n at least 1. Raises UserError if there is no whole window.
     """
     n = (len(tokens) - 1) // block_size
     if n < 1:
-        raise UserError(f"--data: {len(tokens):,} held-out tokens are no window of {block_size + 1:,}; give more text, "
-                        "or a lower --data_division")  # fmt: skip
+        raise UserError(f"--data: {len(tokens):,} held-out tokens are fewer than a window of {block_size + 1:,}; give "
+                        "more text, or a lower --data_division")  # fmt: skip
     starts = np.linspace(0, n - 1, min(max(eval_tokens // block_size, 1), n)).astype(np.int64) * block_size
     return np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[starts].astype(np.uint16)
 
@@ -132,8 +131,8 @@ class Plan:
     run: Run | None = None  # ours
     ours: dict = field(default_factory=dict)  # its sizes
     steps: int = 0  # ours
-    n_windows: int = 0
-    prints: dict[str, str] = field(default_factory=dict)  # fingerprints of data and code
+    n_windows: int = 0  # held-out windows of an evaluation
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of data, code and machine
 
     @property
     def runs(self) -> Path:
@@ -188,10 +187,12 @@ def make_plan(arguments: argparse.Namespace, work: Path) -> Plan:
     names = ("train.py", "model.py", "configurator.py", *(word for word in plan.words if not word.startswith("--")))
     texts = [(directory / name).read_bytes() for name in names if (directory / name).is_file()]
     child = Path(__file__).with_name("speedrun_child.py").read_text(encoding="utf-8")
-    plan.prints = {"data": data.fingerprint(), "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
-                   "nanogpt": hashlib.sha256(b"\0".join(texts)).hexdigest(), "code": hash_code(),
-                   "child": hash_json(dump_without_comments(child)),
-                   "machine": f"{hardware.describe_device(device)}, torch {torch.__version__}"}  # fmt: skip
+    plan.fingerprints = {
+        "data": data.fingerprint(), "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
+        "nanogpt": hashlib.sha256(b"\0".join(texts)).hexdigest(), "code": hash_code(),
+        "child": hash_json(dump_without_comments(child)),
+        "machine": f"{hardware.describe_device(device)}, torch {torch.__version__}",
+    }  # fmt: skip
     return plan
 
 
@@ -239,7 +240,7 @@ def load_config(plan: Plan) -> None:
     common = [parse_assignment(f"{key}={value}") for key, value in (defaults | plan.data.keys).items()]
     plan.run = run = load_spec(arguments.config, [*common, *map(parse_assignment, arguments.set)])
     if run.batch_size == "auto":
-        raise UserError('batch_size = "auto": is another one on another machine; give a number, --set batch_size=32')
+        raise UserError('batch_size = "auto": depends on the machine; give a number, --set batch_size=32')
     if run.warmup_iters >= plan.steps:
         raise UserError(f"warmup_iters = {run.warmup_iters}: the run ends before that, --steps is {plan.steps:,}; "
                         f"give --set warmup_iters={plan.steps // 20}")  # fmt: skip
@@ -272,8 +273,8 @@ def make_nanogpt_trial(plan: Plan, lr: float, seed: int) -> Trial:
     words = [*plan.words, f"--learning_rate={lr!r}", f"--min_lr={float(f'{low:.6g}')!r}"]
     job = {"words": words, "seed": seed, "tokens_per_step": plan.nanogpt_tokens_per_step,
            "device": plan.device.type, "dtype": plan.nanogpt["dtype"]}  # fmt: skip
-    prints = {name: plan.prints[name] for name in ("data", "windows", "nanogpt", "child", "machine")}
-    return Trial(NANOGPT, lr, seed, job, f"{NANOGPT}-{hash_json([RESULT_FORMAT, job, prints])}")
+    fingerprints = {name: plan.fingerprints[name] for name in ("data", "windows", "nanogpt", "child", "machine")}
+    return Trial(NANOGPT, lr, seed, job, f"{NANOGPT}-{hash_json([RESULT_FORMAT, job, fingerprints])}")
 
 
 def make_trial(plan: Plan, lr: float, seed: int, target: float) -> Trial:
@@ -288,10 +289,10 @@ def make_trial(plan: Plan, lr: float, seed: int, target: float) -> Trial:
         "min_lr": run["min_lr"] * scale, "seed": seed, "device": plan.device.type, "eval_interval": every,
         "log_interval": every,
     }  # fmt: skip
-    places = ("checkpoints", "model_path", "img_path", "encoder_path", "dataset")
-    matters = {key: value for key, value in run.items() if key not in places}
+    paths = ("checkpoints", "model_path", "img_path", "encoder_path", "dataset")
+    hashed_keys = {key: value for key, value in run.items() if key not in paths}
     job = {"run": run, "target": target}
-    hashed = hash_json([RESULT_FORMAT, matters, target, plan.prints])
+    hashed = hash_json([RESULT_FORMAT, hashed_keys, target, plan.fingerprints])
     return Trial(STRAWBERRY, lr, seed, job, f"{STRAWBERRY}-{hashed}")
 
 

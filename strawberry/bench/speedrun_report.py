@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from strawberry.bench.common import format_quantity, format_table
+from strawberry.bench.common import format_quantity, format_table, style_axes
 from strawberry.bench.compare_report import compute_mean_and_sd
 from strawberry.common import atomic_write
 from strawberry.training import plot
@@ -14,7 +14,7 @@ NANOGPT, STRAWBERRY = "nanogpt", "strawberry"  # the sides
 NAMES = {NANOGPT: "nanoGPT", STRAWBERRY: "strawberry"}
 HEADER = ["run", "learning rate", "validation loss", "steps", "tokens", "seconds in steps", "compilation",
           "seconds with compilation"]  # fmt: skip
-MEASURES = {  # of a row: what its mean and its ratio are given of
+MEASURES = {  # name → value of a row, for the ratios of the means
     "seconds in steps": lambda row: row["seconds"],
     "seconds with compilation": lambda row: row["seconds"] + row["compile_s"],
     "tokens": lambda row: row["tokens"],
@@ -121,8 +121,9 @@ def list_edges(grid: list[dict], rows: list[dict]) -> list[str]:
 NOTES = (
     "nanoGPT's loss is the lowest of its run, and its seconds end where it first reaches it. strawberry's run with the "
     "same seed ends at its first evaluation that is as low.",
-    "Seconds in steps end after the device has finished, and are without evaluations, checkpoints and compilation. "
-    "Compilation is all from the start of train.py to the end of the first step, but for a step, with empty caches.",
+    "Seconds in steps are read after the device has finished, without evaluations, checkpoints and compilation. "
+    "Compilation is the time from the start of train.py to the end of the first step, minus the time of a step, with "
+    "empty caches.",
 )
 
 
@@ -156,7 +157,9 @@ def draw_speedrun(rows: list[dict], title: str):
         for number, target in enumerate(sorted({row["target"] for row in rows})):
             label = None if number else "nanoGPT's best validation loss"
             ax.axhline(target, color="0.35", linestyle=(0, (5, 3)), linewidth=0.9, label=label)
-        style_panel(ax, xlabel)
+        style_axes(ax, xlabel)
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_formatter(plot.short_number)
     panels[0].set_ylabel("validation loss (nats per token)", fontsize=11)
     panels[0].set_ylim(*choose_limits(rows))
     fig.suptitle(title, fontsize=12, x=0.01, ha="left")
@@ -176,17 +179,6 @@ def draw_run(ax, row: dict, column: int, colour: str, label: str | None) -> None
     if row["reached"]:
         ax.plot([row["seconds"] if column == 2 else row["tokens"]], [row["loss"]], "o", color=colour, markersize=5,
                 markeredgecolor="white", markeredgewidth=0.8, zorder=3)  # fmt: skip
-
-
-def style_panel(ax, xlabel: str) -> None:
-    ax.set_xlabel(xlabel, fontsize=11)
-    ax.set_xlim(left=0)
-    ax.xaxis.set_major_formatter(plot.short_number)
-    ax.tick_params(labelsize=9.5, color="0.5", which="both")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color("0.5")
-    ax.grid(color="0.92", linewidth=0.8)
-    ax.set_axisbelow(True)
 
 
 def choose_limits(rows: list[dict]) -> tuple[float, float]:

@@ -28,7 +28,6 @@ from strawberry.training.metrics import METRICS
 EVALUATIONS = 20  # in each run: the number of points of its curve
 MIN_LR = 0.1  # final learning rate, as a share of the highest
 RESULT_FORMAT = 2  # format of the files in runs/; files of another format are not read
-POLL_SECONDS = 0.3  # between polls of the children
 USE_MUON = {"adamw": False, "muon": True}  # name on the command line → the value of use_muon
 OPTIMIZERS = {False: "AdamW", True: "Muon"}  # the value of use_muon → the name that tables show
 OWN_RATES = ("muon_lr", "embedding_lr", "head_lr", "scalar_lr")  # of groups of parameters
@@ -120,11 +119,11 @@ def make_trial(entry: Entry, plan: Plan, lr: float, seed: int, muon: bool | None
         "cooldown_frac": plan.cooldown, "learning_rate": lr, "min_lr": MIN_LR * lr, "seed": seed,
         "device": plan.device.type, "eval_interval": every, "log_interval": max(1, every // 5),
     }  # fmt: skip
-    places = ("checkpoints", "model_path", "img_path", "encoder_path")
-    matters = {key: value for key, value in run.items() if key not in places}
-    matters["dataset"] = {key: value for key, value in run["dataset"].items() if key != "path"}
-    prints = {name: plan.data[name] for name in ("dataset", "encoder")}
-    return Trial(entry.label, lr, seed, run, f"{hash_json([RESULT_FORMAT, matters, prints])}-{plan.data['code'][:8]}")
+    paths = ("checkpoints", "model_path", "img_path", "encoder_path")
+    hashed = {key: value for key, value in run.items() if key not in paths}
+    hashed["dataset"] = {key: value for key, value in run["dataset"].items() if key != "path"}
+    data = {name: plan.data[name] for name in ("dataset", "encoder")}
+    return Trial(entry.label, lr, seed, run, f"{hash_json([RESULT_FORMAT, hashed, data])}-{plan.data['code'][:8]}")
 
 
 def read_result(plan: Plan, trial: Trial) -> dict | None:
@@ -137,7 +136,7 @@ def read_result_file(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete it, and its run is done again") from error
+        raise UserError(f"{path} cannot be read ({error}); delete it, and its run is repeated") from error
 
 
 def strict_bpb(line: dict) -> float | None:
@@ -172,55 +171,43 @@ def write_trial_config(folder: Path, trial: Trial, **changes) -> Path:
     return folder / "config.json"
 
 
-class TrialPool:
-    """Up to plan.jobs simultaneous runs, each in its own folder until its result is written."""
+class TrialPool(child_process.RunPool):
+    """The running children of compare."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.gpus = plan, child_process.GpuPool(plan.device.type)
-        self.running: dict[str, tuple[Trial, subprocess.Popen]] = {}
-
-    def folder(self, trial: Trial) -> Path:
-        return self.plan.runs / trial.key
+        super().__init__(plan.runs, plan.jobs, plan.device.type)
+        self.plan = plan
 
     def start(self, trial: Trial) -> None:
         folder = self.folder(trial)
         config = write_trial_config(folder, trial)
         resume = ["--init_from=resume"] if any((folder / "ck").glob("step_*")) else []
-        command = child_process.make_command("_train", "--config", str(config), *resume)
-        child = child_process.start(command, folder / "log.txt", self.plan.jobs, self.gpus)
-        self.running[trial.key] = (trial, child)
+        self.start_child(trial, child_process.make_command("_train", "--config", str(config), *resume))
 
     def collect_finished(self) -> Iterator[tuple[Trial, dict | None, str]]:
         """Write the results of the children that have ended since the last call. Yields (trial, result or None, reason
         for failure).
         """
-        for key, (trial, child) in list(self.running.items()):
-            if child.poll() is None:
-                continue
-            del self.running[key]
-            folder = self.folder(trial)
+        for trial, code in self.pop_ended():
             lines = self.read_metrics(trial)
             evaluated = any(line["step"] == self.plan.steps and "val_bpb" in line for line in lines)
-            done = child.returncode == 0 and evaluated
-            if done or child.returncode == 3:  # train.py's exit code for a loss that is not finite
+            done = code == 0 and evaluated
+            if done or code == 3:  # train.py's exit code for a loss that is not finite
                 result = make_result(trial, lines, diverged=not done)
-                atomic_write(self.plan.runs / f"{key}.json", json.dumps(result).encode())
-                shutil.rmtree(folder, ignore_errors=True)
+                atomic_write(self.runs / f"{trial.key}.json", json.dumps(result).encode())
+                shutil.rmtree(self.folder(trial), ignore_errors=True)
                 yield trial, result, ""
             else:
-                why = child_process.read_failure(folder / "log.txt")
-                yield trial, None, f"exit code {child.returncode}, {why}; see {folder}/log.txt"
+                yield trial, None, self.describe_failure(trial, code)
 
     def read_metrics(self, trial: Trial) -> list[dict]:
         path = self.folder(trial) / "ck" / METRICS
         return plot.read_metrics(path) if path.exists() else []
 
     def count_steps(self) -> int:
+        """The steps that the running children have logged."""
         lines = [self.read_metrics(trial) for trial, _ in self.running.values()]
         return sum(metrics[-1]["step"] for metrics in lines if metrics)
-
-    def stop(self) -> None:
-        child_process.stop_all([child for _, child in self.running.values()])
 
 
 def make_speed_trial(entry: Entry, plan: Plan) -> Trial:
@@ -366,11 +353,11 @@ class Sweep:
         with tqdm(total=total, initial=done, bar_format=style, dynamic_ncols=True, mininterval=every) as bar:
             try:
                 while (waiting := self.list_pending()) or self.pool.running:
-                    for trial in waiting[: self.plan.jobs - len(self.pool.running)]:
+                    for trial in waiting[: self.pool.n_free]:
                         self.pool.start(trial)
                     while not self.collect():
                         self.update_bar(bar)
-                        time.sleep(POLL_SECONDS)
+                        time.sleep(child_process.POLL_SECONDS)
                 self.update_bar(bar)
             except KeyboardInterrupt:
                 self.pool.stop()

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ ALL_REDUCE_BYTES = 256 << 20  # bytes of the tensor whose all-reduce is timed
 
 
 class StageTimer:
-    """Time marks on the device's own clock, a row of them for each step."""
+    """Time stamps of the parts of steps, by the device's own clock, a row for each step. Calling it adds a stamp."""
 
     def __init__(self, device: torch.device):
         self.cuda, self.rows = device.type == "cuda", []
@@ -69,14 +70,14 @@ class StageTimer:
 
     def __call__(self) -> None:
         if self.cuda:
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
+            stamp = torch.cuda.Event(enable_timing=True)
+            stamp.record()
         else:
-            mark = time.perf_counter()
-        self.rows[-1].append(mark)
+            stamp = time.perf_counter()
+        self.rows[-1].append(stamp)
 
     def median_intervals(self) -> list[float]:
-        """Milliseconds between each mark and the next, the median over the rows."""
+        """Milliseconds between each stamp and the next, the median over the rows."""
         if self.cuda:
             torch.cuda.synchronize()
         spans = [[a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in itertools.pairwise(row)]
@@ -86,8 +87,13 @@ class StageTimer:
 
 class BenchmarkTrainer(Trainer):
     """train.py's own loop, timed and without evaluations. The only class that depends on the internals of Trainer: the
-    child processes of compare, growth, train and scale use it.
+    child processes of all commands that train use it.
     """
+
+    def prepare(self) -> None:
+        began = time.perf_counter()
+        super().prepare()
+        self.ready_s = time.perf_counter() - began
 
     def evaluate(self) -> None:
         pass
@@ -101,6 +107,7 @@ class BenchmarkTrainer(Trainer):
         return [line["tokens_per_s"] for line in lines if line["step"] > first + (first == 0)]
 
     def measure_speed(self) -> dict:
+        """Tokens/s, the median of ten intervals of MEASURED_SECONDS together, and peak memory in bytes."""
         self.advance(6, 3)  # the first steps allocate memory and select kernels
         pace = statistics.median(self.advance(4, 2)) / self.tokens_per_step  # steps per second
         steps = min(max(round(MEASURED_SECONDS * pace), 10), 1000) // 10 * 10
@@ -119,30 +126,30 @@ class BenchmarkTrainer(Trainer):
         step's time. `data` is the time that the loop waits for the loader.
         """
         self.steps.release_graph()
-        marks, waits = StageTimer(self.device), []
+        timer, waits = StageTimer(self.device), []
         with self.batches() as loader:
             for _ in range(3 + steps):
                 began = time.perf_counter()
                 micro_batches = next(loader)
                 waits.append(1e3 * (time.perf_counter() - began))
-                self.run_marked_step(micro_batches[0], marks)
-        marks.rows, waits = marks.rows[3:], waits[3:]
-        forward, backward, update = marks.median_intervals()
+                self.run_timed_step(micro_batches[0], timer)
+        timer.rows, waits = timer.rows[3:], waits[3:]
+        forward, backward, update = timer.median_intervals()
         n = self.run.gradient_accumulation_steps
         return dict(zip(STEP_PARTS, (statistics.median(waits), n * forward, n * backward, update), strict=True))
 
-    def run_marked_step(self, batch, marks: StageTimer) -> None:
-        marks.start_step()
+    def run_timed_step(self, batch, timer: StageTimer) -> None:
+        timer.start_step()
         with self.autocast():
             loss = self.forward(batch.x, batch.y, source=batch.source)[1]
-        marks()
+        timer()
         loss.backward()
-        marks()
+        timer()
         self.steps.clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.after_step()
-        marks()
+        timer()
 
     def profile_kernels(self, steps: int = 3) -> list[dict]:
         """The GPU kernels of a step, longest first: name, launches and milliseconds."""
@@ -161,6 +168,7 @@ class BenchmarkTrainer(Trainer):
         found |= {
             "step_ms": 1e3 * self.tokens_per_step / found["tokens_per_s"],
             "cuda_graph": bool(self.graph_step),
+            "ready_s": self.ready_s,
             "tokens_per_step": self.tokens_per_step,
             "kernels": self.profile_kernels() if profile else [],
         }
@@ -176,6 +184,8 @@ class BenchmarkTrainer(Trainer):
         self.loss = loss
 
     def measure_scaling(self, steps: int) -> dict:
+        """The numbers that `bench.py scale` prints, from `steps` steps after 10 others, or as many if they are
+        fewer."""
         self.advance(min(10, steps), 10**6)
         before = self.progress.seconds
         self.advance(steps, 10**6)
@@ -185,7 +195,7 @@ class BenchmarkTrainer(Trainer):
             "params": self.model.num_params(non_embedding=False), "tokens_per_step": self.tokens_per_step,
             "tokens_per_s": steps * self.tokens_per_step / seconds, "step_ms": 1e3 * seconds / steps,
             "loss": self.loss, "memory": self.peak_memory(), "compile": self.compiled,
-            "cuda_graph": bool(self.graph_step and self.graph_step.graph),
+            "cuda_graph": bool(self.graph_step and self.graph_step.graph), "ready_s": self.ready_s,
             "link_bytes_per_s": self.measure_all_reduce(),
         }  # fmt: skip
 
@@ -219,72 +229,68 @@ def sum_losses_and_quarters(evaluator: Evaluator, sum_losses=Evaluator.sum_losse
 
 
 def train_child(argv: list[str]) -> int | None:
-    """The main function of a child: train.py without the curves that it draws at each evaluation, which nobody reads
-    here. The last evaluation also has the losses by quarter of the window.
+    """The main function of a child: train.py without drawing curves at evaluations. The last evaluation also has the
+    losses by quarter of the window.
     """
     Evaluator.draw, Evaluator.sum_losses = lambda self: None, sum_losses_and_quarters
     return train.main(argv)
 
 
-def speed_child(argv: list[str]) -> None:
-    """The main function of a child: prepare, print `ready`, and measure after a line on stdin, when nothing else runs.
+def measure_in_turn(file: str, measure: Callable[[BenchmarkTrainer], dict]) -> None:
+    """Prepare the config of a JSON file, print `ready`, wait for a line on stdin, which comes when no other child
+    measures, and print measure(trainer) as JSON. All other output goes to stderr. Ends without a result if stdin ends.
     """
-    answers = sys.stdout
+    results = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        timer = BenchmarkTrainer(load_run(["--config", *argv], CONFIGS), Signals())
-        timer.prepare()
-        print("ready", file=answers, flush=True)
+        trainer = BenchmarkTrainer(load_run(["--config", file], CONFIGS), Signals())
+        trainer.prepare()
+        print("ready", file=results, flush=True)
         if sys.stdin.readline():
-            print(json.dumps(timer.measure_speed()), file=answers, flush=True)
+            print(json.dumps(measure(trainer)), file=results, flush=True)
+
+
+def speed_child(argv: list[str]) -> None:
+    """The main function of a child: measure the training speed of a config."""
+    measure_in_turn(argv[0], BenchmarkTrainer.measure_speed)
 
 
 def step_child(argv: list[str]) -> None:
-    """The main function of a child: measure the config of a JSON file and print the result."""
+    """The main function of a child: measure a config's steps and their parts."""
     file, profile = argv
-    answers = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        timer = BenchmarkTrainer(load_run(["--config", file], CONFIGS), Signals())
-        began = time.perf_counter()
-        timer.prepare()
-        ready = time.perf_counter() - began
-        print("ready", file=answers, flush=True)
-        if sys.stdin.readline():
-            print(json.dumps(timer.measure_all(profile == "1") | {"ready_s": ready}), file=answers, flush=True)
+    measure_in_turn(file, lambda trainer: trainer.measure_all(profile == "1"))
 
 
 def race_child(argv: list[str]) -> None:
-    """The main function of a child: train a config without evaluations; print speed, losses and memory."""
-    answers = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        timer = BenchmarkTrainer(load_run(["--config", *argv], CONFIGS), Signals())
-        timer.prepare()
-        print("ready", file=answers, flush=True)
-        sys.stdin.readline()
-        timer.train()
-        lines = plot.read_metrics(timer.metrics.path)
-    memory = torch.cuda.max_memory_allocated() if timer.device.type == "cuda" else None
-    times = [[line["step"], line["seconds"]] for line in lines if line["step"] > 1]
-    losses = [[line["step"], line["loss"]] for line in lines if line["step"] > 1]
-    result = {"params": timer.model.num_params(non_embedding=False), "memory": memory, "losses": losses}
-    print(json.dumps(result | {"step_s": median_step_seconds(times)}), file=answers, flush=True)
+    """The main function of a child: train a config without evaluations; measure speed, losses and memory."""
+    measure_in_turn(argv[0], measure_whole_run)
+
+
+def measure_whole_run(trainer: BenchmarkTrainer) -> dict:
+    trainer.train()
+    lines = [line for line in plot.read_metrics(trainer.metrics.path) if line["step"] > 1]
+    return {
+        "params": trainer.model.num_params(non_embedding=False),
+        "memory": torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else None,
+        "losses": [[line["step"], line["loss"]] for line in lines],
+        "step_s": median_step_seconds([[line["step"], line["seconds"]] for line in lines]),
+    }
 
 
 def scale_child(argv: list[str]) -> None:
     """The main function of each process: measure. The first process prints the result."""
     file, steps = argv
-    answers = sys.stdout
+    results = sys.stdout
     with contextlib.redirect_stdout(sys.stderr if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")):
-        timer = BenchmarkTrainer(load_run(["--config", file], CONFIGS), Signals())
-        began = time.perf_counter()
-        timer.prepare()
-        found = timer.measure_scaling(int(steps)) | {"ready_s": time.perf_counter() - began}
-        if timer.ranks.main:
-            print(json.dumps(found), file=answers, flush=True)
-        timer.close()
+        trainer = BenchmarkTrainer(load_run(["--config", file], CONFIGS), Signals())
+        trainer.prepare()
+        found = trainer.measure_scaling(int(steps))
+        if trainer.ranks.main:
+            print(json.dumps(found), file=results, flush=True)
+        trainer.close()
 
 
 def enter_nanogpt_folder(folder: str, words: list[str]) -> None:
-    """Make this process one that was started there as `train.py` with these words."""
+    """Change to nanoGPT's folder, and set sys.path and sys.argv as for `python train.py` with these words there."""
     os.chdir(folder)
     sys.path.insert(0, folder)
     for name in ("model", "train"):  # nanoGPT's modules, not this repository's
@@ -317,14 +323,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--jobs",
         type=parse_quantity,
         default=1,
-        help="get so many ready at once; they are measured in turns (default 1)",
+        help="configs that are prepared at once; they are measured one after the other (default 1)",
     )
     add("--beside", type=parse_quantity, default=0, metavar="N", help="measure again beside N more of the same config")
-    add("--json", type=Path, help="write what was measured there, too")
+    add("--json", type=Path, help="also write the measurements to this file")
     add("--against", choices=["nanogpt"], help="train tinystar in GPT-2's shape beside nanoGPT's own train.py instead")
     add("--nanogpt_path", type=Path, help="a checkout of nanoGPT")
-    add("--steps", type=parse_quantity, default=500, help="of each, with --against (default 500)")
-    add("--batch_size", type=parse_quantity, default=32, help="of both, with --against (default 32)")
+    add("--steps", type=parse_quantity, default=500, help="steps of each, with --against (default 500)")
+    add("--batch_size", type=parse_quantity, default=32, help="batch size of both, with --against (default 32)")
     for name, size in GPT2_SHAPE.items():
         add(f"--{name}", type=parse_quantity, default=size, help=f"of both, with --against (default {size})")
     arguments = parser.parse_args(argv)

@@ -35,7 +35,7 @@ def permute(i: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     shifts one coordinate by a hash of the other, which is invertible, so the network is a bijection on the cells. A
     result outside 0 … n−1 is mapped again ("cycle walking") until it is inside.
 
-    >>> sorted(permute(np.arange(10), 10, derive_keys(seed=1, epoch=np.zeros(10))))
+    >>> sorted(permute(np.arange(10), 10, derive_keys(seed=1, epoch=np.zeros(10))).tolist())
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
     a = math.isqrt(max(n - 1, 0)) + 1

@@ -295,7 +295,7 @@ class TokenFile:
         It is the first document boundary at or after division · n_tokens. If that is the end of the file, it is the
         last boundary before; in a file of one document, the nearest token.
 
-        >>> # documents of 4, 4 and 2 tokens: 0.5 -> 8, 0.8 -> 8, 0.9 -> 8 (not 10: nothing would be left)
+        In documents of 4, 4 and 2 tokens, 0.5, 0.8 and 0.9 all give 8 (0.9 not 10, after which nothing is left).
         """
         n, eot = self.header.n_tokens, self.header.eot
         if division >= 1:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from encoder import unpack
 from model import default_ffn_width
-from strawberry.common import UserError, show
+from strawberry.common import UserError, first_line, show
 from strawberry.huggingface.tokenizer import read_vocabulary
 from strawberry.model_file import open_tensors
 
@@ -144,7 +144,7 @@ def read_nanogpt(path: str) -> Checkpoint:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file, or one that is no checkpoint, raises
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = first_line(error)[:200]
         raise UserError(f"init_from: {path} is not read, since it is damaged or holds more than tensors and plain "
                         f"values ({type(error).__name__}: {reason}); name a ckpt.pt of nanoGPT") from error  # fmt: skip
     args = data.get("model_args") if isinstance(data, dict) else None

@@ -52,12 +52,12 @@ from strawberry.outputs import Input, Output, check_outputs
 
 @dataclass
 class PromptLine:
-    """The keys of a line in --prompts_file. A missing key takes the value of the command line."""
+    """The keys of a line in --prompts_file. The value of a missing key is that of the command line."""
 
     prompt: Any = option(None, "text to continue")
-    source: Any = option(None, "what an encoder-decoder reads")
-    id: Any = option(None, "text or integer, given back")
-    max_tokens: int | None = option(None, "tokens to make at most", low=1, high=2**20)
+    source: Any = option(None, "source text of an encoder-decoder")
+    id: Any = option(None, "text or integer, copied to the result")
+    max_tokens: int | None = option(None, "maximum number of new tokens", low=1, high=2**20)
     length: int | None = option(None, "the same", low=1, high=2**20)
     temperature: float | None = option(None, "as --temperature", low=0)
     top_k: int | None = option(None, "as --top_k", low=0)
@@ -233,8 +233,8 @@ class Results:
             return dict(json.loads(self.origin_path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"{self.path} is there, but {self.origin_path}, which would say what it was made from, cannot "
-                "be read; name another --out"
+                f"{self.path} exists, but {self.origin_path}, which states its prompts and options, cannot be read; "
+                "name another --out"
             ) from error
 
     def check_origin(self, origin: dict, before: dict) -> None:
@@ -246,7 +246,7 @@ class Results:
                   for name, value in origin.items() if before.get(name) != value]  # fmt: skip
         if differ:
             raise UserError(
-                f"{self.path} was made otherwise: {'; '.join(differ)}. Give the same again, or name another --out"
+                f"{self.path} has other inputs: {'; '.join(differ)}. Give the same again, or name another --out"
             )
 
     def read_indexes(self) -> set[int]:
@@ -284,8 +284,8 @@ class Results:
                 yield file
         except OSError as error:
             raise UserError(
-                f"cannot write {self.path}: {error.strerror or error}; what is in it stays, and the same "
-                "command goes on"
+                f"cannot write {self.path}: {error.strerror or error}; its texts are kept, and the same command "
+                "continues"
             ) from error
 
 
@@ -327,7 +327,7 @@ def run_bulk(settings: BulkSettings) -> None:
     if not texts:
         print(f"all {count:,} texts are in {results.path} already", file=sys.stderr)
         return
-    print(f"seed {seed}; {texts:,} of {count:,} texts are to be made", file=sys.stderr)
+    print(f"seed {seed}; {texts:,} of {count:,} texts are to be generated", file=sys.stderr)
     note_batch_size(model, settings)
     if not before:
         results.create(origin)
@@ -382,8 +382,8 @@ def note_batch_size(model, settings: BulkSettings) -> None:
         )
     elif is_batch_invariant(model, settings) and settings.batch not in (None, INVARIANT_ROWS):
         print(
-            f"note: on a CPU {INVARIANT_ROWS} texts are made at once, so that no text depends on --batch; "
-            f"--fast takes {settings.batch}",
+            f"note: on a CPU {INVARIANT_ROWS} texts are generated at once, so that no text depends on --batch; "
+            f"--fast uses {settings.batch}",
             file=sys.stderr,
         )
 
@@ -409,7 +409,7 @@ def write_results(pieces: Iterable[TextPiece], results: Results, done: int, coun
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted: {done + reasons.total():,} of {count:,} texts are in {results.path}; "
-                "the same command goes on"
+                "the same command continues"
             ) from None
     print(format_rate(tokens, time.perf_counter() - began), file=sys.stderr)
     return reasons

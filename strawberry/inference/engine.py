@@ -51,7 +51,7 @@ class Decoder:
     """Decodes up to `rows` sequences at once with one model.
 
     model: in eval mode, on its device and in its dtype. max_length: the largest number of tokens of a prompt and its
-    continuation. on_full: what happens at the last learned position. With "stop" the sequence ends (reason "full");
+    continuation. on_full: the action at the last learned position. With "stop" the sequence ends (reason "full");
     with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a step
     faster, and takes up to a minute. If only some rows are busy, a step computes the first n rows, n a power of two.
     It reads the cache up to the length of the longest row. fuse: whether a compiled step on CUDA computes a product of
@@ -127,10 +127,10 @@ class Decoder:
             check_request(self, request)
         handles, order = {}, sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         while order:
-            group = self.take_prefill_group([requests[i] for i in order])
+            group = self.choose_prefill_group([requests[i] for i in order])
             chosen, order = order[: len(group)], order[len(group) :]
-            made = self.admit_group(group) if len(group) > 1 else [self.admit(group[0])]
-            handles |= dict(zip(chosen, made, strict=True))
+            admitted = self.admit_group(group) if len(group) > 1 else [self.admit(group[0])]
+            handles |= dict(zip(chosen, admitted, strict=True))
         return [handles[i] for i in range(len(requests))]
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class Decoder:
 
     # -- beginning and ending
 
-    def take_prefill_group(self, requests: list[Request]) -> list[Request]:
+    def choose_prefill_group(self, requests: list[Request]) -> list[Request]:
         """The first of these requests, which are sorted by length, that one pass prefills: into rows that follow each
         other, with at most PREFILL_TOKENS tokens and at most twice as many as the prompts have. Equal prompts are
         prefilled once, one after the other.
@@ -166,7 +166,7 @@ class Decoder:
         while most < len(requests) and first + most < self.rows and self.sequences[first + most] is None:
             most += 1
         can_group = self.model.causal and not self.model.takes_source and not self.batch_invariant
-        can_group &= requests[0].prompt != self.last_prefill[1]  # whose row is copied
+        can_group &= requests[0].prompt != self.last_prefill[1]  # if equal, that row is copied
         n, total = 1, len(requests[0].prompt)
         while can_group and n < most:
             longest = len(requests[n].prompt)
@@ -178,6 +178,7 @@ class Decoder:
         return requests[:n]
 
     def admit_group(self, requests: list[Request]) -> list[int]:
+        """Prefill these requests' prompts in one pass, into rows that follow each other. Returns the handles."""
         first = self.sequences.index(None)
         rows = range(first, first + len(requests))
         try:
@@ -314,7 +315,7 @@ def check_request(decoder: Decoder, r: Request) -> None:
     """Raises UserError if the request does not fit the decoder's model or cache."""
     capacity, vocab_size = decoder.logits.capacity, decoder.model.config.vocab_size
     if not r.prompt or r.max_new_tokens < 1:
-        raise UserError("a text needs a prompt of at least one token, and at least one token to be made")
+        raise UserError("a text needs a prompt of at least one token, and at least one new token")
     if decoder.model.takes_source and not r.source:
         raise UserError("an encoder-decoder needs a source of at least one token")
     if outside := [token for token in r.prompt if not 0 <= token < vocab_size]:
@@ -322,11 +323,11 @@ def check_request(decoder: Decoder, r: Request) -> None:
     r.check_tokens(vocab_size)
     if decoder.model.max_positions is not None and decoder.model.causal:
         if len(r.prompt) > capacity and not decoder.slides:
-            raise UserError(f"the prompt's {len(r.prompt)} tokens exceed {capacity}, where positions end; shorten "
-                            "it, or slide on (--on_full slide), which reads the newest only")
+            raise UserError(f"the prompt's {len(r.prompt)} tokens exceed {capacity}, the number of positions; shorten "
+                            "it, or use --on_full slide, which prefills the newest tokens only")
     elif len(r.prompt) + r.max_new_tokens - 1 > capacity:
         raise UserError(f"a prompt of {len(r.prompt)} tokens and {r.max_new_tokens} new ones exceed max_length "
-                        f"{capacity}; ask for less, or make a larger Decoder")
+                        f"{capacity}; generate fewer, or give the Decoder a larger max_length")
 
 
 def generate(decoder: Decoder, requests: Iterable[Request]) -> Iterator[tuple[int, int, str | None]]:

@@ -1,6 +1,6 @@
-"""Fuse a decode step's graph: each linear map takes the norm before it (up to 16 rows), and the bias, the activation
-and the residual sum after it, into one operation (strawberry/ops/fused_linear.py). It works on the graph that
-torch.compile records, so that a model says nothing about it.
+"""Fuse a decode step's graph: each linear map, the norm before it (up to 16 rows), and the bias, the activation and the
+residual sum after it become one operation (strawberry/ops/fused_linear.py). This rewrites the graph that torch.compile
+records, so that no model has code for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ PRODUCTS = (operator.mul, torch.mul)
 
 @dataclass
 class FusedLinear:
-    """A linear map of the graph and what is fused with it. `end` is the node whose value it computes."""
+    """A linear map of the graph and the operations that are fused with it. `end` is the node whose value they
+    compute."""
 
     end: fx.Node
     x: fx.Node
@@ -36,11 +37,11 @@ class FusedLinear:
     norm: tuple = ("none", None, None, 0.0)  # kind, gain, shift, eps
     activation: str = "identity"
     residual: fx.Node | None = None
-    inside: list[fx.Node] = field(default_factory=list)  # nodes that nobody needs once `end` is replaced
+    inside: list[fx.Node] = field(default_factory=list)  # nodes that are unused once `end` is replaced
 
     @property
-    def groups_by(self) -> tuple:
-        """Maps with an equal key read equal inputs, and one kernel can compute them."""
+    def group_key(self) -> tuple:
+        """Linear maps with equal keys read the same input and can be computed by one kernel."""
         kinds = (self.scale is None, self.bias is None, self.weight.op, value(self.weight).dtype)
         return (self.x, *self.norm, *kinds)
 
@@ -56,7 +57,7 @@ def compile_fused(module: fx.GraphModule, inputs: list) -> object:
 
 def fuse_linears(graph: fx.Graph) -> int:
     """Replace the linear maps of up to MAX_ROWS rows (in float32 MAX_GEMV_ROWS) in a graph of torch functions, as
-    torch.compile records it without gradients. Returns the number of operations that took their place.
+    torch.compile records it without gradients. Returns the number of fused operations.
     """
     for node in list(graph.nodes):
         if is_no_op(node):
@@ -64,7 +65,7 @@ def fuse_linears(graph: fx.Graph) -> int:
             graph.erase_node(node)
     graph.eliminate_dead_code(is_impure)
     num_fused, found = 0, [node for node in graph.nodes if match_linear(node) is not None]
-    while found:  # matched again, because an earlier one may have taken what followed both
+    while found:  # matched again, because an earlier match may have fused a node that follows both
         match = match_linear(found.pop(0))
         group = find_group(match, found)
         found = [node for node in found if all(node is not member.inside[0] for member in group)]
@@ -74,7 +75,7 @@ def fuse_linears(graph: fx.Graph) -> int:
 
 
 def is_impure(node: fx.Node) -> bool:
-    """Whether a node must stay although nobody uses its value."""
+    """Whether a node has side effects, so that it must stay even if its value is unused."""
     changes = node.op == "call_method" and node.target.endswith("_")
     return changes or node.target in IN_PLACE or node.is_impure()
 
@@ -88,29 +89,29 @@ def find_group(match: FusedLinear, found: list[fx.Node]) -> list[FusedLinear]:
         return match.activation == "identity" and match.residual is None and match.weight.op == "placeholder"
 
     others = [match_linear(node) for node in found] if can_group(match) else []
-    alike = [other for other in others if can_group(other) and other.groups_by == match.groups_by]
+    alike = [other for other in others if can_group(other) and other.group_key == match.group_key]
     return [match, *alike][:MAX_WEIGHTS]
 
 
 def value(node) -> Tensor | None:
-    """The shape and dtype of a node's value, as a fake tensor."""
+    """A node's value as a fake tensor, which has a shape and a dtype; None if it is no tensor."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else None
 
 
-def calls(node, functions) -> bool:
+def is_call(node, functions) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in functions
 
 
-def calls_method(node, name: str) -> bool:
+def is_method_call(node, name: str) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_method" and node.target == name
 
 
 def is_no_op(node: fx.Node) -> bool:
-    """Dropout outside of training, and a cast to the same dtype."""
-    if calls(node, (F.dropout,)):
+    """Whether a node is dropout outside of training, or a cast to the same dtype."""
+    if is_call(node, (F.dropout,)):
         training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
         return not training
-    if calls_method(node, "to") and len(node.args) == 2 and isinstance(node.args[1], torch.dtype):
+    if is_method_call(node, "to") and len(node.args) == 2 and isinstance(node.args[1], torch.dtype):
         return value(node.args[0]) is not None and value(node.args[0]).dtype == node.args[1]
     return False
 
@@ -131,16 +132,16 @@ def match_linear(node: fx.Node) -> FusedLinear | None:
     if match.scale is None and x.dtype != weight.dtype:
         return None
     if x.numel() // x.size(-1) <= MAX_GEMV_ROWS:
-        take_norm(match)
-    take_bias(match)
-    take_activation(match)
-    take_residual(match)
+        fuse_norm(match)
+    fuse_bias(match)
+    fuse_activation(match)
+    fuse_residual(match)
     return match
 
 
 def match_product(node: fx.Node) -> FusedLinear | None:
     """x Wᵀ with a parameter W."""
-    if not calls(node, LINEARS) or (node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")) is not None:
+    if not is_call(node, LINEARS) or (node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")) is not None:
         return None
     x, weight = node.args[:2]
     return FusedLinear(node, x, weight, inside=[node]) if weight.op == "placeholder" else None
@@ -148,7 +149,7 @@ def match_product(node: fx.Node) -> FusedLinear | None:
 
 def match_product_per_row(node: fx.Node) -> FusedLinear | None:
     """x Wᵀ with x (B, 1, in) and a matrix for each row, W (B, out, in)."""
-    if not calls(node, (operator.matmul, torch.matmul)) or not calls(node.args[1], (getattr,)):
+    if not is_call(node, (operator.matmul, torch.matmul)) or not is_call(node.args[1], (getattr,)):
         return None
     x, transposed = node.args
     weight, name = transposed.args
@@ -162,18 +163,18 @@ def match_product_per_row(node: fx.Node) -> FusedLinear | None:
 
 def match_int8_product(node: fx.Node) -> FusedLinear | None:
     """x Wᵀ · scale as `ops.linear` records it, with the rows of x flattened."""
-    if not calls(node, (torch.ops.strawberry.int8_linear, torch.ops.strawberry.int8_linear.default)):
+    if not is_call(node, (torch.ops.strawberry.int8_linear, torch.ops.strawberry.int8_linear.default)):
         return None
     flat, weight, scale, bias = node.args
-    if not calls_method(flat, "reshape") or bias is not None or not calls_method(only_user(node), "view"):
+    if not is_method_call(flat, "reshape") or bias is not None or not is_method_call(only_user(node), "view"):
         return None
     end = only_user(node)
     return FusedLinear(end, flat.args[0], weight, scale, inside=[node, flat, end])
 
 
-def take_norm(match: FusedLinear) -> None:
+def fuse_norm(match: FusedLinear) -> None:
     x = match.x
-    if not calls(x, NORMS) or tuple(x.args[1]) != value(x).shape[-1:]:
+    if not is_call(x, NORMS) or tuple(x.args[1]) != value(x).shape[-1:]:
         return
     names = ("input", "normalized_shape", "weight", "bias", "eps")
     if NORMS[x.target] == "rms":
@@ -186,36 +187,36 @@ def take_norm(match: FusedLinear) -> None:
     match.inside.append(x)
 
 
-def take(match: FusedLinear, *nodes: fx.Node) -> None:
-    """The last of these nodes is the new end."""
+def extend(match: FusedLinear, *nodes: fx.Node) -> None:
+    """Fuse these nodes too. The last of them is the new end."""
     match.inside += nodes
     match.end = nodes[-1]
 
 
-def take_bias(match: FusedLinear) -> None:
+def fuse_bias(match: FusedLinear) -> None:
     add = only_user(match.end)
-    if calls(add, ADDS) and add.args[0] is match.end and value(add.args[1]) is not None:
+    if is_call(add, ADDS) and add.args[0] is match.end and value(add.args[1]) is not None:
         bias = add.args[1]
         if bias.op == "placeholder" and value(bias).shape == value(match.end).shape[-1:] and not add.kwargs:
             match.bias = bias
-            take(match, add)
+            extend(match, add)
 
 
-def take_activation(match: FusedLinear) -> None:
+def fuse_activation(match: FusedLinear) -> None:
     users, first = list(match.end.users), only_user(match.end)
-    if calls(first, GELUS):
+    if is_call(first, GELUS):
         tanh = first.kwargs.get("approximate", "none") == "tanh"
         match.activation = "gelu_tanh" if tanh else "gelu"
-        take(match, first)
-    elif calls(first, (F.relu, torch.relu)):
-        squared = calls_method(only_user(first), "square")
+        extend(match, first)
+    elif is_call(first, (F.relu, torch.relu)):
+        squared = is_method_call(only_user(first), "square")
         match.activation = "relu2" if squared else "relu"
-        take(match, first, *([only_user(first)] if squared else []))
-    elif chunks := [user for user in users if calls_method(user, "chunk")]:
-        take_swiglu(match, users, chunks)
+        extend(match, first, *([only_user(first)] if squared else []))
+    elif chunks := [user for user in users if is_method_call(user, "chunk")]:
+        fuse_swiglu(match, users, chunks)
 
 
-def take_swiglu(match: FusedLinear, users: list[fx.Node], chunks: list[fx.Node]) -> None:
+def fuse_swiglu(match: FusedLinear, users: list[fx.Node], chunks: list[fx.Node]) -> None:
     """u · silu(g), where (u, g) are the halves of the linear map."""
     if len(users) != 1 or chunks[0].args[1:] != (2,) or chunks[0].kwargs != {"dim": -1}:
         return
@@ -224,27 +225,27 @@ def take_swiglu(match: FusedLinear, users: list[fx.Node], chunks: list[fx.Node])
         return
     silu = only_user(halves[1])
     product = only_user(halves[0])
-    gated = calls(silu, (F.silu,)) and calls(product, PRODUCTS) and set(product.args) == {halves[0], silu}
+    gated = is_call(silu, (F.silu,)) and is_call(product, PRODUCTS) and set(product.args) == {halves[0], silu}
     if gated and only_user(silu) is product:
         match.activation = "swiglu"
-        take(match, chunks[0], *halves.values(), silu, product)
+        extend(match, chunks[0], *halves.values(), silu, product)
 
 
-def take_residual(match: FusedLinear) -> None:
+def fuse_residual(match: FusedLinear) -> None:
     add = only_user(match.end)
-    if not calls(add, ADDS) or add.kwargs or len(add.args) != 2:
+    if not is_call(add, ADDS) or add.kwargs or len(add.args) != 2:
         return
     other = add.args[1] if add.args[0] is match.end else add.args[0]
     if other is match.end or value(other) is None:
         return
-    mine, its = value(match.end), value(other)
-    if its.shape == mine.shape and its.dtype == mine.dtype == value(add).dtype:
+    left, right = value(match.end), value(other)
+    if right.shape == left.shape and right.dtype == left.dtype == value(add).dtype:
         match.residual = other
-        take(match, add)
+        extend(match, add)
 
 
 def replace(graph: fx.Graph, group: list[FusedLinear]) -> None:
-    """Compute the ends of these maps by one operation, and erase what is no longer needed."""
+    """Compute the ends of these linear maps by one operation, and erase the nodes that are then unused."""
     first = group[0]
     rows = value(first.x)
     M, widths = rows.numel() // rows.size(-1), [value(match.end).size(-1) for match in group]

@@ -32,7 +32,7 @@ def load_for_inference(path: Path, settings: LoadSettings):
     if settings.compile == "true":
         check_can_compile(device, "--compile true")
     if not model.generates:
-        raise UserError(f"{path}: this {model.config.arch} is an encoder: it guesses masked tokens and makes no text")
+        raise UserError(f"{path}: this {model.config.arch} is an encoder: it predicts masked tokens, not text")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{path}: the model predicts NaN: its weights are ruined; use an earlier checkpoint")
     dtype = choose_dtype_name(settings, device)
@@ -79,7 +79,7 @@ def quantize_model(model: LanguageModel, kind: str = "int8") -> LanguageModel:
     routers, positional embeddings and weights with any other use, such as retention's, keep their dtype.
     """
     if kind != "int8":
-        raise UserError(f"--quantize {kind}: is not known; there is int8")
+        raise UserError(f"--quantize {kind}: is unknown; use int8")
     for module in model.modules():
         for name in getattr(module, "products", ()):
             weight = getattr(module, name)

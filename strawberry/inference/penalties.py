@@ -20,7 +20,7 @@ BIAS_RULE = f'an object {{"token id": number from -100 to 100, …}} of at most 
 
 
 class LogitsSettings(Protocol):
-    """What a sampling.Request says about its logits."""
+    """The fields of a sampling.Request that change its logits."""
 
     prompt: list[int]
     stop: frozenset[int]
@@ -69,7 +69,7 @@ class LogitsProcessor:
                         self.presence, self.frequency)  # fmt: skip
 
     def set_row(self, row: int, r: LogitsSettings) -> None:
-        """Set a row to what its new request asks for."""
+        """Set a row to the settings of its new request."""
         if r.processes_logits and not self.tensors:
             self.allocate()
         for tensor in self.tensors:
@@ -96,8 +96,8 @@ class LogitsProcessor:
             tensor[target] = tensor[source]
 
     def process(self, logits: Tensor, rows: slice, num_generated: Tensor) -> Tensor:
-        """Logits (n, V) of the rows, changed. num_generated (n,): tokens generated before this one. A row whose request
-        asks for nothing keeps its logits, bit for bit.
+        """Logits (n, V) of the rows, changed. num_generated (n,): tokens generated before this one. The logits
+        of a row whose request changes nothing stay bitwise equal.
         """
         too_short = num_generated.unsqueeze(1) < self.min_tokens[rows]
         logits = (logits + self.bias[rows]).masked_fill(self.is_stop[rows] & too_short, -torch.inf)

@@ -33,9 +33,9 @@ class Request:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)  # token → what is added to its logit
-    min_tokens: int = 0  # no token of `stop` comes before so many others
-    top_logprobs: int | None = None  # likeliest tokens to tell with each new token's log probability; None: nothing
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens that have arrived; the decoder adds them
+    min_tokens: int = 0  # tokens of `stop` are not sampled before so many others
+    top_logprobs: int | None = None  # return each token's log probability and those of so many likeliest; None: none
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the tokens that have arrived; the decoder appends
 
     @cached_property
     def processes_logits(self) -> bool:
@@ -44,14 +44,14 @@ class Request:
         return not neutral or bool(self.logit_bias) or bool(self.min_tokens and self.stop)
 
     def check_tokens(self, vocab_size: int) -> None:
-        """Raises UserError, with the option's name first, if logit_bias or stop_token_ids name a token that is not in
-        the vocabulary, or if min_tokens cannot be because every token ends the text.
+        """Raises UserError, which begins with the option's name, if logit_bias or stop_token_ids name a token that is
+        not in the vocabulary, or if min_tokens is impossible because every token ends the text.
         """
         for name, tokens in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop)):
             if outside := [token for token in tokens if not 0 <= token < vocab_size]:
                 raise UserError(f"{name}: token {outside[0]} is none of the {vocab_size} of the model's vocabulary")
         if self.min_tokens and len(self.stop) == vocab_size:
-            raise UserError("stop_token_ids: has every token, so that no text has min_tokens; leave one out")
+            raise UserError("stop_token_ids: has every token, so min_tokens is impossible; leave one out")
 
 
 class Filters(NamedTuple):
@@ -63,7 +63,7 @@ class Filters(NamedTuple):
     top_p: bool
     min_p: bool
     processes: bool = False  # whether any request has a bias, a minimum length or a penalty
-    logprobs: bool = False  # whether any request asks for log probabilities
+    logprobs: bool = False  # whether any request has top_logprobs
 
 
 class BatchSampler:

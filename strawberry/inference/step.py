@@ -95,7 +95,7 @@ class CachedLogits:
         self.cache.positions[row], self.cache.lengths[row] = -1, 0
 
     def has_only(self, row: int, tokens: list[int]) -> bool:
-        """Whether a row that was prefilled with these tokens contains nothing else since."""
+        """Whether a row that was prefilled with these tokens has no further ones."""
         return self.cache.lengths[row] == len(tokens)
 
     def copy_row(self, source: int, target: int) -> None:
@@ -165,7 +165,7 @@ class HostCopy:
     """An asynchronous copy of tokens to the host, with the handles of their sequences."""
 
     tokens: Tensor
-    logprobs: tuple[Tensor, ...]  # copies of LogprobBuffers.tensors; () if no sequence asks for them
+    logprobs: tuple[Tensor, ...]  # copies of LogprobBuffers.tensors; () if no request has top_logprobs
     owners: list[tuple[int, int]]  # (index in tokens, handle)
     done: torch.cuda.Event | None = None
 
@@ -203,7 +203,7 @@ def compile_step(function, rows: int, fuse: bool):
 
 class CudaGraphs:
     """One CUDA graph of a step for each key, captured at the key's first launch. `warm_up(*key)` runs before a capture:
-    it does what only a key's first call does, without an effect on the rows.
+    it does the one-time work of a key's first call, such as compilation, without an effect on the rows.
     """
 
     def __init__(self, run, warm_up):
@@ -327,7 +327,7 @@ class DecodeStep:
         logits, token = self.logits.decode_step(self.last_token, key.max_cached), torch.zeros_like(self.last_token)
         groups: dict[Filters, list[int]] = {}
         for row, request in zip(rows, requests, strict=True):
-            filters = self.sampler.select_filters([request])._replace(logprobs=False)  # which no draw depends on
+            filters = self.sampler.select_filters([request])._replace(logprobs=False)  # sampling does not depend on it
             groups.setdefault(filters, []).append(row)
         for filters, some in groups.items():
             token[some] = self.sampler.draw(logits, slice(0, self.rows), filters)[some]
@@ -340,7 +340,7 @@ class DecodeStep:
         self.sampler.advance(slice(0, n), logits, self.last_token[:n], active, filters)
 
     def warm_up_sampling(self, n: int, max_cached: int, filters: Filters) -> None:
-        """Sample once for no row."""
+        """Sample once with all rows inactive, so that no row changes."""
         state = (self.last_token, self.sampled, self.active)
         before = [tensor.clone() for tensor in state]
         self.active.zero_()
@@ -363,9 +363,9 @@ class DecodeStep:
         self.last_token[rows] = token.clamp(min=0)
 
     def copy_tokens(self, rows: slice, requests: list[Request], owners: list[tuple[int, int]]) -> HostCopy:
-        """Copy what a step of these requests has generated in the rows to the host."""
-        asked = any(request.top_logprobs is not None for request in requests)
-        logprobs = tuple(tensor[rows] for tensor in self.sampler.logprobs.tensors) if asked else ()
+        """Copy the tokens that a step of these requests has generated in the rows to the host."""
+        wanted = any(request.top_logprobs is not None for request in requests)
+        logprobs = tuple(tensor[rows] for tensor in self.sampler.logprobs.tensors) if wanted else ()
         return copy_to_host_async(self.sampled[rows], logprobs, owners)
 
     def move_row(self, source: int, target: int) -> None:

@@ -41,15 +41,15 @@ def encode_source_text(text: str | None, model, encoder, record: dict, name: str
     """
     if not model.takes_source:
         if text is not None:
-            raise UserError(f"{name}: this {model.config.arch} reads none; leave it out, or make it the prompt")
+            raise UserError(f"{name}: this {model.config.arch} takes no source; leave it out, or make it the prompt")
         return None
     if text is None:
-        raise UserError(f"this model is an encoder-decoder, which answers to a text; give it one with {name}")
+        raise UserError(f"this model is an encoder-decoder, which needs a source text; give one with {name}")
     spans = record.get("run", {}).get("objective") == "spans"
     tokens = encode_text(encoder, text, spelled=spans)
     if max(tokens, default=0) >= model.config.vocab_size:
         n = model.config.vocab_size - encoder.vocab_size
-        raise UserError(f"{name}: <|{max(tokens) - encoder.vocab_size}|> is one of too many; the model knows {n}")
+        raise UserError(f"{name}: <|{max(tokens) - encoder.vocab_size}|> is too high; the model has {n} sentinels")
     return [*tokens, encoder.eot]
 
 
@@ -57,12 +57,11 @@ def encode_source_text(text: str | None, model, encoder, record: dict, name: str
 
 
 class StopStringFilter:
-    """Passes text on until it contains one of the stop strings, however the text is divided into pieces.
+    """Returns text until it contains one of the stop strings, however the text is divided into pieces.
 
-    Text that may begin a stop string stays pending until the next pieces decide. If several match, the stop string that
-    is complete first counts.
-
-    A stop string counts if its last character comes from a piece that is pushed with `counts`.
+    Text that may be the beginning of a stop string stays pending until the next pieces decide. If several stop strings
+    match, the one that is complete first counts. A stop string does not count if its last character is in a piece that
+    is pushed with `counts` False.
 
     >>> stop_filter = StopStringFilter(["END"])
     >>> [stop_filter.push(piece) for piece in ("the E", "very E", "ND.")], stop_filter.found
@@ -180,7 +179,7 @@ def check_prompt_fits(model, request: Request, on_full: str) -> None:
     if end is not None and n > end and on_full == "stop":
         raise UserError(
             f"the prompt has {n:,} tokens, and the model's positions end at {end:,}; give a shorter one, "
-            "or --on_full slide, which reads its end alone"
+            "or --on_full slide, which prefills its end only"
         )
 
 
@@ -295,7 +294,7 @@ def note_positions_end(reason: str, model, n: int = 1) -> None:
         what = "the text ends" if n == 1 else f"{n:,} texts end"
         print(
             f"note: {what} where the model's positions do, at {model.max_positions:,} tokens with the prompt; "
-            "--on_full slide goes on",
+            "--on_full slide continues",
             file=sys.stderr,
         )
 

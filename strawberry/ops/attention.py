@@ -58,9 +58,9 @@ def decode_attention(
 def decode_attention_plain(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, size: int, scale: float) -> Tensor:
     """`decode_attention` in plain PyTorch, with a mask over all slots; computed in float32 or wider."""
     d = q.size(-1)
-    wide = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
-    k, v = (x[:, :size].unflatten(-1, (-1, d)).to(wide) for x in (k, v))  # (B, size, Hkv, d)
-    grouped = q.to(wide).unflatten(1, (k.size(2), -1))  # (B, Hkv, H / Hkv, d)
+    accum_dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
+    k, v = (x[:, :size].unflatten(-1, (-1, d)).to(accum_dtype) for x in (k, v))  # (B, size, Hkv, d)
+    grouped = q.to(accum_dtype).unflatten(1, (k.size(2), -1))  # (B, Hkv, H / Hkv, d)
     seen = torch.arange(size, device=q.device) <= pos.unsqueeze(1)  # (B, size)
     score = torch.einsum("bhgd,bshd->bhgs", grouped, k) * scale
     weight = score.masked_fill(~seen[:, None, None], -1e30).softmax(-1) * (pos >= 0)[:, None, None, None]

@@ -109,11 +109,11 @@ def iter_chunk_batches(
     """Yields the chunks after the first in as few batches as possible without a copy: tokens (B, T, ·) as (n, slot, ·)
     and matrices (B, J − 1, ·, ·) as (n, ·, ·). A batch has one chunk of all rows, or all full chunks of one row."""
     B, later = matrices[0].shape[:2]
-    whole = T // slot - 1 if later > B else 0  # full chunks, which are yielded row by row
-    for b in range(B if whole else 0):
-        rows = [x[b, slot : (whole + 1) * slot].unflatten(0, (whole, slot)) for x in tokens]
-        yield [*rows, *(w[b, :whole] for w in matrices)]
-    for j in range(whole, later):
+    num_full = T // slot - 1 if later > B else 0  # full chunks, which are yielded row by row
+    for b in range(B if num_full else 0):
+        rows = [x[b, slot : (num_full + 1) * slot].unflatten(0, (num_full, slot)) for x in tokens]
+        yield [*rows, *(w[b, :num_full] for w in matrices)]
+    for j in range(num_full, later):
         yield [*(x[:, (j + 1) * slot : (j + 2) * slot] for x in tokens), *(w[:, j] for w in matrices)]
 
 

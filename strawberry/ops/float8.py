@@ -57,8 +57,8 @@ def act_quantize_backward(
     """(scale · the gradient of h, its transpose) in FP8, from `grad` (n, m), the gradient of f(h). `more`, of h's
     shape, is the gradient of h from its other uses."""
     if not kernels.can_run(h, grad):
-        slope = ACTIVATIONS[kind][1](h.float(), grad.float())
-        y = quantize_fp8(slope if more is None else slope + more, scale, dtype)
+        dh = ACTIVATIONS[kind][1](h.float(), grad.float())
+        y = quantize_fp8(dh if more is None else dh + more, scale, dtype)
         return y, y.t().contiguous()
     return tuple(y.view(dtype) for y in torch.ops.strawberry.act_quantize_backward(h, grad, more, kind, scale, dtype))
 

@@ -14,7 +14,7 @@ from strawberry.ops.common import to_accum_dtype
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.fused_linear import MAX_GEMV_ROWS, MAX_WEIGHTS
 
-MAX_ROWS = 64  # beyond it a matrix product is bound by arithmetic, not by reading W
+MAX_ROWS = 64  # with more, a matrix product is bound by arithmetic, not by reading W
 
 
 class Norm(NamedTuple):
@@ -33,12 +33,16 @@ def fused_linear(
     x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor] = (), biases: Sequence[Tensor] = (),
     norm: Norm = NO_NORM, activation: str = "identity", residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """f(norm(x) Wᵀ · scale + b) + residual, with a name f of ACTIVATIONS. x (M, K), M ≤ 64; up to three W (N, K), whose
-    results are concatenated, in x's dtype or in int8, then with a scale (N,) float32 for each; W (M, N, K) is a matrix
-    for each row, M ≤ 16; residual (M, ΣN). "swiglu" takes one W. Returns (M, ΣN) in x's dtype; all sums are float32. Up
-    to 16 rows, nothing between the norm and the result is rounded, and a row's result does not depend on the other rows
-    or on M. With more, the norm is an operation of its own, because each of the programs would compute it for all rows,
-    and tensor cores multiply the normed rows in x's dtype.
+    """f(norm(x) Wᵀ · scale + b) + residual, where f is `activation`, a name in ACTIVATIONS.
+
+    x (M, K), M ≤ 64; `weights`: up to three W (N, K), whose results are concatenated, or one W (M, N, K) with a matrix
+    for each row, M ≤ 16; in x's dtype or in int8, then with `scales` (N,) float32; `biases` (N,); residual (M, ΣN).
+    "swiglu" requires a single W, and halves N. Returns (M, ΣN) in x's dtype. Other inputs, and other devices, use
+    `fused_linear_plain`.
+
+    All sums are float32. With up to 16 rows, nothing between the norm and the result is rounded, and a row's result
+    does not depend on the other rows or on M. With more rows, the norm is a separate operation, because otherwise each
+    program would compute it for all rows, and tensor cores multiply the normalized rows in x's dtype.
 
     Bytes moved: W once. Lower bound on the time: its bytes divided by the copy bandwidth.
     """
@@ -56,7 +60,7 @@ def fused_linear_plain(
     x: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor], norm: Norm,
     activation: str, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """`fused_linear` in plain PyTorch."""
+    """`fused_linear` in plain PyTorch. tests/ops/kernels_in_interpreter.py compares the two."""
     h, w = normalize(x, norm), torch.cat(list(weights), dim=-2)
     h = torch.einsum("mk,mnk->mn", h, w.to(h.dtype)) if w.dim() == 3 else h @ w.to(h.dtype).mT
     h = h * torch.cat(list(scales)) if scales else h

@@ -17,8 +17,8 @@ def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize w (N, K) to int8 with a float32 scale (N,) per output channel: symmetric, rounded to nearest, so the
     error of a weight is at most half a scale. A row of zeros has scale 1.
 
-    >>> quantize_int8(torch.tensor([[1.0, -0.5], [0.0, 0.0]]))
-    (tensor([[127, -64], [0, 0]], dtype=torch.int8), tensor([0.0079, 1.0000]))
+    >>> [t.tolist() for t in quantize_int8(torch.tensor([[1.0, -0.5], [0.0, 0.0]]))]
+    [[[127, -64], [0, 0]], [0.007874015718698502, 1.0]]
     """
     w = w.detach().float()
     largest = w.abs().amax(dim=1)

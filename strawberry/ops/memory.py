@@ -1,11 +1,12 @@
-"""A linear memory: per head a matrix S (d, e) that maps keys to values, written and read token by token.
+"""A linear memory: for each head a matrix S (d, e) that maps keys to values. Each token writes and reads.
 
     write    S_t = α_t S_{t−1} + β_t k_t (v_t − α_t S_{t−1}ᵀ k_t)ᵀ          gated delta rule, arXiv 2412.06464
     read     o_t = S_tᵀ q_t
 
-The write replaces a part β_t of what the memory gives for k_t by v_t (delta rule, arXiv 2102.11174), after all of it
-has decayed by α_t. Whole sequences are computed chunk by chunk (arXiv 2406.06484): the writes of a chunk solve a
-triangular system, and the state passes from chunk to chunk. The chunk's size changes the speed, not the result.
+The write multiplies S by the decay α_t, and then replaces the share β_t of the value Sᵀ k_t that S has for k_t by v_t
+(delta rule, arXiv 2102.11174). Whole sequences are computed chunk by chunk (arXiv 2406.06484): the writes of a chunk
+solve a triangular system, and only the state S is passed to the next chunk. The chunk size changes the speed, not the
+result.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from strawberry.ops.common import no_autocast, to_accum_dtype
 from strawberry.ops.flops import counted
 from strawberry.ops.triton import memory as memory_kernels
 
-MEMORY_CHUNK = 64  # tokens in a chunk by default: larger chunks compute more pairs, smaller ones take more steps
+MEMORY_CHUNK = 64  # default tokens in a chunk: larger chunks compute more pairs, smaller ones are more sequential steps
 
 
 def read_memory(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, *, size: int, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """o (B, T, H, e) in v's dtype and the last state (B, H, d, e): q, k (B, T, H, d); v (B, T, H, e); log α ≤ 0 and β
-    (B, T, H), both zero for tokens that write nothing; `size` tokens in a chunk; the first state is zero by default.
-    The backward pass recomputes the states: stored, they would take more memory than a block's activations."""
+    """o (B, T, H, e) in v's dtype and the last state (B, H, d, e): q, k (B, T, H, d); v (B, T, H, e); log_decay = log α
+    ≤ 0 and β (B, T, H), both zero for tokens that write nothing; `size` tokens in a chunk; `state`: the first state
+    (B, H, d, e), zero by default. The backward pass recomputes the states: stored, they would take more memory than a
+    block's activations."""
     inputs = (q, k, v, log_decay, beta)
     with no_autocast(q):
         if q.size(1) == 1 and state is not None:
@@ -57,22 +59,22 @@ def read_chunks(q, k, v, log_decay, beta, size: int, state: Tensor | None = None
 def read_chunk(q, k, v, log_decay, beta, state: Tensor) -> tuple[Tensor, Tensor]:
     """o (B, H, c, e) and the state after one chunk: q, k (B, H, c, d), v (B, H, c, e), log α and β (B, H, c).
 
-    With Γ_t the decay since the chunk's start and S the state before it, the writes n_t, of which the chunk adds
-    k_t n_tᵀ, are n_t = β_t (v_t − Γ_t Sᵀ k_t − Σ_{s<t} Γ_t/Γ_s (k_t · k_s) n_s)."""
-    passed = log_decay.cumsum(dim=-1)  # log Γ
-    decay = masked_decay(passed)
-    since_start, until_end = passed.exp().unsqueeze(-1), (passed[..., -1:] - passed).exp().unsqueeze(-1)
+    With Γ_t the product of α from the chunk's start to t and S the state before the chunk, the chunk adds k_t n_tᵀ for
+    each token, where n_t = β_t (v_t − Γ_t Sᵀ k_t − Σ_{s<t} Γ_t/Γ_s (k_t · k_s) n_s) (arXiv 2412.06464)."""
+    log_gamma = log_decay.cumsum(dim=-1)
+    decay = masked_decay(log_gamma)
+    since_start, until_end = log_gamma.exp().unsqueeze(-1), (log_gamma[..., -1:] - log_gamma).exp().unsqueeze(-1)
     beta = beta.unsqueeze(-1)
     writes = solve_unit_lower((beta * decay * (k @ k.mT)).tril(-1), beta * (v - since_start * (k @ state)))
     o = (decay * (q @ k.mT)) @ writes + since_start * (q @ state)
     return o, since_start[..., -1:, :] * state + (until_end * k).mT @ writes
 
 
-def masked_decay(passed: Tensor) -> Tensor:
-    """exp(passed_t − passed_s) for s ≤ t, else 0: (…, c) → (…, c, c)."""
-    c = passed.size(-1)
-    later = torch.ones(c, c, dtype=torch.bool, device=passed.device).triu(1)
-    return (passed.unsqueeze(-1) - passed.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+def masked_decay(log_gamma: Tensor) -> Tensor:
+    """Γ_t / Γ_s for s ≤ t, else 0: (…, c) → (…, c, c)."""
+    c = log_gamma.size(-1)
+    later = torch.ones(c, c, dtype=torch.bool, device=log_gamma.device).triu(1)
+    return (log_gamma.unsqueeze(-1) - log_gamma.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
 
 
 def solve_unit_lower(lower: Tensor, b: Tensor) -> Tensor:
@@ -83,41 +85,44 @@ def solve_unit_lower(lower: Tensor, b: Tensor) -> Tensor:
 
 
 def step_memory(q, k, v, log_decay, beta, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`read_memory` for one token: the recurrence itself, in sums over channels, which round alike in every row."""
+    """`read_memory` for one token: the recurrence. Products are elementwise and then summed, so that rounding does not
+    depend on the other rows."""
     q, k = (x[:, 0].to(state.dtype).unsqueeze(-1) for x in (q, k))  # (B, H, d, 1)
     decay, beta = (x[:, 0, :, None, None].to(state.dtype) for x in (log_decay.exp(), beta))
     state = decay * state
-    new = v[:, 0].to(state.dtype).unsqueeze(-2) - (k * state).sum(dim=-2, keepdim=True)  # (B, H, 1, e)
-    state = state + beta * k * new
+    error = v[:, 0].to(state.dtype).unsqueeze(-2) - (k * state).sum(dim=-2, keepdim=True)  # (B, H, 1, e)
+    state = state + beta * k * error
     return (q * state).sum(dim=-2).unsqueeze(1).to(v.dtype), state
 
 
 def unit(x: Tensor) -> Tensor:
-    """x at about unit length over the last axis, in x's dtype; x near zero stays there, with bounded gradients."""
+    """x / √(|x|² + 0.01) over the last axis, in x's dtype: about unit length, but near zero for x near zero, with
+    bounded gradients."""
     y = to_accum_dtype(x)
     return (y * (y.pow(2).sum(dim=-1, keepdim=True) + 0.01).rsqrt()).to(x.dtype)
 
 
 def soft_norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis with eps 0.01, so that what is hardly anything stays small."""
+    """RMS norm over the last axis with eps 0.01, so that values near zero stay near zero."""
     return F.rms_norm(x, (x.size(-1),), eps=0.01)
 
 
 def causal_convolution(x: Tensor, taps: Tensor, ctx: ForwardContext, cache: LayerCache | None) -> Tensor:
-    """y_t = x_t + Σ_j taps_j ⊙ x_{t−j} for the token before the call's tokens and for these, (B, T + 1, ·): x (B, T,
-    ·), taps (n, ·). The cache's `tail` has the last n tokens (B, n, ·). Zeros precede the first token."""
+    """y_t = x_t + Σ_{j<n} taps_j ⊙ x_{t−j} for the call's tokens and the token before them, (B, T + 1, ·): x (B, T, ·),
+    taps (n, ·). The cache's `tail` has the last n tokens (B, n, ·). Without a cache, zeros precede the first token."""
     n, T = taps.size(0), x.size(1)
     earlier = x.new_zeros(x.size(0), n, x.size(2)) if cache is None else cache.tail.to(x.dtype)
-    both = torch.cat((earlier, x), dim=1)
+    padded = torch.cat((earlier, x), dim=1)
     if cache is not None:
-        cache.tail.copy_(last_tokens(both, n, ctx))
+        cache.tail.copy_(last_tokens(padded, n, ctx))
     taps = taps.to(x.dtype)
-    return both[:, n - 1 :] + sum(both[:, n - 1 - j : n + T - j] * taps[j] for j in range(n))
+    return padded[:, n - 1 :] + sum(padded[:, n - 1 - j : n + T - j] * taps[j] for j in range(n))
 
 
-def last_tokens(both: Tensor, n: int, ctx: ForwardContext) -> Tensor:
-    """The last n valid tokens of (B, n + T, ·), whose first n tokens come from earlier calls."""
+def last_tokens(padded: Tensor, n: int, ctx: ForwardContext) -> Tensor:
+    """The last n valid tokens of each row, (B, n, ·), of (B, n + T, ·), whose first n tokens are those of earlier
+    calls."""
     if ctx.lengths is None:
-        return both[:, both.size(1) - n :]
-    index = ctx.lengths.unsqueeze(1) + torch.arange(n, device=both.device)
-    return both.gather(1, index.unsqueeze(-1).expand(-1, -1, both.size(2)))
+        return padded[:, padded.size(1) - n :]
+    index = ctx.lengths.unsqueeze(1) + torch.arange(n, device=padded.device)
+    return padded.gather(1, index.unsqueeze(-1).expand(-1, -1, padded.size(2)))

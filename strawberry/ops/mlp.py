@@ -30,15 +30,15 @@ def swiglu_mlp(y: Tensor, w1: Weight, w2: Weight, ctx: ForwardContext, gate: Ten
     zero for invalid and frozen tokens; set `return_hidden` if that result needs a gradient.
     """
     w1, w2 = materialize(w1), materialize(w2)
-    whole = gate is None and ctx.lengths is None and ctx.active is None
-    if whole and precision == "float8" and float8.is_eligible(y, w1, w2):
+    unmasked = gate is None and ctx.lengths is None and ctx.active is None
+    if unmasked and precision == "float8" and float8.is_eligible(y, w1, w2):
         return float8.float8_mlp(y, w1, w2, "swiglu", return_hidden, input_is_opaque=True)
     ug = chunked_linear(y, w1, ctx, precision)
     if gate is not None:
         u, g = ug.chunk(2, dim=-1)
         ug = torch.cat((u * gate, g), dim=-1)
     out = chunked_linear(swiglu(ug), w2, ctx, precision)
-    if not whole:
+    if not unmasked:
         u, g = ug.chunk(2, dim=-1)
         ug = torch.cat((ctx.mask_invalid(u), g), dim=-1)
     return out, ug

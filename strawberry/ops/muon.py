@@ -1,9 +1,9 @@
 """Muon's operations. Each has a plain version here and a Triton kernel in ops/triton/muon.py; tests/ops compares both
 with float64.
 
-    symmetric_product   the symmetric products of Newton–Schulz
-    move_and_look_ahead momentum and Nesterov momentum of steps that the device may skip
-    decay_and_add       weight decay and update
+    symmetric_product    the symmetric products of Newton–Schulz
+    move_and_look_ahead  the update of the momentum, and the Nesterov momentum
+    decay_and_add        weight decay and update
 """
 
 import torch
@@ -16,7 +16,7 @@ def symmetric_product(
     x: Tensor, y: Tensor, c: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
     """alpha · x yᵀ + beta · c, (n, rows, rows), for x and y (n, rows, cols) whose product is symmetric, and a symmetric
-    c or none."""
+    c (n, rows, rows); without c, alpha · x yᵀ."""
     if kernels.can_use_symmetry(x):
         return kernels.launch_symmetric_product(x, y, c, alpha, beta)
     return torch.bmm(x, y.mT) if c is None else torch.baddbmm(c, x, y.mT, beta=beta, alpha=alpha)

@@ -62,12 +62,12 @@ def gated_update_backward_plain(
     grad: Tensor, scale: Tensor, oa: Tensor, out: Tensor, z: Tensor, viewed: bool
 ) -> tuple[Tensor, ...]:
     """Gradients of raw, scale and z, and the recomputed h."""
-    dh, wide = to_accum_dtype(right_multiply(grad, out, viewed)), to_accum_dtype(z)
-    gate = torch.sigmoid(scale * wide)
-    turn = wide * gate * (1 - gate)
-    dz = (dh * (gate + scale * turn)).to(z.dtype)
-    d_scale = (dh * turn * wide).sum(dim=(-2, -1), keepdim=True)
-    return grad + right_multiply(dz, oa.mT, viewed), d_scale, dz, (wide * gate).to(z.dtype)
+    dh, z_wide = to_accum_dtype(right_multiply(grad, out, viewed)), to_accum_dtype(z)
+    gate = torch.sigmoid(scale * z_wide)
+    gate_slope = z_wide * gate * (1 - gate)
+    dz = (dh * (gate + scale * gate_slope)).to(z.dtype)
+    d_scale = (dh * gate_slope * z_wide).sum(dim=(-2, -1), keepdim=True)
+    return grad + right_multiply(dz, oa.mT, viewed), d_scale, dz, (z_wide * gate).to(z.dtype)
 
 
 def right_multiply(a: Tensor, b: Tensor, viewed: bool) -> Tensor:
@@ -193,8 +193,8 @@ class GatedUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, grad_deviation: Tensor) -> tuple:
         raw, scale, oa, out, z, new, mean, variance = ctx.saved_tensors
-        slope = torch.where(variance > 0, grad_deviation * variance.rsqrt(), 0.0) / (new[0, 0].numel() - 1)
-        grad = (to_accum_dtype(grad) + slope * (to_accum_dtype(new) - mean)).to(new.dtype)
+        factor = torch.where(variance > 0, grad_deviation * variance.rsqrt(), 0.0) / (new[0, 0].numel() - 1)
+        grad = (to_accum_dtype(grad) + factor * (to_accum_dtype(new) - mean)).to(new.dtype)
         with no_autocast(raw):
             d_raw, *others = gated_update_backward(grad, raw, scale, oa, out, z, ctx.viewed)
         if raw.dim() == 2:

@@ -29,8 +29,8 @@ def sample(logits: Tensor, u: Tensor, temperature, top_k=None, top_p=None, min_p
     temperature, top_k, top_p, min_p = (
         f if f is None else torch.as_tensor(f, device=logits.device).view(-1, 1) for f in numbers
     )
-    heat = temperature + (temperature == 0)
-    p = ((logits - logits.amax(dim=-1, keepdim=True)) / heat).exp()  # relative to the most likely token
+    divisor = temperature + (temperature == 0)  # 1 for rows with temperature 0
+    p = ((logits - logits.amax(dim=-1, keepdim=True)) / divisor).exp()  # relative to the most likely token
     if top_k is not None or top_p is not None:
         ordered = p.topk(width).values if width else p.sort(descending=True).values
         if top_k is not None:

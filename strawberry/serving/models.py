@@ -153,7 +153,7 @@ class ModelPool:
         name = file.name
         if not file.generates:
             raise ApiError(400, f"model = {show(name)}: this {file.hyperparams['arch']} is an encoder: it predicts "
-                           "masked tokens and makes no text", "model")  # fmt: skip
+                           "masked tokens, not text", "model")  # fmt: skip
         engine = self.loaded.pop(name, None)
         if engine is not None and (engine.stamp != file.stamp or engine.ended):
             engine.retire()

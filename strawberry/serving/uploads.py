@@ -99,7 +99,7 @@ def clean_filename(name: str) -> str:
 def stored_suffix(name: str) -> str:
     """The suffixes by which prepare.py will know what is in it; a name without any is a text's.
 
-    >>> kind_of("notes.MD"), kind_of("chat.ndjson.gz"), kind_of("LICENSE")
+    >>> stored_suffix("notes.MD"), stored_suffix("chat.ndjson.gz"), stored_suffix("LICENSE")
     ('.md', '.jsonl.gz', '.txt')
     """
     lower = name.lower()

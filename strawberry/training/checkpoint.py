@@ -31,7 +31,7 @@ from typing import BinaryIO
 import torch
 from torch import nn
 
-from strawberry.common import UserError, atomic_write
+from strawberry.common import UserError, atomic_write, first_line
 from strawberry.model_file import Writer, copy_weights, open_tensors
 
 MODEL, STATE, MANIFEST, LATEST = "model.safetensors", "state.pt", "manifest.json", "latest"
@@ -238,7 +238,7 @@ class Checkpoint:
                     raise ValueError("it would unpack to more than its size")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a file of unknown content may raise any exception
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise UserError(f"cannot read {path}: it is not a plain training state ({reason})") from error
 
 

@@ -75,7 +75,7 @@ class Checkpointer:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             if memory.is_out_of_memory(error):
                 raise
-            raise UserError(f"{found.path / checkpoint.STATE} holds no state that this program wrote") from error
+            raise UserError(f"{found.path / checkpoint.STATE} has no state that this program wrote") from error
         self.state.progress = progress
         self.state.saved = found.step
         self.state.val_loss = found.val_loss

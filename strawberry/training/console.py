@@ -77,17 +77,17 @@ class DiskFullSafeStream:
     def write(self, text: str) -> int:
         if text.startswith("warning: "):
             STATUS.warn(text.removeprefix("warning: ").strip())
-        with self.sparing():
+        with self.report_disk_errors():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self.sparing():
+        with self.report_disk_errors():
             self.stream.flush()
 
     @staticmethod
     @contextlib.contextmanager
-    def sparing():
+    def report_disk_errors():
         try:
             yield
         except BrokenPipeError:  # the reader closed the pipe on purpose

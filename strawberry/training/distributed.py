@@ -61,7 +61,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strawberry.common import UserError
+from strawberry.common import UserError, first_line
 from strawberry.sharding import shard_rows, to_local
 from strawberry.training import blocks
 
@@ -76,6 +76,9 @@ DRAIN_TIMEOUT = 5.0  # seconds for the device to finish its collectives with a l
 class PeerLost(Exception):
     """Another process of this run has ended or cannot be reached."""
 
+    def __init__(self, reason: str):
+        super().__init__(f"another process of this run has ended or is out of reach ({reason})")
+
 
 def join_processes(device: torch.device, parallel: str = "ddp") -> "SingleProcess | ProcessGroup":
     """Join the process group of torchrun; a SingleProcess without torchrun. Raises UserError if that fails."""
@@ -83,6 +86,8 @@ def join_processes(device: torch.device, parallel: str = "ddp") -> "SingleProces
 
 
 class SingleProcess:
+    """One process, for which the operations over ranks do nothing. See the module's docstring."""
+
     rank, world, main, sharded, can_save = 0, 1, True, False, True
     grad_seed, can_capture, stops_together = None, True, False
 
@@ -164,15 +169,14 @@ class ProcessGroup:
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **about)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             raise UserError(f"cannot reach the other processes of torchrun: {reason}; start them all again") from error
         self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
         self.main = self.rank == 0
         self.grad_seed = torch.tensor(float(self.world), device=device)  # turns the average of gradients into a sum
         self.shares: dict = {}
-        self.stops_together = (
-            self.sharded or device.type == "cuda"
-        )  # a GPU has launched steps that wait for the other ranks
+        # a GPU has launched steps that wait for the other ranks
+        self.stops_together = self.sharded or device.type == "cuda"
         # host numbers go through gloo, which does not synchronize with the GPU
         self.control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
         self.heartbeat: Heartbeat | None = None
@@ -228,9 +232,8 @@ class ProcessGroup:
                 raise
             self.can_save, self.peer_lost = not self.sharded, True
             if self.heartbeat:
-                self.heartbeat.in_step = True  # what cleans up may wait for the device
-            reason = str(error).strip().partition("\n")[0]
-            raise PeerLost(f"another process of this run has ended or is out of reach ({reason})") from error
+                self.heartbeat.in_step = True  # the cleanup may wait for the device
+            raise PeerLost(first_line(error)) from error
 
     def max_signal(self, number: int) -> int:
         largest = torch.tensor([number])
@@ -250,22 +253,21 @@ class ProcessGroup:
             return
         self.heartbeat.in_step = True
         yield
-        self.heartbeat.in_step = False  # not after an error: what cleans up may wait for the device too
+        self.heartbeat.in_step = False  # not after an error, since the cleanup may wait for the device
 
     def wait_for(self, event: torch.cuda.Event) -> None:
         """Poll the event. A GPU that waits for a lost process never reports an error, so a synchronization could block
         forever. Raises PeerLost."""
-        began, looked = time.monotonic(), 0.0
+        began, checked = time.monotonic(), 0.0  # checked: seconds from `began` to the last check of heartbeats
         while not event.query():
             waited = time.monotonic() - began
-            gone = "the device waits for it" if self.peer_lost and waited > DRAIN_TIMEOUT else None
-            if waited > looked + HEARTBEAT_INTERVAL and not gone and self.heartbeat:
-                gone, looked = self.heartbeat.stale_peer(), waited
-            if gone or waited > TIMEOUT.total_seconds():
+            reason = "the device waits for it" if self.peer_lost and waited > DRAIN_TIMEOUT else None
+            if waited > checked + HEARTBEAT_INTERVAL and not reason and self.heartbeat:
+                reason, checked = self.heartbeat.stale_peer(), waited
+            if reason or waited > TIMEOUT.total_seconds():
                 self.can_save, self.peer_lost = False, True  # launched steps cannot be undone
-                raise PeerLost(f"another process of this run has ended or is out of reach ({gone or 'no answer'})")
+                raise PeerLost(reason or f"no answer within {TIMEOUT.total_seconds() / 60:.0f} minutes")
             time.sleep(min(2e-4 + waited / 200, 0.05))
-
 
     def shares_for(self, shapes: list[tuple[int, int, int]]) -> list[list[range]]:
         """`divide_matrices`, cached, since each step has the same shapes."""
@@ -324,15 +326,17 @@ class Heartbeat:
     """A thread that writes an increasing number to the process group's store every HEARTBEAT_INTERVAL seconds, so that
     other ranks know that this process is alive. NCCL's own watchdog does not monitor collectives in a CUDA graph.
 
-    on_loss(PeerLost) is called if another rank has been silent for so long, since `in_step` was set, that wait_for()
-    must have raised PeerLost and the process must have ended. Its main thread then waits in a call of CUDA, such as the
-    allocation of pinned memory, for a device that waits for the lost rank.
+    `in_step` is True while the main thread may wait for a step of all ranks. If it is True and a rank has been lost for
+    DRAIN_TIMEOUT, the thread calls on_loss(PeerLost). By then wait_for() would have raised PeerLost and the process
+    would have ended, so the main thread must be in a CUDA call, such as the allocation of pinned memory, that waits for
+    the device, which waits for the lost rank.
     """
 
     def __init__(self, store, rank: int, world: int, on_loss: Callable[[PeerLost], object] | None = None):
         self.store, self.rank, self.world = (store.clone() if hasattr(store, "clone") else store), rank, world
-        self.beats, self.ended = 0, threading.Event()
-        self.on_loss, self.in_step, self.lost_since = on_loss, False, None
+        self.beats, self.stopped = 0, threading.Event()
+        self.on_loss, self.in_step = on_loss, False
+        self.lost_since: float | None = None  # when the thread first found a rank lost
         self.seen: dict[int, tuple[bytes, float]] = {}  # each rank's last heartbeat, and when it was first seen
         self.beat()
         self.thread = threading.Thread(target=self.run, name="heartbeat", daemon=True)
@@ -347,16 +351,16 @@ class Heartbeat:
 
     def run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store is lost, which other ranks detect themselves
-            while not self.ended.wait(HEARTBEAT_INTERVAL):
+            while not self.stopped.wait(HEARTBEAT_INTERVAL):
                 self.beat()
-                self.watch()
+                self.check_peers()
 
-    def watch(self) -> None:
-        """Calls on_loss if the main thread has not acted on a lost rank within DRAIN_TIMEOUT."""
-        message = self.stale_peer() if self.on_loss and self.in_step else None
-        self.lost_since = (self.lost_since or time.monotonic()) if message else None
-        if message and time.monotonic() - self.lost_since > DRAIN_TIMEOUT:
-            self.on_loss(PeerLost(f"another process of this run has ended or is out of reach ({message})"))
+    def check_peers(self) -> None:
+        """Call on_loss if a rank is lost and the main thread has not reacted within DRAIN_TIMEOUT."""
+        reason = self.stale_peer() if self.on_loss and self.in_step else None
+        self.lost_since = (self.lost_since or time.monotonic()) if reason else None
+        if reason and time.monotonic() - self.lost_since > DRAIN_TIMEOUT:
+            self.on_loss(PeerLost(reason))
 
     def stale_peer(self) -> str | None:
         """A message about a rank without a heartbeat for HEARTBEAT_TIMEOUT seconds, or about a lost store; None if all
@@ -368,13 +372,13 @@ class Heartbeat:
                 before, since = self.seen.get(rank, (None, now))
                 self.seen[rank] = (beat, since if beat == before else now)
                 if now - self.seen[rank][1] > HEARTBEAT_TIMEOUT:
-                    return f"rank {rank} has been silent for {HEARTBEAT_TIMEOUT:.0f} s"
+                    return f"rank {rank} has sent no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s"
         except RuntimeError as error:
-            return str(error).strip().partition("\n")[0]
+            return first_line(error)
         return None
 
     def stop(self) -> None:
-        self.ended.set()
+        self.stopped.set()
         self.thread.join(HEARTBEAT_INTERVAL)
 
 
@@ -393,17 +397,14 @@ class DDP(ProcessGroup):
         if self.ddp is None:
             with self.detect_peer_loss():
                 about = {"gradient_as_bucket_view": True, "find_unused_parameters": idle()}
-                if compiled is True and not model.set_compile_partitions(
-                    COMPILE_PARTITIONS
-                ):  # all gradients are ready at the same time: use large buckets (1 GiB)
-                    about["bucket_cap_mb"] = 1 << 10
+                if compiled is True and not model.set_compile_partitions(COMPILE_PARTITIONS):
+                    about["bucket_cap_mb"] = 1 << 10  # all gradients are ready at the same time
                 newer = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
                 about["forward_sync_buffers" if newer else "broadcast_buffers"] = False  # equal: see all_reduce_
                 self.ddp = nn.parallel.DistributedDataParallel(model, **about)
             self.ddp._set_ddp_runtime_logging_sample_rate(1 << 30)  # unused timings, which synchronize
-            self.can_capture = not about[
-                "find_unused_parameters"
-            ]  # to find unused parameters, DDP synchronizes with the device
+            # to find unused parameters, DDP synchronizes with the device
+            self.can_capture = not about["find_unused_parameters"]
         blocks.compile_blocks(model, compiled == "blocks")
         torch._dynamo.config.optimize_ddp = False  # it cannot split graphs that contain autograd functions
         return torch.compile(self.ddp, dynamic=False) if compiled is True else self.ddp
@@ -429,8 +430,8 @@ class DDP(ProcessGroup):
         sizes = [[len(mine[rank]) * stack[0].numel() for stack, mine in zip(stacks, shares, strict=True)]
                  for rank in range(self.world)]  # fmt: skip
         flat = stacks[0].new_zeros(max(map(sum, sizes)))  # the same length on all ranks, as the all-gather requires
-        done = (work(stack[as_slice(mine[self.rank])]) for stack, mine in zip(stacks, shares, strict=True) if
-                mine[self.rank])  # fmt: skip
+        done = (work(stack[as_slice(mine[self.rank])]) for stack, mine in zip(stacks, shares, strict=True)
+                if mine[self.rank])  # fmt: skip
         at = 0
         for update in done:
             flat[at : at + update.numel()] = update.flatten()
@@ -531,13 +532,13 @@ class FSDP(ProcessGroup):
         flat = torch.cat([piece.flatten() for to_rank in sent for piece in to_rank])
         sizes = [[math.prod(shape) for shape in from_rank] for from_rank in shapes]
         got = flat.new_empty(sum(map(sum, sizes)))
-        gives = [sum(piece.numel() for piece in to_rank) for to_rank in sent]
+        sent_sizes = [sum(piece.numel() for piece in to_rank) for to_rank in sent]
         with self.detect_peer_loss(certain=True):
-            dist.all_to_all_single(got, flat, list(map(sum, sizes)), gives)
-        parcels = got.split(list(map(sum, sizes)))
+            dist.all_to_all_single(got, flat, list(map(sum, sizes)), sent_sizes)
+        received = got.split(list(map(sum, sizes)))
         return [
-            [piece.view(shape) for piece, shape in zip(parcel.split(size), shape_list, strict=True)]
-            for parcel, size, shape_list in zip(parcels, sizes, shapes, strict=True)
+            [piece.view(shape) for piece, shape in zip(part.split(size), shape_list, strict=True)]
+            for part, size, shape_list in zip(received, sizes, shapes, strict=True)
         ]
 
     def gather(self, tree, device: str | torch.device = "cpu"):

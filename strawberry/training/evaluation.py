@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from strawberry.common import first_line
 from strawberry.data.dataset import Split
 from strawberry.data.loader import map_tensors
 from strawberry.data.objectives import Batch, NextToken, decode_with_sentinels, encode_with_sentinels
@@ -72,8 +73,8 @@ def mean_loss(
 
 
 def mean_loss_by_quarter(forward, split: Split, batches: int, rows: int, device) -> list[float]:
-    """The mean loss in nats of the targets in each quarter of the window, over the samples of `mean_loss`. Each quarter
-    takes a pass of its own, in which the others' targets are masked, so that no logits are kept."""
+    """The mean loss in nats of the targets in each quarter of the window, over the samples of `mean_loss`. A separate
+    pass for each quarter masks the other targets, so that no logits are stored."""
     n = min(batches, max(1, split.n_windows // rows))
     edges = [split.block_size * i // 4 for i in range(5)]
     sums = torch.zeros(4, dtype=torch.float64)
@@ -136,7 +137,7 @@ def format_evaluation(step: int, results: dict, text: str) -> str:
         line += f"; {results['train_bpb']:.4f} and {results['val_bpb']:.4f} bits per byte"
     if "strict_loss" in results:
         strict, plain_loss = results["strict_loss"], results["plain_at_strict"]
-        line += f"\n    strict loss in validation, the honest one: {strict:.4f} (the plain one there: {plain_loss:.4f})"
+        line += f"\n    strict loss in validation: {strict:.4f} (plain loss of the same tokens: {plain_loss:.4f})"
     return line + "".join(f"\n    | {row}" for row in text.splitlines())
 
 
@@ -145,7 +146,7 @@ class Evaluator:
 
     def __init__(self, state):
         self.state, self.is_compiled = state, False
-        self.stance = contextlib.nullcontext  # makes the context in which forward passes run
+        self.stance = contextlib.nullcontext  # returns the context in which forward passes run
 
     def evaluate(self) -> None:
         """Compute the losses of both splits, the strict loss if the model is not causal, and a sample of text; draw the
@@ -175,7 +176,7 @@ class Evaluator:
         except Exception as error:
             if not self.state.compiled or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
                 raise
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             warn(f"torch.compile failed, so that evaluations take longer ({type(error).__name__}: {reason})")
             self.stance = functools.partial(torch.compiler.set_stance, "force_eager")
         return self.sum_losses()
@@ -184,15 +185,15 @@ class Evaluator:
         run, about, results = self.state.run, (self.state.lengths, self.state.objective, self.state.ranks), {}
         with self.state.autocast(), self.stance(), self.state.ranks.device_step():
             for name, split in (("train", self.state.corpus.train), ("val", self.state.corpus.val)):
-                asked = (split, run.eval_iters, run.batch_size, *about)
-                results[f"{name}_loss"], results[f"{name}_bpb"] = mean_loss(self.state.forward, *asked)
+                arguments = (split, run.eval_iters, run.batch_size, *about)
+                results[f"{name}_loss"], results[f"{name}_bpb"] = mean_loss(self.state.forward, *arguments)
         return results
 
     def sum_losses_by_quarter(self) -> list[float]:
         run = self.state.run
-        asked = (self.state.corpus.val, run.eval_iters, run.batch_size, self.state.device)
+        arguments = (self.state.corpus.val, run.eval_iters, run.batch_size, self.state.device)
         with self.state.autocast(), self.stance():
-            return mean_loss_by_quarter(self.state.forward, *asked)
+            return mean_loss_by_quarter(self.state.forward, *arguments)
 
     def evaluate_full_model(self, results: dict) -> str:
         """The part that rank 0 does alone: adds the strict loss to `results`, and returns a sample of text."""
@@ -211,14 +212,14 @@ class Evaluator:
 
     def sample(self, model: nn.Module) -> str:
         run = self.state.run
-        asked = (run.sample_length, run.seed, self.state.device)
+        arguments = (run.sample_length, run.seed, self.state.device)
         if not model.takes_source:
-            return sample_text(model, self.state.encoder, run.sample_prompt, *asked)
+            return sample_text(model, self.state.encoder, run.sample_prompt, *arguments)
         source = [*encode_with_sentinels(self.state.encoder, run.sample_prompt), self.state.encoder.eot]
         if not run.sample_prompt:
             first = self.state.objective.make_batch(self.state.corpus.val, EVAL_SEED, 0, 1).source[0].tolist()
             source = [token for token in first if token != self.state.encoder.pad]
-        return sample_answer(model, self.state.encoder, source, *asked)
+        return sample_answer(model, self.state.encoder, source, *arguments)
 
     def draw(self) -> None:
         if self.state.run.img_path is None:

@@ -21,12 +21,13 @@ LOCK = "lock"
 
 
 class Lock:
-    """Keeps a directory for this process until release(), or until the process ends, however it ends.
+    """Locks a directory for this process until release(), or until the process ends in any way.
 
-    Raises UserError, naming the process that has the directory, where another one does. The file `lock` says who that
-    is. What keeps it is flock on the directory, which the system undoes when a process dies; where there is none
-    (Windows, some network file systems) it is the file, and one that a dead process of this machine left is taken over.
-    filelock locks the file instead of the directory: after a user has removed it, a second process gets in.
+    Raises UserError if another process has the lock, and names it; the file `lock` stores that process. The lock is
+    flock on the directory, which the system releases when a process dies. Without flock (Windows, some network file
+    systems) it is the existence of the file, and the file of a dead process of this machine is replaced. filelock is
+    not used, since it locks the file instead of the directory: after a user removes the file, a second process could
+    lock it.
     """
 
     def __init__(self, root, key: str = "checkpoints.path"):
@@ -37,12 +38,12 @@ class Lock:
             files = self._take()
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}; name another directory") from error
-        with contextlib.suppress(OSError):  # on a full disk it is locked without a name
+        with contextlib.suppress(OSError):  # on a full disk the file stays empty
             os.write(files[0], json.dumps(me).encode())
         self.release = weakref.finalize(self, _release, self.path, files, os.getpid())
 
     def _take(self) -> list[int]:
-        """The open files that keep it; the first is `lock`, empty."""
+        """The open files of the lock; the first is `lock`, empty."""
         if fcntl:
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
@@ -67,24 +68,24 @@ class Lock:
                 raise self._refusal(holder)
             aside = self.path.with_name(f".{LOCK}.{os.getpid()}")
             try:
-                os.rename(self.path, aside)  # of several that take it over, one succeeds
+                os.rename(self.path, aside)  # if several processes do this, one succeeds
             except FileNotFoundError:
                 continue
-            if read_holder(aside) != holder:  # and another one has it already
+            if read_holder(aside) != holder:  # another process has already locked it
                 os.rename(aside, self.path)
             else:
                 os.unlink(aside)
 
     def _refusal(self, holder: dict) -> UserError:
-        who = "another process, which has left no name"
+        who = "another process, which has not written its name"
         if holder:
             who = "process {pid} on {host} since {since} ({command})".format_map(holder)
-        mend = f"wait for it, stop it, or name another {self.key}; if it is gone, remove {self.path}"
-        return UserError(f"{self.key} = {self.path.parent}: is written to by {who}; {mend}")
+        fix = f"wait for it, stop it, or name another {self.key}; if it has ended, remove {self.path}"
+        return UserError(f"{self.key} = {self.path.parent}: is written to by {who}; {fix}")
 
 
 def _release(path: Path, files: list[int], pid: int) -> None:
-    """Removes `lock`, while flock still keeps the directory."""
+    """Remove `lock` while the directory is still locked, then unlock it."""
     if os.getpid() != pid:  # a fork of the holder ends
         return
     for i, file in enumerate(files):
@@ -95,7 +96,7 @@ def _release(path: Path, files: list[int], pid: int) -> None:
 
 
 def read_holder(path: Path) -> dict:
-    """What a lock says of its process; empty where it is damaged, or not yet written."""
+    """The process that the file `lock` names; {} if the file is damaged or not yet written."""
     try:
         holder = json.loads(path.read_bytes()[:65536])
         return {key: holder[key] for key in ("pid", "born", "host", "command", "since")}
@@ -104,7 +105,8 @@ def read_holder(path: Path) -> dict:
 
 
 def is_dead(holder: dict) -> bool:
-    """Whether the process that a lock names is known to have ended: one of another machine never is."""
+    """Whether the process that a lock names has ended. False for a process of another machine, which cannot be
+    checked."""
     pid = holder.get("pid")
     if type(pid) is not int or pid < 1 or holder["host"] != socket.gethostname():
         return False

@@ -28,8 +28,8 @@ REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 
 
 class Loggers:
-    """The loggers of a run, as one. A logger has rewind(lines), which makes it hold these lines of metrics.jsonl,
-    add(line) and close(finished). `can_retry`: after a failure, its next evaluation rewinds it to all lines."""
+    """The loggers of a run, as one. A logger has rewind(lines), which sets its content to these lines of metrics.jsonl,
+    add(line) and close(finished). `can_retry`: after a failure, the next evaluation rewinds it to all lines."""
 
     def __init__(self, loggers=()):
         self.working, self.failed = list(loggers), []
@@ -56,7 +56,7 @@ class Loggers:
                 if logger in self.failed:
                     self.failed.remove(logger)
                     self.working.append(logger)
-            except Exception as error:  # whatever a package raises: a full disk, a lost server, a fault of its own
+            except Exception as error:  # any error of a package: a full disk, a lost server, a bug
                 if logger in self.working:
                     self.working.remove(logger)
                 if logger not in self.failed:
@@ -127,7 +127,7 @@ class TensorBoard:
     file starts with an event after which a running TensorBoard forgets what it has read. TensorBoard has no axis of
     training seconds, so the times of rewritten lines lie as far apart as their steps in training.
 
-    Events are written here, not by torch's SummaryWriter, whose thread would meet a full disk by itself.
+    Events are written here, not by torch's SummaryWriter, in whose thread a full disk could not be handled.
     """
 
     name, can_retry = "tensorboard", True

@@ -1,4 +1,4 @@
-"""Memory of a training run: what the device has, what a step takes, and the largest batch that fits."""
+"""Memory of a training run: the device's, a step's, and the largest batch that fits."""
 
 import contextlib
 import gc
@@ -16,18 +16,18 @@ from strawberry.sharding import divide_batch, to_local
 from strawberry.training import cuda_graph, evaluation
 from strawberry.training.console import format_bytes
 
-MAX_CPU_TOKENS = 4096  # in a batch, at most, that batch_size "auto" makes on a CPU: more makes no token cheaper there
-STATE_BYTES = {"adamw": 8, "muon": 4}  # of an optimizer's state, for each parameter
+MAX_CPU_TOKENS = 4096  # in a batch of batch_size "auto" on a CPU, where larger batches do not make a token cheaper
+STATE_BYTES = {"adamw": 8, "muon": 4}  # of an optimizer's state per parameter
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device has no memory left; only CUDA has a class of its own for it."""
+    """Whether an error means that a device is out of memory. Only CUDA has an exception class for it."""
     signs = ("DefaultCPUAllocator: can't", "DefaultCPUAllocator: not enough", "MPS backend out of memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in signs)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """(bytes that this process could still take, bytes that there are)."""
+    """(bytes that this process can still allocate, bytes in total)."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
@@ -38,39 +38,40 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 
 def saved_for_backward(model: nn.Module, forward: Callable[[], object]) -> list[int]:
-    """The sizes in bytes of what `forward()` keeps for a backward pass, in order, the model's own tensors left out."""
+    """The sizes in bytes of the tensors that `forward()` saves for the backward pass, in order, except the model's
+    parameters and buffers."""
     # by the address of the storage object, not of its data: tensors on the meta device have no data
     own = {to_local(t).untyped_storage()._cdata for t in itertools.chain(model.parameters(), model.buffers())}
-    kept = {}
+    saved = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def add(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+            saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(add, lambda tensor: tensor):
         result = forward()
     del result
-    return list(kept.values())
+    return list(saved.values())
 
 
-TRANSIENT_COPIES = 3  # of the largest tensor that is kept: the logits and their gradients, which come and go
+TRANSIENT_COPIES = 3  # of the largest saved tensor, for temporary ones: the logits and their gradients
 
 
 @dataclass
 class MemoryEstimate:
-    """Bytes that training takes, by what.
+    """An estimate of the bytes that training needs.
 
-    An estimate: what an operation needs only while it runs is hardly in it. Compared with the growth of a process on a
-    CPU in a step of 4 or 16 rows, it said 0.60 of it for config/tiny.json, 0.85 for strawberry-large.json and 1.02 for
+    It includes few of the temporary tensors of an operation. On a CPU, for a step of 4 or 16 rows, it was 0.60 of the
+    measured growth of the process for config/tiny.json, 0.85 for strawberry-large.json and 1.02 for
     tinystar-v0.1-baseline.json.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    row: int  # what a forward pass keeps of one row for the backward pass, and PASSING times the largest part of it
+    row: int  # saved for the backward pass for one row, plus TRANSIENT_COPIES times the largest saved tensor
 
     @property
     def fixed(self) -> int:
@@ -83,9 +84,9 @@ class MemoryEstimate:
 
 
 def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest n up to `limit` that fits, where what fits leaves room for all that is smaller; 0: not even 1 does.
+    """The largest n ≤ limit for which fits(n) is true; 0 if fits(1) is false. If n fits, every smaller n must fit too.
 
-    >>> largest(lambda n: n <= 11, limit=100)  # asks for 1, 2, 4, 8, 16, 12, 10, 11
+    >>> largest_fitting(lambda n: n <= 11, limit=100)  # tries 1, 2, 4, 8, 16, 12, 10, 11
     11
     """
     good, bad, n = 0, limit + 1, 1
@@ -96,16 +97,17 @@ def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
 
 
 class MemoryPlanner:
-    """Finds the batch size that fits, and says what to lower where memory is short."""
+    """Finds the batch size that fits, and suggests keys to lower if memory is short."""
 
     def __init__(self, state, steps):
         self.state, self.steps = state, steps
 
     def choose_batch_size(self) -> None:
-        """Check that the batch can be divided among the ranks; where it is "auto", find the largest that fits."""
+        """Check that the batch can be divided among the ranks. If batch_size is "auto", set it to the largest that
+        fits."""
         run, world = self.state.run, self.state.ranks.world
         if run.batch_size == "auto":
-            if self.state.ranks.sharded:  # one that ran out of memory would leave the others waiting for it
+            if self.state.ranks.sharded:  # the other ranks would wait for one that ran out of memory
                 raise UserError(
                     f'batch_size = "auto": cannot be found with parallel "fsdp" on {world} processes; '
                     f"give a number, such as {world}"
@@ -115,10 +117,11 @@ class MemoryPlanner:
         divide_batch(run.batch_size, run.gradient_accumulation_steps, self.state.ranks.rank, world)
 
     def find_batch_size(self) -> int:
-        """The most rows that a rank has memory for, and at most one epoch.
+        """The largest number of rows for which a rank has memory, at most one epoch.
 
-        A GPU is asked, by steps of more and more rows. A CPU's memory has no such edge, since a system that is out of
-        it slows down or kills: there half of what is free is taken, by estimate, and no more than CPU_TOKENS.
+        On a GPU, steps of more and more rows are tried. A CPU does not report the end of its memory, since the system
+        then swaps or kills the process: there the estimate may be at most half of the free memory, and the batch at
+        most MAX_CPU_TOKENS.
         """
         limit = max(1, min(self.state.corpus.train.n_windows, MAX_BATCH) // self.state.ranks.world)
         if self.state.device.type == "cpu":
@@ -131,12 +134,12 @@ class MemoryPlanner:
         return found
 
     def fits(self, rows: int) -> bool:
-        """Whether every rank can take a step of so many rows, with room for the optimizer's state and 5 % to spare."""
+        """Whether every rank has memory for a step of so many rows, the optimizer's state, and 5 % more on a GPU."""
         spare = device_memory(self.state.device)[1] // 20 if self.state.device.type == "cuda" else 0
         fit = True
         try:
             need = self.estimate(row=0)
-            buckets = need.gradients if self.state.ranks.world > 1 else 0  # what gradients travel in
+            buckets = need.gradients if self.state.ranks.world > 1 else 0  # of the all-reduce
             self.dry_run(rows, need.optimizer + buckets + spare)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -147,17 +150,18 @@ class MemoryPlanner:
         return self.state.ranks.sum_numbers(fit)[0] == self.state.ranks.world
 
     def dry_run(self, rows: int, reserve: int) -> None:
-        """A step's and an evaluation's passes over so many rows, with so many bytes taken besides."""
-        besides = torch.empty(reserve, dtype=torch.uint8, device=self.state.device)
+        """Run a step's and an evaluation's passes over so many rows, with `reserve` bytes allocated. Raises an
+        out-of-memory error if they do not fit."""
+        reserved = torch.empty(reserve, dtype=torch.uint8, device=self.state.device)
         with self.steps.preserve_model():
             batch = evaluation.make_batch(
                 self.state.objective, self.state.corpus.train, self.state.run.seed, 0, rows, self.state.device
             )
             self.steps.forward_backward(batch, min(self.state.run.gradient_accumulation_steps, 2))
-        del besides
+        del reserved
 
     def estimate(self, row: int | None = None) -> MemoryEstimate:
-        """What training takes. `row`: what one row does, where that is known or does not matter."""
+        """The memory that training needs. `row`: that of one row, if it is known or does not matter."""
         weights = sum(
             to_local(p).nbytes for p in itertools.chain(self.state.model.parameters(), self.state.model.buffers())
         )
@@ -165,7 +169,7 @@ class MemoryPlanner:
         optimizer //= self.state.ranks.world if self.state.ranks.sharded else 1
         gradients = sum(to_local(p).nbytes for p in self.state.model.parameters())
         if row is None:
-            with self.steps.preserve_model():  # the second row's alone: casts of weights and tables are made once
+            with self.steps.preserve_model():  # of the second row only: casts of weights and tables are saved once
                 one, two = (
                     saved_for_backward(self.state.model, lambda n=n: self.steps.forward_loss(n)) for n in (1, 2)
                 )
@@ -174,31 +178,30 @@ class MemoryPlanner:
         return MemoryEstimate(weights, gradients, optimizer, row)
 
     def out_of_memory_advice(self, status: str) -> str:
-        """What took the memory that there was, and which keys to lower."""
+        """The message of an out-of-memory error: what needs how much memory, and which keys to lower."""
         when = f"at step {self.state.progress.step + 1:,}" if self.state.claimed else "before the first step"
         message = f"{self.state.device.type} is out of memory {when}"
-        with contextlib.suppress(Exception):  # whatever goes wrong in counting, the advice holds
+        with contextlib.suppress(Exception):  # the advice is right even if the estimate fails
             gc.collect()
             if self.state.device.type == "cuda":
                 torch.cuda.empty_cache()
             free, total = device_memory(self.state.device)
             rows, T = self.state.run.batch_size, self.state.run.model_hyperparams.block_size
             rows = 1 if rows == "auto" else self.state.rows
-            need = self.estimate(row=1 if self.state.ranks.sharded else None)  # no passes where the others take no part
+            need = self.estimate(row=1 if self.state.ranks.sharded else None)  # sharded passes need all ranks
             message += f", of {format_bytes(total)}: {need.describe(rows, T)}"
         return f"{message}; {status}. {self.suggest_memory_cuts()}"
 
     def suggest_memory_cuts(self) -> str:
-        """Which keys to lower where memory is short."""
+        """The sentence that says which keys to lower if memory is short."""
         run, hyper = self.state.run, self.state.run.model_hyperparams
-        rows, mend = run.batch_size, "Lower"
+        rows, advice = run.batch_size, "Lower"
         if rows != "auto" and rows > self.state.ranks.world:
             numbers = f"{max(rows // 2, 1)} and {run.gradient_accumulation_steps * 2}"
-            mend = (
+            advice = (
                 f"Halve batch_size and double gradient_accumulation_steps (to {numbers}), which computes the same, or "
                 'set batch_size to "auto", or lower'
             )
         sizes = (f"model_hyperparams.{key} ({getattr(hyper, key)})" for key in ("block_size", "n_embd", "n_layer"))
-        # a captured step's memory
-        free = ", or set cuda_graph to false" if run.cuda_graph and cuda_graph.can_capture(self.state.device) else ""
-        return f"{mend} {', '.join(sizes)}{free}."
+        graph = ", or set cuda_graph to false" if run.cuda_graph and cuda_graph.can_capture(self.state.device) else ""
+        return f"{advice} {', '.join(sizes)}{graph}."

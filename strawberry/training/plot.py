@@ -362,7 +362,7 @@ def check_points(path: Path, lines: list[dict], x: str) -> None:
     if any(series(lines, x, loss)[0] for loss in ("loss", "train_loss", "val_loss")):
         return
     if path.stat().st_size and not has_kind(path, "metrics"):
-        raise UserError(f"{path} holds no metrics of a training run; name the metrics.jsonl in its checkpoints.path")
+        raise UserError(f"{path} has no metrics of a training run; name the metrics.jsonl in its checkpoints.path")
     raise UserError(f"{path} holds no loss at any {AXES[x]}; draw it once train.py has logged a step (log_interval)")
 
 

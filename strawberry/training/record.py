@@ -33,7 +33,7 @@ def read_record(folder: str | os.PathLike) -> dict:
 
 
 def write_record(state) -> None:
-    """Write the record of a run that is about to start or to go on. A full disk gives a warning."""
+    """Write the record of a run before its first step, also of a resumed run. A full disk gives a warning."""
     run, model = state.run, state.model
     record = {"started": time.time(), "command": state.command, "config": None}
     with contextlib.suppress(UserError):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from strawberry.common import first_line
 from strawberry.data.objectives import Batch
 from strawberry.data.order import derive_keys
 from strawberry.sharding import divide_batch
@@ -110,8 +111,8 @@ class TrainStep:
         """Run one forward and backward pass and discard the gradients: this compiles the model and detects errors
         before any file is changed, and outside the measured time. Returns the loss.
 
-        An evaluation's pass is compiled with the first evaluation, since it takes as long again; here only the memory
-        of its logits is tried.
+        An evaluation's pass is compiled at the first evaluation, since that takes as long again; here only the memory
+        for its logits is tried.
         """
         batch = evaluation.make_batch(
             self.state.objective, self.state.corpus.train, self.state.run.seed, 0, self.state.rows, self.state.device
@@ -119,7 +120,7 @@ class TrainStep:
         with self.preserve_model(), self.state.ranks.detect_peer_loss():
             if compile:
                 print("compiling …", flush=True)
-                # a note to PyTorch's developers, about one kernel of many
+                # a warning of Inductor about one of its kernels, which users cannot act on
                 warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled on the fly")
                 self.state.forward = self.state.ranks.make_forward(
                     self.state.model, compile, self.has_unused_parameters
@@ -130,7 +131,7 @@ class TrainStep:
                 except Exception as error:
                     if memory.is_out_of_memory(error):
                         raise
-                    reason = str(error).strip().partition("\n")[0]
+                    reason = first_line(error)
                     warn(f"torch.compile failed, so that steps take longer ({type(error).__name__}: {reason})")
                     compile = False
             if not compile:
@@ -140,8 +141,8 @@ class TrainStep:
             return self.state.ranks.sum_numbers(loss.item())[0]
 
     def try_memory_of_logits(self, batch: Batch) -> None:
-        """Raises OutOfMemoryError if an evaluation's logits and their float32 copy find no room. Steps need none: their
-        head computes the loss without logits."""
+        """Raises OutOfMemoryError if an evaluation's logits and their float32 copy do not fit. Steps need none, since
+        their head computes the loss without logits."""
         if self.state.device.type == "cuda":
             torch.empty(batch.y.numel() * self.state.run.model_hyperparams.vocab_size * 6, dtype=torch.uint8,
                         device=self.state.device)  # fmt: skip
@@ -197,7 +198,7 @@ class TrainStep:
             graph_step.close()
             if memory.is_out_of_memory(error) or isinstance(error, distributed.PeerLost):
                 raise
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             why = f"{type(error).__name__}: {reason}"
         if ranks.world > 1 and ranks.max_signal(bool(why)) and not why:  # all ranks use a graph, or none
             graph_step.close()

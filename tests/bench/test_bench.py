@@ -80,7 +80,7 @@ def workshop(tmp_path, monkeypatch):
     write_config("b", {"arch": "tinystar", "n_embd": 32})
     command = lambda role, *arguments: [sys.executable, "-c", FAKE, role, *arguments]  # noqa: E731
     monkeypatch.setattr(child_process, "make_command", command)
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(child_process, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(compare_report, "draw_comparison", lambda *arguments: None)
     monkeypatch.setattr(plot, "save", lambda *arguments: None)
     return tmp_path
@@ -158,8 +158,8 @@ def test_all_see_what_the_first_sees(workshop):
     first, second = entries("a.json", "c.json")
     for key in SHARED_KEYS:
         assert get_value(second.run, key) == get_value(first.run, key), key
-    told = " ".join(second.changes)
-    assert "block_size 8 → 16" in told and "batch_size 2 → 4" in told and "eval_iters 9 → 2" in told
+    output = " ".join(second.changes)
+    assert "block_size 8 → 16" in output and "batch_size 2 → 4" in output and "eval_iters 9 → 2" in output
     assert second.run.model_hyperparams.window == 4  # what follows from block_size follows
 
 
@@ -260,8 +260,8 @@ def test_an_interruption_keeps_what_is_finished_and_tells_how_to_go_on(workshop,
     with monkeypatch.context() as patch:
         patch.setattr(sweep.TrialPool, "collect_finished", interrupted_after_two)
         assert run_compare("a.json", "b.json") == 130
-    told = capsys.readouterr().out
-    assert "2 of 6 runs are finished" in told and "bench.py compare a.json b.json --tokens 1280" in told
+    output = capsys.readouterr().out
+    assert "2 of 6 runs are finished" in output and "bench.py compare a.json b.json --tokens 1280" in output
     assert len(calls()) == 2 and not Path("out/compare.md").exists()
     assert run_compare("a.json", "b.json") == 0
     assert len(calls()) == 4 and "2 of them are done already" in capsys.readouterr().out
@@ -279,8 +279,8 @@ def test_a_child_that_is_running_is_asked_to_stop_and_has_not_failed(workshop, m
         patch.setattr(time, "sleep", interrupt)
         assert run_compare("a.json", "b.json") == 130
     assert len(calls()) == 4
-    told = capfd.readouterr().out
-    assert "3 of 6 runs are finished" in told and "failed" not in told
+    output = capfd.readouterr().out
+    assert "3 of 6 runs are finished" in output and "failed" not in output
     Path("hang_32__train").unlink()
     assert run_compare("a.json", "b.json") == 0 and len(calls()) == 3
 
@@ -526,13 +526,13 @@ def test_the_picture_has_tokens_flops_and_seconds():
     (["a.json", "--set", "dataset.path=none.bin"], "none.bin"),
     (["a.json:arch=transformer"], "kind=decoder"),
 ])  # fmt: skip
-def test_mistakes_are_told_before_anything_is_made(workshop, words, message):
+def test_mistakes_are_reported_before_anything_is_made(workshop, words, message):
     with pytest.raises(UserError, match=message):
         run_compare(*words)
     assert not Path("out").exists() and not Path("calls.txt").exists()
 
 
-def test_an_unknown_command_is_told_with_the_nearest(monkeypatch, capsys):
+def test_an_unknown_command_is_reported_with_the_nearest(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "comapre"])
     with pytest.raises(SystemExit) as left:
         run_cli(bench.main)
@@ -574,7 +574,7 @@ def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys)
     assert 2**26 < found["resident"] < 2**36
     steps = [line["step"] for line in plot.read_metrics("x/ck/metrics.jsonl") if "tokens_per_s" in line]
     assert steps[-1] == 10 + found["steps"] and not Path("x/model").exists()
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # the one who asked is gone
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))  # the parent has ended
     train.speed_child([str(config)])
     assert capsys.readouterr().out == "ready\n"
 
@@ -714,7 +714,7 @@ def test_a_copy_counts_what_is_read_and_what_is_written(quick, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_told_in_the_table(quick, monkeypatch):
+def test_what_does_not_fit_is_reported_in_the_table(quick, monkeypatch):
     found = run_decode("l.json", "t.json", "--batches", "1,2", "--contexts", "8,14,40")
     cells = {(cell["context"], cell["batch"]): cell for cell in found["rows"][0]["cells"]}
     assert cells[8, 1]["why"] is None and cells[8, 1]["steps"] == 3
@@ -728,7 +728,7 @@ def test_what_does_not_fit_is_told_in_the_table(quick, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
-def test_too_little_memory_is_told_and_the_others_are_measured(quick, monkeypatch, error):
+def test_too_little_memory_is_reported_and_the_others_are_measured(quick, monkeypatch, error):
     real = engine.Decoder
 
     def short_of_memory(model, rows, *rest, **options):
@@ -790,7 +790,7 @@ def test_trained_files_and_models_without_a_cache_are_measured_too(quick):
     assert [row["label"] for row in found] == ["mine", "b"] and all(row["cells"][0]["tokens_per_s"] for row in found)
     assert found[0]["weight_bytes"] == decode.count_weight_bytes(model.bfloat16(), 1)
     assert found[1]["cache_constant"] == 0 and found[1]["cells"][0]["bytes_per_token"] == found[1]["weight_bytes"]
-    assert "computes the last block_size tokens anew for each: b." in Path("out/decode.md").read_text()
+    assert "each token recomputes the last block_size tokens: b." in Path("out/decode.md").read_text()
 
 
 def test_nothing_of_a_fresh_model_is_idle(quick):
@@ -828,7 +828,7 @@ def test_the_speeds_are_drawn_a_panel_for_each_batch():
     (["nowhere.strawberry"], "nowhere.strawberry"),
     (["t.json:arch=transformer,kind=encoder"], "kind=decoder"),
 ])  # fmt: skip
-def test_mistakes_in_decode_are_told_before_anything_is_made(quick, words, message):
+def test_mistakes_in_decode_are_reported_before_anything_is_made(quick, words, message):
     with pytest.raises(UserError, match=message):
         bench.main(["decode", *words, "--device", "cpu", "--out", "out"])
     assert not Path("out").exists()
@@ -866,11 +866,11 @@ def test_nanogpt_s_generate_is_timed_beside_ours(quick, capsys):
     small = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--vocab_size", "40", "--block_size", "32"]
     bench.main(["decode", "--against", "nanogpt", "--nanogpt_path", str(quick), "--device", "cpu", *small,
                 "--batches", "2", "--contexts", "8,30"])  # fmt: skip
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     number = r"[\d,.]+"
     line = rf"batch 2, context 8: nanoGPT {number} tokens/s, tinystar {number} \(\d+% of .*\), {number} times as many"
-    assert re.search(line, told)
-    assert "batch 2, context 30: — (its positions end at 32)" in told
+    assert re.search(line, output)
+    assert "batch 2, context 30: — (its positions end at 32)" in output
 
 
 def test_times_as_many_is_the_median_of_the_turns(monkeypatch):
@@ -883,11 +883,11 @@ def test_times_as_many_is_the_median_of_the_turns(monkeypatch):
             return {"why": None, "tokens_per_s": speed, "first_token_s": first, "floor_s": 1 / 500}
 
     monkeypatch.setattr(decode, "measure_nanogpt", lambda *_: next(theirs))
-    told = decode.compare_with_nanogpt(Turns(), None, None, 2, 512)
+    output = decode.compare_with_nanogpt(Turns(), None, None, 2, 512)
     # ratios 10, 15, 5; 64 tokens for two rows take 128 / 200 + 2 · 0.5 = 1.64 s, and nanoGPT's at 20/s 6.4 s
-    assert "nanoGPT 20.0 tokens/s, tinystar 200.0 (40% of what the floor allows), 10.0 times as many" in told
-    assert "(5.0 to 15.0)" in told
-    assert "64 tokens come 3.9 times as fast with the reading of the prompt" in told
+    assert "nanoGPT 20.0 tokens/s, tinystar 200.0 (40% of the upper bound), 10.0 times as many" in output
+    assert "(5.0 to 15.0)" in output
+    assert "with the prefill, 64 tokens are 3.9 times as fast" in output
 
 
 def test_a_missing_nanogpt_is_named(tmp_path):
@@ -926,8 +926,8 @@ def test_train_tells_what_a_step_is_made_of(real, capsys):
         assert row["share"] == pytest.approx(row["flops_per_s"] / row["ceiling"])
         assert list(row["parts_ms"]) == ["data", "forward", "backward", "optimizer"]
         assert all(ms > 0 for ms in row["parts_ms"].values())
-    told = capsys.readouterr().out
-    assert "neither compiled nor a CUDA graph" in told and "one after another, without a CUDA graph: data" in told
+    output = capsys.readouterr().out
+    assert "neither compiled nor a CUDA graph" in output and "one after another, without a CUDA graph: data" in output
 
 
 @pytest.mark.slow
@@ -952,10 +952,10 @@ def test_parts_are_what_lies_between_marks(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_config_that_fails_is_told_and_the_others_are_measured(real, capsys):
+def test_a_config_that_fails_is_reported_and_the_others_are_measured(real, capsys):
     assert bench.main(["train", "--config", "a.json:dataset.path=nowhere.bin", "b.json"]) == 2
-    told = capsys.readouterr().out
-    assert "nowhere.bin" in told.splitlines()[0] and "b.json on cpu" in told
+    output = capsys.readouterr().out
+    assert "nowhere.bin" in output.splitlines()[0] and "b.json on cpu" in output
 
 
 @pytest.mark.parametrize("words, message", [
@@ -969,7 +969,7 @@ def test_a_config_that_fails_is_told_and_the_others_are_measured(real, capsys):
     (["--config", "a.json", "--beside", "-1"], "--beside: '-1' is no positive number"),
     (["--config", "a.json", "--beside", "65"], "--beside 65: at most 64 more processes"),
 ])  # fmt: skip
-def test_mistakes_in_train_are_told_before_anything_is_made(workshop, words, message):
+def test_mistakes_in_train_are_reported_before_anything_is_made(workshop, words, message):
     with pytest.raises(UserError, match=message):
         bench.main(["train", *words])
 
@@ -1066,7 +1066,7 @@ def test_scale_measures_processes_as_train_runs_them(workshop, capsys):
     assert "100.0% of 1 × one" in capsys.readouterr().out
 
 
-def test_scale_gives_each_process_as_many_rows_unless_told_otherwise(workshop, monkeypatch):
+def test_scale_gives_each_process_as_many_rows_by_default(workshop, monkeypatch):
     seen = []
     row = {"tokens_per_s": 1.0, "step_ms": 1.0, "tokens_per_step": 1, "loss": 1.0, "memory": None, "compile": False,
            "link_bytes_per_s": None, "cuda_graph": False, "ready_s": 1.0, "warnings": ["warning: slow"]}  # fmt: skip
@@ -1103,15 +1103,15 @@ def test_a_share_is_of_as_many_single_processes():
 
 
 def test_clients_are_counted_and_their_texts_compared():
-    """Three turns of three clients; one is told to come again, one gets somebody else's text."""
+    """Three turns of three clients; one is answered with 429, one gets another client's text."""
     arguments = serve.parse_arguments(["air.json", "--clients", "3", "--rows", "2", "--tokens", "9"])
     alone, good = ["a", "b", "c"], [(200, "a", 9), (200, "b", 9), (200, "c", 9)]
     turns = [good, [(200, "a", 9), (429, "", 0), (200, "c", 9)], [(200, "a", 9), (200, "a", 9), (200, "c", 9)]]
     found = [((100.0, good), (speed, turn)) for speed, turn in zip((400.0, 200.0, 300.0), turns)]
-    told = serve.format_result(found, alone, arguments)
-    assert "3 clients at once, 9 tokens each: 100 tokens/s a text at a time, 300 with 2 rows, 3.0 times" in told
-    assert "(2.0 to 4.0)" in told and "8 of 9 requests were served, 1 told to come again" in told
-    assert "7 of the 8 texts are exactly" in told
+    output = serve.format_result(found, alone, arguments)
+    assert "3 clients at once, 9 tokens each: 100 tokens/s a text at a time, 300 with 2 rows, 3.0 times" in output
+    assert "(2.0 to 4.0)" in output and "8 of 9 requests were served, 1 answered with status 429" in output
+    assert "7 of the 8 texts are exactly" in output
 
 
 def test_each_client_of_the_server_asks_for_its_own_text(monkeypatch):
@@ -1145,7 +1145,7 @@ def test_each_client_of_the_server_asks_for_its_own_text(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_server_that_does_not_start_is_told(tmp_path):
+def test_a_server_that_does_not_start_is_reported(tmp_path):
     arguments = serve.parse_arguments(["air.json", "--queue", "4"])
     server = serve.ServerProcess(tmp_path, "m", 1, arguments)
     server.command[2:] = ["--batch=0"]
@@ -1173,7 +1173,7 @@ def test_children_beside_each_other_measure_at_the_same_time(tmp_path, monkeypat
     assert rows == [{"tokens_per_s": 1}, {"tokens_per_s": 2}, {"tokens_per_s": 3}]
 
 
-def test_a_child_that_fails_beside_others_is_told(tmp_path, monkeypatch):
+def test_a_child_that_fails_beside_others_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     body = "import sys; sys.exit('error: no memory') if sys.argv[1] == 'b' else 0; print('ready', flush=True); " \
            "sys.stdin.readline(); print('{\"tokens_per_s\": 2}')"  # fmt: skip

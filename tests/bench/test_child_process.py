@@ -63,8 +63,8 @@ def test_eight_children_are_two_on_each_of_four_gpus(pretend, tmp_path):
     )
     children = [start(str(i)) for i in range(8)]
     (tmp_path / "end").touch()
-    told = [json.loads(child.communicate()[0])["gpu"] for child in children]
-    assert Counter(told) == {"0": 2, "1": 2, "2": 2, "3": 2}
+    output = [json.loads(child.communicate()[0])["gpu"] for child in children]
+    assert Counter(output) == {"0": 2, "1": 2, "2": 2, "3": 2}
 
 
 def test_a_gpu_that_a_child_gives_back_is_the_next_one_s(pretend, tmp_path):

@@ -1,4 +1,4 @@
-"""`bench.py recall`: what its rows ask, and what it measures."""
+"""`bench.py recall`: its rows, and what it measures."""
 
 import json
 from pathlib import Path
@@ -22,38 +22,38 @@ def rows_of(cell, count=40, seed=1):
 
 
 @pytest.mark.parametrize("cell", TASK.cells, ids=str)
-def test_a_question_s_answer_is_the_value_that_followed_its_key(cell):
+def test_the_target_of_a_query_is_the_value_that_followed_its_key(cell):
     """Read as a person would: look for the key in the text before, and take the token behind it."""
     n, d = cell
     for x, y in rows_of(cell):
-        asked = [t for t, answer in enumerate(y) if answer >= 0]
-        assert len(asked) == n and asked == list(range(asked[0], asked[0] + n))
-        for t in asked:
+        queries = [t for t, target in enumerate(y) if target >= 0]
+        assert len(queries) == n and queries == list(range(queries[0], queries[0] + n))
+        for t in queries:
             (place,) = [s for s in range(t) if x[s] == x[t]]
             assert y[t] == x[place + 1]
-        assert asked[0] - max(x.index(x[t]) for t in asked) == d + 2  # filler after the last pair's two tokens
+        assert queries[0] - max(x.index(x[t]) for t in queries) == d + 2  # filler after the last pair's two tokens
 
 
-def test_no_answer_is_in_the_text_after_its_question():
-    """Else the last questions could be answered by elimination."""
+def test_no_value_is_in_the_text_after_the_first_query():
+    """Otherwise a model could infer the values of the last queries by elimination."""
     for x, y in rows_of((5, 7), 200):
-        first = next(t for t, answer in enumerate(y) if answer >= 0)
+        first = next(t for t, target in enumerate(y) if target >= 0)
         assert all(token < N_FILLERS + TASK.n_symbols for token in x[first:])  # filler and keys, no values
 
 
-def test_half_of_the_rows_of_training_ask_each_key_several_times():
-    """Their answers are right too, and in no text after the pairs. Rows that models are judged by ask once."""
+def test_half_of_the_training_rows_have_several_queries_of_each_key():
+    """Their targets are right too, and in no text after the pairs. Evaluation rows have one query of each key."""
     batch = RecallObjective(TASK).make_batch(None, 1, 0, 300)
     scattered = 0
     for x, y in zip(batch.x.tolist(), batch.y.tolist(), strict=True):
-        asked = [t for t, answer in enumerate(y) if answer >= 0]
-        assert all(y[t] == x[x.index(x[t]) + 1] for t in asked)
-        assert all(token < N_FILLERS + TASK.n_symbols for token in x[asked[0]:])
-        keys = [x[t] for t in asked]
+        queries = [t for t, target in enumerate(y) if target >= 0]
+        assert all(y[t] == x[x.index(x[t]) + 1] for t in queries)
+        assert all(token < N_FILLERS + TASK.n_symbols for token in x[queries[0]:])
+        keys = [x[t] for t in queries]
         scattered += len(set(keys)) < len(keys)
     assert 90 < scattered < 190  # of 300; some draw no key twice
     for cell in TASK.cells:
-        assert all(sum(answer >= 0 for answer in y) == cell[0] for _, y in rows_of(cell))
+        assert all(sum(target >= 0 for target in y) == cell[0] for _, y in rows_of(cell))
 
 
 def test_the_best_rate_is_a_config_s_result():
@@ -67,7 +67,7 @@ def test_the_best_rate_is_a_config_s_result():
     assert best["c"]["mean"] is None
 
 
-def test_the_optimizer_is_the_same_for_all_unless_told_otherwise(tmp_path, monkeypatch):
+def test_the_optimizer_is_the_same_for_all_unless_options_change_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["tinystar-v0.2-modernbase.json", "palm-aft.json:muon_lr=0.01", "--lrs", "1e-3,2e-3", "--batch_size", "7"]
     runs = recall.load_runs(recall.parse_arguments(words), TASK, tmp_path)
@@ -86,11 +86,11 @@ def test_keys_values_order_and_place_are_drawn_anew():
     rows = rows_of((5, 7), 400)
     firsts, orders, maps = set(), set(), {}
     for x, y in rows:
-        asked = [t for t, answer in enumerate(y) if answer >= 0]
-        firsts.add(asked[0])
-        keys = sorted((x.index(x[t]), i) for i, t in enumerate(asked))
+        queries = [t for t, target in enumerate(y) if target >= 0]
+        firsts.add(queries[0])
+        keys = sorted((x.index(x[t]), i) for i, t in enumerate(queries))
         orders.add(tuple(i for _, i in keys))
-        for t in asked:
+        for t in queries:
             maps.setdefault(x[t], []).append(y[t])
     assert len(firsts) > 20 and len(orders) > 90  # of 5! = 120
     assert len(maps) == TASK.n_symbols and all(len(set(values)) > TASK.n_symbols / 2 for values in maps.values())
@@ -113,15 +113,15 @@ def test_rows_grow_longer_stage_by_stage():
         assert batch.x.shape == (200, length)
         counts = set()
         for x, y in zip(batch.x.tolist(), batch.y.tolist(), strict=True):
-            asked = [t for t, answer in enumerate(y) if answer >= 0]
-            assert asked and all(y[t] == x[x.index(x[t]) + 1] for t in asked)
+            queries = [t for t, target in enumerate(y) if target >= 0]
+            assert queries and all(y[t] == x[x.index(x[t]) + 1] for t in queries)
             counts.add(sum(token >= N_FILLERS + task.n_symbols for token in x))  # values, so pairs
         assert counts == {24: {2, 4}, 144: {2, 4, 8, 16, 24}}[length]
 
 
 def test_stages_share_the_steps_and_short_rows_come_in_large_batches(monkeypatch):
     trainer, stages = object.__new__(RecallTrainer), []
-    trainer.task, trainer.rows_at_most, trainer.total_steps = RecallTask((8, 64), (16, 4096)), 4, 8
+    trainer.task, trainer.task_rows, trainer.total_steps = RecallTask((8, 64), (16, 4096)), 4, 8
     trainer.compiled, trainer.run, trainer.steps = False, SimpleNamespace(batch_size=4, max_iters=8), Mock()
     monkeypatch.setattr(RecallTrainer, "train", lambda self: stages.append(
         (self.run.max_iters, self.run.batch_size, self.objective.length)))  # fmt: skip
@@ -131,8 +131,8 @@ def test_stages_share_the_steps_and_short_rows_come_in_large_batches(monkeypatch
     assert trainer.steps.release_graph.call_count == trainer.steps.warm_up.call_count == 3
 
 
-def test_accuracy_counts_right_answers_and_nothing_else(monkeypatch):
-    """A model that looks the key up is right always; one that names any of the row's values, once in n on average."""
+def test_accuracy_is_the_share_of_correct_targets(monkeypatch):
+    """A model that looks up the key is always right; a random value of the row is right once in n on average."""
     import torch
 
     class Reader:
@@ -167,9 +167,9 @@ def test_accuracy_counts_right_answers_and_nothing_else(monkeypatch):
 
 
 @pytest.mark.slow
-def test_attention_over_everything_recalls_and_a_window_out_of_reach_does_not(tmp_path, monkeypatch):
-    """Two layers with windows of 4 see at most 7 tokens, and the questions are 20 from the pairs. Such a model does not
-    even see the row's values, so it is right once in 8, the number of all values, and not once in 2."""
+def test_full_attention_recalls_and_a_window_that_is_too_short_does_not(tmp_path, monkeypatch):
+    """Two layers with windows of 4 see at most 7 tokens, and the queries are 20 tokens from the pairs. Such a model
+    does not even see the row's values, so it is right once in 8, the number of all values, and not once in 2."""
     monkeypatch.chdir(tmp_path)
     task, found = RecallTask((2,), (20,)), []
     for config, steps in (("tinystar-v0.2-modernbase.json:", 300), ("tinystar-v0.7-gqa-swa.json:window=4,", 100)):
@@ -201,11 +201,11 @@ def test_two_configs_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsy
     assert "at 2" in capsys.readouterr().out
 
 
-def test_a_model_that_sees_the_future_is_refused(tmp_path, monkeypatch):
+def test_a_model_that_is_not_causal_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = recall.parse_arguments(["air.json:retention_scope=batch", "--set", "compile=false"])
     ((_, run),) = recall.load_runs(arguments, TASK, tmp_path)
-    with pytest.raises(UserError, match="sees the tokens to come"):
+    with pytest.raises(UserError, match="recall needs a causal model"):
         recall.RecallTrainer(run, TASK).set_up()
 
 

@@ -131,7 +131,7 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_stopwatch_stands_still_during_evaluations(clock):
+def test_a_stopwatch_is_paused_during_evaluations(clock):
     watch = Stopwatch(CPU)
     clock[0] += 5
     watch.end_first_step()
@@ -143,7 +143,7 @@ def test_a_stopwatch_stands_still_during_evaluations(clock):
     assert watch.read() == 7 and watch.first_step == 5
 
 
-def test_compilation_is_told_from_steps():
+def test_compilation_is_separated_from_steps():
     """Ready after 20 s; the first step takes 11 s, the others one each; evaluations at steps 0, 4 and 8."""
     found = speedrun_child.summarize([Point(0, 20, 9.0), Point(4, 34, 5.0), Point(8, 38, float("nan"))], 31, 10)
     assert found["step_s"] == 1 and found["compile_s"] == 30
@@ -207,7 +207,7 @@ def test_windows_divide_the_held_out_tokens_and_do_not_overlap():
     whole = speedrun_plan.choose_windows(tokens, 8, 10**6)
     assert whole[:, 1:].ravel().tolist() == list(range(1, 97))
     assert speedrun_plan.choose_windows(tokens, 8, 24)[:, 0].tolist() == [0, 40, 88]
-    with pytest.raises(UserError, match="no window of 101"):
+    with pytest.raises(UserError, match="fewer than a window of 101"):
         speedrun_plan.choose_windows(tokens, 100, 100)
 
 
@@ -230,7 +230,7 @@ def children(checkout, monkeypatch):
                 "gradient_accumulation_steps": 1, "learning_rate": 1e-2, "min_lr": 1e-3, "warmup_iters": 0,
                 "dropout": 0.0, "dtype": "float32", "params": 8, "params_total": 10**6}  # fmt: skip
     monkeypatch.setattr(child_process, "run_in_turns", lambda role, words: [settings])
-    monkeypatch.setattr(speedrun, "POLL_SECONDS", 0)
+    monkeypatch.setattr(child_process, "POLL_SECONDS", 0)
     monkeypatch.setattr(speedrun_plan, "hash_code", lambda: "c")  # the code is not read again for each command
     monkeypatch.setattr(plot, "save", lambda fig, path: path.write_bytes(b"\x89PNG\r\n\x1a\n"))
 
@@ -280,7 +280,7 @@ def test_other_data_another_target_or_another_key_is_another_run(children):
     assert bench.main([*WORDS, "--seeds", "1"]) is None and len(children) == 5
 
 
-def test_a_loss_that_is_not_reached_is_told_by_how_much(children, capsys):
+def test_a_loss_that_is_not_reached_is_reported_by_how_much(children, capsys):
     assert bench.main([*WORDS, "--seeds", "1", "--lrs", "2"]) is None
     text = Path("img/speedrun/speedrun.md").read_text()
     assert "not reached: best 2.3100 at step 4, 0.2000 above nanoGPT's" in text

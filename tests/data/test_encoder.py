@@ -1,7 +1,6 @@
 """The promises of encoder.py, against a naive byte-level BPE: a trainer and an encoder as slow loops."""
 
 import base64
-import doctest
 import itertools
 import json
 import pickle
@@ -244,11 +243,6 @@ def test_batch_equals_one_by_one():
         assert all(ids.dtype == np.uint32 for ids in batch)
         assert [ids.tolist() for ids in batch] == [BPE.encode(text) for text in texts]
     assert BPE.encode_batch([]) == []
-
-
-def test_docstrings_tell_the_truth():
-    results = doctest.testmod(encoders)
-    assert results.attempted > 3 and not results.failed
 
 
 # ---- specials ----------------------------------------------------------------------------------------------------

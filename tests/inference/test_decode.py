@@ -207,7 +207,7 @@ def test_texts_slide_on_over_the_newest_half():
 
 def test_a_prompt_longer_than_positions_is_refused_or_its_newest_half_read():
     model = small_model("tinystar, learned")
-    with pytest.raises(UserError, match="70 tokens exceed 64, where positions end.*slide"):
+    with pytest.raises(UserError, match="70 tokens exceed 64, the number of positions.*slide"):
         Decoder(model, 1, 500).admit(Request([1] * 70, 5))
     prompt = torch.randint(31, (70,), generator=torch.Generator().manual_seed(0)).tolist()
     ((tokens, _),) = collect(Decoder(model, 1, 500, on_full="slide"), [Request(prompt, 5, seed=4)])
@@ -219,7 +219,7 @@ def test_a_prompt_longer_than_positions_is_refused_or_its_newest_half_read():
 
 @pytest.mark.parametrize("request_, message", [
     (Request([], 5), "at least one token"),
-    (Request([1], 0), "at least one token to be made"),
+    (Request([1], 0), "at least one new token"),
     (Request([31], 5), "token 31 is none of the 31"),
     (Request([1] * 10, 60), "10 tokens and 60 new ones exceed max_length 64"),
 ])  # fmt: skip

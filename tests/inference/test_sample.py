@@ -395,8 +395,8 @@ def test_learned_positions_end_a_text_with_a_note_or_slide(run):
 
 def test_a_prompt_beyond_learned_positions_is_refused_or_cut(run, folder, capsys, monkeypatch):
     argv = ["--prompt", "abcd" * 5, "--length", "5", "--temperature", "0"]
-    told = fails(capsys, monkeypatch, "--model", str(folder / "learned.strawberry"), *argv)
-    assert "the prompt has 20 tokens, and the model's positions end at 16" in told and "--on_full slide" in told
+    output = fails(capsys, monkeypatch, "--model", str(folder / "learned.strawberry"), *argv)
+    assert "the prompt has 20 tokens, and the model's positions end at 16" in output and "--on_full slide" in output
     out, _ = run(*argv, "--on_full", "slide", model="learned")
     assert out.startswith("abcd" * 5) and len(out) == 20 + 5 + 1
 
@@ -526,8 +526,8 @@ def test_wrong_prompts_are_one_line_and_exit_2(folder, tmp_path, capsys, monkeyp
     assert "'X' (U+0058) at position 2" in fails(capsys, monkeypatch, *model, "--prompt", "abX")
     assert "not UTF-8 (character 1)" in fails(capsys, monkeypatch, *model, "--prompt", "a\udcff")
     (tmp_path / "latin").write_bytes(b"ab\xff")
-    told = fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path / "latin"))
-    assert "latin:1: byte 2 (0xFF) is not UTF-8" in told
+    output = fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path / "latin"))
+    assert "latin:1: byte 2 (0xFF) is not UTF-8" in output
     assert "cannot read" in fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path / "none"))
     assert "cannot read" in fails(capsys, monkeypatch, *model, "--prompt_file", str(tmp_path))
     monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"ab\xff")))
@@ -631,7 +631,7 @@ def test_sentinels_are_read_where_spans_were_learned(answering, capsys, monkeypa
     assert encode_source_text(asked, model, encoder, record) == [0, 1, 12, 2, 14, encoder.eot]
     answer(capsys, path, "--source", asked)
     error = fails(capsys, monkeypatch, "--model", str(path), "--source", "ab<|3|>")
-    assert error == "error: --source: <|3|> is one of too many; the model knows 3"
+    assert error == "error: --source: <|3|> is too high; the model has 3 sentinels"
     error = fails(capsys, monkeypatch, "--model", str(answering / "pairs.transformer"), "--source", "ab<|0|>")
     assert "'<'" in error  # which this encoder lacks: without spans it is ordinary text
 
@@ -645,8 +645,8 @@ def test_sentinels_in_an_answer_are_spelled():
 
 def test_a_long_source_is_noted(answering, capsys):
     for length, noted in ((15, False), (16, True)):
-        told = answer(capsys, answering / "pairs.transformer", "--source", "a" * length).err
-        assert ("note: the source has 17 tokens, and the model was trained on no more than 16" in told) == noted
+        output = answer(capsys, answering / "pairs.transformer", "--source", "a" * length).err
+        assert ("note: the source has 17 tokens, and the model was trained on no more than 16" in output) == noted
 
 
 def test_an_answer_is_scored_given_its_source(answering, tmp_path, capsys):
@@ -666,12 +666,12 @@ def test_an_answer_is_scored_given_its_source(answering, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "argv", "message"),
     [
-        ("pairs", ["--prompt", "a"], "an encoder-decoder, which answers to a text; give it one with --source"),
-        ("pairs", ["--score", "a.txt"], "give it one with --source"),
-        ("masked", ["--prompt", "a"], "this transformer is an encoder: it guesses masked tokens and makes no text"),
-        ("masked", ["--source", "a"], "is an encoder: it guesses"),
-        ("masked", ["--score", "a.txt"], "is an encoder: it guesses"),
-        ("strawberry", ["--source", "a"], "this strawberry reads none; leave it out, or make it the prompt"),
+        ("pairs", ["--prompt", "a"], "an encoder-decoder, which needs a source text; give one with --source"),
+        ("pairs", ["--score", "a.txt"], "give one with --source"),
+        ("masked", ["--prompt", "a"], "this transformer is an encoder: it predicts masked tokens, not text"),
+        ("masked", ["--source", "a"], "is an encoder: it predicts"),
+        ("masked", ["--score", "a.txt"], "is an encoder: it predicts"),
+        ("strawberry", ["--source", "a"], "this strawberry takes no source; leave it out, or make it the prompt"),
         ("pairs", ["--source", "a", "--source", "b"], "--source: given twice"),
         ("pairs", ["--source", "\udcff"], "is not UTF-8"),
         ("pairs", ["--source", "x"], "'x'"),
@@ -895,7 +895,7 @@ def test_texts_in_bulk_do_not_depend_on_batch(desk, folder, name, capsys):
     for batch in ("8", "1", "3", "16"):
         sample.main([*argv, "--out", f"{batch}.jsonl", "--batch", batch])
         assert results(f"{batch}.jsonl") == results("8.jsonl")
-        assert ("on a CPU 8 texts are made at once" in capsys.readouterr().err) == (batch != "8")
+        assert ("on a CPU 8 texts are generated at once" in capsys.readouterr().err) == (batch != "8")
 
 
 def test_the_shape_that_a_text_is_computed_in_is_fixed_by_its_line_alone(desk, monkeypatch):
@@ -984,7 +984,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(desk, monkeypatch, 
                 raise KeyboardInterrupt
             yield piece
 
-    message = "^interrupted: 2 of 4 texts are in texts.jsonl; the same command goes on$"
+    message = "^interrupted: 2 of 4 texts are in texts.jsonl; the same command continues$"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=message):
         patch.setattr(bulk, "stream_texts", interrupted)
         run_bulk(desk)
@@ -1077,8 +1077,8 @@ def test_results_of_something_else_are_not_added_to(desk, folder, capsys, monkey
     if options["--model"] == "tinystar":
         options["--model"] = str(folder / "tinystar.strawberry")
     argv = [word for pair in options.items() for word in pair]
-    told = fails(capsys, monkeypatch, *argv)
-    assert re.search(f"texts.jsonl was made otherwise: {message}. Give the same again, or name another --out", told)
+    output = fails(capsys, monkeypatch, *argv)
+    assert re.search(f"texts.jsonl has other inputs: {message}. Give the same again, or name another --out", output)
     assert Path("texts.jsonl").read_bytes() == before
 
 
@@ -1115,22 +1115,22 @@ def test_more_at_once_or_on_another_day_is_the_same_run(desk):
     ({"prompt": "a", "stop": "b"}, 'stop = "b": must be a list of text'),
     ({"prompt": "a", "stop": [""]}, r'stop = \[""\]: must be a list of text'),
     ({"prompt": "a", "id": [1]}, r"id = \[1\]: must be text or an integer"),
-    ({"prompt": "a", "source": "b"}, "source: this strawberry reads none"),
+    ({"prompt": "a", "source": "b"}, "source: this strawberry takes no source"),
 ])  # fmt: skip
 def test_a_wrong_line_is_named_before_anything_is_made(desk, capsys, monkeypatch, line, message):
     desk({"prompt": "a"}, line)
-    told = fails(capsys, monkeypatch, "--model", desk.model, *BULK)
-    assert re.match(f"error: prompts.jsonl, line 2: .*{message}", told) and len(told) < 400
+    output = fails(capsys, monkeypatch, "--model", desk.model, *BULK)
+    assert re.match(f"error: prompts.jsonl, line 2: .*{message}", output) and len(output) < 400
     assert sorted(path.name for path in Path().iterdir()) == ["prompts.jsonl"]
 
 
-def test_all_wrong_lines_are_told_but_not_too_many(desk, capsys, monkeypatch):
+def test_all_wrong_lines_are_reported_but_not_too_many(desk, capsys, monkeypatch):
     desk(*({"prompt": "a", "top_k": -i} for i in range(20)))
     with pytest.raises(UserError) as raised:
         run_bulk(desk)
-    told = str(raised.value).splitlines()
-    assert told[0] == "19 of 20 lines are wrong:" and len(told) == 12 and told[-1] == "  … and 9 more"
-    assert told[1].startswith("  prompts.jsonl, line 2: top_k = -1: must be")
+    output = str(raised.value).splitlines()
+    assert output[0] == "19 of 20 lines are wrong:" and len(output) == 12 and output[-1] == "  … and 9 more"
+    assert output[1].startswith("  prompts.jsonl, line 2: top_k = -1: must be")
 
 
 def test_a_prompts_file_that_cannot_be_read_is_named(desk, tmp_path, capsys, monkeypatch):
@@ -1170,8 +1170,8 @@ def test_prompts_are_read_from_a_pipe_a_list_and_a_gzip_alike(desk):
 ])  # fmt: skip
 def test_a_wrong_prompts_file_is_named_with_its_place(desk, capsys, monkeypatch, name, data, message):
     Path(name).write_bytes(data)
-    told = fails(capsys, monkeypatch, "--model", desk.model, "--prompts_file", name, *BULK[2:])
-    assert told.startswith(f"error: {message}") and not Path("texts.jsonl").exists()
+    output = fails(capsys, monkeypatch, "--model", desk.model, "--prompts_file", name, *BULK[2:])
+    assert output.startswith(f"error: {message}") and not Path("texts.jsonl").exists()
 
 
 def test_a_prompt_from_a_pipe_ends_before_its_line_end_and_from_a_file_does_not(tmp_path):
@@ -1195,7 +1195,7 @@ def test_an_out_that_is_no_result_of_ours_is_left_alone(desk, capsys, monkeypatc
     run_bulk(desk)
     data = Path("texts.jsonl").read_text()
     Path("texts.jsonl.from.json").rename("aside")
-    assert "texts.jsonl is there, but texts.jsonl.from.json, which would say" in fails(capsys, monkeypatch, *argv)
+    assert "texts.jsonl exists, but texts.jsonl.from.json, which states" in fails(capsys, monkeypatch, *argv)
     assert Path("texts.jsonl").read_text() == data
     Path("aside").rename("texts.jsonl.from.json")
     Path("texts.jsonl").write_text(data + "more\n")
@@ -1217,8 +1217,8 @@ def test_bulk_needs_both_files_and_one_text_a_line(capsys, monkeypatch):
 def test_a_prompt_in_bulk_that_leaves_no_position_is_named(desk, folder, capsys, monkeypatch):
     desk({"prompt": "abc", "max_tokens": 30}, {"prompt": "abcd" * 5})
     desk.model = str(folder / "learned.strawberry")
-    told = fails(capsys, monkeypatch, "--model", desk.model, *BULK)
-    assert "prompts.jsonl, line 2: the prompt has 20 tokens, and the model's positions end at 16" in told
+    output = fails(capsys, monkeypatch, "--model", desk.model, *BULK)
+    assert "prompts.jsonl, line 2: the prompt has 20 tokens, and the model's positions end at 16" in output
     desk({"prompt": "abc", "max_tokens": 30, "temperature": 0}, {"prompt": "d", "max_tokens": 4})
     found = run_bulk(desk)
     assert found[0]["finish_reason"] == "full" and found[0]["tokens"] in (13, 14)

@@ -191,18 +191,18 @@ def test_trains_evaluates_is_saved_and_makes_text(name, workshop, tmp_path, monk
     assert objective == {"spans": "spans", "pairs": "pairs", "masked": "masked"}.get(name.split("-")[-1], "next")
     assert (lines[-1]["val_bpb"] is None) == (objective in ("spans", "masked"))
     assert getattr(model.config, "pad_id", None) == (None if objective == "next" else encoder.pad)
-    told = capsys.readouterr().out
-    assert "bits per byte" in told or objective in ("spans", "masked")
-    assert f"\nobjective    {objective}\n" in told
+    output = capsys.readouterr().out
+    assert "bits per byte" in output or objective in ("spans", "masked")
+    assert f"\nobjective    {objective}\n" in output
     if not model.generates:
-        with pytest.raises(UserError, match="is an encoder: it guesses masked tokens and makes no text"):
+        with pytest.raises(UserError, match="is an encoder: it predicts masked tokens, not text"):
             sample.main(["--prompt", "the"])
         return
     argv = ["--source", "the cat"] if model.takes_source else ["--prompt", "the"]
     sample.main([*argv, "--length", "5", "--seed", "1", "--device", "cpu"])  # of the newest model in bin/
-    out, told = capsys.readouterr()
+    out, output = capsys.readouterr()
     assert out.startswith("" if model.takes_source else "the") and out.endswith("\n")
-    assert f"{Path(run.model_path)}: {model.config.arch}" in told
+    assert f"{Path(run.model_path)}: {model.config.arch}" in output
 
 
 def test_the_sizes_in_the_presets_of_the_objectives_are_what_they_need():

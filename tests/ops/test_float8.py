@@ -228,27 +228,27 @@ def test_a_compiler_makes_the_same_of_it_in_one_graph(shape):
 def test_training_in_8_bits(run_folder, capfd):
     write_config(model_hyperparams={"n_embd": 32, "n_qkv": 32})
     assert run("--dtype=float8") == 0
-    told = capfd.readouterr()
-    assert "float8" in told.out and "no matrix" not in told.err
+    output = capfd.readouterr()
+    assert "float8" in output.out and "no matrix" not in output.err
     eight = [line["loss"] for line in metrics() if "loss" in line]
     assert run("--dtype=bfloat16", "--checkpoints.path=half") == 0
     sixteen = [line["loss"] for line in metrics("half/metrics.jsonl") if "loss" in line]
     assert eight != sixteen and eight == pytest.approx(sixteen, rel=2e-2)
 
 
-def test_a_model_too_small_for_it_is_told_so(run_folder, capfd, monkeypatch):
+def test_a_model_too_small_for_it_is_reported(run_folder, capfd, monkeypatch):
     monkeypatch.setattr(float8, "MIN_DIM", 512)
     write_config()
     assert run("--dtype=float8", "--max_iters=2") == 0
-    told = capfd.readouterr()
-    assert 'dtype = "float8": this model has no matrix (m, n) with m · n ≥ 512 · (m + n)' in told.err
+    output = capfd.readouterr()
+    assert 'dtype = "float8": this model has no matrix (m, n) with m · n ≥ 512 · (m + n)' in output.err
     eight = [line["loss"] for line in metrics() if "loss" in line]
     assert run("--dtype=bfloat16", "--max_iters=2", "--checkpoints.path=half") == 0
     assert "float8" not in capfd.readouterr().err
     assert eight == [line["loss"] for line in metrics("half/metrics.jsonl") if "loss" in line]
 
 
-def test_machines_that_cannot_are_told_so(monkeypatch):
+def test_machines_that_cannot_are_reported(monkeypatch):
     assert setup.choose_dtype("float8", torch.device("cpu")) == torch.bfloat16
     with pytest.raises(UserError, match='dtype = "float8": mps does not multiply in 8 bits; use "bfloat16"'):
         setup.choose_dtype("float8", torch.device("mps"))

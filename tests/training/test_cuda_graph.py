@@ -29,7 +29,7 @@ def take_graph_steps(monkeypatch):
 
     def build_for_a_gpu(*arguments):
         optimizer = build(*arguments)
-        optimizer._in_passing = True
+        optimizer._fused_clipping = True
         return optimizer
 
     monkeypatch.setattr(cuda_graph, "can_capture", lambda device: True)

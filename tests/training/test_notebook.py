@@ -101,7 +101,7 @@ def test_samples_are_those_of_the_command_line(capsys):
                   {"repetition_penalty": 0}):  # fmt: skip
         with pytest.raises(UserError, match=f"{next(iter(wrong))} = .*must be"):
             done.sample("a", **wrong)
-    with pytest.raises(UserError, match="source: this tinystar reads none"):
+    with pytest.raises(UserError, match="source: this tinystar takes no source"):
         done.sample("a", source="b")
 
 
@@ -109,7 +109,7 @@ def test_an_encoder_makes_no_text():
     shape = {"arch": "transformer", "kind": "encoder", "vocab_size": 44, "block_size": 16, "n_layer": 1, "n_embd": 16}
     raw = json.loads(Path("run.json").read_text()) | {"model_hyperparams": shape}
     done = strawberry.train(raw, quiet=True, max_iters=2)
-    with pytest.raises(UserError, match="makes no text"):
+    with pytest.raises(UserError, match="predicts masked tokens, not text"):
         done.sample("a")
 
 

@@ -107,7 +107,7 @@ def test_a_hidden_tensor_that_is_no_matrix_belongs_to_adamw():
     [
         ({"a": None}, "leaves out: a"),
         ({"ghost": "norm"}, "no parameter: ghost"),
-        ({"a": "matrixx"}, "nobody knows: a: matrixx"),
+        ({"a": "matrixx"}, "unknown roles: a: matrixx"),
         ({"unembed.weight": "head"}, "twice: embed.weight = unembed.weight"),
     ],
 )
@@ -538,7 +538,7 @@ def test_the_state_of_another_model_is_refused_by_name():
             other.load_state_dict(saved)
         assert not any(other.state_dict()["state"].values())
 
-    refused(good, "a was trained with muon and would go on with adamw", use_muon=False)
+    refused(good, "a was trained with muon and would continue with adamw", use_muon=False)
     refused({"anything": 1}, "not one that this program wrote")
     renamed = copy.deepcopy(good)
     renamed["kinds"]["ghost"] = "adamw"
@@ -552,15 +552,15 @@ def test_the_state_of_another_model_is_refused_by_name():
 
 
 @pytest.mark.parametrize("use_muon", [False, True])
-@pytest.mark.parametrize("in_passing", [False, True])
-def test_clipping_is_torchs(use_muon, in_passing):
+@pytest.mark.parametrize("fused_clipping", [False, True])
+def test_clipping_is_torchs(use_muon, fused_clipping):
     """Done in a pass of its own or by AdamW in passing, as on a GPU; and none is left over for a step that has none."""
     runs = []
     for ours in (True, False):
         torch.manual_seed(1)
         model = Small()
         optimizer = build_optimizer(model, hyper(use_muon=use_muon, eps=1e-2), 1e-2, "cpu")
-        optimizer._in_passing = in_passing
+        optimizer._fused_clipping = fused_clipping
         for step, limit in enumerate((0.01, 1e9, 0.02, 0, None)):
             optimizer.zero_grad()
             model.loss(step).backward()

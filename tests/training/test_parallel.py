@@ -113,7 +113,7 @@ def steps(group, name: str) -> dict:
     # eps: so that AdamW's first step is no mere sign of a gradient
     about = OptimizerHyperparams(use_muon=True, eps=1e-2, **OPTIONS.get(name, {}))
     optimizer = build_optimizer(model, about, 1e-2, "cpu", group)
-    optimizer._in_passing = True  # as on a GPU
+    optimizer._fused_clipping = True  # as on a GPU
     given = batches(model, T, group.rank, group.world)
 
     def idle() -> bool:
@@ -360,9 +360,9 @@ def two(argv) -> None:
         codes.append(run(copied("one_half", f"one_{mode}"), f"--parallel={mode}", RESUME))
         codes.append(run(f"--checkpoints.path=turns_{mode}", f"--parallel={mode}", "--batch_size=3", "--max_iters=2"))
         found[mode, "codes"] = codes
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         found["checks"] = [run("--check", f"--parallel={mode}", "--checkpoints.path=none") for mode in MODES]
-    found["told"] = told.getvalue()
+    found["output"] = output.getvalue()
     found["half"] = run("--checkpoints.path=narrow", "--parallel=fsdp", "--dtype=bfloat16", *HALF)
     with small_matrices_in_8_bits():
         found["eight"] = [run(f"--checkpoints.path=eight_{mode}", f"--parallel={mode}", "--dtype=float8", *HALF)
@@ -603,7 +603,7 @@ def test_checkpoints_are_alike(found):
 def test_checking_tells_the_loss_of_all(found):
     assert found[1][0]["checks"] == found[1][1]["checks"] == [0, 0]
     first = next(line for line in timeless("one/metrics.jsonl"))["loss"]
-    assert found[1][0]["told"].count(f"first batch  loss {first:.3f}") == 2 and not Path("none").exists()
+    assert found[1][0]["output"].count(f"first batch  loss {first:.3f}") == 2 and not Path("none").exists()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -740,7 +740,7 @@ def test_alone_an_unknown_way_is_refused_and_a_known_one_ignored(tmp_path, monke
         load_run(["--parallel=fsdp2"], CONFIGS)
 
 
-def test_errors_of_the_connection_are_told_from_others():
+def test_errors_of_the_connection_are_distinguished_from_others():
     assert distributed.is_connection_error(RuntimeError("[pair.cc:1] Connection closed by peer [127.0.0.1]:3"))
     assert distributed.is_connection_error(dist.DistNetworkError("failed to recv, got 0 bytes"))
     assert not distributed.is_connection_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
@@ -755,8 +755,8 @@ def test_where_no_process_has_all_the_last_checkpoint_is_what_is_left(tmp_path, 
     wait_until(lambda: Path("ck/metrics.jsonl").exists() and len(timeless()) > 9, child=children[0])
     children[1].kill()
     assert finish(children[0], 60) == 4, read("log0.txt")
-    told = read("log0.txt").splitlines()[-2:]
-    assert told[0].startswith("error: another process of this run has ended") and told[1].endswith(RESUME)
+    output = read("log0.txt").splitlines()[-2:]
+    assert output[0].startswith("error: another process of this run has ended") and output[1].endswith(RESUME)
     step = find_latest("ck").step
     assert step % 4 == 0 and 0 <= timeless()[-1]["step"] - step < 4
     assert train.main(["--config", "run.json", RESUME, f"--max_iters={step + 1}"]) == 0
@@ -779,10 +779,10 @@ def test_a_device_that_waits_for_a_process_that_is_gone_is_left(monkeypatch):
     group.heartbeat = this
     began = time.monotonic()
     threading.Timer(1.5, other.stop).start()
-    with pytest.raises(distributed.PeerLost, match=r"ended or is out of reach \(rank 1 has been silent"):
+    with pytest.raises(distributed.PeerLost, match=r"ended or is out of reach \(rank 1 has sent no heartbeat"):
         group.wait_for(Never())
     assert 1.5 < time.monotonic() - began < 30 and group.peer_lost and not group.can_save
-    group.heartbeat = None  # it is not asked again
+    group.heartbeat = None  # which is not checked again
     with pytest.raises(distributed.PeerLost):
         group.wait_for(Never())
     this.stop()
@@ -806,7 +806,7 @@ def test_a_process_whose_main_thread_waits_in_a_call_is_ended_by_its_heartbeat(m
     time.sleep(1.5)  # the other may have done its last step
     assert not ended
     with pytest.raises(KeyError), group.device_step():
-        raise KeyError  # what cleans up after an error may wait too
+        raise KeyError  # the cleanup after an error may wait too
     wait_until(lambda: ended)
     group.heartbeat.stop()
     assert ended[0][0] - silent >= 1.5 + 0.4
@@ -820,9 +820,10 @@ def test_a_process_that_its_heartbeat_ends_says_how_to_resume(tmp_path, monkeypa
     trainer.complete()
     codes = []
     monkeypatch.setattr(trainer.ranks, "hard_exit", codes.append, raising=False)
-    train.end_without_main_thread(trainer, ["--config", "run.json"], distributed.PeerLost("another process has ended"))
-    told = capsys.readouterr().err.splitlines()[-2:]
-    assert told[0].startswith("error: another process has ended: step 4 is saved") and told[1].endswith(RESUME)
+    train.end_without_main_thread(trainer, ["--config", "run.json"], distributed.PeerLost("no answer"))
+    output = capsys.readouterr().err.splitlines()[-2:]
+    assert output[0].endswith("out of reach (no answer): step 4 is saved in ck; to go on:")
+    assert output[1].endswith(RESUME)
     assert codes == [4] and trainer.lock is None
     trainer.close()
 
@@ -863,14 +864,14 @@ def test_a_machine_that_dies_ends_the_run_and_the_next_launch_goes_on(tmp_path, 
         keeps = int(read("machine_of_rank0"))
         end_machine(1 - keeps, machines[1 - keeps])
         assert machines[keeps].wait(60) != 0
-        told = read(f"machine{keeps}.txt")
+        output = read(f"machine{keeps}.txt")
     finally:
         for number, machine in enumerate(machines):
             end_machine(number, machine)
-    assert "error: another process of this run has ended" in told
-    assert "--nnodes=2 --rdzv_backend=c10d" in told
+    assert "error: another process of this run has ended" in output
+    assert "--nnodes=2 --rdzv_backend=c10d" in output
     # its agent tells the worker's code, unless the machine that died was the one where the agents met
-    assert "exitcode  : 4" in told or "RendezvousConnectionError" in told
+    assert "exitcode  : 4" in output or "RendezvousConnectionError" in output
     step = find_latest("ck").step
     assert step >= timeless()[-1]["step"]  # rank 0 has saved the step that it had done
     assert train.main(["--config", "run.json", RESUME, f"--max_iters={step + 2}"]) == 0

@@ -94,15 +94,15 @@ def test_short_and_broken_files_are_drawn_as_far_as_they_go(tmp_path, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text,told", [
+@pytest.mark.parametrize("text,message", [
     ("", "holds no loss at any step"),
     ('{"step": 1, "loss": null}\n{"step": 2, "lo', "holds no loss at any step"),
     ('{"step": 1, "lr": 0.1}\n', "holds no loss at any step"),
-    ("[]\n7\n", "holds no metrics of a training run"),
-    ("Once upon a time,\nin a book.\n", "holds no metrics of a training run"),
-    ('{"text": "a document"}\n', "holds no metrics of a training run"),
+    ("[]\n7\n", "has no metrics of a training run"),
+    ("Once upon a time,\nin a book.\n", "has no metrics of a training run"),
+    ('{"text": "a document"}\n', "has no metrics of a training run"),
 ])  # fmt: skip
-def test_what_has_nothing_to_draw_leaves_the_last_pictures(tmp_path, text, told):
+def test_what_has_nothing_to_draw_leaves_the_last_pictures(tmp_path, text, message):
     good, other = write_run(tmp_path / "a" / "metrics.jsonl"), tmp_path / "other.txt"
     other.write_text(text)
     plot.main([str(good), "--out", str(tmp_path / "img")])
@@ -110,7 +110,7 @@ def test_what_has_nothing_to_draw_leaves_the_last_pictures(tmp_path, text, told)
     plot.main([str(good.parent), "--out", str(tmp_path / "same")])  # a directory stands for its metrics.jsonl
     assert {path.name: path.read_bytes() for path in (tmp_path / "same").iterdir()} == before
     for paths in ([other], [good, other]):
-        with pytest.raises(UserError, match=f"other.txt {told}"):
+        with pytest.raises(UserError, match=f"other.txt {message}"):
             plot.main([*map(str, paths), "--out", str(tmp_path / "img")])
     assert {path.name: path.read_bytes() for path in (tmp_path / "img").iterdir()} == before
 

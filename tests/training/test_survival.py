@@ -440,7 +440,7 @@ FULL_DISK = ["--config", "run.json", "--max_iters=12", "--checkpoints.interval=2
 
 @pytest.mark.slow
 @posix
-def test_files_that_cannot_grow_are_told_and_tried_again(den, told):
+def test_files_that_cannot_grow_are_reported_and_tried_again(den, told):
     """RLIMIT_FSIZE: no checkpoint and no picture fits."""
     assert finish(start(*FULL_DISK, body=torture.full_by_limit)) == 0, read()
     assert "File too large" in read() and "cannot draw the curves" in read()
@@ -454,7 +454,7 @@ def can_mount() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's tmpfs")
-def test_a_full_disk_is_told_and_tried_again(den, told):
+def test_a_full_disk_is_reported_and_tried_again(den, told):
     """A tmpfs of 4 MB with nothing left on it, for the log too."""
     require_program("unshare")
     require(can_mount(), "a kernel that lets users mount a tmpfs (unshare -rm)")
@@ -939,7 +939,7 @@ def test_a_lock_is_given_back(tmp_path, monkeypatch, flock):
 def test_a_lock_whose_file_was_removed_still_keeps_the_directory(tmp_path):
     lock = Lock(tmp_path)
     lock.path.unlink()
-    with pytest.raises(UserError, match="another process, which has left no name"):
+    with pytest.raises(UserError, match="another process, which has not written its name"):
         Lock(tmp_path)
     lock.release()
 
@@ -968,7 +968,7 @@ def test_without_flock_a_dead_processs_lock_is_taken_over(tmp_path, monkeypatch,
 def test_without_flock_a_lock_without_a_name_is_respected(tmp_path, monkeypatch, content):
     without_flock(monkeypatch)
     (tmp_path / "lock").write_bytes(content)
-    with pytest.raises(UserError, match="another process, which has left no name; .* if it is gone, remove .*lock"):
+    with pytest.raises(UserError, match="which has not written its name; .* if it has ended, remove .*lock"):
         Lock(tmp_path)
 
 
@@ -1304,7 +1304,7 @@ def test_a_clock_that_is_set_back_changes_nothing(den, monkeypatch, six_steps):
 @pytest.mark.slow
 @posix
 @pytest.mark.parametrize("key,path", [("model_path", "bin/tiny.model"), ("checkpoints.path", "bin/ck")])
-def test_a_read_only_directory_is_told_before_anything_is_trained(den, key, path):
+def test_a_read_only_directory_is_reported_before_anything_is_trained(den, key, path):
     if os.geteuid() == 0 and sys.platform != "linux":
         pytest.skip("root may write anywhere")
     Path("bin").mkdir()
@@ -1339,7 +1339,7 @@ def test_paths_with_spaces_and_letters_of_any_alphabet(den, capsys):
 
 @pytest.mark.slow
 @posix
-def test_any_working_directory_will_do_or_is_told(tmp_path):
+def test_any_working_directory_will_do_or_is_reported(tmp_path):
     """The presets are found from everywhere; the data are looked for where one stands, and what makes them is told."""
     command = [sys.executable, str(torture.ROOT / "train.py"), "--config", "tiny.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

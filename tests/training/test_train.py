@@ -482,7 +482,7 @@ def test_metrics_survive_a_full_disk(tmp_path, monkeypatch, capsys):
     assert "No space left" in capsys.readouterr().err
 
 
-# ---- what is learned and told --------------------------------------------------------------------------------------
+# ---- what is learned and printed -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -513,8 +513,8 @@ def test_metrics_have_every_logged_step_and_evaluation(run_folder, capsys):
     assert [line["step"] for line in evaluations] == [5, 7]
     assert evaluations[0].keys() == {"step", "tokens", "train_loss", "train_bpb", "val_loss", "val_bpb", "sample"}
     out = capsys.readouterr().out
-    for told in ("parameters", "96 tokens of 0.0", "float32", "aft → tea", "muon", "bits per byte"):
-        assert told in out
+    for text in ("parameters", "96 tokens of 0.0", "float32", "aft → tea", "muon", "bits per byte"):
+        assert text in out
 
 
 @pytest.mark.slow
@@ -551,10 +551,10 @@ def test_the_strict_loss_sees_each_prefix_alone(run_folder):
 
 
 @pytest.mark.slow
-def test_the_strict_loss_is_told_where_the_model_sees_the_future(run_folder, capsys):
+def test_the_strict_loss_of_a_model_that_is_not_causal_is_printed(run_folder, capsys):
     write_config(model_hyperparams={"retention_scope": "batch"})
     assert run("--max_iters=2") == 0
-    assert "the honest one" in capsys.readouterr().out
+    assert "strict loss in validation" in capsys.readouterr().out
     assert {"strict_loss", "plain_at_strict"} <= metrics()[-1].keys()
 
 
@@ -633,7 +633,7 @@ def test_training_goes_on_where_compiling_fails(run_folder, monkeypatch, capsys)
     ("strawberry", "false", True), ("strawberry", "true", False), ("tinystar", "false", True),
     ("strawberry-silia", "false", False),
 ])  # fmt: skip
-def test_a_family_that_learns_better_with_muon_is_told_so_once(run_folder, capsys, model, muon, said):
+def test_a_family_that_learns_better_with_muon_is_reported_once(run_folder, capsys, model, muon, said):
     write_config("tinystar", model_hyperparams={"arch": model})
     run("--max_iters=2", f"--optimizer_hyperparams.use_muon={muon}")
     assert capsys.readouterr().out.count(f"{model} learned better with Muon") == said
@@ -861,7 +861,7 @@ def test_processes_of_torchrun_report_a_mistake_once(run_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides,told", [
+@pytest.mark.parametrize("overrides,message", [
     (["--model_hyperparams.vocab_size=20"], r"model_hyperparams.vocab_size = 20: encoder_path chars:text.txt has \d+"),
     (["--model_hyperparams.block_size=4000"], "block_size"),
     (["--dataset.path=none.bin"], "none.bin"),
@@ -873,11 +873,11 @@ def test_processes_of_torchrun_report_a_mistake_once(run_folder):
     (["--model_path=."], "model_path"),
     (["--learning_rat=1"], "learning_rate"),
 ])  # fmt: skip
-def test_mistakes_are_told_and_nothing_is_created(run_folder, overrides, told):
+def test_mistakes_are_reported_and_nothing_is_created(run_folder, overrides, message):
     if "mps" in overrides[0] and torch.backends.mps.is_available():
         pytest.skip("this machine has it")
     before = sorted(run_folder.rglob("*"))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         run(*overrides)
     assert sorted(run_folder.rglob("*")) == before
 
@@ -888,15 +888,15 @@ def test_out_of_memory_says_which_keys_to_lower(run_folder, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(TrainStep, "accumulate", full)
-    with pytest.raises(UserError, match="Halve batch_size and double gradient_accumulation_steps") as told:
+    with pytest.raises(UserError, match="Halve batch_size and double gradient_accumulation_steps") as error:
         run()
-    assert "cuda_graph" not in str(told.value)
+    assert "cuda_graph" not in str(error.value)
     monkeypatch.setattr(cuda_graph, "can_capture", lambda device: True)
     with pytest.raises(UserError, match="or set cuda_graph to false"):
         run()
-    with pytest.raises(UserError, match="Halve") as told:
+    with pytest.raises(UserError, match="Halve") as error:
         run("--cuda_graph=false")
-    assert "cuda_graph" not in str(told.value)
+    assert "cuda_graph" not in str(error.value)
     assert not Path("ck").exists()
 
 

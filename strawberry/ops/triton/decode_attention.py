@@ -38,7 +38,7 @@ def decode_mha_kernel(
 ):  # fmt: skip
     """A head with its own keys. Each of BLOCK lanes computes its own online softmax over every BLOCK-th slot, and the
     lanes are merged at the end: in the loop only the dot product reduces across lanes. The keys and values of
-    STAGES − 1 iterations are on their way to shared memory at once, so that a short context waits for one load only."""
+    STAGES − 1 iterations are loaded to shared memory at once, so that a short context waits for one load only."""
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     first = split * share
@@ -74,9 +74,9 @@ def decode_mha_kernel(
     weight = tl.sum(total * fade, axis=0)
     mixed_all = tl.sum(mixed * fade[:, None], axis=0)
     if NEW:
-        mine = (c < D) & (first <= newest) & (newest < last)
-        tl.store(k + newest * k_slot + c, fresh_k, mask=mine)
-        tl.store(v + newest * v_slot + c, fresh_v, mask=mine)
+        is_newest = (c < D) & (first <= newest) & (newest < last)
+        tl.store(k + newest * k_slot + c, fresh_k, mask=is_newest)
+        tl.store(v + newest * v_slot + c, fresh_v, mask=is_newest)
     if SPLIT:
         part = parts + ((row * heads + head) * splits + split) * (D + 4)  # sums, highest, weight, and two for alignment
         tl.store(part + c, mixed_all, mask=(c < D) & (first < last))
@@ -129,9 +129,9 @@ def decode_gqa_kernel(
         mixed = mixed * fade[:, None] + tl.dot(weight.to(DOT), values, input_precision="ieee")
         top = higher
     if NEW:
-        mine = (c < D) & (first <= newest) & (newest < last)
-        tl.store(k + newest * k_slot + c, fresh_k, mask=mine)
-        tl.store(v + newest * v_slot + c, fresh_v, mask=mine)
+        is_newest = (c < D) & (first <= newest) & (newest < last)
+        tl.store(k + newest * k_slot + c, fresh_k, mask=is_newest)
+        tl.store(v + newest * v_slot + c, fresh_v, mask=is_newest)
     if SPLIT:
         part = parts + ((row * heads + head) * splits + split) * (D + 4)  # sums, highest, weight, and two for alignment
         tl.store(part[:, None] + c[None, :], mixed, mask=inside & (first < last))
@@ -147,16 +147,16 @@ def merge_splits_kernel(
     parts, pos, out, size, heads, splits,
     D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of a head, each of which has its sums relative to its own highest score."""
+    """Merge the splits of a head, whose sums are relative to their own highest scores (arXiv 2311.01282)."""
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     seen, share = split_size(tl.load(pos + row), size, splits, BLOCK)
     s, c = tl.arange(0, SPLITS_PAD), tl.arange(0, PAD)
-    made = (s < splits) & (s * share < seen)
+    nonempty = (s < splits) & (s * share < seen)
     part = parts + ((row * heads + head) * splits + s) * (D + 4)
-    top = tl.load(part + D, mask=made, other=-1e30)
+    top = tl.load(part + D, mask=nonempty, other=-1e30)
     fade = tl.exp2(top - tl.max(top, axis=0))
-    total = tl.sum(fade * tl.load(part + D + 1, mask=made, other=0.0), axis=0)
-    mixed = tl.load(part[:, None] + c[None, :], mask=made[:, None] & (c < D)[None, :], other=0.0)
+    total = tl.sum(fade * tl.load(part + D + 1, mask=nonempty, other=0.0), axis=0)
+    mixed = tl.load(part[:, None] + c[None, :], mask=nonempty[:, None] & (c < D)[None, :], other=0.0)
     mean = tl.sum(fade[:, None] * mixed, axis=0) / tl.where(total > 0, total, 1.0)
     tl.store(out + (row * heads + head) * D + c, mean.to(out.dtype.element_ty), mask=c < D)
 

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from strawberry.ops.triton.common import HALF_DTYPES, dot_dtype, fast_exp, jit, next_power_of_2, tl
 
-MAX_GEMV_ROWS = 16  # up to which rows are multiplied one after the other, and more on tensor cores
+MAX_GEMV_ROWS = 16  # rows up to which they are multiplied one after the other; more use tensor cores
 MAX_WEIGHTS = 3  # matrices that one kernel multiplies by the same rows
-REGISTERS = 64 * 1024  # bytes that a program may read ahead: half of the registers that its threads can have
-SHARED_MEMORY = 96 * 1024  # bytes that a program may take; compute capability 8.6 has 99 KB
-WIDE = 16384  # results of a row from which on a program makes many of them
+REGISTERS = 64 * 1024  # bytes that a program may load early: half of the registers that its threads can have
+SHARED_MEMORY = 96 * 1024  # bytes that a program may use; compute capability 8.6 has 99 KB
+WIDE = 16384  # results per row from which on each program computes more of them
 
 
 @jit
@@ -31,8 +31,8 @@ def gelu_tanh(h):
 def row_norm(
     x, n_zeros, BLOCK_N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr
 ):
-    """(mean, 1 / standard deviation) of K numbers from x on; the mean is 0 for an RMS norm. n_zeros is (BLOCK_N, 1)
-    zeros: a program's lanes then read x as they read the rows of W."""
+    """(mean, 1 / standard deviation) of K numbers from x on, (BLOCK_N,) each; the mean is 0 for an RMS norm. n_zeros,
+    (BLOCK_N, 1) zeros, gives the loads of x the layout of those of W."""
     at = tl.arange(0, BLOCK_K)
     mean = tl.sum(n_zeros.to(tl.float32), axis=1)
     if LAYER:
@@ -56,7 +56,7 @@ def select_weight(
 ):  # fmt: skip
     """The program's matrix, its scale and bias, the column of y where its results begin, its N, and the program's index
     among those of the matrix."""
-    zero = program * 0  # numbers as tensors, which both ways through an `if` share
+    zero = program * 0  # makes constants tensors: both branches of an `if` must give the same types
     w, scale, bias, first, N = w1, scale1, bias1, zero, zero + N1
     if N2 > 0:
         ends = tl.cdiv(N1, BLOCK_N), tl.cdiv(N2, BLOCK_N)
@@ -121,7 +121,8 @@ def finish(
     h, gate, factor, term, gate_factor, gate_term,
     SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """The activation of sums h (…, BLOCK_N) and, for "swiglu", of the gate's sums."""
+    """The activation of the sums h (…, BLOCK_N), after their scales and biases; `gate`: the gate's sums for
+    "swiglu"."""
     if SCALED:
         h, gate = h * factor, gate * gate_factor
     if BIAS:
@@ -139,8 +140,8 @@ def fused_linear_kernel(
 ):  # fmt: skip
     """BLOCK_N results of each row of x. Products accumulate elementwise along k, and each result is reduced across the
     lanes of one warp. Every row is computed alone, by the same instructions whatever M is; the second and later rows
-    read W from the L1 cache. With several matrices, a program's matrix follows from its index. AHEAD: W and the norm's
-    gain and shift are read before the norm is computed."""
+    read W from the L1 cache. With several matrices, a program's index selects its matrix. AHEAD: W and the norm's gain
+    and shift are loaded before the norm is computed."""
     w, scale, bias, first, N, program = select_weight(
         tl.program_id(0), w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1, N2, N3, BLOCK_N)
     n, at = program * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -163,7 +164,7 @@ def fused_linear_kernel(
         if RESIDUAL:
             sum_with = tl.load(residual + m * residual_row + first + n, mask=n < N, other=0.0).to(tl.float32)
         if AHEAD:
-            tl.debug_barrier()  # without it, the compiler moves the loads behind the norm, one after the other
+            tl.debug_barrier()  # otherwise the compiler moves the loads after the norm, one after the other
         mean, inverse = 0.0, 1.0
         if NORM != "none":
             mean, inverse = row_norm(row, n_zeros, BLOCK_N, K, BLOCK_K, NORM == "layer", EPS)
@@ -193,8 +194,8 @@ def fused_linear_dot_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows by BLOCK_N rows of W, on tensor cores. Programs that share rows of W are neighbors, so that one of them
-    finds them in the L2 cache."""
+    """ROWS rows by BLOCK_N rows of W, on tensor cores. Programs that share rows of W have consecutive indices, so that
+    all but the first read them from the L2 cache."""
     w, scale, bias, first, N, program = select_weight(
         tl.program_id(0) // row_blocks, w1, w2, w3, scale1, scale2, scale3, bias1, bias2, bias3, N1, N2, N3, BLOCK_N)
     m = tl.program_id(0) % row_blocks * ROWS + tl.arange(0, ROWS)
@@ -232,7 +233,7 @@ def fused_linear_op(
                "RESIDUAL": residual is not None, "num_warps": 4}  # fmt: skip
     options |= {f"N{i + 1}": n for i, n in enumerate(widths + [0] * (MAX_WEIGHTS - len(widths)))}
     pointers = []
-    for tensors in (weights, scales, biases):  # filled with one of the same type, which both ways through an `if` need
+    for tensors in (weights, scales, biases):  # padded with one of the same type: see select_weight
         pointers += [*tensors, *[tensors[0] if tensors else x] * (MAX_WEIGHTS - len(tensors))]
     pointers += [x if residual is None else residual, y]
     residual_row = 0 if residual is None else residual.stride(0)
@@ -264,9 +265,9 @@ def _(x, weights, scales, biases, norm, gain, shift, eps, activation, residual):
 
 
 def choose_dot_block(M: int, N: int, x: Tensor, gated: bool) -> dict[str, int]:
-    """The shape of one program's product, and in how many stages it is loaded: one more than what SHARED_MEMORY holds.
-    Where W is small, 32 rows by few rows of W, so that there are programs for most multiprocessors; where it is large,
-    all rows, so that W is read once."""
+    """The shape of one program's product, and the number of stages of its loads: one more than fit SHARED_MEMORY. If W
+    is small, 32 rows by few rows of W, so that most multiprocessors have a program; if W is large, all rows, so that W
+    is read once."""
     half, rows, block_n = x.dtype in HALF_DTYPES, 32, 16 if N < 2048 else 32
     block_k = 256 if half else 64
     if N >= WIDE:
@@ -276,5 +277,5 @@ def choose_dot_block(M: int, N: int, x: Tensor, gated: bool) -> dict[str, int]:
 
 
 def list_widths(weights: list[Tensor], activation: str) -> list[int]:
-    """The columns of the result that each matrix makes."""
+    """The number of columns of the result from each matrix."""
     return [w.size(-2) // (2 if activation == "swiglu" else 1) for w in weights]

@@ -1,13 +1,13 @@
 """The linear memory of strawberry/ops/memory.py, chunk by chunk: the gated delta rule (arXiv 2412.06464).
 
-Notation, per row, head and chunk of C tokens: S (D, D) the state before the chunk, Γ_t the decay since its start, Γ_C
-that of the whole chunk, decay[t, s] = Γ_t / Γ_s for s ≤ t, else 0. With L = β decay (k kᵀ) below the diagonal and
-X = (I + L)⁻¹, the rows n_t of the writes are N = X β v − (X β Γ k) S. Then o = (decay q kᵀ) N + Γ q S, and the state
-after the chunk is Γ_C S + kᵀ (Γ_C / Γ) N.
+Notation, per row, head and chunk of C tokens: S (D, D) the state before the chunk, Γ_t the product of α from the
+chunk's start to t, Γ_C that of the whole chunk, decay[t, s] = Γ_t / Γ_s for s ≤ t, else 0. With L = β decay (k kᵀ)
+below the diagonal and X = (I + L)⁻¹, the rows n_t of the writes are N = X β v − (X β Γ k) S. Then
+o = (decay q kᵀ) N + Γ q S, and the state after the chunk is Γ_C S + kᵀ (Γ_C / Γ) N.
 
-Only two kernels go through the chunks in order, each with BLOCK columns of the state: one computes the writes and
-states, the other, from the end, their gradients. What does not depend on the state is computed before, for all chunks
-at once, and what follows from writes and states afterwards.
+Two kernels are sequential over the chunks, with BLOCK columns of the state per program: states_kernel computes writes
+and states, grad_states_kernel, from the last chunk to the first, their gradients. The other kernels compute all chunks
+in parallel: prepare_kernel and grad_writes_kernel before them, read_kernel and grad_inputs_kernel after them.
 """
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.common import dot_dtype, fast_exp, jit, next_power_of_2, tl
 
-BLOCK = 16  # columns of the state in a program: its chunks are computed one after another, so many programs are needed
+BLOCK = 16  # columns of the state per program: few, because only columns, heads and rows are computed in parallel
 MAX_WIDTH = 128  # channels of a head in a half type, half as many in float32
-MAX_TILE = 4096  # numbers in a chunk's tile in a half type, a quarter in float32: 99 KiB of on-chip memory suffice
+MAX_TILE = 4096  # numbers in a chunk's tile in a half type, a quarter in float32: they fit 99 KiB of shared memory
 
 
 def can_fuse_memory(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -29,8 +29,8 @@ def can_fuse_memory(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def fused_memory(q, k, v, log_decay, beta, size: int, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """o (B, T, H, d) in v's dtype and the last state (B, H, d, d) float32: q, k, v (B, T, H, d), channels contiguous;
-    log α and β (B, T, H) float32; about `size` tokens in a chunk. Requires `can_fuse_memory`. o is differentiable if
-    there is no first state, the last state is not. Backward recomputes writes and states.
+    log α and β (B, T, H) float32; about `size` tokens in a chunk (`launch_shape`). Requires `can_fuse_memory`. o is
+    differentiable if there is no first state; the last state is not. Backward recomputes writes and states.
 
     Bytes moved in bfloat16 per element of v, where d and the chunk are 64: forward 28, or 14 tensors of v's size;
     backward 66. The inputs read once and the outputs written once are 8 and 14."""
@@ -66,9 +66,10 @@ def load_gates(gates, row, head, t, T, H):
 
 
 @jit
-def decay_of_pairs(passed, C: tl.constexpr):
+def decay_of_pairs(log_gamma, C: tl.constexpr):
+    """(C, C): Γ_t / Γ_s for s ≤ t, else 0."""
     i = tl.arange(0, C)
-    return fast_exp(tl.where(i[:, None] >= i[None, :], passed[:, None] - passed[None, :], float("-inf")))
+    return fast_exp(tl.where(i[:, None] >= i[None, :], log_gamma[:, None] - log_gamma[None, :], float("-inf")))
 
 
 @jit
@@ -97,15 +98,15 @@ def prepare_kernel(
     n, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     i = tl.arange(0, C)
     t, chunk = n * C + i, tl.program_id(1) * tl.num_programs(0) + n
-    passed = tl.cumsum(load_gates(log_decay, row, head, t, T, H), axis=0)
+    log_gamma = tl.cumsum(load_gates(log_decay, row, head, t, T, H), axis=0)
     b = load_gates(beta, row, head, t, T, H)
     key = load_tokens(k + row * k_row + head * k_head, t, T, k_step, D, WIDE).to(DOT)
-    overlap = b[:, None] * decay_of_pairs(passed, C) * tl.dot(key, tl.trans(key), input_precision=PRECISION)
+    overlap = b[:, None] * decay_of_pairs(log_gamma, C) * tl.dot(key, tl.trans(key), input_precision=PRECISION)
     x = invert_unit_lower(tl.where(i[:, None] > i[None, :], overlap, 0.0), C, LEVELS, INVERSE_PRECISION)
     if SAVE:
         tl.store(inverse + tile(chunk, C, C), x.to(inverse.dtype.element_ty))
     x = x.to(DOT)
-    erase = tl.dot(x, ((b * fast_exp(passed))[:, None] * key).to(DOT), input_precision=PRECISION)
+    erase = tl.dot(x, ((b * fast_exp(log_gamma))[:, None] * key).to(DOT), input_precision=PRECISION)
     tl.store(erases + tile(chunk, C, WIDE), erase.to(erases.dtype.element_ty))
     value = load_tokens(v + row * v_row + head * v_head, t, T, v_step, D, WIDE)
     write = tl.dot(x, (b[:, None] * value).to(DOT), input_precision=PRECISION)
@@ -118,30 +119,30 @@ def states_kernel(
     FIRST: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For PART columns of a head's state, chunk after chunk: stores the state before the chunk, and the chunk's writes
-    over X β v; then the last state."""
+    """For PART columns of a head's state, chunk after chunk: stores the state before the chunk, and replaces X β v in
+    `writes` by the chunk's writes; then stores the last state."""
     line, row, head = tl.program_id(1), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     i, c, e = tl.arange(0, C), tl.arange(0, WIDE), tl.program_id(0) * PART + tl.arange(0, PART)
     k += row * k_row + head * k_head
-    own = line.to(tl.int64) * D * D + c[:, None] * D + e[None, :]
+    state_place = line.to(tl.int64) * D * D + c[:, None] * D + e[None, :]
     inside = (c < D)[:, None] & (e < D)[None, :]
     state = tl.zeros((WIDE, PART), tl.float32)
     if FIRST:
-        state = tl.load(first + own, mask=inside, other=0.0).to(tl.float32)
+        state = tl.load(first + state_place, mask=inside, other=0.0).to(tl.float32)
     for n in range(chunks):
         t, chunk = n * C + i, (line * chunks + n).to(tl.int64)
-        its = writes + chunk * C * WIDE + i[:, None] * WIDE + e[None, :]
-        erase, write = tl.load(erases + tile(chunk, C, WIDE)).to(DOT), tl.load(its).to(tl.float32)
+        place = writes + chunk * C * WIDE + i[:, None] * WIDE + e[None, :]
+        erase, write = tl.load(erases + tile(chunk, C, WIDE)).to(DOT), tl.load(place).to(tl.float32)
         key = load_tokens(k, t, T, k_step, D, WIDE).to(DOT)
         decay = load_gates(log_decay, row, head, t, T, H)
-        passed, end = tl.cumsum(decay, axis=0), tl.sum(decay, axis=0)
+        log_gamma, end = tl.cumsum(decay, axis=0), tl.sum(decay, axis=0)
         before = state.to(DOT)
         tl.store(states + chunk * WIDE * WIDE + c[:, None] * WIDE + e[None, :], before.to(states.dtype.element_ty))
         write -= tl.dot(erase, before, input_precision=PRECISION)
-        tl.store(its, write.to(writes.dtype.element_ty))
-        write = (fast_exp(end - passed)[:, None] * write).to(DOT)
+        tl.store(place, write.to(writes.dtype.element_ty))
+        write = (fast_exp(end - log_gamma)[:, None] * write).to(DOT)
         state = tl.exp(end) * state + tl.dot(tl.trans(key), write, input_precision=PRECISION)
-    tl.store(last + own, state, mask=inside)
+    tl.store(last + state_place, state, mask=inside)
 
 
 @jit
@@ -152,13 +153,13 @@ def read_kernel(
     """o of a chunk of a head."""
     n, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     t, chunk = n * C + tl.arange(0, C), tl.program_id(1) * tl.num_programs(0) + n
-    passed = tl.cumsum(load_gates(log_decay, row, head, t, T, H), axis=0)
+    log_gamma = tl.cumsum(load_gates(log_decay, row, head, t, T, H), axis=0)
     query = load_tokens(q + row * q_row + head * q_head, t, T, q_step, D, WIDE).to(DOT)
     key = load_tokens(k + row * k_row + head * k_head, t, T, k_step, D, WIDE).to(DOT)
     state = tl.load(states + tile(chunk, WIDE, WIDE)).to(DOT)
     write = tl.load(writes + tile(chunk, C, WIDE)).to(DOT)
-    score = decay_of_pairs(passed, C) * tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    out = fast_exp(passed)[:, None] * tl.dot(query, state, input_precision=PRECISION)
+    score = decay_of_pairs(log_gamma, C) * tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    out = fast_exp(log_gamma)[:, None] * tl.dot(query, state, input_precision=PRECISION)
     out += tl.dot(score.to(DOT), write, input_precision=PRECISION)
     store_tokens(o + (row * T * H + head) * D, out, t, T, H * D, D, WIDE)
 
@@ -169,15 +170,15 @@ def grad_writes_kernel(
     q_row, q_step, q_head, k_row, k_step, k_head, g_row, g_step, g_head,
     D: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The part of the writes' gradient that comes from reads in their own chunk."""
+    """The gradient of the writes through the reads of the same chunk."""
     n, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     t, chunk = n * C + tl.arange(0, C), tl.program_id(1) * tl.num_programs(0) + n
-    passed = tl.cumsum(load_gates(log_decay, row, head, t, T, H), axis=0)
+    log_gamma = tl.cumsum(load_gates(log_decay, row, head, t, T, H), axis=0)
     query = load_tokens(q + row * q_row + head * q_head, t, T, q_step, D, WIDE).to(DOT)
     key = load_tokens(k + row * k_row + head * k_head, t, T, k_step, D, WIDE).to(DOT)
-    above = load_tokens(grad + row * g_row + head * g_head, t, T, g_step, D, WIDE).to(DOT)
-    score = decay_of_pairs(passed, C) * tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    d_write = tl.dot(tl.trans(score.to(DOT)), above, input_precision=PRECISION)
+    d_out = load_tokens(grad + row * g_row + head * g_head, t, T, g_step, D, WIDE).to(DOT)
+    score = decay_of_pairs(log_gamma, C) * tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    d_write = tl.dot(tl.trans(score.to(DOT)), d_out, input_precision=PRECISION)
     tl.store(d_writes + tile(chunk, C, WIDE), d_write.to(d_writes.dtype.element_ty))
 
 
@@ -189,7 +190,7 @@ def grad_states_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For PART columns of a head's state, from the last chunk to the first: stores the gradient of the state after the
-    chunk, and adds to the writes' gradient what comes from it."""
+    chunk, and adds the writes' gradient through that state to d_writes."""
     line, row, head = tl.program_id(1), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     i, c, e = tl.arange(0, C), tl.arange(0, WIDE), tl.program_id(0) * PART + tl.arange(0, PART)
     q, k, grad = q + row * q_row + head * q_head, k + row * k_row + head * k_head, grad + row * g_row + head * g_head
@@ -197,58 +198,59 @@ def grad_states_kernel(
     for back in range(chunks):
         n = chunks - 1 - back
         t, chunk = n * C + i, (line * chunks + n).to(tl.int64)
-        its = d_writes + chunk * C * WIDE + i[:, None] * WIDE + e[None, :]
-        key, d_write = load_tokens(k, t, T, k_step, D, WIDE).to(DOT), tl.load(its).to(tl.float32)
+        place = d_writes + chunk * C * WIDE + i[:, None] * WIDE + e[None, :]
+        key, d_write = load_tokens(k, t, T, k_step, D, WIDE).to(DOT), tl.load(place).to(tl.float32)
         query = load_tokens(q, t, T, q_step, D, WIDE).to(DOT)
         erase = tl.load(erases + tile(chunk, C, WIDE)).to(DOT)
         mask = (t < T)[:, None] & (e < D)[None, :]
-        above = tl.load(grad + t.to(tl.int64)[:, None] * g_step + e[None, :], mask=mask, other=0.0)
+        d_out = tl.load(grad + t.to(tl.int64)[:, None] * g_step + e[None, :], mask=mask, other=0.0)
         decay = load_gates(log_decay, row, head, t, T, H)
-        passed, end = tl.cumsum(decay, axis=0), tl.sum(decay, axis=0)
+        log_gamma, end = tl.cumsum(decay, axis=0), tl.sum(decay, axis=0)
         after = d_state.to(DOT)
         tl.store(d_states + chunk * WIDE * WIDE + c[:, None] * WIDE + e[None, :], after.to(d_states.dtype.element_ty))
-        d_write += fast_exp(end - passed)[:, None] * tl.dot(key, after, input_precision=PRECISION)
-        tl.store(its, d_write.to(d_writes.dtype.element_ty))
-        above = (fast_exp(passed)[:, None] * above).to(DOT)
-        d_state = tl.exp(end) * d_state + tl.dot(tl.trans(query), above, input_precision=PRECISION)
+        d_write += fast_exp(end - log_gamma)[:, None] * tl.dot(key, after, input_precision=PRECISION)
+        tl.store(place, d_write.to(d_writes.dtype.element_ty))
+        d_out = (fast_exp(log_gamma)[:, None] * d_out).to(DOT)
+        d_state = tl.exp(end) * d_state + tl.dot(tl.trans(query), d_out, input_precision=PRECISION)
         d_state -= tl.dot(tl.trans(erase), d_write.to(DOT), input_precision=PRECISION)
 
 
 @jit
-def grad_reads(query, key, above, state, write, passed, decay, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """What reads pass on: the gradients of q, k and log Γ."""
-    d_score = decay * tl.dot(above, tl.trans(write), input_precision=PRECISION)
+def grad_reads(query, key, d_out, state, write, log_gamma, decay, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """The gradients of q, k and log Γ through the reads."""
+    d_score = decay * tl.dot(d_out, tl.trans(write), input_precision=PRECISION)
     d_decay = d_score * tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    dq = fast_exp(passed)[:, None] * tl.dot(above, tl.trans(state), input_precision=PRECISION)
-    d_passed = tl.sum(d_decay, axis=1) - tl.sum(d_decay, axis=0) + tl.sum(dq * query, axis=1)
+    dq = fast_exp(log_gamma)[:, None] * tl.dot(d_out, tl.trans(state), input_precision=PRECISION)
+    d_log_gamma = tl.sum(d_decay, axis=1) - tl.sum(d_decay, axis=0) + tl.sum(dq * query, axis=1)
     d_score = d_score.to(DOT)
     dq += tl.dot(d_score, key, input_precision=PRECISION)
-    return dq, tl.dot(tl.trans(d_score), query, input_precision=PRECISION), d_passed
+    return dq, tl.dot(tl.trans(d_score), query, input_precision=PRECISION), d_log_gamma
 
 
 @jit
 def grad_solution(
-    key, value, b, state, write, d_write, x, passed, decay, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """What the writes N = X β (v − Γ k S) pass on: the gradients of k, v, β and log Γ. That of β (v − Γ k S) is Xᵀ dN,
-    and that of L is −(Xᵀ dN) Nᵀ, since X = (I + L)⁻¹."""
-    i, grown = tl.arange(0, C), fast_exp(passed)
-    d_rest = tl.dot(tl.trans(x), d_write, input_precision=PRECISION)
-    known = grown[:, None] * tl.dot(key, state, input_precision=PRECISION)
-    d_b = tl.sum(d_rest * (value - known), axis=1)
-    d_rest_dot = d_rest.to(DOT)
-    dk = -(b * grown)[:, None] * tl.dot(d_rest_dot, tl.trans(state), input_precision=PRECISION)
-    d_passed = tl.sum(dk * key, axis=1)
-    d_lower = -decay * tl.dot(d_rest_dot, tl.trans(write), input_precision=PRECISION)
+    key, value, b, state, write, d_write, x, log_gamma, decay,
+    C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of k, v, β and log Γ through the writes N = X β (v − Γ k S). The gradient of β (v − Γ k S) is
+    Xᵀ dN, and that of L is −(Xᵀ dN) Nᵀ, since X = (I + L)⁻¹."""
+    i, gamma = tl.arange(0, C), fast_exp(log_gamma)
+    d_scaled = tl.dot(tl.trans(x), d_write, input_precision=PRECISION)
+    predicted = gamma[:, None] * tl.dot(key, state, input_precision=PRECISION)
+    d_b = tl.sum(d_scaled * (value - predicted), axis=1)
+    d_scaled_dot = d_scaled.to(DOT)
+    dk = -(b * gamma)[:, None] * tl.dot(d_scaled_dot, tl.trans(state), input_precision=PRECISION)
+    d_log_gamma = tl.sum(dk * key, axis=1)
+    d_lower = -decay * tl.dot(d_scaled_dot, tl.trans(write), input_precision=PRECISION)
     d_lower = tl.where(i[:, None] > i[None, :], d_lower, 0.0)
     d_pairs = d_lower * tl.dot(key, tl.trans(key), input_precision=PRECISION)
     d_b += tl.sum(d_pairs, axis=1)
     d_decay = b[:, None] * d_pairs
-    d_passed += tl.sum(d_decay, axis=1) - tl.sum(d_decay, axis=0)
+    d_log_gamma += tl.sum(d_decay, axis=1) - tl.sum(d_decay, axis=0)
     d_lower = (b[:, None] * d_lower).to(DOT)
     dk += tl.dot(d_lower, key, input_precision=PRECISION)
     dk += tl.dot(tl.trans(d_lower), key, input_precision=PRECISION)
-    return dk, b[:, None] * d_rest, d_b, d_passed
+    return dk, b[:, None] * d_scaled, d_b, d_log_gamma
 
 
 @jit
@@ -261,34 +263,34 @@ def grad_inputs_kernel(
     n, row, head = tl.program_id(0), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     t, chunk = n * C + tl.arange(0, C), tl.program_id(1) * tl.num_programs(0) + n
     log_alpha, b = load_gates(log_decay, row, head, t, T, H), load_gates(beta, row, head, t, T, H)
-    passed, end = tl.cumsum(log_alpha, axis=0), tl.sum(log_alpha, axis=0)
-    decay = decay_of_pairs(passed, C)
+    log_gamma, end = tl.cumsum(log_alpha, axis=0), tl.sum(log_alpha, axis=0)
+    decay = decay_of_pairs(log_gamma, C)
     query = load_tokens(q + row * q_row + head * q_head, t, T, q_step, D, WIDE).to(DOT)
     key = load_tokens(k + row * k_row + head * k_head, t, T, k_step, D, WIDE).to(DOT)
-    above = load_tokens(grad + row * g_row + head * g_head, t, T, g_step, D, WIDE).to(DOT)
+    d_out = load_tokens(grad + row * g_row + head * g_head, t, T, g_step, D, WIDE).to(DOT)
     state = tl.load(states + tile(chunk, WIDE, WIDE)).to(DOT)
     write = tl.load(writes + tile(chunk, C, WIDE)).to(DOT)
     out = (row * T * H + head) * D
-    its_dq, its_dk, d_passed = grad_reads(query, key, above, state, write, passed, decay, DOT, PRECISION)
-    store_tokens(dq + out, its_dq, t, T, H * D, D, WIDE)
+    dq_tile, dk_tile, d_log_gamma = grad_reads(query, key, d_out, state, write, log_gamma, decay, DOT, PRECISION)
+    store_tokens(dq + out, dq_tile, t, T, H * D, D, WIDE)
 
     d_state = tl.load(d_states + tile(chunk, WIDE, WIDE)).to(DOT)
-    kept = fast_exp(end - passed)[:, None] * tl.dot(write, tl.trans(d_state), input_precision=PRECISION)
-    its_dk += kept
-    kept = tl.sum(kept * key, axis=1)
+    dk_state = fast_exp(end - log_gamma)[:, None] * tl.dot(write, tl.trans(d_state), input_precision=PRECISION)
+    dk_tile += dk_state
+    d_log_gamma_state = tl.sum(dk_state * key, axis=1)
     product = state.to(tl.float32) * d_state.to(tl.float32)
-    d_end = tl.sum(kept, axis=0) + tl.exp(end) * tl.sum(tl.sum(product, axis=1), axis=0)
+    d_end = tl.sum(d_log_gamma_state, axis=0) + tl.exp(end) * tl.sum(tl.sum(product, axis=1), axis=0)
 
     value = load_tokens(v + row * v_row + head * v_head, t, T, v_step, D, WIDE)
     d_write = tl.load(d_writes + tile(chunk, C, WIDE)).to(DOT)
     x = tl.load(inverse + tile(chunk, C, C)).to(DOT)
-    more, its_dv, d_b, d_more = grad_solution(
-        key, value, b, state, write, d_write, x, passed, decay, C, DOT, PRECISION
+    dk_write, dv_tile, d_b, d_log_gamma_write = grad_solution(
+        key, value, b, state, write, d_write, x, log_gamma, decay, C, DOT, PRECISION
     )
-    store_tokens(dk + out, its_dk + more, t, T, H * D, D, WIDE)
-    store_tokens(dv + out, its_dv, t, T, H * D, D, WIDE)
-    d_passed += d_more - kept
-    d_log_alpha = d_end + tl.sum(d_passed, axis=0) - tl.cumsum(d_passed, axis=0) + d_passed  # Σ over t ≥ s
+    store_tokens(dk + out, dk_tile + dk_write, t, T, H * D, D, WIDE)
+    store_tokens(dv + out, dv_tile, t, T, H * D, D, WIDE)
+    d_log_gamma += d_log_gamma_write - d_log_gamma_state
+    d_log_alpha = d_end + tl.sum(d_log_gamma, axis=0) - tl.cumsum(d_log_gamma, axis=0) + d_log_gamma  # Σ over t ≥ s
     gate = (row * T + t) * H + head
     tl.store(d_log_decay + gate, d_log_alpha, mask=t < T)
     tl.store(d_beta + gate, d_b, mask=t < T)

@@ -12,8 +12,8 @@ PASS_TILE = 1024  # elements per program of a pass
 
 
 def can_use_symmetry(x: Tensor) -> bool:
-    """Whether to use `symmetric_product_kernel`: for half types, with more than one tile to a side, since a single one
-    leaves nothing out."""
+    """Whether to use `symmetric_product_kernel`: for half types, with more than one tile per side, since a single tile
+    has no mirror image to skip."""
     fits = INTERPRETED or (x.dtype in HALF_DTYPES and x.size(1) > SYMMETRIC_TILE["TILE"])
     return fits and kernels.can_run(x) and x.numel() > 0
 
@@ -22,8 +22,8 @@ def launch_symmetric_product(x: Tensor, y: Tensor, c: Tensor | None, alpha: floa
     """alpha · x yᵀ + beta · c for x and y (n, rows, cols) whose product is symmetric, and a symmetric c (n, rows, rows)
     or none.
 
-    Computes the tiles on and under the diagonal, and writes each a second time, transposed: (t + 1) / 2t of the work of
-    t tiles to a side, 58 % for 768 rows. x and y may be transposed views.
+    Computes the tiles on and below the diagonal, and stores each of the latter transposed too: (t + 1) / 2t of the work
+    with t tiles per side, 58 % for 768 rows. x and y may be transposed views.
     """
     n, rows, cols = x.shape
     out = torch.empty((n, rows, rows), dtype=x.dtype, device=x.device)
@@ -38,7 +38,7 @@ def launch_symmetric_product(x: Tensor, y: Tensor, c: Tensor | None, alpha: floa
 
 @jit
 def triangle_tile(number):
-    """(row, column) of a tile on or under the diagonal, numbered row by row: 0 → (0, 0), 1 → (1, 0), 2 → (1, 1)."""
+    """(row, column) of a tile on or below the diagonal, numbered row by row: 0 → (0, 0), 1 → (1, 0), 2 → (1, 1)."""
     row = ((tl.sqrt(8.0 * number + 1.0) - 1.0) * 0.5).to(tl.int32)
     row = tl.where(row * (row + 1) // 2 > number, row - 1, row)  # where the root was rounded up
     row = tl.where((row + 1) * (row + 2) // 2 <= number, row + 1, row)
@@ -50,7 +50,7 @@ def symmetric_product_kernel(
     x, y, c, out, R, K, x_each, x_row, x_col, y_each, y_row, y_col, alpha, beta,
     HAS_C: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a matrix per program, and its mirror image."""
+    """One tile of a matrix per program, and its mirror image across the diagonal."""
     down, across = triangle_tile(tl.program_id(0))
     each = tl.program_id(1).to(tl.int64)
     i, j = down * TILE + tl.arange(0, TILE), across * TILE + tl.arange(0, TILE)
@@ -80,7 +80,7 @@ def symmetric_product_kernel(
 
 
 def can_fuse_passes(*tensors: Tensor) -> bool:
-    """Whether to use the kernels of the passes: each tensor is contiguous, on a GPU, and has elements."""
+    """Whether to use the elementwise kernels below: each tensor is contiguous, on a GPU, and not empty."""
     return kernels.can_run(*tensors) and all(t.is_contiguous() and t.numel() > 0 for t in tensors)
 
 
@@ -98,7 +98,7 @@ def look_ahead_kernel(grad, buffer, out, weight, found_inf, N, TILE: tl.constexp
     w, skipped = tl.load(weight), tl.load(found_inf) != 0
     m = tl.load(buffer + at, mask=here, other=0.0)
     g = tl.load(grad + at, mask=here, other=0.0)
-    g = tl.where(skipped, m, g)  # which may be NaN
+    g = tl.where(skipped, m, g)  # g may be NaN
     m += w * (g - m)
     tl.store(buffer + at, m, mask=here)
     tl.store(out + at, (m + w * (g - m)).to(out.dtype.element_ty), mask=here)

@@ -34,8 +34,8 @@ def can_fuse_rope(qkv: Tensor, widths: tuple[int, ...], cos: Tensor) -> bool:
     head, of 16 … 256 channels, a power of two."""
     d = 2 * cos.size(-1)
     fits = 16 <= d <= 256 and d & (d - 1) == 0 and len(widths) == 3 and widths[1] == widths[2]
-    taken = fits and kernels.can_run(qkv, cos) and qkv.dtype.is_floating_point and cos.size(1) == qkv.size(1)
-    return taken and qkv.numel() > 0 and torch.is_grad_enabled() and qkv.requires_grad
+    supported = fits and kernels.can_run(qkv, cos) and qkv.dtype.is_floating_point and cos.size(1) == qkv.size(1)
+    return supported and qkv.numel() > 0 and torch.is_grad_enabled() and qkv.requires_grad
 
 
 class QKRopeNorm(torch.autograd.Function):
@@ -120,12 +120,12 @@ def rope_norm_kernel(
 
 @jit
 def rope_norm_gradient(
-    grad, its, qkv, at, cos, sin, token, places, here,
-    TURNED: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr,
+    grad, grad_at, qkv, at, cos, sin, token, places, here,
+    ROTATED: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of rows of the gradient of qkv, at offset `at`, from the gradient of q, k or v at offset `its`."""
-    a, b = load_halves(grad, its, here, HALF)
-    if TURNED:
+    """Both halves of rows of the gradient of qkv at offset `at`, from the gradient of q, k or v at offset `grad_at`."""
+    a, b = load_halves(grad, grad_at, here, HALF)
+    if ROTATED:
         c, s = load_cos_sin(cos, sin, token, places, here, HALF)
         a, b = a * c - b * s, b * c + a * s
         if NORMED:
@@ -139,12 +139,12 @@ def rope_norm_gradient(
 @jit
 def rope_norm_part_backward(
     grad, s_row, s_token, qkv, cos, sin, d_qkv, heads, tokens, T, places, width,
-    TURNED: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    ROTATED: tl.constexpr, NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     token, column, here = program_rows(heads, tokens, HALF, ROWS)
     at = token.to(tl.int64) * width + column
-    its = (token // T).to(tl.int64) * s_row + (token % T).to(tl.int64) * s_token + column
-    a, b = rope_norm_gradient(grad, its, qkv, at, cos, sin, token, places, here, TURNED, NORMED, EPS, HALF)
+    grad_at = (token // T).to(tl.int64) * s_row + (token % T).to(tl.int64) * s_token + column
+    a, b = rope_norm_gradient(grad, grad_at, qkv, at, cos, sin, token, places, here, ROTATED, NORMED, EPS, HALF)
     store_halves(d_qkv, at, here, a, b, HALF)
 
 
@@ -173,7 +173,7 @@ def rope_norm_backward_kernel(
 
 @jit
 def qkv_grad_quantize_kernel(
-    dq, dk, dv, qkv, cos, sin, y, flipped, scale, most, heads, kv_heads, tokens, T, places, width,
+    dq, dk, dv, qkv, cos, sin, y, transposed, scale, most, heads, kv_heads, tokens, T, places, width,
     sq_row, sk_row, sv_row, sq_token, sk_token, sv_token,
     NORMED: tl.constexpr, EPS: tl.constexpr, HALF: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
@@ -184,19 +184,19 @@ def qkv_grad_quantize_kernel(
     here, row, t = token < tokens, (token // T).to(tl.int64), (token % T).to(tl.int64)
     at = token.to(tl.int64) * width + column
     if head < heads:
-        its = row * sq_row + t * sq_token + column
-        a, b = rope_norm_gradient(dq, its, qkv, at, cos, sin, token, places, here, True, NORMED, EPS, HALF)
+        grad_at = row * sq_row + t * sq_token + column
+        a, b = rope_norm_gradient(dq, grad_at, qkv, at, cos, sin, token, places, here, True, NORMED, EPS, HALF)
     elif head < heads + kv_heads:
-        its = row * sk_row + t * sk_token + column - k
-        a, b = rope_norm_gradient(dk, its, qkv, at, cos, sin, token, places, here, True, NORMED, EPS, HALF)
+        grad_at = row * sk_row + t * sk_token + column - k
+        a, b = rope_norm_gradient(dk, grad_at, qkv, at, cos, sin, token, places, here, True, NORMED, EPS, HALF)
     else:
-        its = row * sv_row + t * sv_token + column - k - kv_heads * (2 * HALF)
-        a, b = rope_norm_gradient(dv, its, qkv, at, cos, sin, token, places, here, False, NORMED, EPS, HALF)
+        grad_at = row * sv_row + t * sv_token + column - k - kv_heads * (2 * HALF)
+        a, b = rope_norm_gradient(dv, grad_at, qkv, at, cos, sin, token, places, here, False, NORMED, EPS, HALF)
     r = tl.program_id(0).to(tl.int64) * TALL + tl.arange(0, TALL)
     c = head.to(tl.int64) * (2 * HALF) + tl.arange(0, HALF)
     there = (r < tokens)[:, None] & (c < width)[None, :]
-    store_with_transpose(y, flipped, a * scale, r, c, tokens, width, there, most)
-    store_with_transpose(y, flipped, b * scale, r, HALF + c, tokens, width, there, most)
+    store_with_transpose(y, transposed, a * scale, r, c, tokens, width, there, most)
+    store_with_transpose(y, transposed, b * scale, r, HALF + c, tokens, width, there, most)
 
 
 def rope_launch_config(tokens: int, heads: int, cos: Tensor, parts: int, normed: bool) -> tuple[tuple[int, int], dict]:
@@ -261,13 +261,13 @@ def qkv_grad_quantize_op(
     read, cos, sin = dq if qkv is None else qkv.contiguous(), cos.contiguous(), sin.contiguous()
     (B, T, n_q), n_k, d = dq.shape, dk.size(-1), 2 * cos.size(-1)
     width = n_q + 2 * n_k
-    y, flipped = dq.new_empty(B * T, width, dtype=dtype), dq.new_empty(width, B * T, dtype=dtype)
+    y, transposed = dq.new_empty(B * T, width, dtype=dtype), dq.new_empty(width, B * T, dtype=dtype)
     sizes = (n_q // d, n_k // d, B * T, T, cos.size(0) * T, width)
     strides = [x.stride(axis) for axis in (0, 1) for x in grads]
     shape = {"NORMED": qkv is not None, "EPS": NORM_EPS, "HALF": d // 2, "TALL": 128, "num_warps": 8}
     qkv_grad_quantize_kernel[(-(-B * T // 128), width // d)](
-        *grads, read, cos, sin, y, flipped, scale, torch.finfo(dtype).max, *sizes, *strides, **shape)  # fmt: skip
-    return y.view(torch.uint8), flipped.view(torch.uint8)
+        *grads, read, cos, sin, y, transposed, scale, torch.finfo(dtype).max, *sizes, *strides, **shape)  # fmt: skip
+    return y.view(torch.uint8), transposed.view(torch.uint8)
 
 
 @qkv_grad_quantize_op.register_fake
