@@ -325,7 +325,7 @@ def make_given(name: str) -> list[Path]:
                 shell.give(needed)
         done = shell.bash(command)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-    files = [file for part in ("data", "bin") for file in (shell.folder / part).glob("*")]
+    files = [file for part in ("data", "bin") for file in (shell.folder / part).rglob("*")]
     return [file for file in files if file.is_file() and file.stat().st_mtime_ns > began]
 
 
@@ -359,7 +359,7 @@ class Shell:
             return
         for file in make_given(name):
             copy = self.folder / file.relative_to(given_shell().folder)
-            copy.parent.mkdir(exist_ok=True)
+            copy.parent.mkdir(parents=True, exist_ok=True)
             if not copy.exists():
                 shutil.copy(file, copy)
 
