@@ -110,8 +110,7 @@ RINGS = {  # B, H, Hkv, d, size, pos
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("splits", [1, 3, 16])
+@pytest.mark.parametrize("splits, dtype", [(1, torch.float32), (3, torch.bfloat16), (16, torch.float32)], ids=str)
 @pytest.mark.parametrize("shape", RINGS)
 def test_decode_is_softmax_over_the_ring(shape, splits, dtype):
     q, k, v, pos = ring(*RINGS[shape], dtype)
@@ -277,10 +276,11 @@ def fused_linear_inputs(M, K, widths, dtype=torch.float32, norm="none", biased=F
     return draw(M, K, dtype=dtype) * 3 + 0.5, weights, scales, biases, norm
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu", "relu2", "gelu", "gelu_tanh", "swiglu"])
-@pytest.mark.parametrize("norm, biased, int8, M", [
-    ("layer", True, False, 2), ("layer", True, False, 20), ("rms", False, True, 2), ("none", True, True, 20),
-    ("plain rms", False, False, 2),
+@pytest.mark.parametrize("norm, biased, int8, M, activation", [
+    *(("layer", True, False, 2, activation) for activation in ("identity", "relu", "relu2", "gelu", "gelu_tanh")),
+    *(("rms", False, True, 2, activation) for activation in ("identity", "swiglu")),
+    *(("none", True, True, 20, activation) for activation in ("relu2", "swiglu")),
+    ("layer", True, False, 20, "gelu"), ("layer", True, False, 2, "swiglu"), ("plain rms", False, False, 2, "swiglu"),
 ])  # fmt: skip
 def test_fused_linear_is_norm_product_activation_and_sum(norm, biased, int8, M, activation):
     x, weights, scales, biases, norm = fused_linear_inputs(M, 300, [22], torch.bfloat16, norm, biased, int8)
@@ -549,8 +549,8 @@ def test_mixers_go_by_kernels_and_agree_with_their_plain_path(kind, dtype, small
     mix = AFTS[kind](SimpleNamespace(n_qkv=6, n_head=2, window=19, block_size=50), norm_channels)
     for p in mix.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    plain, at = copy.deepcopy(mix).double(), ForwardContext(torch.arange(45)[None])
-    q, k, v, slope = (draw(2, 45, 6, seed=s, dtype=dtype) for s in range(4))
+    plain, at = copy.deepcopy(mix).double(), ForwardContext(torch.arange(30)[None])
+    q, k, v, slope = (draw(2, 30, 6, seed=s, dtype=dtype) for s in range(4))
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     expected = plain(*norm_channels(*exact[:2], at), exact[2], exact[0], at, None)
     expected.backward(slope.double())
