@@ -135,6 +135,17 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
+def nearest_file(path: str | os.PathLike) -> str:
+    """The hint for a misspelled file: one beside it with a similar name; "" if there is none."""
+    folder, name = os.path.split(os.fspath(path))
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            names = [entry.name for entry in entries if entry.is_file()]
+    except (OSError, ValueError):
+        return ""
+    return nearest(name, sorted(names))
+
+
 def format_count(n: int, noun: str) -> str:
     """`1 file`, `2,000 files`."""
     return f"{n:,} {noun}{'s' * (n != 1)}"

@@ -16,6 +16,7 @@ from strawberry.bench.common import (
     list_results,
     list_spec_inputs,
     load_entries,
+    parse_count,
     parse_learning_rates,
     parse_override,
     parse_quantity,
@@ -38,7 +39,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("configs", nargs="+", help="config files; file.json:key=value,key=value changes keys of one")
     add("--tokens", type=parse_quantity, default=parse_quantity("5M"), help="training tokens of each run (default 5M)")
-    add("--seeds", type=parse_quantity, default=3, help="runs of each config with its best learning rate (default 3)")
+    add("--seeds", type=parse_count, default=3, help="runs of each config with its best learning rate (default 3)")
     add("--lrs", default="1e-3,3e-3,1e-2", help="learning rates to choose from (default 1e-3,3e-3,1e-2)")
     add("--muon_lrs", help="learning rates to choose from with Muon (default: --lrs)")
     add("--optimizers", help="adamw,muon: choose each model's optimizer too (default: each config's own)")
@@ -50,7 +51,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
-    add("--jobs", type=parse_quantity, help="runs at once, divided among the GPUs (default: one on each)")
+    add("--jobs", type=parse_count, help="runs at once, divided among the GPUs (default: one on each)")
     add("--out", default="img/compare", type=Path, help="directory of the results (default img/compare)")
     arguments = parser.parse_args(argv)
     for name in ("warmup", "cooldown"):

@@ -30,6 +30,7 @@ from strawberry.bench.common import (
     list_results,
     list_spec_inputs,
     make_line_style,
+    parse_quantities,
     parse_quantity,
     read_specs,
     set_log_ticks,
@@ -43,7 +44,7 @@ from strawberry.device import choose_device
 from strawberry.inference import engine
 from strawberry.inference.loading import check_can_compile, quantize_model
 from strawberry.inference.sampling import Request
-from strawberry.model_file import load_model
+from strawberry.model_file import load_model, read_about
 from strawberry.ops.linear import Int8Weight
 from strawberry.outputs import check_outputs
 from strawberry.training import plot
@@ -64,6 +65,8 @@ def read_model_sources(specs: list[str], take_source: bool = False) -> list[Mode
     `take_source`.
     """
     configs = [spec for spec in specs if re.match(r".+\.json5?(:|$)", spec)]
+    for path in (spec for spec in specs if spec not in configs):
+        read_about(path)  # refuses what is no model file, before others are measured
     entries = dict(zip(configs, read_specs(configs, shared=()), strict=True))
     for entry in entries.values():
         entry.load([])
@@ -410,8 +413,12 @@ def draw_speeds(rows: list[dict], batches: list[int], title: str):
                     **make_line_style(number), label=row["label"])  # fmt: skip
         style_panel(ax, "context (tokens)")
         ax.set_xticks(contexts, map(format_quantity, contexts))
-        ax.set_yscale("log")
-        set_log_ticks(ax.yaxis, [y for line in ax.lines for y in line.get_ydata()])
+        if speeds := [y for line in ax.lines for y in line.get_ydata()]:
+            ax.set_yscale("log")
+            set_log_ticks(ax.yaxis, speeds)
+        else:
+            ax.set_yticks([])
+            ax.text(0.5, 0.5, "nothing fits", transform=ax.transAxes, ha="center", color="0.5")
         ax.set_title(f"batch {batch:,}", fontsize=11, loc="left")
     panels[0].set_ylabel("tokens/s, all rows together", fontsize=11)
     fig.suptitle(title, fontsize=12, x=0.01, ha="left")
@@ -442,7 +449,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         add(f"--{name}", type=parse_quantity, default=size, help=f"of both, with --against (default {size})")
     arguments = parser.parse_args(argv)
     arguments.batches, arguments.contexts = (
-        sorted({parse_quantity(part) for part in text.split(",")}) for text in (arguments.batches, arguments.contexts)
+        list(parse_quantities(f"--{name}", getattr(arguments, name))) for name in ("batches", "contexts")
     )
     if bool(arguments.models) == bool(arguments.against):
         raise UserError("name configs or model files, or --against nanogpt, one of the two")

@@ -17,6 +17,8 @@ from strawberry.bench.common import (
     load_spec,
     make_line_style,
     parse_assignment,
+    parse_count,
+    parse_quantities,
     parse_quantity,
     qualify_key,
     split_list,
@@ -61,15 +63,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of all")
     add(
         "--jobs",
-        type=parse_quantity,
+        type=parse_count,
         default=1,
         help="get so many ready at once; they are measured in turns (default 1)",
     )
     add("--out", default="img/growth", type=Path, help="directory of growth.md, .json and .png (default img/growth)")
     arguments = parser.parse_args(argv)
     arguments.contexts, arguments.widths = (
-        sorted({parse_quantity(part) for part in text.split(",") if part})
-        for text in (arguments.contexts, arguments.widths)
+        list(parse_quantities(f"--{name}", text) if text else ())  # "": none
+        for name, text in (("contexts", arguments.contexts), ("widths", arguments.widths))
     )
     if wrong := [width for width in arguments.widths if width % HEAD_DIM]:
         raise UserError(

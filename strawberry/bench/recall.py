@@ -40,7 +40,9 @@ from strawberry.bench.common import (
     load_spec,
     make_line_style,
     parse_assignment,
+    parse_count,
     parse_learning_rates,
+    parse_quantities,
     parse_quantity,
     qualify_key,
     style_panel,
@@ -241,24 +243,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--lrs", default="3e-3", help="learning rates; a config's result is that of its best (default 3e-3)")
     add("--rows", type=parse_quantity, default=256, help="rows asked of each number and distance (default 256)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
-    add("--jobs", type=parse_quantity, help="configs at once, divided among the GPUs (default: one on each)")
+    add("--jobs", type=parse_count, help="configs at once, divided among the GPUs (default: one on each)")
     add("--out", default="img/recall", type=Path, help="directory of the results (default img/recall)")
     arguments = parser.parse_args(argv)
     for name, limit in (("pairs", MAX_PAIRS), ("distances", MAX_DISTANCE)):
-        setattr(arguments, name, parse_numbers(f"--{name}", getattr(arguments, name), limit))
+        setattr(arguments, name, parse_quantities(f"--{name}", getattr(arguments, name), limit))
     arguments.lrs = parse_learning_rates(arguments.lrs)
     return arguments
-
-
-def parse_numbers(option: str, text: str, limit: int) -> tuple[int, ...]:
-    """Whole numbers between commas, ascending. Raises UserError for others and for those above the limit."""
-    try:
-        found = sorted({parse_quantity(part.strip()) for part in text.split(",")})
-    except UserError as error:
-        raise UserError(f"{option} {text}: {error}") from error
-    if found[-1] > limit:
-        raise UserError(f"{option} {text}: at most {limit:,}; give fewer")
-    return tuple(found)
 
 
 def load_runs(arguments: argparse.Namespace, task: RecallTask, folder: Path) -> list[tuple[str, Run]]:

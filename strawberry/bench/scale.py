@@ -16,6 +16,7 @@ from strawberry.bench.common import (
     list_json_output,
     list_spec_inputs,
     parse_assignment,
+    parse_quantities,
     parse_quantity,
     split_list,
     write_benchmark_config,
@@ -39,7 +40,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--same_batch", action="store_true", help="divide the config's batch, instead of as many rows for each process")
     add("--json", type=Path, help="write what was measured there, too")
     arguments = parser.parse_args(argv)
-    arguments.processes = [parse_quantity(part) for part in arguments.processes.split(",")]
+    arguments.processes = parse_quantities("--processes", arguments.processes)
     arguments.parallel = arguments.parallel.split(",")
     return arguments
 

@@ -23,6 +23,7 @@ from strawberry.bench.common import (
     list_results,
     list_spec_inputs,
     parse_assignment,
+    parse_count,
     parse_quantity,
     split_list,
 )
@@ -87,11 +88,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "3e-4,6e-4,1e-3 with gpt2)")  # fmt: skip
     add("--nanogpt_steps", type=parse_quantity, help="nanoGPT's steps (default 5000 with char, 1500 with gpt2)")
     add("--nanogpt_set", action="append", default=[], metavar="KEY=VALUE", help="a key of nanoGPT; may be repeated")
-    add("--seeds", type=parse_quantity, default=3, help="runs of each side with its best learning rate (default 3)")
-    add("--evaluations", type=parse_quantity, default=50, help="of each run (default 50)")
+    add("--seeds", type=parse_count, default=3, help="runs of each side with its best learning rate (default 3)")
+    add("--evaluations", type=parse_count, default=50, help="of each run (default 50)")
     add("--eval_tokens", type=parse_quantity, default=500_000, help="held-out tokens of an evaluation, at most "
         "(default 500k)")  # fmt: skip
-    add("--jobs", type=parse_quantity, default=1, help="runs at once, each on a GPU of its own (default 1)")
+    add("--jobs", type=parse_count, default=1, help="runs at once, each on a GPU of its own (default 1)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: cuda, else cpu")
     add("--out", default="img/speedrun", type=Path, help="directory of the results (default img/speedrun)")
     arguments = parser.parse_args(argv)

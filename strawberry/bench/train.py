@@ -35,6 +35,7 @@ from strawberry.bench.common import (
     list_spec_inputs,
     load_spec,
     parse_assignment,
+    parse_count,
     parse_quantity,
     qualify_key,
     write_benchmark_config,
@@ -319,7 +320,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=1,
         help="get so many ready at once; they are measured in turns (default 1)",
     )
-    add("--beside", type=parse_quantity, default=0, metavar="N", help="measure again beside N more of the same config")
+    add("--beside", type=parse_count, default=0, metavar="N", help="measure again beside N more of the same config")
     add("--json", type=Path, help="write what was measured there, too")
     add("--against", choices=["nanogpt"], help="train tinystar in GPT-2's shape beside nanoGPT's own train.py instead")
     add("--nanogpt_path", type=Path, help="a checkout of nanoGPT")

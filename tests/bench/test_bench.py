@@ -815,12 +815,19 @@ def test_the_speeds_are_drawn_a_panel_for_each_batch():
     assert [label.get_text() for label in panels[0].get_xticklabels()] == ["128", "1k"]
 
 
+def test_a_batch_that_fits_nowhere_is_said_in_the_picture(tmp_path):
+    cell = {"batch": 1, "context": 4000, "why": "its positions end at 1,024"}
+    fig = decode.draw_speeds([{"label": "a", "cells": [cell]}], [1], "title")
+    decode.plot.save(fig, tmp_path / "a.png")
+    assert [text.get_text() for text in fig.axes[0].texts] == ["nothing fits"]
+
+
 @pytest.mark.parametrize("words, message", [
     ([], "name configs or model files, or --against nanogpt"),
     (["t.json", "--against", "nanogpt"], "name configs or model files, or --against nanogpt, one of the two"),
     (["--against", "nanogpt"], "needs --nanogpt_path"),
-    (["t.json", "--batches", "1,none"], "'none' is no positive number"),
-    (["t.json", "--contexts", "0"], "'0' is no positive number"),
+    (["t.json", "--batches", "1,none"], "--batches 1,none: 'none' is no positive number"),
+    (["t.json", "--contexts", "0"], "--contexts 0: '0' is no positive number"),
     (["t.json", "--quantize", "int4"], "int8"),
     (["t.json", "t.json"], "given twice"),
     (["t.json:n_layers=2"], "n_layer"),

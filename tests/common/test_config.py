@@ -270,6 +270,20 @@ def test_any_key_can_be_overridden():
     assert load_run(["--seed=1", "--seed=2"], ARCHS).seed == 2
 
 
+def test_a_section_on_the_command_line_is_merged_with_the_files(tmp_path):
+    path = write(tmp_path, '{"model_hyperparams": {"n_embd": 32, "n_layer": 3}}')
+    run = load_run(["--config", path, '--model_hyperparams={"n_layer": 7}', "--model_hyperparams.n_head=2"], ARCHS)
+    assert (run.model_hyperparams.n_embd, run.model_hyperparams.n_layer, run.model_hyperparams.n_head) == (32, 7, 2)
+    assert problems_of("--config=air.json", '--dataset={"path": "a", "path": "b"}') == [
+        'dataset.path = "a", "b": given 2 times; keep one'
+    ]
+
+
+def test_an_empty_file_is_no_config(tmp_path):
+    path = write(tmp_path, " \n")
+    assert problems_of("--config", path) == [f"{path}: is empty; a config is an object, {{ … }}"]
+
+
 def test_arch_picks_the_keys_of_the_model():
     run = load_run(["--model_hyperparams.arch=tinystar", "--model_hyperparams.ffn_type=GELU"], ARCHS)
     assert run.model_hyperparams == Star(ffn_type="GELU")
@@ -340,6 +354,7 @@ REFUSED = {
     '"nanogpt:<path>"',
     "--model_path=./data/webtext.bin": 'model_path = "./data/webtext.bin": is dataset.path too, which the trained '
     "model would replace; name another file",
+    "--config=.": '--config ".": is a directory; name a JSON file here or in config/; config/ has ',
     '--dataset={"path": "a", "path": "b"}': 'dataset.path = "a", "b": given 2 times; keep one',
     "air.json": '"air.json" on the command line: must be an option; write --config air.json',
     "--seed": "--seed: has no value; write --seed=value",

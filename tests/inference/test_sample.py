@@ -467,6 +467,8 @@ def test_the_last_line_says_how_fast(run):
         (["--ignore_eot"], r"--ignore_eot: unknown option \(did you mean '--ignore_eos'\?\)"),
         (["--stop", "a\\d"], r"--stop a\\d: \\d is no escape; write \\\\d for a backslash before d; escapes are \\n, "),
         (["--fast"], "--fast: is about a --prompts_file"),
+        (["--stride", "8"], "--stride: is about --score"),
+        (["--num_samples", "1e9"], "--num_samples = 1000000000.*<= 65536"),
         (["--length", "0"], "--length = 0: must be an integer >= 1"),
         (["--length", "-5"], "--length = -5: must be"),
         (["--length", "2.5"], "--length = 2.5: must be an integer"),
