@@ -222,8 +222,7 @@ def read_specs(specs: list[str], shared: Collection[str] = SHARED_KEYS) -> list[
         same = [entry for entry in entries if entry.label == label]
         for entry in same if len(same) > 1 else ():
             entry.label = f"{Path(entry.file).parent.name}/{label}"
-        if len({entry.label for entry in same}) < len(same):
-            raise UserError(f"{label} is given twice; give each config once, under names that differ")
+        refuse_repeats(entry.label for entry in same)
     return entries
 
 
@@ -247,6 +246,13 @@ def load_entries(specs: list[str], common: list[tuple[str, str]]) -> list[Entry]
         entry.load(alike if differ else common)
         entry.measure()
     return entries
+
+
+def refuse_repeats(labels: Iterable[str]) -> None:
+    """Raises UserError for a config or model that is given twice."""
+    labels = list(labels)
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"{twice[0]} is given twice; give each once, under names that differ")
 
 
 def parse_assignment(text: str) -> tuple[str, str]:

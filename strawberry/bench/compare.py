@@ -1,8 +1,6 @@
 """`bench.py compare`: train several configs under equal conditions; write a table and a picture."""
 
 import argparse
-import contextlib
-import signal
 import sys
 from pathlib import Path
 
@@ -113,24 +111,6 @@ def print_summary(entries: list[Entry], sweep: Sweep) -> None:
     print(flush=True)
 
 
-@contextlib.contextmanager
-def interrupt_on_signals():
-    """Within this context, SIGTERM and SIGHUP (a closed terminal) raise KeyboardInterrupt as Ctrl-C does, so that the
-    children are stopped too.
-    """
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    names = [name for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
-    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
-
-
 def run(argv: list[str]) -> int | None:
     """Train several configs under equal conditions; write a table and a picture."""
     arguments = parse_arguments(argv)
@@ -144,10 +124,9 @@ def run(argv: list[str]) -> int | None:
     sweep = Sweep(entries, plan)
     print_summary(entries, sweep)
     try:
-        with interrupt_on_signals():
-            sweep.speeds = measure_speeds(entries, plan)
-            sweep.run()
-            sweep.speeds |= measure_speeds(sweep.choose_optimizers(), plan)
+        sweep.speeds = measure_speeds(entries, plan)
+        sweep.run()
+        sweep.speeds |= measure_speeds(sweep.choose_optimizers(), plan)
     except KeyboardInterrupt:
         again = format_command(setup.relative_path(sys.executable), "compare", argv)
         print(

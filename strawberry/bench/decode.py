@@ -33,6 +33,7 @@ from strawberry.bench.common import (
     parse_quantities,
     parse_quantity,
     read_specs,
+    refuse_repeats,
     set_log_ticks,
     style_panel,
 )
@@ -76,9 +77,7 @@ def read_model_sources(specs: list[str], take_source: bool = False) -> list[Mode
         ModelSource(entries[spec].label, partial(build_fresh, entries[spec].run.model_hyperparams)) if spec in entries
         else ModelSource(Path(spec).stem, partial(load_trained, spec, take_source)) for spec in specs
     ]  # fmt: skip
-    labels = [source.label for source in sources]
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise UserError(f"{twice[0]} is given twice; give each model once, under names that differ")
+    refuse_repeats(source.label for source in sources)
     return sources
 
 

@@ -21,6 +21,7 @@ from strawberry.bench.common import (
     parse_quantities,
     parse_quantity,
     qualify_key,
+    refuse_repeats,
     split_list,
     style_panel,
     write_benchmark_config,
@@ -83,6 +84,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def list_points(arguments: argparse.Namespace) -> list[dict]:
     """The points to measure: label of the config, axis, value on the axis, and run."""
     common, points = [parse_assignment(text) for text in arguments.set], []
+    refuse_repeats(map(make_label, arguments.configs))
     for spec in arguments.configs:
         values = [("T", T) for T in arguments.contexts] + [("C", C) for C in arguments.widths]
         for axis, value in values:

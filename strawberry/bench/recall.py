@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import encoder as encoders
-from model import CONFIGS
+from model import CONFIGS, build
 from strawberry.argument_parser import ArgumentParser
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import (
@@ -45,18 +45,22 @@ from strawberry.bench.common import (
     parse_quantities,
     parse_quantity,
     qualify_key,
+    refuse_repeats,
+    split_list,
     style_panel,
     write_benchmark_config,
 )
+from strawberry.bench.decode import check_generates
+from strawberry.bench.sweep import hash_code, hash_json, read_result_file
 from strawberry.bench.train import BenchmarkTrainer
-from strawberry.common import UserError, atomic_write
+from strawberry.common import UserError, atomic_write, format_count
 from strawberry.config import to_dict
 from strawberry.data.objectives import Batch
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.device import choose_device
 from strawberry.outputs import check_outputs
 from strawberry.run_config import Run, load_run
-from strawberry.training import plot
+from strawberry.training import plot, setup
 from strawberry.training.evaluation import evaluation_mode, make_batch
 from strawberry.training.signals import Signals
 
@@ -260,6 +264,7 @@ def load_runs(arguments: argparse.Namespace, task: RecallTask, folder: Path) -> 
         for _ in range(2):
             writer.add(np.zeros(2 * task.block_size + 2, np.int64))
     steps = arguments.steps
+    refuse_repeats(arguments.configs)
     fixed = {"vocab_size": task.vocab_size, "block_size": task.block_size, "dropout": 0, "max_iters": steps,
              "lr_decay_iters": steps, "warmup_iters": max(steps // 20, 1), "batch_size": arguments.batch_size,
              "dataset.path": folder / "tokens.bin",
@@ -267,9 +272,41 @@ def load_runs(arguments: argparse.Namespace, task: RecallTask, folder: Path) -> 
              "objective": "next", "eval_interval": 10**9, "log_interval": max(steps // 10, 1)}  # fmt: skip
     common = [parse_assignment(text) for text in arguments.set]
     common += [(qualify_key(name), str(value)) for name, value in fixed.items()]
+    refuse_fixed(arguments, fixed)
     rates = [[("learning_rate", f"{lr}"), ("min_lr", f"{lr / 10}")] for lr in arguments.lrs]
     return [(spec, load_spec(spec, [*common, *rate], last=True, defaults=[*RECIPE.items()]))
             for spec in arguments.configs for rate in rates]  # fmt: skip
+
+
+OPTIONS = {"block_size": "--distances and --pairs", "vocab_size": "--pairs", "max_iters": "--steps",
+           "lr_decay_iters": "--steps", "batch_size": "--batch_size", "learning_rate": "--lrs",
+           "min_lr": "--lrs"}  # that set a key, which --set and a config's own changes cannot
+
+
+def refuse_fixed(arguments: argparse.Namespace, fixed: dict) -> None:
+    """Raises UserError for a changed key that would be ignored, because recall sets it itself."""
+    own = [text for spec in arguments.configs for text in split_list(spec.partition(".json:")[2]) if text]
+    names = {qualify_key(name): name for name in (*fixed, "learning_rate", "min_lr")}
+    for text in (*arguments.set, *own):
+        key, _ = parse_assignment(text)
+        if name := names.get(key):
+            mend = f"use {OPTIONS[name]}" if name in OPTIONS else "leave it out"
+            raise UserError(f"{text!r}: recall sets {key} itself; {mend}")
+
+
+def check_predicts_next(runs: list[tuple[str, Run]]) -> None:
+    """Raises UserError for a model that predicts something else than the next token."""
+    for spec, run in runs:
+        with torch.device("meta"):
+            check_generates(build(run.model_hyperparams), spec, take_source=False)
+
+
+def list_result_files(runs: list[tuple[str, Run]], task: RecallTask, arguments: argparse.Namespace) -> list[Path]:
+    """Where the result of each run is kept. The name is a hash of all that the result depends on."""
+    code = [hash_code(), Path(__file__).read_text(encoding="utf-8")]
+    plain = [to_dict(run) | {"dataset": None, "encoder_path": None} for _, run in runs]  # both in a temporary folder
+    keys = [hash_json([each, asdict(task), arguments.rows, code]) for each in plain]
+    return [arguments.out / "runs" / f"{key}.json" for key in keys]
 
 
 def run(argv: list[str]) -> int | None:
@@ -279,7 +316,14 @@ def run(argv: list[str]) -> int | None:
     task = RecallTask(arguments.pairs, arguments.distances)
     with tempfile.TemporaryDirectory() as folder:
         runs = load_runs(arguments, task, Path(folder))
-        found = train_runs(runs, task, arguments, Path(folder))
+        check_predicts_next(runs)
+        try:
+            found = train_runs(runs, task, arguments, Path(folder))
+        except KeyboardInterrupt:
+            again = format_command(setup.relative_path(sys.executable), "recall", argv)
+            kept = arguments.out / "runs"
+            print(f"\ninterrupted: finished runs are kept in {kept}; to go on:\n    {again}", flush=True)
+            return 130
     rows = choose_best(found)
     write_recall(rows, task, arguments.out, format_command("python", "recall", argv))
     return 2 if any("why" in row for row in rows) else None
@@ -288,16 +332,23 @@ def run(argv: list[str]) -> int | None:
 def train_runs(
     runs: list[tuple[str, Run]], task: RecallTask, arguments: argparse.Namespace, folder: Path
 ) -> list[dict]:
-    """What the child process of each run has measured, in the order of `runs`. Prints each as it ends."""
-    print(f"{len(runs)} runs of {arguments.steps:,} steps of {arguments.batch_size} rows of {task.block_size:,} tokens",
-          flush=True)  # fmt: skip
-    words = [[write_benchmark_config(folder / str(i), run), json.dumps(asdict(task)), str(arguments.rows)]
-             for i, (_, run) in enumerate(runs)]  # fmt: skip
-    device, found = runs[0][1].device, {}
+    """What the child process of each run has measured, in the order of `runs`. Prints each as it ends, and keeps it in
+    --out for the same command after an interruption."""
+    files = list_result_files(runs, task, arguments)
+    found = {i: read_result_file(file) for i, file in enumerate(files) if file.exists()}
+    print(f"{format_count(len(runs), 'run')} of {arguments.steps:,} steps of {arguments.batch_size} rows of "
+          f"{task.block_size:,} tokens; {len(found)} of them are done already", flush=True)  # fmt: skip
+    waiting = [i for i in range(len(runs)) if i not in found]
+    words = [[write_benchmark_config(folder / str(i), runs[i][1]), json.dumps(asdict(task)), str(arguments.rows)]
+             for i in waiting]  # fmt: skip
+    device = runs[0][1].device
     jobs = arguments.jobs or child_process.GpuPool(device).lanes
-    for i, measured in child_process.run_at_once("_recall", words, jobs, device):
+    for number, measured in child_process.run_at_once("_recall", words, jobs, device):
+        i = waiting[number]
         spec, run = runs[i]
         found[i] = {"config": spec, "lr": run.learning_rate, **measured, "run": to_dict(run)}
+        if "why" not in measured:
+            atomic_write(files[i], json.dumps(found[i]).encode())
         table = f"{spec}: {measured['why']}" if "why" in measured else format_table(*list_accuracies([found[i]], task))
         print(table, flush=True)
     return [found[i] for i in range(len(runs))]

@@ -4,13 +4,13 @@ import argparse
 import itertools
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from model import CONFIGS
 from strawberry.argument_parser import ArgumentParser
+from strawberry.bench import child_process
 from strawberry.bench.common import (
     SCRIPT,
     list_json_output,
@@ -75,7 +75,7 @@ def measure_processes(run: Run, processes: int, steps: int) -> dict:
         command = [sys.executable, *launcher, SCRIPT]
     with tempfile.TemporaryDirectory() as folder:
         file = write_benchmark_config(Path(folder), run, log_interval=10**6)
-        child = subprocess.run([*command, "_scale", file, str(steps)], capture_output=True, text=True)
+        child = child_process.run_group([*command, "_scale", file, str(steps)])
     answers = [line for line in child.stdout.splitlines() if line.startswith("{")]
     if child.returncode or not answers:
         lines = [line for line in child.stderr.splitlines() if line.strip()]

@@ -27,7 +27,7 @@ from strawberry.bench.common import (
     parse_quantity,
     split_list,
 )
-from strawberry.bench.compare import interrupt_on_signals, parse_learning_rates
+from strawberry.bench.compare import parse_learning_rates
 from strawberry.bench.speedrun_plan import (
     KINDS,
     Plan,
@@ -346,8 +346,7 @@ def run(argv: list[str]) -> int | None:
         known = f"{len(done)} of nanoGPT's are done already"
         print(f"{speedrun.total} runs, {arguments.jobs} at once; {known}\n", flush=True)
         try:
-            with interrupt_on_signals():
-                speedrun.run()
+            speedrun.run()
         except KeyboardInterrupt:
             again = format_command(setup.relative_path(sys.executable), "speedrun", argv)
             print(f"\ninterrupted: finished runs are kept in {runs}; to go on:\n    {again}", flush=True)

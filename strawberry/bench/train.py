@@ -441,11 +441,14 @@ def median_step_seconds(times: list[list[float]]) -> float:
 
 
 def find_nanogpt(path: Path) -> Path:
-    """The absolute path of a checkout. Raises UserError if its train.py is not there."""
-    directory = path.resolve()
-    if not (directory / "train.py").is_file():
-        raise UserError(f"--nanogpt_path {path}: there is no {directory / 'train.py'}; name a checkout of nanoGPT: "
-                        "git clone https://github.com/karpathy/nanoGPT")  # fmt: skip
+    """The absolute path of a checkout. Raises UserError if a file of its that training needs is not there, or if its
+    model.py has no GPT."""
+    directory, mend = path.resolve(), "name a checkout of nanoGPT: git clone https://github.com/karpathy/nanoGPT"
+    for name in ("train.py", "model.py", "configurator.py"):
+        if not (directory / name).is_file():
+            raise UserError(f"--nanogpt_path {path}: there is no {directory / name}; {mend}")
+    if b"class GPT(" not in (directory / "model.py").read_bytes():
+        raise UserError(f"--nanogpt_path {path}: its model.py has no class GPT; {mend}")
     return directory
 
 
@@ -496,7 +499,8 @@ def run_nanogpt(directory: Path, folder: Path, run: Run, steps: int) -> dict:
             elif line.startswith("{"):
                 memory, params = json.loads(line).values()
     if child.returncode:
-        raise UserError(f"nanoGPT's train.py failed: {''.join(tail).strip()}")
+        why = child_process.parse_result(list(tail), child.returncode)["why"]
+        raise UserError(f"nanoGPT's train.py failed: {why}; run it by itself in {directory} to see more")
     return {"params": params, "memory": memory, "losses": losses, "step_s": median_step_seconds(times[1:])}
 
 

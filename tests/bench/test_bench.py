@@ -6,9 +6,11 @@ import json
 import math
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -259,12 +261,67 @@ def test_an_interruption_keeps_what_is_finished_and_tells_how_to_go_on(workshop,
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep.TrialPool, "collect_finished", interrupted_after_two)
-        assert run_compare("a.json", "b.json") == 130
+        assert run_compare("a.json", "b.json") == 128 + signal.SIGTERM
     told = capsys.readouterr().out
     assert "2 of 6 runs are finished" in told and "bench.py compare a.json b.json --tokens 1280" in told
     assert len(calls()) == 2 and not Path("out/compare.md").exists()
     assert run_compare("a.json", "b.json") == 0
     assert len(calls()) == 4 and "2 of them are done already" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", None)])
+def test_every_command_is_interrupted_by_a_signal(monkeypatch, name, code):
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        run = Mock(__doc__="A command.", side_effect=lambda rest: signal.raise_signal(number))
+        monkeypatch.setitem(bench.COMMANDS, "decode", run)
+        if code is None:
+            with pytest.raises(KeyboardInterrupt):
+                bench.main(["decode"])
+        else:
+            assert bench.main(["decode"]) == code
+        assert signal.getsignal(number) is signal.default_int_handler
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        assert bench.main(["decode"]) is None
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no groups of processes there")
+@pytest.mark.parametrize("role", ["", "signal.signal(signal.SIGTERM, signal.SIG_IGN); "])
+def test_an_interruption_ends_the_processes_that_a_child_has_started(tmp_path, monkeypatch, role):
+    """A launcher with a worker, as torchrun is; one that ends its worker too late is killed with it."""
+    worker = "import time; time.sleep(600)"
+    launcher = f"""import signal, subprocess, sys, time; {role}
+child = subprocess.Popen([sys.executable, "-c", {worker!r}]); open("pid", "w").write(f"{{child.pid}} ")
+time.sleep(600)"""
+    monkeypatch.chdir(tmp_path)
+    wait = subprocess.Popen.communicate
+
+    def communicate(child, *arguments, **how):
+        if how:
+            return wait(child, *arguments, **how)
+        while not Path("pid").exists() or not Path("pid").read_text().endswith(" "):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+    with pytest.raises(KeyboardInterrupt):
+        child_process.run_group([sys.executable, "-c", launcher], patience=0.2)
+    pid, end = int(Path("pid").read_text()), time.monotonic() + 30
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie, as one is that has been killed and has nobody to wait for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
@@ -1006,7 +1063,8 @@ def test_both_train_scripts_run_on_the_same_text(real, capsys, monkeypatch):
     monkeypatch.setattr(train, "write_benchmark_config", lambda folder, run, **keys: (
         hypers.append(run.optimizer_hyperparams), write(folder, run, **keys))[1])  # fmt: skip
     Path("theirs").mkdir()
-    for name, text in (("train.py", THEIR_TRAIN), ("model.py", "name = 'theirs'"), ("configurator.py", "")):
+    model_text = "class GPT(dict): ...\nname = 'theirs'"
+    for name, text in (("train.py", THEIR_TRAIN), ("model.py", model_text), ("configurator.py", "")):
         Path("theirs", name).write_text(text)
     shape = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--vocab_size", "44", "--block_size", "16"]
     data = ["--set", "dataset.path=data.bin", "--set", "encoder_path=chars:text.txt", "--set", "compile=false"]
