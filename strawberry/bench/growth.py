@@ -176,7 +176,8 @@ def draw_growth(rows: list[dict], title: str):
             values = sorted({row["value"] for row in rows if row["axis"] == axis})
             panel.set_xticks(values, [f"{value:,}" for value in values])
             panel.minorticks_off()
-            panel.set_ylim(bottom=0)
+            highest = max((y for line in panel.lines for y in line.get_ydata()), default=1.0)
+            panel.set_ylim(0, 1.06 * highest)  # the highest marker whole
     fig.suptitle(title, fontsize=12, x=0.01, ha="left")
     fig.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), fontsize=9,
                frameon=False)  # fmt: skip

@@ -405,12 +405,12 @@ def draw_recall(rows: list[dict], task: RecallTask, title: str):
             found = [(c["distance"], c["accuracy"]) for c in row.get("cells", ()) if c["pairs"] == n]
             if found:
                 panel.plot(*zip(*found, strict=True), **make_line_style(number), label=row["config"])
-        panel.axhline(1 / n, color="0.5", linestyle=":")
+        panel.axhline(1 / n, color="0.5", linestyle=":", label="chance")
         style_panel(panel, f"distance (tokens), {n} pairs")
         panel.set_xticks(task.distances, [f"{d:,}" for d in task.distances])
         panel.minorticks_off()
         panel.set_ylim(0, 1.03)
-    panels[0].set_ylabel("right answers", fontsize=11)
+    panels[0].set_ylabel("share of right answers", fontsize=11)
     fig.suptitle(title, fontsize=12, x=0.01, ha="left")
     fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=9, frameon=False)
     return fig

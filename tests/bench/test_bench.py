@@ -1116,6 +1116,8 @@ def test_growth_is_drawn_an_axis_for_each_question():
     found = [{line.get_label(): line.get_xydata().tolist() for line in panel.lines} for panel in panels]
     assert found[0] == {label: [[64, 640], [128, 1280]] for label in "ab"} and found[0] == found[1]
     assert found[2]["a"] == [[64, 64], [128, 128]]
+    highest = [max(y for line in panel.lines for y in line.get_ydata()) for panel in panels]
+    assert all(panel.get_ylim()[1] > 1.05 * y for panel, y in zip(panels, highest, strict=True))
     assert len(growth.draw_growth([row | {"memory": None} for row in rows], "title").axes) == 2
 
 
