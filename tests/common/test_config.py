@@ -170,11 +170,23 @@ def test_every_program_runs_through_run_cli(name):
         ("raise KeyboardInterrupt('interrupted: so')", 130, "interrupted: so\n"),
         ("raise BrokenPipeError", 141, ""),
         ("raise UserError('\\ud800')", 2, "error: ?\n"),
+        ("raise PermissionError(13, 'Permission denied', 'a/b')", 2,
+         "error: a/b: Permission denied; change its rights, or name another path\n"),
+        ("raise OSError(28, 'No space left on device')", 2,
+         "error: cannot write: No space left on device; free some space, or name a path on another disk\n"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(body, code, stderr):
     ran = program(body)
     assert (ran.returncode, ran.stderr) == (code, stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device there that is full")
+@pytest.mark.parametrize("characters", [1, 1_000_000])
+def test_a_full_disk_under_the_output_is_one_line(characters):
+    with open("/dev/full", "w") as full:
+        ran = program(f"print('x' * {characters})", stdout=full, stderr=subprocess.PIPE)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1) and "No space left on device; free some" in ran.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes there break in another way")
