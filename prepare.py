@@ -364,13 +364,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                         "the same text by the same encoder, by the hashes in its header (an encoder that is there is "
                         "kept)")
     given = parser.parse_args(argv)
-    is_named, files = bool(given.input or given.pairs), "is about files of your own; name them with --input or --pairs"
-    for name, applies, why in (
-        ("max_tokens", given.pairs is not None, "limits pairs; add --pairs"),
-        ("format", is_named, files), ("errors", is_named, files),
-    ):  # fmt: skip
-        if not applies and getattr(given, name) != parser.get_default(name):
-            raise UserError(f"--{name} {getattr(given, name)}: {why}, or leave --{name} out")
+    if given.pairs is None:
+        parser.refuse_unused(given, ["max_tokens"], "limits pairs; add --pairs")
+    if not given.input and not given.pairs:
+        why = "is about files of your own; name them with --input or --pairs"
+        parser.refuse_unused(given, ["format", "errors"], why)
     return given
 
 

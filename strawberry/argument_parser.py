@@ -3,7 +3,7 @@
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from strawberry.common import UserError, nearest
 
@@ -36,6 +36,12 @@ class ArgumentParser(argparse.ArgumentParser):
             known = [str(choice) for choice in action.choices]
             message = f"{str(value)!r} is none of {', '.join(known)}{nearest(str(value), known)}"
             raise argparse.ArgumentError(action, message)
+
+    def refuse_unused(self, given: argparse.Namespace, names: Iterable[str], why: str) -> None:
+        """Raises UserError for an option that would change nothing, if it differs from its default."""
+        for name in names:
+            if getattr(given, name) != self.get_default(name):
+                raise UserError(f"--{name} {getattr(given, name)}: {why}, or leave --{name} out")
 
     def parse_known_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> tuple:
         return super().parse_known_args(list(self._join_values([self._rename(word) for word in args])), namespace)

@@ -78,6 +78,10 @@ def make_plan(arguments, entries: list[Entry]) -> Plan:
     run = entries[0].run
     if run.batch_size == "auto":
         raise UserError('batch_size = "auto": what is compared has equal batches; give a number, --set batch_size=32')
+    with_muon = [entry.run.optimizer_hyperparams.use_muon for entry in entries]
+    if arguments.muon_lrs and not ("muon" in arguments.optimizers if arguments.optimizers else any(with_muon)):
+        raise UserError("--muon_lrs: no config is trained with Muon; add --optimizers adamw,muon or "
+                        "--set use_muon=true, or leave --muon_lrs out")  # fmt: skip
     device = choose_device(arguments.device)
     jobs = arguments.jobs or child_process.GpuPool(device.type).lanes
     encoder, corpus = setup.load_data(run)

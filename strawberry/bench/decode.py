@@ -454,6 +454,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError("name configs or model files, or --against nanogpt, one of the two")
     if arguments.against and arguments.nanogpt_path is None:
         raise UserError("--against nanogpt: needs --nanogpt_path, a directory that holds nanoGPT's model.py")
+    if not arguments.against:
+        parser.refuse_unused(arguments, ["nanogpt_path", *GPT2_SHAPE], "is about --against nanogpt; add that")
     return arguments
 
 

@@ -335,6 +335,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError("name configs after --config, or --against nanogpt, one of the two")
     if arguments.against and arguments.nanogpt_path is None:
         raise UserError("--against nanogpt: needs --nanogpt_path, a checkout of nanoGPT")
+    if not arguments.against:
+        names = ["nanogpt_path", "steps", "batch_size", *GPT2_SHAPE]
+        parser.refuse_unused(arguments, names, "is about --against nanogpt; change a key of a config with --set")
     return arguments
 
 

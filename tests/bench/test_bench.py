@@ -569,6 +569,7 @@ def test_the_picture_has_tokens_flops_and_seconds():
     ([], "required: configs"),
     (["nowhere.json"], "no such file"),
     (["a.json", "a.json"], "given twice"),
+    (["a.json", "--muon_lrs", "1e-3"], "--muon_lrs: no config is trained with Muon; add --optimizers"),
     (["a.json:n_layers=2"], "n_layer"),
     (["a.json:n_layer"], "is no override; write key=value"),
     (["a.json:n_layer=none"], "n_layer"),
@@ -887,6 +888,7 @@ def test_a_batch_that_fits_nowhere_is_said_in_the_picture(tmp_path):
     (["t.json", "--contexts", "0"], "--contexts 0: '0' is no positive number"),
     (["t.json", "--quantize", "int4"], "int8"),
     (["t.json", "t.json"], "given twice"),
+    (["t.json", "--n_layer", "3"], "--n_layer 3: is about --against nanogpt; add that, or leave --n_layer out"),
     (["t.json:n_layers=2"], "n_layer"),
     (["nowhere.json"], "no such file"),
     (["nowhere.strawberry"], "nowhere.strawberry"),
@@ -1030,6 +1032,7 @@ def test_a_config_that_fails_is_told_and_the_others_are_measured(real, capsys):
     (["--config", "a.json:n_layers=2"], "n_layer"),
     (["--config", "a.json", "--set", "n_layer"], "write key=value"),
     (["--config", "nowhere.json"], "no such file"),
+    (["--config", "a.json", "--steps", "3"], "--steps 3: is about --against nanogpt; .* with --set, or leave --steps"),
     (["--config", "a.json", "--beside", "-1"], "--beside: '-1' is no positive number"),
     (["--config", "a.json", "--beside", "65"], "--beside 65: at most 64 more processes"),
 ])  # fmt: skip
