@@ -637,7 +637,7 @@ def test_duplicate_keys_are_all_named(tmp_path):
     [
         ('{\n"seed": 1,\n"batch_size" 4}', 'line 3: Unexpected "4" at column 14'),
         ('{"seed": 1 // no end', "line 1: Unexpected end of input"),
-        ("", "Empty"),
+        ("", "is empty; a config is an object"),
         ("[1]", "holds [1], but a config is an object"),
         ("[" * 60_000, "nested too deeply"),
         ('{"a":' * 10_000, "nested too deeply"),
