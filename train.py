@@ -111,8 +111,9 @@ class Trainer(TrainState):
         found = self.checkpoints.find() if run.init_from == "resume" else None
         if run.seed == "auto":
             run.seed = self.ranks.broadcast_object(found.meta["run"]["seed"] if found else secrets.randbits(31))
-        with torch.device("meta"):
-            memory.refuse_large_model(build(run.model_hyperparams), run, self.device)
+        if self.ranks.world == 1:  # several share what they hold, or run on several machines
+            with torch.device("meta"):
+                memory.refuse_large_model(build(run.model_hyperparams), run, self.device)
         torch.manual_seed(run.seed)
         model = build(run.model_hyperparams)
         setup.load_initial_weights(run, model, self.encoder)
