@@ -61,7 +61,19 @@ if __name__ == "__main__":
 import sys
 from collections.abc import Callable
 
-from strawberry.bench import compare, decode, growth, kernels, recall, scale, serve, speedrun, speedrun_child, train
+from strawberry.bench import (
+    child_process,
+    compare,
+    decode,
+    growth,
+    kernels,
+    recall,
+    scale,
+    serve,
+    speedrun,
+    speedrun_child,
+    train,
+)
 from strawberry.common import UserError, nearest, run_cli
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
@@ -90,7 +102,20 @@ def main(argv: list[str]) -> int | None:
     if name not in COMMANDS | CHILDREN:
         hint = nearest(name, [*COMMANDS, "--help"])
         raise UserError(f"{name!r} is no command; there are: {', '.join(COMMANDS)}{hint}")
-    return (COMMANDS | CHILDREN)[name](rest)
+    return CHILDREN[name](rest) if name in CHILDREN else run_command(name, rest)
+
+
+def run_command(name: str, rest: list[str]) -> int | None:
+    """Run a command. A signal that ends it also ends its children; the exit code is 128 + its number."""
+    with child_process.interrupt_on_signals() as caught:
+        try:
+            code = COMMANDS[name](rest)
+        except KeyboardInterrupt:
+            if caught.number in (None, signal.SIGINT):
+                raise
+            print("terminated", file=sys.stderr)
+            code = None
+    return code if caught.number is None else 128 + caught.number
 
 
 if __name__ == "__main__":

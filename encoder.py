@@ -45,7 +45,15 @@ import numpy as np
 from tqdm import tqdm
 
 from strawberry.argument_parser import ArgumentParser
-from strawberry.common import UserError, atomic_write, check_path_arguments, format_count, nearest, run_cli
+from strawberry.common import (
+    UserError,
+    atomic_write,
+    check_path_arguments,
+    format_count,
+    nearest,
+    nearest_file,
+    run_cli,
+)
 from strawberry.data.documents import Documents, InputFile, add_reading_options, expand_inputs
 from strawberry.outputs import Input, Output, check_outputs, find_previous
 
@@ -461,7 +469,8 @@ def load(spec: str | os.PathLike) -> Encoder:
         with open(spec, "rb") as file:
             raw = file.read(MAX_FILE + 1)
     except FileNotFoundError as error:
-        raise UserError(f"no encoder at {spec!r}; `python prepare.py` or `python encoder.py` makes one") from error
+        make = "`python prepare.py` or `python encoder.py` makes one"
+        raise UserError(f"no encoder at {spec!r}{nearest_file(spec)}; {make}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the encoder {spec!r}: {getattr(error, 'strerror', None) or error}") from error
     try:
@@ -472,6 +481,8 @@ def load(spec: str | os.PathLike) -> Encoder:
 
 def _from_characters(path: str) -> Encoder:
     chars: set[str] = set()
+    if not path:
+        raise UserError("chars: names no file; write chars:FILE, a text that holds every character of the corpus")
     try:
         documents = Documents([InputFile(path)])
         documents.scan()
@@ -607,15 +618,36 @@ class TrainingText:
                 yield text
 
 
+DEFAULT_OUTPUT = "bin/cl8k.bin"
+
+
+def parse_vocab_size(text: str) -> int:
+    """The value of --vocab_size, refused before any text is read where no encoder has that many tokens."""
+    least = 256 + len((EOT, PAD))
+    try:
+        size = int(text)
+    except ValueError:
+        size = 0
+    if not least <= size <= MAX_VOCAB:
+        raise UserError(f"{text!r} is no whole number from {least:,} (256 bytes and 2 special tokens) to {MAX_VOCAB:,}")
+    return size
+
+
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser("encoder.py", "Train a byte-level BPE encoder on text files.")
     parser.add_argument("--input", nargs="+", action="extend", required=True, help="what prepare.py reads: files, "
                         "folders or globs of text, .json or .jsonl, packed with gzip or not; - is standard input")
-    parser.add_argument("--vocab_size", type=int, default=8192, help="special tokens included (default 8192)")
-    parser.add_argument("--output", default="bin/cl8k.bin", help="the encoder file (default bin/cl8k.bin)")
+    parser.add_argument("--vocab_size", type=parse_vocab_size, default=8192,
+                        help="special tokens included (default 8192)")
+    parser.add_argument("--output", help=f"the encoder file (default {DEFAULT_OUTPUT}, if there is none)")
     parser.add_argument("--special", nargs="+", action="extend", default=[], help=f"more specials than {EOT} and {PAD}")
     add_reading_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.output is None and os.path.exists(DEFAULT_OUTPUT):
+        raise UserError(f"--output: {DEFAULT_OUTPUT} is there, and token files and runs may need it; name a new file, "
+                        f"or replace it with --output {DEFAULT_OUTPUT}")  # fmt: skip
+    args.output = args.output or DEFAULT_OUTPUT
+    return args
 
 
 def main(argv: list[str]) -> None:

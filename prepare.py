@@ -47,7 +47,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from encoder import Encoder, cut_pieces, load, train
+from encoder import Encoder, cut_pieces, load, parse_vocab_size, train
 from strawberry.argument_parser import ArgumentParser
 from strawberry.common import UserError, check_path_arguments, format_count, run_cli, show
 from strawberry.data import encoding
@@ -315,9 +315,9 @@ def find_difference(output: str, source: Source, encoder: Encoder | None) -> str
     except UserError as error:
         return str(error)
     if header.source != source.digest:
-        return "the SHA-256 of its text and options is another"
+        return "it was made from other text or with other options, by the SHA-256 in its header"
     if encoder is None or header.encoder != encoder.fingerprint:
-        return "its encoder is another"
+        return "it was made with another encoder"
     return None
 
 
@@ -355,7 +355,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                         "for --corpus packages; data/pairs.bin for --pairs)")
     parser.add_argument("--encoder", default="bin/cl8k.bin", metavar="SPEC", help="an encoder file, trained on the "
                         "input where it is missing; tiktoken:NAME; chars:FILE (default %(default)s)")
-    parser.add_argument("--vocab_size", type=int, help="size of the encoder to train (default 8192)")
+    parser.add_argument("--vocab_size", type=parse_vocab_size, help="size of the encoder to train (default 8192)")
     parser.add_argument("--chat_template", metavar="NAME", help="chatml, or a file with a Jinja template: also read "
                         "{\"messages\": [{\"role\": …, \"content\": …}, …]} in .jsonl and .json; the new encoder keeps "
                         "the template, and its models can chat")
@@ -363,7 +363,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="write the output anew though it is up to date: made from "
                         "the same text by the same encoder, by the hashes in its header (an encoder that is there is "
                         "kept)")
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if given.pairs is None:
+        parser.refuse_unused(given, ["max_tokens"], "limits pairs; add --pairs")
+    if not given.input and not given.pairs:
+        why = "is about files of your own; name them with --input or --pairs"
+        parser.refuse_unused(given, ["format", "errors"], why)
+    return given
 
 
 def get_source(given: argparse.Namespace) -> tuple[Source, str]:
@@ -416,7 +422,7 @@ def main(argv: list[str]) -> None:
         print_up_to_date(output, source)
         return
     if os.path.exists(output) and difference:
-        print(f"{output} is out of date: {difference}", flush=True)
+        print(f"{output} is written anew: {difference}", flush=True)
     write_token_file(source, encoder or train_encoder(given.encoder, given.vocab_size or 8192, source), output)
 
 

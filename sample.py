@@ -22,12 +22,14 @@ if __name__ == "__main__":
 
 import itertools
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from strawberry.command_line import flag_names, format_help, parse_settings
@@ -37,7 +39,7 @@ from strawberry.data import documents
 from strawberry.data.documents import InputFile
 from strawberry.inference.bulk import run_bulk
 from strawberry.inference.engine import Decoder
-from strawberry.inference.loading import load_for_inference, resolve_model_path
+from strawberry.inference.loading import MODEL_SUFFIXES, load_for_inference, resolve_model_path
 from strawberry.inference.options import SamplingOptions
 from strawberry.inference.scoring import score_text
 from strawberry.inference.text import (
@@ -77,7 +79,7 @@ class Inputs:
 
 @dataclass
 class Settings(SamplingOptions, Inputs):  # fields in this order: those of Inputs, of SamplingOptions, its own
-    num_samples: int = option(1, "samples per prompt", low=1)
+    num_samples: int = option(1, "samples per prompt", low=1, high=2**16)
     stop: list[str] = option(
         [],
         "stop string, which is not printed; may be repeated. \\n is a line end, \\t a tab, \\r a carriage "
@@ -125,7 +127,14 @@ class Settings(SamplingOptions, Inputs):  # fields in this order: those of Input
 
 def read_settings(argv: list[str]) -> Settings:
     """Parse the settings of a command line. Raises UserError that lists all problems in one line."""
-    return parse_settings(argv, Settings, "prompt", finish_options)
+    return parse_settings(argv, Settings, name_option, finish_options)
+
+
+def name_option(word: str) -> str:
+    """The option that a word without one is most likely meant for."""
+    if Path(word).suffix in MODEL_SUFFIXES or os.path.isdir(word):
+        return "model"
+    return "prompt_file" if os.path.isfile(word) else "prompt"
 
 
 def finish_options(raw: dict) -> Iterator[str]:
@@ -175,6 +184,11 @@ def find_conflicts(raw: dict) -> Iterator[str]:
         yield "--fast: is about a --prompts_file; name one, or leave --fast away"
     if "prompts_file" in raw and "num_samples" in raw:
         yield "--num_samples: a --prompts_file has one text for each line; repeat a line for more of it"
+    if "stride" in raw and "score" not in raw:
+        yield "--stride: is about --score; name a file to score, or leave --stride away"
+    for name in raw if "score" in raw and len(texts) == 1 else ():
+        if name in declared(SamplingOptions) or name in ("num_samples", "on_full", "batch"):
+            yield f"--{name}: changes nothing about --score, which makes no text; leave it away"
 
 
 # ---- the prompt ----------------------------------------------------------------------------------------------------

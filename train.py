@@ -111,6 +111,9 @@ class Trainer(TrainState):
         found = self.checkpoints.find() if run.init_from == "resume" else None
         if run.seed == "auto":
             run.seed = self.ranks.broadcast_object(found.meta["run"]["seed"] if found else secrets.randbits(31))
+        if self.ranks.world == 1:  # several share what they hold, or run on several machines
+            with torch.device("meta"):
+                memory.refuse_large_model(build(run.model_hyperparams), run, self.device)
         torch.manual_seed(run.seed)
         model = build(run.model_hyperparams)
         setup.load_initial_weights(run, model, self.encoder)
@@ -126,6 +129,7 @@ class Trainer(TrainState):
         if found:
             self.checkpoints.resume(found)
         self.memory_planner.choose_batch_size()
+        self.memory_planner.refuse_large_batch()
         if run.dtype == "float8" and self.ranks.main and not float8.has_eligible_weight(self.model):
             warn(f'dtype = "float8": this model has no matrix (m, n) with m · n ≥ {float8.MIN_DIM} · (m + n), so that '
                  'it trains as with "bfloat16"')  # fmt: skip

@@ -3,7 +3,7 @@
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from strawberry.common import UserError, nearest
 
@@ -30,6 +30,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            message = f"{str(value)!r} is none of {', '.join(known)}{nearest(str(value), known)}"
+            raise argparse.ArgumentError(action, message)
+
+    def refuse_unused(self, given: argparse.Namespace, names: Iterable[str], why: str) -> None:
+        """Raises UserError for an option that would change nothing, if it differs from its default."""
+        for name in names:
+            if getattr(given, name) != self.get_default(name):
+                raise UserError(f"--{name} {getattr(given, name)}: {why}, or leave --{name} out")
 
     def parse_known_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> tuple:
         return super().parse_known_args(list(self._join_values([self._rename(word) for word in args])), namespace)
@@ -61,8 +73,11 @@ class ArgumentParser(argparse.ArgumentParser):
             yield word
 
 
+NUMBERS = {int: "whole number", float: "number"}
+
+
 def report_as_argument(parse: Callable) -> Callable:
-    """`parse`, whose UserError argparse then reports with the option's name."""
+    """`parse`, whose UserError argparse then reports with the option's name, as it does text that is no number."""
 
     @functools.wraps(parse, updated=())  # argparse names int and float in its own messages
     def parse_argument(text: str):
@@ -70,5 +85,9 @@ def report_as_argument(parse: Callable) -> Callable:
             return parse(text)
         except UserError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
+        except ValueError as error:
+            if parse not in NUMBERS:
+                raise
+            raise argparse.ArgumentTypeError(f"{text!r} is no {NUMBERS[parse]}") from error
 
     return parse_argument

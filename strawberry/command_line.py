@@ -11,11 +11,11 @@ LISTS = {list[str], list[int]}  # options of these types may be given several ti
 
 
 def parse_settings(
-    argv: list[str], cls: type, bare: str, finish: Callable[[dict], Iterable[str]] | None = None
+    argv: list[str], cls: type, bare: str | Callable[[str], str], finish: Callable[[dict], Iterable[str]] | None = None
 ) -> Any:
     """The settings of a command line, an instance of the dataclass `cls`. A list option may be given several times.
 
-    bare: the option that the error for a word without one names.
+    bare: the option that the error for a word without one names, or a function of the word.
     finish: changes the parsed options in place before they are checked, and returns what is wrong with them. Raises
     UserError with all problems in one line.
     """

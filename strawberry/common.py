@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -31,7 +32,8 @@ def first_line(error: BaseException) -> str:
 
 
 def run_cli(main: Callable[[list[str]], int | None], handles_signals: bool = False) -> None:
-    """Run `main(argv)` as a program and exit: code 2 with `error: …` on a UserError, 130 on Ctrl-C, 141 on a broken
+    """Run `main(argv)` as a program and exit: code 2 with `error: …` on a UserError, and where a
+    file has no rights or its disk no room; 130 on Ctrl-C, 141 on a broken
     pipe, otherwise the value that `main` returns.
 
     handles_signals: `main` installs handlers itself, and until then a signal ends the program at once.
@@ -56,7 +58,24 @@ def run_cli(main: Callable[[list[str]], int | None], handles_signals: bool = Fal
     except BrokenPipeError:  # the reader (`| head`) exited; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        if error.errno not in FIXES:
+            raise
+        with contextlib.suppress(OSError):
+            report_error(f"{error.filename or 'cannot write'}: {error.strerror}; {FIXES[error.errno]}")
+        if error.errno == errno.ENOSPC:  # of `> log`, maybe; the flush at exit must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 2
     sys.exit(code)
+
+
+# What a user can do about errors of the system that no command expects at the file at which they occur.
+RIGHTS = "change its rights, or name another path"
+FIXES = {errno.EACCES: RIGHTS, errno.EPERM: RIGHTS, errno.EROFS: "name a path on another disk",
+         errno.ENOSPC: "free some space, or name a path on another disk",
+         errno.EDQUOT: "free some space, or name a path on another disk",
+         errno.EMFILE: "allow more open files (ulimit -n), or close other programs",
+         errno.ENAMETOOLONG: "name a shorter path", errno.EIO: "check the disk"}  # fmt: skip
 
 
 def temporary_path(target: Path) -> Path:
@@ -138,6 +157,17 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     by_lower = {str(v).lower().lstrip("-"): str(v) for v in valid}  # dashes make no option like another
     close = difflib.get_close_matches(str(name).lower().lstrip("-")[:200], by_lower, n=1, cutoff=0.6)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def nearest_file(path: str | os.PathLike) -> str:
+    """The hint for a misspelled file: one beside it with a similar name; "" if there is none."""
+    folder, name = os.path.split(os.fspath(path))
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            names = [entry.name for entry in entries if entry.is_file()]
+    except (OSError, ValueError):
+        return ""
+    return nearest(name, sorted(names))
 
 
 def format_count(n: int, noun: str) -> str:

@@ -179,6 +179,8 @@ def parse_config(path: str | os.PathLike) -> dict:
         if len(data) > MAX_CONFIG_BYTES:
             raise UserError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, so it is no config; name a JSON file")
         text = data.decode("utf-8")
+        if not text.strip():
+            raise UserError(f"{path}: is empty; a config is an object, {{ … }}")
         if found := find_bad_escape(text):
             raise UserError(f"{path}, line {found[0]}: {found[1]}")
         raw = json5.loads(text, object_pairs_hook=JsonObject)

@@ -19,6 +19,11 @@ def memory() -> tuple[int, int]:
     return free, total
 
 
+def capacity() -> int:
+    """Bytes that all processes together can have, swap included: a system that is asked for more kills one."""
+    return memory()[1] + psutil.swap_memory().total
+
+
 def start_time(pid: int) -> str:
     """The time at which a process started, in hundredths of a second. Process ids are reused, but id and start time
     together identify a process. Raises psutil.NoSuchProcess or psutil.AccessDenied."""

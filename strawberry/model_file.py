@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from strawberry.common import UserError, atomic_write
+from strawberry.common import UserError, atomic_write, nearest_file
 from strawberry.config import to_dict
 from strawberry.initialization import SkipInit
 from strawberry.sharding import copy_to_shard
@@ -50,6 +50,7 @@ DTYPES = {  # safetensors' names
 }  # fmt: skip
 
 
+REPAIR = "copy it anew, or use a checkpoint of its run"
 MAX_HEADER = 8 << 20  # bytes; an encoder of 200,000 tokens takes about 5 MB, tensor entries at most 140 MB of memory
 
 
@@ -155,7 +156,7 @@ def open_tensors(path) -> safe_open:
     """Open the safetensors file at `path`. Raises UserError if it is of another kind or damaged; the header is not read
     if its length exceeds the file's size or MAX_HEADER."""
     if not Path(path).is_file():
-        raise UserError(f"there is no model file {path}")
+        raise UserError(f"there is no model file {path}{nearest_file(path)}")
     try:
         with open(path, "rb") as file:
             start, size = file.read(9), os.fstat(file.fileno()).st_size
@@ -168,11 +169,11 @@ def open_tensors(path) -> safe_open:
         raise UserError(f"{path} is not a model file: safetensors was expected")
     if header > min(size - 8, MAX_HEADER):
         limit = f"the file has {size}, and {MAX_HEADER} is the most"
-        raise UserError(f"{path} is damaged: its header claims {header} bytes; {limit}")
+        raise UserError(f"{path} is damaged: its header claims {header} bytes; {limit}; {REPAIR}")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is damaged: {error}; {REPAIR}") from error
 
 
 def _checked_metadata(file, path) -> dict[str, str]:
@@ -182,7 +183,7 @@ def _checked_metadata(file, path) -> dict[str, str]:
         raise UserError(f"{path} has {found}; this program reads {MODEL_FORMAT!r}, version {MODEL_VERSION!r}")
     for key in ("model_hyperparams", "encoder", "encoder_fingerprint", "record"):
         if key not in meta:
-            raise UserError(f"{path} is damaged: its metadata has no {key}")
+            raise UserError(f"{path} is damaged: its metadata has no {key}; {REPAIR}")
     return meta
 
 
@@ -190,9 +191,9 @@ def _parse_json_object(meta: dict[str, str], key: str, path) -> dict:
     try:
         value = json.loads(meta[key])
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {key} is no JSON") from error
+        raise UserError(f"{path} is damaged: {key} is no JSON; {REPAIR}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: {key} is no JSON object")
+        raise UserError(f"{path} is damaged: {key} is no JSON object; {REPAIR}")
     return value
 
 

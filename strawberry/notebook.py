@@ -12,7 +12,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from model import CONFIGS
 from strawberry.common import UserError, nearest, show
@@ -71,6 +71,9 @@ class TrainedRun:
         """
         if x not in plot.AXES:
             raise UserError(f"x = {show(x)}: must be {', '.join(plot.AXES)}{nearest(str(x), plot.AXES)}")
+        if wrong := [other for other in others if not isinstance(other, TrainedRun)]:
+            raise UserError(f"{show(wrong[0])}: must be a run, as strawberry.train returns it; for files, "
+                            "python -m strawberry.training.plot")  # fmt: skip
         runs = [self, *others]
         lines = dict(zip(name_runs(runs), (run.metrics for run in runs), strict=True))
         figure = plot.draw_figure(list(plot.SHEETS.values()), lines, x)
@@ -85,6 +88,8 @@ class TrainedRun:
         penalties, and what ends a text), and the same seed gives the same text. `source` is the input of an
         encoder-decoder. Raises UserError for what cannot be sampled.
         """
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt = {show(prompt)}: must be text")
         if not self.model.generates:
             raise UserError(f"this {self.model.config.arch} is an encoder: it predicts masked tokens, not text")
         given = {"length": length, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -146,14 +151,28 @@ def merge_overrides(config: str | os.PathLike | dict | None, overrides: dict) ->
     A section may be a dict, merged with the config's, or a dotted name: `**{"checkpoints.interval": 10}`. Raises
     UserError if the file cannot be read.
     """
-    raw = copy.deepcopy(config) if isinstance(config, dict) else read_json(find_config(str(config))) if config else {}
+    if config is None or isinstance(config, dict):
+        raw = make_plain(config or {})
+    else:
+        raw = read_json(find_config(str(config)))
     raw.pop("$schema", None)
     for name, value in overrides.items():
-        value = os.fspath(value) if isinstance(value, os.PathLike) else copy.deepcopy(value)
+        value = make_plain(value)
         *outer, last = name.split(".")
         nested = functools.reduce(lambda inner, key: {key: inner}, reversed(outer), {last: value})
         raw = merge_configs(raw, nested)
     return raw
+
+
+def make_plain(value: Any) -> Any:
+    """A copy of a value in which paths are text and numbers of NumPy and PyTorch are Python's."""
+    if isinstance(value, dict):
+        return {key: make_plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [make_plain(inner) for inner in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "shape", None) == () else copy.deepcopy(value)
 
 
 def name_runs(runs: list[TrainedRun]) -> list[str]:

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -335,12 +335,13 @@ def own_option_like(name: str, keys: Iterable[str]) -> str:
 
 def parse_arguments(
     argv: list[str], names: Iterable[str] = (), flags: Iterable[str] = (), own: Iterable[str] = ("help",),
-    bare: str = "",
+    bare: str | Callable[[str], str] = "",
 ) -> tuple:
     """(config file, overrides as (dotted name, text), problems) of `--name=value` and `--name value`.
 
     `names` are the options that there are, `flags` those of them that take no value, `own` further options that a hint
-    may name. `bare` is the option that a word without one is most likely meant for; "": a config, or any key. In
+    may name. `bare` is the option that a word without one is most likely meant for, or a function of the word; "": a
+    config, or any key. In
     `--name value` any word is a value, with dashes at its start too, unless it is one of the options.
     """
     config, overrides, problems, names = None, [], [], list(names)
@@ -348,7 +349,8 @@ def parse_arguments(
         if name in HELP:
             continue
         if name is None:
-            option = bare or ("config" if word.endswith(".json") else "")
+            named = bare(word) if callable(bare) else bare
+            option = named or ("config" if word.endswith(".json") else "")
             mend = f"--{option} {shlex.quote(word)}" if option else "--key=value"
             problems.append(f"{show(word)} on the command line: must be an option; write {mend}")
         elif text is None and names and name not in (*names, "config"):
@@ -403,14 +405,16 @@ def find_config(name: str) -> Path:
             if path.exists() and not path.is_dir():
                 return path
     known = sorted(path.name for path in CONFIG_FOLDER.glob("*.json") if path.name != "schema.json")
+    found = "is a directory; name a JSON file" if os.path.isdir(name) else "no such file"
     raise UserError(
-        f"--config {show(name)}: no such file here or in config/{nearest(Path(name).name, known)}; "
+        f"--config {show(name)}: {found} here or in config/{nearest(Path(name).name, known)}; "
         f"config/ has {', '.join(known) or 'none'}"
     )
 
 
 def apply_overrides(raw: dict, overrides: list[tuple[str, str]], text_keys: set[str]) -> list[str]:
-    """Set each `a.b` of the command line in the nested data; returns the problems."""
+    """Set each `a.b` of the command line in the nested data; returns the problems. An object given for a section is
+    merged with the section's keys, as in strawberry.train."""
     problems = []
     for dotted, text in overrides:
         *sections, name = dotted.split(".")
@@ -419,9 +423,15 @@ def apply_overrides(raw: dict, overrides: list[tuple[str, str]], text_keys: set[
             target = target.setdefault(section, {}) if isinstance(target, dict) else None
         if isinstance(target, dict):
             try:
-                target[name] = _value(text, dotted in text_keys)
+                value = _value(text, dotted in text_keys)
             except UserError as error:
                 problems.append(f"{dotted} = {text}: {error}")
+                continue
+            if not sections and isinstance(value, dict) and isinstance(target.get(name), dict):
+                problems += find_repeated_keys(value, f"{name}.")
+                target[name].update(value)
+            else:
+                target[name] = value
         else:
             problems.append(f"{dotted} = {text}: {'.'.join(sections)} is a value, not a section")
     return problems

@@ -23,6 +23,33 @@ from strawberry.device import choose_device
 POLL_SECONDS = 0.3  # between polls of children that run at once
 
 
+class Caught:
+    """The last signal that `interrupt_on_signals` has seen, or None."""
+
+    number: int | None = None
+
+
+@contextlib.contextmanager
+def interrupt_on_signals() -> Iterator[Caught]:
+    """Within this context, SIGTERM and SIGHUP (a closed terminal) raise KeyboardInterrupt as Ctrl-C does, so that the
+    children are stopped too. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
+    caught = Caught()
+
+    def interrupt(number, frame):
+        caught.number = number
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+    numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def make_command(role: str, *arguments: str) -> list[str]:
     return [sys.executable, SCRIPT, role, *arguments]
 
@@ -138,6 +165,26 @@ def stop_all(children: list[subprocess.Popen], patience: float = 60) -> None:
             child.kill()
 
 
+def run_group(command: list[str], patience: float = 30) -> subprocess.CompletedProcess:
+    """As subprocess.run, with its text output. If this process is interrupted, the child, which may have started
+    others, is told to end them, and after `patience` seconds all are killed.
+    """
+    apart = {} if os.name == "nt" else {"start_new_session": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **apart) as child:
+        try:
+            out, err = child.communicate()
+        except BaseException:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=patience)
+            if apart:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+
 def read_failure(log: Path) -> str:
     """Why a child failed: the last line of its log that begins with `error: `, else the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -211,8 +258,9 @@ def start_measuring(
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     start_child = gpus.start if gpus else subprocess.Popen
-    children = [start_child(make_command(role, *words), env=env, **pipes) for words in arguments]
+    children = []
     try:
+        children += (start_child(make_command(role, *words), env=env, **pipes) for words in arguments)
         yield children, [read_until_ready(child) for child in children]
     finally:
         for child in children:

@@ -60,6 +60,27 @@ def parse_quantity(text: str) -> int:
     return round(number)
 
 
+MAX_COUNT = 10_000
+
+
+def parse_count(text: str) -> int:
+    """The number of runs, processes or clients that an option asks for."""
+    if (count := parse_quantity(text)) > MAX_COUNT:
+        raise UserError(f"{text!r} is more than {MAX_COUNT:,}; give fewer")
+    return count
+
+
+def parse_quantities(option: str, text: str, limit: int = 2**63) -> tuple[int, ...]:
+    """Whole numbers between commas, ascending. Raises UserError for others and for those above the limit."""
+    try:
+        found = sorted({parse_quantity(part.strip()) for part in text.split(",")})
+    except UserError as error:
+        raise UserError(f"{option} {text}: {error}") from error
+    if found[-1] > limit:
+        raise UserError(f"{option} {text}: at most {limit:,}; give fewer")
+    return tuple(found)
+
+
 def format_quantity(number: float) -> str:
     """Three digits and a letter: 4_012_345 → 4.01M."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -210,8 +231,7 @@ def read_specs(specs: list[str], shared: Collection[str] = SHARED_KEYS) -> list[
         same = [entry for entry in entries if entry.label == label]
         for entry in same if len(same) > 1 else ():
             entry.label = f"{Path(entry.file).parent.name}/{label}"
-        if len({entry.label for entry in same}) < len(same):
-            raise UserError(f"{label} is given twice; give each config once, under names that differ")
+        refuse_repeats(entry.label for entry in same)
     return entries
 
 
@@ -235,6 +255,13 @@ def load_entries(specs: list[str], common: list[tuple[str, str]]) -> list[Entry]
         entry.load(alike if differ else common)
         entry.measure()
     return entries
+
+
+def refuse_repeats(labels: Iterable[str]) -> None:
+    """Raises UserError for a config or model that is given twice."""
+    labels = list(labels)
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise UserError(f"{twice[0]} is given twice; give each once, under names that differ")
 
 
 def parse_assignment(text: str) -> tuple[str, str]:

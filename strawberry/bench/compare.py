@@ -1,8 +1,6 @@
 """`bench.py compare`: train several configs under equal conditions; write a table and a picture."""
 
 import argparse
-import contextlib
-import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from strawberry.bench.common import (
     list_results,
     list_spec_inputs,
     load_entries,
+    parse_count,
     parse_learning_rates,
     parse_override,
     parse_quantity,
@@ -38,7 +37,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("configs", nargs="+", help="config files; file.json:key=value,key=value changes keys of one")
     add("--tokens", type=parse_quantity, default=parse_quantity("5M"), help="training tokens of each run (default 5M)")
-    add("--seeds", type=parse_quantity, default=3, help="runs of each config with its best learning rate (default 3)")
+    add("--seeds", type=parse_count, default=3, help="runs of each config with its best learning rate (default 3)")
     add("--lrs", default="1e-3,3e-3,1e-2", help="learning rates to choose from (default 1e-3,3e-3,1e-2)")
     add("--muon_lrs", help="learning rates to choose from with Muon (default: --lrs)")
     add("--optimizers", help="adamw,muon: choose each model's optimizer too (default: each config's own)")
@@ -50,7 +49,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
-    add("--jobs", type=parse_quantity, help="runs at once, divided among the GPUs (default: one on each)")
+    add("--jobs", type=parse_count, help="runs at once, divided among the GPUs (default: one on each)")
     add("--out", default="img/compare", type=Path, help="directory of the results (default img/compare)")
     arguments = parser.parse_args(argv)
     for name in ("warmup", "cooldown"):
@@ -79,6 +78,10 @@ def make_plan(arguments, entries: list[Entry]) -> Plan:
     run = entries[0].run
     if run.batch_size == "auto":
         raise UserError('batch_size = "auto": all runs need equal batches; give a number, --set batch_size=32')
+    with_muon = [entry.run.optimizer_hyperparams.use_muon for entry in entries]
+    if arguments.muon_lrs and not ("muon" in arguments.optimizers if arguments.optimizers else any(with_muon)):
+        raise UserError("--muon_lrs: no config is trained with Muon; add --optimizers adamw,muon or "
+                        "--set use_muon=true, or leave --muon_lrs out")  # fmt: skip
     device = choose_device(arguments.device)
     jobs = arguments.jobs or child_process.GpuPool(device.type).lanes
     encoder, corpus = setup.load_data(run)
@@ -112,24 +115,6 @@ def print_summary(entries: list[Entry], sweep: Sweep) -> None:
     print(flush=True)
 
 
-@contextlib.contextmanager
-def interrupt_on_signals():
-    """Within this context, SIGTERM and SIGHUP (a closed terminal) raise KeyboardInterrupt as Ctrl-C does, so that the
-    children are stopped too.
-    """
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    names = [name for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
-    before = {name: signal.signal(getattr(signal, name), interrupt) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
-
-
 def run(argv: list[str]) -> int | None:
     """Train several configs under equal conditions; write a table and a picture."""
     arguments = parse_arguments(argv)
@@ -143,10 +128,9 @@ def run(argv: list[str]) -> int | None:
     sweep = Sweep(entries, plan)
     print_summary(entries, sweep)
     try:
-        with interrupt_on_signals():
-            sweep.speeds = measure_speeds(entries, plan)
-            sweep.run()
-            sweep.speeds |= measure_speeds(sweep.choose_optimizers(), plan)
+        sweep.speeds = measure_speeds(entries, plan)
+        sweep.run()
+        sweep.speeds |= measure_speeds(sweep.choose_optimizers(), plan)
     except KeyboardInterrupt:
         again = format_command(setup.relative_path(sys.executable), "compare", argv)
         print(

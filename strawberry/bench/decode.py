@@ -30,8 +30,10 @@ from strawberry.bench.common import (
     list_results,
     list_spec_inputs,
     make_line_style,
+    parse_quantities,
     parse_quantity,
     read_specs,
+    refuse_repeats,
     set_log_ticks,
     style_panel,
 )
@@ -43,7 +45,7 @@ from strawberry.device import choose_device
 from strawberry.inference import engine
 from strawberry.inference.loading import check_can_compile, quantize_model
 from strawberry.inference.sampling import Request
-from strawberry.model_file import load_model
+from strawberry.model_file import load_model, read_about
 from strawberry.ops.linear import Int8Weight
 from strawberry.outputs import check_outputs
 from strawberry.training import plot
@@ -64,6 +66,8 @@ def read_model_sources(specs: list[str], take_source: bool = False) -> list[Mode
     `take_source`.
     """
     configs = [spec for spec in specs if re.match(r".+\.json5?(:|$)", spec)]
+    for path in (spec for spec in specs if spec not in configs):
+        read_about(path)  # refuses what is no model file, before others are measured
     entries = dict(zip(configs, read_specs(configs, shared=()), strict=True))
     for entry in entries.values():
         entry.load([])
@@ -73,9 +77,7 @@ def read_model_sources(specs: list[str], take_source: bool = False) -> list[Mode
         ModelSource(entries[spec].label, partial(build_fresh, entries[spec].run.model_hyperparams)) if spec in entries
         else ModelSource(Path(spec).stem, partial(load_trained, spec, take_source)) for spec in specs
     ]  # fmt: skip
-    labels = [source.label for source in sources]
-    if twice := [label for label in labels if labels.count(label) > 1]:
-        raise UserError(f"{twice[0]} is given twice; give each model once, under names that differ")
+    refuse_repeats(source.label for source in sources)
     return sources
 
 
@@ -408,8 +410,12 @@ def draw_speeds(rows: list[dict], batches: list[int], title: str):
                     **make_line_style(number), label=row["label"])  # fmt: skip
         style_panel(ax, "context (tokens)")
         ax.set_xticks(contexts, map(format_quantity, contexts))
-        ax.set_yscale("log")
-        set_log_ticks(ax.yaxis, [y for line in ax.lines for y in line.get_ydata()])
+        if speeds := [y for line in ax.lines for y in line.get_ydata()]:
+            ax.set_yscale("log")
+            set_log_ticks(ax.yaxis, speeds)
+        else:
+            ax.set_yticks([])
+            ax.text(0.5, 0.5, "nothing fits", transform=ax.transAxes, ha="center", color="0.5")
         ax.set_title(f"batch {batch:,}", fontsize=11, loc="left")
     panels[0].set_ylabel("tokens/s, all rows together", fontsize=11)
     fig.suptitle(title, fontsize=12, x=0.01, ha="left")
@@ -440,12 +446,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         add(f"--{name}", type=parse_quantity, default=size, help=f"of both, with --against (default {size})")
     arguments = parser.parse_args(argv)
     arguments.batches, arguments.contexts = (
-        sorted({parse_quantity(part) for part in text.split(",")}) for text in (arguments.batches, arguments.contexts)
+        list(parse_quantities(f"--{name}", getattr(arguments, name))) for name in ("batches", "contexts")
     )
     if bool(arguments.models) == bool(arguments.against):
         raise UserError("name configs or model files, or --against nanogpt, one of the two")
     if arguments.against and arguments.nanogpt_path is None:
         raise UserError("--against nanogpt: needs --nanogpt_path, a directory with nanoGPT's model.py")
+    if not arguments.against:
+        parser.refuse_unused(arguments, ["nanogpt_path", *GPT2_SHAPE], "is about --against nanogpt; add that")
     return arguments
 
 

@@ -17,8 +17,11 @@ from strawberry.bench.common import (
     load_spec,
     make_line_style,
     parse_assignment,
+    parse_count,
+    parse_quantities,
     parse_quantity,
     qualify_key,
+    refuse_repeats,
     split_spec,
     style_panel,
     write_benchmark_config,
@@ -61,15 +64,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of all")
     add(
         "--jobs",
-        type=parse_quantity,
+        type=parse_count,
         default=1,
         help="configs that are prepared at once; they are measured one after the other (default 1)",
     )
     add("--out", default="img/growth", type=Path, help="directory of growth.md, .json and .png (default img/growth)")
     arguments = parser.parse_args(argv)
     arguments.contexts, arguments.widths = (
-        sorted({parse_quantity(part) for part in text.split(",") if part})
-        for text in (arguments.contexts, arguments.widths)
+        list(parse_quantities(f"--{name}", text) if text else ())  # "": none
+        for name, text in (("contexts", arguments.contexts), ("widths", arguments.widths))
     )
     if wrong := [width for width in arguments.widths if width % HEAD_DIM]:
         raise UserError(
@@ -81,6 +84,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def list_points(arguments: argparse.Namespace) -> list[dict]:
     """The points to measure: label of the config, axis, value on the axis, and run."""
     common, points = [parse_assignment(text) for text in arguments.set], []
+    refuse_repeats(map(make_label, arguments.configs))
     for spec in arguments.configs:
         values = [("T", T) for T in arguments.contexts] + [("C", C) for C in arguments.widths]
         for axis, value in values:
@@ -172,7 +176,8 @@ def draw_growth(rows: list[dict], title: str):
             values = sorted({row["value"] for row in rows if row["axis"] == axis})
             panel.set_xticks(values, [f"{value:,}" for value in values])
             panel.minorticks_off()
-            panel.set_ylim(bottom=0)
+            highest = max((y for line in panel.lines for y in line.get_ydata()), default=1.0)
+            panel.set_ylim(0, 1.06 * highest)  # the highest marker whole
     fig.suptitle(title, fontsize=12, x=0.01, ha="left")
     fig.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels), fontsize=9,
                frameon=False)  # fmt: skip

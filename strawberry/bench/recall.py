@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import encoder as encoders
-from model import CONFIGS
+from model import CONFIGS, build
 from strawberry.argument_parser import ArgumentParser
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import (
@@ -39,21 +39,27 @@ from strawberry.bench.common import (
     load_spec,
     make_line_style,
     parse_assignment,
+    parse_count,
     parse_learning_rates,
+    parse_quantities,
     parse_quantity,
     qualify_key,
+    refuse_repeats,
+    split_spec,
     style_panel,
     write_benchmark_config,
 )
+from strawberry.bench.decode import check_generates
+from strawberry.bench.sweep import hash_code, hash_json, read_result_file
 from strawberry.bench.train import BenchmarkTrainer
-from strawberry.common import UserError, atomic_write
+from strawberry.common import UserError, atomic_write, format_count
 from strawberry.config import to_dict
 from strawberry.data.objectives import Batch
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.device import choose_device
 from strawberry.outputs import check_outputs
 from strawberry.run_config import Run, load_run
-from strawberry.training import plot
+from strawberry.training import plot, setup
 from strawberry.training.evaluation import evaluation_mode, make_batch
 from strawberry.training.signals import Signals
 
@@ -241,24 +247,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--rows", type=parse_quantity, default=256, help="evaluation rows for each number of pairs and distance "
         "(default 256)")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a key for all configs; may be repeated")
-    add("--jobs", type=parse_quantity, help="configs at once, divided among the GPUs (default: one on each)")
+    add("--jobs", type=parse_count, help="configs at once, divided among the GPUs (default: one on each)")
     add("--out", default="img/recall", type=Path, help="directory of the results (default img/recall)")
     arguments = parser.parse_args(argv)
     for name, limit in (("pairs", MAX_PAIRS), ("distances", MAX_DISTANCE)):
-        setattr(arguments, name, parse_numbers(f"--{name}", getattr(arguments, name), limit))
+        setattr(arguments, name, parse_quantities(f"--{name}", getattr(arguments, name), limit))
     arguments.lrs = parse_learning_rates(arguments.lrs)
     return arguments
-
-
-def parse_numbers(option: str, text: str, limit: int) -> tuple[int, ...]:
-    """Whole numbers between commas, ascending. Raises UserError for others and for those above the limit."""
-    try:
-        found = sorted({parse_quantity(part.strip()) for part in text.split(",")})
-    except UserError as error:
-        raise UserError(f"{option} {text}: {error}") from error
-    if found[-1] > limit:
-        raise UserError(f"{option} {text}: at most {limit:,}; give fewer")
-    return tuple(found)
 
 
 def load_runs(arguments: argparse.Namespace, task: RecallTask, folder: Path) -> list[tuple[str, Run]]:
@@ -269,6 +264,7 @@ def load_runs(arguments: argparse.Namespace, task: RecallTask, folder: Path) -> 
         for _ in range(2):
             writer.add(np.zeros(2 * task.block_size + 2, np.int64))
     steps = arguments.steps
+    refuse_repeats(arguments.configs)
     fixed = {"vocab_size": task.vocab_size, "block_size": task.block_size, "dropout": 0, "max_iters": steps,
              "lr_decay_iters": steps, "warmup_iters": max(steps // 20, 1), "batch_size": arguments.batch_size,
              "dataset.path": folder / "tokens.bin",
@@ -276,9 +272,41 @@ def load_runs(arguments: argparse.Namespace, task: RecallTask, folder: Path) -> 
              "objective": "next", "eval_interval": 10**9, "log_interval": max(steps // 10, 1)}  # fmt: skip
     common = [parse_assignment(text) for text in arguments.set]
     common += [(qualify_key(name), str(value)) for name, value in fixed.items()]
+    refuse_fixed(arguments, fixed)
     rates = [[("learning_rate", f"{lr}"), ("min_lr", f"{lr / 10}")] for lr in arguments.lrs]
     return [(spec, load_spec(spec, [*common, *rate], last=True, defaults=[*RECIPE.items()]))
             for spec in arguments.configs for rate in rates]  # fmt: skip
+
+
+OPTIONS = {"block_size": "--distances and --pairs", "vocab_size": "--pairs", "max_iters": "--steps",
+           "lr_decay_iters": "--steps", "batch_size": "--batch_size", "learning_rate": "--lrs",
+           "min_lr": "--lrs"}  # that set a key, which --set and a config's own changes cannot
+
+
+def refuse_fixed(arguments: argparse.Namespace, fixed: dict) -> None:
+    """Raises UserError for a changed key that would be ignored, because recall sets it itself."""
+    own = [text for spec in arguments.configs for text in split_spec(spec)[1]]
+    names = {qualify_key(name): name for name in (*fixed, "learning_rate", "min_lr")}
+    for text in (*arguments.set, *own):
+        key, _ = parse_assignment(text)
+        if name := names.get(key):
+            mend = f"use {OPTIONS[name]}" if name in OPTIONS else "leave it out"
+            raise UserError(f"{text!r}: recall sets {key} itself; {mend}")
+
+
+def check_predicts_next(runs: list[tuple[str, Run]]) -> None:
+    """Raises UserError for a model that predicts something else than the next token."""
+    for spec, run in runs:
+        with torch.device("meta"):
+            check_generates(build(run.model_hyperparams), spec, take_source=False)
+
+
+def list_result_files(runs: list[tuple[str, Run]], task: RecallTask, arguments: argparse.Namespace) -> list[Path]:
+    """Where the result of each run is kept. The name is a hash of all that the result depends on."""
+    code = [hash_code(), Path(__file__).read_text(encoding="utf-8")]
+    plain = [to_dict(run) | {"dataset": None, "encoder_path": None} for _, run in runs]  # both in a temporary folder
+    keys = [hash_json([each, asdict(task), arguments.rows, code]) for each in plain]
+    return [arguments.out / "runs" / f"{key}.json" for key in keys]
 
 
 def run(argv: list[str]) -> int | None:
@@ -288,7 +316,14 @@ def run(argv: list[str]) -> int | None:
     task = RecallTask(arguments.pairs, arguments.distances)
     with tempfile.TemporaryDirectory() as folder:
         runs = load_runs(arguments, task, Path(folder))
-        found = train_runs(runs, task, arguments, Path(folder))
+        check_predicts_next(runs)
+        try:
+            found = train_runs(runs, task, arguments, Path(folder))
+        except KeyboardInterrupt:
+            again = format_command(setup.relative_path(sys.executable), "recall", argv)
+            kept = arguments.out / "runs"
+            print(f"\ninterrupted: finished runs are kept in {kept}; to go on:\n    {again}", flush=True)
+            return 130
     rows = choose_best(found)
     write_recall(rows, task, arguments.out, format_command("python", "recall", argv))
     return 2 if any("why" in row for row in rows) else None
@@ -297,16 +332,23 @@ def run(argv: list[str]) -> int | None:
 def train_runs(
     runs: list[tuple[str, Run]], task: RecallTask, arguments: argparse.Namespace, folder: Path
 ) -> list[dict]:
-    """The measurements of each run's child process, in the order of `runs`. Prints each when it ends."""
-    print(f"{len(runs)} runs of {arguments.steps:,} steps of {arguments.batch_size} rows of {task.block_size:,} tokens",
-          flush=True)  # fmt: skip
-    words = [[write_benchmark_config(folder / str(i), run), json.dumps(asdict(task)), str(arguments.rows)]
-             for i, (_, run) in enumerate(runs)]  # fmt: skip
-    device, found = runs[0][1].device, {}
+    """The measurements of each run's child process, in the order of `runs`. Prints each when it ends, and keeps it in
+    --out, so that the same command continues after an interruption."""
+    files = list_result_files(runs, task, arguments)
+    found = {i: read_result_file(file) for i, file in enumerate(files) if file.exists()}
+    print(f"{format_count(len(runs), 'run')} of {arguments.steps:,} steps of {arguments.batch_size} rows of "
+          f"{task.block_size:,} tokens; {len(found)} of them are done already", flush=True)  # fmt: skip
+    waiting = [i for i in range(len(runs)) if i not in found]
+    words = [[write_benchmark_config(folder / str(i), runs[i][1]), json.dumps(asdict(task)), str(arguments.rows)]
+             for i in waiting]  # fmt: skip
+    device = runs[0][1].device
     jobs = arguments.jobs or child_process.GpuPool(device).lanes
-    for i, measured in child_process.run_at_once("_recall", words, jobs, device):
+    for number, measured in child_process.run_at_once("_recall", words, jobs, device):
+        i = waiting[number]
         spec, run = runs[i]
         found[i] = {"config": spec, "lr": run.learning_rate, **measured, "run": to_dict(run)}
+        if "why" not in measured:
+            atomic_write(files[i], json.dumps(found[i]).encode())
         table = f"{spec}: {measured['why']}" if "why" in measured else format_table(*list_accuracies([found[i]], task))
         print(table, flush=True)
     return [found[i] for i in range(len(runs))]
@@ -363,7 +405,7 @@ def draw_recall(rows: list[dict], task: RecallTask, title: str):
             found = [(c["distance"], c["accuracy"]) for c in row.get("cells", ()) if c["pairs"] == n]
             if found:
                 panel.plot(*zip(*found, strict=True), **make_line_style(number), label=row["config"])
-        panel.axhline(1 / n, color="0.5", linestyle=":")
+        panel.axhline(1 / n, color="0.5", linestyle=":", label="chance")
         style_panel(panel, f"distance (tokens), {n} pairs")
         panel.set_xticks(task.distances, [f"{d:,}" for d in task.distances])
         panel.minorticks_off()

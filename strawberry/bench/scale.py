@@ -4,18 +4,19 @@ import argparse
 import itertools
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from model import CONFIGS
 from strawberry.argument_parser import ArgumentParser
+from strawberry.bench import child_process
 from strawberry.bench.common import (
     SCRIPT,
     list_json_output,
     list_spec_inputs,
     parse_assignment,
+    parse_quantities,
     parse_quantity,
     split_spec,
     write_benchmark_config,
@@ -39,7 +40,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--same_batch", action="store_true", help="divide the config's batch among the processes (default: one each)")
     add("--json", type=Path, help="also write the measurements to this file")
     arguments = parser.parse_args(argv)
-    arguments.processes = [parse_quantity(part) for part in arguments.processes.split(",")]
+    arguments.processes = parse_quantities("--processes", arguments.processes)
     arguments.parallel = arguments.parallel.split(",")
     return arguments
 
@@ -72,7 +73,7 @@ def measure_processes(run: Run, processes: int, steps: int) -> dict:
         command = [sys.executable, *launcher, SCRIPT]
     with tempfile.TemporaryDirectory() as folder:
         file = write_benchmark_config(Path(folder), run, log_interval=10**6)
-        child = subprocess.run([*command, "_scale", file, str(steps)], capture_output=True, text=True)
+        child = child_process.run_group([*command, "_scale", file, str(steps)])
     answers = [line for line in child.stdout.splitlines() if line.startswith("{")]
     if child.returncode or not answers:
         lines = [line for line in child.stderr.splitlines() if line.strip()]

@@ -17,7 +17,7 @@ from pathlib import Path
 import encoder as encoders
 from strawberry.argument_parser import ArgumentParser
 from strawberry.bench import hardware
-from strawberry.bench.common import ROOT, parse_quantity
+from strawberry.bench.common import ROOT, parse_count, parse_quantity
 from strawberry.bench.decode import ROUNDS, read_model_sources
 from strawberry.common import UserError
 from strawberry.device import choose_device
@@ -84,7 +84,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", help="config file (file.json:key=value,key=value changes keys) or trained model file")
-    add("--clients", type=parse_quantity, default=16, help="simultaneous clients (default 16)")
+    add("--clients", type=parse_count, default=16, help="simultaneous clients (default 16)")
     add("--rows", type=parse_quantity, default=16, help="texts that are generated at once (default 16)")
     add("--queue", type=parse_quantity, default=64, help="clients that may wait (default 64)")
     add("--prompt", type=parse_quantity, default=32, help="tokens of a prompt (default 32)")

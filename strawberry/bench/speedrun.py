@@ -22,11 +22,11 @@ from strawberry.bench.common import (
     list_results,
     list_spec_inputs,
     parse_assignment,
+    parse_count,
     parse_learning_rates,
     parse_quantity,
     split_spec,
 )
-from strawberry.bench.compare import interrupt_on_signals
 from strawberry.bench.speedrun_plan import (
     KINDS,
     Plan,
@@ -86,11 +86,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "3e-4,6e-4,1e-3 with gpt2)")  # fmt: skip
     add("--nanogpt_steps", type=parse_quantity, help="nanoGPT's steps (default 5000 with char, 1500 with gpt2)")
     add("--nanogpt_set", action="append", default=[], metavar="KEY=VALUE", help="a key of nanoGPT; may be repeated")
-    add("--seeds", type=parse_quantity, default=3, help="runs of each side with its best learning rate (default 3)")
-    add("--evaluations", type=parse_quantity, default=50, help="number of evaluations in each run (default 50)")
+    add("--seeds", type=parse_count, default=3, help="runs of each side with its best learning rate (default 3)")
+    add("--evaluations", type=parse_count, default=50, help="number of evaluations in each run (default 50)")
     add("--eval_tokens", type=parse_quantity, default=500_000, help="maximum number of held-out tokens of an "
         "evaluation (default 500k)")  # fmt: skip
-    add("--jobs", type=parse_quantity, default=1, help="runs at once, each on a GPU of its own (default 1)")
+    add("--jobs", type=parse_count, default=1, help="runs at once, each on a GPU of its own (default 1)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="default: cuda, else cpu")
     add("--out", default="img/speedrun", type=Path, help="directory of the results (default img/speedrun)")
     arguments = parser.parse_args(argv)
@@ -321,8 +321,7 @@ def run(argv: list[str]) -> int | None:
         known = f"{len(done)} of nanoGPT's are done already"
         print(f"{speedrun.total} runs, {arguments.jobs} at once; {known}\n", flush=True)
         try:
-            with interrupt_on_signals():
-                speedrun.run()
+            speedrun.run()
         except KeyboardInterrupt:
             again = format_command(setup.relative_path(sys.executable), "speedrun", argv)
             print(f"\ninterrupted: finished runs are kept in {runs}; to go on:\n    {again}", flush=True)

@@ -347,7 +347,7 @@ class Sweep:
 
     def run(self) -> None:
         """Train all runs without a result. A run that fails is reported and skipped; the others continue."""
-        style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+        style = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         total, done = self.total * self.plan.steps, len(self.results) * self.plan.steps
         every = 1 if sys.stderr.isatty() else 30  # seconds
         with tqdm(total=total, initial=done, bar_format=style, dynamic_ncols=True, mininterval=every) as bar:

@@ -36,6 +36,7 @@ from strawberry.bench.common import (
     list_spec_inputs,
     load_spec,
     parse_assignment,
+    parse_count,
     parse_quantity,
     qualify_key,
     write_benchmark_config,
@@ -325,7 +326,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=1,
         help="configs that are prepared at once; they are measured one after the other (default 1)",
     )
-    add("--beside", type=parse_quantity, default=0, metavar="N", help="measure again beside N more of the same config")
+    add("--beside", type=parse_count, default=0, metavar="N", help="measure again beside N more of the same config")
     add("--json", type=Path, help="also write the measurements to this file")
     add("--against", choices=["nanogpt"], help="train tinystar in GPT-2's shape beside nanoGPT's own train.py instead")
     add("--nanogpt_path", type=Path, help="a checkout of nanoGPT")
@@ -340,6 +341,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError("name configs after --config, or --against nanogpt, one of the two")
     if arguments.against and arguments.nanogpt_path is None:
         raise UserError("--against nanogpt: needs --nanogpt_path, a checkout of nanoGPT")
+    if not arguments.against:
+        names = ["nanogpt_path", "steps", "batch_size", *GPT2_SHAPE]
+        parser.refuse_unused(arguments, names, "is about --against nanogpt; change a key of a config with --set")
     return arguments
 
 
@@ -446,11 +450,14 @@ def median_step_seconds(times: list[list[float]]) -> float:
 
 
 def find_nanogpt(path: Path) -> Path:
-    """The absolute path of a checkout. Raises UserError if its train.py is not there."""
-    directory = path.resolve()
-    if not (directory / "train.py").is_file():
-        raise UserError(f"--nanogpt_path {path}: there is no {directory / 'train.py'}; name a checkout of nanoGPT: "
-                        "git clone https://github.com/karpathy/nanoGPT")  # fmt: skip
+    """The absolute path of a checkout. Raises UserError if a file of its that training needs is not there, or if its
+    model.py has no GPT."""
+    directory, mend = path.resolve(), "name a checkout of nanoGPT: git clone https://github.com/karpathy/nanoGPT"
+    for name in ("train.py", "model.py", "configurator.py"):
+        if not (directory / name).is_file():
+            raise UserError(f"--nanogpt_path {path}: there is no {directory / name}; {mend}")
+    if b"class GPT(" not in (directory / "model.py").read_bytes():
+        raise UserError(f"--nanogpt_path {path}: its model.py has no class GPT; {mend}")
     return directory
 
 
@@ -501,7 +508,8 @@ def run_nanogpt(directory: Path, folder: Path, run: Run, steps: int) -> dict:
             elif line.startswith("{"):
                 memory, params = json.loads(line).values()
     if child.returncode:
-        raise UserError(f"nanoGPT's train.py failed: {''.join(tail).strip()}")
+        why = child_process.parse_result(list(tail), child.returncode)["why"]
+        raise UserError(f"nanoGPT's train.py failed: {why}; run it by itself in {directory} to see more")
     return {"params": params, "memory": memory, "losses": losses, "step_s": median_step_seconds(times[1:])}
 
 

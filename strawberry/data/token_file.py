@@ -21,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from strawberry.common import UserError, temporary_path
+from strawberry.common import UserError, nearest_file, temporary_path
 
 MAGIC = b"\x89TOKENS\n"  # \x89 starts no UTF-8 text, so a token file is never read as a document
 VERSION = 1
 HEADER_SIZE = 256
 CHUNK = 1 << 20  # tokens to read, scan or hash at a time
+DEFAULTS = {"data/webtext.bin": "", "data/packages.bin": "--corpus packages", "data/pairs.bin": "--pairs"}  # prepare.py
 KINDS = ("tokens", "pairs")  # running text; alternating sources and targets
 
 
@@ -213,7 +214,10 @@ class TokenFile:
                 self._head = file.read(HEADER_SIZE)
                 size = os.fstat(file.fileno()).st_size
         except FileNotFoundError:
-            raise UserError(f"there is no token file {path}: run python prepare.py --output {path}") from None
+            default = DEFAULTS.get(Path(path).as_posix())
+            make = f"--output {path}" if default is None else default
+            raise UserError(f"there is no token file {path}: run python prepare.py {make}".rstrip()
+                            + nearest_file(path)) from None  # fmt: skip
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
         self.header = Header.from_bytes(self._head, path)

@@ -144,7 +144,7 @@ def read_nanogpt(path: str) -> Checkpoint:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file, or one that is no checkpoint, raises
-        reason = first_line(error)[:200]
+        reason = first_line(error).partition(". ")[0][:200]  # what follows advises to run the file's code
         raise UserError(f"init_from: {path} is not read, since it is damaged or holds more than tensors and plain "
                         f"values ({type(error).__name__}: {reason}); name a ckpt.pt of nanoGPT") from error  # fmt: skip
     args = data.get("model_args") if isinstance(data, dict) else None

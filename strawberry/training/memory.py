@@ -56,6 +56,20 @@ def saved_for_backward(model: nn.Module, forward: Callable[[], object]) -> list[
     return list(saved.values())
 
 
+def refuse_large_model(model: nn.Module, run, device: torch.device) -> None:
+    """Raises UserError if weights, gradients and optimizer take more than a CPU's machine has. The system would kill
+    the process, and nothing would say why. `model` is on the meta device."""
+    state = STATE_BYTES["muon" if run.optimizer_hyperparams.use_muon else "adamw"]  # at least
+    n, there = sum(p.numel() for p in model.parameters()), machine.capacity()
+    if device.type == "cpu" and n * (8 + state) > there:
+        sizes = ", ".join(f"model_hyperparams.{key} ({getattr(run.model_hyperparams, key)})" for key in SIZES)
+        raise UserError(f"the model has {n:,} parameters, which take {format_bytes(n * (8 + state))} with their "
+                        f"gradients and the optimizer's state, and this machine has {format_bytes(there)} of memory. "
+                        f"Lower {sizes}.")  # fmt: skip
+
+
+SIZES = ("n_embd", "n_layer", "vocab_size")
+SAFE_TOKENS = 1 << 16  # of a batch: below, activations are not estimated unless the model is large
 TRANSIENT_COPIES = 3  # of the largest saved tensor, for temporary ones: the logits and their gradients
 
 
@@ -115,6 +129,19 @@ class MemoryPlanner:
             run.batch_size = self.find_batch_size() * world
             print(f"batch_size   {run.batch_size:,}, the largest that fits; write it into the JSON to keep it")
         divide_batch(run.batch_size, run.gradient_accumulation_steps, self.state.ranks.rank, world)
+
+    def refuse_large_batch(self) -> None:
+        """Raises UserError if a step takes, by estimate, more than a CPU's machine has, for which the system would kill
+        the process. Estimates nothing where a small model has a small batch."""
+        if self.state.device.type != "cpu" or self.state.ranks.world > 1:
+            return
+        rows, T, there = self.state.rows, self.state.run.model_hyperparams.block_size, machine.capacity()
+        if rows * T < SAFE_TOKENS and self.estimate(row=0).fixed < there // 4:
+            return
+        need = self.estimate()
+        if (total := need.fixed + rows * need.row) > there:
+            raise UserError(f"a step needs about {format_bytes(total)} of memory ({need.describe(rows, T)}), and this "
+                            f"machine has {format_bytes(there)}. {self.suggest_memory_cuts()}")  # fmt: skip
 
     def find_batch_size(self) -> int:
         """The largest number of rows for which a rank has memory, at most one epoch.

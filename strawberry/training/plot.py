@@ -346,6 +346,7 @@ def curves(metrics: str | os.PathLike | Iterable[str | os.PathLike], out: str | 
     metrics file cannot be read or drawn, existing pictures are unchanged.
     """
     paths = [Path(metrics)] if isinstance(metrics, (str, os.PathLike)) else [Path(path) for path in metrics]
+    paths = list({os.path.realpath(path): path for path in paths}.values())  # a run that is named twice is drawn once
     try:
         runs = dict(zip(run_names(paths), map(read_points, paths), strict=True))
     except OSError as error:

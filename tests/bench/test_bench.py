@@ -6,9 +6,11 @@ import json
 import math
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -259,12 +261,67 @@ def test_an_interruption_keeps_what_is_finished_and_tells_how_to_go_on(workshop,
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep.TrialPool, "collect_finished", interrupted_after_two)
-        assert run_compare("a.json", "b.json") == 130
+        assert run_compare("a.json", "b.json") == 128 + signal.SIGTERM
     output = capsys.readouterr().out
     assert "2 of 6 runs are finished" in output and "bench.py compare a.json b.json --tokens 1280" in output
     assert len(calls()) == 2 and not Path("out/compare.md").exists()
     assert run_compare("a.json", "b.json") == 0
     assert len(calls()) == 4 and "2 of them are done already" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals there")
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", None)])
+def test_every_command_is_interrupted_by_a_signal(monkeypatch, name, code):
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        run = Mock(__doc__="A command.", side_effect=lambda rest: signal.raise_signal(number))
+        monkeypatch.setitem(bench.COMMANDS, "decode", run)
+        if code is None:
+            with pytest.raises(KeyboardInterrupt):
+                bench.main(["decode"])
+        else:
+            assert bench.main(["decode"]) == code
+        assert signal.getsignal(number) is signal.default_int_handler
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        assert bench.main(["decode"]) is None
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no groups of processes there")
+@pytest.mark.parametrize("role", ["", "signal.signal(signal.SIGTERM, signal.SIG_IGN); "])
+def test_an_interruption_ends_the_processes_that_a_child_has_started(tmp_path, monkeypatch, role):
+    """A launcher with a worker, as torchrun is; one that ends its worker too late is killed with it."""
+    worker = "import time; time.sleep(600)"
+    launcher = f"""import signal, subprocess, sys, time; {role}
+child = subprocess.Popen([sys.executable, "-c", {worker!r}]); open("pid", "w").write(f"{{child.pid}} ")
+time.sleep(600)"""
+    monkeypatch.chdir(tmp_path)
+    wait = subprocess.Popen.communicate
+
+    def communicate(child, *arguments, **how):
+        if how:
+            return wait(child, *arguments, **how)
+        while not Path("pid").exists() or not Path("pid").read_text().endswith(" "):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+    with pytest.raises(KeyboardInterrupt):
+        child_process.run_group([sys.executable, "-c", launcher], patience=0.2)
+    pid, end = int(Path("pid").read_text()), time.monotonic() + 30
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie, as one is that has been killed and has nobody to wait for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
@@ -512,6 +569,7 @@ def test_the_picture_has_tokens_flops_and_seconds():
     ([], "required: configs"),
     (["nowhere.json"], "no such file"),
     (["a.json", "a.json"], "given twice"),
+    (["a.json", "--muon_lrs", "1e-3"], "--muon_lrs: no config is trained with Muon; add --optimizers"),
     (["a.json:n_layers=2"], "n_layer"),
     (["a.json:n_layer"], "is no override; write key=value"),
     (["a.json:n_layer=none"], "n_layer"),
@@ -815,14 +873,22 @@ def test_the_speeds_are_drawn_a_panel_for_each_batch():
     assert [label.get_text() for label in panels[0].get_xticklabels()] == ["128", "1k"]
 
 
+def test_a_batch_that_fits_nowhere_is_said_in_the_picture(tmp_path):
+    cell = {"batch": 1, "context": 4000, "why": "its positions end at 1,024"}
+    fig = decode.draw_speeds([{"label": "a", "cells": [cell]}], [1], "title")
+    decode.plot.save(fig, tmp_path / "a.png")
+    assert [text.get_text() for text in fig.axes[0].texts] == ["nothing fits"]
+
+
 @pytest.mark.parametrize("words, message", [
     ([], "name configs or model files, or --against nanogpt"),
     (["t.json", "--against", "nanogpt"], "name configs or model files, or --against nanogpt, one of the two"),
     (["--against", "nanogpt"], "needs --nanogpt_path"),
-    (["t.json", "--batches", "1,none"], "'none' is no positive number"),
-    (["t.json", "--contexts", "0"], "'0' is no positive number"),
+    (["t.json", "--batches", "1,none"], "--batches 1,none: 'none' is no positive number"),
+    (["t.json", "--contexts", "0"], "--contexts 0: '0' is no positive number"),
     (["t.json", "--quantize", "int4"], "int8"),
     (["t.json", "t.json"], "given twice"),
+    (["t.json", "--n_layer", "3"], "--n_layer 3: is about --against nanogpt; add that, or leave --n_layer out"),
     (["t.json:n_layers=2"], "n_layer"),
     (["nowhere.json"], "no such file"),
     (["nowhere.strawberry"], "nowhere.strawberry"),
@@ -966,6 +1032,7 @@ def test_a_config_that_fails_is_reported_and_the_others_are_measured(real, capsy
     (["--config", "a.json:n_layers=2"], "n_layer"),
     (["--config", "a.json", "--set", "n_layer"], "write key=value"),
     (["--config", "nowhere.json"], "no such file"),
+    (["--config", "a.json", "--steps", "3"], "--steps 3: is about --against nanogpt; .* with --set, or leave --steps"),
     (["--config", "a.json", "--beside", "-1"], "--beside: '-1' is no positive number"),
     (["--config", "a.json", "--beside", "65"], "--beside 65: at most 64 more processes"),
 ])  # fmt: skip
@@ -999,7 +1066,8 @@ def test_both_train_scripts_run_on_the_same_text(real, capsys, monkeypatch):
     monkeypatch.setattr(train, "write_benchmark_config", lambda folder, run, **keys: (
         hypers.append(run.optimizer_hyperparams), write(folder, run, **keys))[1])  # fmt: skip
     Path("theirs").mkdir()
-    for name, text in (("train.py", THEIR_TRAIN), ("model.py", "name = 'theirs'"), ("configurator.py", "")):
+    model_text = "class GPT(dict): ...\nname = 'theirs'"
+    for name, text in (("train.py", THEIR_TRAIN), ("model.py", model_text), ("configurator.py", "")):
         Path("theirs", name).write_text(text)
     shape = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--vocab_size", "44", "--block_size", "16"]
     data = ["--set", "dataset.path=data.bin", "--set", "encoder_path=chars:text.txt", "--set", "compile=false"]
@@ -1051,6 +1119,8 @@ def test_growth_is_drawn_an_axis_for_each_question():
     found = [{line.get_label(): line.get_xydata().tolist() for line in panel.lines} for panel in panels]
     assert found[0] == {label: [[64, 640], [128, 1280]] for label in "ab"} and found[0] == found[1]
     assert found[2]["a"] == [[64, 64], [128, 128]]
+    highest = [max(y for line in panel.lines for y in line.get_ydata()) for panel in panels]
+    assert all(panel.get_ylim()[1] > 1.05 * y for panel, y in zip(panels, highest, strict=True))
     assert len(growth.draw_growth([row | {"memory": None} for row in rows], "title").axes) == 2
 
 

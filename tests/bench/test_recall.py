@@ -209,6 +209,29 @@ def test_a_model_that_is_not_causal_is_refused(tmp_path, monkeypatch):
         recall.RecallTrainer(run, TASK).set_up()
 
 
+@pytest.mark.slow
+def test_after_an_interruption_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def measure(role, words, jobs, device):
+        for i, _ in enumerate(words):
+            asked.append(i)
+            yield i, {"cells": [{"pairs": 2, "distance": 2, "accuracy": 0.5}]}
+            if len(asked) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(recall.child_process, "run_at_once", measure)
+    shape = "n_layer=1,n_embd=16,n_head=2"
+    words = ["recall", f"tinystar-v0.2-modernbase.json:{shape}", f"air.json:{shape},r_layer=0,n_qkv=16", "--pairs", "2",
+             "--distances", "2"]  # fmt: skip
+    assert bench.main(words) == 130
+    assert "finished runs are kept in img/recall/runs; to go on:" in capsys.readouterr().out
+    assert bench.main(words) is None
+    assert "1 of them are done already" in capsys.readouterr().out and asked == [0, 0]
+    assert bench.main([*words, "--rows", "8"]) is None and asked == [0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("words, message", [
     ([], "required: configs"),
     (["a.json", "--pairs", "0"], "--pairs 0: '0' is no positive number"),
@@ -217,6 +240,10 @@ def test_a_model_that_is_not_causal_is_refused(tmp_path, monkeypatch):
     (["a.json", "--distances", "1e9"], "--distances 1e9: at most 1,048,576"),
     (["nowhere.json"], "no such file"),
     (["air.json", "--set", "n_layers=2"], "n_layer"),
+    (["air.json:vocab_size=10"], "'vocab_size=10': recall sets model_hyperparams.vocab_size itself; use --pairs"),
+    (["air.json", "--set", "learning_rate=1"], "use --lrs"),
+    (["air.json", "air.json"], "given twice"),
+    (["transformer-pairs.json"], "kind = 'encoder-decoder' does not continue text; try :kind=decoder"),
 ])  # fmt: skip
 def test_mistakes_are_named_before_anything_is_trained(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from strawberry.argument_parser import ArgumentParser
-from strawberry.bench.common import parse_quantity
+from strawberry.bench.common import parse_count, parse_quantity
 from strawberry.common import UserError, format_count, run_cli
 
 
@@ -122,7 +122,8 @@ def test_bench_without_a_command_is_an_error_with_its_usage(call):
 @pytest.mark.parametrize("name,word,fix", [
     ("sample.py", "Once upon", "--prompt 'Once upon'"), ("sample.py", "a.json", "--prompt a.json"),
     ("serve.py", "bin/", "--models bin/"), ("train.py", "a.json", "--config a.json"),
-    ("train.py", "air", "--key=value"),
+    ("train.py", "air", "--key=value"), ("sample.py", "bin/a.strawberry", "--model bin/a.strawberry"),
+    ("sample.py", ".", "--model ."), ("sample.py", __file__, f"--prompt_file {__file__}"),
 ])  # fmt: skip
 def test_a_word_without_an_option_is_an_error_that_names_one(call, name, word, fix):
     code, out, err = call(Script(name, ""), word)
@@ -201,9 +202,31 @@ def test_mistakes_are_user_errors(parse, words, message):
     assert str(told.value) == message
 
 
+def test_a_wrong_choice_is_told_the_nearest():
+    parser = ArgumentParser("x.py", "Test parser.")
+    parser.add_argument("--corpus", choices=("stdlib", "packages"))
+    with pytest.raises(UserError) as error:
+        parser.parse_args(["--corpus", "package"])
+    assert str(error.value) == ("--corpus: 'package' is none of stdlib, packages (did you mean 'packages'?); "
+                                "see python x.py --help")  # fmt: skip
+
+
+@pytest.mark.parametrize("words,problem", [
+    (["--max_tokens", "9"], "--max_tokens 9: limits pairs; add --pairs, or leave --max_tokens out"),
+    (["--errors", "replace"], "--errors replace: is about files of your own; name them with --input or --pairs"),
+    (["--format", "json", "--pairs"], "--format json: is about files of your own"),
+])  # fmt: skip
+def test_prepare_refuses_an_option_that_would_change_nothing(words, problem):
+    from prepare import parse_arguments
+
+    with pytest.raises(UserError) as error:
+        parse_arguments(words)
+    assert str(error.value).startswith(problem)
+
+
 @pytest.mark.parametrize("parse_value,text,problem", [
-    (parse_quantity, "-1", "'-1' is no positive number"),
-    (int, "two", "invalid int value: 'two'"),
+    (parse_quantity, "-1", "'-1' is no positive number"), (parse_count, "1e5", "'1e5' is more than 10,000"),
+    (int, "two", "'two' is no whole number"), (float, "two", "'two' is no number"),
 ])  # fmt: skip
 def test_an_error_of_a_value_names_its_option(parse_value, text, problem):
     parser = ArgumentParser("x.py", "Test parser.")
@@ -217,6 +240,6 @@ def test_an_old_name_of_an_option_works_and_a_warning_names_the_new_one(capsys):
     from prepare import parse_arguments
 
     for words in (["--longest", "9"], ["--longest=9"], ["--max_tokens", "9"]):
-        assert parse_arguments(words).max_tokens == 9
+        assert parse_arguments(["--pairs", *words]).max_tokens == 9
         warning = "warning: --longest is now called --max_tokens: write --max_tokens\n" if "long" in words[0] else ""
         assert capsys.readouterr().err == warning

@@ -170,11 +170,23 @@ def test_every_program_runs_through_run_cli(name):
         ("raise KeyboardInterrupt('interrupted: so')", 130, "interrupted: so\n"),
         ("raise BrokenPipeError", 141, ""),
         ("raise UserError('\\ud800')", 2, "error: ?\n"),
+        ("raise PermissionError(13, 'Permission denied', 'a/b')", 2,
+         "error: a/b: Permission denied; change its rights, or name another path\n"),
+        ("raise OSError(28, 'No space left on device')", 2,
+         "error: cannot write: No space left on device; free some space, or name a path on another disk\n"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(body, code, stderr):
     ran = program(body)
     assert (ran.returncode, ran.stderr) == (code, stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device there that is full")
+@pytest.mark.parametrize("characters", [1, 1_000_000])
+def test_a_full_disk_under_the_output_is_one_line(characters):
+    with open("/dev/full", "w") as full:
+        ran = program(f"print('x' * {characters})", stdout=full, stderr=subprocess.PIPE)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1) and "No space left on device; free some" in ran.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes there break in another way")
@@ -270,6 +282,20 @@ def test_any_key_can_be_overridden():
     assert load_run(["--seed=1", "--seed=2"], ARCHS).seed == 2
 
 
+def test_a_section_on_the_command_line_is_merged_with_the_files(tmp_path):
+    path = write(tmp_path, '{"model_hyperparams": {"n_embd": 32, "n_layer": 3}}')
+    run = load_run(["--config", path, '--model_hyperparams={"n_layer": 7}', "--model_hyperparams.n_head=2"], ARCHS)
+    assert (run.model_hyperparams.n_embd, run.model_hyperparams.n_layer, run.model_hyperparams.n_head) == (32, 7, 2)
+    assert problems_of("--config=air.json", '--dataset={"path": "a", "path": "b"}') == [
+        'dataset.path = "a", "b": given 2 times; keep one'
+    ]
+
+
+def test_an_empty_file_is_no_config(tmp_path):
+    path = write(tmp_path, " \n")
+    assert problems_of("--config", path) == [f"{path}: is empty; a config is an object, {{ … }}"]
+
+
 def test_arch_picks_the_keys_of_the_model():
     run = load_run(["--model_hyperparams.arch=tinystar", "--model_hyperparams.ffn_type=GELU"], ARCHS)
     assert run.model_hyperparams == Star(ffn_type="GELU")
@@ -340,6 +366,7 @@ REFUSED = {
     '"nanogpt:<path>"',
     "--model_path=./data/webtext.bin": 'model_path = "./data/webtext.bin": is dataset.path too, which the trained '
     "model would replace; name another file",
+    "--config=.": '--config ".": is a directory; name a JSON file here or in config/; config/ has ',
     '--dataset={"path": "a", "path": "b"}': 'dataset.path = "a", "b": given 2 times; keep one',
     "air.json": '"air.json" on the command line: must be an option; write --config air.json',
     "--seed": "--seed: has no value; write --seed=value",
@@ -610,7 +637,7 @@ def test_duplicate_keys_are_all_named(tmp_path):
     [
         ('{\n"seed": 1,\n"batch_size" 4}', 'line 3: Unexpected "4" at column 14'),
         ('{"seed": 1 // no end', "line 1: Unexpected end of input"),
-        ("", "Empty"),
+        ("", "is empty; a config is an object"),
         ("[1]", "holds [1], but a config is an object"),
         ("[" * 60_000, "nested too deeply"),
         ('{"a":' * 10_000, "nested too deeply"),

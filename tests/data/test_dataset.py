@@ -402,9 +402,16 @@ def test_a_signed_lie_is_refused_or_harmless(tmp_path, sound, changes, number, l
     assert windows.max() < corpus.vocab_size
 
 
-def test_missing_and_unreadable_paths(tmp_path):
+def test_missing_and_unreadable_paths(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"there is no token file .*nowhere\.bin: run python prepare\.py"):
         Corpus(tmp_path / "nowhere.bin", None, 8, 0.5)
+    monkeypatch.chdir(tmp_path)
+    for path, command in (("data/pairs.bin", "prepare.py --pairs"), ("data/webtext.bin", "prepare.py")):
+        with pytest.raises(UserError, match=f"there is no token file {path}: run python {command}$"):
+            Corpus(path, None, 8, 0.5)
+    (tmp_path / "text.bin").touch()
+    with pytest.raises(UserError, match=r"--output txt\.bin \(did you mean 'text\.bin'\?\)"):
+        Corpus("txt.bin", None, 8, 0.5)
     with pytest.raises(UserError, match="cannot read|is a directory"):
         TokenFile(tmp_path)
 

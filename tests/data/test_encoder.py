@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -618,7 +619,8 @@ def test_command_trains_on_files_folders_and_globs(tmp_path, corpus, capsys):
     ("changes", "message"),
     [
         ({"--input": "nothing-here/*.txt"}, r"--input nothing-here/\*\.txt: there is no such file"),
-        ({"--vocab_size": "100"}, "out of range"),
+        ({"--vocab_size": "100"}, r"--vocab_size: '100' is no whole number from 258 "),
+        ({"--vocab_size": "1e9"}, r"'1e9' is no whole number from 258 .* to 4,194,304"),
         ({"--vocab_size": "100000"}, "too little text"),
         ({"--output": "."}, "--output: . is a directory; name a file"),
     ],
@@ -629,6 +631,26 @@ def test_command_refuses_and_creates_nothing(tmp_path, corpus, monkeypatch, chan
     with pytest.raises(UserError, match=message):
         encoders.main([word for pair in options.items() for word in pair])
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_default_output_is_not_replaced_unasked(tmp_path, corpus, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--input", str(corpus), "--vocab_size"]
+    encoders.main([*words, "400"])
+    before = Path(encoders.DEFAULT_OUTPUT).read_bytes()
+    with pytest.raises(UserError, match="bin/cl8k.bin is there, and .* replace it with --output bin/cl8k.bin"):
+        encoders.main([*words, "300"])
+    assert Path(encoders.DEFAULT_OUTPUT).read_bytes() == before
+    encoders.main([*words, "300", "--output", encoders.DEFAULT_OUTPUT])
+    assert load(encoders.DEFAULT_OUTPUT).vocab_size == 300
+
+
+def test_a_misspelt_encoder_is_compared_with_the_files_beside_it(tmp_path):
+    (tmp_path / "cl8k.bin").touch()
+    with pytest.raises(UserError, match=re.escape("cl8.bin' (did you mean 'cl8k.bin'?); `python prepare.py`")):
+        load(tmp_path / "cl8.bin")
+    with pytest.raises(UserError, match="names no file; write chars:FILE"):
+        load("chars:")
 
 
 def test_command_exits_with_2_and_one_line(tmp_path):

@@ -126,7 +126,8 @@ SPOILED = {
     "torn": (lambda: Path("nano_True.pt").write_bytes(Path("nano_True.pt").read_bytes()[:3000]),
              "nanogpt:nano_True.pt", "nano_True.pt is not read"),
     "code": (lambda: torch.save({"model": Payload(), "model_args": {}}, "nano_True.pt"), "nanogpt:nano_True.pt",
-             "nano_True.pt is not read, since it is damaged or holds more than tensors"),
+             "nano_True.pt is not read, since it is damaged or holds more than tensors and plain values "
+             r"\(UnpicklingError: Weights only load failed\); name a ckpt.pt"),
     "no checkpoint": (lambda: torch.save({"x": 1}, "nano_True.pt"), "nanogpt:nano_True.pt", "has no model and model"),
     "no tensor": (lambda: cut("transformer.h.1.ln_2.weight"), "nanogpt:nano_True.pt", "has no tensor h.1.ln_2.weight"),
     "another tensor": (lambda: cut("transformer.h.1.ln_2.weight", torch.zeros(3, 3)), "nanogpt:nano_True.pt",

@@ -467,6 +467,8 @@ def test_the_last_line_says_how_fast(run):
         (["--ignore_eot"], r"--ignore_eot: unknown option \(did you mean '--ignore_eos'\?\)"),
         (["--stop", "a\\d"], r"--stop a\\d: \\d is no escape; write \\\\d for a backslash before d; escapes are \\n, "),
         (["--fast"], "--fast: is about a --prompts_file"),
+        (["--stride", "8"], "--stride: is about --score"),
+        (["--num_samples", "1e9"], "--num_samples = 1000000000.*<= 65536"),
         (["--length", "0"], "--length = 0: must be an integer >= 1"),
         (["--length", "-5"], "--length = -5: must be"),
         (["--length", "2.5"], "--length = 2.5: must be an integer"),
@@ -506,6 +508,11 @@ def test_the_last_line_says_how_fast(run):
 )
 def test_wrong_options_are_one_line_and_exit_2(capsys, monkeypatch, argv, message):
     assert re.search(message, fails(capsys, monkeypatch, "--prompt", "a", *argv))
+
+
+def test_an_option_of_sampling_is_refused_beside_score(capsys, monkeypatch):
+    told = fails(capsys, monkeypatch, "--score", "a.txt", "--temperature", "1", "--source", "a", "--stride", "8")
+    assert "--temperature: changes nothing about --score" in told and "--source" not in told and "--stride" not in told
 
 
 def test_a_missing_device_is_named(folder, capsys, monkeypatch):
@@ -658,7 +665,8 @@ def test_an_answer_is_scored_given_its_source(answering, tmp_path, capsys):
         given = torch.tensor([[*encoder.encode(source), encoder.eot]])
         ids = torch.tensor([[encoder.eot, *encoder.encode("hedge")]])
         losses.append(model(ids[:, :-1], ids[:, 1:], source=given)[1].item())
-        out = answer(capsys, path, "--source", source, "--score", str(tmp_path / "answer.txt")).out
+        sample.main(["--model", str(path), "--source", source, "--score", str(tmp_path / "answer.txt")])
+        out = capsys.readouterr().out
         assert out.startswith(f"loss {losses[-1]:.4f} nats per token")
     assert losses[0] != losses[1]
 

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -39,6 +40,7 @@ from strawberry.serving.engine import Engine, decode_token
 from strawberry.serving.errors import ApiError, replace_surrogates
 from strawberry.serving.metrics import Metrics
 from strawberry.serving.model_files import read_model_file
+from strawberry.serving.models import ModelPool
 from strawberry.serving.protocol import CompletionRequest, range_pattern
 from strawberry.serving.security import HttpProtocol, RateLimiter
 from strawberry.serving.server import Server, check_free, make_server_config
@@ -173,6 +175,22 @@ def alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
 
 
 # ---- completions, through OpenAI's package -------------------------------------------------------------------------
+
+
+def test_a_folder_of_runs_that_is_not_there_is_a_warning(tmp_path, caplog):
+    async def start():
+        closing = asyncio.Event()
+        closing.set()
+        pool = SimpleNamespace(settings=SimpleNamespace(models="bin", runs=[str(tmp_path), str(tmp_path / "none")]),
+                               stop_before_deadline=closing.wait, list_files=lambda: asyncio.sleep(0, []))  # fmt: skip
+        await ModelPool.start(pool)
+        await pool.stop_task
+
+    with caplog.at_level("WARNING", engine.log.name):
+        asyncio.run(start())
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--runs {tmp_path / 'none'}: there is no such folder yet; its runs are shown once there is"
+    ]
 
 
 @pytest.mark.slow

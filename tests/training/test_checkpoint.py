@@ -643,7 +643,7 @@ def test_a_header_longer_than_its_file_or_than_any_is_not_read(tmp_path):
         with open(path, "wb") as file:
             file.write(with_header({"w": F32}, size=size))
             file.truncate(limit)
-        with pytest.raises(UserError, match=f"header claims {size} bytes; the file has {limit}"):
+        with pytest.raises(UserError, match=f"header claims {size} bytes; the file has {limit}, .*; copy it anew"):
             load_model(path)
 
 
@@ -651,6 +651,9 @@ def test_a_model_file_that_is_not_there_or_no_file_is_said(tmp_path):
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError, match=re.escape(f"no model file {path}")):
             load_model(path)
+    (tmp_path / "tiny.palm").touch()
+    with pytest.raises(UserError, match=re.escape("tny.palm (did you mean 'tiny.palm'?)")):
+        load_model(tmp_path / "tny.palm")
 
 
 def test_a_model_file_is_replaced_wholly_or_not_at_all(tmp_path, monkeypatch):

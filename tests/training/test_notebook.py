@@ -8,8 +8,10 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_docs
+import torch
 from runs import TEXT, assert_same, run, weights_and_state, write_config, write_corpus
 
 import model
@@ -66,11 +68,16 @@ def test_overrides_are_merged_into_a_file_or_a_dict():
         assert to_dict(strawberry.notebook.make_run(merged, model.CONFIGS)) == to_dict(expected)
     assert given == raw  # is not changed
     assert strawberry.notebook.merge_overrides(None, {"max_iters": 3}) == {"max_iters": 3}
+    numbers = {"max_iters": np.int64(3), "model_hyperparams": {"window": [np.int64(4)], "dropout": torch.tensor(0.5)}}
+    plain = strawberry.notebook.merge_overrides({"seed": np.int64(1)}, numbers | {"model_path": Path("a")})
+    assert json.loads(json.dumps(plain)) == {"seed": 1, "max_iters": 3, "model_path": "a", "model_hyperparams": {
+        "window": [4], "dropout": 0.5}}  # fmt: skip
 
 
 @pytest.mark.parametrize("config,overrides,says", [
     ("run.json", {"learning_rat": 1}, "did you mean 'learning_rate'"),
     ("nothing.json", {}, "nothing.json.*no such file"),
+    ("", {}, "is a directory|no such file"),
     ("run.json", {"max_iters": 0, "seed": -1}, "(?s)2 problems.*seed.*max_iters"),
     ("run.json", {"dataset": {"path": "none.bin"}}, "none.bin"),
     ("run.json", {"init_from": "resume"}, "ck"),
@@ -97,6 +104,9 @@ def test_samples_are_those_of_the_command_line(capsys):
     assert done.sample("a cat", **options) + "\n" == capsys.readouterr().out
     assert done.sample("a cat", seed=1, length=30) == done.sample("a cat", seed=1, length=30)
     assert isinstance(done.sample(length=3), str)
+    for call in (lambda: done.sample(5), lambda: done.plot("x.json"), lambda: done.plot(done, None)):
+        with pytest.raises(UserError, match="must be text|must be a run"):
+            call()
     for wrong in ({"temperature": -1}, {"top_p": 0}, {"length": 0}, {"seed": "x"},
                   {"repetition_penalty": 0}):  # fmt: skip
         with pytest.raises(UserError, match=f"{next(iter(wrong))} = .*must be"):

@@ -65,6 +65,13 @@ def test_runs_are_overlaid_under_names_that_tell_them_apart(tmp_path):
     assert len({line.get_color() for line in ax.lines}) == 2
 
 
+def test_a_run_that_is_named_twice_is_drawn_once(tmp_path):
+    path = write_run(tmp_path / "a" / "metrics.jsonl")
+    for name, paths in (("once.svg", [path]), ("twice.svg", [path, tmp_path / "a" / ".." / "a" / "metrics.jsonl"])):
+        plot.curves(paths, tmp_path / name)
+    assert (tmp_path / "twice.svg").read_text().count("<path") == (tmp_path / "once.svg").read_text().count("<path")
+
+
 def test_evaluations_stand_at_the_seconds_of_the_line_before(tmp_path):
     ax = sheet("loss.png", write_run(tmp_path / "a" / "metrics.jsonl"), x="seconds")
     assert curve(ax, "validation")[0][0] == pytest.approx(10 / 9)

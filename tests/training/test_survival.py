@@ -682,6 +682,23 @@ def test_a_cpu_gives_half_of_its_free_memory_and_no_more_tokens_than_help(den, m
     assert prepared("--batch_size=auto").run.batch_size == 5
 
 
+@pytest.mark.slow
+def test_what_a_cpu_has_no_memory_for_is_refused_before_the_system_kills(den, monkeypatch):
+    trainer = prepared()  # its planner does not keep it
+    need, before = trainer.memory_planner.estimate(), files(den)
+    trainer.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.machine, "capacity", lambda: need.weights)
+        with pytest.raises(UserError, match=r"the model has [\d,]+ parameters, .* Lower model_hyperparams\.n_embd \("):
+            run()
+    monkeypatch.setattr(memory, "SAFE_TOKENS", 0)
+    monkeypatch.setattr(memory.machine, "capacity", lambda: need.fixed + 3 * need.row)
+    with pytest.raises(UserError, match="a step needs about .* activations of 4 rows .* Halve batch_size"):
+        run()
+    assert files(den) == before
+    assert run("--batch_size=2", "--gradient_accumulation_steps=4", "--max_iters=1") == 0  # what it said
+
+
 def test_what_a_row_keeps_for_the_backward_pass_is_counted():
     """silu(x W) + (x W)² keeps x (n·8 floats) and x W (n·4), once though used twice, and neither W nor the result."""
     layer = torch.nn.Linear(8, 4, bias=False)
@@ -711,7 +728,8 @@ def test_a_cpu_that_is_out_of_memory_says_so(den):
     before = files(den)
     assert finish(start("--config", "run.json", body=torture.short_of_memory)) == 2, read()
     last = read().splitlines()[-1]
-    assert last.startswith("error: cpu is out of memory before the first step") and "Halve batch_size" in last
+    told = ("error: cpu is out of memory before the first step", "error: a step needs about")  # 2nd: a small machine
+    assert last.startswith(told) and "Halve batch_size" in last
     Path("log.txt").unlink()
     assert files(den) == before
 
