@@ -316,7 +316,7 @@ def given_shell() -> "Shell":
 
 
 @functools.cache
-def make_given(name: str) -> list[Path]:
+def make_given(name: str) -> dict[str, bytes]:
     """Run the commands of GIVEN that make the file. Returns all files in data/ and bin/ that they have written."""
     shell, began = given_shell(), time.time_ns()
     for command in GIVEN[name]:
@@ -325,8 +325,9 @@ def make_given(name: str) -> list[Path]:
                 shell.give(needed)
         done = shell.bash(command)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-    files = [file for part in ("data", "bin") for file in (shell.folder / part).rglob("*")]
-    return [file for file in files if file.is_file() and file.stat().st_mtime_ns > began]
+    files = [file for part in ("data", "bin") for file in (shell.folder / part).rglob("*") if file.is_file()]
+    return {str(file.relative_to(shell.folder)): file.read_bytes()
+            for file in files if file.stat().st_mtime_ns > began}  # fmt: skip
 
 
 class Shell:
@@ -357,11 +358,11 @@ class Shell:
             return
         if path.exists():
             return
-        for file in make_given(name):
-            copy = self.folder / file.relative_to(given_shell().folder)
+        for made, data in make_given(name).items():
+            copy = self.folder / made
             copy.parent.mkdir(parents=True, exist_ok=True)
             if not copy.exists():
-                shutil.copy(file, copy)
+                copy.write_bytes(data)
 
     def start(self, text: str) -> tuple[subprocess.Popen, str]:
         """A server and its port, once it answers."""

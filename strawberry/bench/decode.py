@@ -475,8 +475,8 @@ def run(argv: list[str]) -> None:
     if arguments.against:
         run_against_nanogpt(arguments)
         return
-    sources = read_model_sources(arguments.models, take_source=True)
     check_outputs(list_results("decode", arguments.out, arguments.json), list_spec_inputs("models", arguments.models))
+    sources = read_model_sources(arguments.models, take_source=True)
     benchmark = make_benchmark(arguments)
     print(f"{hardware.describe_device(benchmark.device)} copies {benchmark.bandwidth / 1e9:,.1f} GB/s", flush=True)
     rows, command = [], format_command("python", "decode", argv)

@@ -17,7 +17,7 @@ from typing import Annotated
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machine import count, require_module
+from machine import count, require, require_module
 from pydantic import Field, ValidationError
 
 from optimizer import lr_at
@@ -181,9 +181,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(body, code, stderr):
     assert (ran.returncode, ran.stderr) == (code, stderr)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device there that is full")
 @pytest.mark.parametrize("characters", [1, 1_000_000])
 def test_a_full_disk_under_the_output_is_one_line(characters):
+    require(os.path.exists("/dev/full"), "/dev/full")
     with open("/dev/full", "w") as full:
         ran = program(f"print('x' * {characters})", stdout=full, stderr=subprocess.PIPE)
     assert (ran.returncode, ran.stderr.count("\n")) == (2, 1) and "No space left on device; free some" in ran.stderr
@@ -325,6 +325,7 @@ def test_init_from_another_programs_checkpoint():
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
+CONFIG_FOLDER = Path(__file__).parents[2] / "config"
 REFUSED = {
     "--learning_rat=1": "learning_rat = 1: unknown key (did you mean 'learning_rate'?)",
     "--n_layer=4": "n_layer = 4: unknown key (did you mean 'model_hyperparams.n_layer'?)",
@@ -366,7 +367,8 @@ REFUSED = {
     '"nanogpt:<path>"',
     "--model_path=./data/webtext.bin": 'model_path = "./data/webtext.bin": is dataset.path too, which the trained '
     "model would replace; name another file",
-    "--config=.": '--config ".": is a directory; name a JSON file here or in config/; config/ has ',
+    "--config=.": '--config ".": is a directory; name a JSON file here or in config/; config/ has '
+    + ", ".join(sorted(path.name for path in CONFIG_FOLDER.glob("*.json") if path.name != "schema.json")),
     '--dataset={"path": "a", "path": "b"}': 'dataset.path = "a", "b": given 2 times; keep one',
     "air.json": '"air.json" on the command line: must be an option; write --config air.json',
     "--seed": "--seed: has no value; write --seed=value",
