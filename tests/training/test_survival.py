@@ -1290,7 +1290,8 @@ def test_a_long_run_grows_nothing(den, told):
     seen = json.loads(Path("seen.json").read_text())  # eight times: anonymous memory in MB, open files, CPU seconds
     memory, descriptors, seconds = (np.array(column) for column in zip(*seen, strict=True))
     assert np.ptp(descriptors[1:]) == 0, descriptors
-    assert memory[-3:].min() - memory[1:4].min() < 6, memory  # the least of three: an allocator's peaks pass
+    # the least of three at the end, since an allocator's peaks pass, and the middle of three, since it may start low
+    assert memory[-3:].min() - np.median(memory[1:4]) < 6, memory
     each = np.diff(seconds) / (steps / 8)
     assert np.median(each[-3:]) < 2 * np.median(each[1:4]), each
     assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, steps + 1))
