@@ -813,6 +813,19 @@ def test_a_process_whose_main_thread_waits_in_a_call_is_ended_by_its_heartbeat(m
     assert ended[0][1].startswith("PeerLost: another process of this run has ended") and "rank 1 has" in ended[0][1]
 
 
+def test_a_captured_step_of_the_program_is_watched(tmp_path, monkeypatch):
+    """The heartbeat gets the function that ends the process, and each launch and evaluation is a step of the device."""
+    monkeypatch.chdir(tmp_path)
+    set_up(tmp_path)
+    given, entered, alone = [], [], distributed.SingleProcess
+    monkeypatch.setattr(alone, "start_heartbeat", lambda self, on_loss=None: given.append(on_loss))
+    monkeypatch.setattr(alone, "device_step", lambda self: entered.append(1) or contextlib.nullcontext())
+    with leaving_steps_to_the_device():
+        assert train.main(["--config", "run.json", "--max_iters=4", "--eval_interval=2"], last=True) == 0
+    (on_loss,) = given
+    assert on_loss.func is train.end_without_main_thread and len(entered) == 4 + 2
+
+
 def test_a_process_that_its_heartbeat_ends_says_how_to_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     set_up(tmp_path)
