@@ -1,54 +1,21 @@
-"""Measures models against each other: strawberry/bench, a module for each command.
+"""Measures models: strawberry/bench has a module for each command, docs/benchmarks.md describes them.
 
-    python bench.py compare air.json air.json:retention=none tinystar_v0.2.json --tokens 5M --seeds 3 --match params
-
-compare trains each config on the same data, in the same order, with the same tokens per step, budget and schedule, the
-learning rate tuned over the same grid for each, and writes what came out to img/compare: compare.md and compare.json, a
-table; compare.png, validation bits per byte against tokens, FLOPs and seconds; runs/, a small file for each finished
-run, by which the same command goes on after an interruption and redoes nothing.
+    python bench.py compare air.json tinystar-v0.2-modernbase.json --tokens 5M    # losses at equal data and budget
+    python bench.py decode air.json bin/air.strawberry --batches 1,64             # generated tokens/s
+    python bench.py train --config air.json --profile                             # training tokens/s, parts of a step
+    python bench.py growth --jobs 6                                               # speed and memory by window and width
+    python bench.py scale --config air.json --processes 1,2,4                     # speed by number of processes
+    python bench.py serve air.json --clients 16                                   # serve.py with many clients
+    python bench.py recall air.json:window=16 --pairs 8 --distances 16,64,256     # accuracy on associative recall
+    python bench.py speedrun --nanogpt_path ~/nanoGPT --data input.txt --config tinystar-v0.8-speedrun.json
+                                                                                  # time to nanoGPT's best loss
+    python bench.py kernels                                                       # Triton kernels, on a GPU
 
 `config.json:key=value,key=value` changes keys of one config, `--set key=value` of all. Keys of the model need no
 prefix: `air.json:r_layer=0` is `air.json:model_hyperparams.r_layer=0`.
 
-    python bench.py decode air.json tinystar-v0.2-modernbase.json bin/air.strawberry --batches 1,64 --contexts 128,8k
-
-decode measures how fast text is made: tokens/s at each batch and context, beside the floor that reading weights and
-cache sets at the speed at which this machine copies memory; a table and a picture in img/decode.
-`decode --against nanogpt --nanogpt_path ~/nanoGPT` measures beside a nanoGPT checkout's generate.
-
-    python bench.py train --config air.json strawberry-large.json:batch_size=16 --profile --json speed.json
-
-train measures how fast configs train, in train.py's own loop: tokens/s, a step's parts, arithmetic beside what a large
-matrix product reaches, memory, and with --profile what the GPU does. `train --against nanogpt --nanogpt_path ~/nanoGPT`
-runs a nanoGPT checkout's own train.py and this one on the same text.
-
-    python bench.py growth --jobs 6
-
-growth measures and draws how tokens/s and memory of training change with the window and with the width.
-
-    python bench.py scale --config air.json --processes 1,2,4 --parallel ddp,fsdp
-
-scale measures how training speeds up with processes, one for each GPU: tokens/s, memory, the link between them.
-
-    python bench.py serve air.json --clients 16 --rows 16
-
-asks serve.py for texts from many clients at once, in turns with a server that makes one text at a time.
-
-    python bench.py recall tinystar-v0.2-modernbase.json air.json:window=16 --pairs 8 --distances 16,64,256
-
-recall trains configs on associative recall, and measures their accuracy by distance and by number of pairs.
-
-    python bench.py speedrun --nanogpt_path ~/nanoGPT --config tinystar-v0.8-speedrun.json --data input.txt
-
-speedrun trains with a nanoGPT checkout's own train.py, then a config until its validation loss is as low: seconds, with
-compilation and without, and tokens.
-
-    python bench.py kernels
-
-holds each Triton kernel against float64 on a GPU, and times it.
-
-compare's runs are child processes: train.py's own loop, each with a JSON file. So one that fails takes no other along,
-and several share a device (--jobs). Speed is measured apart from them, while nothing else runs.
+Training runs are child processes, so that one that fails stops no other, and several share a device (--jobs). Speed is
+measured separately, while nothing else runs.
 """
 
 import signal

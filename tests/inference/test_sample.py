@@ -152,7 +152,7 @@ def a_text(options=None, prompt=(), source=None, seed=0, label=None):
     return TextStream(encoder, request, options.stop, label)
 
 
-def pieces(tokens, length=1000, stop=(), **asked):
+def text_parts(tokens, length=1000, stop=(), **asked):
     text = a_text(sample.Settings(length=length, stop=list(stop)), **asked)
     return [piece for _, piece, _ in stream_texts(Scripted(tokens), [text])]
 
@@ -250,13 +250,13 @@ def test_the_drawn_seed_repeats_the_text(run):
 
 def test_characters_are_printed_whole():
     text = "é🙂中"
-    said = pieces(spoken(text), length=len(text.encode()))
+    said = text_parts(spoken(text), length=len(text.encode()))
     assert [piece for piece in said if piece] == list(text) and len(said) == len(text.encode())
 
 
 def test_half_a_character_at_the_end_is_marked_once():
-    assert "".join(pieces(spoken("a🙂"), length=3)) == "a\ufffd"
-    assert "".join(pieces([*spoken("a🙂")[:3], 256])) == "a\ufffd"
+    assert "".join(text_parts(spoken("a🙂"), length=3)) == "a\ufffd"
+    assert "".join(text_parts([*spoken("a🙂")[:3], 256])) == "a\ufffd"
 
 
 @pytest.mark.parametrize("end", [256, 257])
@@ -267,7 +267,7 @@ def test_the_end_of_the_text_ends_the_sample_unprinted(end):
 
 
 def test_ids_beyond_the_encoder_spell_nothing():
-    assert pieces([*spoken("a"), 300, *spoken("b")], length=3) == ["a", "", "b"]
+    assert text_parts([*spoken("a"), 300, *spoken("b")], length=3) == ["a", "", "b"]
 
 
 # ---- stop strings --------------------------------------------------------------------------------------------------
@@ -644,7 +644,7 @@ def test_sentinels_are_read_where_spans_were_learned(answering, capsys, monkeypa
 
 
 def test_sentinels_in_an_answer_are_spelled():
-    said = pieces([258, *spoken("aé")[:2], 259, *spoken("é"), 256], source=[5, 256])
+    said = text_parts([258, *spoken("aé")[:2], 259, *spoken("é"), 256], source=[5, 256])
     assert said == ["<|0|>", "a", "", "\ufffd<|1|>", "", "é", ""]
     assert a_text(source=[5, 256]).request.prompt == [256]
     assert a_text(source=[5, 256], prompt=[7, 8]).request.prompt == [256, 7, 8]  # a prompt begins the answer
