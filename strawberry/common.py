@@ -32,9 +32,8 @@ def first_line(error: BaseException) -> str:
 
 
 def run_cli(main: Callable[[list[str]], int | None], handles_signals: bool = False) -> None:
-    """Run `main(argv)` as a program and exit: code 2 with `error: …` on a UserError, and where a
-    file has no rights or its disk no room; 130 on Ctrl-C, 141 on a broken
-    pipe, otherwise the value that `main` returns.
+    """Run `main(argv)` as a program and exit: code 2 with `error: …` on a UserError, and where a file lacks rights or
+    its disk room; 130 on Ctrl-C, 141 on a broken pipe, otherwise the value that `main` returns.
 
     handles_signals: `main` installs handlers itself, and until then a signal ends the program at once.
     """
