@@ -84,6 +84,7 @@ class Trainer(TrainState):
         self.set_up()
         self.steps.warm_up(setup.should_compile(self.run, self.device))
         self.steps.capture()
+        self.ranks.start_heartbeat(self.on_loss)
         with self.signals.deferred():
             self.checkpoints.claim_directory()
 

@@ -554,7 +554,7 @@ def start_ranks(words: list[str], log: str) -> list:
 
 
 @two_gpus
-@pytest.mark.parametrize("keys", [{}, {"parallel": "fsdp"}], ids=str)
+@pytest.mark.parametrize("keys", [{}, {"cuda_graph": "false"}, {"parallel": "fsdp"}], ids=str)
 def test_a_rank_killed_under_nccl_ends_the_other_and_the_run_resumes(tmp_path, monkeypatch, keys):
     import contextlib
     import signal

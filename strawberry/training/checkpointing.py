@@ -142,7 +142,7 @@ class Checkpointer:
         }
         val_loss = self.state.val_loss if self.state.evaluated == step else None
         keep = self.state.run.checkpoints.keep
-        with self.state.signals.deferred():
+        with self.state.signals.deferred(), self.state.ranks.host_work():
             try:
                 save_checkpoint(
                     self.state.root, step, files, val_loss, keep, {**fingerprints, "run": to_dict(self.state.run)}
@@ -154,10 +154,11 @@ class Checkpointer:
         STATUS.update(step=step, saved=self.state.saved)
 
     def check_weights(self) -> None:
-        found = torch.stack([(~torch.isfinite(to_local(p))).any() for p in self.state.model.parameters()]).float()
+        with self.state.ranks.device_step():
+            found = torch.stack([(~torch.isfinite(to_local(p))).any() for p in self.state.model.parameters()]).tolist()
         if self.state.ranks.sharded:
-            self.state.ranks.all_reduce_([found])
-        if found.any():
+            found = self.state.ranks.sum_numbers(*found)
+        if any(found):
             bad = ", ".join(name for (name, _), n in zip(self.state.model.named_parameters(), found, strict=True) if n)
             raise cuda_graph.NonFinite(
                 f"step {self.state.progress.step:,}: these weights are not finite, and are not saved: {bad}"

@@ -30,9 +30,10 @@ saves.
     stops_together                       whether all ranks must stop after the same step, because a rank cannot abandon
                                          a collective or a launched step
     can_capture                          whether the collectives of a step can be part of a CUDA graph
-    start_heartbeat(on_loss)             lets wait_for() detect lost processes from now on; on_loss(PeerLost) is called
-                                         on a thread where wait_for() is not reached
-    device_step()                        a context around calls that may wait for a step of all ranks
+    start_heartbeat(on_loss)             on GPUs, lets wait_for() detect lost processes from now on; on_loss(PeerLost)
+                                         is called on a thread where wait_for() is not reached
+    device_step()                        a context around calls that may wait for a collective of all ranks
+    host_work()                          a context, maybe in a device_step(), around long work that does not wait
     wait_for(event)                      waits until the device reaches the event; raises PeerLost if a lost process
                                          prevents that
     reset()                              discards the state of an abandoned step; make_forward() must follow
@@ -135,6 +136,9 @@ class SingleProcess:
     def device_step(self):
         return contextlib.nullcontext()
 
+    def host_work(self):
+        return contextlib.nullcontext()
+
     def wait_for(self, event: torch.cuda.Event) -> None:
         event.synchronize()
 
@@ -206,8 +210,9 @@ class ProcessGroup:
 
     def sum_numbers(self, *numbers: float) -> list[float]:
         totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        self.all_reduce_([totals])
-        return totals.tolist()
+        with self.device_step():
+            self.all_reduce_([totals])
+            return totals.tolist()
 
     def broadcast_object(self, value):
         text = json.dumps(value if self.main else None).encode()
@@ -215,9 +220,10 @@ class ProcessGroup:
         data = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
         if self.main:
             data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        with self.detect_peer_loss(certain=True):
-            dist.broadcast(data, 0)
-        return json.loads(bytes(data.tolist()))
+        with self.device_step():
+            with self.detect_peer_loss(certain=True):
+                dist.broadcast(data, 0)
+            return json.loads(bytes(data.tolist()))
 
     @contextlib.contextmanager
     def detect_peer_loss(self, certain: bool = False):
@@ -242,7 +248,7 @@ class ProcessGroup:
         return int(largest)
 
     def start_heartbeat(self, on_loss: Callable[[PeerLost], object] | None = None) -> None:
-        if self.heartbeat is None:
+        if self.heartbeat is None and self.device.type == "cuda":  # gloo reports a lost process itself
             store = dist.distributed_c10d._get_default_store()
             self.heartbeat = Heartbeat(store, self.rank, self.world, on_loss)
 
@@ -251,9 +257,20 @@ class ProcessGroup:
         if self.heartbeat is None:
             yield
             return
-        self.heartbeat.in_step = True
+        before, self.heartbeat.in_step = self.heartbeat.in_step, True
         yield
-        self.heartbeat.in_step = False  # not after an error, since the cleanup may wait for the device
+        self.heartbeat.in_step = before  # not after an error, since the cleanup may wait for the device
+
+    @contextlib.contextmanager
+    def host_work(self):
+        if self.heartbeat is None:
+            yield
+            return
+        before, self.heartbeat.in_step = self.heartbeat.in_step, False
+        try:
+            yield
+        finally:
+            self.heartbeat.in_step = before
 
     def wait_for(self, event: torch.cuda.Event) -> None:
         """Poll the event. A GPU that waits for a lost process never reports an error, so a synchronization could block
@@ -326,10 +343,10 @@ class Heartbeat:
     """A thread that writes an increasing number to the process group's store every HEARTBEAT_INTERVAL seconds, so that
     other ranks know that this process is alive. NCCL's own watchdog does not monitor collectives in a CUDA graph.
 
-    `in_step` is True while the main thread may wait for a step of all ranks. If it is True and a rank has been lost for
-    DRAIN_TIMEOUT, the thread calls on_loss(PeerLost). By then wait_for() would have raised PeerLost and the process
-    would have ended, so the main thread must be in a CUDA call, such as the allocation of pinned memory, that waits for
-    the device, which waits for the lost rank.
+    `in_step` is True while the main thread may wait for a collective of all ranks. If it is True and a rank has been
+    lost for DRAIN_TIMEOUT, the thread calls on_loss(PeerLost). By then wait_for() would have raised PeerLost and the
+    process would have ended, so the main thread must be in a CUDA call, such as reading a number or allocating pinned
+    memory, that waits for the device, which waits for the lost rank.
     """
 
     def __init__(self, store, rank: int, world: int, on_loss: Callable[[PeerLost], object] | None = None):
@@ -548,9 +565,9 @@ class FSDP(ProcessGroup):
             return {key: self.gather(value, device) for key, value in tree.items()}
         if not hasattr(tree, "full_tensor"):
             return tree
-        with self.detect_peer_loss(certain=True), torch.no_grad():
+        with self.device_step(), self.detect_peer_loss(certain=True), torch.no_grad():
             whole = tree.full_tensor()
-        return whole.to(device) if self.main else None
+            return whole.to(device) if self.main else None
 
     @contextlib.contextmanager
     def full_model(self, model: nn.Module):

@@ -192,7 +192,7 @@ class Evaluator:
     def sum_losses_by_quarter(self) -> list[float]:
         run = self.state.run
         arguments = (self.state.corpus.val, run.eval_iters, run.batch_size, self.state.device)
-        with self.state.autocast(), self.stance():
+        with self.state.autocast(), self.stance(), self.state.ranks.device_step():
             return mean_loss_by_quarter(self.state.forward, *arguments)
 
     def evaluate_full_model(self, results: dict) -> str:

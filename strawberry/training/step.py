@@ -28,23 +28,23 @@ class TrainStep:
         rate) of each step that has completed: this one, except that a CUDA graph's steps complete some calls later.
         Raises NonFinite if a loss or gradient is not finite."""
         state = self.state
-        if state.graph_step:
-            return self.launch(micro_batches, start)
-        loss, grad_norm = self.compute_gradients(micro_batches)
-        lr = self.update_weights(loss, grad_norm)
+        with state.ranks.device_step():
+            if state.graph_step:
+                return self.launch(micro_batches, start)
+            loss, grad_norm = self.compute_gradients(micro_batches)
+            lr = self.update_weights(loss, grad_norm)
         state.count(time.perf_counter() - start)
         return [(state.progress.step, loss, grad_norm, lr)]
 
     def launch(self, micro_batches: list[Batch], start: float) -> list[tuple[int, float, float, float]]:
         """Launch a step. Waits for it only if a log line, an evaluation or a checkpoint is due."""
         run, step = self.state.run, self.state.progress.step + 1
-        with self.state.ranks.device_step():
-            self.draw_dropout()
-            self.state.graph_step.launch(micro_batches, step, self.state.lr())
-            self.state.count(0.0)
-            intervals = run.log_interval, run.eval_interval, run.checkpoints.interval
-            waits = step == 1 or any(map(self.state.due, intervals))
-            completed = list(self.state.graph_step.completed(0 if waits else cuda_graph.MAX_QUEUED_STEPS))
+        self.draw_dropout()
+        self.state.graph_step.launch(micro_batches, step, self.state.lr())
+        self.state.count(0.0)
+        intervals = run.log_interval, run.eval_interval, run.checkpoints.interval
+        waits = step == 1 or any(map(self.state.due, intervals))
+        completed = list(self.state.graph_step.completed(0 if waits else cuda_graph.MAX_QUEUED_STEPS))
         self.state.progress.seconds += time.perf_counter() - start
         return [(pending.step, loss, grad_norm, pending.lr) for pending, loss, grad_norm in completed]
 
@@ -205,7 +205,6 @@ class TrainStep:
             why = "another process could not"
         if not why:
             self.state.graph_step = graph_step
-            ranks.start_heartbeat(self.state.on_loss)
             return
         del graph_step  # frees its memory before the next steps
         warn(f"a step cannot be captured as a CUDA graph, so that steps take longer ({why})")

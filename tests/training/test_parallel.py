@@ -36,7 +36,7 @@ from strawberry.model_file import unique_tensors
 from strawberry.ops import float8
 from strawberry.run_config import OptimizerHyperparams, load_run
 from strawberry.sharding import batch_parts, divide_batch, shard_rows
-from strawberry.training import blocks, checkpoint, checkpointing, cuda_graph, distributed
+from strawberry.training import blocks, checkpoint, checkpointing, cuda_graph, distributed, evaluation
 from strawberry.training.checkpoint import find_latest
 from strawberry.training.evaluation import Evaluator
 from strawberry.training.step import TrainStep
@@ -805,25 +805,49 @@ def test_a_process_whose_main_thread_waits_in_a_call_is_ended_by_its_heartbeat(m
     silent = time.monotonic()
     time.sleep(1.5)  # the other may have done its last step
     assert not ended
-    with pytest.raises(KeyError), group.device_step():
+    with contextlib.suppress(KeyError), group.device_step(), group.host_work():
+        time.sleep(1.5)  # it writes a checkpoint to a slow disk
+        assert not ended
         raise KeyError  # the cleanup after an error may wait too
     wait_until(lambda: ended)
     group.heartbeat.stop()
-    assert ended[0][0] - silent >= 1.5 + 0.4
+    assert ended[0][0] - silent >= 3 + 0.4
     assert ended[0][1].startswith("PeerLost: another process of this run has ended") and "rank 1 has" in ended[0][1]
 
 
-def test_a_captured_step_of_the_program_is_watched(tmp_path, monkeypatch):
-    """The heartbeat gets the function that ends the process, and each launch and evaluation is a step of the device."""
+@pytest.mark.parametrize("captured", [True, False])
+def test_all_that_waits_for_the_device_is_watched(tmp_path, monkeypatch, captured):
+    """The heartbeat gets the function that ends the process. Steps, evaluations and the reading of weights are in a
+    device step, the writing of a checkpoint is not."""
     monkeypatch.chdir(tmp_path)
     set_up(tmp_path)
-    given, entered, alone = [], [], distributed.SingleProcess
-    monkeypatch.setattr(alone, "start_heartbeat", lambda self, on_loss=None: given.append(on_loss))
-    monkeypatch.setattr(alone, "device_step", lambda self: entered.append(1) or contextlib.nullcontext())
-    with leaving_steps_to_the_device():
+    given, seen, watched = [], [], [False]
+
+    @contextlib.contextmanager
+    def watch(watches):
+        before, watched[0] = watched[0], watches
+        yield
+        watched[0] = before
+
+    def record(place, name):
+        function = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args: seen.append((name, watched[0])) or function(*args))
+
+    monkeypatch.setattr(distributed.SingleProcess, "start_heartbeat", lambda self, on_loss=None: given.append(on_loss))
+    monkeypatch.setattr(distributed.SingleProcess, "device_step", lambda self: watch(True))
+    monkeypatch.setattr(distributed.SingleProcess, "host_work", lambda self: watch(False))
+    record(TrainStep, "draw_dropout")
+    record(evaluation, "mean_loss")
+    record(checkpointing, "to_local")
+    record(checkpointing, "save_checkpoint")
+    with leaving_steps_to_the_device() if captured else contextlib.nullcontext():
         assert train.main(["--config", "run.json", "--max_iters=4", "--eval_interval=2"], last=True) == 0
     (on_loss,) = given
-    assert on_loss.func is train.end_without_main_thread and len(entered) == 4 + 2
+    assert on_loss.func is train.end_without_main_thread
+    assert seen.count(("draw_dropout", True)) == 4 and seen.count(("mean_loss", True)) == 2 * 2
+    assert set(seen) - {("to_local", True)} == {
+        ("draw_dropout", True), ("mean_loss", True), ("save_checkpoint", False)}  # fmt: skip
+    assert ("to_local", True) in seen
 
 
 def test_a_process_that_its_heartbeat_ends_says_how_to_resume(tmp_path, monkeypatch, capsys):
