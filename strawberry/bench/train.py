@@ -341,6 +341,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise UserError("name configs after --config, or --against nanogpt, one of the two")
     if arguments.against and arguments.nanogpt_path is None:
         raise UserError("--against nanogpt: needs --nanogpt_path, a checkout of nanoGPT")
+    if arguments.against and arguments.steps < 2 * LOG_INTERVAL:
+        raise UserError(f"--steps {arguments.steps}: speed is measured between two logged steps after the first; give "
+                        f"at least {2 * LOG_INTERVAL}")  # fmt: skip
     if not arguments.against:
         names = ["nanogpt_path", "steps", "batch_size", *GPT2_SHAPE]
         parser.refuse_unused(arguments, names, "is about --against nanogpt; change a key of a config with --set")

@@ -1029,6 +1029,7 @@ def test_a_config_that_fails_is_reported_and_the_others_are_measured(real, capsy
     (["--config", "a.json", "--against", "nanogpt"], "one of the two"),
     (["--against", "nanogpt"], "needs --nanogpt_path"),
     (["--against", "nanogpt", "--nanogpt_path", "."], "there is no .*train.py"),
+    (["--against", "nanogpt", "--nanogpt_path", ".", "--steps", "19"], "--steps 19: .* give at least 20"),
     (["--config", "a.json:n_layers=2"], "n_layer"),
     (["--config", "a.json", "--set", "n_layer"], "write key=value"),
     (["--config", "nowhere.json"], "no such file"),
