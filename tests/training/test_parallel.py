@@ -44,7 +44,8 @@ from strawberry.training.step import TrainStep
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="processes are forked")]
 PRESETS = sorted(path.stem for path in (torture.ROOT / "config").glob("*.json") if path.name != "schema.json")
 # presets with the same kinds of parameters as another one: under `make torture` only
-SIMILAR = {"air", "palm-kv", "palm-lam", "tiny", "tinystar-v0.4-mqa", "tinystar-v0.6-gelu", "tinystar-v0.7-gqa-swa"}
+SIMILAR = {"air", "palm-kv", "palm-lam", "strawberry-s1", "tiny", "tinystar-v0.4-mqa", "tinystar-v0.6-gelu",
+           "tinystar-v0.7-gqa-swa"}  # fmt: skip
 SMALL = {"vocab_size": 67, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_qkv": 16, "d_rank": 8}
 SMALL |= {"dropout": 0.0}
 MODES = {"ddp": distributed.DDP, "fsdp": distributed.FSDP}
