@@ -24,7 +24,7 @@ from strawberry.data import documents, encoding
 from strawberry.data.dataset import Corpus
 from strawberry.data.docstrings import find_docstring_pairs
 from strawberry.data.documents import Documents, expand_inputs
-from strawberry.data.token_file import TokenFile
+from strawberry.data.token_file import DEFAULTS, TokenFile
 
 ROOT = Path(prepare.__file__).parent
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "the", "rat", "ran", "to", "the", "hat"]
@@ -645,6 +645,78 @@ def test_packages_have_a_default_output_of_their_own(installed, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     run("--corpus", "packages", "--encoder", bpe)
     assert sorted(read_back("data/packages.bin", bpe)) == ["def core(): ...\n", "x = 1\n"]
+
+
+# ---- the default output ----------------------------------------------------------------------------------------------
+
+
+def test_a_default_output_replaces_only_what_the_same_command_wrote(tmp_path, monkeypatch, bpe, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = ["--encoder", bpe]
+    for folder in ("texts", "other/texts"):
+        write_texts(tmp_path / folder, [folder])
+    run("--input", "texts", *common)
+    out = capsys.readouterr().out
+    assert out.startswith("data/texts.bin: 1 document") and "--dataset.path=data/texts.bin" in out
+    before = Path("data/texts.bin").read_bytes()
+    encoder.train([" ".join(WORDS) * 9], 280).save("other.enc")
+    for command in (["--input", "other/texts", *common], ["--input", "other/texts", *common, "--force"],
+                    ["--input", "texts", "--encoder", "other.enc"]):  # fmt: skip
+        with pytest.raises(UserError, match=r"^--output: data/texts\.bin is there.*--output data/texts\.bin$"):
+            run(*command)
+        assert Path("data/texts.bin").read_bytes() == before
+    write_texts(tmp_path / "texts", ["edited"])
+    run("--input", "./texts/", *common)  # the same command
+    assert read_back("data/texts.bin", bpe) == ["edited"]
+    run("--input", "other/texts", *common, "--output", "data/texts.bin")  # asked for
+    assert read_back("data/texts.bin", bpe) == ["other/texts"]
+    with pytest.raises(UserError, match="is there"):
+        run("--input", "texts", *common)
+    run("--input", "other/texts", *common)  # up to date
+    Path("data/texts.bin").write_bytes(Path("data/texts.bin").read_bytes()[:-1])
+    run("--input", "texts", *common)  # a damaged file is no loss
+    assert read_back("data/texts.bin", bpe) == ["edited"]
+
+
+def test_the_standard_library_does_not_replace_text_of_ones_own(small_corpus, bpe):
+    write_texts(Path("mine"), ["mine"])
+    run("--input", "mine", "--output", "data/webtext.bin", "--encoder", bpe)
+    with pytest.raises(UserError, match=r"data/webtext\.bin is there"):
+        run("--encoder", bpe)
+    assert read_back("data/webtext.bin", bpe) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name"),
+    [(["book.txt"], "book"), (["book.jsonl.gz", "texts"], "book"), (["texts/"], "texts"), (["v1.2"], "v1.2"),
+     (["texts/*.txt"], "texts"), (["t*s/0*.txt"], "here"), (["*.txt"], "here"), (["."], "here"),
+     (["Bücher.md"], "Bücher")],
+)  # fmt: skip
+def test_the_default_output_has_the_name_of_the_first_input(tmp_path, monkeypatch, bpe, inputs, name):
+    here = tmp_path / "here"
+    write_texts(here / "texts", TEXTS[:2])
+    write_texts(here / "v1.2", TEXTS[:2])
+    monkeypatch.chdir(here)
+    for file in ("book.txt", "Bücher.md"):
+        Path(file).write_text("text")
+    Path("book.jsonl.gz").write_bytes(gzip.compress(b'"text"\n'))
+    run("--input", *inputs, "--encoder", bpe)
+    assert TokenFile(f"data/{name}.bin").header.n_documents
+
+
+def test_each_corpus_has_a_default_output_of_its_own(monkeypatch):
+    paths = [prepare.choose_output(prepare.parse_arguments(words.split()))
+             for words in ("", "--corpus packages", "--pairs", "--corpus packages --pairs")]  # fmt: skip
+    assert paths == list(DEFAULTS) and len(set(paths)) == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no /dev/fd")
+def test_a_pipe_needs_an_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    for name in ("-", "/dev/stdin", "fifo"):
+        with pytest.raises(UserError, match="^--output: standard input and pipes have no name"):
+            run("--input", name)
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------
