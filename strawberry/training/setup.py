@@ -18,7 +18,7 @@ from strawberry.data.dataset import Corpus, find_token_files
 from strawberry.data.objectives import make_objective
 from strawberry.device import has_cxx_compiler
 from strawberry.huggingface import gpt2
-from strawberry.model_file import load_model
+from strawberry.model_file import load_model, read_about
 from strawberry.outputs import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
 from strawberry.run_config import find_config
 from strawberry.training import checkpoint, plot
@@ -260,3 +260,19 @@ def check_paths(run, root: Path, config: str | None) -> None:
     check_writable("model_path", run.model_path, Path(run.model_path).parent)
     check_writable("checkpoints.path", run.checkpoints.path, root)
     check_outputs(list_outputs(run), list_inputs(run, config))
+    check_default_model(run)
+
+
+def check_default_model(run) -> None:
+    """Raises UserError if nothing names model_path, and the file at its default is a model of another architecture or
+    size, or was trained on other data."""
+    if "model_path" in run.given or run.init_from == "resume" or not os.path.exists(run.model_path):
+        return
+    try:
+        found = read_about(run.model_path)[1].get("run") or {}
+    except UserError:  # damaged
+        return
+    now = json.loads(json.dumps(to_dict(run)))
+    if any(found.get(key) != now[key] for key in ("model_hyperparams", "dataset", "encoder_path")):
+        raise UserError(f"model_path: {run.model_path}, the default, is there, and was trained with another model, "
+                        f"dataset or tokenizer; name a new file, or replace it with --model_path={run.model_path}")
