@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import openai
 import pytest
@@ -40,11 +39,10 @@ from strawberry.serving.engine import Engine, decode_token
 from strawberry.serving.errors import ApiError, replace_surrogates
 from strawberry.serving.metrics import Metrics
 from strawberry.serving.model_files import read_model_file
-from strawberry.serving.models import ModelPool
 from strawberry.serving.protocol import CompletionRequest, range_pattern
 from strawberry.serving.security import HttpProtocol, RateLimiter
 from strawberry.serving.server import Server, check_free, make_server_config
-from strawberry.serving.settings import KEY_VARIABLE, MIB, Settings, read_command
+from strawberry.serving.settings import KEY_VARIABLE, MIB, Settings, check_folders, read_command
 
 ROOT = Path(serve.__file__).parent
 SHAPE = {"vocab_size": 258, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 32}
@@ -174,23 +172,25 @@ def alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
     return replace_surrogates("".join(piece for _, piece, _ in made))
 
 
+def test_missing_folders_are_errors_and_are_not_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("file").touch()
+    for words in ("", "--models bin", "--models bin/", "--models models --runs models --data x"):
+        check_folders(read_command(words.split()))
+    mistakes = {
+        "--models model": r"--models model: there is no such directory \(did you mean 'models'\?\); name one",
+        "--models file": "--models file: is a file; name a directory",
+        "--models models/bin": "--models models/bin: there is no such directory;",
+        "--runs models --runs none --models no": "--models no: .*; --runs none: there is no such directory",
+    }
+    for words, message in mistakes.items():
+        with pytest.raises(UserError, match=f"^{message}"):
+            serve.main([*words.split(), "--port=0"])
+    assert sorted(map(str, Path().rglob("*"))) == ["file", "models"]
+
+
 # ---- completions, through OpenAI's package -------------------------------------------------------------------------
-
-
-def test_a_folder_of_runs_that_is_not_there_is_a_warning(tmp_path, caplog):
-    async def start():
-        closing = asyncio.Event()
-        closing.set()
-        pool = SimpleNamespace(settings=SimpleNamespace(models="bin", runs=[str(tmp_path), str(tmp_path / "none")]),
-                               stop_before_deadline=closing.wait, list_files=lambda: asyncio.sleep(0, []))  # fmt: skip
-        await ModelPool.start(pool)
-        await pool.stop_task
-
-    with caplog.at_level("WARNING", engine.log.name):
-        asyncio.run(start())
-    assert [record.getMessage() for record in caplog.records] == [
-        f"--runs {tmp_path / 'none'}: there is no such folder yet; its runs are shown once there is"
-    ]
 
 
 @pytest.mark.slow

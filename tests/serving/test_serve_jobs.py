@@ -1545,6 +1545,7 @@ def test_a_disk_that_is_full_to_the_last_byte_is_told(tmp_path):
     require_program("unshare")
     require(can_mount(), "a kernel that lets users mount a tmpfs (unshare -rm)")
     (tmp_path / "data").mkdir()
+    (tmp_path / "models").mkdir()
     serving = f"mount -t tmpfs -o size=6m none {tmp_path / 'data'} && exec \"$0\" \"$@\""
     argv = [sys.executable, str(ROOT / "serve.py"), f"--data={tmp_path / 'data'}", f"--models={tmp_path / 'models'}",
             "--port=0"]
@@ -1598,6 +1599,7 @@ def test_a_disk_that_is_full_to_the_last_byte_is_told(tmp_path):
 def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
     """kill −9 of the server: the next one watches the run on. kill −9 of the run too: it has failed, and can go on."""
     data, models = tmp_path / "data", tmp_path / "models"
+    models.mkdir()
     argv = [sys.executable, str(ROOT / "serve.py"), "--data", str(data), "--models", str(models), "--port", "0"]
     with open(tmp_path / "log", "wb") as log:
         server = subprocess.Popen(argv, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
