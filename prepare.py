@@ -40,6 +40,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -449,7 +450,8 @@ def get_source(given: argparse.Namespace) -> tuple[Source, str]:
     inputs = expand_inputs(names, option, leave_out=find_previous(written))
     find_entry = find_pair if max_tokens else find_text
     documents = Documents(inputs, find_entry, given.format, given.errors, "--errors replace", only_json=max_tokens > 0)
-    return Source(" ".join(names)[:80], documents, max_tokens=max_tokens), output
+    spelled = " ".join("standard input" if name == "-" else name for name in names)
+    return Source(spelled[:80], documents, max_tokens=max_tokens), output
 
 
 def check_files(given: argparse.Namespace, source: Source, output: str) -> None:
@@ -485,7 +487,8 @@ def main(argv: list[str]) -> None:
     encoder = encoder or train_encoder(given.encoder, given.vocab_size or 8192, source)
     write_token_file(source, encoder, output, origin)
     if given.output is None and (given.input or given.pairs):
-        print(f"train.py reads it with --dataset.path={output} --encoder_path={given.encoder}")
+        options = [f"--dataset.path={output}", f"--encoder_path={given.encoder}"]
+        print(f"train.py reads it with {shlex.join(options)}")
 
 
 def print_up_to_date(output: str, source: Source) -> None:

@@ -37,6 +37,7 @@ def run_cli(main: Callable[[list[str]], int | None], handles_signals: bool = Fal
 
     handles_signals: `main` installs handlers itself, and until then a signal ends the program at once.
     """
+    startup.replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         set_encoding(stream)
     try:

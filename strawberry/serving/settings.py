@@ -77,15 +77,16 @@ def is_loopback(host: str) -> bool:
 
 
 def check_folders(settings: Settings) -> None:
-    """Raises UserError for each directory of --models and --runs that does not exist, but for the default of --models,
-    which the server makes."""
-    is_default = os.path.normpath(settings.models) == declared(Settings)["models"].default
-    given = [("--models", settings.models)] * (not is_default) + [("--runs", path) for path in settings.runs]
+    """Raises UserError for each directory of --models and --runs that does not exist or cannot be read. The default of
+    --models may be missing: the server makes it."""
     problems = []
-    for name, path in given:
+    for name, path in [("--models", settings.models), *(("--runs", path) for path in settings.runs)]:
+        is_default = name == "--models" and os.path.normpath(path) == declared(Settings)["models"].default
         if os.path.exists(path) and not os.path.isdir(path):
             problems.append(f"{name} {path}: is a file; name a directory")
-        elif not os.path.isdir(path):
+        elif os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+            problems.append(f"{name} {path}: cannot be read; change its rights, or name another directory")
+        elif not os.path.isdir(path) and not is_default:
             problems.append(f"{name} {path}: there is no such directory{nearest_file(path, is_folder=True)}; "
                             "name one that is there, or make it")  # fmt: skip
     if problems:

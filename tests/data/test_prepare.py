@@ -173,6 +173,37 @@ def test_an_entry_over_the_limit_is_refused(tmp_path, bpe, monkeypatch):
             run("--input", tmp_path / name, "--output", tmp_path / "out.bin", "--encoder", bpe)
 
 
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, bpe):
+    folder, scandir = write_texts(tmp_path / "in", TEXTS[:2]), os.scandir
+    write_texts(folder / "locked", TEXTS[2:3])
+
+    def refuse(path):
+        if Path(path) == folder / "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="cannot read .*locked: Permission denied; change its rights"):
+        run("--input", folder, "--output", tmp_path / "out.bin", "--encoder", bpe)
+    assert not (tmp_path / "out.bin").exists()
+
+
+def test_a_path_in_a_folder_without_rights_is_not_called_missing(monkeypatch):
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(UserError, match=r"^--input locked/a\.txt: cannot be read \(Permission denied\)"):
+        expand_inputs(["locked/a.txt"])
+
+
+def test_a_misspelled_input_gets_the_nearest_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("größe.txt").touch()
+    with pytest.raises(UserError, match="matches nothing .did you mean 'größe.txt'"):
+        run("--input", "grösse.txt")
+
+
 @pytest.mark.parametrize("given_path", ["nowhere", "*.nothing"])
 def test_missing_input_is_refused(tmp_path, monkeypatch, given_path):
     monkeypatch.chdir(tmp_path)

@@ -188,6 +188,10 @@ def test_missing_folders_are_errors_and_are_not_made(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"^{message}"):
             serve.main([*words.split(), "--port=0"])
     assert sorted(map(str, Path().rglob("*"))) == ["file", "models"]
+    monkeypatch.setattr("os.access", lambda path, mode: path != "models")
+    for words in ("--models models", "--runs models"):
+        with pytest.raises(UserError, match=f"^{words}: cannot be read; change its rights"):
+            serve.main([*words.split(), "--port=0"])
 
 
 # ---- completions, through OpenAI's package -------------------------------------------------------------------------
