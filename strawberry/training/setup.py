@@ -139,13 +139,17 @@ def nearest_existing(folder: Path) -> Path:
 def check_writable(key: str, path: str, folder: Path) -> None:
     """Raises UserError, which names key and path, if files cannot be created in `folder` or its nearest existing
     parent. Creates nothing."""
+    reason, fix = None, "name another path, or change the rights"
     try:
         folder = nearest_existing(folder)
-        good, reason = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK), f"{folder} cannot be written to"
+        if not folder.is_dir():
+            reason, fix = f"{folder} is a file, not a directory", "name another path"
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            reason = f"{folder} cannot be written to"
     except OSError as error:  # for example a name that is too long, or a folder without search permission
-        good, reason = False, f"{error.strerror} ({folder})"
-    if not good:
-        raise UserError(f"{key} = {path}: {reason}; name another path, or change the rights")
+        reason = f"{error.strerror} ({folder})"
+    if reason:
+        raise UserError(f"{key} = {path}: {reason}; {fix}")
 
 
 def list_outputs(run) -> list[Output]:
