@@ -2,7 +2,7 @@
 
     python prepare.py                                     # the standard library's sources -> data/webtext.bin
     python prepare.py --corpus packages                   # the pinned packages' sources   -> data/packages.bin
-    python prepare.py --input texts/ 'more/*.jsonl.gz'    # your own text                  -> data/webtext.bin
+    python prepare.py --input texts/ 'more/*.jsonl.gz'    # your own text                  -> data/texts.bin
     python prepare.py --pairs                             # docstrings and their code      -> data/pairs.bin
     python prepare.py --input chats.jsonl --chat_template chatml --encoder bin/chat.bin     # {"messages": [...]} lines
     python prepare.py --pairs mine.jsonl                  # lines of {"source": …, "target": …}, for encoder-decoders
@@ -12,14 +12,15 @@ Input is .txt .md .py and the like, one document a file; .json, a list of string
 entry a line; any of them gzipped (.gz); a directory, read whole; a glob; a pipe, or - for standard input
 (strawberry/data/documents.py reads them). The documents are encoded in the order of the files' names, shuffled, and
 written with an `<|eot|>` after each. The same input gives the same bytes, and a token file whose header has the hash of
-its input and its encoder is up to date.
+its input and its encoder is up to date. Without --output, only a file that was made from inputs of the same names with
+an encoder of the same name is replaced.
 
 Memory is constant: a text file is read a megabyte at a time, a .json or .jsonl an entry at a time, and what grows with
 the input is on disk, in unnamed temporary files beside the output as large as the output. Only the files' names
 are held. Shuffling is exact over all documents, whichever file they come from: they are encoded into such a temporary
 file, then copied from it in the order of a permutation that is a formula (strawberry/data/order.py).
 
-Index:  corpora · pairs · the encoder · writing the token file · the command line
+Index:  corpora · pairs · the encoder · writing the token file · the output · the command line
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import glob
 import hashlib
 import itertools
 import json
 import os
 import re
+import shlex
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +57,7 @@ from strawberry.data import encoding
 from strawberry.data.chat import ChatReader, ChatTemplate, read_template, template_of
 from strawberry.data.docstrings import DocstringPairs
 from strawberry.data.documents import (
+    STANDARD_INPUT,
     Documents,
     InputFile,
     NoTextError,
@@ -65,7 +69,7 @@ from strawberry.data.documents import (
 )
 from strawberry.data.encoding import Spool, encode_documents, encode_pairs
 from strawberry.data.order import permutation
-from strawberry.data.token_file import TokenFile, TokenFileWriter
+from strawberry.data.token_file import DEFAULTS, NO_ORIGIN, TokenFile, TokenFileWriter
 from strawberry.outputs import Input, Output, check_outputs, encoder_inputs, find_previous
 
 SEED = 0  # of the shuffle
@@ -271,14 +275,14 @@ def write_document(writer: TokenFileWriter, tokens: np.ndarray, last: bool) -> N
     writer.add(tokens, last)
 
 
-def write_token_file(source: Source, encoder: Encoder, output: str) -> None:
+def write_token_file(source: Source, encoder: Encoder, output: str, origin: str) -> None:
     """Encode, shuffle and write the source; a line on stdout says what came of it."""
     began, what = time.perf_counter(), "pair" if source.max_tokens else "document"
     folder = Path(os.path.realpath(output)).parent
     size = sum(scanned.file.size for scanned in source.documents.files)
     reader = DocstringPairs(source.documents) if source.is_corpus and source.max_tokens else source.documents
     with (
-        TokenFileWriter(output, encoder, source.digest, source.kind) as writer,
+        TokenFileWriter(output, encoder, source.digest, source.kind, origin) as writer,
         Spool(folder, writer.dtype) as spool,
         tqdm(total=size, desc="encoding", unit="B", unit_scale=True, disable=None) as bar,
     ):
@@ -321,6 +325,60 @@ def find_difference(output: str, source: Source, encoder: Encoder | None) -> str
     return None
 
 
+# ---- the output ----------------------------------------------------------------------------------------------------
+
+
+def choose_output(given: argparse.Namespace) -> str:
+    """The token file: --output, or data/NAME.bin, where NAME is that of the corpus or of the first input."""
+    names = given.pairs or given.input
+    if given.output:
+        return given.output
+    if not names:
+        options = ["--corpus packages"] * (given.corpus == "packages") + ["--pairs"] * (given.pairs is not None)
+        return next(path for path, made_with in DEFAULTS.items() if made_with == " ".join(options))
+    if any(is_pipe(name) for name in names):
+        raise UserError("--output: standard input and pipes have no name after which the token file could be named; "
+                        "name it, such as --output data/mine.bin")  # fmt: skip
+    return (Path("data") / f"{name_input(names[0])}.bin").as_posix()
+
+
+def is_pipe(name: str) -> bool:
+    return name in STANDARD_INPUT or (os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name))
+
+
+def name_input(name: str) -> str:
+    """A file's name without its suffixes, a folder's name; for a glob, that of the folder in which it begins.
+
+    >>> name_input("book.txt.gz"), name_input("notes/v1.2/"), name_input("logs/2025-*/*.jsonl")
+    ('book', 'v1.2', 'logs')
+    """
+    path = Path(os.path.abspath(os.path.expanduser(name)))
+    is_folder = path.is_dir() or name.endswith(("/", os.sep))
+    while not path.exists() and glob.has_magic(str(path)):
+        path, is_folder = path.parent, True
+    return (path.name if is_folder else Path(path.name.removesuffix(".gz")).stem) or "text"
+
+
+def hash_origin(given: argparse.Namespace) -> str:
+    """Of the names of the inputs and of the encoder, where no --output names the file; else NO_ORIGIN."""
+    if given.output:
+        return NO_ORIGIN
+    names = [os.path.normpath(name) for name in given.pairs or given.input or ()]
+    about = [given.pairs is not None, names or given.corpus, given.encoder]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def check_origin(output: str, origin: str) -> None:
+    """Raises UserError if no --output names the file, and it was not made from these inputs with this encoder."""
+    try:
+        found = TokenFile(output).header.origin
+    except UserError:  # damaged, or missing
+        return
+    if origin not in (NO_ORIGIN, found):
+        raise UserError(f"--output: {output} is there, and was made from other inputs, with another encoder, or by a "
+                        f"command that named it; name a new file, or replace it with --output {output}")  # fmt: skip
+
+
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 
@@ -352,7 +410,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
                         help="maximum tokens of a pair, the <|eot|> included: "
                         "longer sources are cut, pairs with a longer target left out (default %(default)s)")
     parser.add_argument("--output", metavar="FILE", help="the token file (default data/webtext.bin; data/packages.bin "
-                        "for --corpus packages; data/pairs.bin for --pairs)")
+                        "for --corpus packages; data/pairs.bin for --pairs; for files of your own data/NAME.bin, with "
+                        "the name of the first). Without --output, a file that was made from inputs of other names, or "
+                        "with an encoder of another name, is not replaced")
     parser.add_argument("--encoder", default="bin/cl8k.bin", metavar="SPEC", help="an encoder file, trained on the "
                         "input where it is missing; tiktoken:NAME; chars:FILE (default %(default)s)")
     parser.add_argument("--vocab_size", type=parse_vocab_size, help="size of the encoder to train (default 8192)")
@@ -375,15 +435,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def get_source(given: argparse.Namespace) -> tuple[Source, str]:
     """What a command line says to read, and where the token file goes. Nothing is read yet."""
     names, option = (given.pairs, "--pairs") if given.pairs else (given.input, "--input")
-    default = "data/packages.bin" if given.corpus == "packages" and not names else "data/webtext.bin"
-    output = given.output or (default if given.pairs is None else "data/pairs.bin")
     if given.pairs is not None and given.chat_template is not None:
         raise UserError("--pairs and --chat_template exclude each other: a pair has no messages")
     if given.pairs is not None and given.input:
         raise UserError("--pairs and --input exclude each other: name the files after --pairs")
     if not 2 <= given.max_tokens <= MAX_PAIR_TOKENS:
         raise UserError(f"--max_tokens {given.max_tokens}: allowed is 2 to {MAX_PAIR_TOKENS:,}")
-    max_tokens = 0 if given.pairs is None else given.max_tokens
+    max_tokens, output = 0 if given.pairs is None else given.max_tokens, choose_output(given)
     if not names:
         requirements = Path(__file__).with_name("requirements.txt")
         source = find_packages(requirements) if given.corpus == "packages" else find_stdlib()
@@ -392,7 +450,8 @@ def get_source(given: argparse.Namespace) -> tuple[Source, str]:
     inputs = expand_inputs(names, option, leave_out=find_previous(written))
     find_entry = find_pair if max_tokens else find_text
     documents = Documents(inputs, find_entry, given.format, given.errors, "--errors replace", only_json=max_tokens > 0)
-    return Source(" ".join(names)[:80], documents, max_tokens=max_tokens), output
+    spelled = " ".join("standard input" if name == "-" else name for name in names)
+    return Source(spelled[:80], documents, max_tokens=max_tokens), output
 
 
 def check_files(given: argparse.Namespace, source: Source, output: str) -> None:
@@ -421,9 +480,15 @@ def main(argv: list[str]) -> None:
     if difference is None and not given.force:
         print_up_to_date(output, source)
         return
+    origin = hash_origin(given)
     if os.path.exists(output) and difference:
+        check_origin(output, origin)
         print(f"{output} is written anew: {difference}", flush=True)
-    write_token_file(source, encoder or train_encoder(given.encoder, given.vocab_size or 8192, source), output)
+    encoder = encoder or train_encoder(given.encoder, given.vocab_size or 8192, source)
+    write_token_file(source, encoder, output, origin)
+    if given.output is None and (given.input or given.pairs):
+        options = [f"--dataset.path={output}", f"--encoder_path={given.encoder}"]
+        print(f"train.py reads it with {shlex.join(options)}")
 
 
 def print_up_to_date(output: str, source: Source) -> None:

@@ -24,7 +24,7 @@ from strawberry.config import declared
 from strawberry.run_config import asks_for_help
 from strawberry.serving.app import create_app
 from strawberry.serving.server import Server, check_free, make_server_config
-from strawberry.serving.settings import KEY_VARIABLE, Settings, read_command
+from strawberry.serving.settings import KEY_VARIABLE, Settings, check_folders, read_command
 
 
 def main(argv: list[str]) -> None:
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
         print(format_help("serve.py", Settings, f"{KEY_VARIABLE} in the environment holds keys too."))
         return
     settings = read_command(argv)
+    check_folders(settings)
     check_free(settings.host, settings.port)
     app = create_app(settings)
     server = Server(make_server_config(app, settings), app.state.service)

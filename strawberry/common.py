@@ -37,6 +37,7 @@ def run_cli(main: Callable[[list[str]], int | None], handles_signals: bool = Fal
 
     handles_signals: `main` installs handlers itself, and until then a signal ends the program at once.
     """
+    startup.replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         set_encoding(stream)
     try:
@@ -158,12 +159,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
-def nearest_file(path: str | os.PathLike) -> str:
-    """The hint for a misspelled file: one beside it with a similar name; "" if there is none."""
-    folder, name = os.path.split(os.fspath(path))
+def nearest_file(path: str | os.PathLike, is_folder: bool = False) -> str:
+    """The hint for a misspelled file (or folder): one beside it with a similar name; "" if there is none."""
+    folder, name = os.path.split(os.path.normpath(path) if is_folder else os.fspath(path))
     try:
         with os.scandir(folder or os.curdir) as entries:
-            names = [entry.name for entry in entries if entry.is_file()]
+            names = [entry.name for entry in entries if (entry.is_dir() if is_folder else entry.is_file())]
     except (OSError, ValueError):
         return ""
     return nearest(name, sorted(names))

@@ -151,6 +151,8 @@ def merge_overrides(config: str | os.PathLike | dict | None, overrides: dict) ->
     A section may be a dict, merged with the config's, or a dotted name: `**{"checkpoints.interval": 10}`. Raises
     UserError if the file cannot be read.
     """
+    if not isinstance(config, str | os.PathLike | dict | None):
+        raise UserError(f"config = {show(config)}: must be the name of a JSON file, a dict or None")
     if config is None or isinstance(config, dict):
         raw = make_plain(config or {})
     else:

@@ -173,6 +173,7 @@ class Run:
     )
 
     renamed: ClassVar[tuple[str, ...]] = ()  # of an instance: a sentence for each key that has its old name
+    given: ClassVar[frozenset[str]] = frozenset()  # of an instance: the keys that are not left to their defaults
 
     def __post_init__(self):
         if self.lr_decay_iters is None:
@@ -311,7 +312,7 @@ def make_run(raw: dict, archs: dict[str, type], problems: Iterable[str] = (), so
     run, found = check(run_class(archs, arch), raw)
     if problems := [*problems, *old_problems, *arch_problems, *found]:
         raise UserError(join_problems(problems, source))
-    run.renamed = tuple(warnings)
+    run.renamed, run.given = tuple(warnings), frozenset(raw)
     return run
 
 

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do before a program's main function runs, and after it.
+"""What SIGINT and SIGTERM do before a program's main function runs, and after it; standard streams that are closed.
 
 Importing torch takes seconds, in which there is nothing to save. A KeyboardInterrupt there prints a traceback, or is
 lost in a library's callback. So each script calls `exit_on` before its other imports, and `strawberry.common.run_cli`
@@ -8,6 +8,7 @@ calls `restore_handlers` when `main` begins.
 import contextlib
 import os
 import signal
+import sys
 
 replaced: dict[int, object] = {}  # signal number → the handler before `exit_on`
 
@@ -37,3 +38,11 @@ def start_line() -> str:
 def restore_handlers() -> None:
     for number, handler in replaced.items():
         signal.signal(number, handler)
+
+
+def replace_closed_streams() -> None:
+    """Open the null device for each standard stream that is closed (`python train.py >&-`), for which Python has None,
+    so that no other file gets its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until the process ends)

@@ -502,7 +502,7 @@ def test_the_architecture_that_the_readme_adds_trains_and_is_tested(tmp_path):
     (tmp_path / "mean.json").write_text(json.dumps(config))
     with Shell(tmp_path) as shell:
         shell.give("input.txt")
-        for command in ("python prepare.py --input input.txt --encoder chars:input.txt",
+        for command in ("python prepare.py --input input.txt --output data/webtext.bin --encoder chars:input.txt",
                         "python train.py --config mean.json",
                         "python sample.py --model bin/a.mean --prompt Once --length 5",
                         "python -m pytest -q tests/model/test_model.py -k 'mean and not reference'"):  # fmt: skip

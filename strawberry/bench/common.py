@@ -15,7 +15,7 @@ import torch
 from model import CONFIGS, ValueEmbedding, build
 from strawberry.common import UserError, atomic_write
 from strawberry.config import declared, to_dict
-from strawberry.outputs import Input, Output
+from strawberry.outputs import Input, Output, check_outputs
 from strawberry.run_config import OptimizerHyperparams, Run, find_config, load_run
 from strawberry.training import plot, setup
 
@@ -159,6 +159,20 @@ def list_results(name: str, out: Path, table: Path | None = None) -> list[Output
     """The files that a command writes into the directory --out. `table`: the path of --json, instead of name.json."""
     json_file = Output("--out", out / f"{name}.json", "benchmark") if table is None else list_json_output(table)[0]
     return [json_file, Output("--out", out / f"{name}.md", "report"), Output("--out", out / f"{name}.png", "picture")]
+
+
+def check_results(name: str, out: Path, argv: list[str], inputs: Iterable[Input], table: Path | None = None) -> None:
+    """check_outputs for list_results. Also raises UserError if argv does not name --out, and the results in its default
+    directory are those of another command."""
+    outputs = list_results(name, out, table)
+    check_outputs(outputs, inputs)
+    report = outputs[1].path
+    if any(word.partition("=")[0] == "--out" for word in argv) or not os.path.exists(report):
+        return
+    lines = Path(report).read_text("utf-8", "replace").rstrip().removesuffix("```").rstrip().splitlines()
+    if lines and lines[-1] != format_command("python", name, argv):
+        raise UserError(f"--out: {report}, in the default directory, has the results of another command: {lines[-1]}; "
+                        f"name a new directory, or replace them with --out {out}")  # fmt: skip
 
 
 def list_json_output(path: Path | None) -> list[Output]:

@@ -8,10 +8,10 @@ from strawberry.argument_parser import ArgumentParser
 from strawberry.bench import child_process
 from strawberry.bench.common import (
     Entry,
+    check_results,
     format_command,
     format_quantity,
     format_table,
-    list_results,
     list_spec_inputs,
     load_entries,
     parse_count,
@@ -24,7 +24,6 @@ from strawberry.bench.sweep import USE_MUON, Plan, Sweep, hash_code, measure_spe
 from strawberry.bench.width import match_params
 from strawberry.common import UserError
 from strawberry.device import choose_device
-from strawberry.outputs import check_outputs
 from strawberry.training import setup
 
 
@@ -123,7 +122,7 @@ def run(argv: list[str]) -> int | None:
     if arguments.match:
         match_params(entries, arguments.params or entries[0].params, common)
     read = list_spec_inputs("configs", (entry.file for entry in entries), (entry.run for entry in entries))
-    check_outputs(list_results("compare", arguments.out), read)
+    check_results("compare", arguments.out, argv, read)
     plan = make_plan(arguments, entries)
     sweep = Sweep(entries, plan)
     print_summary(entries, sweep)

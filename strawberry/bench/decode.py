@@ -24,10 +24,10 @@ from strawberry.bench import hardware
 from strawberry.bench.common import (
     GPT2_KEYS,
     GPT2_SHAPE,
+    check_results,
     format_command,
     format_quantity,
     format_table,
-    list_results,
     list_spec_inputs,
     make_line_style,
     parse_quantities,
@@ -47,7 +47,6 @@ from strawberry.inference.loading import check_can_compile, quantize_model
 from strawberry.inference.sampling import Request
 from strawberry.model_file import load_model, read_about
 from strawberry.ops.linear import Int8Weight
-from strawberry.outputs import check_outputs
 from strawberry.training import plot
 
 
@@ -475,7 +474,7 @@ def run(argv: list[str]) -> None:
     if arguments.against:
         run_against_nanogpt(arguments)
         return
-    check_outputs(list_results("decode", arguments.out, arguments.json), list_spec_inputs("models", arguments.models))
+    check_results("decode", arguments.out, argv, list_spec_inputs("models", arguments.models), arguments.json)
     sources = read_model_sources(arguments.models, take_source=True)
     benchmark = make_benchmark(arguments)
     print(f"{hardware.describe_device(benchmark.device)} copies {benchmark.bandwidth / 1e9:,.1f} GB/s", flush=True)

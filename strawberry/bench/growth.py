@@ -10,9 +10,9 @@ import torch
 from strawberry.argument_parser import ArgumentParser
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import (
+    check_results,
     format_command,
     format_table,
-    list_results,
     list_spec_inputs,
     load_spec,
     make_line_style,
@@ -28,7 +28,6 @@ from strawberry.bench.common import (
 )
 from strawberry.common import UserError, atomic_write
 from strawberry.device import choose_device
-from strawberry.outputs import check_outputs
 from strawberry.training import plot
 
 DEFAULT_CONFIGS = (  # used if no configs are named: one shape with three ways to mix tokens
@@ -114,7 +113,7 @@ def run(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     points = list_points(arguments)
     read = list_spec_inputs("configs", arguments.configs, (point["run"] for point in points))
-    check_outputs(list_results("growth", arguments.out), read)
+    check_results("growth", arguments.out, argv, read)
     for first in range(0, len(points), arguments.jobs):
         group = points[first : first + arguments.jobs]
         with tempfile.TemporaryDirectory() as folder:

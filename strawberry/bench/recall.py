@@ -32,9 +32,9 @@ from model import CONFIGS, build
 from strawberry.argument_parser import ArgumentParser
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import (
+    check_results,
     format_command,
     format_table,
-    list_results,
     list_spec_inputs,
     load_spec,
     make_line_style,
@@ -57,7 +57,6 @@ from strawberry.config import to_dict
 from strawberry.data.objectives import Batch
 from strawberry.data.token_file import TokenFileWriter
 from strawberry.device import choose_device
-from strawberry.outputs import check_outputs
 from strawberry.run_config import Run, load_run
 from strawberry.training import plot, setup
 from strawberry.training.evaluation import evaluation_mode, make_batch
@@ -312,7 +311,7 @@ def list_result_files(runs: list[tuple[str, Run]], task: RecallTask, arguments: 
 def run(argv: list[str]) -> int | None:
     """Train configs on associative recall; measure it by distance and number of pairs."""
     arguments = parse_arguments(argv)
-    check_outputs(list_results("recall", arguments.out), list_spec_inputs("configs", arguments.configs))
+    check_results("recall", arguments.out, argv, list_spec_inputs("configs", arguments.configs))
     task = RecallTask(arguments.pairs, arguments.distances)
     with tempfile.TemporaryDirectory() as folder:
         runs = load_runs(arguments, task, Path(folder))

@@ -18,8 +18,8 @@ from strawberry.bench import child_process
 from strawberry.bench.common import (
     FIXED_VALUES,
     MANAGED_KEYS,
+    check_results,
     format_command,
-    list_results,
     list_spec_inputs,
     parse_assignment,
     parse_count,
@@ -47,7 +47,7 @@ from strawberry.bench.speedrun_report import (
 from strawberry.bench.sweep import read_result_file
 from strawberry.bench.train import find_nanogpt
 from strawberry.common import UserError, atomic_write
-from strawberry.outputs import Input, check_outputs, encoder_inputs
+from strawberry.outputs import Input, encoder_inputs
 from strawberry.training import setup
 
 ROLES = {NANOGPT: "_speedrun_nanogpt", STRAWBERRY: "_speedrun_strawberry"}
@@ -310,8 +310,8 @@ def run(argv: list[str]) -> int | None:
     names = ("train.py", "model.py", "configurator.py")
     checked = [Input("--nanogpt_path", arguments.nanogpt_path / name) for name in names]
     checked += [Input("--data", arguments.data), *(encoder_inputs("--encoder", arguments.encoder or "chars:"))]
-    check_outputs(list_results("speedrun", arguments.out),
-                  [*checked, *list_spec_inputs("--config", [arguments.config])])  # fmt: skip
+    checked += list_spec_inputs("--config", [arguments.config])
+    check_results("speedrun", arguments.out, argv, checked)
     runs = arguments.out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs, prefix="work-") as folder:

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from strawberry.argument_parser import ArgumentParser
-from strawberry.common import UserError, show
+from strawberry.common import UserError, nearest_file, show
 
 PIECE = 1 << 20  # bytes per read
 JSON_PIECE = 1 << 22  # bytes per read of a .json: yajl takes O(n²) time for a string that spans n pieces
@@ -201,7 +201,10 @@ def _expand_name(name: str, option: str) -> Iterator[InputFile]:
         return
     paths = [name] if os.path.exists(name) else sorted(glob.glob(os.path.expanduser(name), recursive=True))
     if not paths:
-        raise UserError(f"{option} {name}: there is no such file or directory, and as a glob it matches nothing")
+        if (problem := explain_missing(name)) is not None:
+            raise UserError(f"{option} {name}: {problem}")
+        raise UserError(f"{option} {name}: there is no such file or directory, and as a glob it matches nothing"
+                        + nearest_file(name))  # fmt: skip
     is_named = not glob.has_magic(name) or os.path.exists(name)
     for path in map(Path, paths):
         if path.is_dir():
@@ -210,12 +213,27 @@ def _expand_name(name: str, option: str) -> Iterator[InputFile]:
             yield InputFile(path, path.name, is_named)
 
 
+def explain_missing(path: str) -> str | None:
+    """Why a path cannot be looked up, such as the rights of its folder; None if it is missing."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        return f"cannot be read ({error.strerror}); change its rights, or name another path"
+    return None
+
+
 def walk_folder(root: Path, leave_out: Iterable[str] = ()) -> list[tuple[str, Path]]:
     """(name, path) of each regular file under a folder, sorted by name, without hidden files and folders and without
-    folders whose names are in `leave_out`.
+    folders whose names are in `leave_out`. Raises UserError for a folder that cannot be read.
     """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; change its rights, or name the others")
+
     files = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=fail):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in leave_out]
         files += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted((file.relative_to(root).as_posix(), file) for file in files if file.is_file())

@@ -27,7 +27,11 @@ MAGIC = b"\x89TOKENS\n"  # \x89 starts no UTF-8 text, so a token file is never r
 VERSION = 1
 HEADER_SIZE = 256
 CHUNK = 1 << 20  # tokens to read, scan or hash at a time
-DEFAULTS = {"data/webtext.bin": "", "data/packages.bin": "--corpus packages", "data/pairs.bin": "--pairs"}  # prepare.py
+DEFAULTS = {  # token file → the options with which prepare.py makes it
+    "data/webtext.bin": "", "data/packages.bin": "--corpus packages", "data/pairs.bin": "--pairs",
+    "data/packages_pairs.bin": "--corpus packages --pairs",
+}  # fmt: skip
+NO_ORIGIN = "00" * 32
 KINDS = ("tokens", "pairs")  # running text; alternating sources and targets
 
 
@@ -44,7 +48,9 @@ class Header:
     72-103   encoder        the encoder's fingerprint, a SHA-256
     104-135  sha256         of the payload: everything after the header
     136-167  source         SHA-256 of the inputs, by which prepare.py detects that the file is out of date
-    168-223  zeros
+    168-199  origin         of a file that no --output named: SHA-256 of the names of the inputs and of the encoder, by
+                            which prepare.py detects that another command made the file; else zeros
+    200-223  zeros
     224-255  SHA-256 of bytes 0-223
     """
 
@@ -58,11 +64,12 @@ class Header:
     dtype: str = ""
     kind: str = "tokens"
     version: int = VERSION
+    origin: str = NO_ORIGIN
 
-    LAYOUT = struct.Struct("<8sII16s8sQQQQ32s32s32s56x")
+    LAYOUT = struct.Struct("<8sII16s8sQQQQ32s32s32s32s24x")
 
     def to_bytes(self) -> bytes:
-        digests = [bytes.fromhex(digest) for digest in (self.encoder, self.sha256, self.source)]
+        digests = [bytes.fromhex(digest) for digest in (self.encoder, self.sha256, self.source, self.origin)]
         names = [name.encode("ascii") for name in (self.kind, self.dtype or dtype_for(self.vocab_size))]
         counts = (self.vocab_size, self.eot, self.n_tokens, self.n_documents)
         head = self.LAYOUT.pack(MAGIC, self.version, HEADER_SIZE, *names, *counts, *digests)
@@ -80,9 +87,10 @@ class Header:
             raise UserError(f"{path} has token file version {version}, and {VERSION} is read here: prepare it anew")
         if hashlib.sha256(data[: cls.LAYOUT.size]).digest() != data[cls.LAYOUT.size : HEADER_SIZE]:
             raise UserError(f"{path} has a damaged header (its checksum is wrong): prepare it anew")
-        kind, dtype, *counts, encoder, sha256, source = cls.LAYOUT.unpack_from(data)[3:]
+        kind, dtype, *counts, encoder, sha256, source, origin = cls.LAYOUT.unpack_from(data)[3:]
         names = [name.rstrip(b"\0").decode("ascii", "replace") for name in (kind, dtype)]
-        header = cls(*counts, encoder.hex(), sha256.hex(), source.hex(), names[1], names[0], version)
+        digests = [digest.hex() for digest in (encoder, sha256, source)]
+        header = cls(*counts, *digests, names[1], names[0], version, origin.hex())
         for problem in header.find_problems():
             raise UserError(f"{path} has an impossible header: {problem}; prepare it anew")
         return header
@@ -122,8 +130,9 @@ class TokenFileWriter:
     `encoder` is any object with vocab_size, eot and fingerprint. An exception inside the `with` leaves no file behind.
     """
 
-    def __init__(self, path: str | os.PathLike, encoder, source: str = "00" * 32, kind: str = "tokens"):
-        self.path, self.encoder, self.source, self.kind = path, encoder, source, kind
+    def __init__(self, path: str | os.PathLike, encoder, source: str = "00" * 32, kind: str = "tokens",
+                 origin: str = NO_ORIGIN):  # fmt: skip
+        self.path, self.encoder, self.source, self.kind, self.origin = path, encoder, source, kind, origin
         self.dtype = storage_dtype(encoder.vocab_size)
         self.n_tokens = self.n_documents = 0
         self._hash = hashlib.sha256()
@@ -174,7 +183,8 @@ class TokenFileWriter:
         """Write the header, rename the file, return the header."""
         encoder = self.encoder
         counts = (encoder.vocab_size, encoder.eot, self.n_tokens, self.n_documents)
-        header = Header(*counts, encoder.fingerprint, self._hash.hexdigest(), self.source, kind=self.kind)
+        header = Header(*counts, encoder.fingerprint, self._hash.hexdigest(), self.source, kind=self.kind,
+                        origin=self.origin)  # fmt: skip
         target = Path(os.path.realpath(self.path))
         try:
             self._file.seek(0)

@@ -43,9 +43,6 @@ class ModelPool:
         self.stop_task = asyncio.create_task(self.stop_before_deadline())
         found = await self.list_files()
         log.info("%s: %s", self.settings.models, ", ".join(found) or "no models yet")
-        for folder in self.settings.runs:
-            if not Path(folder).is_dir():
-                log.warning("--runs %s: there is no such folder yet; its runs are shown once there is", folder)
 
     async def stop_before_deadline(self) -> None:
         """Stop all engines shortly before the server must stop, so that unfinished requests get an error response."""

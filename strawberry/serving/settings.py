@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from strawberry.command_line import parse_settings
-from strawberry.config import option
+from strawberry.common import UserError, nearest_file
+from strawberry.config import declared, option
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEY_VARIABLE = "STRAWBERRY_API_KEY"
@@ -20,8 +21,8 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-9]{
 
 @dataclass
 class Settings:
-    models: str = option("bin", "directory of the model files")
-    data: str = option("data", "directory of uploads, datasets and runs")
+    models: str = option("bin", "directory of the model files; only the default is made if it is missing")
+    data: str = option("data", "directory of uploads, datasets and runs; made if it is missing")
     runs: list[str] = option(
         [], "directory of runs that train.py started, shown on the page; may be repeated; default: that of --models"
     )
@@ -73,6 +74,23 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def check_folders(settings: Settings) -> None:
+    """Raises UserError for each directory of --models and --runs that does not exist or cannot be read. The default of
+    --models may be missing: the server makes it."""
+    problems = []
+    for name, path in [("--models", settings.models), *(("--runs", path) for path in settings.runs)]:
+        is_default = name == "--models" and os.path.normpath(path) == declared(Settings)["models"].default
+        if os.path.exists(path) and not os.path.isdir(path):
+            problems.append(f"{name} {path}: is a file; name a directory")
+        elif os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+            problems.append(f"{name} {path}: cannot be read; change its rights, or name another directory")
+        elif not os.path.isdir(path) and not is_default:
+            problems.append(f"{name} {path}: there is no such directory{nearest_file(path, is_folder=True)}; "
+                            "name one that is there, or make it")  # fmt: skip
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def read_command(argv: list[str]) -> Settings:

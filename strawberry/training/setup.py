@@ -18,7 +18,7 @@ from strawberry.data.dataset import Corpus, find_token_files
 from strawberry.data.objectives import make_objective
 from strawberry.device import has_cxx_compiler
 from strawberry.huggingface import gpt2
-from strawberry.model_file import load_model
+from strawberry.model_file import load_model, read_about
 from strawberry.outputs import CHECKPOINTS, Input, Output, check_outputs, encoder_inputs, is_same_file
 from strawberry.run_config import find_config
 from strawberry.training import checkpoint, plot
@@ -139,13 +139,17 @@ def nearest_existing(folder: Path) -> Path:
 def check_writable(key: str, path: str, folder: Path) -> None:
     """Raises UserError, which names key and path, if files cannot be created in `folder` or its nearest existing
     parent. Creates nothing."""
+    reason, fix = None, "name another path, or change the rights"
     try:
         folder = nearest_existing(folder)
-        good, reason = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK), f"{folder} cannot be written to"
+        if not folder.is_dir():
+            reason, fix = f"{folder} is a file, not a directory", "name another path"
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            reason = f"{folder} cannot be written to"
     except OSError as error:  # for example a name that is too long, or a folder without search permission
-        good, reason = False, f"{error.strerror} ({folder})"
-    if not good:
-        raise UserError(f"{key} = {path}: {reason}; name another path, or change the rights")
+        reason = f"{error.strerror} ({folder})"
+    if reason:
+        raise UserError(f"{key} = {path}: {reason}; {fix}")
 
 
 def list_outputs(run) -> list[Output]:
@@ -260,3 +264,19 @@ def check_paths(run, root: Path, config: str | None) -> None:
     check_writable("model_path", run.model_path, Path(run.model_path).parent)
     check_writable("checkpoints.path", run.checkpoints.path, root)
     check_outputs(list_outputs(run), list_inputs(run, config))
+    check_default_model(run)
+
+
+def check_default_model(run) -> None:
+    """Raises UserError if nothing names model_path, and the file at its default is a model of another architecture or
+    size, or was trained on other data."""
+    if "model_path" in run.given or run.init_from == "resume" or not os.path.exists(run.model_path):
+        return
+    try:
+        found = read_about(run.model_path)[1].get("run") or {}
+    except UserError:  # damaged
+        return
+    now = json.loads(json.dumps(to_dict(run)))
+    if any(found.get(key) != now[key] for key in ("model_hyperparams", "dataset", "encoder_path")):
+        raise UserError(f"model_path: {run.model_path}, the default, is there, and was trained with another model, "
+                        f"dataset or tokenizer; name a new file, or replace it with --model_path={run.model_path}")

@@ -20,7 +20,15 @@ import bench
 import encoder as encoders
 from model import CONFIGS, build
 from strawberry.bench import child_process, compare_report, decode, growth, hardware, scale, serve, sweep, train
-from strawberry.bench.common import SHARED_KEYS, get_value, load_entries, parse_override, parse_quantity
+from strawberry.bench.common import (
+    SHARED_KEYS,
+    check_results,
+    format_command,
+    get_value,
+    load_entries,
+    parse_override,
+    parse_quantity,
+)
 from strawberry.bench.width import match_params
 from strawberry.common import UserError, run_cli
 from strawberry.config import check
@@ -1100,6 +1108,32 @@ def test_growth_measures_each_window_and_width(workshop, capsys):
         for axis, value in (("T", 8), ("T", 16), ("C", 64))]
     assert len(calls("_speed")) == 6 and all(row["tokens_per_s"] == 1000 for row in rows)
     assert "| b | C | 64 | 1,000 | 3.00 |" in Path("out/growth.md").read_text()
+
+
+def test_default_results_are_replaced_by_the_same_command_only(workshop):
+    inputs = []
+    for name in ("compare", "decode", "growth", "recall", "speedrun"):
+        out, argv = Path("img") / name, ["a.json", "--jobs", "2"]
+        out.mkdir(parents=True)
+        check_results(name, out, argv, inputs)
+        command = format_command("python", name, argv)
+        (out / f"{name}.md").write_text(f"| a |\n\n```\n{command}\n```\n")
+        for same in (argv, [*argv[:1], "--out", str(out)], [f"--out={out}"]):
+            check_results(name, out, same, inputs)
+        for other in ([], ["a.json"], ["a.json", "--jobs", "3"]):
+            with pytest.raises(UserError, match=f"^--out: img.{name}.{name}.md.*{command}; .*--out img.{name}$"):
+                check_results(name, out, other, inputs)
+
+
+@pytest.mark.slow
+def test_a_command_does_not_replace_default_results_of_another(workshop):
+    argv = ["growth", "a.json", "--contexts", "8", "--widths", "64", "--tokens", "32"]
+    bench.main(argv)
+    bench.main(argv)
+    report = Path("img/growth/growth.md").read_bytes()
+    with pytest.raises(UserError, match="results of another command: python .*--tokens 32;"):
+        bench.main([*argv[:-1], "64"])
+    assert Path("img/growth/growth.md").read_bytes() == report
 
 
 def test_growth_keeps_the_tokens_of_a_step(workshop):

@@ -229,7 +229,7 @@ def test_after_an_interruption_the_same_command_goes_on(tmp_path, monkeypatch, c
     assert "finished runs are kept in img/recall/runs; to go on:" in capsys.readouterr().out
     assert bench.main(words) is None
     assert "1 of them are done already" in capsys.readouterr().out and asked == [0, 0]
-    assert bench.main([*words, "--rows", "8"]) is None and asked == [0, 0, 0, 1]
+    assert bench.main([*words, "--rows", "8", "--out", "img/recall"]) is None and asked == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("words, message", [

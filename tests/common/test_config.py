@@ -199,6 +199,13 @@ def test_a_reader_that_leaves_early_is_no_error(characters):
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="its processes do not inherit closed streams")
+def test_closed_streams_are_no_error():
+    body = "print('x')\nassert sys.stdin.read() == ''\nimport os\nassert os.open(os.devnull, 0) > 2"
+    ran = program(body, stderr=subprocess.PIPE, preexec_fn=lambda: (os.close(0), os.close(1)))
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_atomic_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     target = tmp_path / "new" / "folder" / "file.bin"
     atomic_write(target, b"old")

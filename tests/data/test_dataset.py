@@ -641,5 +641,5 @@ def test_measure_prints_memory_and_speed(tmp_path):
 
 
 def test_header_is_a_value():
-    header = Header(500, 499, 7, 1, "ab" * 32, "cd" * 32, "ef" * 32, "uint16")
+    header = Header(500, 499, 7, 1, "ab" * 32, "cd" * 32, "ef" * 32, "uint16", origin="01" * 32)
     assert Header.from_bytes(header.to_bytes(), "x") == header

@@ -24,7 +24,7 @@ from strawberry.data import documents, encoding
 from strawberry.data.dataset import Corpus
 from strawberry.data.docstrings import find_docstring_pairs
 from strawberry.data.documents import Documents, expand_inputs
-from strawberry.data.token_file import TokenFile
+from strawberry.data.token_file import DEFAULTS, TokenFile
 
 ROOT = Path(prepare.__file__).parent
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "the", "rat", "ran", "to", "the", "hat"]
@@ -171,6 +171,37 @@ def test_an_entry_over_the_limit_is_refused(tmp_path, bpe, monkeypatch):
         (tmp_path / name).write_text(text % ("x" * 3000))
         with pytest.raises(UserError, match=r"a\.jsonl?:( entry )?2 is longer than 0\.000976562 MiB.*\.txt"):
             run("--input", tmp_path / name, "--output", tmp_path / "out.bin", "--encoder", bpe)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, bpe):
+    folder, scandir = write_texts(tmp_path / "in", TEXTS[:2]), os.scandir
+    write_texts(folder / "locked", TEXTS[2:3])
+
+    def refuse(path):
+        if Path(path) == folder / "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="cannot read .*locked: Permission denied; change its rights"):
+        run("--input", folder, "--output", tmp_path / "out.bin", "--encoder", bpe)
+    assert not (tmp_path / "out.bin").exists()
+
+
+def test_a_path_in_a_folder_without_rights_is_not_called_missing(monkeypatch):
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(UserError, match=r"^--input locked/a\.txt: cannot be read \(Permission denied\)"):
+        expand_inputs(["locked/a.txt"])
+
+
+def test_a_misspelled_input_gets_the_nearest_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("größe.txt").touch()
+    with pytest.raises(UserError, match="matches nothing .did you mean 'größe.txt'"):
+        run("--input", "grösse.txt")
 
 
 @pytest.mark.parametrize("given_path", ["nowhere", "*.nothing"])
@@ -645,6 +676,78 @@ def test_packages_have_a_default_output_of_their_own(installed, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     run("--corpus", "packages", "--encoder", bpe)
     assert sorted(read_back("data/packages.bin", bpe)) == ["def core(): ...\n", "x = 1\n"]
+
+
+# ---- the default output ----------------------------------------------------------------------------------------------
+
+
+def test_a_default_output_replaces_only_what_the_same_command_wrote(tmp_path, monkeypatch, bpe, capsys):
+    monkeypatch.chdir(tmp_path)
+    common = ["--encoder", bpe]
+    for folder in ("texts", "other/texts"):
+        write_texts(tmp_path / folder, [folder])
+    run("--input", "texts", *common)
+    out = capsys.readouterr().out
+    assert out.startswith("data/texts.bin: 1 document") and "--dataset.path=data/texts.bin" in out
+    before = Path("data/texts.bin").read_bytes()
+    encoder.train([" ".join(WORDS) * 9], 280).save("other.enc")
+    for command in (["--input", "other/texts", *common], ["--input", "other/texts", *common, "--force"],
+                    ["--input", "texts", "--encoder", "other.enc"]):  # fmt: skip
+        with pytest.raises(UserError, match=r"^--output: data/texts\.bin is there.*--output data/texts\.bin$"):
+            run(*command)
+        assert Path("data/texts.bin").read_bytes() == before
+    write_texts(tmp_path / "texts", ["edited"])
+    run("--input", "./texts/", *common)  # the same command
+    assert read_back("data/texts.bin", bpe) == ["edited"]
+    run("--input", "other/texts", *common, "--output", "data/texts.bin")  # asked for
+    assert read_back("data/texts.bin", bpe) == ["other/texts"]
+    with pytest.raises(UserError, match="is there"):
+        run("--input", "texts", *common)
+    run("--input", "other/texts", *common)  # up to date
+    Path("data/texts.bin").write_bytes(Path("data/texts.bin").read_bytes()[:-1])
+    run("--input", "texts", *common)  # a damaged file is no loss
+    assert read_back("data/texts.bin", bpe) == ["edited"]
+
+
+def test_the_standard_library_does_not_replace_text_of_ones_own(small_corpus, bpe):
+    write_texts(Path("mine"), ["mine"])
+    run("--input", "mine", "--output", "data/webtext.bin", "--encoder", bpe)
+    with pytest.raises(UserError, match=r"data/webtext\.bin is there"):
+        run("--encoder", bpe)
+    assert read_back("data/webtext.bin", bpe) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name"),
+    [(["book.txt"], "book"), (["book.jsonl.gz", "texts"], "book"), (["texts/"], "texts"), (["v1.2"], "v1.2"),
+     (["texts/*.txt"], "texts"), (["t*s/0*.txt"], "here"), (["*.txt"], "here"), (["."], "here"),
+     (["Bücher.md"], "Bücher")],
+)  # fmt: skip
+def test_the_default_output_has_the_name_of_the_first_input(tmp_path, monkeypatch, bpe, inputs, name):
+    here = tmp_path / "here"
+    write_texts(here / "texts", TEXTS[:2])
+    write_texts(here / "v1.2", TEXTS[:2])
+    monkeypatch.chdir(here)
+    for file in ("book.txt", "Bücher.md"):
+        Path(file).write_text("text")
+    Path("book.jsonl.gz").write_bytes(gzip.compress(b'"text"\n'))
+    run("--input", *inputs, "--encoder", bpe)
+    assert TokenFile(f"data/{name}.bin").header.n_documents
+
+
+def test_each_corpus_has_a_default_output_of_its_own(monkeypatch):
+    paths = [prepare.choose_output(prepare.parse_arguments(words.split()))
+             for words in ("", "--corpus packages", "--pairs", "--corpus packages --pairs")]  # fmt: skip
+    assert paths == list(DEFAULTS) and len(set(paths)) == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no /dev/fd")
+def test_a_pipe_needs_an_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    for name in ("-", "/dev/stdin", "fifo"):
+        with pytest.raises(UserError, match="^--output: standard input and pipes have no name"):
+            run("--input", name)
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from browser import Browser
 from machine import require_program
 from runs import ALPHABET, run, write_config, write_corpus
-from test_serve import Running
+from test_serve import ServerThread
 
 import encoder as encoders
 import model as models
@@ -123,10 +123,10 @@ def site(runs_folder, tmp_path_factory):
                 p *= 8
                 p[-2:] = 0
     save_model(folder / "untrained.strawberry", model, encoders.train(["x"], 258), {})
-    running = Running(folder, api_key=["first"], context=3000, runs=[str(runs_folder)])
-    running.folder = folder
-    yield running
-    running.stop()
+    server = ServerThread(folder, api_key=["first"], context=3000, runs=[str(runs_folder)])
+    server.folder = folder
+    yield server
+    server.stop()
 
 
 def key(site):
@@ -525,7 +525,7 @@ def begin_writing(page, text="the ", **settings):
     page.send("Input.insertText", text=text)
 
 
-def test_prompt_and_continuation_are_one_text_whose_tokens_tell_their_probability(page, site):
+def test_prompt_and_continuation_are_one_text_whose_tokens_show_their_probability(page, site):
     begin_writing(page, Seed=3, Temperature=0.8)
     page.press("Enter", modifiers=2)
     page.has("seed 3", ".writing")
@@ -645,7 +645,7 @@ def test_the_stream_is_read_wherever_it_is_cut(page):
 def test_a_first_visit_ends_with_the_text_of_a_model(page, site, tmp_path):
     """A server with nothing: what is shown is how to train, and it ends with what the model writes."""
     page.size(1280, 900)
-    empty = Running(tmp_path / "models")
+    empty = ServerThread(tmp_path / "models")
     try:
         page.open(empty.url + "/")
         page.has("Train your first model")
@@ -682,7 +682,7 @@ def views(page, site):
         yield view
 
 
-def test_a_server_that_is_gone_is_told_and_what_was_shown_stays(page, site):
+def test_a_lost_server_is_reported_and_the_page_keeps_its_content(page, site):
     page.go("/runs", f"{ROWS}.length === 2")
     page.send("Network.enable")
     page.send("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)

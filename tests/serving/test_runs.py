@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from runs import ALPHABET, run, write_config, write_corpus
-from test_serve import Running
+from test_serve import ServerThread
 
 from model import CONFIGS, build
 from strawberry.run_config import make_run
@@ -44,9 +44,9 @@ def runs_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(runs_folder, tmp_path_factory):
-    running = Running(tmp_path_factory.mktemp("models"), runs=[str(runs_folder)])
-    yield running
-    running.stop()
+    server = ServerThread(tmp_path_factory.mktemp("models"), runs=[str(runs_folder)])
+    yield server
+    server.stop()
 
 
 def get(site, path, method="GET", body=None):
@@ -75,7 +75,7 @@ def test_runs_of_the_command_line_are_listed_with_what_differs_and_what_they_rea
     assert tiny["changed"] == same and "max_iters" in same
 
 
-def test_a_run_tells_its_keys_command_samples_and_checkpoints(site, runs_folder):
+def test_a_run_lists_its_keys_command_samples_and_checkpoints(site, runs_folder):
     about = get(site, f"/v1/runs/{by_name(site)['tiny']['id']}")
     assert about["values"]["learning_rate"] == 3e-3 and about["preset_values"]["max_iters"] == 10
     assert not {"model_path", "dataset.path", "checkpoints.path"} & about["values"].keys()
@@ -172,7 +172,7 @@ def test_a_run_without_a_record_is_read_from_its_checkpoint(runs_folder, tmp_pat
     """As those are that an earlier version trained."""
     shutil.copytree(runs_folder / "ck", tmp_path / "old")
     (tmp_path / "old" / "record.json").unlink()
-    site = Running(tmp_path, runs=[str(tmp_path)])
+    site = ServerThread(tmp_path, runs=[str(tmp_path)])
     try:
         (found,) = get(site, "/v1/runs")["data"]
         assert (found["name"], found["status"], found["parameters"]) == ("tiny", "succeeded", None)
@@ -192,7 +192,7 @@ def test_files_of_another_program_do_no_harm(runs_folder, tmp_path):
         if record:
             (tmp_path / str(i) / "record.json").write_text(json.dumps(record))
     shutil.copytree(runs_folder / "ck", tmp_path / "real")
-    site = Running(tmp_path, runs=[str(tmp_path)])
+    site = ServerThread(tmp_path, runs=[str(tmp_path)])
     try:
         found = by_name(site)
         assert found["tiny"]["status"] == "succeeded" and found["4"]["train_loss"] is None  # no end of a line yet
@@ -260,15 +260,15 @@ def test_the_time_of_a_step_is_that_of_a_run_like_it(site, runs_folder):
 
 
 @pytest.mark.parametrize(
-    "body,told",
+    "body,message",
     [({"model": "tinny"}, "tiny"), ({"model": "tiny", "hyperparameters": {"max_itres": 1}}, "max_iters"),
      ({"model": "tiny", "hyperparameters": {"model_path": "x"}}, "model_path"),
      ({"model": "tiny", "hyperparameters": {"learning_rate": -1}}, "learning_rate"),
      ({"model": "tiny", "hyperparameters": {"model_hyperparams.n_layer": 4096}}, "n_layer"), ({}, "model")],
 )  # fmt: skip
-def test_an_estimate_refuses_what_a_run_refuses(site, body, told):
+def test_an_estimate_refuses_what_a_run_refuses(site, body, message):
     status, _, answer = site.send("POST", "/v1/fine_tuning/estimates", body)
-    assert status in (400, 404) and told in answer["error"]["message"]
+    assert status in (400, 404) and message in answer["error"]["message"]
 
 
 # ---- what is in files and datasets -----------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import openai
 import pytest
@@ -40,11 +39,10 @@ from strawberry.serving.engine import Engine, decode_token
 from strawberry.serving.errors import ApiError, replace_surrogates
 from strawberry.serving.metrics import Metrics
 from strawberry.serving.model_files import read_model_file
-from strawberry.serving.models import ModelPool
 from strawberry.serving.protocol import CompletionRequest, range_pattern
 from strawberry.serving.security import HttpProtocol, RateLimiter
 from strawberry.serving.server import Server, check_free, make_server_config
-from strawberry.serving.settings import KEY_VARIABLE, MIB, Settings, read_command
+from strawberry.serving.settings import KEY_VARIABLE, MIB, Settings, check_folders, read_command
 
 ROOT = Path(serve.__file__).parent
 SHAPE = {"vocab_size": 258, "block_size": 64, "n_layer": 1, "n_head": 2, "n_embd": 32}
@@ -79,7 +77,7 @@ def folder(tmp_path_factory):
     return path
 
 
-class Running:
+class ServerThread:
     """A server in a thread of this process, and what a test asks of it."""
 
     def __init__(self, folder, **settings):
@@ -90,18 +88,18 @@ class Running:
         self.service = self.app.state.service
         config = make_server_config(self.app, self.settings)
         config.log_config = None
-        self.server = Server(config, self.service)
-        self.thread = threading.Thread(target=self.server.run)
+        self.uvicorn = Server(config, self.service)
+        self.thread = threading.Thread(target=self.uvicorn.run)
         self.thread.start()
         until = time.time() + 30
-        while not self.server.started and time.time() < until:
+        while not self.uvicorn.started and time.time() < until:
             time.sleep(0.01)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def stop(self):
-        self.server.should_exit = True
+        self.uvicorn.should_exit = True
         self.thread.join(70)
         assert not self.thread.is_alive()
         self.data.cleanup()
@@ -136,10 +134,10 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def running(folder):
-    running = Running(folder)
-    yield running
-    running.stop()
+def server(folder):
+    server = ServerThread(folder)
+    yield server
+    server.stop()
 
 
 @pytest.fixture
@@ -148,7 +146,7 @@ def start(folder):
     servers = []
 
     def start(models=folder, **settings):
-        servers.append(Running(models, **settings))
+        servers.append(ServerThread(models, **settings))
         return servers[-1]
 
     yield start
@@ -164,7 +162,7 @@ def error_of(answer, status):
     return body["error"]
 
 
-def alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
+def sample_alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
     """The text that the model makes with nobody else there, in a decoder of the server's shape."""
     model, encoder, _ = load_model(folder / name)
     settings = sample.Settings(length=n, **{"temperature": 1.0, **options})
@@ -174,47 +172,53 @@ def alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
     return replace_surrogates("".join(piece for _, piece, _ in made))
 
 
+def test_missing_folders_are_errors_and_are_not_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("file").touch()
+    for words in ("", "--models bin", "--models bin/", "--models models --runs models --data x"):
+        check_folders(read_command(words.split()))
+    mistakes = {
+        "--models model": r"--models model: there is no such directory \(did you mean 'models'\?\); name one",
+        "--models file": "--models file: is a file; name a directory",
+        "--models models/bin": "--models models/bin: there is no such directory;",
+        "--runs models --runs none --models no": "--models no: .*; --runs none: there is no such directory",
+    }
+    for words, message in mistakes.items():
+        with pytest.raises(UserError, match=f"^{message}"):
+            serve.main([*words.split(), "--port=0"])
+    assert sorted(map(str, Path().rglob("*"))) == ["file", "models"]
+    monkeypatch.setattr("os.access", lambda path, mode: path != "models")
+    for words in ("--models models", "--runs models"):
+        with pytest.raises(UserError, match=f"^{words}: cannot be read; change its rights"):
+            serve.main([*words.split(), "--port=0"])
+
+
 # ---- completions, through OpenAI's package -------------------------------------------------------------------------
 
 
-def test_a_folder_of_runs_that_is_not_there_is_a_warning(tmp_path, caplog):
-    async def start():
-        closing = asyncio.Event()
-        closing.set()
-        pool = SimpleNamespace(settings=SimpleNamespace(models="bin", runs=[str(tmp_path), str(tmp_path / "none")]),
-                               stop_before_deadline=closing.wait, list_files=lambda: asyncio.sleep(0, []))  # fmt: skip
-        await ModelPool.start(pool)
-        await pool.stop_task
-
-    with caplog.at_level("WARNING", engine.log.name):
-        asyncio.run(start())
-    assert [record.getMessage() for record in caplog.records] == [
-        f"--runs {tmp_path / 'none'}: there is no such folder yet; its runs are shown once there is"
-    ]
-
-
 @pytest.mark.slow
-def test_text_is_what_sample_makes(running, folder):
-    got = running.client.completions.create(model="air.strawberry", prompt="the cat", seed=7, max_tokens=24)
-    assert got.choices[0].text == alone(folder, "the cat", 7) != alone(folder, "the cat", 8)
+def test_text_is_what_sample_makes(server, folder):
+    got = server.client.completions.create(model="air.strawberry", prompt="the cat", seed=7, max_tokens=24)
+    assert got.choices[0].text == sample_alone(folder, "the cat", 7) != sample_alone(folder, "the cat", 8)
     assert (
         got.choices[0].finish_reason == "length" and got.object == "text_completion" and got.model == "air.strawberry"
     )
-    cold = running.client.completions.create(model="air.strawberry", prompt="x", temperature=0, max_tokens=9)
-    hot = running.client.completions.create(model="air.strawberry", prompt="x", max_tokens=9, extra_body={"top_k": 1})
+    cold = server.client.completions.create(model="air.strawberry", prompt="x", temperature=0, max_tokens=9)
+    hot = server.client.completions.create(model="air.strawberry", prompt="x", max_tokens=9, extra_body={"top_k": 1})
     assert cold.choices[0].text == hot.choices[0].text
     for extra in ({"top_k": 3}, {"min_p": 0.5}):
-        got = running.client.completions.create(
+        got = server.client.completions.create(
             model="air.strawberry", prompt="x", seed=3, max_tokens=24, extra_body=extra
         )
-        assert got.choices[0].text == alone(folder, "x", 3, **extra) != alone(folder, "x", 3)
-    got = running.client.completions.create(model="air.strawberry", prompt="x", seed=3, max_tokens=24, top_p=0.4)
-    assert got.choices[0].text == alone(folder, "x", 3, top_p=0.4) != alone(folder, "x", 3)
+        assert got.choices[0].text == sample_alone(folder, "x", 3, **extra) != sample_alone(folder, "x", 3)
+    got = server.client.completions.create(model="air.strawberry", prompt="x", seed=3, max_tokens=24, top_p=0.4)
+    assert got.choices[0].text == sample_alone(folder, "x", 3, top_p=0.4) != sample_alone(folder, "x", 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["air.strawberry", "future.strawberry", "learned.tinystar"])
-def test_streamed_equals_plain(running, name):
+def test_streamed_equals_plain(server, name):
     asked = {
         "model": name,
         "prompt": ["the cat", "öä"],
@@ -224,87 +228,87 @@ def test_streamed_equals_plain(running, name):
         "logprobs": 2,
         "echo": True,
     }
-    plain = running.client.completions.create(**asked)
-    texts, whys, told, usage = [""] * 6, [None] * 6, [[] for _ in range(6)], None
-    for chunk in running.client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+    plain = server.client.completions.create(**asked)
+    texts, whys, chunk_logprobs, usage = [""] * 6, [None] * 6, [[] for _ in range(6)], None
+    for chunk in server.client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
         for choice in chunk.choices:
             assert whys[choice.index] is None  # nothing after the end
             texts[choice.index] += choice.text
             whys[choice.index] = choice.finish_reason
-            told[choice.index].append(choice.logprobs)
+            chunk_logprobs[choice.index].append(choice.logprobs)
     assert texts == [choice.text for choice in plain.choices] and len(set(texts)) == 6
     assert whys == [choice.finish_reason for choice in plain.choices]
-    for pieces, choice in zip(told, plain.choices, strict=True):
+    for pieces, choice in zip(chunk_logprobs, plain.choices, strict=True):
         for field, whole in choice.logprobs.model_dump().items():
             assert [value for piece in pieces for value in getattr(piece, field)] == whole, field
     assert usage == plain.usage and usage.prompt_tokens == 7 + 4
     assert usage.completion_tokens == sum(len(c.logprobs.tokens) for c in plain.choices) - 3 * (7 + 4) > 60
 
 
-def test_each_piece_of_a_stream_has_the_logprobs_of_its_tokens(running):
+def test_each_piece_of_a_stream_has_the_logprobs_of_its_tokens(server):
     """With the prompt the prompt's; then one token a piece, and more where text was held back."""
     asked = {"model": "air.strawberry", "prompt": "aé", "seed": 3, "max_tokens": 30, "logprobs": 1, "stream": True}
-    first, *pieces = [chunk.choices[0] for chunk in running.client.completions.create(**asked, echo=True)]
+    first, *pieces = [chunk.choices[0] for chunk in server.client.completions.create(**asked, echo=True)]
     assert first.text == "aé" and len(first.logprobs.tokens) == 3 and first.logprobs.token_logprobs[0] is None
     at, counts = 2, []
     for piece in pieces:
-        told = piece.logprobs
-        counts.append(len(told.tokens))
-        assert len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == counts[-1]
-        assert not told.tokens or told.text_offset[0] in (at, at - 1)  # −1: behind a character that is not whole yet
+        logprobs = piece.logprobs
+        counts.append(len(logprobs.tokens))
+        assert len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == len(logprobs.text_offset) == counts[-1]
+        assert not logprobs.tokens or logprobs.text_offset[0] in (at, at - 1)  # −1: inside a character
         at += len(piece.text)
     assert sum(counts) == 30 and counts.count(1) > 10
-    plain = list(running.client.completions.create(**{**asked, "logprobs": None}))
+    plain = list(server.client.completions.create(**{**asked, "logprobs": None}))
     assert all(chunk.choices[0].logprobs is None for chunk in plain)
 
 
 @pytest.mark.slow
-def test_samples_are_those_of_further_seeds(running, folder):
-    got = running.client.completions.create(model="air.strawberry", prompt=["a b", "c"], seed=40, n=3, max_tokens=24)
+def test_samples_are_those_of_further_seeds(server, folder):
+    got = server.client.completions.create(model="air.strawberry", prompt=["a b", "c"], seed=40, n=3, max_tokens=24)
     assert [c.index for c in got.choices] == list(range(6))
-    assert [c.text for c in got.choices] == [alone(folder, p, 40 + i) for p in ("a b", "c") for i in range(3)]
-    drawn = [running.client.completions.create(model="air.strawberry", prompt="a", max_tokens=24).choices[0].text
+    assert [c.text for c in got.choices] == [sample_alone(folder, p, 40 + i) for p in ("a b", "c") for i in range(3)]
+    drawn = [server.client.completions.create(model="air.strawberry", prompt="a", max_tokens=24).choices[0].text
              for _ in range(2)]  # fmt: skip
     assert drawn[0] != drawn[1]
 
 
-def test_rows_keep_one_shape(running):
+def test_rows_keep_one_shape(server):
     """On which it rests that an answer is to the bit what it would be alone."""
-    running.complete()
-    decoder = running.service.models.loaded["air.strawberry"].decoder
+    server.complete()
+    decoder = server.service.models.loaded["air.strawberry"].decoder
     assert decoder.batch_invariant and decoder.rows == ROWS
 
 
-def test_stop_strings_end_a_text_before_them(running, folder):
-    whole = alone(folder, "the", 2, n=60)
+def test_stop_strings_end_a_text_before_them(server, folder):
+    whole = sample_alone(folder, "the", 2, n=60)
     stop = whole[20:23]
     asked = {"model": "air.strawberry", "prompt": "the", "seed": 2, "max_tokens": 60}
     for given in (stop, ["\n\n\n\n", stop]):
         for stream in (False, True):
-            got = running.client.completions.create(**asked, stop=given, stream=stream)
+            got = server.client.completions.create(**asked, stop=given, stream=stream)
             chunks = list(got) if stream else [got]
             assert "".join(c.text for chunk in chunks for c in chunk.choices) == whole[: whole.index(stop)]
             assert chunks[-1].choices[0].finish_reason == "stop"
-    assert running.gauge("rows_busy") == 0
+    assert server.gauge("rows_busy") == 0
 
 
-def test_tokens_are_prompts_too(running):
+def test_tokens_are_prompts_too(server):
     tokens = encoders.train(["x"], 258).encode("the cat")
     asked = {"model": "air.strawberry", "seed": 3, "max_tokens": 5}
-    texts = [running.client.completions.create(**asked, prompt=prompt).choices for prompt in
+    texts = [server.client.completions.create(**asked, prompt=prompt).choices for prompt in
              ("the cat", tokens, ["the cat", "x"], [tokens, [1]], [float(t) for t in tokens])]  # fmt: skip
     assert len({choices[0].text for choices in texts}) == 1 and [len(choices) for choices in texts] == [1, 1, 2, 2, 1]
-    beginning, eot = (running.client.completions.create(**asked, prompt=p).choices[0].text for p in ("", [256]))
+    beginning, eot = (server.client.completions.create(**asked, prompt=p).choices[0].text for p in ("", [256]))
     assert beginning == eot
 
 
-def test_logprobs_are_the_models(running, folder):
+def test_logprobs_are_the_models(server, folder):
     """Against the model itself, token by token, in float64."""
     model, encoder, _ = load_model(folder / "air.strawberry")
-    got = running.client.completions.create(model="air.strawberry", prompt="aé", seed=3, max_tokens=3, echo=True,
+    got = server.client.completions.create(model="air.strawberry", prompt="aé", seed=3, max_tokens=3, echo=True,
                                             logprobs=2, temperature=1.5)  # fmt: skip
-    told = got.choices[0].logprobs
+    logprobs = got.choices[0].logprobs
     tokens = encoder.encode("aé")
     for i in range(1, 6):
         with torch.no_grad():
@@ -313,22 +317,22 @@ def test_logprobs_are_the_models(running, folder):
             logp = model.double()(torch.tensor([tokens[:i]]))[0][0, -1].log_softmax(-1)
             own = tokens[i]
         else:
-            own = min(range(258), key=lambda t: abs(logp[t].item() - told.token_logprobs[i]))
+            own = min(range(258), key=lambda t: abs(logp[t].item() - logprobs.token_logprobs[i]))
             tokens.append(own)
-        assert math.isclose(logp[own].item(), told.token_logprobs[i], abs_tol=1e-4)
-        best = list(told.top_logprobs[i].values())[:2]
+        assert math.isclose(logp[own].item(), logprobs.token_logprobs[i], abs_tol=1e-4)
+        best = list(logprobs.top_logprobs[i].values())[:2]
         assert best == pytest.approx(logp.topk(2).values.tolist(), abs=1e-4)
-        assert decode_token(encoder, own) == told.tokens[i]
-    assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
-    assert told.tokens[:3] == ["a", "bytes:\\xc3", "bytes:\\xa9"] and told.text_offset[:4] == [0, 1, 1, 2]
+        assert decode_token(encoder, own) == logprobs.tokens[i]
+    assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+    assert logprobs.tokens[:3] == ["a", "bytes:\\xc3", "bytes:\\xa9"] and logprobs.text_offset[:4] == [0, 1, 1, 2]
     assert replace_surrogates(encoder.decode(tokens)) == got.choices[0].text
 
 
-def test_top_logprobs_are_in_the_order_of_probability(running, folder):
+def test_top_logprobs_are_in_the_order_of_probability(server, folder):
     """The likeliest token first, whichever was drawn; the drawn one is among them or after them."""
     asked = {"model": "air.strawberry", "prompt": "ab", "seed": 3, "max_tokens": 12, "temperature": 2, "logprobs": 4}
     for stream in (False, True):
-        got = running.client.completions.create(**asked, echo=True, stream=stream)
+        got = server.client.completions.create(**asked, echo=True, stream=stream)
         pieces = [chunk.choices[0].logprobs for chunk in (got if stream else [got])]
         own = [logprob for piece in pieces for logprob in piece.token_logprobs][1:]
         best = [list(top.items()) for piece in pieces for top in piece.top_logprobs if top]
@@ -343,25 +347,25 @@ def test_top_logprobs_are_in_the_order_of_probability(running, folder):
     assert [text for text, _ in best[0]][:4] == [decode_token(encoder, token) for token in likeliest]
 
 
-def test_scores_alone(running):
+def test_scores_alone(server):
     """max_tokens 0 with echo: nothing is made, and no row is needed."""
-    got = running.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=0, echo=True, logprobs=0)
+    got = server.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=0, echo=True, logprobs=0)
     assert got.choices[0].text == "abc" and len(got.choices[0].logprobs.token_logprobs) == 3
     assert got.usage.completion_tokens == 0 and got.choices[0].finish_reason == "length"
-    more = running.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=2, echo=True, logprobs=1)
+    more = server.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=2, echo=True, logprobs=1)
     assert more.choices[0].logprobs.token_logprobs[1:3] == pytest.approx(got.choices[0].logprobs.token_logprobs[1:])
 
 
-def test_logprobs_without_echo_are_the_end_of_those_with_it(running):
+def test_logprobs_without_echo_are_the_end_of_those_with_it(server):
     asked = {"prompt": "abcde", "max_tokens": 6, "seed": 4, "logprobs": 2}
-    with_echo, without = (running.complete(**asked, echo=echo)[2]["choices"][0]["logprobs"] for echo in (True, False))
-    assert without == {name: told[5:] for name, told in with_echo.items()} and len(without["tokens"]) == 6
+    with_echo, without = (server.complete(**asked, echo=echo)[2]["choices"][0]["logprobs"] for echo in (True, False))
+    assert without == {name: values[5:] for name, values in with_echo.items()} and len(without["tokens"]) == 6
 
 
-def test_models_that_see_the_future_score_what_they_drew_from(running, folder):
+def test_models_that_see_the_future_score_what_they_drew_from(server, folder):
     model, encoder, _ = load_model(folder / "future.strawberry")
     asked = {"model": "future.strawberry", "prompt": "a longer prompt", "max_tokens": 1, "echo": True, "logprobs": 1}
-    got = running.client.completions.create(**asked)
+    got = server.client.completions.create(**asked)
     tokens = encoder.encode("a longer prompt")
     with torch.no_grad():
         for i in (1, 5, 14):
@@ -369,54 +373,54 @@ def test_models_that_see_the_future_score_what_they_drew_from(running, folder):
             assert got.choices[0].logprobs.token_logprobs[i] == pytest.approx(logp[tokens[i]].item(), abs=1e-4)
 
 
-def test_encoder_decoders_take_a_source(running):
-    create = running.client.completions.create
+def test_encoder_decoders_take_a_source(server):
+    create = server.client.completions.create
     got = create(model="pairs.transformer", prompt="", max_tokens=8, seed=1, extra_body={"source": "abc"})
     other = create(model="pairs.transformer", prompt="", max_tokens=8, seed=1, extra_body={"source": "abd"})
     assert got.choices[0].text != other.choices[0].text
-    assert error_of(running.complete(model="pairs.transformer"), 400)["param"] == "source"
-    assert error_of(running.complete(source="x"), 400)["param"] == "source"
+    assert error_of(server.complete(model="pairs.transformer"), 400)["param"] == "source"
+    assert error_of(server.complete(source="x"), 400)["param"] == "source"
 
 
-def test_a_text_ends_where_positions_do(running):
-    got = running.client.completions.create(model="learned.tinystar", prompt="a" * 60, max_tokens=50, temperature=0)
+def test_a_text_ends_where_positions_do(server):
+    got = server.client.completions.create(model="learned.tinystar", prompt="a" * 60, max_tokens=50, temperature=0)
     assert got.choices[0].finish_reason == "length" and got.usage.completion_tokens == 5
-    got = running.client.completions.create(model="air.strawberry", prompt="a" * 4090, max_tokens=50, temperature=0)
+    got = server.client.completions.create(model="air.strawberry", prompt="a" * 4090, max_tokens=50, temperature=0)
     assert got.usage.completion_tokens == 6  # --context
 
 
-def test_tokens_are_told_as_vllm_does(running):
+def test_tokenize_answers_as_vllm_does(server):
     encoder = encoders.train(["x"], 258)
     body = {"prompt": "thé cat", "model": "air.strawberry"}
-    told = running.send("POST", "/tokenize", body)[2]
-    assert told == {"count": 8, "max_model_len": 4096, "tokens": encoder.encode("thé cat")}
-    assert running.send("POST", "/detokenize", {"tokens": told["tokens"]})[2] == {"prompt": "thé cat"}
-    info = running.send("GET", "/tokenizer_info")[2]
-    eot = running.send("POST", "/tokenize", {"prompt": info["eos_token"]})[2]["tokens"]
-    assert eot == [encoder.eot] and len(running.send("POST", "/tokenize", {"prompt": "a<|eot|>"})[2]["tokens"]) > 2
-    assert error_of(running.send("POST", "/detokenize", {"tokens": [5, 258]}), 400)["param"] == "tokens"
-    assert error_of(running.send("POST", "/tokenize", {"prompt": 5}), 400)["param"] == "prompt"
-    error_of(running.send("GET", "/tokenizer_info?model=none"), 404)
+    tokenized = server.send("POST", "/tokenize", body)[2]
+    assert tokenized == {"count": 8, "max_model_len": 4096, "tokens": encoder.encode("thé cat")}
+    assert server.send("POST", "/detokenize", {"tokens": tokenized["tokens"]})[2] == {"prompt": "thé cat"}
+    info = server.send("GET", "/tokenizer_info")[2]
+    eot = server.send("POST", "/tokenize", {"prompt": info["eos_token"]})[2]["tokens"]
+    assert eot == [encoder.eot] and len(server.send("POST", "/tokenize", {"prompt": "a<|eot|>"})[2]["tokens"]) > 2
+    assert error_of(server.send("POST", "/detokenize", {"tokens": [5, 258]}), 400)["param"] == "tokens"
+    assert error_of(server.send("POST", "/tokenize", {"prompt": 5}), 400)["param"] == "prompt"
+    error_of(server.send("GET", "/tokenizer_info?model=none"), 404)
 
 
-def test_prompts_that_are_too_long_say_so(running):
+def test_prompts_that_are_too_long_say_so(server):
     for prompt in ("a" * 4097, "é" * 2049, [97] * 4097, ["a", "a" * 4097]):
-        error = error_of(running.complete(prompt=prompt), 400)
+        error = error_of(server.complete(prompt=prompt), 400)
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded") and "4,096" in error["message"]
-    assert error_of(running.complete(model="learned.tinystar", prompt="a" * 65), 400)["code"] == error["code"]
-    assert running.complete(model="learned.tinystar", prompt="a" * 64)[0] == 200
+    assert error_of(server.complete(model="learned.tinystar", prompt="a" * 65), 400)["code"] == error["code"]
+    assert server.complete(model="learned.tinystar", prompt="a" * 64)[0] == 200
 
 
-def test_models_are_listed(running, folder):
-    listed = running.client.models.list().data
+def test_models_are_listed(server, folder):
+    listed = server.client.models.list().data
     assert [model.id for model in listed] == sorted(MODELS)
-    got = running.client.models.retrieve("air.strawberry")
+    got = server.client.models.retrieve("air.strawberry")
     assert (got.id, got.object, got.arch, got.vocab_size) == ("air.strawberry", "model", "strawberry", 258)
     assert got.created == int((folder / "air.strawberry").stat().st_mtime)
     assert {model.id: model.bytes for model in listed} == {name: (folder / name).stat().st_size for name in MODELS}
-    with pytest.raises(openai.NotFoundError) as told:
-        running.client.models.retrieve("air.strawbery")
-    assert told.value.code == "model_not_found" and "did you mean 'air.strawberry'" in str(told.value)
+    with pytest.raises(openai.NotFoundError) as error:
+        server.client.models.retrieve("air.strawbery")
+    assert error.value.code == "model_not_found" and "did you mean 'air.strawberry'" in str(error.value)
 
 
 def test_models_come_change_and_go(start, folder, tmp_path):
@@ -586,8 +590,8 @@ def test_a_model_that_is_deleted_while_it_is_loaded_is_gone(start, tmp_path, mon
     assert error_of(server.complete(), 404)["code"] == "model_not_found"
 
 
-def test_errors_do_not_tell_where_models_lie(running, folder):
-    message = error_of(running.complete(model="masked.transformer"), 400)["message"]
+def test_errors_do_not_reveal_the_paths_of_models(server, folder):
+    message = error_of(server.complete(model="masked.transformer"), 400)["message"]
     assert "masked.transformer" in message and str(folder) not in message
 
 
@@ -609,10 +613,10 @@ def test_idle_models_make_room(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_clients_get_their_own_texts_or_are_told_to_come_again(start, folder):
+def test_many_clients_get_their_own_texts_or_retry_after(start, folder):
     clients, queue = count(24, 64), count(6, 32)
     server = start(queue=queue, batch=ROWS)
-    solo = [alone(folder, f"prompt {i}", i) for i in range(clients)]
+    solo = [sample_alone(folder, f"prompt {i}", i) for i in range(clients)]
     server.complete()  # loads the model
     together = threading.Barrier(clients)
 
@@ -714,7 +718,7 @@ def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind)
 
 
 @pytest.mark.slow
-def test_retry_after_is_told_to_clients(start):
+def test_a_full_queue_answers_with_retry_after(start):
     """By the official client: 10 and 20 tokens of 2 seconds each are to be made before a third text begins."""
     server = start(batch=1, queue=1)
     server.complete()
@@ -751,32 +755,33 @@ def test_models_share_a_gpu(start):
     assert [answer[2]["choices"] for answer in together] == [ask(i)[2]["choices"] for i in range(24)]
 
 
-def test_a_new_text_joins_those_under_way(running, folder):
-    long = running.client.completions.create(model="air.strawberry", prompt="a", **LONG, stream=True)
+def test_a_new_text_joins_those_under_way(server, folder):
+    long = server.client.completions.create(model="air.strawberry", prompt="a", **LONG, stream=True)
     pieces = [next(long).choices[0].text]
-    assert running.complete(prompt="the", seed=5, max_tokens=24)[2]["choices"][0]["text"] == alone(folder, "the", 5)
-    assert running.gauge("rows_busy") == 1  # the long one goes on
+    text = server.complete(prompt="the", seed=5, max_tokens=24)[2]["choices"][0]["text"]
+    assert text == sample_alone(folder, "the", 5)
+    assert server.gauge("rows_busy") == 1  # the long one goes on
     pieces += [next(long).choices[0].text for _ in range(20)]
     long.close()
     text = "".join(pieces)
-    assert alone(folder, "a", 0, n=60, temperature=0.0).startswith(text[:15]) and len(text) >= 15
+    assert sample_alone(folder, "a", 0, n=60, temperature=0.0).startswith(text[:15]) and len(text) >= 15
 
 
 @pytest.mark.slow
-def test_one_large_order_does_not_keep_others_waiting(running):
-    large = running.client.completions.create(
+def test_one_large_order_does_not_keep_others_waiting(server):
+    large = server.client.completions.create(
         model="air.strawberry", prompt=["a"] * 40, n=30, **LONG | {"max_tokens": 500}, stream=True
     )
     next(large)
     began = time.time()
-    assert running.complete(max_tokens=3)[0] == 200
+    assert server.complete(max_tokens=3)[0] == 200
     assert time.time() - began < 20  # it has to wait for a row, not for 1,200 texts
     large.close()
-    running.wait_for("rows_busy", 0)
+    server.wait_for("rows_busy", 0)
 
 
 @pytest.mark.parametrize("kind", ["plain", "streamed", "before the first piece", "while it waits"])
-def test_rows_of_clients_that_leave_are_free(running, kind):
+def test_rows_of_clients_that_leave_are_free(server, kind):
     body = {"model": "air.strawberry", "prompt": "a", **LONG, "n": ROWS, "stream": kind != "plain"}
     if kind == "before the first piece":
         body["prompt"] = "a" * 4000
@@ -784,24 +789,24 @@ def test_rows_of_clients_that_leave_are_free(running, kind):
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
     head += str(len(text))
     sockets = [
-        socket.create_connection(("127.0.0.1", running.port)) for _ in range(2 if kind == "while it waits" else 1)
+        socket.create_connection(("127.0.0.1", server.port)) for _ in range(2 if kind == "while it waits" else 1)
     ]
     for one in sockets:
         one.sendall(head.encode() + b"\r\n\r\n" + text)
         if kind == "streamed":
             assert one.recv(1000)
         if kind != "before the first piece":
-            running.wait_for("rows_busy", ROWS)
+            server.wait_for("rows_busy", ROWS)
         else:
             time.sleep(0.05)
     for one in reversed(sockets):
         one.close()
-    assert running.wait_for("rows_busy", 0) < 1
-    assert running.gauge("queue") == 0
+    assert server.wait_for("rows_busy", 0) < 1
+    assert server.gauge("queue") == 0
 
 
-def test_pieces_are_not_kept_for_ever(running, monkeypatch):
-    """For a client that stays and takes nothing: its rows are freed, and it is told when it reads on."""
+def test_pieces_are_not_kept_for_ever(server, monkeypatch):
+    """For a client that stays and takes nothing: its rows are freed, and it gets the error when it reads on."""
     monkeypatch.setattr(engine, "MAX_UNREAD", 50)
     real, stuck = CompletionStream.data, threading.Event()
 
@@ -812,8 +817,8 @@ def test_pieces_are_not_kept_for_ever(running, monkeypatch):
                 await asyncio.sleep(0.01)
 
     monkeypatch.setattr(CompletionStream, "data", slow)
-    got = running.client.completions.create(model="air.strawberry", prompt="a", n=ROWS, **LONG, stream=True)
-    running.wait_for("rows_busy", 0)
+    got = server.client.completions.create(model="air.strawberry", prompt="a", n=ROWS, **LONG, stream=True)
+    server.wait_for("rows_busy", 0)
     stuck.set()
     with pytest.raises(openai.APIError, match="50 pieces unread"):
         list(got)
@@ -826,34 +831,34 @@ def test_requests_time_out(start):
     assert error_of(server.complete(**LONG, n=8), 408)["param"] == "timeout"
     assert 0.5 <= time.time() - began < 20  # of which loading the model takes a part; the texts would take minutes
     assert server.wait_for("rows_busy", 0) < 1
-    with pytest.raises(openai.APIError, match="more than 0.5 seconds"):  # begun: told in the stream
+    with pytest.raises(openai.APIError, match="more than 0.5 seconds"):  # begun: the error is in the stream
         list(server.client.completions.create(model="air.strawberry", prompt="a", stream=True, **LONG, n=8))
     assert server.wait_for("rows_busy", 0) < 1
 
 
 @pytest.mark.slow
-def test_a_request_has_a_timeout_of_its_own(running):
+def test_a_request_has_a_timeout_of_its_own(server):
     began = time.time()
-    assert "5 seconds" in error_of(running.complete(**LONG, prompt=["a"] * 8, n=8, timeout=5), 408)["message"]
-    assert 5 <= time.time() - began < 30 and running.wait_for("rows_busy", 0) < 1
+    assert "5 seconds" in error_of(server.complete(**LONG, prompt=["a"] * 8, n=8, timeout=5), 408)["message"]
+    assert 5 <= time.time() - began < 30 and server.wait_for("rows_busy", 0) < 1
 
 
 @pytest.mark.slow
 def test_what_is_under_way_is_finished_before_the_end(folder):
-    server = Running(folder, grace=20)
+    server = ServerThread(folder, grace=20)
     server.complete()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.complete, max_tokens=600, temperature=0)
         server.wait_for("rows_busy", 1)
         server.stop()
         assert answer.result()[2]["usage"]["completion_tokens"] == 600
-    server = Running(folder, grace=1)
+    server = ServerThread(folder, grace=1)
     server.complete()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.complete, **LONG, n=32)
         server.wait_for("rows_busy", ROWS)
         server.service.closing.set()
-        server.server.should_exit = True
+        server.uvicorn.should_exit = True
         assert error_of(answer.result(), 503)
     server.stop()
 
@@ -863,31 +868,31 @@ def broken(*arguments):
 
 
 @pytest.mark.parametrize("part", ["step", "admit"])
-def test_an_engine_that_fails_goes_on(running, monkeypatch, part):
-    running.complete()
-    engine = running.service.models.loaded["air.strawberry"]
+def test_an_engine_that_fails_goes_on(server, monkeypatch, part):
+    server.complete()
+    engine = server.service.models.loaded["air.strawberry"]
     monkeypatch.setattr(engine.decoder, part, broken)
-    assert "secret" not in json.dumps(error_of(running.complete(), 500))
+    assert "secret" not in json.dumps(error_of(server.complete(), 500))
     monkeypatch.undo()
-    assert running.complete()[0] == 200 and running.gauge("rows_busy") == 0
+    assert server.complete()[0] == 200 and server.gauge("rows_busy") == 0
 
 
-def test_an_engine_that_cannot_go_on_is_replaced(running, monkeypatch):
-    running.complete()
-    engine = running.service.models.loaded["air.strawberry"]
+def test_an_engine_that_cannot_go_on_is_replaced(server, monkeypatch):
+    server.complete()
+    engine = server.service.models.loaded["air.strawberry"]
     monkeypatch.setattr(engine.decoder, "step", broken)
     monkeypatch.setattr(engine, "make_decoder", broken)
-    error_of(running.complete(), 500)
+    error_of(server.complete(), 500)
     engine.thread.join(10)
-    assert running.complete()[0] == 200 and running.service.models.loaded["air.strawberry"] is not engine
+    assert server.complete()[0] == 200 and server.service.models.loaded["air.strawberry"] is not engine
 
 
-def test_scoring_that_fails_is_answered(running, monkeypatch):
+def test_scoring_that_fails_is_answered(server, monkeypatch):
     monkeypatch.setattr(scoring, "score_tokens", broken)
-    error_of(running.complete(logprobs=1, echo=True), 500)
-    assert running.complete(logprobs=1)[0] == 200  # those of new tokens come with the tokens
+    error_of(server.complete(logprobs=1, echo=True), 500)
+    assert server.complete(logprobs=1)[0] == 200  # those of new tokens come with the tokens
     monkeypatch.undo()
-    assert running.complete(logprobs=1, echo=True)[0] == 200
+    assert server.complete(logprobs=1, echo=True)[0] == 200
 
 
 @pytest.mark.slow
@@ -897,8 +902,9 @@ def test_a_model_may_be_wider_than_its_encoder(start, tmp_path, monkeypatch):
     make_model(tmp_path / "air.strawberry")
     server = start(tmp_path)
     got = server.complete(prompt=[97, 299, 98], echo=True, logprobs=3, max_tokens=40, seed=1)[2]
-    told, text = got["choices"][0]["logprobs"], got["choices"][0]["text"]
-    assert text.startswith("ab") and told["text_offset"][:3] == [0, 1, 1] and told["tokens"][1] not in ("a", "b")
+    logprobs, text = got["choices"][0]["logprobs"], got["choices"][0]["text"]
+    assert text.startswith("ab") and logprobs["text_offset"][:3] == [0, 1, 1]
+    assert logprobs["tokens"][1] not in ("a", "b")
     assert error_of(server.complete(prompt=[300]), 400)["param"] == "prompt"
 
 
@@ -932,17 +938,17 @@ WRONG = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("field", WRONG)
-def test_hostile_values_name_their_field(running, field):
+def test_hostile_values_name_their_field(server, field):
     for value in WRONG[field]:
-        status, _, body = running.complete(**{field: value})
+        status, _, body = server.complete(**{field: value})
         assert 400 <= status < 500, (value, body)
         assert body["error"]["param"].partition(".")[0] == field and field in body["error"]["message"], (value, body)
-    assert running.complete()[0] == 200
+    assert server.complete()[0] == 200
 
 
-def test_nulls_are_left_out(running):
+def test_nulls_are_left_out(server):
     fields = {name: None for name in WRONG if name not in ("model", "prompt", "unheard_of", "max_tokns")}
-    assert running.complete(**fields)[2]["usage"]["completion_tokens"] <= 16
+    assert server.complete(**fields)[2]["usage"]["completion_tokens"] <= 16
 
 
 # What vLLM's CompletionRequest and OpenAI's create() document as defaults, written out: clients send them unasked.
@@ -965,9 +971,9 @@ SPELLED_OUT = {
 
 
 @pytest.mark.slow
-def test_fields_that_change_nothing_are_accepted(running):
+def test_fields_that_change_nothing_are_accepted(server):
     """All that clients send by default, at once and one by one: the text is the same."""
-    create, asked = running.client.completions.create, {"model": "air.strawberry", "prompt": "the cat", "seed": 7}
+    create, asked = server.client.completions.create, {"model": "air.strawberry", "prompt": "the cat", "seed": 7}
     text = create(**asked).choices[0].text
     for fields in (VLLM_DEFAULTS, SPELLED_OUT, VLLM_DEFAULTS | SPELLED_OUT, {"top_k": 0}, {"best_of": 1.0}):
         body = {name: value for name, value in fields.items() if name != "seed"}
@@ -979,28 +985,28 @@ def test_fields_that_change_nothing_are_accepted(running):
     assert len(three) == 3 and three[0].text == text
     drawn = {create(**asked | {"seed": -1}).choices[0].text for _ in range(2)}
     assert len(drawn) == 2
-    schema = running.send("GET", "/openapi.json")[2]
+    schema = server.send("GET", "/openapi.json")[2]
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert VLLM_DEFAULTS.keys() | SPELLED_OUT.keys() <= body["properties"].keys()
 
 
-def test_a_field_that_is_not_supported_is_refused_with_what_is_accepted(running):
-    message = error_of(running.complete(priority=3), 400)["message"]
+def test_a_field_that_is_not_supported_is_refused_with_what_is_accepted(server):
+    message = error_of(server.complete(priority=3), 400)["message"]
     assert "priority = 3" in message and "leave it out" in message and "0" in message
     with pytest.raises(openai.BadRequestError, match="suffix"):
-        running.client.completions.create(model="air.strawberry", prompt="a", suffix="x")
+        server.client.completions.create(model="air.strawberry", prompt="a", suffix="x")
 
 
-def test_penalties_are_those_of_sample(running, folder):
+def test_penalties_are_those_of_sample(server, folder):
     """Against the decoder alone, which test_penalties.py judges; each of them changes the text, or how it ends."""
-    create, asked = running.client.completions.create, {"model": "air.strawberry", "prompt": "the", "seed": 2}
-    plain = alone(folder, "the", 2)
+    create, asked = server.client.completions.create, {"model": "air.strawberry", "prompt": "the", "seed": 2}
+    plain = sample_alone(folder, "the", 2)
     openais = {"presence_penalty": 2.0, "frequency_penalty": 1.5, "logit_bias": {"101": 9, "32": -100}}
     for wish in (*({name: value} for name, value in openais.items()), openais):
-        assert create(**asked, **wish, max_tokens=24).choices[0].text == alone(folder, "the", 2, **wish) != plain
+        assert create(**asked, **wish, max_tokens=24).choices[0].text == sample_alone(folder, "the", 2, **wish) != plain
     for wish in ({"repetition_penalty": 2.5}, {"stop_token_ids": list(plain.encode()[5:6])}):
         text = create(**asked, extra_body=wish, max_tokens=24).choices[0].text
-        assert text == alone(folder, "the", 2, **wish) != plain
+        assert text == sample_alone(folder, "the", 2, **wish) != plain
     ends = {"logit_bias": {"256": 100}, "min_tokens": 7}
     got = create(**asked, max_tokens=24, extra_body=ends)
     assert got.usage.completion_tokens == 8 and got.choices[0].finish_reason == "stop"
@@ -1011,9 +1017,9 @@ def test_penalties_are_those_of_sample(running, folder):
     assert got.usage.completion_tokens == 5
 
 
-def test_each_piece_of_a_stream_can_tell_the_usage(running):
+def test_each_chunk_of_a_stream_can_report_the_usage(server):
     options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
-    chunks = list(running.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=5, temperature=0,
+    chunks = list(server.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=5, temperature=0,
                                                     stream=True, stream_options=options))  # fmt: skip
     usages = [chunk.usage for chunk in chunks]
     assert all(usage.prompt_tokens == 3 for usage in usages) and usages[-1].completion_tokens == 5
@@ -1021,26 +1027,26 @@ def test_each_piece_of_a_stream_can_tell_the_usage(running):
     assert counts == sorted(counts)
 
 
-def test_hostile_bodies(running):
+def test_hostile_bodies(server):
     deep = '{"model": "air.strawberry", "prompt": "a", "user": ' + "[" * 10_000 + "]" * 10_000 + "}"
     no_json = ["[" * 10_000, b'{"model": "\xff\xfe"}', "", "{", '{"n": ' + "9" * 5000 + "}", "{} x"]
     no_object = ["[]", '"x"', "null", b"\xef\xbb\xbf\x00"]
     for body in (deep, *no_json, *no_object, json.dumps({"\ud800" * 50: 1, "prompt": "a"})):
-        error_of(running.send("POST", "/v1/completions", body), 400)
+        error_of(server.send("POST", "/v1/completions", body), 400)
     for kind in ("text/plain", "", "application/x-www-form-urlencoded", "application/jsonx"):
         assert (
-            error_of(running.send("POST", "/v1/completions", "{}", Content_Type=kind), 415)["param"] == "Content-Type"
+            error_of(server.send("POST", "/v1/completions", "{}", Content_Type=kind), 415)["param"] == "Content-Type"
         )
-    error_of(running.send("GET", "/v1/completions"), 405)
-    error_of(running.send("GET", "/nothing"), 404)
-    error_of(running.send("GET", "/v1/models/..%2f..%2fetc%2fpasswd"), 404)
-    error_of(running.send("GET", "/v1/models/" + "x" * 300), 404)
-    assert running.complete()[0] == 200
+    error_of(server.send("GET", "/v1/completions"), 405)
+    error_of(server.send("GET", "/nothing"), 404)
+    error_of(server.send("GET", "/v1/models/..%2f..%2fetc%2fpasswd"), 404)
+    error_of(server.send("GET", "/v1/models/" + "x" * 300), 404)
+    assert server.complete()[0] == 200
 
 
-def test_chat_is_told_that_the_models_continue_texts(running):
+def test_chat_is_refused_because_the_models_continue_texts(server):
     """By every method of OpenAI's client that would chat, and by curl."""
-    client, hello = running.client, [{"role": "user", "content": "Hello"}]
+    client, hello = server.client, [{"role": "user", "content": "Hello"}]
     asked = {"model": "air.strawberry", "messages": hello}
     calls = [lambda: client.chat.completions.create(**asked),
              lambda: client.chat.completions.create(**asked, stream=True),
@@ -1049,41 +1055,41 @@ def test_chat_is_told_that_the_models_continue_texts(running):
              lambda: client.chat.completions.update("chatcmpl-1", metadata={}),
              lambda: client.chat.completions.delete("chatcmpl-1"),
              lambda: client.responses.create(model="air.strawberry", input="Hello"),
-             lambda: client.with_options(base_url=running.url).chat.completions.create(**asked)]  # fmt: skip
+             lambda: client.with_options(base_url=server.url).chat.completions.create(**asked)]  # fmt: skip
     for call in calls:
         with pytest.raises(openai.NotFoundError) as caught:
             call()
         assert "base models" in str(caught.value) and "/v1/completions" in str(caught.value)
         assert caught.value.body["param"] == "model"
-    done = subprocess.run(["curl", "-s", "-w", "%{http_code}", f"{running.url}/v1/chat/completions", "-H",
+    done = subprocess.run(["curl", "-s", "-w", "%{http_code}", f"{server.url}/v1/chat/completions", "-H",
                            "Content-Type: application/json", "-d", json.dumps(asked)],
                           capture_output=True, text=True)  # fmt: skip
     assert done.stdout.endswith("404") and "/v1/completions" in json.loads(done.stdout[:-3])["error"]["message"]
     for method in ("GET", "PUT", "PATCH", "OPTIONS"):
-        assert running.send(method, "/v1/chat/completions")[1]["Allow"] == "POST"
+        assert server.send(method, "/v1/chat/completions")[1]["Allow"] == "POST"
 
 
-def test_a_base_url_without_v1_or_with_two_is_told(running):
-    for base in (running.url, f"{running.url}/v1/v1"):
-        client = running.client.with_options(base_url=base)
+def test_a_base_url_without_v1_or_with_two_is_reported(server):
+    for base in (server.url, f"{server.url}/v1/v1"):
+        client = server.client.with_options(base_url=base)
         with pytest.raises(openai.NotFoundError, match="base_url ends in /v1"):
             client.models.list()
         with pytest.raises(openai.NotFoundError, match="base_url ends in /v1"):
             client.completions.create(model="air.strawberry", prompt="a")
     with pytest.raises(openai.NotFoundError, match="embeddings"):
-        running.client.embeddings.create(model="air.strawberry", input="a")
-    assert "base_url" not in error_of(running.send("GET", "/nothing"), 404)["message"]
+        server.client.embeddings.create(model="air.strawberry", input="a")
+    assert "base_url" not in error_of(server.send("GET", "/nothing"), 404)["message"]
 
 
-def test_every_problem_of_a_body_is_named_once(running):
+def test_every_problem_of_a_body_is_named_once(server):
     body = json.dumps({"model": "air.strawberry", "temperature": -1, "n": 0})
-    error = error_of(running.send("POST", "/v1/completions", body), 400)
+    error = error_of(server.send("POST", "/v1/completions", body), 400)
     assert [error["message"].count(f"{name}") for name in ("temperature", "n = 0", "prompt")] == [1, 1, 1]
 
 
-def test_fields_that_are_given_twice_are_refused(running):
+def test_fields_that_are_given_twice_are_refused(server):
     body = '{"model": "air.strawberry", "prompt": "a", "n": 1, "prompt": "b"}'
-    assert error_of(running.send("POST", "/v1/completions", body), 400)["param"] == "prompt"
+    assert error_of(server.send("POST", "/v1/completions", body), 400)["param"] == "prompt"
 
 
 BIG = {
@@ -1100,16 +1106,16 @@ BIG = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BIG)
-def test_large_nonsense_keeps_nobody_waiting(running, kind):
+def test_large_invalid_bodies_do_not_delay_other_requests(server, kind):
     """Bodies of some megabytes, four at once, of which each costs the most that we could think of."""
     assert 1_000_000 < len(BIG[kind]) < 2 * MIB
-    running.complete()
+    server.complete()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(running.send, "POST", "/v1/completions", BIG[kind]) for _ in range(4)]
+        answers = [pool.submit(server.send, "POST", "/v1/completions", BIG[kind]) for _ in range(4)]
         waited = []
         while not all(answer.done() for answer in answers):
             began = time.time()
-            assert running.send("GET", "/health")[0] == 200
+            assert server.send("GET", "/health")[0] == 200
             waited.append(time.time() - began)
     # a body on the event loop would hold up every request for seconds; one that the machine holds up is no fault
     assert sorted(waited or [0])[len(waited) // 2] < 1 and max(waited, default=0) < 5
@@ -1117,9 +1123,9 @@ def test_large_nonsense_keeps_nobody_waiting(running, kind):
         assert 400 <= answer.result()[0] < 500, answer.result()
 
 
-def test_bodies_that_do_not_come_are_not_waited_for(running, monkeypatch):
+def test_bodies_that_do_not_come_are_not_waited_for(server, monkeypatch):
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.3)
-    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.putrequest("POST", "/v1/completions")
     for name, value in (("Content-Type", "application/json"), ("Content-Length", "100")):
         connection.putheader(name, value)
@@ -1133,15 +1139,15 @@ def test_bodies_end_at_their_limit(start):
     long = json.dumps({"model": "air.strawberry", "prompt": "a" * 20_000}).encode()
     error_of(server.send("POST", "/v1/completions", long), 413)
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    pieces = (long[i : i + 1000] for i in range(0, len(long), 1000))  # chunked: no length is told
+    pieces = (long[i : i + 1000] for i in range(0, len(long), 1000))  # chunked: without a Content-Length
     connection.request("POST", "/v1/completions", pieces, {"Content-Type": "application/json"}, encode_chunked=True)
     assert connection.getresponse().status == 413
     connection.close()
     assert server.complete()[0] == 200
 
 
-def test_what_is_no_http_gets_an_error_object(running):
-    with socket.create_connection(("127.0.0.1", running.port)) as one:
+def test_what_is_no_http_gets_an_error_object(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as one:
         one.sendall(b"nonsense\r\n\r\n")
         data = b""
         while piece := one.recv(1000):
@@ -1149,15 +1155,15 @@ def test_what_is_no_http_gets_an_error_object(running):
     assert data.startswith(b"HTTP/1.1 400") and json.loads(data.partition(b"\r\n\r\n")[2])["error"]["message"]
 
 
-def test_slow_clients_keep_nobody_waiting(running, monkeypatch):
-    slow = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(50)]
+def test_slow_clients_do_not_delay_other_requests(server, monkeypatch):
+    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
     for one in slow:
         one.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: local")
-    busy = running.client.completions.create(model="air.strawberry", prompt="a", n=ROWS, **LONG, stream=True)
+    busy = server.client.completions.create(model="air.strawberry", prompt="a", n=ROWS, **LONG, stream=True)
     next(busy)
     for _ in range(5):
         began = time.time()
-        assert running.send("GET", "/health")[2] == {"status": "ok"}
+        assert server.send("GET", "/health")[2] == {"status": "ok"}
         assert time.time() - began < 10  # the slow ones never end
     busy.close()
     for one in slow:
@@ -1222,7 +1228,7 @@ def test_every_key_is_compared_in_constant_time(start, monkeypatch):
 
 
 @pytest.mark.slow
-def test_foreign_hosts_and_origins(running, start):
+def test_foreign_hosts_and_origins(server, start):
     for host in (
         "evil.example",
         "localhost.evil.example",
@@ -1231,20 +1237,20 @@ def test_foreign_hosts_and_origins(running, start):
         "localhost@evil.example", "[", "]:80", "[::1", "[zz]", "a:b:c",
         "10.0.0.1",
     ):
-        assert error_of(running.send("GET", "/health", Host=host), 403)["param"] == "Host"
+        assert error_of(server.send("GET", "/health", Host=host), 403)["param"] == "Host"
     for host in ("localhost", "127.0.0.1:1", "LOCALHOST:99", "[::1]:80"):
-        assert running.send("GET", "/health", Host=host)[0] == 200
-    own = f"127.0.0.1:{running.port}"
+        assert server.send("GET", "/health", Host=host)[0] == 200
+    own = f"127.0.0.1:{server.port}"
     for origin in (
         "http://evil.example",
         "null",
-        f"http://localhost:{running.port}",
+        f"http://localhost:{server.port}",
         f"http://{own}.evil.example",
         "x",
     ):
-        assert error_of(running.send("GET", "/v1/models", Origin=origin), 403)["param"] == "Origin"
-        error_of(running.send("OPTIONS", "/v1/completions", Origin=origin), 403)
-    assert running.send("GET", "/v1/models", Origin=f"http://{own}")[0] == 200
+        assert error_of(server.send("GET", "/v1/models", Origin=origin), 403)["param"] == "Origin"
+        error_of(server.send("OPTIONS", "/v1/completions", Origin=origin), 403)
+    assert server.send("GET", "/v1/models", Origin=f"http://{own}")[0] == 200
     server = start(allow_host=["Box.example"])
     assert server.send("GET", "/health", Host="box.example:80", Origin="https://box.example:80")[0] == 200
 
@@ -1281,9 +1287,9 @@ def test_pages_of_named_origins_may_use_the_server(start):
     assert error_of(server.send("OPTIONS", "/v1/models", Origin=named[0], Host="evil.example", **ask), 403)
 
 
-def test_without_named_origins_no_answer_speaks_of_them(running):
-    for origin in ("https://box.example", f"http://127.0.0.1:{running.port}"):
-        headers = running.send("OPTIONS", "/v1/models", Origin=origin, Access_Control_Request_Method="POST")[1]
+def test_without_named_origins_no_answer_speaks_of_them(server):
+    for origin in ("https://box.example", f"http://127.0.0.1:{server.port}"):
+        headers = server.send("OPTIONS", "/v1/models", Origin=origin, Access_Control_Request_Method="POST")[1]
         assert "Vary" not in headers and not [name for name in headers if CORS.match(name)]
 
 
@@ -1323,18 +1329,18 @@ def test_settings_of_the_command(monkeypatch):
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", "127.0.0.1.example.org"):
         with pytest.raises(UserError, match="takes a key"):
             read_command(["--host", host])
-    for argv, told in ((["--prt", "5"], "did you mean '--port'"), (["--port", "70000"], "--port = 70000"),
+    for argv, message in ((["--prt", "5"], "did you mean '--port'"), (["--port", "70000"], "--port = 70000"),
                        (["--api_key", "ü"], "ASCII"), (["--allow_origin", "*"], "* is no origin"),
                        (["--allow_origin=https://x.org/"], "without a path"), (["--allow_origin", "null"], "no origin"),
                        (["--allow_origin", "box.example"], "no origin"),
                         (["--queue=-1"], "= -1"), (["x"], "an option")):  # fmt: skip
-        with pytest.raises(UserError, match=re.escape(told)):
+        with pytest.raises(UserError, match=re.escape(message)):
             read_command(argv)
 
 
-def test_addresses_that_are_taken_are_told(running):
+def test_addresses_in_use_are_reported(server):
     check_free("127.0.0.1", 0)
-    for host, port in (("127.0.0.1", running.port), ("localhost", running.port), ("no.such.host.invalid", 80)):
+    for host, port in (("127.0.0.1", server.port), ("localhost", server.port), ("no.such.host.invalid", 80)):
         with pytest.raises(UserError, match=f"--port {port}: cannot listen there"):
             serve.main(["--host", host, "--port", str(port), "--api_key=k"])
 
@@ -1343,7 +1349,7 @@ def test_addresses_that_are_taken_are_told(running):
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_told_to_stop(folder):
+def test_the_command_serves_until_a_signal_stops_it(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -1436,15 +1442,15 @@ def test_the_schema_of_logit_bias_has_the_vocabularys_tokens():
 
 
 @pytest.mark.slow
-def test_the_schema_says_what_there_is(running, start, tmp_path):
-    schema = running.send("GET", "/openapi.json")[2]
+def test_the_schema_says_what_there_is(server, start, tmp_path):
+    schema = server.send("GET", "/openapi.json")[2]
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body["properties"]["model"]["enum"] == sorted(MODELS.keys() - {"masked.transformer"})
     assert body["required"] == ["model", "prompt"]
     assert body["properties"]["source"]["anyOf"]
-    page = running.send("GET", "/docs")
+    page = server.send("GET", "/docs")
     used = re.findall(r"""(?:src|href)=["']([^"']+)""", page[2].decode())
-    assert len(used) >= 2 and all(path.startswith("/") and running.send("GET", path)[0] == 200 for path in used)
+    assert len(used) >= 2 and all(path.startswith("/") and server.send("GET", path)[0] == 200 for path in used)
     assert "default-src 'self'" in page[1]["Content-Security-Policy"]
     empty = start(tmp_path).send("GET", "/openapi.json")[2]
     empty = empty["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]

@@ -6,7 +6,7 @@ import math
 import openai
 import pytest
 import torch
-from test_serve import MODELS, Running, error_of, make_model
+from test_serve import MODELS, ServerThread, error_of, make_model
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import encoder as encoders
@@ -36,10 +36,10 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     make_model(folder / "air.strawberry")
     encoder = make_chat_model(folder / "chat.strawberry")
-    running = Running(folder, context=256)
-    running.encoder = encoder
-    yield running
-    running.stop()
+    server = ServerThread(folder, context=256)
+    server.encoder = encoder
+    yield server
+    server.stop()
 
 
 def prompt_tokens(site, messages=CHAT) -> list[int]:
@@ -80,7 +80,7 @@ def test_answers_are_those_of_completions(site, wish):
 @pytest.mark.parametrize("wish", [{"n": 2}, {"n": 2, "logprobs": True, "top_logprobs": 3}], ids=str)
 def test_streamed_equals_plain(site, wish):
     plain = chat(site, **wish)
-    texts, roles, whys, told, usage = [""] * 2, [None] * 2, [None] * 2, [[], []], None
+    texts, roles, whys, chunk_logprobs, usage = [""] * 2, [None] * 2, [None] * 2, [[], []], None
     for chunk in chat(site, **wish, stream=True, stream_options={"include_usage": True}):
         assert chunk.object == "chat.completion.chunk"
         usage = chunk.usage or usage
@@ -90,10 +90,10 @@ def test_streamed_equals_plain(site, wish):
             roles[i] = roles[i] or choice.delta.role
             texts[i] += choice.delta.content or ""
             whys[i] = choice.finish_reason
-            told[i] += choice.logprobs.content if choice.logprobs else []
+            chunk_logprobs[i] += choice.logprobs.content if choice.logprobs else []
     assert texts == [choice.message.content for choice in plain.choices] and roles == ["assistant"] * 2
     assert whys == [choice.finish_reason for choice in plain.choices] and usage == plain.usage
-    for entries, choice in zip(told, plain.choices, strict=True):
+    for entries, choice in zip(chunk_logprobs, plain.choices, strict=True):
         assert entries == (choice.logprobs.content if wish.get("logprobs") else [])
 
 
@@ -118,10 +118,10 @@ def test_logprobs_are_those_of_completions(site):
         assert entry.token.startswith("bytes:") or bytes(entry.bytes).decode() == entry.token
     assert chat(site, top_logprobs=4).choices[0].logprobs.content == got.content
     assert chat(site, logprobs=False, top_logprobs=4).choices[0].logprobs is None
-    alone = chat(site, logprobs=True).choices[0].logprobs.content
-    assert [entry.logprob for entry in alone] == plain.token_logprobs and alone[0].top_logprobs == []
+    sample_alone = chat(site, logprobs=True).choices[0].logprobs.content
+    assert [entry.logprob for entry in sample_alone] == plain.token_logprobs and sample_alone[0].top_logprobs == []
     assert len(chat(site, logprobs=True, top_logprobs=20).choices[0].logprobs.content[0].top_logprobs) == 20
-    assert all(math.exp(entry.logprob) <= 1 for entry in alone)
+    assert all(math.exp(entry.logprob) <= 1 for entry in sample_alone)
 
 
 def test_an_answer_may_be_as_long_as_the_context(site):
@@ -165,7 +165,7 @@ def test_wrong_values_name_their_field(site, field):
         assert error["param"].partition(".")[0] == field and field in error["message"], (value, error)
 
 
-def test_models_without_a_template_and_other_methods_are_told(site):
+def test_models_without_a_template_and_other_methods_are_refused(site):
     for stream in (False, True):
         with pytest.raises(openai.NotFoundError, match="has no chat template.*/v1/completions"):
             chat(site, model="air", stream=stream)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from machine import require_module
-from test_serve import Running, make_model
+from test_serve import ServerThread, make_model
 
 from strawberry.inference.scoring import score_text
 from strawberry.model_file import load_model
@@ -72,25 +72,25 @@ def likelihood(folder, question: str, answer: str) -> float:
 def test_lm_eval_gets_the_scores_that_sample_gives(folder, tmp_path):
     require_module("lm_eval")
     write_tasks(tmp_path)
-    running = Running(folder)
+    server = ServerThread(folder)
     try:
-        where = f"model=air.strawberry,base_url={running.url}/v1/completions,max_length=65"
+        where = f"model=air.strawberry,base_url={server.url}/v1/completions,max_length=65"
         argv = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", where,
                 "--tasks", "scores,chooses", "--include_path", str(tmp_path),
                 "--output_path", str(tmp_path / "out")]  # fmt: skip
         offline = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         done = subprocess.run(argv, env=os.environ | offline, capture_output=True, text=True, cwd=tmp_path)
     finally:
-        running.stop()
+        server.stop()
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]
+    results = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]
     model, encoder, _ = load_model(folder / "air.strawberry")
     sizes = [len(text.encode()) for text in TEXTS]
     bits = sum(score_text(model, encoder, text)[1] * size for text, size in zip(TEXTS, sizes)) / sum(sizes)
-    assert math.isclose(told["scores"]["bits_per_byte,none"], bits, rel_tol=1e-5)
+    assert math.isclose(results["scores"]["bits_per_byte,none"], bits, rel_tol=1e-5)
     right = [likelihood(folder, question, first) > likelihood(folder, question, second)
              for question, (first, second) in CHOICES]  # fmt: skip
-    assert 0 < sum(right) < len(right) and told["chooses"]["acc,none"] == sum(right) / len(right)
+    assert 0 < sum(right) < len(right) and results["chooses"]["acc,none"] == sum(right) / len(right)
 
 
 def test_schemathesis_finds_nothing(tmp_path):
@@ -98,12 +98,12 @@ def test_schemathesis_finds_nothing(tmp_path):
     models = tmp_path / "models"  # its own, which it may delete
     models.mkdir()
     make_model(models / "air.strawberry")
-    running = Running(models, context=128, batch=64)
+    server = ServerThread(models, context=128, batch=64)
     try:
         phases = "examples,coverage,fuzzing,stateful"
-        argv = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{running.url}/openapi.json", "--mode",
+        argv = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.url}/openapi.json", "--mode",
                 "all", "--phases", phases, "-n", "6", "--seed", "1"]  # fmt: skip
         done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
     finally:
-        running.stop()
+        server.stop()
     assert done.returncode == 0, done.stdout[-5000:]

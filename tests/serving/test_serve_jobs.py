@@ -294,7 +294,7 @@ def test_the_encoder_is_as_large_as_asked_or_as_the_text_gives(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
+def test_the_command_reports_its_outputs_and_errors(tmp_path):
     def run(recipe):
         (tmp_path / "mix.json").write_text(json.dumps(recipe))
         argv = [sys.executable, "-m", "strawberry.data.assemble", "mix.json", "out"]
@@ -306,7 +306,7 @@ def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
     assert good.returncode == 0
     assert "2 documents" in good.stdout
     assert "1 exact duplicates" in good.stdout
-    for recipe, told in (
+    for recipe, message in (
         ({}, "files = []: must name at least one"),
         ({"files": ["a.jsonl"], "weights": [1, 2]}, "must be as many as files, 1"),
         ({"files": ["a.jsonl"], "min_chars": 9, "encoder": "chars"}, "no text is left of the files (left out"),
@@ -315,7 +315,7 @@ def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
     ):
         bad = run(recipe)
         assert bad.returncode == 2
-        assert told in bad.stderr
+        assert message in bad.stderr
         assert "Traceback" not in bad.stderr
 
 
@@ -323,9 +323,9 @@ def test_the_command_tells_what_it_made_and_what_is_wrong(tmp_path):
 
 
 @pytest.fixture
-def keeper(tmp_path, monkeypatch):
-    """keeper() is a JobStore whose runs are a few lines of Python, which make the file "done" or don't; another call is
-    what the next server would have."""
+def open_store(tmp_path, monkeypatch):
+    """open_store() is a JobStore whose runs are a few lines of Python, which make the file "done" or don't; another
+    call is what the next server would have."""
     def work(all_jobs, job):
         return JobCommand(["-c", job.request["code"]], job.folder / "done")
 
@@ -348,8 +348,8 @@ def keeper(tmp_path, monkeypatch):
         made.supervisor.stop_all(1)
 
 
-def add(keeper, code):
-    return keeper.new("ftjob", {"code": code}, max_iters=10)
+def add(open_store, code):
+    return open_store.new("ftjob", {"code": code}, max_iters=10)
 
 
 SLEEP = "import time; time.sleep(60)"
@@ -357,8 +357,8 @@ DONE = "open('done', 'w')"
 
 
 @pytest.mark.slow
-def test_at_most_so_many_run_and_the_others_wait_in_order(keeper):
-    made = keeper(at_once=2)
+def test_at_most_so_many_run_and_the_others_wait_in_order(open_store):
+    made = open_store(at_once=2)
     waiting = [add(made, f"import time; time.sleep(0.4); {DONE}") for _ in range(5)]
     most, orders = 0, []
     while not all(job.status == "succeeded" for job in waiting):
@@ -373,12 +373,12 @@ def test_at_most_so_many_run_and_the_others_wait_in_order(keeper):
     assert any(statuses[2:] == ["queued"] * 3 for statuses in orders)
 
 
-def test_a_new_kind_is_a_function_and_a_line(keeper, monkeypatch, tmp_path):
+def test_a_new_kind_is_a_function_and_a_line(open_store, monkeypatch, tmp_path):
     def nap(all_jobs, job):
         return JobCommand(["-c", f"import time; time.sleep({job.request['seconds']}); {DONE}"], job.folder / "done")
 
     monkeypatch.setitem(JOB_KINDS, "nap", JobKind("naps", "nap", nap))
-    made = keeper()
+    made = open_store()
     short, long = (made.new("nap", {"seconds": seconds}) for seconds in (0, 60))
     until(lambda: short.status == "succeeded" and long.status == "running")
     assert short.folder.parent == tmp_path / "naps"
@@ -388,7 +388,7 @@ def test_a_new_kind_is_a_function_and_a_line(keeper, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code, status, told", [
+@pytest.mark.parametrize("code, status, message", [
     (DONE, "succeeded", None),
     (f"{DONE}; raise SystemExit(1)", "succeeded", None),  # all was done before it fell
     ("pass", "failed", "ended with code 0"),
@@ -397,22 +397,22 @@ def test_a_new_kind_is_a_function_and_a_line(keeper, monkeypatch, tmp_path):
     ("raise ValueError('no such thing')", "failed", "no such thing"),
     ("import os; os.kill(os.getpid(), 9)", "failed", "was killed by SIGKILL"),
 ])
-def test_what_a_child_leaves_says_what_became_of_it(keeper, code, status, told):
-    made = keeper()
+def test_what_a_child_leaves_says_what_became_of_it(open_store, code, status, message):
+    made = open_store()
     job = add(made, code)
     until(lambda: job.status in FINAL)
     assert job.status == status
-    assert (told is None) == (job.about["error"] is None)
-    if told:
-        assert told in job.about["error"]["message"]
+    assert (message is None) == (job.about["error"] is None)
+    if message:
+        assert message in job.about["error"]["message"]
         assert job.events()[0]["level"] == "error"
     assert json.loads((job.folder / ABOUT).read_bytes()) == job.about
 
 
 @pytest.mark.slow
-def test_a_child_that_does_not_end_is_killed(keeper, monkeypatch):
+def test_a_child_that_does_not_end_is_killed(open_store, monkeypatch):
     monkeypatch.setattr(jobs, "STOP_TIMEOUT", 0.3)
-    made = keeper()
+    made = open_store()
     job = add(made, f"import signal, time; signal.signal(15, signal.SIG_IGN); open('ready', 'w'); {SLEEP}")
     until(lambda: (job.folder / "ready").exists())
     made.stop(job, "cancelled")
@@ -422,9 +422,9 @@ def test_a_child_that_does_not_end_is_killed(keeper, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_child_is_asked_to_end_only_once(keeper):
+def test_a_child_is_asked_to_end_only_once(open_store):
     """A second signal would end train.py before it has saved."""
-    made = keeper()
+    made = open_store()
     job = add(made, "import signal, time\nn = []\nsignal.signal(15, lambda *_: n.append(1))\nopen('ready', 'w')\n"
                     "while not n: time.sleep(0.01)\ntime.sleep(0.5)\nopen('signals', 'w').write(str(len(n)))")
     until(lambda: (job.folder / "ready").exists())
@@ -437,15 +437,15 @@ def test_a_child_is_asked_to_end_only_once(keeper):
     assert (job.folder / "signals").read_text() == "1"
 
 
-def test_a_server_that_ends_stops_its_jobs_and_the_next_one_starts_them_again(keeper):
-    first = keeper()
+def test_a_server_that_ends_stops_its_jobs_and_the_next_one_starts_them_again(open_store):
+    first = open_store()
     job = add(first, f"import os; n = os.path.exists('ready'); open('ready', 'w')\n"
                      f"if n: {DONE}\nelse: {SLEEP}")
     until(lambda: (job.folder / "ready").exists())
     first.supervisor.stop_all(20)
     assert not job.child.alive()
     assert job.status == "queued"
-    second = keeper()
+    second = open_store()
     until(lambda: second.get("ftjob", job.id).status == "succeeded")
 
 
@@ -461,37 +461,37 @@ def born(pid):
 
 
 @pytest.mark.slow
-def test_the_next_server_takes_over_a_live_child_and_finds_a_dead_one(keeper, tmp_path):
-    first = keeper()
+def test_the_next_server_takes_over_a_live_child_and_finds_a_dead_one(open_store, tmp_path):
+    first = open_store()
     first.supervisor.closing.set()
     first.supervisor.thread.join()  # from here on nobody watches
-    live, dead, told = (subprocess.Popen([sys.executable, "-c", SLEEP]) for _ in range(3))
+    live, dead, pausing = (subprocess.Popen([sys.executable, "-c", SLEEP]) for _ in range(3))
     dead.kill()
     dead.wait()
     names = {
         "live": left_running(first, tmp_path, live.pid, born(live.pid)),
         "dead": left_running(first, tmp_path, dead.pid, "123"),
         "number of another": left_running(first, tmp_path, os.getpid(), "123"),
-        "told": left_running(first, tmp_path, told.pid, born(told.pid), wanted="paused"),
+        "pausing": left_running(first, tmp_path, pausing.pid, born(pausing.pid), wanted="paused"),
         "done": left_running(first, ROOT, dead.pid, "123"),
         "never started": first.new("ftjob", {"code": DONE}, status="running", result="x", max_iters=1).id,
     }
-    second = keeper()
+    second = open_store()
     found = {what: second.get("ftjob", name) for what, name in names.items()}
     until(lambda: all(found[what].status == "failed" for what in ("dead", "number of another", "never started")))
     until(lambda: found["done"].status == "succeeded")  # it came to its end while nobody watched
     assert "it can be resumed" in found["dead"].about["error"]["message"]
-    until(lambda: found["told"].status == "paused")  # the signal that the first server didn't come to send
+    until(lambda: found["pausing"].status == "paused")  # the signal that the first server didn't come to send
     assert found["live"].status == "running"
     assert live.poll() is None
     second.stop(found["live"], "cancelled")
     until(lambda: found["live"].status == "cancelled")  # it is a zombie of this process, and counts as gone
     assert live.wait() == -signal.SIGTERM
-    assert told.wait() == -signal.SIGTERM
+    assert pausing.wait() == -signal.SIGTERM
 
 
-def test_nothing_half_written_is_taken_for_a_job_or_a_file(keeper, tmp_path):
-    made = keeper()
+def test_nothing_half_written_is_taken_for_a_job_or_a_file(open_store, tmp_path):
+    made = open_store()
     job = add(made, DONE)
     until(lambda: job.status == "succeeded")
     for folder in (tmp_path / "runs", tmp_path / "files"):
@@ -506,7 +506,7 @@ def test_nothing_half_written_is_taken_for_a_job_or_a_file(keeper, tmp_path):
     (tmp_path / "files" / about["id"]).symlink_to(secret)
     with open(job.folder / EVENTS, "ab") as file:
         file.write(b'{"id": "half')
-    again = keeper()
+    again = open_store()
     assert [found.id for found in again.all("ftjob")] == [job.id]
     assert again.uploads.all() == []
     assert [event["message"] for event in again.get("ftjob", job.id).events()] == ["succeeded", "started"]
@@ -517,9 +517,9 @@ def test_nothing_half_written_is_taken_for_a_job_or_a_file(keeper, tmp_path):
     assert (secret / "content.txt").exists()
 
 
-def test_what_is_deleted_is_gone_for_the_next_server_whatever_comes_between(keeper, monkeypatch):
+def test_what_is_deleted_is_gone_for_the_next_server_whatever_comes_between(open_store, monkeypatch):
     """The server is killed right after the directory has lost its name, with all files still there."""
-    made = keeper()
+    made = open_store()
     doomed, stays = add(made, DONE), add(made, DONE)
     until(lambda: doomed.status == stays.status == "succeeded")
     with monkeypatch.context() as patch:
@@ -527,14 +527,14 @@ def test_what_is_deleted_is_gone_for_the_next_server_whatever_comes_between(keep
         made.remove(doomed)
     assert list(doomed.folder.parent.glob(".tmp_*/log.txt"))
     assert not doomed.folder.exists()
-    again = keeper()
+    again = open_store()
     assert [job.id for job in again.all("ftjob")] == [stays.id]
     assert [path.name for path in doomed.folder.parent.iterdir()] == [stays.id]
 
 
-def test_nothing_brings_back_what_is_deleted(keeper):
-    """Whoever found the job before it was deleted is told that it is not there."""
-    made = keeper()
+def test_nothing_brings_back_what_is_deleted(open_store):
+    """Whoever found the job before it was deleted gets the error that it is not there."""
+    made = open_store()
     for turn in range(10):
         job = add(made, SLEEP)
         made.stop(job, "cancelled")
@@ -564,11 +564,11 @@ def test_nothing_brings_back_what_is_deleted(keeper):
             with pytest.raises(RequestError, match="there is no fine-tuning job"):
                 late(job)
         assert not job.folder.exists()
-    assert keeper().all("ftjob") == []
+    assert open_store().all("ftjob") == []
 
 
-def test_a_job_that_runs_or_whose_dataset_is_needed_is_not_deleted(keeper):
-    made = keeper(at_once=0)
+def test_a_job_that_runs_or_whose_dataset_is_needed_is_not_deleted(open_store):
+    made = open_store(at_once=0)
     dataset = made.new("ds", {"recipe": {"encoder": None, "files": []}, "name": ""}, status="succeeded")
     like_it = made.new("ds", {"recipe": {"encoder": dataset.id, "files": []}, "name": ""})
     run = made.new("ftjob", {"dataset": dataset.id}, max_iters=1)
@@ -612,8 +612,8 @@ MESSAGES = {  # what a child says → what the client reads; {data} and {models}
 
 
 @pytest.mark.parametrize("said", MESSAGES)
-def test_messages_name_what_the_client_knows_and_no_path(keeper, tmp_path, said):
-    made = keeper(at_once=0)
+def test_messages_name_what_the_client_knows_and_no_path(open_store, tmp_path, said):
+    made = open_store(at_once=0)
     upload = Upload(made.uploads)
     upload.write(b"text")
     file = upload.finish("my book.jsonl", "fine-tune")["id"]
@@ -860,7 +860,7 @@ def test_names_are_only_shown(site, name):
     assert about["filename"] in ("x.txt", "passwd.txt", "b.txt")
 
 
-@pytest.mark.parametrize("parts, told", [
+@pytest.mark.parametrize("parts, message", [
     ([("file", "x.exe", b"")], "must end in .txt"),
     ([("file", "x" * 300 + ".txt", b"")], "must have 1 to 255"),
     ([("file", "x\0.txt", b"")], "printable"),
@@ -874,17 +874,17 @@ def test_names_are_only_shown(site, name):
     ([("file", "a.txt.gz", gzip.compress(os.urandom(9999))[:-20])], "not a whole gzip"),
     ([("x", None, b"")] * 40, "more than 32 parts"),
 ])
-def test_what_is_no_upload_is_refused_and_leaves_nothing(site, parts, told):
+def test_what_is_no_upload_is_refused_and_leaves_nothing(site, parts, message):
     before = snapshot(site.data / "files")
     status, body = site.raw("POST", "/v1/files", form(parts), FORM)
     assert status == 400
     error = json.loads(body)["error"]
-    assert told in error["message"]
+    assert message in error["message"]
     assert error["type"] == "invalid_request_error"
     assert set(snapshot(site.data / "files")) == set(before)
 
 
-def test_a_method_that_an_address_lacks_is_told_which_it_has(site):
+def test_a_method_that_an_address_lacks_is_answered_with_allow(site):
     connection = http.client.HTTPConnection("127.0.0.1", site.port)
     connection.request("PUT", "/v1/files/file-1")
     answer = connection.getresponse()
@@ -1260,11 +1260,11 @@ def test_keys_are_judged_as_on_the_command_line(site, story):
                   {"batch_size": 1.5}, {"max_iters": 10**30}, {"device": "gpu"}, {"model_hyperparams": {"arch": "x"}}):
         raw = merge_configs(read_json(ROOT / "config" / "tiny.json"), wrong)
         raw.pop("$schema")
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             make_run(raw, CONFIGS)
         with pytest.raises(openai.BadRequestError) as caught:
             site.client.fine_tuning.jobs.create(model="tiny", training_file=story, hyperparameters=wrong)
-        assert caught.value.body["message"] == str(told.value)
+        assert caught.value.body["message"] == str(error.value)
     for body in ({"training_file": story}, {"model": "tiny"},
                  {"model": "tiny", "training_file": story, "suffix": "a/b"},
                  {"model": "tiny", "training_file": story, "hyperparameters": [1]},
@@ -1386,11 +1386,11 @@ BROKEN = {  # a file's name: its bytes, and what the error says
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_dataset_that_fails_names_the_file_as_it_was_uploaded(site, name):
-    data, told = BROKEN[name]
+    data, message = BROKEN[name]
     file = site.client.files.create(file=(name, data), purpose="fine-tune").id
     failed = assembled(site, files=[file])
     assert failed["status"] == "failed"
-    assert told in failed["error"]["message"]
+    assert message in failed["error"]["message"]
     assert_no_path(site, failed["error"]["message"])
 
 
@@ -1410,10 +1410,11 @@ def test_a_run_that_fails_names_its_dataset_and_no_path(site, story):
         return failed.error.message
 
     assert "vocab_size = 100: encoder_path the encoder of the dataset tales has 300" in failure({"vocab_size": 100})
-    for name, told in ((assemble.ENCODER, "the encoder of the dataset tales"), (assemble.TOKENS, "the dataset tales")):
+    messages = {assemble.ENCODER: "the encoder of the dataset tales", assemble.TOKENS: "the dataset tales"}
+    for name, message in messages.items():
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[: len(whole) // 2])
-        assert told in failure({})
+        assert message in failure({})
         (folder / name).write_bytes(whole)
     (site.models / "damaged.tinystar").write_bytes(b"no model")
     with pytest.raises(openai.BadRequestError) as caught:
@@ -1509,23 +1510,23 @@ def test_a_run_that_could_save_nothing_says_so_when_it_is_stopped(site, story):
     begun(client, job)
     pid = site.service.job_service.jobs.get("ftjob", job.id).child.pid
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (status_file.SIZE, resource.RLIM_INFINITY))
-    until(lambda: any("metrics.jsonl" in told for told in warnings_of(client, job)), what="the warning")
+    until(lambda: any("metrics.jsonl" in line for line in warnings_of(client, job)), what="the warning")
     stopped = tuning.cancel(job.id)
     assert (stopped.status, stopped.error.code) == ("cancelled", "not_saved")
-    told = stopped.error.message
-    assert re.match(r"nothing was saved of [\d,]+ steps, resuming starts again: .*File too large", told)
-    assert_no_path(site, told)
+    message = stopped.error.message
+    assert re.match(r"nothing was saved of [\d,]+ steps, resuming starts again: .*File too large", message)
+    assert_no_path(site, message)
     assert tuning.checkpoints.list(job.id).data == []
-    told = warnings_of(client, job)
-    assert told[0] == stopped.error.message
-    assert any("cannot save the checkpoint" in line for line in told)
-    assert len({re.sub(r"\d+", "", line) for line in told}) == len(told), "one of them is told twice"
+    warnings = warnings_of(client, job)
+    assert warnings[0] == stopped.error.message
+    assert any("cannot save the checkpoint" in line for line in warnings)
+    assert len({re.sub(r"\d+", "", line) for line in warnings}) == len(warnings), "one of them is given twice"
     assert tuning.resume(job.id).error is None  # the new process has no limit
     begun(client, job, step=stopped.progress["step"] + 10)
     saved = tuning.cancel(job.id)
     assert (saved.status, saved.error) == ("cancelled", None)
     assert tuning.checkpoints.list(job.id).data[0].step_number >= saved.progress["step"]
-    assert warnings_of(client, job) == told
+    assert warnings_of(client, job) == warnings
 
 
 def can_mount():
@@ -1540,11 +1541,12 @@ def fill(path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_to_the_last_byte_is_told(tmp_path):
+def test_a_disk_that_is_full_to_the_last_byte_is_reported(tmp_path):
     """Neither the run nor the server can write anything: events and the answer to pause say it all the same."""
     require_program("unshare")
     require(can_mount(), "a kernel that lets users mount a tmpfs (unshare -rm)")
     (tmp_path / "data").mkdir()
+    (tmp_path / "models").mkdir()
     serving = f"mount -t tmpfs -o size=6m none {tmp_path / 'data'} && exec \"$0\" \"$@\""
     argv = [sys.executable, str(ROOT / "serve.py"), f"--data={tmp_path / 'data'}", f"--models={tmp_path / 'models'}",
             "--port=0"]
@@ -1598,6 +1600,7 @@ def test_a_disk_that_is_full_to_the_last_byte_is_told(tmp_path):
 def test_a_run_survives_its_server_and_itself(tmp_path, undisturbed):
     """kill −9 of the server: the next one watches the run on. kill −9 of the run too: it has failed, and can go on."""
     data, models = tmp_path / "data", tmp_path / "models"
+    models.mkdir()
     argv = [sys.executable, str(ROOT / "serve.py"), "--data", str(data), "--models", str(models), "--port", "0"]
     with open(tmp_path / "log", "wb") as log:
         server = subprocess.Popen(argv, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)

@@ -78,6 +78,7 @@ def test_overrides_are_merged_into_a_file_or_a_dict():
     ("run.json", {"learning_rat": 1}, "did you mean 'learning_rate'"),
     ("nothing.json", {}, "nothing.json.*no such file"),
     ("", {}, "is a directory|no such file"),
+    (["run.json"], {}, r'^config = \["run.json"\]: must be the name of a JSON file, a dict or None'),
     ("run.json", {"max_iters": 0, "seed": -1}, "(?s)2 problems.*seed.*max_iters"),
     ("run.json", {"dataset": {"path": "none.bin"}}, "none.bin"),
     ("run.json", {"init_from": "resume"}, "ck"),

@@ -1408,8 +1408,8 @@ def corrupt_data():
 @pytest.mark.parametrize("argv,prepare,message", [
     (["--dataset.path=none.bin"], None, "there is no token file none.bin"),
     (["--encoder_path=none.bin"], None, "no encoder at 'none.bin'"),
-    (["--model_path=run.json/model"], None, "model_path = run.json/model: run.json cannot be written to"),
-    (["--checkpoints.path=run.json"], None, "checkpoints.path = run.json: run.json cannot be written to"),
+    (["--model_path=run.json/model"], None, "model_path = run.json/model: run.json is a file, not a directory"),
+    (["--checkpoints.path=run.json"], None, "checkpoints.path = run.json: run.json is a file, not a directory"),
     (["--model_path=" + "x" * 300 + "/m"], None, "File name too long"),
     (["--learning_rat=1"], None, "learning_rate"),
     ([RESUME], None, "no checkpoint to resume from"),

@@ -1,6 +1,7 @@
 """Training: the same run whether interrupted or not, gradients that are exact, losses that are honest."""
 
 import io
+import json
 import math
 import os
 import re
@@ -922,3 +923,27 @@ def test_a_run_from_python_that_fails_gives_its_directory_back(run_folder, monke
         train.train(load_run(["--config", "run.json"], CONFIGS))
     write_config()
     assert run() == 0  # no lock is left, and nothing else
+
+
+@pytest.mark.slow
+def test_a_default_model_path_replaces_only_a_model_of_the_same_inputs(run_folder):
+    write_config(max_iters=1, eval_interval=1, eval_iters=1, sample_length=0)
+    raw = json.loads(Path("run.json").read_text())
+    del raw["model_path"]
+    Path("run.json").write_text(json.dumps(raw))
+    path = Path("bin/air.strawberry")
+    run()
+    first = path.read_bytes()
+    run("--seed=6", "--learning_rate=2e-3")
+    second = path.read_bytes()
+    assert second != first
+    others = ["--model_hyperparams.n_layer=2", "--dataset.data_division=0.7", "--encoder_path=chars:./text.txt"]
+    for other in others:
+        with pytest.raises(UserError, match=r"^model_path: .*, the default, .*--model_path=bin.air\.strawberry$"):
+            run(other)
+    assert path.read_bytes() == second
+    run(others[0], f"--model_path={path}")  # asked for
+    assert path.read_bytes() != second
+    run(others[0], "--max_iters=2", "--init_from=resume")
+    path.write_bytes(b"")
+    run()
