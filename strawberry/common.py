@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import difflib
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -44,6 +45,7 @@ def run_cli(main: Callable[[list[str]], int | None], handles_signals: bool = Fal
         try:
             if not handles_signals:
                 startup.restore_handlers()
+            gc.freeze()  # what is imported stays in use: collections skip it
             code = main(sys.argv[1:]) or 0
             sys.stdout.flush()
         finally:
@@ -66,6 +68,7 @@ def run_cli(main: Callable[[list[str]], int | None], handles_signals: bool = Fal
         if error.errno == errno.ENOSPC:  # of `> log`, maybe; the flush at exit must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 2
+    gc.freeze()  # the interpreter's last collection skips all: the process's end frees it
     sys.exit(code)
 
 

@@ -38,6 +38,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -50,6 +51,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import forks
 import freeze
 import pytest
 import test_docs
@@ -275,12 +277,16 @@ def replace_words(command: Command, more: dict[str, str] | None = None) -> str:
 
 # ---- running -------------------------------------------------------------------------------------------------------
 
-PYTHON = f"""#!/bin/sh
+PYTHON = """#!/bin/sh
 case "$1" in
     train.py) set -- "$@" $DOCS_TRAIN ;;
     serve.py) set -- "$@" $DOCS_SERVE ;;
 esac
-exec "{sys.executable}" "$@"
+[ -t 0 ] || case "$1" in
+    serve.py) ;;  # gets signals
+    *.py) exec FORK "$@" ;;
+esac
+exec PYTHON "$@"
 """
 
 
@@ -295,7 +301,8 @@ def copy_repository(folder: Path) -> None:
             shutil.copy(ROOT / name, folder / name)
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
-    (programs / "python").write_text(PYTHON)
+    text = PYTHON.replace("PYTHON", shlex.quote(sys.executable)).replace("FORK", shlex.join(forks.start()))
+    (programs / "python").write_text(text)
     (programs / "python").chmod(0o755)
     (folder / ".venv" / "installed").touch()
 

@@ -181,6 +181,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(body, code, stderr):
     assert (ran.returncode, ran.stderr) == (code, stderr)
 
 
+def test_cycles_are_not_searched_among_imports_or_at_the_end():
+    """Each search in torch's objects takes a tenth of a second or more."""
+    ran = program("import gc\nclass Cycle:\n    def __del__(self):\n        print('searched')\n"
+                  "cycle = Cycle()\ncycle.itself = cycle\nprint(gc.get_freeze_count() > 1000)")  # fmt: skip
+    assert ran.stdout == "True\n"
+
+
 @pytest.mark.parametrize("characters", [1, 1_000_000])
 def test_a_full_disk_under_the_output_is_one_line(characters):
     require(os.path.exists("/dev/full"), "/dev/full")

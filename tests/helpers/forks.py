@@ -1,0 +1,96 @@
+"""Runs Python scripts in forks of a process that has imported torch, which takes a script most of its start.
+
+The process imports no module of this repository: a fork imports them itself, from its script's folder. This file as a
+script, with the rest of a command line of Python, is the command: `python -S forks.py SOCKET train.py --help`. Its
+files 0, 1 and 2, environment and working directory are the fork's. Signals do not reach the fork, except that it ends
+with the command; tests of signals start Python itself.
+"""
+
+import atexit
+import functools
+import gc
+import json
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+
+MODULES = ("torch._dynamo", "torch.utils.flop_counter", "matplotlib.backends.backend_agg", "matplotlib.figure",
+           "pydantic", "tqdm")  # fmt: skip
+
+
+@functools.cache
+def start() -> list[str]:
+    """The words that stand for `python` before a script: of the command, once the process that forks is ready."""
+    if not hasattr(os, "pidfd_open"):
+        return [sys.executable]
+    folder = tempfile.mkdtemp()
+    server = subprocess.Popen([sys.executable, __file__, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    atexit.register(shutil.rmtree, folder)
+    atexit.register(server.communicate)  # the end of its input ends it
+    assert server.stdout.readline() == b"ready\n"
+    return [sys.executable, "-I", "-S", __file__, os.path.join(folder, "socket")]
+
+
+def serve(folder: str) -> bool:
+    """Fork for each command, until the input ends. Returns True in a fork, which then is the script."""
+    for module in MODULES:
+        __import__(module)
+    gc.freeze()  # what is imported: a fork need not look through it, nor copy its pages
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(os.path.join(folder, "socket"))
+        listener.listen()
+        print("ready", flush=True)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks below
+        while listener in select.select([listener, sys.stdin], [], [])[0]:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                attend(connection)
+                return True
+            connection.close()
+    return False
+
+
+def attend(connection: socket.socket) -> None:
+    """Fork the script and answer with its exit code. The fork returns."""
+    message, files, _, _ = socket.recv_fds(connection, 1 << 20, maxfds=3)
+    if child := os.fork():
+        ended = os.pidfd_open(child)
+        if ended not in select.select([ended, connection], [], [])[0]:  # the command is no more
+            os.kill(child, signal.SIGKILL)
+        connection.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        os._exit(0)
+    connection.close()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")  # the parent's remember its files
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace")
+    sys.argv, environment, folder = json.loads(message)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+
+
+def ask(path: str, argv: list[str]) -> int:
+    """The exit code of a script that a fork runs, as a shell gives it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(path)
+        socket.send_fds(connection, [json.dumps((argv, dict(os.environ), os.getcwd())).encode()], (0, 1, 2))
+        code = int(connection.recv(16))
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        sys.exit(ask(sys.argv[1], sys.argv[2:]))
+    if serve(sys.argv[1]):
+        runpy.run_path(sys.argv[0], run_name="__main__")
