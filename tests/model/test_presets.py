@@ -86,7 +86,16 @@ def test_families_that_learn_better_with_muon_have_it():
         assert used or run.model_hyperparams.arch not in BETTER_WITH_MUON, name
     assert not loaded("air").optimizer_hyperparams.use_muon
     first, *others = (raw(f"tinystar-{version}")["optimizer_hyperparams"] for version in TINYSTAR)
-    assert all(other == first for other in others)
+    untied = {"embedding_lr": 0.1, "head_lr": 6e-3}  # of v0.8
+    assert all(other in (first, first | untied) for other in others)
+
+
+def test_untied_embeddings_have_a_rate_of_their_own():
+    for name in PRESETS:
+        run = loaded(name)
+        with torch.device("meta"):
+            untied = "input" in build(run.model_hyperparams).roles().values()
+        assert bool(run.optimizer_hyperparams.embedding_lr) == untied, name
 
 
 def test_those_of_tinystar_differ_from_v0_2_in_one_thing():

@@ -640,6 +640,19 @@ def test_a_family_that_learns_better_with_muon_is_reported_once(run_folder, caps
     assert capsys.readouterr().out.count(f"{model} learned better with Muon") == said
 
 
+@pytest.mark.parametrize("model,keys,said", [
+    ("palm", {}, True), ("palm", {"embedding_lr": 0.1}, False), ("tinystar", {"tie_embeddings": "false"}, True),
+    ("tinystar", {}, False), ("strawberry", {}, False),
+])  # fmt: skip
+def test_an_untied_embedding_without_a_rate_of_its_own_is_reported_once(run_folder, capsys, model, keys, said):
+    sections = {key: "optimizer" if key == "embedding_lr" else "model" for key in keys}
+    write_config("tinystar", model_hyperparams={"arch": model})
+    run("--max_iters=2", *(f"--{sections[key]}_hyperparams.{key}={value}" for key, value in keys.items()))
+    output = capsys.readouterr().out
+    assert output.count(f"{model} with an untied embedding learned better") == said
+    assert output.count("--optimizer_hyperparams.embedding_lr=0.1") == said
+
+
 @pytest.fixture
 def compiled_graphs(monkeypatch):
     """A list of whether gradients were enabled in each compiled graph, in a run whose graphs are not optimized; those
