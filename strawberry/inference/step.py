@@ -15,6 +15,7 @@ from torch import Tensor
 from model import LanguageModel
 from strawberry.cache import CACHE_ALIGNMENT, RingKVCache, iter_layer_caches, round_up
 from strawberry.inference.fusing import compile_fused
+from strawberry.inference.recording import RecordedSteps
 from strawberry.inference.sampling import BatchSampler, Filters, Request
 from strawberry.ops.common import to_accum_dtype
 from strawberry.ops.sampling import sample
@@ -289,6 +290,10 @@ class DecodeStep:
         """Compile the model's part of a step for one shape: all rows, and the whole cache."""
         self.uses_buckets, self.min_bucket, self.shrinks = True, self.logits.capacity, False
         self.logits.compute = torch.compile(self.model.decode_step, dynamic=False)
+
+    def record_on_cpu(self) -> None:
+        """Record steps and replay them from now on."""
+        self.uses_buckets, self.launch = True, RecordedSteps(self.run).launch
 
     def choose_key(self, rows: int, max_cached: int, requests: list[Request]) -> StepKey:
         if self.uses_buckets:
