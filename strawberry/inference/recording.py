@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -67,19 +68,31 @@ def iter_tensors(tree) -> Iterator[Tensor]:
 
 
 class RecordedSteps:
-    """A recording of a step for each key. A key's first launch runs and records the step, later ones replay it."""
+    """A recording of a step for each key. A key's first launch runs and records the step, later ones replay it.
+    threads: as many compute a step; None: torch's number.
+    """
 
-    def __init__(self, run: Callable):
-        self.run, self.replays = run, {}
+    def __init__(self, run: Callable, threads: int | None = None):
+        self.run, self.replays, self.threads = run, {}, threads
 
     def launch(self, *key) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), use_threads(self.threads or torch.get_num_threads()):
             if key in self.replays:
                 self.replays[key]()
             else:
                 with Recorder() as recorder:
                     self.run(*key)
                 self.replays[key] = make_replay(recorder.calls)
+
+
+@contextmanager
+def use_threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_replay(calls: list[Call]) -> Callable[[], None]:

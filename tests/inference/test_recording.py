@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from decoding import collect, every_model, small_model, wishful_requests
 
 from strawberry.cache import iter_layer_caches
+from strawberry.inference import step
 from strawberry.inference.engine import Decoder
+from strawberry.inference.loading import quantize_model
 from strawberry.inference.recording import RecordedSteps, Recorder, make_replay
+from strawberry.inference.sampling import Request
 
 SHAPES = {"x": (2, 6), "y": (2, 6), "cache": (2, 4, 6), "weight": (6, 6), "n": (2,)}
 
@@ -103,3 +106,23 @@ def test_recorded_steps_are_equal_bit_for_bit(name):
     if model.causal:
         for mine, other in zip(*(iter_layer_caches(c.cache.layers) for c in (logits, its_logits)), strict=True):
             assert all(torch.equal(getattr(mine, part), getattr(other, part)) for part in mine.initial)
+
+
+def test_a_small_model_s_step_runs_on_one_thread(monkeypatch):
+    """A large one on as many as torch has; int8 weights count."""
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for quantized in (False, True):
+        model = small_model("tinystar").float()
+        size = sum(p.nbytes for p in model.parameters())
+        model = quantize_model(model) if quantized else model
+        without_int8 = sum(p.nbytes for p in model.parameters())
+        for limit, threads in ((size + 1, 1), (without_int8 + 1 if quantized else size, 2)):
+            monkeypatch.setattr(step, "ONE_THREAD_BYTES", limit)
+            decoder = Decoder(model, 1, 16)
+            decoder.admit(Request([1], 3))
+            decoder.step()
+            seen.clear()
+            decoder.step()
+            assert seen == [threads, 2]
