@@ -93,6 +93,8 @@ class Decoder:
             self.device_step.use_cuda_graphs(compile, fuse)
         elif model.causal and compile and not self.batch_invariant:
             self.device_step.compile_on_cpu()
+        elif model.causal and model.device.type == "cpu" and not self.batch_invariant:
+            self.device_step.record_on_cpu()
 
     @property
     def busy(self) -> int:

@@ -15,8 +15,10 @@ from torch import Tensor
 from model import LanguageModel
 from strawberry.cache import CACHE_ALIGNMENT, RingKVCache, iter_layer_caches, round_up
 from strawberry.inference.fusing import compile_fused
+from strawberry.inference.recording import RecordedSteps
 from strawberry.inference.sampling import BatchSampler, Filters, Request
 from strawberry.ops.common import to_accum_dtype
+from strawberry.ops.linear import Int8Weight
 from strawberry.ops.sampling import sample
 
 # ---- logits --------------------------------------------------------------------------------------------------------
@@ -231,6 +233,17 @@ class CudaGraphs:
 # ---- the step ------------------------------------------------------------------------------------------------------
 
 
+# A CPU's step with fewer bytes of weights runs on one thread: what threads save in a product of microseconds, they lose
+# when they wait for each other.
+ONE_THREAD_BYTES = 8 * 2**20
+
+
+def count_weight_bytes(model: LanguageModel) -> int:
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    in_8_bits = sum(value.w.nbytes for value in attributes if isinstance(value, Int8Weight))
+    return in_8_bits + sum(p.nbytes for p in model.parameters())
+
+
 class StepKey(NamedTuple):
     """The properties of a step that a CUDA graph fixes."""
 
@@ -289,6 +302,11 @@ class DecodeStep:
         """Compile the model's part of a step for one shape: all rows, and the whole cache."""
         self.uses_buckets, self.min_bucket, self.shrinks = True, self.logits.capacity, False
         self.logits.compute = torch.compile(self.model.decode_step, dynamic=False)
+
+    def record_on_cpu(self) -> None:
+        """Record steps and replay them from now on."""
+        is_small = count_weight_bytes(self.model) < ONE_THREAD_BYTES
+        self.uses_buckets, self.launch = True, RecordedSteps(self.run, 1 if is_small else None).launch
 
     def choose_key(self, rows: int, max_cached: int, requests: list[Request]) -> StepKey:
         if self.uses_buckets:

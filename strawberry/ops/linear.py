@@ -30,13 +30,23 @@ def int8_linear(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None = None)
     """(x @ wᵀ) · scale + bias for x (…, K), w (N, K) int8, scale (N,) float32, bias (N,). Returns (…, N) in x's dtype.
 
     int8 values are exact in bfloat16; sums are float32. For up to 64 rows of x, a kernel reads w once: N·K bytes, the
-    minimum. More rows are compute-bound and use PyTorch's matrix product.
+    minimum; on a CPU it is PyTorch's, for x in bfloat16 only. More rows are compute-bound and use PyTorch's matrix
+    product.
     """
     rows = x.numel() // x.size(-1)
+    if rows <= 64 and can_use_cpu_kernel(x, w):
+        one = torch.ones(len(w), dtype=x.dtype)  # the scale is float32, which this kernel does not take
+        y = torch._weight_int8pack_mm(x.reshape(rows, -1), w, one).view(*x.shape[:-1], -1) * scale
+        return (y if bias is None else y + bias).to(x.dtype)
     if rows > 64 or not kernels.can_run(x, w):
         y = F.linear(x, w.to(x.dtype)) * scale
         return (y if bias is None else y + bias).to(x.dtype)
     return torch.ops.strawberry.int8_linear(x.reshape(rows, -1), w, scale, bias).view(*x.shape[:-1], -1)
+
+
+def can_use_cpu_kernel(x: Tensor, w: Tensor) -> bool:
+    """Whether PyTorch's product of bfloat16 and int8 on a CPU takes them: it reads whole vectors of w's rows."""
+    return x.dtype == torch.bfloat16 and w.size(1) % 64 == 0 and x.device.type == "cpu" and not kernels.can_run(x, w)
 
 
 class Int8Weight(NamedTuple):

@@ -279,10 +279,11 @@ def test_a_released_row_is_free_at_once_and_disturbs_nobody():
 def test_few_busy_rows_cost_few_rows(monkeypatch):
     """Eight texts, seven of which end soon: the last is computed alone."""
     model = small_model("strawberry, experts, two passes")
-    sizes, step = [], model.decode_step
-    monkeypatch.setattr(model, "decode_step", lambda token, *args: sizes.append(len(token)) or step(token, *args))
+    decoder, sizes = Decoder(model, 8, 64), []
+    launch = decoder.device_step.launch
+    monkeypatch.setattr(decoder.device_step, "launch", lambda rows, *key: sizes.append(rows) or launch(rows, *key))
     requests = [Request([1 + i], 40 if i == 6 else 3, seed=i) for i in range(8)]
-    results = collect(Decoder(model, 8, 64), requests)
+    results = collect(decoder, requests)
     assert sizes == [8] * 2 + [1] * 37
     assert results[6][0] == by_generate(model, requests[6])
 
