@@ -54,18 +54,18 @@ class Decoder:
     continuation. on_full: the action at the last learned position. With "stop" the sequence ends (reason "full");
     with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a step
     faster, and takes up to a minute. If only some rows are busy, a step computes the first n rows, n a power of two.
-    It reads the cache up to the length of the longest row. fuse: whether a compiled step on CUDA computes a product of
-    up to 64 rows and the operations around it as one kernel; False is for comparison.
+    On a CPU, the operations of a step are recorded and then replayed: see recording.py. fuse: whether a compiled step
+    on CUDA computes a product of up to 64 rows and the operations around it as one kernel; False is for comparison.
 
     batch_invariant: a text is bit for bit the same whatever the other rows contain, on a CPU with a given number of
     threads. Every step computes all rows, reads a multiple of CACHE_ALIGNMENT slots of the cache, begins the chunks of
     one row at a time, and samples separately for each combination of filters. The text still depends on the number of
     rows and slots: compare only decoders with equal rows, max_length, max_source and min_bucket.
 
-    min_bucket: the smallest bucket, in cached tokens, of a step of fixed shape (a CUDA graph, or batch_invariant). Each
-    further bucket is twice as large. With batch_invariant, min_bucket = max_length makes all steps equal by
-    construction. A smaller one relies on kernels whose results do not change with masked slots at the end; tests check
-    this for every model family.
+    min_bucket: the smallest bucket, in cached tokens, of a step of fixed shape (a CUDA graph, a recorded step, or
+    batch_invariant). Each further bucket is twice as large. With batch_invariant, min_bucket = max_length makes all
+    steps equal by construction. A smaller one relies on kernels whose results do not change with masked slots at the
+    end; tests check this for every model family.
 
     >>> decoder = Decoder(model, rows=2, max_length=64)
     >>> handle = decoder.admit(Request([5, 6, 7], max_new_tokens=3))

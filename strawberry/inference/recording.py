@@ -1,9 +1,9 @@
 """Record the operations of a decode step on a CPU and replay them without the Python code around them.
 
-For one token of a small model, the code of modules, contexts and shapes takes several times as long as the operations
-themselves. A recording does for a CPU what a CUDA graph does for a GPU, under the same conditions: the operations do
-not depend on values, and the tensors that the step reads and writes keep their addresses. A replay calls the same
-kernels with the same arguments in the same order, so its results are equal bit for bit.
+For one token of a small model, the code of modules, contexts and shapes takes as long as the operations themselves. A
+recording does for a CPU what a CUDA graph does for a GPU, under the same conditions: the operations do not depend on
+values, and the tensors that the step reads and writes keep their addresses. A replay calls the same kernels with the
+same arguments in the same order, so its results are equal bit for bit.
 
 Index:  recording · simplification · code
 """

@@ -259,8 +259,8 @@ class DecodeStep:
     """The tensors of all rows, and a decode step of them: logits, sampling, positions. A step reads its state from
     device tensors only, so that a CUDA graph can replay it.
 
-    min_bucket: the smallest bucket, in cached tokens, of a step of fixed shape (a CUDA graph, or batch_invariant). Each
-    further bucket is twice as large.
+    min_bucket: the smallest bucket, in cached tokens, of a step of fixed shape (a CUDA graph, a recorded step, or
+    batch_invariant). Each further bucket is twice as large.
     """
 
     def __init__(self, model: LanguageModel, rows: int, max_length: int, max_source: int, *, batch_invariant: bool,
