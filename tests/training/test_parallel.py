@@ -822,21 +822,21 @@ def test_all_that_waits_for_the_device_is_watched(tmp_path, monkeypatch, capture
     device step, the writing of a checkpoint is not."""
     monkeypatch.chdir(tmp_path)
     set_up(tmp_path)
-    given, seen, watched = [], [], [False]
+    given, seen, within = [], [], [None]
 
     @contextlib.contextmanager
-    def watch(watches):
-        before, watched[0] = watched[0], watches
+    def enter(name):
+        before, within[0] = within[0], name
         yield
-        watched[0] = before
+        within[0] = before
 
     def record(place, name):
         function = getattr(place, name)
-        monkeypatch.setattr(place, name, lambda *args: seen.append((name, watched[0])) or function(*args))
+        monkeypatch.setattr(place, name, lambda *args: seen.append((name, within[0])) or function(*args))
 
     monkeypatch.setattr(distributed.SingleProcess, "start_heartbeat", lambda self, on_loss=None: given.append(on_loss))
-    monkeypatch.setattr(distributed.SingleProcess, "device_step", lambda self: watch(True))
-    monkeypatch.setattr(distributed.SingleProcess, "host_work", lambda self: watch(False))
+    monkeypatch.setattr(distributed.SingleProcess, "device_step", lambda self: enter("device step"))
+    monkeypatch.setattr(distributed.SingleProcess, "host_work", lambda self: enter("host work"))
     record(TrainStep, "draw_dropout")
     record(evaluation, "mean_loss")
     record(checkpointing, "to_local")
@@ -845,10 +845,26 @@ def test_all_that_waits_for_the_device_is_watched(tmp_path, monkeypatch, capture
         assert train.main(["--config", "run.json", "--max_iters=4", "--eval_interval=2"], last=True) == 0
     (on_loss,) = given
     assert on_loss.func is train.end_without_main_thread
-    assert seen.count(("draw_dropout", True)) == 4 and seen.count(("mean_loss", True)) == 2 * 2
-    assert set(seen) - {("to_local", True)} == {
-        ("draw_dropout", True), ("mean_loss", True), ("save_checkpoint", False)}  # fmt: skip
-    assert ("to_local", True) in seen
+    assert seen.count(("draw_dropout", "device step")) == 4 and seen.count(("mean_loss", "device step")) == 2 * 2
+    assert set(seen) == {(name, "device step") for name in ("draw_dropout", "mean_loss", "to_local")} | {
+        ("save_checkpoint", "host work")}  # fmt: skip
+
+
+def test_what_ranks_compute_together_is_watched(monkeypatch):
+    """Also outside of steps, such as in a save: each reads the device after a collective."""
+    group, seen = distributed.FSDP.__new__(distributed.FSDP), []
+    group.heartbeat, group.device, group.main = SimpleNamespace(in_step=False), CPU, True
+    monkeypatch.setattr(group, "all_reduce_", lambda tensors: seen.append(("all_reduce", group.heartbeat.in_step)))
+    monkeypatch.setattr(dist, "broadcast", lambda *_: seen.append(("broadcast", group.heartbeat.in_step)))
+    shard = SimpleNamespace(full_tensor=lambda: seen.append(("gather", group.heartbeat.in_step)) or torch.ones(1))
+    assert group.sum_numbers(2.0) == [2.0]
+    assert group.broadcast_object({"step": 3}) == {"step": 3}
+    assert group.gather({"weight": shard})["weight"] == 1
+    assert seen == [("all_reduce", True), ("all_reduce", True), ("broadcast", True), ("gather", True)]
+    assert not group.heartbeat.in_step
+    group.heartbeat = None
+    group.start_heartbeat()
+    assert group.heartbeat is None  # gloo needs none
 
 
 def test_a_process_that_its_heartbeat_ends_says_how_to_resume(tmp_path, monkeypatch, capsys):
