@@ -126,3 +126,14 @@ def test_a_small_model_s_step_runs_on_one_thread(monkeypatch):
             seen.clear()
             decoder.step()
             assert seen == [threads, 2]
+
+
+def test_random_numbers_are_drawn_at_each_launch():
+    """Neither kept as a constant nor drawn once for two equal calls."""
+    y = torch.empty(5)
+    steps = RecordedSteps(lambda: y.copy_(torch.rand(5) - torch.rand(5)))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        steps.launch()
+        torch.manual_seed(seed)
+        assert torch.equal(y, torch.rand(5) - torch.rand(5))
