@@ -14,7 +14,7 @@ from model import build
 from strawberry.bench import child_process, hardware
 from strawberry.bench.common import FIXED_VALUES, load_spec, parse_assignment, parse_learning_rates
 from strawberry.bench.speedrun_report import NANOGPT, STRAWBERRY
-from strawberry.bench.sweep import dump_without_comments, hash_code, hash_json
+from strawberry.bench.sweep import dump_without_comments, hash_code, hash_json, scale_own_rates
 from strawberry.bench.train import find_nanogpt, make_nanogpt_folder, read_splits
 from strawberry.common import UserError
 from strawberry.config import to_dict
@@ -278,11 +278,10 @@ def make_nanogpt_trial(plan: Plan, lr: float, seed: int) -> Trial:
 
 
 def make_trial(plan: Plan, lr: float, seed: int, target: float) -> Trial:
-    """A run of our config up to the loss `target`. Muon's learning rate and the last one keep their proportions."""
+    """A run of our config up to the loss `target`. The rates of groups and the last one keep their proportions."""
     run = to_dict(plan.run)
     scale = lr / run["learning_rate"]
-    if run["optimizer_hyperparams"]["muon_lr"] is not None:
-        run["optimizer_hyperparams"]["muon_lr"] *= scale
+    scale_own_rates(run, scale)
     every = max(1, plan.steps // plan.arguments.evaluations)
     run |= FIXED_VALUES | {
         "max_iters": plan.steps, "lr_decay_iters": plan.steps, "learning_rate": lr,

@@ -102,6 +102,13 @@ def hash_json(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def scale_own_rates(run: dict, scale: float) -> None:
+    """Multiply the rates that groups of parameters have of their own, so that they keep their proportion to the
+    learning rate."""
+    own = run["optimizer_hyperparams"]
+    own |= {name: own[name] * scale for name in OWN_RATES if own[name] is not None}
+
+
 def make_trial(entry: Entry, plan: Plan, lr: float, seed: int, muon: bool | None = None) -> Trial:
     """The training run of a config with one learning rate and one seed. `muon` replaces its use_muon."""
     run, steps = to_dict(entry.run), plan.steps
@@ -110,10 +117,7 @@ def make_trial(entry: Entry, plan: Plan, lr: float, seed: int, muon: bool | None
     every = max(1, steps // EVALUATIONS)
     if every >= 5:
         every -= every % 5  # so that each evaluation coincides with a logged line, which has the seconds
-    for name in OWN_RATES:
-        rate = run["optimizer_hyperparams"][name]
-        if rate is not None:  # scales with the learning rate, as in the config
-            run["optimizer_hyperparams"][name] = rate * lr / run["learning_rate"]
+    scale_own_rates(run, lr / run["learning_rate"])
     run |= FIXED_VALUES | {
         "max_iters": steps, "lr_decay_iters": steps, "warmup_iters": round(plan.warmup * steps),
         "cooldown_frac": plan.cooldown, "learning_rate": lr, "min_lr": MIN_LR * lr, "seed": seed,
