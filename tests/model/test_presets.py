@@ -19,7 +19,7 @@ from strawberry.data.token_file import TokenFileWriter
 from strawberry.model_file import load_model
 from strawberry.run_config import CONFIG_FOLDER, load_run
 from strawberry.training import plot
-from strawberry.training.setup import BETTER_WITH_MUON
+from strawberry.training.setup import BETTER_WITH_EMBEDDING_LR, BETTER_WITH_MUON
 
 CONFIG = CONFIG_FOLDER
 PRESETS = sorted(path.stem for path in CONFIG.glob("*.json") if path.name != "schema.json")
@@ -90,12 +90,15 @@ def test_families_that_learn_better_with_muon_have_it():
     assert all(other in (first, first | untied) for other in others)
 
 
-def test_untied_embeddings_have_a_rate_of_their_own():
+def test_embeddings_have_a_rate_of_their_own():
+    """With Muon, where it was measured; tiny's learning rate is as high as the embedding's would be."""
     for name in PRESETS:
         run = loaded(name)
         with torch.device("meta"):
-            untied = "input" in build(run.model_hyperparams).roles().values()
-        assert bool(run.optimizer_hyperparams.embedding_lr) == untied, name
+            tied = "input" not in build(run.model_hyperparams).roles().values()
+        assert run.optimizer_hyperparams.embedding_lr or tied, name
+        measured = run.optimizer_hyperparams.use_muon and (run.model_hyperparams.arch, tied) in BETTER_WITH_EMBEDDING_LR
+        assert run.optimizer_hyperparams.embedding_lr or not measured or name == "tiny", name
 
 
 def test_those_of_tinystar_differ_from_v0_2_in_one_thing():

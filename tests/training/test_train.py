@@ -640,17 +640,18 @@ def test_a_family_that_learns_better_with_muon_is_reported_once(run_folder, caps
     assert capsys.readouterr().out.count(f"{model} learned better with Muon") == said
 
 
-@pytest.mark.parametrize("model,keys,said", [
-    ("palm", {}, True), ("palm", {"embedding_lr": 0.1}, False), ("tinystar", {"tie_embeddings": "false"}, True),
-    ("tinystar", {}, False), ("strawberry", {}, False),
+@pytest.mark.parametrize("model,keys,rate", [
+    ("palm", [], "0.1"), ("palm", ["optimizer_hyperparams.embedding_lr=0.1"], None),
+    ("tinystar", ["model_hyperparams.tie_embeddings=false"], "0.1"),
+    ("tinystar", [], "0.02"), ("tinystar", ["optimizer_hyperparams.use_muon=false"], None),
+    ("strawberry", [], "0.006"), ("strawberry", ["learning_rate=1e-2"], None), ("transformer", [], None),
 ])  # fmt: skip
-def test_an_untied_embedding_without_a_rate_of_its_own_is_reported_once(run_folder, capsys, model, keys, said):
-    sections = {key: "optimizer" if key == "embedding_lr" else "model" for key in keys}
+def test_an_embedding_without_a_rate_of_its_own_is_reported_once(run_folder, capsys, model, keys, rate):
     write_config("tinystar", model_hyperparams={"arch": model})
-    run("--max_iters=2", *(f"--{sections[key]}_hyperparams.{key}={value}" for key, value in keys.items()))
+    run("--max_iters=2", *(f"--{key}" for key in keys))
     output = capsys.readouterr().out
-    assert output.count(f"{model} with an untied embedding learned better") == said
-    assert output.count("--optimizer_hyperparams.embedding_lr=0.1") == said
+    assert output.count("embedding learned better with a rate of its own") == bool(rate)
+    assert output.count(f"--optimizer_hyperparams.embedding_lr={rate}\n") == bool(rate)
 
 
 @pytest.fixture
