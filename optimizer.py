@@ -15,7 +15,6 @@ format of the state does not depend on the number of processes.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -62,45 +61,32 @@ def lr_at(step: int, run) -> float:
 
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # https://kellerjordan.github.io/posts/muon/
-# 2505.16932, Implementation 2, for singular values from 1e-3 to 1. Each polynomial is optimal for those above 2 % of
-# the largest ("cushion"), and all but the last map x / 1.02 ("safety factor"), so that rounding stays in the interval.
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
 MIN_GRAM_ROWS = 512  # for `map_by_gram`: with fewer rows, its launches take longer than the operations that it saves
-# name → (polynomials, a divisor of the singular values beside the norm)
-QUINTICS = {"jordan": (JORDAN, 1.0), "polar_express": (POLAR_EXPRESS, 1.02)}
 
 
-def newton_schulz(stack: Tensor, quintics: str = "jordan") -> Tensor:
+def newton_schulz(stack: Tensor) -> Tensor:
     """Orthogonalize a stack of matrices (n, rows, cols): returns approximately the nearest orthogonal matrix of each,
     in the same dtype.
 
-    With G = U S Vᵀ the result is U p(S) Vᵀ. Each singular value is divided by the Frobenius norm and then mapped by
-    five quintics p(s) = a·s + b·s³ + c·s⁵. Keller Jordan's ("jordan") are five times the same one, with a large slope
-    at zero: singular values end between 0.68 and 1.20, unless they were under 0.15 % of the norm, and do not converge
-    to 1. Those of Polar Express ("polar_express") are each optimal for the values that the one before yields: singular
-    values end between 0.84 and 1.15, unless they were under 0.1 % of the norm. A zero matrix stays zero.
+    With G = U S Vᵀ the result is U p(S) Vᵀ. Each singular value is divided by the Frobenius norm and then mapped five
+    times by Keller Jordan's quintic p(s) = a·s + b·s³ + c·s⁵, which has a large slope at zero: singular values end
+    between 0.68 and 1.20, unless they were under 0.15 % of the norm, and do not converge to 1. A zero matrix stays
+    zero.
     """
-    polynomials, divisor = QUINTICS[quintics]
     tall = stack.shape[1] > stack.shape[2]
     x = stack.mT if tall else stack  # so that the Gram matrix has the smaller side
-    x = x / (x.norm(dim=(1, 2), keepdim=True) * divisor).clamp(min=1e-7)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     if x.shape[2] >= 2 * x.shape[1] and x.shape[1] >= MIN_GRAM_ROWS and x.dtype in HALF_DTYPES:
-        x = map_by_gram(x.half(), polynomials).to(stack.dtype)
+        x = map_by_gram(x.half()).to(stack.dtype)
         return x.mT if tall else x
-    for a, b, c in polynomials:
+    for a, b, c in JORDAN:
         gram = ops.symmetric_product(x, x)  # (n, rows, rows)
         update = ops.symmetric_product(gram, gram, gram, alpha=c, beta=b)
         x = torch.baddbmm(x, update, x, beta=a)
     return x.mT if tall else x
 
 
-def map_by_gram(x: Tensor, polynomials: tuple) -> Tensor:
+def map_by_gram(x: Tensor) -> Tensor:
     """The polynomials of a wide stack (n, rows, cols), by fewer products that have its long side: for a matrix four
     times as wide as high, 60 % of the operations.
 
@@ -109,7 +95,7 @@ def map_by_gram(x: Tensor, polynomials: tuple) -> Tensor:
     last three begin with the Gram matrix of their own x, and half types are float16, which has 3 bits more than
     bfloat16, and range enough: all singular values are below 2.
     """
-    for part in (polynomials[:2], polynomials[2:]):
+    for part in (JORDAN[:2], JORDAN[2:]):
         gram, total = ops.symmetric_product(x, x), None
         for i, (a, b, c) in enumerate(part):
             q = ops.symmetric_product(gram, gram, gram, alpha=c, beta=b)  # Q − a I
@@ -144,16 +130,15 @@ class Muon(torch.optim.Optimizer):
     its share (`ranks.distribute`). No parameter changes before that has finished, so if a process is lost, the others
     are left with complete steps.
 
-    `quintics`: those of `newton_schulz`. `beta2`: the decay rate of NorMuon's second moment (`_normalize_rows`); 0: no
-    such normalization. `decay_schedule`: see `decay_rate`.
+    `beta2`: the decay rate of NorMuon's second moment (`_normalize_rows`); 0: no such normalization. `decay_schedule`:
+    see `decay_rate`.
     """
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, warmup=300, ns_dtype=None, ranks=None,
-                 quintics="jordan", beta2=0.0, decay_schedule="constant"):  # fmt: skip
+                 beta2=0.0, decay_schedule="constant"):  # fmt: skip
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "warmup": warmup, "step": 0}
         super().__init__(params, defaults | {"base_lr": lr})
-        self.ns_dtype, self.ranks, self.quintics, self.beta2 = ns_dtype, ranks, quintics, beta2
-        self.decay_schedule = decay_schedule
+        self.ns_dtype, self.ranks, self.beta2, self.decay_schedule = ns_dtype, ranks, beta2, decay_schedule
         self.found_inf: Tensor | None = None  # 1.0: skip the update; torch's optimizers have the same name
         self.lerp: Tensor | None = None  # 1 − μ on the device, for CUDA graphs
         for group in self.param_groups:
@@ -175,7 +160,7 @@ class Muon(torch.optim.Optimizer):
                    for group, params in zip(groups, stacks.values(), strict=True))  # fmt: skip
         shapes = [shape for _, shape, *_ in stacks]
         distribute = map_stacks if self.ranks is None else self.ranks.distribute
-        updates = distribute(momenta, shapes, partial(newton_schulz, quintics=self.quintics))
+        updates = distribute(momenta, shapes, newton_schulz)
         if self.beta2:
             updates = self._normalize_rows(stacks.values(), updates)
         for group, params, update in zip(groups, stacks.values(), updates, strict=True):
@@ -305,8 +290,8 @@ def build_optimizer(model: nn.Module, hyper, learning_rate: float, device_type: 
 
     parts, schedule = {}, hyper.weight_decay_schedule
     if muon := groups_of("muon"):  # first, since its step communicates and may raise PeerLost
-        parts["muon"] = Muon(muon, momentum=hyper.momentum, ranks=ranks, quintics=hyper.newton_schulz,
-                             beta2=hyper.muon_beta2, decay_schedule=schedule)  # fmt: skip
+        parts["muon"] = Muon(muon, momentum=hyper.momentum, ranks=ranks, beta2=hyper.muon_beta2,
+                             decay_schedule=schedule)  # fmt: skip
     if adamw := groups_of("adamw"):
         fused = device_type in ("cuda", "cpu", "mps")  # where torch has the fused kernel
         settings = {"lr": learning_rate, "betas": (hyper.beta1, hyper.beta2), "eps": hyper.eps, "fused": fused}

@@ -57,10 +57,6 @@ class OptimizerHyperparams:
     use_muon: bool = option(False, "true: Muon for hidden matrices, AdamW for the rest; false: AdamW for all")
     momentum: float = option(0.95, "Muon's momentum; it rises from 0.85 over 300 steps", low=0, below=1)
     muon_lr: float | None = option(None, "Muon's learning rate; null: learning_rate", above=0)
-    newton_schulz: str = option(
-        "jordan", "Muon's polynomials; jordan: Keller Jordan's; polar_express: those of Polar Express, which bring "
-        "singular values closer to 1", choices=["jordan", "polar_express"],
-    )
     muon_beta2: float = option(
         0.0, "NorMuon: decay rate of the second moment of each row of Muon's update, which divides the row, 0.95 in "
         "the paper; 0: off", low=0, below=1,
@@ -261,12 +257,15 @@ CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "config"
 
 
 RENAMED = {"record": "cuda_graph"}  # old name of a key → its name
+# removed keys of optimizer_hyperparams → the value that means what is computed now; other values are refused
+REMOVED = {"newton_schulz": "jordan", "cautious_decay": False}
 
 
-def rename_old_keys(raw: dict) -> tuple[list[str], list[str]]:
-    """Give the keys of RENAMED their names, in place: (a warning for each, a problem where both names are given).
+def update_old_keys(raw: dict) -> tuple[list[str], list[str]]:
+    """Give the keys of RENAMED their names, in place: (a warning for each, a problem where both names are given). Keys
+    of REMOVED with the value there, which earlier versions wrote into each model file and checkpoint, are dropped.
 
-    >>> rename_old_keys({"record": False})
+    >>> update_old_keys({"record": False})
     (['record is now called cuda_graph: write cuda_graph = false'], [])
     """
     warnings, problems = [], []
@@ -276,6 +275,10 @@ def rename_old_keys(raw: dict) -> tuple[list[str], list[str]]:
         elif old in raw:
             raw[new] = raw.pop(old)
             warnings.append(f"{old} is now called {new}: write {new} = {show(raw[new])}")
+    section = raw.get("optimizer_hyperparams")
+    for name, value in REMOVED.items() if isinstance(section, dict) else ():
+        if name in section and show(section[name]) == show(value):  # 0 is not false
+            del section[name]
     return warnings, problems
 
 
@@ -307,7 +310,7 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
 
 def make_run(raw: dict, archs: dict[str, type], problems: Iterable[str] = (), source: str = "") -> Run:
     """The run that plain data describes. Raises UserError with every problem, those known before included."""
-    warnings, old_problems = rename_old_keys(raw)
+    warnings, old_problems = update_old_keys(raw)
     arch, arch_problems = take_arch(raw, archs)
     run, found = check(run_class(archs, arch), raw)
     if problems := [*problems, *old_problems, *arch_problems, *found]:

@@ -325,7 +325,7 @@ def trainer_of(folder, monkeypatch, config: str = "air.json", **keys):
 
 MUON = {"optimizer_hyperparams.use_muon": "true"}
 MUON_OPTIONS = MUON | {f"optimizer_hyperparams.{key}": value for key, value in {
-    "newton_schulz": "polar_express", "muon_beta2": 0.95, "weight_decay_schedule": "lr",
+    "muon_beta2": 0.95, "weight_decay_schedule": "lr",
     "scalar_lr": 1e-2,
 }.items()}  # fmt: skip
 

@@ -155,7 +155,7 @@ def iter_config_differences(entries: list[Entry], chosen: bool) -> Iterator[str]
     """Yield a sentence for each difference between the configs that is not part of the architecture. `chosen`: whether
     the optimizers were chosen by this command."""
     muon = any(entry.run.optimizer_hyperparams.use_muon for entry in entries)
-    hidden = () if muon else ("momentum", "muon_lr", "newton_schulz", "muon_beta2")
+    hidden = () if muon else ("momentum", "muon_lr", "muon_beta2")
     hidden += ("use_muon",) if chosen else ()
     names = [name for name in declared(OptimizerHyperparams) if name not in hidden]
     keys = [("optimizer_hyperparams", name) for name in names]

@@ -17,7 +17,7 @@ from strawberry import model_file as model_files
 from strawberry.common import UserError, nearest, show
 from strawberry.config import MAX_CONFIG_BYTES, check, merge_configs, path_names, read_json, to_dict
 from strawberry.data import assemble
-from strawberry.run_config import CONFIG_FOLDER, Run, make_run, rename_old_keys
+from strawberry.run_config import CONFIG_FOLDER, Run, make_run, update_old_keys
 from strawberry.serving.id_directory import RequestError, new_id
 from strawberry.serving.job import Job
 from strawberry.serving.job_store import JobStore
@@ -209,7 +209,7 @@ def find_starting_point(jobs: JobStore, name: str) -> tuple[str | None, dict]:
         raise RequestError(404, told, "model", "model_not_found") from error
     hyperparams, record = model_files.read_about(path)
     raw = record["run"] if isinstance(record.get("run"), dict) else {}
-    rename_old_keys(raw)  # a model file may have keys of an earlier version, which is not the client's error
+    update_old_keys(raw)  # a model file may have keys of an earlier version, which is not the client's error
     raw = drop_server_keys({name: value for name, value in raw.items() if name != "seed"})
     if raw.get("lr_decay_iters") == raw.get("max_iters"):
         raw.pop("lr_decay_iters", None)  # it was not set: see Run.__post_init__

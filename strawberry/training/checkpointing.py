@@ -10,7 +10,7 @@ from torch import Tensor
 from strawberry.common import UserError
 from strawberry.config import to_dict
 from strawberry.model_file import save_model, unique_tensors, write_model
-from strawberry.run_config import rename_old_keys
+from strawberry.run_config import update_old_keys
 from strawberry.sharding import to_local
 from strawberry.training import checkpoint, cuda_graph, distributed, memory, setup
 from strawberry.training.checkpoint import Checkpoint, archive_run, find_latest, save_checkpoint, write_state
@@ -56,7 +56,7 @@ class Checkpointer:
 
     def resume(self, found: Checkpoint) -> None:
         then = found.meta["run"]
-        rename_old_keys(then)
+        update_old_keys(then)
         changed = setup.changed_keys(then, to_dict(self.state.run) | {"init_from": then.get("init_from")})
         try:
             self.load(found)

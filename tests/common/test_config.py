@@ -35,7 +35,7 @@ from strawberry.config import (
     to_dict,
     validator,
 )
-from strawberry.run_config import RENAMED, Run, load_run, make_run, run_class
+from strawberry.run_config import REMOVED, RENAMED, Run, load_run, make_run, run_class
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -884,6 +884,16 @@ def test_old_names_are_judged_as_the_new_ones_are(tmp_path):
 def test_every_old_name_leads_to_a_key():
     names = dotted_names(Run)
     assert RENAMED and all(new in names and old not in names for old, new in RENAMED.items())
+
+
+def test_removed_keys_are_dropped_with_the_value_that_is_computed_now():
+    section = {"newton_schulz": "jordan", "cautious_decay": False, "momentum": 0.9}
+    run = make_run({"optimizer_hyperparams": dict(section)}, ARCHS)
+    assert to_dict(run) == to_dict(make_run({"optimizer_hyperparams": {"momentum": 0.9}}, ARCHS))
+    for name, value in {"newton_schulz": "polar_express", "cautious_decay": True}.items():
+        with pytest.raises(UserError, match=f"^optimizer_hyperparams.{name} = .*: unknown key"):
+            make_run({"optimizer_hyperparams": section | {name: value}}, ARCHS)
+    assert not set(REMOVED) & {name.rpartition(".")[2] for name in dotted_names(Run)}
 
 
 @pytest.mark.parametrize(("word", "option"), [("--confg=a.json", "--config"), ("--chek=1", "--check"),

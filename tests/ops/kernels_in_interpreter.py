@@ -1096,7 +1096,7 @@ def test_muons_weights_decay_and_move(dtype):
 
 def test_muons_step_by_kernels_is_the_plain_one():
     """With all options; float64 has no kernels."""
-    about = {"lr": 0.1, "quintics": "polar_express", "beta2": 0.9, "decay_schedule": "lr"}
+    about = {"lr": 0.1, "beta2": 0.9, "decay_schedule": "lr"}
     shapes = [(20, 18), (18, 20), (20, 18)]
     start = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
     both = []

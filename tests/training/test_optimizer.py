@@ -5,7 +5,6 @@ import io
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,8 +12,7 @@ from torch import nn
 import optimizer as optimizer_module
 from optimizer import (
     HIDDEN,
-    POLAR_EXPRESS,
-    QUINTICS,
+    JORDAN,
     AdamW,
     Muon,
     build_optimizer,
@@ -293,68 +291,25 @@ def test_muon_refuses_what_is_no_matrix():
 
 # ---- options ---------------------------------------------------------------------------------------------------------
 
-ALL = {"use_muon": True, "muon_lr": 0.02, "newton_schulz": "polar_express", "muon_beta2": 0.9,
+ALL = {"use_muon": True, "muon_lr": 0.02, "muon_beta2": 0.9,
        "weight_decay_schedule": "lr", "embedding_lr": 0.03, "head_lr": 0.004, "scalar_lr": 0.05}  # fmt: skip
 
 
-def minimax_quintic(low, high):
-    """The odd quintic nearest to 1 on [low, high], by Remez's exchange on a fine grid: float64 (a, b, c)."""
-    grid = np.linspace(low, high, 50_001)
-    nodes = low + (high - low) * np.array([0, 0.25, 0.75, 1])
-    for _ in range(20):
-        system = np.stack([nodes, nodes**3, nodes**5, [1, -1, 1, -1]], axis=1)
-        a, b, c, error = np.linalg.solve(system, np.ones(4))
-        off = 1 - (a * grid + b * grid**3 + c * grid**5)
-        inner = np.flatnonzero(np.diff(np.sign(np.diff(off)))) + 1
-        nodes = np.array([low, *grid[inner], high])
-        assert len(nodes) == 4
-    assert (off.max(), -off.min()) == pytest.approx((error, error), rel=1e-6)  # equioscillation
-    return np.array([a, b, c])
-
-
-def test_polar_express_is_the_optimal_composition():
-    """arXiv 2505.16932, Theorem 3.1: each polynomial is the best for the interval that those before leave. With their
-    cushion of 0.02 and safety factor of 1.02."""
-    low, high, powers = 1e-3, 1.0, np.array([1, 3, 5])
-    for i, published in enumerate(POLAR_EXPRESS):
-        found = minimax_quintic(max(low, 0.02 * high), high)
-        found = found * 2 / ((found * low**powers).sum() + (found * high**powers).sum())  # as far below 1 as above it
-        found = found / 1.02**powers if i < 4 else found
-        assert found == pytest.approx(published, rel=1e-6), i
-        low = (found * low**powers).sum()
-        high = 2 - low
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_polar_express_comes_closer_to_orthogonal_than_jordan(dtype):
-    torch.manual_seed(7)
-    left, right = (torch.linalg.qr(torch.randn(3, 24, 24, dtype=torch.float64))[0] for _ in range(2))
-    for low in (3e-3, 2e-2, 0.5):
-        spectrum = torch.logspace(math.log10(low), 0, 24, dtype=torch.float64)
-        stack = (left @ torch.diag_embed(spectrum.expand(3, 24)) @ right).to(dtype)
-        off = {name: (torch.linalg.svdvals(newton_schulz(stack, name).double()) - 1).abs() for name in QUINTICS}
-        assert off["polar_express"].max() < 0.17 < 0.25 < off["jordan"].max()
-        assert off["polar_express"].mean() < off["jordan"].mean()
-    assert torch.equal(newton_schulz(torch.zeros(1, 3, 4), "polar_express"), torch.zeros(1, 3, 4))
-
-
-@pytest.mark.parametrize("quintics", QUINTICS)
 @pytest.mark.parametrize("shape", [(2, 16, 64), (2, 64, 16)])
-def test_wide_matrices_by_their_gram_matrix_are_the_polynomials(quintics, shape, monkeypatch):
+def test_wide_matrices_by_their_gram_matrix_are_the_polynomials(shape, monkeypatch):
     monkeypatch.setattr(optimizer_module, "MIN_GRAM_ROWS", 16)
     torch.manual_seed(10)
-    polynomials, divisor = QUINTICS[quintics]
     left, right = (torch.linalg.qr(torch.randn(2, side, 16, dtype=torch.float64))[0] for side in shape[1:])
     for lowest in (1e-4, 1e-2, 0.5):
         spectrum = torch.logspace(math.log10(lowest), 0, 16, dtype=torch.float64)
         stack = left @ torch.diag_embed(spectrum.expand(2, 16)) @ right.mT
-        exact = torch.stack([orthogonal(matrix, quintics) for matrix in stack])
-        wide = (stack if shape[1] < shape[2] else stack.mT) / spectrum.norm() / divisor
-        by_gram = map_by_gram(wide, polynomials)
+        exact = torch.stack([orthogonal(matrix) for matrix in stack])
+        wide = (stack if shape[1] < shape[2] else stack.mT) / spectrum.norm()
+        by_gram = map_by_gram(wide)
         torch.testing.assert_close(by_gram if shape[1] < shape[2] else by_gram.mT, exact, atol=1e-9, rtol=0)
-        got = newton_schulz((1e-6 * stack).bfloat16(), quintics)  # too small for float16 before the division
+        got = newton_schulz((1e-6 * stack).bfloat16())  # too small for float16 before the division
         plain = wide.bfloat16()
-        for a, b, c in polynomials:
+        for a, b, c in JORDAN:
             gram = plain @ plain.mT
             plain = a * plain + (b * gram + c * gram @ gram) @ plain
         plain = plain if shape[1] < shape[2] else plain.mT
@@ -362,12 +317,11 @@ def test_wide_matrices_by_their_gram_matrix_are_the_polynomials(quintics, shape,
         assert got.dtype == torch.bfloat16 and off[0] < 1.2 * off[1]
 
 
-def orthogonal(matrix, quintics):
+def orthogonal(matrix):
     """newton_schulz by an SVD."""
-    polynomials, divisor = QUINTICS[quintics]
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    s = s / s.square().sum().sqrt() / divisor
-    for a, b, c in polynomials:
+    s = s / s.square().sum().sqrt()
+    for a, b, c in JORDAN:
         s = a * s + b * s**3 + c * s**5
     return u @ torch.diag(s) @ vt
 
@@ -380,14 +334,14 @@ def test_muon_with_its_options_is_the_formulas(beta2, schedule):
     torch.manual_seed(8)
     w = torch.randn(4, 3, dtype=torch.float64)
     p = nn.Parameter(w.clone())
-    muon = Muon([p], lr=0.1, weight_decay=0.2, warmup=0, ns_dtype=torch.float64, quintics="polar_express", beta2=beta2,
+    muon = Muon([p], lr=0.1, weight_decay=0.2, warmup=0, ns_dtype=torch.float64, beta2=beta2,
                 decay_schedule=schedule)  # fmt: skip
     m, v = torch.zeros(4, 3, dtype=torch.float64), [0.0] * 4
     for lr in (0.1, 0.05, 0.08):
         muon.param_groups[0]["lr"] = lr
         p.grad = torch.randn(4, 3, dtype=torch.float64) * torch.tensor([[1.0], [10.0], [0.1], [0.0]])
         m = 0.95 * m + 0.05 * p.grad
-        u = orthogonal(0.95 * m + 0.05 * p.grad, "polar_express")
+        u = orthogonal(0.95 * m + 0.05 * p.grad)
         if beta2:
             norm = u.norm()
             for i in range(4):

@@ -81,7 +81,7 @@ def models() -> dict[str, tuple[object, int]]:
 
 STEPS = {"parameters without a gradient": 2, "options of the optimizer": 2}  # one for the others
 OPTIONS = {"options of the optimizer": {
-    "newton_schulz": "polar_express", "muon_beta2": 0.9, "weight_decay_schedule": "lr",
+    "muon_beta2": 0.9, "weight_decay_schedule": "lr",
     "muon_lr": 0.02, "embedding_lr": 0.03, "head_lr": 0.004, "scalar_lr": 0.05,
 }}  # fmt: skip
 
