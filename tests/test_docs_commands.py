@@ -62,7 +62,7 @@ import bench
 import prepare
 import sample
 from model import CONFIGS
-from strawberry.bench.common import load_spec, parse_assignment
+from strawberry.bench.common import load_spec, parse_assignment, read_specs
 from strawberry.run_config import load_run
 from strawberry.serving.settings import read_command
 
@@ -201,6 +201,8 @@ def check_bench(argv: list[str]) -> None:
     for spec in (spec for found in specs for spec in ([found] if isinstance(found, str) else found)):
         if ".json" in spec:
             load_spec(spec, common)
+    if argv[0] == "compare":
+        read_specs(arguments["configs"])  # refuses a key that all must share
 
 
 def check_module(argv: list[str]) -> None:
@@ -565,6 +567,7 @@ def test_commands_are_split_as_bash_does():
     ("python bench.py compares air.json", "compares"),
     ("python bench.py train --config air.json:n_layr=3", "n_layr"),
     ('P=air.json:n_layer=0; python bench.py scale --config "$P"', "n_layer"),
+    ("python bench.py compare air.json:block_size=64 tiny.json", "block_size must be the same"),
     ("python bench.py kernels --fast", "fast"),
     ("python nothing.py", "nothing.py"),
     ("python -m pytest tests/nothing.py", "tests/nothing.py"),

@@ -30,9 +30,13 @@ from strawberry.training.metrics import METRICS
 from strawberry.training.record import RECORD
 
 COMPILE_ON_CPU_FROM = 5000  # steps; see should_compile
-# arch → validation loss with AdamW and with Muon, in nats per token; see docs/measurements.md, "Muon's options"
-BETTER_WITH_MUON = {"strawberry": (4.360, 3.213), "tinystar": (3.392, 3.049)}
-MUON_LR = 6e-3  # with which it was measured
+# arch → validation bits per byte with AdamW and with Muon, tokens, and Muon's rate; 4 M parameters; of `transformer` a
+# decoder. See docs/measurements.md, "Muon's options" and "All families compared"
+BETTER_WITH_MUON = {
+    "strawberry": (1.569, 1.156, "13 M", 6e-3), "tinystar": (1.220, 1.097, "13 M", 6e-3),
+    "transformer": (0.896, 0.797, "20 M", 6e-3), "strawberry-silia": (0.849, 0.770, "20 M", 1.2e-2),
+    "strawberry-v0": (1.238, 0.886, "20 M", 6e-3),
+}  # fmt: skip
 # (arch, whether the embedding is also the head) → validation bits per byte without a rate for it, with one, and that
 # rate, of 4 M parameters after 20 M tokens; "Rates of groups", in the same place
 BETTER_WITH_EMBEDDING_LR = {
@@ -248,13 +252,14 @@ def print_summary(state) -> None:
 
 def suggest_muon(run) -> str:
     """A line for a run with AdamW of a family that is known to learn better with Muon; "" for others."""
-    arch = run.model_hyperparams.arch
-    if run.optimizer_hyperparams.use_muon or arch not in BETTER_WITH_MUON:
+    hyper = run.model_hyperparams
+    measured = hyper.arch in BETTER_WITH_MUON and getattr(hyper, "kind", "decoder") == "decoder"
+    if run.optimizer_hyperparams.use_muon or not measured:
         return ""
-    adamw, muon = BETTER_WITH_MUON[arch]
-    return (f"{arch} learned better with Muon, {muon:.3f} nats per token instead of {adamw:.3f} with 4 M parameters "
-            f"and 13 M tokens (docs/measurements.md): try --optimizer_hyperparams.use_muon=true "
-            f"--optimizer_hyperparams.muon_lr={MUON_LR:g}\n")  # fmt: skip
+    adamw, muon, tokens, rate = BETTER_WITH_MUON[hyper.arch]
+    return (f"{hyper.arch} learned better with Muon, {muon:.3f} bits per byte instead of {adamw:.3f} with 4 M "
+            f"parameters and {tokens} tokens (docs/measurements.md): try --optimizer_hyperparams.use_muon=true "
+            f"--optimizer_hyperparams.muon_lr={rate:g}\n")  # fmt: skip
 
 
 def suggest_embedding_lr(run, model: torch.nn.Module) -> str:
