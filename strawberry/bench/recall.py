@@ -50,7 +50,7 @@ from strawberry.bench.common import (
     write_benchmark_config,
 )
 from strawberry.bench.decode import check_generates
-from strawberry.bench.sweep import hash_code, hash_json, read_result_file
+from strawberry.bench.sweep import OWN_RATES, hash_code, hash_json, read_result_file
 from strawberry.bench.train import BenchmarkTrainer
 from strawberry.common import UserError, atomic_write, format_count
 from strawberry.config import to_dict
@@ -68,10 +68,11 @@ ROWS_AT_ONCE = 32  # rows in a pass of an evaluation
 FIRST_LENGTH, LENGTH_RATIO = 24, 6  # tokens of a row in the first stage of training; each next stage's over its own
 MAX_ROWS = 256  # in a step of a stage with short rows
 QUERIES_PER_KEY = 4  # on average, in a row with scattered queries
-# The keys of the optimizer for all configs; --set and a config's own changes replace them
-RECIPE = {"optimizer_hyperparams.use_muon": "true", "optimizer_hyperparams.muon_lr": "null",
-          "optimizer_hyperparams.muon_beta2": "0", "optimizer_hyperparams.weight_decay": "0",
-          "gradient_accumulation_steps": "1"}  # fmt: skip
+# The keys of the optimizer for all configs, also for presets with rates of their own; --set and a config's own changes
+# replace them
+RECIPE = {f"optimizer_hyperparams.{name}": "null" for name in OWN_RATES}
+RECIPE |= {"optimizer_hyperparams.use_muon": "true", "optimizer_hyperparams.muon_beta2": "0",
+           "optimizer_hyperparams.weight_decay": "0", "gradient_accumulation_steps": "1"}  # fmt: skip
 MAX_PAIRS, MAX_DISTANCE = 1024, 1 << 20
 
 

@@ -78,6 +78,8 @@ def test_the_optimizer_is_the_same_for_all_unless_options_change_it(tmp_path, mo
     hypers = [run.optimizer_hyperparams for _, run in runs]
     assert [hyper.muon_lr for hyper in hypers] == [None, None, 0.01, 0.01]
     assert {(hyper.muon_beta2, hyper.weight_decay) for hyper in hypers} == {(0, 0)}
+    rates = {(hyper.embedding_lr, hyper.head_lr, hyper.scalar_lr) for hyper in hypers}
+    assert rates == {(None, None, None)}  # though both presets have some
     ((_, run),) = recall.load_runs(recall.parse_arguments(["air.json", "--set", "use_muon=false"]), TASK, tmp_path)
     assert run.optimizer_hyperparams.use_muon is False
 

@@ -3,6 +3,7 @@
 A stand-in has the interface of a nanoGPT checkout: a bigram model, and a clock of its own, so that seconds are exact.
 """
 
+import argparse
 import json
 import textwrap
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 import bench
+from model import CONFIGS
 from strawberry.bench import child_process, hardware, speedrun, speedrun_child, speedrun_plan
 from strawberry.bench.speedrun_child import HeldOut, NanogptMeter, Point, Stopwatch
 from strawberry.common import UserError
+from strawberry.run_config import load_run
 from strawberry.training import plot
 from strawberry.training.evaluation import mean_loss
 
@@ -393,3 +396,14 @@ def test_the_stand_in_s_curve_is_exact_and_a_config_reaches_its_loss(checkout):
     assert Path("img/speedrun/speedrun.png").stat().st_size > 10_000
     assert theirs["params"] == 64 and theirs["params_total"] == 64 + 2 * 64 * len(chars) >= ours["params_total"]
     assert sorted(path.name for path in checkout.iterdir()) == ["config", "configurator.py", "model.py", "train.py"]
+
+
+def test_our_rates_keep_their_proportions(tmp_path):
+    run = load_run(["--config", "tinystar-v0.8-speedrun.json"], CONFIGS)
+    given = argparse.Namespace(evaluations=5)
+    plan = speedrun_plan.Plan(given, torch.device("cpu"), tmp_path, None, run=run, steps=100)
+    trial = speedrun_plan.make_trial(plan, run.learning_rate / 2, 1, 1.5).job["run"]
+    before, after = vars(run.optimizer_hyperparams), trial["optimizer_hyperparams"]
+    rates = [name for name in before if name.endswith("_lr") and before[name]]
+    assert len(rates) == 4 and all(after[name] == pytest.approx(before[name] / 2) for name in rates)
+    assert trial["min_lr"] == pytest.approx(run.min_lr / 2) and trial["learning_rate"] == run.learning_rate / 2
