@@ -632,7 +632,7 @@ def test_training_goes_on_where_compiling_fails(run_folder, monkeypatch, capsys)
 
 @pytest.mark.parametrize("model,muon,said", [
     ("strawberry", "false", True), ("strawberry", "true", False), ("tinystar", "false", True),
-    ("strawberry-silia", "false", True), ("palm", "false", False),
+    ("strawberry-silia", "false", True), ("palm", "false", False), ("transformer", "false", False),
 ])  # fmt: skip
 def test_a_family_that_learns_better_with_muon_is_reported_once(run_folder, capsys, model, muon, said):
     write_config("tinystar", model_hyperparams={"arch": model})
