@@ -7,6 +7,7 @@ import pytest
 import torch
 from decoding import SMALL as TINY
 from decoding import collect, every_model, requests_for, small_model, wishful_requests
+from ports import free_port
 
 from model import AFTS, build
 from strawberry.context import ForwardContext
@@ -536,15 +537,12 @@ def start_ranks(words: list[str], log: str) -> list:
     """A process of train.py for each of two GPUs, as torchrun would start them, but without torchrun, which ends all
     once one has ended. Rank r's output is in <log><r>.txt."""
     import os
-    import socket
     import subprocess
     import sys
     from pathlib import Path
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2",
-               "LOCAL_WORLD_SIZE": "2", "PYTHONFAULTHANDLER": "1"}  # fmt: skip
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+           "PYTHONFAULTHANDLER": "1"}  # fmt: skip
     script, processes = Path(__file__).parent.parent / "train.py", []
     for rank in "01":
         with open(f"{log}{rank}.txt", "w") as file:

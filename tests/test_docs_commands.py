@@ -41,7 +41,6 @@ import select
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -56,6 +55,7 @@ import freeze
 import pytest
 import test_docs
 from machine import require, require_program
+from ports import free_port
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import bench
@@ -309,12 +309,6 @@ def copy_repository(folder: Path) -> None:
     (folder / ".venv" / "installed").touch()
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
 @functools.cache
 def given_shell() -> "Shell":
     """A copy of the repository in which the files of GIVEN are made, once for all pages."""
@@ -373,7 +367,7 @@ class Shell:
             if not copy.exists():
                 copy.write_bytes(data)
 
-    def start(self, text: str) -> tuple[subprocess.Popen, str]:
+    def start(self, text: str) -> tuple[subprocess.Popen, int]:
         """A server and its port, once it answers."""
         port = free_port()
         with open(self.folder / "server.log", "wb") as log:
@@ -419,7 +413,7 @@ class Shell:
         if command.marker.get("served"):
             if self.server is None:
                 self.server, self.port = self.start("python serve.py")
-            more["8000"] = self.port
+            more["8000"] = str(self.port)
         text, added = replace_words(command, more), []
         for word in command.marker.words:
             key, _, value = word.partition("=")

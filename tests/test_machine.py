@@ -1,12 +1,15 @@
-"""In CI every tool that a test needs is there, or the test fails and names it; elsewhere the test is skipped."""
+"""In CI every tool that a test needs is there, or the test fails and names it; elsewhere the test is skipped. A free
+port stays free."""
 
 import re
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 from _pytest.outcomes import Failed, Skipped
 from machine import is_ci, require, require_module, require_program
+from ports import RANGE, free_port
 
 TESTS = Path(__file__).parent
 
@@ -46,3 +49,22 @@ def test_tests_skip_through_these_functions():
     for path in sorted(set(TESTS.rglob("*.py")) - {TESTS / "helpers" / "machine.py", Path(__file__)}):
         found = [line for line in path.read_text(encoding="utf-8").splitlines() if own.search(line)]
         assert not [line for line in found if not any(reason in line for reason in allowed)], path.name
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_away():
+    """So that no connection of another test takes it before the process for which it was found."""
+    require(RANGE.exists(), str(RANGE))
+    first, last = map(int, RANGE.read_text().split())
+    for _ in range(20):
+        port = free_port()
+        assert 1024 <= port < first <= last
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", port))
+
+
+def test_no_test_lets_the_kernel_choose_a_port_for_a_process_of_its_own():
+    """A server of the test's own process may: it keeps the port. One that is closed again loses it."""
+    chosen = re.compile(r"\.bind\(\([^)]*, 0\)\)")
+    assert chosen.search('s.bind(("127.0.0.1", 0))')
+    assert [path.name for path in TESTS.rglob("*.py") if chosen.search(path.read_text(encoding="utf-8"))
+            and path != Path(__file__)] == []  # fmt: skip

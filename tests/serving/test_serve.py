@@ -23,6 +23,7 @@ import openai
 import pytest
 import torch
 from machine import count
+from ports import free_port
 
 import encoder as encoders
 import model as models
@@ -1350,9 +1351,7 @@ def test_addresses_in_use_are_reported(server):
 
 @pytest.mark.slow
 def test_the_command_serves_until_a_signal_stops_it(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(folder / "data")]
     child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
@@ -1376,9 +1375,7 @@ def test_the_command_serves_until_a_signal_stops_it(folder):
 @pytest.mark.slow
 def test_polling_does_not_fill_the_console(folder, tmp_path):
     """What the page asks every two seconds is not written down while it succeeds; all else is, errors above all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(tmp_path / "data")]
     child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     try:

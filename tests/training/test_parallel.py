@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torture
 from machine import FULL
+from ports import free_port
 from torture import assert_same, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
 
 import train
@@ -419,7 +420,7 @@ def compute(there: Path) -> None:
     set_up(there)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         run("--checkpoints.path=one_half", *HALF)
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         children = [start(directory=there, log=f"log{rank}.txt", body=two, RANK=str(rank), LOCAL_RANK=str(rank), **env)
                     for rank in range(2)]  # fmt: skip
         run("--checkpoints.path=one")
@@ -453,14 +454,6 @@ def found(tmp_path_factory):
     train.Trainer = trainer
     torch.set_num_threads(threads)
     os.chdir(before)
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def assert_close(one, many, what: str, rtol: float = 1e-4, atol: float = 2e-6) -> None:
@@ -750,7 +743,7 @@ def test_errors_of_the_connection_are_distinguished_from_others():
 def test_where_no_process_has_all_the_last_checkpoint_is_what_is_left(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     set_up(tmp_path)
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     argv = ["--config", "run.json", "--parallel=fsdp", "--max_iters=100000", "--eval_interval=100000"]
     children = [start(*argv, log=f"log{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(2)]
     wait_until(lambda: Path("ck/metrics.jsonl").exists() and len(timeless()) > 9, child=children[0])
@@ -885,7 +878,7 @@ def test_a_process_that_its_heartbeat_ends_says_how_to_resume(tmp_path, monkeypa
 # ---- two machines --------------------------------------------------------------------------------------------------
 
 
-def begin_machine(number: int, port: str) -> subprocess.Popen:
+def begin_machine(number: int, port: int) -> subprocess.Popen:
     """A torchrun agent, as one would be started on each machine."""
     about = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
              "--rdzv_id=run", "--local_addr=127.0.0.1"]  # fmt: skip

@@ -34,6 +34,7 @@ import torture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machine import FULL, count, require, require_program
+from ports import free_port
 from torture import assert_same, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
 
 import encoder as encoders
@@ -1007,15 +1008,9 @@ def test_a_file_system_without_flock_is_locked_by_name(tmp_path, monkeypatch):
 # ---- several processes ---------------------------------------------------------------------------------------------
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 def begin_ranks(*argv, world=2, directory=".", **options):
     """A child for each rank, as torchrun would start them; rank r's log is log<r>.txt."""
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     return [
         start("--config", "run.json", *argv, directory=directory, log=f"log{rank}.txt", RANK=str(rank),
@@ -1109,7 +1104,7 @@ def test_when_a_rank_is_killed_the_other_ends_and_both_resume(den, told, victim)
 @pytest.mark.slow
 @posix
 def test_torchrun_ends_when_a_rank_is_killed(den, told):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", free_port()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     script = [sys.executable, str(torture.ROOT / "train.py"), *ENDLESS]
     Path("worker.sh").write_text('echo $$ > pid$RANK; exec "$@"')
     command = [*launcher, "--no-python", "sh", "worker.sh", *script]
