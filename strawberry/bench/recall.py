@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -94,7 +95,10 @@ class RecallTask:
 
     @property
     def block_size(self) -> int:
-        return max(3 * n + d for n, d in self.cells)
+        """An eighth more than the longest row needs, so that its pairs, too, begin at a random place. If they always
+        began at the start, a model could learn their positions instead of binding values to keys."""
+        longest = max(3 * n + d for n, d in self.cells)
+        return longest + math.ceil(longest / 8)
 
     @property
     def cells(self) -> list[tuple[int, int]]:

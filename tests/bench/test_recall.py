@@ -98,18 +98,25 @@ def test_keys_values_order_and_place_are_drawn_anew():
     assert len(maps) == TASK.n_symbols and all(len(set(values)) > TASK.n_symbols / 2 for values in maps.values())
 
 
+@pytest.mark.parametrize("cell", TASK.cells, ids=str)
+def test_the_pairs_of_every_row_begin_at_a_random_place(cell):
+    """Also those of the longest: at a fixed place, their positions would do instead of their keys."""
+    places = {min(x.index(x[t]) for t, target in enumerate(y) if target >= 0) for x, y in rows_of(cell, 200)}
+    assert places == set(range(TASK.block_size - 3 * cell[0] - cell[1] + 1))
+
+
 def test_batches_are_a_function_of_seed_and_index():
     draw = lambda seed, first, stage=-1: RecallObjective(TASK, stage=stage).make_batch(None, seed, first, 8)  # noqa: E731
     whole, again = draw(3, 0), draw(3, 0)
     assert np.array_equal(whole.x, again.x) and np.array_equal(whole.y, again.y)
     assert whole.n_targets == (whole.y >= 0).sum()
     assert not any(np.array_equal(whole.x, draw(*other).x) for other in ((4, 0), (3, 8)))
-    assert whole.x.max() < TASK.vocab_size and whole.x.shape[1] == TASK.block_size == 45
+    assert whole.x.max() < TASK.vocab_size and whole.x.shape[1] == TASK.block_size == 51
 
 
 def test_rows_grow_longer_stage_by_stage():
     task = RecallTask((8, 64), (16, 4096))
-    assert task.lengths == [24, 144, 864, 4288] and TASK.lengths == [45] and RecallTask((4,), (64,)).lengths == [24, 76]
+    assert task.lengths == [24, 144, 864, 4824] and TASK.lengths == [24, 51] and RecallTask((4,), (64,)).lengths == [24, 86]
     for stage, length in enumerate(task.lengths[:2]):
         batch = RecallObjective(task, stage=stage).make_batch(None, 1, 0, 200)
         assert batch.x.shape == (200, length)
@@ -129,7 +136,7 @@ def test_stages_share_the_steps_and_short_rows_come_in_large_batches(monkeypatch
         (self.run.max_iters, self.run.batch_size, self.objective.length)))  # fmt: skip
     trainer.set_stage(0)
     trainer.train_stages()
-    assert stages == [(2, 256, 24), (4, 4 * 29, 144), (6, 4 * 4, 864), (8, 4, 4288)]
+    assert stages == [(2, 256, 24), (4, 4 * 33, 144), (6, 4 * 5, 864), (8, 4, 4824)]
     assert trainer.steps.release_graph.call_count == trainer.steps.warm_up.call_count == 3
 
 
@@ -197,7 +204,7 @@ def test_two_configs_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsy
     found = json.loads(Path("img/recall/recall.json").read_text())
     assert [(c["pairs"], c["distance"]) for c in found["rows"][1]["cells"]] == [(2, 2), (2, 5), (3, 2), (3, 5)]
     assert all(0 <= c["accuracy"] <= 1 for row in found["rows"] for c in row["cells"])
-    assert found["rows"][0]["run"]["model_hyperparams"]["block_size"] == 14
+    assert found["rows"][0]["run"]["model_hyperparams"]["block_size"] == 16
     text = Path("img/recall/recall.md").read_text()
     assert "| 3 | 33.3 % |" in text and Path("img/recall/recall.png").stat().st_size > 10_000
     assert "at 2" in capsys.readouterr().out
