@@ -54,7 +54,8 @@ from strawberry.common import (
     nearest_file,
     run_cli,
 )
-from strawberry.data.documents import Documents, InputFile, add_reading_options, expand_inputs
+from strawberry.data.documents import Documents, add_reading_options
+from strawberry.data.inputs import InputFile, expand_inputs
 from strawberry.outputs import Input, Output, check_outputs, find_previous
 
 EOT, PAD = "<|eot|>", "<|pad|>"  # the end of a text, and what fills ragged rows; every encoder has both

@@ -56,18 +56,10 @@ from strawberry.common import UserError, check_path_arguments, format_count, run
 from strawberry.data import encoding
 from strawberry.data.chat import ChatReader, ChatTemplate, read_template, template_of
 from strawberry.data.docstrings import DocstringPairs
-from strawberry.data.documents import (
-    STANDARD_INPUT,
-    Documents,
-    InputFile,
-    NoTextError,
-    add_reading_options,
-    expand_inputs,
-    find_text,
-    ignore_progress,
-    walk_folder,
-)
+from strawberry.data.documents import Documents, add_reading_options, find_text
 from strawberry.data.encoding import Spool, encode_documents, encode_pairs
+from strawberry.data.inputs import STANDARD_INPUT, InputFile, expand_inputs, ignore_progress, walk_folder
+from strawberry.data.json_entries import NoTextError
 from strawberry.data.order import permutation
 from strawberry.data.token_file import DEFAULTS, NO_ORIGIN, TokenFile, TokenFileWriter
 from strawberry.outputs import Input, Output, check_outputs, encoder_inputs, find_previous

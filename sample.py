@@ -36,7 +36,7 @@ from strawberry.command_line import flag_names, format_help, parse_settings
 from strawberry.common import UserError, run_cli
 from strawberry.config import declared, option
 from strawberry.data import documents
-from strawberry.data.documents import InputFile
+from strawberry.data.inputs import InputFile
 from strawberry.inference.bulk import run_bulk
 from strawberry.inference.engine import Decoder
 from strawberry.inference.loading import MODEL_SUFFIXES, load_for_inference, resolve_model_path

@@ -18,7 +18,7 @@ ROOMS = [
     ("common", ("strawberry.argument_parser", "strawberry.command_line", "strawberry.common", "strawberry.config",
                 "strawberry.device", "strawberry.environment", "strawberry.machine", "strawberry.outputs",
                 "strawberry.run_config", "strawberry.startup", "strawberry.status_file",
-                "strawberry.data.documents")),
+                "strawberry.data.documents", "strawberry.data.inputs", "strawberry.data.json_entries")),
     ("ops.triton", ("strawberry.ops.triton",)),
     ("ops, cache", ("strawberry.ops", "strawberry.cache", "strawberry.context", "strawberry.compile",
                     "strawberry.stack", "strawberry.summary", "strawberry.sharding", "strawberry.initialization")),

@@ -47,8 +47,9 @@ from strawberry.argument_parser import ArgumentParser
 from strawberry.common import UserError, atomic_write, format_count, run_cli, show
 from strawberry.config import check, declared, option, read_json
 from strawberry.data import encoding
-from strawberry.data.documents import ERRORS, NO_TEXTS, NOT_UTF8, OTHER_KIND, Documents, expand_inputs
+from strawberry.data.documents import ERRORS, NO_TEXTS, NOT_UTF8, OTHER_KIND, Documents
 from strawberry.data.encoding import Spool, encode_documents
+from strawberry.data.inputs import expand_inputs
 from strawberry.data.near_duplicates import MAX_COMPARED_CHARS, NearDuplicates
 from strawberry.data.order import permutation
 from strawberry.data.token_file import TokenFileWriter

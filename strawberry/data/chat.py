@@ -18,7 +18,8 @@ from typing import Any
 
 from encoder import EOT, MAX_TEMPLATE, PAD, Encoder
 from strawberry.common import UserError, nearest, show
-from strawberry.data.documents import NoTextError, find_text
+from strawberry.data.documents import find_text
+from strawberry.data.json_entries import NoTextError
 
 CHATML = (  # OpenAI's Chat Markup Language
     "{% for message in messages %}"

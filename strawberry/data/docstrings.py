@@ -6,10 +6,8 @@ import ast
 import warnings
 from collections.abc import Callable, Iterator
 
-from strawberry.data.documents import (
-    Documents,
-    ignore_progress,
-)
+from strawberry.data.documents import Documents
+from strawberry.data.inputs import ignore_progress
 
 
 class DocstringPairs:

@@ -1,252 +1,37 @@
-"""Text inputs: the files that a command line names, the kind of each, and the documents in them.
+"""The documents in the files of a command line, and the kind of each file.
 
-    inputs = expand_inputs(["book.txt", "notes/", "logs/*.jsonl.gz", "-"])    # paths only, nothing is read
-    documents = Documents(inputs)
+    documents = Documents(expand_inputs(["book.txt", "notes/", "logs/*.jsonl.gz", "-"]))
     documents.scan()                          # reads each input once: its kind, its SHA-256, whether it is UTF-8
     for text, is_last in documents.read():    # the documents, long ones in parts
         ...
     documents.notes()                         # what was left out, and why
 
 A text file is one document. A .json file is a list of documents, and a .jsonl, .ndjson or .jsonlines file has one per
-line: strings, or objects with a "text". Each may be compressed with gzip. Pipes, FIFOs and "-" (standard input) are
-read once, into an unnamed temporary file. A file that the user names must be text, else the command fails. A file from
-a folder or a glob that is not text is left out and counted.
+line: strings, or objects with a "text". A file that the user names must be text, else the command fails. A file from a
+folder or a glob that is not text is left out and counted.
 
-Memory is constant except for an entry of a .json or .jsonl file, whose size is limited (MAX_ENTRY).
-
-Index:  errors · inputs · finding them · kinds of files · checking bytes · JSON · the documents · one text
+Index:  kinds of files · checking bytes · the documents · options of a command
 """
 
 from __future__ import annotations
 
 import codecs
-import contextlib
-import errno
-import glob
-import gzip
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
-import stat
-import sys
-import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from strawberry.argument_parser import ArgumentParser
-from strawberry.common import UserError, nearest_file, show
+from strawberry.common import UserError, show
+from strawberry.data.inputs import PIECE, InputFile, ignore_progress
+from strawberry.data.json_entries import Line, NoTextError, parse_json, read_json_list, read_lines
 
-PIECE = 1 << 20  # bytes per read
-JSON_PIECE = 1 << 22  # bytes per read of a .json: yajl takes O(n²) time for a string that spans n pieces
 HEAD = 1 << 16  # bytes at the start of a file that determine its kind
-MAX_ENTRY = 1 << 26  # largest number of bytes of an entry of a .json or .jsonl
-MAX_DEPTH = 500  # largest nesting of brackets in an entry
 MAX_NAMES = 10  # largest number of files that a note lists
 VERSION = 1  # of the digest; incremented whenever the same bytes are read as other documents
-
-# ---- errors --------------------------------------------------------------------------------------------------------
-
-
-class NoTextError(UserError):
-    """A JSON file whose entries do not have the required form."""
-
-
-class BadByte(NamedTuple):
-    """The first byte of a file that is not UTF-8. Lines count from 1, bytes from 0."""
-
-    line: int
-    offset: int
-    value: int
-
-    def __str__(self) -> str:
-        return f"byte {self.offset} (0x{self.value:02X})"
-
-
-def ignore_progress(n_bytes: int) -> None:
-    """The default progress callback, which does nothing."""
-
-
-# ---- inputs --------------------------------------------------------------------------------------------------------
-
-STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
-
-
-class CountedFile(io.FileIO):
-    """A file that reports the number of bytes of each read."""
-
-    def __init__(self, file: Path | int, progress: Callable[[int], object]):
-        super().__init__(file)
-        self.progress = progress
-
-    def readinto(self, buffer) -> int:
-        count = super().readinto(buffer)
-        self.progress(count)
-        return count
-
-
-class InputFile:
-    """A file, a pipe or standard input. open() can be called any number of times.
-
-    .path      the path; for standard input, /dev/stdin
-    .name      the path within the folder that it was found in, with slashes: files of a folder are sorted by it
-    .is_named  whether the user named it; otherwise it was found in a folder or by a glob
-    """
-
-    def __init__(self, path: str | os.PathLike, name: str = "", is_named: bool = True):
-        is_stdin = os.fspath(path) in STANDARD_INPUT
-        self.path, self.name, self.is_named = Path("/dev/stdin" if is_stdin else path), name or str(path), is_named
-        self.label = "standard input" if is_stdin else str(path)
-        self.is_stdin = is_stdin
-        self._spool: BinaryIO | None = None
-
-    def __repr__(self) -> str:
-        return f"InputFile({self.label!r})"
-
-    @property
-    def is_stream(self) -> bool:
-        """Whether it can be read only once: standard input, a pipe, a FIFO, a device."""
-        return self.is_stdin or (self.path.exists() and not stat.S_ISREG(self.path.stat().st_mode))
-
-    @property
-    def size(self) -> int:
-        """Bytes, without decompression. Reads a stream to its end."""
-        with self._refuse_unreadable(), self._open_raw(ignore_progress) as raw:
-            return os.fstat(raw.fileno()).st_size
-
-    @contextlib.contextmanager
-    def open(self, progress: Callable[[int], object] = ignore_progress) -> Iterator[io.BufferedIOBase]:
-        """The bytes, decompressed if they are gzip. `progress` receives the number of bytes of each read from disk.
-
-        A stream is spooled; files from simultaneous calls share one position in the spool.
-        """
-        with self._refuse_unreadable(), io.BufferedReader(self._open_raw(progress), 1 << 16) as stream:
-            if self.path.suffix.lower() != ".gz" and stream.peek(2)[:2] != b"\x1f\x8b":
-                yield stream
-                return
-            with gzip.GzipFile(fileobj=stream) as unpacked:
-                yield unpacked
-
-    @contextlib.contextmanager
-    def _refuse_unreadable(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            message = f"{self.label} is not a whole gzip file ({error}): pack it again or leave it out"
-            raise UserError(message) from error
-        except OSError as error:
-            raise UserError(f"cannot read {self.label}: {error.strerror or error}") from error
-
-    def _open_raw(self, progress: Callable[[int], object]) -> CountedFile:
-        if self._spool is None and self.is_stream:
-            self._spool = self._copy_stream()
-        if self._spool is None:
-            try:
-                return CountedFile(self.path, progress)
-            except ValueError as error:  # the path contains a NUL
-                raise OSError(errno.EINVAL, str(error)) from error
-        self._spool.seek(0)
-        return CountedFile(os.dup(self._spool.fileno()), progress)
-
-    def _copy_stream(self) -> BinaryIO:
-        """Copy the stream to an unnamed temporary file, which disappears when closed."""
-        if self.is_stdin and sys.stdin is None:
-            raise UserError("standard input is closed: name a file, or pipe some text in")
-        source = contextlib.nullcontext(sys.stdin.buffer) if self.is_stdin else open(self.path, "rb")  # noqa: SIM115
-        spool = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the input)
-        try:
-            with source as stream:
-                shutil.copyfileobj(stream, spool, PIECE)
-            spool.flush()
-        except OSError as error:
-            spool.close()
-            if error.errno != errno.ENOSPC:
-                raise
-            raise UserError(f"{tempfile.gettempdir()} has no space for {self.label}: set TMPDIR to a folder on a "
-                            "larger disk") from error
-        return spool
-
-
-# ---- finding them --------------------------------------------------------------------------------------------------
-
-
-def expand_inputs(
-    names: Iterable[str], option: str = "--input", leave_out: Iterable[str | os.PathLike] = ()
-) -> list[InputFile]:
-    """The files that the names refer to, each once: a file, a folder (all of it), a glob, or "-" for standard input.
-
-    Files of a folder are sorted by name. Hidden files, links to folders and the paths in `leave_out` are left out. No
-    file is opened. Raises UserError if a name matches nothing, or if there is no file in total.
-    """
-    names = list(names)
-    hidden = {os.path.realpath(path) for path in leave_out}
-    found: dict[str, InputFile] = {}
-    for name in names:
-        for file in _expand_name(name, option):
-            known = found.setdefault(os.path.realpath(file.path), file)
-            known.is_named |= file.is_named
-    kept = [file for real, file in found.items() if real not in hidden]
-    if not kept:
-        raise UserError(f"{option} {' '.join(names)}: no files there" + " but those that are written" * bool(found))
-    return kept
-
-
-def _expand_name(name: str, option: str) -> Iterator[InputFile]:
-    if name in STANDARD_INPUT or (os.path.exists(name) and not os.path.isdir(name)):
-        yield InputFile(name, Path(name).name)
-        return
-    paths = [name] if os.path.exists(name) else sorted(glob.glob(os.path.expanduser(name), recursive=True))
-    if not paths:
-        if (problem := explain_missing(name)) is not None:
-            raise UserError(f"{option} {name}: {problem}")
-        raise UserError(f"{option} {name}: there is no such file or directory, and as a glob it matches nothing"
-                        + nearest_file(name))  # fmt: skip
-    is_named = not glob.has_magic(name) or os.path.exists(name)
-    for path in map(Path, paths):
-        if path.is_dir():
-            yield from (InputFile(file, inner, is_named=False) for inner, file in walk_folder(path))
-        else:
-            yield InputFile(path, path.name, is_named)
-
-
-def explain_missing(path: str) -> str | None:
-    """Why a path cannot be looked up, such as the rights of its folder; None if it is missing."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    except OSError as error:
-        return f"cannot be read ({error.strerror}); change its rights, or name another path"
-    return None
-
-
-def walk_folder(root: Path, leave_out: Iterable[str] = ()) -> list[tuple[str, Path]]:
-    """(name, path) of each regular file under a folder, sorted by name, without hidden files and folders and without
-    folders whose names are in `leave_out`. Raises UserError for a folder that cannot be read.
-    """
-
-    def fail(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}; change its rights, or name the others")
-
-    files = []
-    for folder, subfolders, names in os.walk(root, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in leave_out]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted((file.relative_to(root).as_posix(), file) for file in files if file.is_file())
-
-
-def add_reading_options(parser: ArgumentParser) -> None:
-    """Add --format and --errors to the parser of a command that reads documents."""
-    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="what the inputs are, whatever "
-                        "their names; auto goes by the names, and for a pipe by the first bytes (default auto)")
-    parser.add_argument("--errors", choices=ERRORS, default="strict", help="of bytes that are not UTF-8; strict: a "
-                        "file that you name is refused, one found in a folder left out; replace: they become U+FFFD "
-                        "(default strict)")
-
 
 # ---- kinds of files ------------------------------------------------------------------------------------------------
 
@@ -310,6 +95,17 @@ def find_other_kind(file: InputFile, head: bytes, wanted: str = "auto") -> str |
 # ---- checking bytes ------------------------------------------------------------------------------------------------
 
 
+class BadByte(NamedTuple):
+    """The first byte of a file that is not UTF-8. Lines count from 1, bytes from 0."""
+
+    line: int
+    offset: int
+    value: int
+
+    def __str__(self) -> str:
+        return f"byte {self.offset} (0x{self.value:02X})"
+
+
 class Scan(NamedTuple):
     """The result of one pass over a file."""
 
@@ -370,208 +166,7 @@ class HashedStream:
         return data
 
 
-# ---- JSON ----------------------------------------------------------------------------------------------------------
-
-
-MEND = "mend it or leave it out"
-
-
-class RepeatedKeyError(ValueError):
-    """A key appears twice in an object."""
-
-    def __init__(self, key: str):
-        super().__init__(f"has the key {show(key)} twice: keep one of them")
-
-
-def build_object(pairs: list[tuple[str, Any]]) -> dict:
-    """A dict of keys and values, for json's object_pairs_hook. Raises RepeatedKeyError."""
-    built = dict(pairs)
-    if len(built) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RepeatedKeyError(next(key for key in built if keys.count(key) > 1))
-    return built
-
-
-def parse_json(text: str, mend: str = MEND) -> Any:
-    """The value of a JSON text. Raises ValueError; its message continues a prefix such as "line 3"."""
-    try:
-        return json.loads(text, object_pairs_hook=build_object)
-    except RepeatedKeyError:
-        raise
-    except RecursionError:
-        raise ValueError(f"is not JSON (its brackets are nested too deeply): {mend}") from None
-    except ValueError as error:
-        raise ValueError(f"is not JSON ({error}): {mend}") from None
-
-
-class Line(NamedTuple):
-    """A line of a file. Numbers count from 1, offsets count bytes from 0."""
-
-    number: int
-    offset: int
-    data: bytes
-
-
-def read_lines(stream: io.BufferedIOBase | HashedStream, label: str) -> Iterator[Line]:
-    """Yield the lines that are not blank, without a byte order mark. Raises UserError for a line longer than MAX_ENTRY
-    bytes.
-    """
-    number, offset = 1, 0
-    while data := stream.readline(MAX_ENTRY + 1):
-        if len(data) > MAX_ENTRY:
-            raise UserError(f"{label}:{number} {explain_limit()}")
-        start = len(codecs.BOM_UTF8) if number == 1 and data.startswith(codecs.BOM_UTF8) else 0
-        if data[start:].strip():
-            yield Line(number, offset + start, data[start:])
-        number, offset = number + 1, offset + len(data)
-
-
-def explain_limit() -> str:
-    limit = f"{MAX_ENTRY / (1 << 20):g} MiB"
-    return f"is longer than {limit}, the limit of an entry: cut it up, or make it a .txt, which has none"
-
-
-class SurrogateCheck:
-    """Finds an escape of an unpaired surrogate, such as \\ud800, which yajl would replace by "?" without an error."""
-
-    PAIR = rb"u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}"
-    ESCAPE = re.compile(rb"\\(?:" + PAIR + rb"|(u[dD][89a-fA-F][\da-fA-F]{2})|.)", re.DOTALL)
-    LONGEST = 12  # bytes of the longest escape: a surrogate pair
-
-    def __init__(self):
-        self.rest, self.offset = b"", 0  # a possible start of an escape, and its offset
-
-    def check(self, data: bytes) -> bytes:
-        """Add bytes (b"" at the end). Returns those that are checked now. Raises ValueError for an unpaired surrogate.
-        """
-        text = self.rest + data
-        kept = len(text) - self.LONGEST if data else len(text)
-        end = 0
-        if b"\\ud" in text or b"\\uD" in text:
-            for match in self.ESCAPE.finditer(text):
-                if match.start() > kept:
-                    break
-                if match[1]:
-                    where = f"byte {self.offset + match.start()}"
-                    raise ValueError(f"{where}: \\{match[1].decode()} is half of a surrogate pair, and no character")
-                end = match.end()
-        start = max(end, kept, 0)
-        while start > end and text[start - 1 : start] == b"\\":  # the first of several backslashes begins the escape
-            start -= 1
-        self.rest, self.offset = text[start:], self.offset + start
-        return text[:start]
-
-
-class JsonSource:
-    """The bytes of a .json file for ijson, without a byte order mark. Raises ValueError if an entry is too long.
-
-    The caller calls end_entry() after each entry; .n_entries counts them.
-    """
-
-    def __init__(self, stream: io.BufferedIOBase | HashedStream, label: str, errors: str):
-        self.stream, self.label, self.n_read, self.start, self.n_entries = stream, label, 0, 0, 0
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace") if errors == "replace" else None
-        self.surrogates, self.has_begun = SurrogateCheck(), False
-
-    def end_entry(self) -> None:
-        self.start, self.n_entries = self.n_read, self.n_entries + 1
-
-    def read(self, size: int) -> bytes:
-        """The next bytes; b"" at the end."""
-        checked, data = b"", b"x"
-        while data and not checked:
-            if self.n_read - self.start > MAX_ENTRY:
-                raise ValueError(explain_limit())
-            data = self._read_some(max(size, SurrogateCheck.LONGEST + 3))
-            self.n_read += len(data)
-            try:
-                checked = self.surrogates.check(data)
-            except ValueError as error:
-                raise UserError(f"{self.label}: {error}: {MEND}") from None
-            if checked and not self.has_begun:
-                self.has_begun, checked = True, checked.removeprefix(codecs.BOM_UTF8)
-        return checked
-
-    def _read_some(self, size: int) -> bytes:
-        while data := self.stream.read(size):
-            data = data if self.decoder is None else self.decoder.decode(data).encode()
-            if data:
-                return data
-        return b"" if self.decoder is None else self.decoder.decode(b"", final=True).encode()
-
-
-def read_json_list(stream: io.BufferedIOBase | HashedStream, label: str, errors: str = "strict") -> Iterator[Any]:
-    """Yield the entries of a .json file, which must be a list, one at a time. Raises UserError that names the entry."""
-    source = JsonSource(stream, label, errors)
-    events = _parse_events(source)
-    if not _begins_list(events):
-        message = f'{label} is no JSON list: write ["…", {{"text": "…"}}, …], or name it .txt if it is one text'
-        raise NoTextError(message)
-    try:
-        for entry in build_entries(events):
-            source.end_entry()
-            yield entry
-    except ValueError as error:
-        raise UserError(f"{label}: entry {source.n_entries + 1} {error}") from None
-
-
-def _begins_list(events: Iterator[tuple[str, Any]]) -> bool:
-    try:
-        return next(events)[0] == "start_array"
-    except ValueError:  # not JSON, or empty
-        return False
-
-
-def _parse_events(source: JsonSource) -> Iterator[tuple[str, Any]]:
-    """Yield ijson's events of a JSON text. Raises ValueError if it is not valid JSON."""
-    try:
-        import ijson  # needed only for a .json list
-    except ImportError:
-        raise UserError("reading .json needs ijson: pip install -r requirements.txt") from None
-    events = ijson.sendable_list()
-    parser = ijson.basic_parse_coro(events)
-    try:
-        while data := source.read(JSON_PIECE):
-            parser.send(data)
-            yield from events
-            events.clear()
-        parser.close()
-        yield from events
-    except ijson.JSONError as error:
-        yield from events  # the events before the error
-        raise ValueError(f"is not JSON ({str(error).splitlines()[0]}): {MEND}") from None
-    finally:
-        with contextlib.suppress(Exception):  # close raises an error for an incomplete text
-            parser.close()
-
-
-def build_entries(events: Iterator[tuple[str, Any]]) -> Iterator[Any]:
-    """Yield the entries of a list from ijson's events after its opening bracket. Raises RepeatedKeyError."""
-    containers: list[dict | list] = []  # the open containers, outermost first
-    keys: list[str | None] = []  # for each open object, the key of the next value
-    for event, value in events:
-        if event == "map_key":
-            if value in containers[-1]:
-                raise RepeatedKeyError(value)
-            keys[-1] = value
-            continue
-        if event in ("start_map", "start_array"):
-            if len(containers) == MAX_DEPTH:
-                raise ValueError("is not read (its brackets are nested too deeply)")
-            containers.append({} if event == "start_map" else [])
-            keys.append(None)
-            continue
-        if event in ("end_map", "end_array"):
-            if not containers:  # the list's own end; ijson raises an error for anything after it
-                continue
-            value = containers.pop()
-            keys.pop()
-        if not containers:
-            yield value
-        elif isinstance(containers[-1], dict):
-            containers[-1][keys[-1]] = value
-        else:
-            containers[-1].append(value)
+# ---- the documents -------------------------------------------------------------------------------------------------
 
 
 def find_text(entry: Any, where: str) -> str:
@@ -584,9 +179,6 @@ def find_text(entry: Any, where: str) -> str:
         hint = "; prepare.py reads messages with --chat_template chatml" if chat else ""
         raise NoTextError(f"{where} is {show(entry)}, and must be a string or {{\"text\": a string}}{hint}")
     return text
-
-
-# ---- the documents -------------------------------------------------------------------------------------------------
 
 
 class ScannedFile(NamedTuple):
@@ -768,11 +360,20 @@ def decode_parts(stream: io.BufferedIOBase | HashedStream, errors: str = "strict
     yield decoder.decode(b"", final=True), True
 
 
-# ---- one text ------------------------------------------------------------------------------------------------------
-
-
 def read_text(file: InputFile) -> str:
     """The whole text of a file, whatever its name. Raises UserError if it is not UTF-8."""
     documents = Documents([file], format="text")
     documents.scan()
     return "".join(part for part, _ in documents.read())
+
+
+# ---- options of a command ------------------------------------------------------------------------------------------
+
+
+def add_reading_options(parser: ArgumentParser) -> None:
+    """Add --format and --errors to the parser of a command that reads documents."""
+    parser.add_argument("--format", choices=("auto", *FORMATS), default="auto", help="what the inputs are, whatever "
+                        "their names; auto goes by the names, and for a pipe by the first bytes (default auto)")
+    parser.add_argument("--errors", choices=ERRORS, default="strict", help="of bytes that are not UTF-8; strict: a "
+                        "file that you name is refused, one found in a folder left out; replace: they become U+FFFD "
+                        "(default strict)")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from strawberry.data.documents import ignore_progress
+from strawberry.data.inputs import ignore_progress
 from strawberry.data.order import GOLDEN_GAMMA, mix64
 
 N_HASHES = 128  # numbers of a signature

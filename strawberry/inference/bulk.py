@@ -22,7 +22,8 @@ from tqdm import tqdm
 from strawberry.common import UserError, atomic_write, show
 from strawberry.config import check, option
 from strawberry.data import documents
-from strawberry.data.documents import InputFile
+from strawberry.data.inputs import InputFile
+from strawberry.data.json_entries import Line, parse_json, read_json_list, read_lines
 from strawberry.inference import engine
 from strawberry.inference.loading import LoadSettings, choose_dtype_name, load_for_inference, resolve_model_path
 from strawberry.inference.penalties import BIAS_RULE, LogitBias
@@ -113,18 +114,18 @@ class PromptsFile:
     def _line_entries(self) -> Iterator[PromptEntry]:
         """Blank lines count in the index, but are not entries."""
         with self.file.open() as stream:
-            for line in documents.read_lines(stream, self.file.label):
+            for line in read_lines(stream, self.file.label):
                 yield PromptEntry(line.number - 1, f"line {line.number}", partial(parse_prompt, line))
 
     def _list_entries(self) -> Iterator[PromptEntry]:
         with self.file.open() as stream:
-            for index, value in enumerate(documents.read_json_list(stream, self.file.label)):
+            for index, value in enumerate(read_json_list(stream, self.file.label)):
                 yield PromptEntry(index, f"entry {index + 1}", lambda value=value: value)
 
 
-def parse_prompt(line: documents.Line) -> Any:
+def parse_prompt(line: Line) -> Any:
     try:
-        return documents.parse_json(line.data.decode(), mend='write {"prompt": "…"}')
+        return parse_json(line.data.decode(), mend='write {"prompt": "…"}')
     except UnicodeDecodeError as error:
         bad_byte = documents.BadByte(line.number, line.offset + error.start, line.data[error.start])
         raise UserError(f"{bad_byte} is not UTF-8; convert the file to UTF-8") from error

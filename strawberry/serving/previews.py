@@ -14,7 +14,8 @@ from fastapi.concurrency import run_in_threadpool
 import encoder as encoders
 from strawberry.common import UserError
 from strawberry.data import assemble
-from strawberry.data.documents import Documents, InputFile
+from strawberry.data.documents import Documents
+from strawberry.data.inputs import InputFile
 from strawberry.data.token_file import TokenFile
 from strawberry.inference.loading import MODEL_SUFFIXES
 from strawberry.serving.errors import replace_surrogates

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 import encoder
 import prepare
 from strawberry.common import UserError
-from strawberry.data import assemble, documents, token_file
-from strawberry.data.documents import Documents, InputFile, expand_inputs
+from strawberry.data import assemble, documents, json_entries, token_file
+from strawberry.data.documents import Documents
+from strawberry.data.inputs import InputFile, expand_inputs
 from strawberry.data.token_file import TokenFile
 
 ROOT = Path(prepare.__file__).parent
@@ -75,7 +76,7 @@ def test_every_kind_gives_the_same_documents(tmp_path, name, spelling):
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 1 << 20])
 def test_pieces_change_nothing(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(documents, "PIECE", piece)
-    monkeypatch.setattr(documents, "JSON_PIECE", piece)
+    monkeypatch.setattr(json_entries, "JSON_PIECE", piece)
     for name, write in NAMES.items():
         texts = TEXTS if write else [TEXTS[2]]
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (write(texts) if write else texts[0].encode()))
@@ -96,9 +97,9 @@ def test_a_json_list_is_what_pythons_json_reads(entries, is_ascii, cut, piece):
     text = text if cut is None else text[: cut % len(text)] + text[cut % len(text) + 1 :]
     data = text.encode("utf-8", "replace")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "JSON_PIECE", piece)
+        patch.setattr(json_entries, "JSON_PIECE", piece)
         try:
-            found = list(documents.read_json_list(io.BytesIO(data), "a.json"))
+            found = list(json_entries.read_json_list(io.BytesIO(data), "a.json"))
         except UserError:
             assert cut is not None
         else:
@@ -117,12 +118,12 @@ def test_half_a_surrogate_pair_is_refused_and_a_whole_one_read(escapes, piece):
     (text,) = json.loads(data)
     is_whole = not any("\ud800" <= char <= "\udfff" for char in text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "JSON_PIECE", piece)
+        patch.setattr(json_entries, "JSON_PIECE", piece)
         if is_whole:
-            assert list(documents.read_json_list(io.BytesIO(data), "a.json")) == [text]
+            assert list(json_entries.read_json_list(io.BytesIO(data), "a.json")) == [text]
         else:
             with pytest.raises(UserError, match=r"a\.json: byte \d+: \\u[dD].* is half of a surrogate pair"):
-                list(documents.read_json_list(io.BytesIO(data), "a.json"))
+                list(json_entries.read_json_list(io.BytesIO(data), "a.json"))
 
 
 def test_a_format_is_what_the_user_says(tmp_path):

@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 import encoder
 import prepare
 from strawberry.common import UserError
-from strawberry.data import documents, encoding
+from strawberry.data import documents, encoding, inputs, json_entries
 from strawberry.data.dataset import Corpus
 from strawberry.data.docstrings import find_docstring_pairs
-from strawberry.data.documents import Documents, expand_inputs
+from strawberry.data.documents import Documents
+from strawberry.data.inputs import expand_inputs
 from strawberry.data.token_file import DEFAULTS, TokenFile
 
 ROOT = Path(prepare.__file__).parent
@@ -165,8 +166,8 @@ def test_a_gzip_cut_short_is_refused(tmp_path, bpe):
 
 
 def test_an_entry_over_the_limit_is_refused(tmp_path, bpe, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_ENTRY", 1 << 10)
-    monkeypatch.setattr(documents, "JSON_PIECE", 100)
+    monkeypatch.setattr(json_entries, "MAX_ENTRY", 1 << 10)
+    monkeypatch.setattr(json_entries, "JSON_PIECE", 100)
     for name, text in [("a.jsonl", '"ok"\n"%s"'), ("a.json", '["ok", "%s"]')]:
         (tmp_path / name).write_text(text % ("x" * 3000))
         with pytest.raises(UserError, match=r"a\.jsonl?:( entry )?2 is longer than 0\.000976562 MiB.*\.txt"):
@@ -223,8 +224,8 @@ def test_a_json_list_is_read_in_parts_as_in_whole(texts, indent, plain, piece):
     entries = [text if i % 2 else {"id": [i], "text": text} for i, text in enumerate(texts)]
     data = json.dumps(entries, indent=indent, ensure_ascii=plain).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "JSON_PIECE", piece)
-        assert list(documents.read_json_list(io.BytesIO(data), "a.json")) == entries
+        patch.setattr(json_entries, "JSON_PIECE", piece)
+        assert list(json_entries.read_json_list(io.BytesIO(data), "a.json")) == entries
 
 
 @pytest.mark.slow
@@ -532,7 +533,7 @@ def small_corpus(tmp_path, monkeypatch):
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9")
-    source = prepare.Source("four files", prepare.make_documents(documents.walk_folder(folder)), ["a topic"],
+    source = prepare.Source("four files", prepare.make_documents(inputs.walk_folder(folder)), ["a topic"],
                             is_corpus=True)
     monkeypatch.setattr(prepare, "find_stdlib", lambda: source)
     monkeypatch.chdir(tmp_path)
@@ -789,7 +790,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(encoding, "BATCH", 1 << 15)
     monkeypatch.setattr(encoding, "PIECE", 1 << 14)
     monkeypatch.setattr(documents, "PIECE", 1 << 14)
-    monkeypatch.setattr(documents, "JSON_PIECE", 1 << 14)
+    monkeypatch.setattr(json_entries, "JSON_PIECE", 1 << 14)
     monkeypatch.setattr(encoder, "MAX_FILE", 1 << 16)  # of an encoder file: a buffer of that size is allocated
     monkeypatch.setattr(prepare.os, "cpu_count", lambda: 1)
 
