@@ -1,8 +1,8 @@
 """Configuration classes: declare, read, check and describe the keys of a JSON file.
 
-A config is a dataclass whose fields are made with `option(default, doc, bounds …)`. Type (the annotation), default,
-bounds and meaning stand there and nowhere else; validation, `train.py --help`, docs/options.md and config/schema.json
-are all made from them. Pydantic judges values and writes the schema; the sentences are ours.
+A config is a dataclass whose fields are declared with `option(default, doc, bounds …)`. Type (the annotation), default,
+bounds and meaning are written there and nowhere else; validation, `train.py --help`, docs/options.md and
+config/schema.json are all derived from them. Pydantic checks values and writes the schema; the messages are ours.
 
 Index:  declaring · reading JSON · checking · describing
 """
@@ -70,7 +70,7 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """What may stand there, for a table: `integer >= 1 or null`."""
+        """The values that the key accepts, for a table: `integer >= 1 or null`."""
         return self._describe({int: "integer", float: "number"}, {}, "list of")
 
     @property

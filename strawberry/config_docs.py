@@ -40,7 +40,7 @@ def format_rows(title: str, keys: dict[str, Option]) -> list[str]:
 
 
 def table(archs: dict[str, type]) -> str:
-    """Markdown tables, one for each object of the JSON. Keys of `model_hyperparams` that all architectures share stand
+    """Markdown tables, one for each object of the JSON. Keys of `model_hyperparams` that all architectures share are
     in one table, so that an architecture's own table has only what differs."""
     lines = []
     for prefix, doc, keys in sections(Run):

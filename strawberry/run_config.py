@@ -77,7 +77,7 @@ FOREIGN = ("hf", "nanogpt")  # formats of other programs' checkpoints; see straw
 
 @dataclasses.dataclass
 class Run:
-    """Everything that train.py is told. `run_class` gives model_hyperparams the class of its arch."""
+    """The whole configuration of a run of train.py. `run_class` gives model_hyperparams the class of its arch."""
 
     dataset: Dataset = option(Dataset(), "the token file, and how it is split")
     checkpoints: Checkpoints = option(Checkpoints(), "checkpoints, from which a stopped run resumes")
@@ -197,8 +197,9 @@ class Run:
             yield "min_lr", f"must be <= learning_rate ({self.learning_rate:g}), since decay_lr is true"
         if self.on_nan == "rollback" and not self.checkpoints.create_checkpoints:
             yield "on_nan", "needs checkpoints.create_checkpoints: there is nothing else to return to"
-        taken = {"encoder_path": self.encoder_path, "dataset.path": self.dataset.path}
-        for key, path in {**taken, "checkpoints.path": self.checkpoints.path}.items():
+        others = {"encoder_path": self.encoder_path, "dataset.path": self.dataset.path,
+                  "checkpoints.path": self.checkpoints.path}  # fmt: skip
+        for key, path in others.items():
             if os.path.normpath(self.model_path) == os.path.normpath(path):
                 yield "model_path", f"is {key} too, which the trained model would replace; name another file"
         if self.img_path and (problem := explain_picture_path(self.img_path)):

@@ -317,10 +317,10 @@ def assemble(recipe: Recipe, folder: Path, recipe_file: str | None = None) -> di
             reasons = ", ".join(f"{n:,} {why.replace('_', ' ')}" for why, n in collector.left_out.items() if n)
             names = ", ".join(recipe.files[:5]) + (", …" if len(recipe.files) > 5 else "")
             raise UserError(f"no text is left of the files (left out: {reasons or 'nothing; they are empty'}): {names}")
-        taken = np.flatnonzero(times)
+        selected = np.flatnonzero(times)
         progress.begin("making the encoder")
-        encoder = make_encoder(recipe, store, taken, folder)
-        result = write_dataset(recipe, store, taken, times[taken], encoder, folder, progress)
+        encoder = make_encoder(recipe, store, selected, folder)
+        result = write_dataset(recipe, store, selected, times[selected], encoder, folder, progress)
     result |= {"left_out": collector.left_out, "seconds": round(time.perf_counter() - began, 2)}
     atomic_write(folder / RESULT, json.dumps(result, indent=1).encode())
     return result
@@ -334,11 +334,11 @@ def remove_unfinished(folder: Path) -> None:
                 path.unlink()
 
 
-def make_encoder(recipe: Recipe, store: DocumentStore, taken: np.ndarray, folder: Path) -> encoders.Encoder:
+def make_encoder(recipe: Recipe, store: DocumentStore, selected: np.ndarray, folder: Path) -> encoders.Encoder:
     """The encoder that the recipe names, or one built from the texts. Saves a copy of it beside the tokens."""
     if recipe.encoder == "chars":
         chars = set()
-        for document in taken:
+        for document in selected:
             for piece, _ in store.read_pieces(int(document)):
                 chars.update(piece)
         encoder = encoders.from_characters(chars)
@@ -346,15 +346,16 @@ def make_encoder(recipe: Recipe, store: DocumentStore, taken: np.ndarray, folder
         encoder = encoders.load(recipe.encoder)
     else:
         exact = recipe.vocab_size is not None
-        encoder = encoders.train(read_training_text(store, taken, recipe.seed), recipe.vocab_size or 8192, exact=exact)
+        texts = read_training_text(store, selected, recipe.seed)
+        encoder = encoders.train(texts, recipe.vocab_size or 8192, exact=exact)
     encoder.save(folder / ENCODER)
     return encoder
 
 
-def read_training_text(store: DocumentStore, taken: np.ndarray, seed: int) -> Iterator[str]:
+def read_training_text(store: DocumentStore, selected: np.ndarray, seed: int) -> Iterator[str]:
     """Yield the documents in shuffled order, up to MAX_TRAINING_CHARS characters in total."""
     left = encoding.MAX_TRAINING_CHARS
-    for document in taken[permutation(len(taken), seed)].tolist():
+    for document in selected[permutation(len(selected), seed)].tolist():
         for piece, _ in store.read_pieces(document):
             yield piece[:left]
             left -= len(piece)
@@ -365,19 +366,19 @@ def read_training_text(store: DocumentStore, taken: np.ndarray, seed: int) -> It
 def write_dataset(
     recipe: Recipe,
     store: DocumentStore,
-    taken: np.ndarray,
+    selected: np.ndarray,
     times: np.ndarray,
     encoder,
     folder: Path,
     progress: ProgressFile,
 ) -> dict:
-    """Encode the documents `taken` and write the token file; times[i] is the number of copies of taken[i] in the
+    """Encode the documents `selected` and write the token file; times[i] is the number of copies of selected[i] in the
     training split. Returns this part of result.json.
     """
-    progress.begin("encoding", sum(store.size(document) for document in taken.tolist()))
+    progress.begin("encoding", sum(store.size(document) for document in selected.tolist()))
 
     def read_pieces() -> Iterator[tuple[str, bool]]:
-        for document in taken.tolist():
+        for document in selected.tolist():
             yield from store.read_pieces(document)
             progress.add(store.size(document))
 
@@ -396,7 +397,7 @@ def write_dataset(
         for span in validation:
             append_tokens(writer, spool, span, progress)
     return {
-        "documents": len(taken),
+        "documents": len(selected),
         "bytes": n_bytes,
         "tokens": writer.n_tokens,
         "training": {"documents": n_train_documents, "tokens": n_train},

@@ -255,8 +255,8 @@ def negate_second_halves(p: Tensor, d: int) -> Tensor:
 
 def latent_tensors(attn: nn.Module, c: TinyStarConfig) -> Tensors:
     d, q, down = c.n_qkv // c.n_head, attn.wq.weight, attn.wkv_a.weight
-    plain, turned = q.unflatten(0, (c.n_head, -1)).split((d, c.rope_dim), dim=1)
-    q = torch.cat((plain, torch.stack([interleave_halves(head) for head in turned])), dim=1).flatten(0, 1)
+    plain, rotary = q.unflatten(0, (c.n_head, -1)).split((d, c.rope_dim), dim=1)
+    q = torch.cat((plain, torch.stack([interleave_halves(head) for head in rotary])), dim=1).flatten(0, 1)
     latent, k_rope = down.split((c.kv_rank, c.rope_dim))
     return {
         "q_proj.weight": q, "kv_a_proj_with_mqa.weight": torch.cat((latent, interleave_halves(k_rope))),
