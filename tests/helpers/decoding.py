@@ -1,4 +1,4 @@
-"""One small model of each family that generates text, requests to it, and the texts that it makes."""
+"""One small model of each family that generates text, requests to it, and the tokens that it generates."""
 
 import functools
 from dataclasses import replace
@@ -34,7 +34,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def small_model(name: str, **more):
-    """A model whose logits tell positions and tokens apart, in float64 so that no rounding decides a draw."""
+    """A model whose logits differ between positions and tokens; float64, so that rounding decides no sample."""
     torch.manual_seed(3)
     model = build(SMALL | MODELS[name] | more).double().eval()
     for p in model.parameters():
@@ -43,14 +43,14 @@ def small_model(name: str, **more):
 
 
 def requests_for(model, n: int) -> list[Request]:
-    """Texts that differ in all that a text may be asked for."""
-    random = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(1, 31, (1 + 5 * i % 23,), generator=random).tolist() for i in range(n)]
-    wishes = [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.5}]
-    sources = [torch.randint(0, 31, (2 + i,), generator=random).tolist() for i in range(n)]
+    """Requests that differ in every parameter of a request."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(1, 31, (1 + 5 * i % 23,), generator=generator).tolist() for i in range(n)]
+    filters = [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.5}]
+    sources = [torch.randint(0, 31, (2 + i,), generator=generator).tolist() for i in range(n)]
     return [
         Request(prompts[i], 4 + 7 * i % 30, seed=i, source=sources[i] if model.takes_source else None,
-                stop=frozenset({3} if i % 3 == 1 else ()), **wishes[i % len(wishes)])
+                stop=frozenset({3} if i % 3 == 1 else ()), **filters[i % len(filters)])
         for i in range(n)
     ]  # fmt: skip
 
@@ -78,16 +78,17 @@ def by_generate(model, r: Request) -> list[int]:
 
 @functools.cache
 def texts_by_generate(name: str, n: int) -> list[list[int]]:
-    """What generate makes of requests_for(small_model(name), n)."""
+    """The tokens that `generate` gives for requests_for(small_model(name), n)."""
     model = small_model(name)
     return [by_generate(model, request) for request in requests_for(model, n)]
 
 
 def collect(decoder, requests) -> list[tuple[list[int], str]]:
-    out, why = [[] for _ in requests], [None] * len(requests)
-    for i, token, ended in generate(decoder, requests):
-        assert why[i] is None
-        out[i].append(token)
-        why[i] = ended
+    """(tokens, finish reason) of each request."""
+    tokens, reasons = [[] for _ in requests], [None] * len(requests)
+    for i, token, reason in generate(decoder, requests):
+        assert reasons[i] is None
+        tokens[i].append(token)
+        reasons[i] = reason
     assert decoder.busy == 0
-    return list(zip(out, why, strict=True))
+    return list(zip(tokens, reasons, strict=True))

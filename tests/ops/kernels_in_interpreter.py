@@ -424,7 +424,7 @@ def test_aft_simple_over_128_tokens_with_default_tiles():
 
 
 def test_aft_simple_in_bfloat16(small_tiles):
-    check_aft_simple(*(randn(1, 37, 40, seed=s, dtype=torch.bfloat16) for s in range(3)), 8e-3)
+    check_aft_simple(*(randn(1, 21, 20, seed=s, dtype=torch.bfloat16) for s in range(3)), 8e-3)
 
 
 def test_aft_simple_accepts_mixed_dtypes_and_non_contiguous_values(small_tiles):
@@ -477,15 +477,13 @@ def naive_aft_positional(q, k, v, p):
 
 
 def make_bias_matrix(kind: str, p, T: int, window: int) -> torch.Tensor:
-    """The bias p (G, T, T), entry by entry: 0 where the distance is `window` or more."""
+    """The bias p (G, T, T): taps[|t − s|] or a_t · b_s, and 0 where the distance is `window` or more."""
+    distance = (torch.arange(T)[:, None] - torch.arange(T)).abs()
     if kind == "conv":
-        return torch.stack([make_bias_matrix("taps", [taps], T, window)[0] for taps in p[0]])
-    if kind == "taps":
-        return torch.stack([p[0][abs(t - s)] if abs(t - s) < window else p[0][0] * 0
-                            for t in range(T) for s in range(T)]).view(1, T, T)  # fmt: skip
-    a, b = p
-    return torch.stack([a[t] @ b[s] if abs(t - s) < window else a[0, 0] * 0
-                        for t in range(T) for s in range(T)]).view(1, T, T)  # fmt: skip
+        bias = p[0][:, distance.clamp(max=window - 1)]
+    else:
+        bias = (p[0][:T] @ p[1][:T].T)[None]
+    return torch.where(distance < window, bias, 0.0)
 
 
 def check_aft_positional(kind, q, k, v, p, window: int, bound: float) -> None:
@@ -621,19 +619,6 @@ def test_kernels_compile_without_graph_breaks():
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, pos), step(q, k, v, pos))
-
-
-def test_compiled_aft_is_differentiable(small_blocks):
-    qkv = [randn(1, 10, 3, seed=s).requires_grad_() for s in range(3)]
-
-    def loss(q, k, v):
-        local = fused_aft_local(q, k, v, v[0], k[0], 5)
-        y = fused_aft_conv(q, fused_aft_simple(q * 2, k, v), v, torch.ones(1, 7)) + local
-        return (y**2).sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    got, expected = (torch.autograd.grad(f(*qkv), qkv) for f in (compiled, loss))
-    torch.testing.assert_close(got, expected)
 
 
 # ---- the linear memory -----------------------------------------------------------------------------------------------
