@@ -556,14 +556,16 @@ def test_default_widths_are_those_of_the_specification():
 
 
 def naive_prefill_attention(q, k, v, pattern, ctx, *, scale, dropout):
-    """`prefill_attention` for one query of one head at a time, over the visible keys only."""
-    (B, T, H), heads = q.shape[:3], q.size(2) // k.size(2)
-    seen = pattern.mask(torch.arange(T)[None], torch.arange(T)[None], ctx.causal)[0].expand(-1, T, T)  # (H or 1, T, T)
-    y = q.new_zeros(B, T, H, v.size(-1))
-    for h in range(H):
-        for t, keys in enumerate(seen[h % len(seen)]):
-            weight = (q[:, t : t + 1, h] @ k[:, keys, h // heads].mT * scale).softmax(dim=-1)
-            y[:, t, h] = (weight @ v[:, keys, h // heads])[:, 0]
+    """`prefill_attention` for one query at a time, over the visible keys only; heads with one mask together."""
+    T, H = q.shape[1:3]
+    visible = pattern.mask(torch.arange(T)[None], torch.arange(T)[None], ctx.causal)[0].expand(-1, T, T)  # (H or 1, …)
+    k, v = (x.repeat_interleave(H // k.size(2), dim=2).transpose(1, 2) for x in (k, v))  # (B, H, T, d)
+    y = q.new_zeros(*q.shape[:3], v.size(-1))
+    for first, mask in enumerate(visible):
+        heads = slice(first, H, len(visible))
+        for t, keys in enumerate(mask):
+            weight = (q[:, t, heads].unsqueeze(2) @ k[:, heads, keys].mT * scale).softmax(dim=-1)
+            y[:, t, heads] = (weight @ v[:, heads, keys]).squeeze(2)
     return y
 
 
@@ -820,7 +822,7 @@ def test_all_blocks_share_one_compilation(scope):
     for n_layer in (2, 3):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = build({**CASES["strawberry()"], "retention_scope": scope, "n_layer": n_layer})
+        model = build({**CASES["strawberry()"], "r_layer": 1, "retention_scope": scope, "n_layer": n_layer})
         loss, grads = loss_and_gradients(model, model)
         counter = torch._dynamo.testing.CompileCounter()
         compiled_loss, compiled_grads = loss_and_gradients(torch.compile(model, backend=counter, dynamic=False), model)
@@ -836,7 +838,7 @@ def test_all_blocks_share_one_compilation(scope):
 def test_compile_partitions_share_a_graph_and_equal_the_eager_model():
     """Equal partitions share a graph; the loss and gradients equal those of the eager model."""
     compiled = []
-    for n_layer, n in ((7, 3), (6, 3), (6, 1)):
+    for n_layer, n in ((5, 2), (4, 2), (4, 1)):
         torch._dynamo.reset()
         torch.manual_seed(0)
         model = build({**CASES["tinystar()"], "attention_type": "MHA-SWA", "n_layer": n_layer})
@@ -849,14 +851,15 @@ def test_compile_partitions_share_a_graph_and_equal_the_eager_model():
             torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
         compiled.append((counter.frame_count, counter.op_count))
     torch._dynamo.reset()
-    (uneven, _), (partitioned, ops_of_two), (whole, ops_of_six) = compiled
-    assert whole == 1 < partitioned <= 4 and uneven == partitioned + 1 and ops_of_two < 0.6 * ops_of_six
+    (uneven, _), (partitioned, ops_of_two), (whole, ops_of_four) = compiled
+    assert whole == 1 < partitioned <= 4 and uneven == partitioned + 1 and ops_of_two < 0.6 * ops_of_four
 
 
 @pytest.mark.slow
 def test_model_compiles_with_inductor():
     require_program("g++", "clang++")
-    check_compiled("tinystar()", "inductor")
+    with torch._inductor.config.patch("cpp.vec_isa_ok", True):  # otherwise ten programs are compiled to probe the CPU
+        check_compiled("tinystar()", "inductor")
 
 
 # ---- experts -------------------------------------------------------------------------------------------------------
