@@ -171,7 +171,7 @@ def test_fused_cross_entropy_in_float8_is_near_bfloat16(cap, scaled_mm_calls):
         check_close(a, b.double(), 0.08)
 
 
-SHAPE = {"vocab_size": 512, "block_size": 32, "n_layer": 2, "n_embd": 64, "n_head": 4, "n_qkv": 64}
+SHAPE = {"vocab_size": 128, "block_size": 32, "n_layer": 2, "n_embd": 32, "n_head": 4, "n_qkv": 32}
 ARCHITECTURES = [
     {"arch": "tinystar", "ffn_type": "GELU"}, {"arch": "tinystar", "ffn_type": "SwiGLU"}, {"arch": "strawberry"},
     {"arch": "strawberry", "retention": "none"}, {"arch": "strawberry", "retention_scope": "batch"},
@@ -184,7 +184,7 @@ FUSED_MLPS = dict(zip(map(json.dumps, ARCHITECTURES), (2, 2, 2, 6, 6, 0, 0, 0, 0
 
 
 def loss_and_gradients(model, function) -> tuple[float, torch.Tensor]:
-    idx, targets = (torch.randint(0, 512, (4, 32), generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    idx, targets = (torch.randint(0, 128, (4, 32), generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     with torch.autocast("cpu", torch.bfloat16):
         _, loss = function(idx, targets)
     grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -206,8 +206,8 @@ def test_float8_gradients_are_near_those_of_bfloat16(shape, fused, scaled_mm_cal
     assert scaled_mm_calls and len(names) - names.count("identity") == FUSED_MLPS[json.dumps(shape)]
     prepare_weights(model, None, model.device)
     exact_loss, exact_grads = loss_and_gradients(model, model)
-    assert loss == pytest.approx(exact_loss, rel=2e-3)
-    assert torch.cosine_similarity(grads, exact_grads, dim=0) > 0.96
+    assert loss == pytest.approx(exact_loss, rel=1e-3)
+    assert torch.cosine_similarity(grads, exact_grads, dim=0) > 0.97
 
 
 @pytest.mark.slow
