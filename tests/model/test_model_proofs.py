@@ -908,9 +908,9 @@ ROUTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("names", ROUTED)
 def test_the_bias_balances_a_skewed_router(names):
-    """After 500 steps every load is within 20 % of uniform with the bias, and none of the routers' are without it."""
+    """After 250 steps every load is within 20 % of uniform with the bias, and no router's loads are without it."""
     for balanced in (True, False):
-        loads = train_and_measure_loads(make_skewed_model(ROUTED[names]), 500, balanced)
+        loads = train_and_measure_loads(make_skewed_model(ROUTED[names]), 250, balanced)
         assert list(loads) == names.split()
         for name, load in loads.items():
             assert ((load - 1).abs().max() < 0.2) == balanced, (name, balanced, load)
