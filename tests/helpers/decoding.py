@@ -44,13 +44,13 @@ def small_model(name: str, **more):
 
 def requests_for(model, n: int) -> list[Request]:
     """Requests that differ in every parameter of a request."""
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(1, 31, (1 + 5 * i % 23,), generator=generator).tolist() for i in range(n)]
-    filters = [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.5}]
-    sources = [torch.randint(0, 31, (2 + i,), generator=generator).tolist() for i in range(n)]
+    random = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(1, 31, (1 + 5 * i % 23,), generator=random).tolist() for i in range(n)]
+    wishes = [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.5}]
+    sources = [torch.randint(0, 31, (2 + i,), generator=random).tolist() for i in range(n)]
     return [
         Request(prompts[i], 4 + 7 * i % 30, seed=i, source=sources[i] if model.takes_source else None,
-                stop=frozenset({3} if i % 3 == 1 else ()), **filters[i % len(filters)])
+                stop=frozenset({3} if i % 3 == 1 else ()), **wishes[i % len(wishes)])
         for i in range(n)
     ]  # fmt: skip
 
