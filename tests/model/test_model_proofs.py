@@ -780,6 +780,13 @@ def loss_and_gradients(call, model: nn.Module) -> tuple[torch.Tensor, list[torch
     return loss, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
 
+def check_equal(got: tuple, expected: tuple) -> None:
+    """The losses and gradients that loss_and_gradients gives."""
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-6)
+    for got_grad, expected_grad in zip(got[1], expected[1], strict=True):
+        torch.testing.assert_close(got_grad, expected_grad, rtol=1e-3, atol=1e-5)
+
+
 def check_compiled(case: str, backend: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -787,11 +794,8 @@ def check_compiled(case: str, backend: str) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    loss, grads = loss_and_gradients(model, model)
-    compiled_loss, compiled_grads = loss_and_gradients(torch.compile(model, fullgraph=True, backend=backend), model)
-    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
-    for mine, its in zip(compiled_grads, grads, strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    check_equal(loss_and_gradients(compiled, model), loss_and_gradients(model, model))
     torch._dynamo.reset()
 
 
@@ -818,20 +822,17 @@ def test_model_compiles_as_one_graph(case):
 @pytest.mark.parametrize("scope", ["causal", "batch"])
 def test_all_blocks_share_one_compilation(scope):
     """As many graphs for three blocks as for two; the same loss and gradients."""
-    compiled = {}
+    graphs = {}
     for n_layer in (2, 3):
         torch._dynamo.reset()
         torch.manual_seed(0)
         model = build({**CASES["strawberry()"], "r_layer": 1, "retention_scope": scope, "n_layer": n_layer})
-        loss, grads = loss_and_gradients(model, model)
+        expected = loss_and_gradients(model, model)
         counter = torch._dynamo.testing.CompileCounter()
-        compiled_loss, compiled_grads = loss_and_gradients(torch.compile(model, backend=counter, dynamic=False), model)
-        torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
-        for mine, its in zip(compiled_grads, grads, strict=True):
-            torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
-        compiled[n_layer] = counter.frame_count
+        check_equal(loss_and_gradients(torch.compile(model, backend=counter, dynamic=False), model), expected)
+        graphs[n_layer] = counter.frame_count
     torch._dynamo.reset()
-    assert compiled[2] == compiled[3] < 9
+    assert graphs[2] == graphs[3] < 9
 
 
 @pytest.mark.slow
@@ -842,13 +843,10 @@ def test_compile_partitions_share_a_graph_and_equal_the_eager_model():
         torch._dynamo.reset()
         torch.manual_seed(0)
         model = build({**CASES["tinystar()"], "attention_type": "MHA-SWA", "n_layer": n_layer})
-        loss, grads = loss_and_gradients(model, model)
+        expected = loss_and_gradients(model, model)
         assert model.set_compile_partitions(n) == (n > 1)
         counter = torch._dynamo.testing.CompileCounter()
-        compiled_loss, compiled_grads = loss_and_gradients(torch.compile(model, backend=counter, dynamic=False), model)
-        torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
-        for mine, its in zip(compiled_grads, grads, strict=True):
-            torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5)
+        check_equal(loss_and_gradients(torch.compile(model, backend=counter, dynamic=False), model), expected)
         compiled.append((counter.frame_count, counter.op_count))
     torch._dynamo.reset()
     (uneven, _), (partitioned, ops_of_two), (whole, ops_of_four) = compiled

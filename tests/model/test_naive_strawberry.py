@@ -233,10 +233,10 @@ def test_the_first_chunk_is_only_rescaled():
     assert_close(naive.naive_strawberry(cfg, P, longer)[:, :9], strawberry_block_by_matrices(P, idx, 0.0), 1e-10)
 
 
-def gates(logits, bias, kept):
+def gates(logits, bias, n_active):
     """(T, n) -> n · p of the kept by p + bias, 0 elsewhere."""
     p = torch.tensor(logits).softmax(-1)
-    chosen = (p + torch.tensor(bias)).topk(kept).indices
+    chosen = (p + torch.tensor(bias)).topk(n_active).indices
     return torch.zeros_like(p).scatter(1, chosen, p.gather(1, chosen) * p.shape[1]).numpy()
 
 

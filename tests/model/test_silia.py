@@ -1,4 +1,4 @@
-"""strawberry-silia: what the slow reference and the promises, which cover it too, do not say."""
+"""strawberry-silia: what neither the slow reference nor the three promises, which cover it too, check."""
 
 import math
 
@@ -30,9 +30,9 @@ def naive_sink_attention(q, k, v, sink_k, sink_v, d):
     return y
 
 
-@pytest.mark.parametrize("pieces", [[9], [1] * 9, [4, 1, 4]])
-def test_attention_with_a_sink_equals_loops_over_the_sink_and_earlier_tokens(pieces):
-    """In one call, and through the cache; a cache of a longer text before leaves nothing in it."""
+@pytest.mark.parametrize("chunks", [[9], [1] * 9, [4, 1, 4]])
+def test_sink_attention_equals_loops(chunks):
+    """In one call and with a cache that has other keys and values in its slots."""
     torch.manual_seed(0)
     mixer = build(CASE).blocks[0].attn1.mixer.double().requires_grad_(False)
     q, k, v = (randn(1, 9, 32) for _ in range(3))
@@ -42,14 +42,14 @@ def test_attention_with_a_sink_equals_loops_over_the_sink_and_earlier_tokens(pie
     cache.k.fill_(7.0), cache.v.fill_(7.0)
     parts, start = [], 0
     with torch.no_grad():
-        for n in pieces:
+        for n in chunks:
             at = ForwardContext(torch.arange(start, start + n)[None], Mode.PREFILL, num_cached=start,
                                 max_cached_tokens=start)  # fmt: skip
             parts.append(mixer(*(x[:, start : start + n] for x in (q, k, v, v)), at, cache))
             start += n
     torch.testing.assert_close(torch.cat(parts, dim=1)[0], expected)
-    whole = mixer(q, k, v, v, ForwardContext(torch.arange(9)[None]), None)
-    torch.testing.assert_close(whole[0], expected)
+    uncached = mixer(q, k, v, v, ForwardContext(torch.arange(9)[None]), None)
+    torch.testing.assert_close(uncached[0], expected)
 
 
 def test_a_new_sink_adds_one_to_the_denominator():
@@ -67,14 +67,14 @@ def test_exclude_value_is_orthogonal_to_the_own_value():
     rest = ops.exclude_value(y, v, 8)
     assert (rest * v).unflatten(-1, (4, 8)).sum(-1).abs().max() < 1e-12
     along = (y - rest).unflatten(-1, (4, 8)) / v.unflatten(-1, (4, 8))
-    torch.testing.assert_close(along, along[..., :1].expand_as(along))  # what was taken away is parallel to v
+    torch.testing.assert_close(along, along[..., :1].expand_as(along))  # the removed part is parallel to v
 
 
 @pytest.mark.parametrize("length", [0.0, 1e-7])
 def test_exclude_value_divides_by_a_norm_of_1e_6_or_more(length):
     torch.manual_seed(0)
-    y, way = randn(1, 1, 8), randn(8)
-    v = (length * way / way.norm())[None, None].requires_grad_()
+    y, direction = randn(1, 1, 8), randn(8)
+    v = (length * direction / direction.norm())[None, None].requires_grad_()
     rest = ops.exclude_value(y, v, 8)
     torch.testing.assert_close(rest, y - (y * v).sum() / 1e-6 * v / 1e-6)
     rest.sum().backward()

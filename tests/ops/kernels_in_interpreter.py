@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton.language as tl
 from decoding import SMALL, by_generate, collect, requests_for, small_model
+from triton.runtime.errors import InterpreterError
 from triton_interpreter import reduce_overhead
 
 from model import AFTS, build
@@ -66,6 +68,21 @@ def check_close(got: torch.Tensor, exact: torch.Tensor, bound: float) -> None:
 
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@kernels.jit
+def square_kernel(x):
+    tl.store(x, tl.load(x) * tl.load(x))
+
+
+def test_integer_overflow_is_an_error():
+    """The patched interpreter checks as the original does."""
+    x = torch.tensor([-(2**15)], dtype=torch.int32)
+    square_kernel[(1,)](x)
+    assert x.item() == 2**30
+    with pytest.raises(InterpreterError, match="int32 overflow in mul"):
+        square_kernel[(1,)](x)
+
 
 # ---- decode_attention ------------------------------------------------------------------------------------------------
 
@@ -645,14 +662,14 @@ def test_fused_memory_equals_the_recurrence(shape):
     *_, size, dtype = MEMORIES[shape]
     inputs, state = memory_inputs(*MEMORIES[shape]), randn(*(MEMORIES[shape][i] for i in (0, 2, 3, 3)), seed=4)
     bound = 5e-6 if dtype == torch.float32 else 2e-2
-    found = []
+    results = []
     for read, cast in ((read_memory, lambda x: x.clone()), (read_chunks, lambda x: x.double())):
         z, v, *gates = (cast(x).requires_grad_() for x in inputs)
         o, last = read(z[:, 1:], z[:, :-1], v, *gates, size=size)
         grads = torch.autograd.grad(o, (z, v, *gates), cast(randn(*o.shape, seed=5, dtype=dtype)))
         with torch.no_grad():
-            found.append((o, last, *grads, *read(z[:, 1:], z[:, :-1], v, *gates, size=size, state=cast(state))))
-    for got, exact in zip(*found, strict=True):
+            results.append((o, last, *grads, *read(z[:, 1:], z[:, :-1], v, *gates, size=size, state=cast(state))))
+    for got, exact in zip(*results, strict=True):
         check_close(got, exact, bound)
 
 
@@ -664,16 +681,16 @@ def test_memory_model_trains_and_prefills_with_kernels(monkeypatch):
         torch.nn.init.normal_(p, std=0.3)
     idx, launches, fused = torch.randint(32, (2, 30)), [], memory.fused_memory
     monkeypatch.setattr(memory, "fused_memory", lambda *inputs: launches.append(1) or fused(*inputs))
-    found = []
-    for one in (model, copy.deepcopy(model).double()):
-        loss = one(idx, idx)[1]
-        grads = torch.autograd.grad(loss, list(one.parameters()))
-        cache = one.new_cache(2, 64)
+    results = []
+    for m in (model, copy.deepcopy(model).double()):
+        loss = m(idx, idx)[1]
+        grads = torch.autograd.grad(loss, list(m.parameters()))
+        cache = m.new_cache(2, 64)
         with torch.no_grad():
-            logits = torch.cat([one(part, cache=cache)[0] for part in idx.split((19, 1, 10), dim=1)], dim=1)
-        found.append((loss, logits, *grads))
+            logits = torch.cat([m(part, cache=cache)[0] for part in idx.split((19, 1, 10), dim=1)], dim=1)
+        results.append((loss, logits, *grads))
     assert len(launches) == 3  # training, and two prefills
-    for got, exact in zip(*found, strict=True):
+    for got, exact in zip(*results, strict=True):
         check_close(got, exact, 1e-4)
 
 
@@ -738,10 +755,10 @@ def test_retention_model_trains_with_kernels():
     torch.nn.init.normal_(model.blocks[0].out, std=0.2)
     idx = torch.randint(32, (2, 60))
     exact = model(idx, idx)[1]
-    wanted = torch.autograd.grad(exact, list(model.parameters()))
+    exact_grads = torch.autograd.grad(exact, list(model.parameters()))
     loss = model.float()(idx, idx)[1]
     check_close(loss.detach()[None], exact.detach()[None], 1e-5)
-    for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), wanted, strict=True):
+    for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), exact_grads, strict=True):
         check_close(a, b, 1e-4)
 
 
@@ -804,7 +821,7 @@ def test_qk_rope_norm_forward_and_backward(shape, normed, dtype):
         randn(T, B, widths[1], seed=2, dtype=dtype).transpose(0, 1),
         randn(B, T, 2 * widths[2], seed=3, dtype=dtype)[..., ::2],
     ]
-    wanted = torch.autograd.grad(expected, exact, [x.double() for x in grads])[0]
+    exact_grads = torch.autograd.grad(expected, exact, [x.double() for x in grads])[0]
     ours = qkv.requires_grad_()
     assert can_fuse_rope(ours, widths, cos)
     got = fused_qk_rope_norm(ours, widths, cos, sin, normed)
@@ -815,7 +832,7 @@ def test_qk_rope_norm_forward_and_backward(shape, normed, dtype):
         assert x.dtype == dtype
         check_close(x.detach(), exact_x.detach(), bound)
     assert grad.dtype == dtype and grad.is_contiguous()
-    for part, exact_x in zip(grad.split(widths, dim=-1), wanted.split(widths, dim=-1), strict=True):
+    for part, exact_x in zip(grad.split(widths, dim=-1), exact_grads.split(widths, dim=-1), strict=True):
         check_close(part[:, :1], exact_x[:, :1], bound)
         check_close(part, exact_x, bound)
 
@@ -862,7 +879,7 @@ def test_rope_models_launch_qk_rope_norm(name, monkeypatch):
         torch.nn.init.normal_(p, std=std)
     idx, learned = torch.randint(32, (2, 41)), list(model.parameters())
     exact = model(idx, idx)[1]
-    wanted = torch.autograd.grad(exact, learned, allow_unused=True)
+    exact_grads = torch.autograd.grad(exact, learned, allow_unused=True)
     fused, launches = fused_qk_rope_norm, []
     monkeypatch.setattr(rope, "fused_qk_rope_norm", lambda *args, **kw: launches.append(1) or fused(*args, **kw))
     model.float()
@@ -870,7 +887,7 @@ def test_rope_models_launch_qk_rope_norm(name, monkeypatch):
     for call in (model, torch.compile(model, backend="aot_eager")):
         loss = call(idx, idx)[1]
         check_close(loss.detach()[None], exact.detach()[None], 1e-5)
-        for a, b in zip(torch.autograd.grad(loss, learned, allow_unused=True), wanted, strict=True):
+        for a, b in zip(torch.autograd.grad(loss, learned, allow_unused=True), exact_grads, strict=True):
             if b is not None:
                 check_close(a, b, 1e-4)
         assert launches
@@ -890,10 +907,10 @@ def test_fused_cross_entropy_losses_and_grad_logits(V, width, cap, dtype):
     targets[5] = -1
     exact = logits[:, :V].double().requires_grad_()
     z = exact if cap is None else cap * torch.tanh(exact / cap)
-    wanted = torch.nn.functional.cross_entropy(z, targets, ignore_index=-1, reduction="none")
-    wanted.sum().backward()
+    exact_losses = torch.nn.functional.cross_entropy(z, targets, ignore_index=-1, reduction="none")
+    exact_losses.sum().backward()
     losses, grad_logits = fused_cross_entropy(logits, targets, V, cap)
-    check_close(losses, wanted.detach(), 2e-6)
+    check_close(losses, exact_losses.detach(), 2e-6)
     check_close(grad_logits[:, :V], exact.grad, BOUND[dtype])
     assert not grad_logits[5].any() and not grad_logits[:, V:].any() and grad_logits.dtype == dtype
 
@@ -998,11 +1015,11 @@ def test_float8_qkv_rope_equals_float8_linear_and_qk_rope_norm():
     got = Float8QKVRope.apply(x, w, widths, *tables, True)
     compiled = torch.compile(lambda x, w: Float8QKVRope.apply(x, w, widths, *tables, True), backend="aot_eager",
                              fullgraph=True)(x, w)  # fmt: skip
-    wanted = fused_qk_rope_norm(Float8Linear.apply(x.flatten(0, 1), w).unflatten(0, (B, T)), widths, *tables, True)
+    expected = fused_qk_rope_norm(Float8Linear.apply(x.flatten(0, 1), w).unflatten(0, (B, T)), widths, *tables, True)
     grads = [randn(B, T, 64, seed=i).bfloat16() * 2**-15 for i in (3, 4, 5)]
-    for a, b, c in zip(got, wanted, compiled, strict=True):
+    for a, b, c in zip(got, expected, compiled, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
-    pairs = [torch.autograd.grad(y, (x, w), grads) for y in (got, wanted, compiled)]
+    pairs = [torch.autograd.grad(y, (x, w), grads) for y in (got, expected, compiled)]
     for a, b, c in zip(*pairs, strict=True):  # the interpreter's conversion and torch's differ: see check_quantized
         check_close(a, b.double(), 0.2)
         assert torch.equal(a, c)
@@ -1018,7 +1035,7 @@ FLOAT8_MODELS = {  # and which kernels quantize the gradients of q, k and v, and
 
 @pytest.mark.parametrize("name", FLOAT8_MODELS)
 def test_float8_models_quantize_qkv_gradients_once(name, monkeypatch):
-    hyper, wanted = FLOAT8_MODELS[name]
+    hyper, expected = FLOAT8_MODELS[name]
     torch.manual_seed(0)
     model = build({"n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 64, "block_size": 16} | hyper)
     for p in model.parameters():
@@ -1038,7 +1055,7 @@ def test_float8_models_quantize_qkv_gradients_once(name, monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(idx, idx)[1]
         grads.append(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True, allow_unused=True))
-    assert {kind: launches.count(kind) for kind in launches} == wanted
+    assert {kind: launches.count(kind) for kind in launches} == expected
     for p, a, b in zip(model.parameters(), *grads, strict=True):
         if p.ndim == 2 and b.any():  # not closer, for the reason in check_quantized
             assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.8

@@ -101,10 +101,10 @@ def test_float8_split_linear_equals_float8_linear():
     x, w = randn(48, 64).bfloat16(), randn(192, 64, seed=1).float() * 0.02
     grad = randn(48, 192, seed=2).bfloat16() * 2**-15
     inputs = x.requires_grad_(), w.requires_grad_()
-    whole, parts = Float8Linear.apply(*inputs), Float8SplitLinear.apply(*inputs, 64, 64, 64)
-    assert torch.equal(torch.cat(parts, dim=1), whole)
-    wanted = torch.autograd.grad(whole, inputs, grad)
-    for a, b in zip(torch.autograd.grad(parts, inputs, grad.split(64, dim=1)), wanted, strict=True):
+    y, parts = Float8Linear.apply(*inputs), Float8SplitLinear.apply(*inputs, 64, 64, 64)
+    assert torch.equal(torch.cat(parts, dim=1), y)
+    expected = torch.autograd.grad(y, inputs, grad)
+    for a, b in zip(torch.autograd.grad(parts, inputs, grad.split(64, dim=1)), expected, strict=True):
         assert torch.equal(a, b)
 
 

@@ -31,10 +31,10 @@ def test_loss_and_gradients_equal_those_of_all_logits_at_once(V, cap, part, monk
     monkeypatch.setattr(cross_entropy, "MAX_LOGITS_BYTES", part)
     x, w, targets = make_inputs(V=V)
     expected = reference_loss(x, w, targets, cap)
-    wanted = torch.autograd.grad(3 * expected, (x, w))
+    expected_grads = torch.autograd.grad(3 * expected, (x, w))
     got = FusedLinearCrossEntropy.apply(x, w, targets, cap)
     assert got.item() == pytest.approx(expected.item(), rel=1e-12)
-    for a, b in zip(torch.autograd.grad(3 * got, (x, w)), wanted, strict=True):
+    for a, b in zip(torch.autograd.grad(3 * got, (x, w)), expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -120,6 +120,6 @@ def test_the_fused_loss_compiles_as_one_graph(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(idx, idx)[1]
         got = torch.compile(model, backend="aot_eager", fullgraph=True)(idx, idx)[1]
-    wanted = torch.autograd.grad(expected, list(model.parameters()))
-    for a, b in zip(torch.autograd.grad(got, list(model.parameters())), wanted, strict=True):
+    expected_grads = torch.autograd.grad(expected, list(model.parameters()))
+    for a, b in zip(torch.autograd.grad(got, list(model.parameters())), expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-4)
