@@ -1,4 +1,4 @@
-"""Headless Chromium with one page, controlled over two pipes by the Chrome DevTools Protocol."""
+"""Chromium without a window, told what to do over two pipes (Chrome DevTools Protocol), and one page in it."""
 
 import base64
 import contextlib
@@ -25,7 +25,7 @@ class Browser:
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         os.close(theirs_in)
         os.close(theirs_out)
-        self.numbers, self.answers, self.events, self.session = itertools.count(1), {}, [], None
+        self.numbers, self.answers, self.told, self.session = itertools.count(1), {}, [], None
         self.password, self.asked = "", 0
         self.news, self.writing = threading.Condition(), threading.Lock()
         threading.Thread(target=self.listen, daemon=True).start()
@@ -44,7 +44,7 @@ class Browser:
                         self.answers[message["id"]] = message
                     elif message["method"] == "Fetch.requestPaused":
                         self.post("Fetch.continueRequest", requestId=message["params"]["requestId"])
-                    elif message["method"] == "Fetch.authRequired":  # what a person would type into the prompt
+                    elif message["method"] == "Fetch.authRequired":  # what a person types where the browser asks
                         answer = {"response": "CancelAuth"}
                         if self.password:
                             answer = {"response": "ProvideCredentials", "username": "me", "password": self.password}
@@ -52,7 +52,7 @@ class Browser:
                         self.post("Fetch.continueWithAuth", requestId=message["params"]["requestId"],
                                   authChallengeResponse=answer)  # fmt: skip
                     else:
-                        self.events.append(message)
+                        self.told.append(message)
                 self.news.notify_all()
 
     def post(self, method, **params):
@@ -71,7 +71,7 @@ class Browser:
         return answer["result"]
 
     def js(self, expression):
-        """The value of a JavaScript expression; a promise is awaited."""
+        """What JavaScript says; a promise is awaited."""
         got = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in got, (expression, got["exceptionDetails"]["exception"]["description"])
         return got["result"].get("value")
@@ -89,19 +89,19 @@ class Browser:
 
     def press(self, key, modifiers=0):
         codes = {"Tab": 9, "Enter": 13, " ": 32, "Escape": 27}
-        event = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": codes.get(key, 0),
-                 "modifiers": modifiers}  # fmt: skip
+        told = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": codes.get(key, 0),
+                "modifiers": modifiers}  # fmt: skip
         text = {"Enter": "\r", " ": " "}.get(key)
         more = {"text": text} if text and not modifiers else {}
-        self.send("Input.dispatchKeyEvent", type="keyDown", **event, **more)
-        self.send("Input.dispatchKeyEvent", type="keyUp", **event)
+        self.send("Input.dispatchKeyEvent", type="keyDown", **told, **more)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **told)
 
     def click_and_answer(self, button, accept):
-        """Click a button that opens a dialog, answer it and return its question."""
+        """Clicks what asks a question, answers it, and gives the question."""
         with self.news:
-            self.events = [m for m in self.events if m["method"] != "Page.javascriptDialogOpening"]
+            self.told = [m for m in self.told if m["method"] != "Page.javascriptDialogOpening"]
         self.post("Runtime.evaluate", expression=f"{button}.click()")
-        asked = lambda: [m for m in self.events if m["method"] == "Page.javascriptDialogOpening"]  # noqa: E731
+        asked = lambda: [m for m in self.told if m["method"] == "Page.javascriptDialogOpening"]  # noqa: E731
         with self.news:
             assert self.news.wait_for(asked, 10), f"{button} asks nothing"
             question = asked()[0]["params"]["message"]
@@ -109,7 +109,7 @@ class Browser:
         return question
 
     def write(self, selector, text):
-        """Focus a field and type into it."""
+        """Types into a field that the keyboard is at after focus()."""
         self.js(f"document.querySelector({json.dumps(selector)}).focus()")
         self.js("document.activeElement.select?.()")
         self.send("Input.insertText", text=text)
@@ -122,7 +122,7 @@ class Browser:
             {"name": "prefers-reduced-motion", "value": "reduce" if reduced else "no-preference"}])  # fmt: skip
 
     def picture(self, path, height=None):
-        """A screenshot of the whole page, or of its first `height` pixels."""
+        """A picture of the whole page, as high as it is, or of its first `height` pixels."""
         width, whole = self.js("[innerWidth, document.documentElement.scrollHeight]")
         height = min(height or whole, whole)
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
@@ -131,10 +131,10 @@ class Browser:
         Path(path).write_bytes(base64.b64decode(data))
 
     def problems(self):
-        """Exceptions and log entries of the browser, except expected HTTP statuses."""
+        """What the browser has complained of."""
         with self.news:
-            errors = [m["params"] for m in self.events if m["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
-        return [e for e in errors if not re.search("status of 40[0149]", e.get("entry", {}).get("text", ""))]
+            told = [m["params"] for m in self.told if m["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+        return [t for t in told if not re.search("status of 40[0149]", t.get("entry", {}).get("text", ""))]
 
     def stop(self):
         self.session = None
