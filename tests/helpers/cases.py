@@ -105,7 +105,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 
 @functools.cache
-def shaken(case: str, dtype=torch.float64) -> LanguageModel:
+def perturbed_model(case: str, dtype=torch.float64) -> LanguageModel:
     """The model in eval mode, every parameter perturbed, those that start at zero or one too, and routers' biases."""
     torch.manual_seed(0)
     model = build(CASES[case]).to(dtype).eval()
@@ -118,7 +118,7 @@ def shaken(case: str, dtype=torch.float64) -> LanguageModel:
 
 
 def is_causal(case: str) -> bool:
-    return shaken(case).causal
+    return perturbed_model(case).causal
 
 
 causal_cases = pytest.mark.parametrize("case", [case for case in CASES if is_causal(case)])

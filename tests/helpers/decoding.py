@@ -1,4 +1,4 @@
-"""One small model of each family that generates text, requests to it, and the texts that it makes."""
+"""One small model of each family that generates text, requests to it, and the tokens that it generates."""
 
 import functools
 from dataclasses import replace
@@ -34,7 +34,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def small_model(name: str, **more):
-    """A model whose logits tell positions and tokens apart, in float64 so that no rounding decides a draw."""
+    """A model whose logits differ between positions and tokens; float64, so that rounding decides no sample."""
     torch.manual_seed(3)
     model = build(SMALL | MODELS[name] | more).double().eval()
     for p in model.parameters():
@@ -43,7 +43,7 @@ def small_model(name: str, **more):
 
 
 def requests_for(model, n: int) -> list[Request]:
-    """Texts that differ in all that a text may be asked for."""
+    """Requests that differ in every parameter of a request."""
     random = torch.Generator().manual_seed(1)
     prompts = [torch.randint(1, 31, (1 + 5 * i % 23,), generator=random).tolist() for i in range(n)]
     wishes = [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.5}]
@@ -78,16 +78,17 @@ def by_generate(model, r: Request) -> list[int]:
 
 @functools.cache
 def texts_by_generate(name: str, n: int) -> list[list[int]]:
-    """What generate makes of requests_for(small_model(name), n)."""
+    """The tokens that `generate` gives for requests_for(small_model(name), n)."""
     model = small_model(name)
     return [by_generate(model, request) for request in requests_for(model, n)]
 
 
 def collect(decoder, requests) -> list[tuple[list[int], str]]:
-    out, why = [[] for _ in requests], [None] * len(requests)
-    for i, token, ended in generate(decoder, requests):
-        assert why[i] is None
-        out[i].append(token)
-        why[i] = ended
+    """(tokens, finish reason) of each request."""
+    tokens, reasons = [[] for _ in requests], [None] * len(requests)
+    for i, token, reason in generate(decoder, requests):
+        assert reasons[i] is None
+        tokens[i].append(token)
+        reasons[i] = reason
     assert decoder.busy == 0
-    return list(zip(out, why, strict=True))
+    return list(zip(tokens, reasons, strict=True))

@@ -15,7 +15,7 @@ from strawberry.ops.common import norm
 T, C = 9, 16
 
 
-def random(*shape: int) -> torch.Tensor:
+def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
@@ -23,7 +23,7 @@ def fill(module: torch.nn.Module) -> torch.nn.Module:
     """The module in float64 and eval mode, its parameters drawn from a normal distribution."""
     module = module.double().eval().requires_grad_(False)
     for p in module.parameters():
-        p.copy_(random(*p.shape))
+        p.copy_(randn(*p.shape))
     return module
 
 
@@ -32,7 +32,7 @@ def context(length: int = T) -> ForwardContext:
 
 
 def compare_compaction(page: dict) -> None:
-    x, *weights = random(T, C), *(random(C, C) for _ in range(3))
+    x, *weights = randn(T, C), *(randn(C, C) for _ in range(3))
     assert_close(page["compact"](x, *weights), model.compact(x, *weights))
 
 
@@ -40,7 +40,7 @@ def compare_attention_on_detail(page: dict) -> None:
     config = model.PalmConfig(n_embd=C, n_qkv=8, n_head=2, d_rank=None, attention_type="lam")
     layer = fill(model.AttentionOnDetail(config))
     layer.mixer.qk_transform = ops.no_transform
-    x, ctx = random(2, T, C), context()
+    x, ctx = randn(2, T, C), context()
     mixer = lambda q, k, v: layer.mixer(q, k, v, x, ctx, None)  # noqa: E731
     ours = layer(x, ctx, None)
     assert_close(page["attention_on_detail"](x, layer.w1.weight, layer.w2.weight, layer.out.weight, mixer), ours)
@@ -48,7 +48,7 @@ def compare_attention_on_detail(page: dict) -> None:
 
 def compare_lam(page: dict) -> None:
     layer = model.LAM(model.PalmConfig(n_qkv=8, n_head=1), ops.no_transform)
-    q, k, v = (random(1, 600, 8) for _ in range(3))  # more than two segments
+    q, k, v = (randn(1, 600, 8) for _ in range(3))  # more than two segments
     assert_close(page["linear_attention"](q[0], k[0], v[0]), layer(q, k, v, q, context(600), None)[0])
 
 
@@ -58,7 +58,7 @@ def compare_kv_attention(page: dict) -> None:
     )
     layer = fill(model.make_attention(config, 0))
     layer.wo.weight.copy_(torch.eye(C)[:, :8])  # only the first 8 channels, as they are
-    x = random(1, T, C)
+    x = randn(1, T, C)
     ours = layer(x, context(), None)[0, :, :8]
     assert_close(page["kv_attention"](x[0], layer.wk.weight, layer.wv.weight, 2), ours)
 
@@ -66,7 +66,7 @@ def compare_kv_attention(page: dict) -> None:
 def compare_mhla(page: dict) -> None:
     config = model.TinyStarConfig(attention_type="MHLA", n_embd=C, n_qkv=C, n_head=2, kv_rank=6, rope_dim=4)
     layer = fill(model.LatentAttention(config, model.attention_pattern(config, 0)))
-    q, q_rope, latent, k_rope = random(1, T, 2, 8), random(1, T, 2, 4), random(1, T, 6), random(1, T, 4)
+    q, q_rope, latent, k_rope = randn(1, T, 2, 8), randn(1, T, 2, 4), randn(1, T, 6), randn(1, T, 4)
     wk, wv = layer.wkv_b.weight.unflatten(0, (2, 2, 8)).unbind(dim=1)
     plain = page["latent_attention"](q[0], q_rope[0], latent[0], k_rope[0], wk, wv)
     assert_close(plain, layer.expanded(q, q_rope, latent, k_rope.unsqueeze(2), context())[0])
@@ -76,8 +76,8 @@ def compare_mhla(page: dict) -> None:
 
 def compare_moe(page: dict) -> None:
     router = fill(model.Router(C, 6, 2))
-    router.bias.copy_(random(6) / 4)
-    x = random(40, C)
+    router.bias.copy_(randn(6) / 4)
+    x = randn(40, C)
     weights = page["route"](x, router.weight, router.bias, 2)
     assert ((weights > 0).sum(-1) == 2).all()
     assert_close(weights, router(x.unsqueeze(0), context(40))[0])
@@ -85,18 +85,18 @@ def compare_moe(page: dict) -> None:
 
 def compare_feed_forward(page: dict) -> None:
     layer = fill(model.FeedForward(model.TinyStarConfig(n_embd=C, ffn_type="SwiGLU", n_ffn=24)))
-    x = random(2, T, C)
+    x = randn(2, T, C)
     assert_close(page["swiglu_feed_forward"](x, layer.w1.weight, layer.w2.weight), layer(x, context()))
 
 
 def compare_norms(page: dict) -> None:
-    x, layer = random(2, T, C), fill(model.RMSNorm(C))
+    x, layer = randn(2, T, C), fill(model.RMSNorm(C))
     assert_close(page["rms_norm"](x), norm(x))
     assert_close(page["rms_norm"](x, layer.weight), layer(x))
 
 
 def compare_losses(page: dict) -> None:
-    x, w, targets = random(1, 30, C).requires_grad_(), random(11, C).requires_grad_(), torch.randint(-1, 11, (30,))
+    x, w, targets = randn(1, 30, C).requires_grad_(), randn(11, C).requires_grad_(), torch.randint(-1, 11, (30,))
     assert (targets < 0).any()
     loss, grad_x, grad_w = page["linear_cross_entropy"](x.detach()[0], w.detach(), targets)
     fused = cross_entropy.FusedLinearCrossEntropy.apply(x[0], w, targets, None, False, False)
@@ -136,13 +136,13 @@ def compare_objectives(page: dict) -> None:
 
 def compare_muon(page: dict) -> None:
     for shape in ((8, 5), (5, 8), (6, 6)):
-        g = random(*shape)
+        g = randn(*shape)
         assert_close(page["orthogonalise"](g), optimizer.newton_schulz(g.unsqueeze(0))[0])
 
 
 def compare_value_embeddings(page: dict) -> None:
     layer = fill(model.ValueEmbedding(model.TinyStarConfig(vocab_size=29, n_embd=40, n_qkv=24, n_head=4), 2))
-    v, x, tokens = random(1, T, 12), random(1, T, 40), torch.randint(29, (1, T))
+    v, x, tokens = randn(1, T, 12), randn(1, T, 40), torch.randint(29, (1, T))
     ours = layer(v, x, ForwardContext(torch.arange(T)[None], tokens=tokens))[0]
     assert_close(page["add_value_embedding"](v[0], x[0], tokens[0], layer.gate, layer.table), ours)
 
@@ -150,14 +150,14 @@ def compare_value_embeddings(page: dict) -> None:
 def compare_silia(page: dict) -> None:
     config = model.StrawberrySiliaConfig(n_embd=C, n_qkv=8, n_head=2)
     mixer, ctx = fill(model.SinkSoftmax(config, ops.no_transform)), context()
-    q, k, v = (random(1, T, 8) for _ in range(3))
+    q, k, v = (randn(1, T, 8) for _ in range(3))
     y = mixer(q, k, v, v, ctx, None)
     for head in (slice(0, 4), slice(4, 8)):
         qkv = (x[0, :, head] for x in (q, k, v))
         assert_close(page["sink_attention"](*qkv, mixer.sink_k[head], mixer.sink_v[head]), y[0, :, head])
         left = page["exclude_value"](y[0, :, head], v[0, :, head])
         assert_close(left, ops.exclude_value(y, v, 4)[0, :, head])
-    branches, query = random(3, T, C), random(C)
+    branches, query = randn(3, T, C), randn(C)
     assert_close(page["attention_residual"](branches, query), ops.attention_residual(branches.unsqueeze(1), query)[0])
 
 

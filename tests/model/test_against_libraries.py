@@ -1,4 +1,4 @@
-"""model.py and the naive implementation against other people's: torch.nn and Hugging Face transformers.
+"""model.py and the naive implementation against torch.nn and Hugging Face transformers.
 
 Each test builds the library's module with random weights, renames those weights to ours, and compares outputs.
 torch.nn works in float64 and must agree to 1e-9. transformers computes norms, softmax and rotary tables in float32
@@ -39,8 +39,8 @@ FLOAT32 = {"rtol": 1e-5, "atol": 5e-5}
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """The libraries draw weights of their own."""
+def set_seed():
+    """The libraries initialize their weights at random."""
     torch.manual_seed(0)
 
 
@@ -122,8 +122,8 @@ def test_longrope_frequencies(block_size):
 # ---- Llama: grouped-query attention, SwiGLU, RMS norm, rotary --------------------------------------------------------
 
 
-def turned_backwards(weight, d):
-    """Rows of q or k for the other sense of rotation: each head's second half changes its sign."""
+def reverse_rotation(weight, d):
+    """Rows of q or k for rotation by the negative angle: the second half of each head changes its sign."""
     sign = torch.ones(d, dtype=weight.dtype)
     sign[d // 2 :] = -1
     return weight * sign.repeat(weight.shape[0] // d)[:, None]
@@ -155,13 +155,13 @@ def llama_as_tinystar(n_kv_head, rope):
             ours[f"{a}{x}.weight"] = theirs[f"{b}{y}.weight"]
         for x in "qkvo":
             weight = theirs[f"{b}self_attn.{x}_proj.weight"]
-            ours[f"{a}attn.w{x}.weight"] = turned_backwards(weight, 8) if x in "qk" else weight
+            ours[f"{a}attn.w{x}.weight"] = reverse_rotation(weight, 8) if x in "qk" else weight
         u_and_g = [theirs[f"{b}mlp.up_proj.weight"], theirs[f"{b}mlp.gate_proj.weight"]]
         ours[f"{a}ffn.w1.weight"] = torch.cat(u_and_g)
     return model, cfg, ours
 
 
-def built(arch, cfg, params):
+def build_with_params(arch, cfg, params):
     """model.py's, in float64, with these parameters."""
     model = model_file.build({"arch": arch, **{k: v for k, v in cfg.items() if v is not None}}).double().eval()
     model.load_state_dict({k.replace("head.", "unembed."): v for k, v in params.items()})
@@ -187,15 +187,15 @@ def test_llama(n_kv_head, scaling):
     with torch.no_grad():
         expected = theirs(idx).logits.double()
     torch.testing.assert_close(naive_tinystar(cfg, params, idx), expected, **FLOAT32)
-    ours = built("tinystar", {**cfg, "n_ffn": 24, "tie_embeddings": False}, params)
+    ours = build_with_params("tinystar", {**cfg, "n_ffn": 24, "tie_embeddings": False}, params)
     torch.testing.assert_close(ours(idx)[0], expected, **FLOAT32)
 
 
 # ---- DeepSeek-V2: multi-head latent attention ------------------------------------------------------------------------
 
 
-def halves_from_pairs(weight, start, width):
-    """Rows start … start+width rotated as neighbouring pairs (2i, 2i+1) -> ours, rotated as halves, backwards."""
+def interleaved_to_half_split(weight, start, width):
+    """Rows start … start+width for RoPE of interleaved pairs (2i, 2i+1) -> ours, half-split, by the negative angle."""
     rows = weight[start : start + width]
     return torch.cat([weight[:start], rows[0::2], -rows[1::2], weight[start + width :]])
 
@@ -223,10 +223,10 @@ def test_deepseek_latent_attention(yarn):
     w = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     wq = w["q_proj.weight"]
     for head in range(n_head):
-        wq = halves_from_pairs(wq, head * (d + rope_dim) + d, rope_dim)
+        wq = interleaved_to_half_split(wq, head * (d + rope_dim) + d, rope_dim)
     ours = {
         "attn.wq.weight": wq,
-        "attn.wkv_a.weight": halves_from_pairs(w["kv_a_proj_with_mqa.weight"], kv_rank, rope_dim),
+        "attn.wkv_a.weight": interleaved_to_half_split(w["kv_a_proj_with_mqa.weight"], kv_rank, rope_dim),
         "attn.kv_norm.weight": w["kv_a_layernorm.weight"],
         "attn.wkv_b.weight": w["kv_b_proj.weight"],
         "attn.wo.weight": w["o_proj.weight"],
@@ -241,14 +241,14 @@ def test_deepseek_latent_attention(yarn):
         expected = theirs(x[None], attention_mask=mask, position_embeddings=table)[0][0]
     got = latent_attention(as_numpy(ours), "attn", cfg, list(x.numpy()), layer=0, causal=True)
     torch.testing.assert_close(as_tensor(got), expected, **FLOAT32)
-    layer, at = attention_layer(cfg, ours, T)
-    torch.testing.assert_close(layer(x[None], at, None)[0], expected, **FLOAT32)
-    cached = layer.new_cache(1, T, "cpu", torch.float64)  # and as it is computed from the latents alone
-    torch.testing.assert_close(layer(x[None], at, cached)[0], expected, **FLOAT32)
+    layer, ctx = attention_layer(cfg, ours, T)
+    torch.testing.assert_close(layer(x[None], ctx, None)[0], expected, **FLOAT32)
+    cache = layer.new_cache(1, T, "cpu", torch.float64)  # with a cache, attention is computed from the latents
+    torch.testing.assert_close(layer(x[None], ctx, cache)[0], expected, **FLOAT32)
 
 
 def attention_layer(cfg, params, T):
-    """(model.py's attention with these parameters, where its T tokens stand)"""
+    """(model.py's attention with these parameters, the context of T tokens)"""
     cfg = {"arch": "transformer", "kind": "decoder", "pos_encoding": "None", "n_layer": 1, **cfg}
     model = model_file.build({k: v for k, v in cfg.items() if v is not None}).double().eval().requires_grad_(False)
     layer, pos = model.decoder.blocks[0].attn, torch.arange(T)[None]
@@ -282,11 +282,11 @@ def test_multihead_attention(causal, n_padding):
     params = attention_params(theirs.state_dict(), "attn")
     got = softmax_attention(as_numpy(params), "attn", cfg, list(x.numpy()), 0, causal, padding.tolist())
     torch.testing.assert_close(as_tensor(got), expected, **EXACT)
-    layer, at = attention_layer(cfg, params, T)
-    if not causal:  # a decoder needs no mask for padding: it stands at the end, where nobody looks
-        at = replace(at, mode=Mode.ENCODE, padding_mask=padding[None])
+    layer, ctx = attention_layer(cfg, params, T)
+    if not causal:  # a decoder needs no padding mask: padding comes last, and no earlier token attends to it
+        ctx = replace(ctx, mode=Mode.ENCODE, padding_mask=padding[None])
     real = T - n_padding if causal else T
-    torch.testing.assert_close(layer(x[None], at, None)[0, :real], expected[:real], **EXACT)
+    torch.testing.assert_close(layer(x[None], ctx, None)[0, :real], expected[:real], **EXACT)
 
 
 def test_cross_attention():
@@ -344,7 +344,7 @@ def test_transformer(norm_position, activation):
     with torch.no_grad():
         expected = theirs(embedded(source), embedded(idx), **masks) @ embed.T
     torch.testing.assert_close(naive_transformer(cfg, params, idx, source), expected, **EXACT)
-    ours = built("transformer", {**cfg, "vocab_size": 50, "n_ffn": 48}, params)
+    ours = build_with_params("transformer", {**cfg, "vocab_size": 50, "n_ffn": 48}, params)
     torch.testing.assert_close(ours(idx, source=source)[0], expected, **EXACT)
 
 
@@ -364,49 +364,49 @@ def random_params(parts, prefix, whole):
     return {name: 0.5 * randn(*shape, seed=seed) for seed, (name, shape) in enumerate(named.items())}
 
 
-def equal_kv(n_kv_head):
+def kv_shapes(n_kv_head):
     return {"attn.wk": (4 * n_kv_head, C), "attn.wv": (4 * n_kv_head, C)}
 
 
 TINY = [
-    ({"attention_type": "MHA", "pos_encoding": "Learned"}, SHARED | equal_kv(4)),
-    ({"attention_type": "GQA-SWA"}, SHARED | equal_kv(2)),
-    ({"attention_type": "MQA", "pos_encoding": "Sinusoidal"}, SHARED | equal_kv(1)),
+    ({"attention_type": "MHA", "pos_encoding": "Learned"}, SHARED | kv_shapes(4)),
+    ({"attention_type": "GQA-SWA"}, SHARED | kv_shapes(2)),
+    ({"attention_type": "MQA", "pos_encoding": "Sinusoidal"}, SHARED | kv_shapes(1)),
     ({"attention_type": "MHLA-SWA", "kv_rank": 6, "rope_dim": 2}, SHARED | LATENT),
-    *[({"attention_type": "aft", "aft": kind}, SHARED | equal_kv(4) | AFT) for kind in ("simple", "full")],
-    *[({"attention_type": "aft", "aft": kind}, SHARED | equal_kv(4) | AFT) for kind in ("local", "conv")],
-    ({"attention_type": "lam"}, SHARED | equal_kv(4)),
-    ({"attention_type": "kv", "sparse": "longformer", "n_global": 2}, SHARED | equal_kv(4)),
-    ({"attention_type": "MHA", "sparse": "bigbird", "sparse_block": 4, "n_random": 2}, SHARED | equal_kv(4)),
+    *[({"attention_type": "aft", "aft": kind}, SHARED | kv_shapes(4) | AFT) for kind in ("simple", "full")],
+    *[({"attention_type": "aft", "aft": kind}, SHARED | kv_shapes(4) | AFT) for kind in ("local", "conv")],
+    ({"attention_type": "lam"}, SHARED | kv_shapes(4)),
+    ({"attention_type": "kv", "sparse": "longformer", "n_global": 2}, SHARED | kv_shapes(4)),
+    ({"attention_type": "MHA", "sparse": "bigbird", "sparse_block": 4, "n_random": 2}, SHARED | kv_shapes(4)),
     (
         {"attention_type": "expert", "n_experts": 4, "a_experts": 2},
-        SHARED | equal_kv(4) | {"attn.router": (4, C)},
+        SHARED | kv_shapes(4) | {"attn.router": (4, C)},
     ),
     (
         {"attention_type": "GQA", "a_ffn_experts": 2},
-        SHARED | equal_kv(2) | {"ffn.w1": (3, 8, C), "ffn.w2": (3, C, 4), "ffn.router": (3, C)},
+        SHARED | kv_shapes(2) | {"ffn.w1": (3, 8, C), "ffn.w2": (3, C, 4), "ffn.router": (3, C)},
     ),
 ]
 WHOLE = {"embed": (V, C), "norm": (C,), "positions": (T, C)}
 IDX = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(7))
 
 
-def check_causal_and_alone(run):
-    """A prefix alone, and a row alone, have the logits that they have among the others."""
+def check_causal_and_batch_independent(run):
+    """A prefix alone and a row alone have the same logits as in the whole batch."""
     logits = run(IDX)
     assert logits.shape == (2, T, V) and logits.isfinite().all() and logits.std() > 0.01
     torch.testing.assert_close(run(IDX[:, :13]), logits[:, :13], **EXACT)
     torch.testing.assert_close(run(IDX[1:]), logits[1:], **EXACT)
     changed = IDX.clone()
     changed[:, 9] = (changed[:, 9] + 1) % V
-    assert (run(changed) - logits)[:, 10].abs().max() > 1e-6  # and the past is looked at
+    assert (run(changed) - logits)[:, 10].abs().max() > 1e-6  # the past matters
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options, parts", TINY)
 def test_tinystar_is_causal(options, parts):
     params = random_params(parts, "blocks.", WHOLE)
-    check_causal_and_alone(lambda idx: naive_tinystar({**SIZES, **options}, params, idx))
+    check_causal_and_batch_independent(lambda idx: naive_tinystar({**SIZES, **options}, params, idx))
 
 
 PALM_PARTS = {"attn.w1": (24, C), "attn.w2.down": (3, 24), "attn.w2.up": (3 * C, 3), "attn.out": (2 * C, C)}
@@ -421,7 +421,7 @@ def test_palm_is_causal(kind, more):
     up = {"attn.w2.up": ((2 if kind == "kv" else 3) * C, 3)}
     params = random_params(PALM_PARTS | up, "blocks.", PALM_WHOLE)
     cfg = {**SIZES, "attention_type": kind, **more}
-    check_causal_and_alone(lambda idx: naive_palm(cfg, params, idx))
+    check_causal_and_batch_independent(lambda idx: naive_palm(cfg, params, idx))
 
 
 @pytest.mark.slow
@@ -432,12 +432,12 @@ def test_transformer_decoder_is_causal(options, parts, adaptive):
     params = random_params(parts, "decoder.blocks.", depth)
     cfg = {"kind": "decoder", "norm_position": "pre", "norm_type": "RMSNorm", "ffn_type": "SwiGLU"}
     cfg |= {**SIZES, **options, "adaptive": adaptive, "recursions": 3 if adaptive else 1}
-    check_causal_and_alone(lambda idx: naive_transformer(cfg, params, idx))
+    check_causal_and_batch_independent(lambda idx: naive_transformer(cfg, params, idx))
 
 
 def test_adaptive_depth_freezes_after_its_pass():
     """Depth forced to one pass for every token: one pass, stretched by N · q_1."""
-    parts, whole = SHARED | equal_kv(4), {"decoder.depth": (2, C), "embed": (V, C)}
+    parts, whole = SHARED | kv_shapes(4), {"decoder.depth": (2, C), "embed": (V, C)}
     params = random_params(parts, "decoder.blocks.", whole)
     params["decoder.depth.weight"] *= 0  # q = 1/2: N · q_n = 1
     cfg = {**SIZES, "kind": "decoder", "norm_type": "RMSNorm", "ffn_type": "SwiGLU"}
@@ -450,7 +450,7 @@ def test_adaptive_depth_freezes_after_its_pass():
     assert (twice - plain).abs().max() > 1e-3
 
 
-def test_a_source_of_padding_contributes_nothing():
+def test_a_source_of_padding_adds_nothing():
     _, _, cfg, params = transformer_as_ours("pre", "relu")
     idx = torch.arange(1, 8)[None]
     nothing = naive_transformer(cfg, params, idx, torch.zeros(1, 5, dtype=torch.int64))
@@ -458,7 +458,7 @@ def test_a_source_of_padding_contributes_nothing():
     torch.testing.assert_close(nothing, naive_transformer(cfg, silent, idx, torch.ones(1, 5).long()), **EXACT)
 
 
-def test_windows_end_where_they_should():
+def test_visibility_of_windows_and_sparse_patterns():
     sees = visibility({"block_size": 64}, 0, causal=True, window=3)
     assert [s for s in range(10) if sees(5, s, 0)] == [3, 4, 5]
     sees = visibility({"block_size": 64}, 0, causal=False, window=3)
@@ -469,7 +469,7 @@ def test_windows_end_where_they_should():
     assert [s for s in range(10) if visibility(cfg, 0, causal=True)(7, s, 1)] == [0, 2, 3, 6, 7]
 
 
-def test_experts_with_all_kept_and_even_router_are_plain_windows():
+def test_expert_attention_with_equal_weights_is_sliding_window_attention():
     """Router at zero: each weight n_experts · 1/n_experts = 1, so two experts of one window are one attention."""
     params = {f"attn.w{x}.weight": randn(C, C, seed=i).numpy() for i, x in enumerate("qkvo")}
     params["attn.router.weight"] = torch.zeros(2, C, dtype=torch.float64).numpy()
@@ -480,7 +480,7 @@ def test_experts_with_all_kept_and_even_router_are_plain_windows():
     torch.testing.assert_close(as_tensor(got), as_tensor(plain), **EXACT)
 
 
-def test_aft_simple_is_a_weighted_mean():
+def test_aft_simple_equals_its_cumulative_sums():
     """Against the two cumulative sums of the paper, written with torch."""
     params = {f"attn.w{x}.weight": randn(C, C, seed=i).numpy() for i, x in enumerate("qkvo")}
     cfg = {"n_head": 4, "n_embd": C, "block_size": 64, "attention_type": "aft"}
@@ -492,7 +492,7 @@ def test_aft_simple_is_a_weighted_mean():
     torch.testing.assert_close(as_tensor(got), ((x @ q.T).sigmoid() * mean) @ o.T, **EXACT)
 
 
-def test_lam_is_its_three_sums():
+def test_lam_equals_its_cumulative_sums():
     """The formula with cumulative sums of v, k̂ and k̂ᵀ v."""
     q, k, v = (randn(T, 2, 8, seed=seed) for seed in range(3))
     got = lam_mixer(list(q.numpy()), list(k.numpy()), list(v.numpy()), visibility({}, 0, causal=True))

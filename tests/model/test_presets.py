@@ -1,5 +1,6 @@
-"""The presets in config/: what they are, and that each of them trains, evaluates, is saved and makes text."""
+"""The presets in config/: what they are, and that each of them trains, evaluates, is saved and generates text."""
 
+import functools
 import io
 import sys
 import time
@@ -37,64 +38,65 @@ WANTED = {
 SMALL = {"block_size": 32, "n_layer": 1, "n_head": 4, "n_embd": 16, "n_qkv": 16, "d_rank": 8}
 
 
-def raw(name):
+def read_preset(name):
     return read_json(CONFIG / f"{name}.json")
 
 
-def loaded(name, *overrides):
-    return load_run(["--config", str(CONFIG / f"{name}.json"), *overrides], CONFIGS)
+@functools.cache
+def load_preset(name):
+    return load_run(["--config", str(CONFIG / f"{name}.json")], CONFIGS)
 
 
 # ---- what they are -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_every_named_model_is_there():
+def test_every_family_has_its_presets():
     assert sorted(sum(WANTED.values(), [])) == PRESETS
     for arch, names in WANTED.items():
-        assert all(loaded(name).model_hyperparams.arch == arch for name in names)
+        assert all(load_preset(name).model_hyperparams.arch == arch for name in names)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - SPECIAL))
-def test_files_have_the_presets_name(name):
-    run = loaded(name)
+def test_paths_have_the_name_of_the_preset(name):
+    run = load_preset(name)
     assert run.model_path == f"bin/{name}.{run.model_hyperparams.arch}"
     assert run.checkpoints.path == f"bin/ck_{name}"
-    assert raw(name)["$schema"] == "./schema.json"
+    assert read_preset(name)["$schema"] == "./schema.json"
     assert (CONFIG / f"{name}.json").read_text(encoding="utf-8").startswith("// ")
 
 
 @pytest.mark.slow
-def test_none_writes_what_another_does():
+def test_no_two_presets_write_to_the_same_path():
     for key in (lambda run: run.model_path, lambda run: run.checkpoints.path):
-        assert len({key(loaded(name)) for name in PRESETS}) == len(PRESETS)
+        assert len({key(load_preset(name)) for name in PRESETS}) == len(PRESETS)
 
 
 @pytest.mark.slow
-def test_all_can_be_built_and_are_small():
+def test_every_preset_builds_a_small_model():
     for name in PRESETS:
-        model = build(loaded(name).model_hyperparams)
+        model = build(load_preset(name).model_hyperparams)
         assert model.num_params(non_embedding=False) < (31e6 if name == "strawberry-s1" else 7e6)
 
 
-def test_families_that_learn_better_with_muon_have_it():
-    """But for air, which is the seed of the project as it was."""
+def test_presets_use_muon_where_it_was_measured_to_be_better():
+    """Except air, which is the original of the project, unchanged."""
     for name in set(PRESETS) - {"air"}:
-        run = loaded(name)
+        run = load_preset(name)
         decodes = getattr(run.model_hyperparams, "kind", "decoder") == "decoder"  # what was measured of transformer
         measured = run.model_hyperparams.arch in BETTER_WITH_MUON and decodes
         assert run.optimizer_hyperparams.use_muon or not measured, name
-    assert not loaded("air").optimizer_hyperparams.use_muon
-    first, *others = (raw(f"tinystar-{version}")["optimizer_hyperparams"] for version in TINYSTAR)
+    assert not load_preset("air").optimizer_hyperparams.use_muon
+    first, *others = (read_preset(f"tinystar-{version}")["optimizer_hyperparams"] for version in TINYSTAR)
     untied = {"embedding_lr": 0.1, "head_lr": 6e-3, "scalar_lr": 1e-2}  # of v0.8
     assert all(other in (first, first | untied) for other in others)
 
 
-def test_embeddings_have_a_rate_of_their_own():
+def test_presets_have_an_embedding_lr_where_it_was_measured_to_be_better():
     """With Muon, where it was measured; tiny's learning rate is as high as the embedding's would be."""
     for name in PRESETS:
-        run = loaded(name)
+        run = load_preset(name)
         with torch.device("meta"):
             tied = "input" not in build(run.model_hyperparams).roles().values()
         assert run.optimizer_hyperparams.embedding_lr or tied, name
@@ -102,8 +104,8 @@ def test_embeddings_have_a_rate_of_their_own():
         assert run.optimizer_hyperparams.embedding_lr or not measured or name == "tiny", name
 
 
-def test_those_of_tinystar_differ_from_v0_2_in_one_thing():
-    base = raw("tinystar-v0.2-modernbase")
+def test_presets_of_tinystar_differ_from_v0_2_in_one_option():
+    base = read_preset("tinystar-v0.2-modernbase")
     default = to_dict(CONFIGS["tinystar"]())
     for key in ("norm_type", "attention_type", "ffn_type", "pos_encoding"):
         assert base["model_hyperparams"][key] == default[key]
@@ -115,13 +117,13 @@ def test_those_of_tinystar_differ_from_v0_2_in_one_thing():
         named = {"model_path": f"bin/{name}.tinystar", "checkpoints": {**base["checkpoints"], "path": f"bin/ck_{name}"}}
         changed = {**base["model_hyperparams"], key: value}
         assert changed != base["model_hyperparams"]
-        assert raw(name) == {**base, **named, "model_hyperparams": changed}
+        assert read_preset(name) == {**base, **named, "model_hyperparams": changed}
 
 
 @pytest.mark.slow
-def test_each_is_what_its_name_says():
+def test_presets_have_the_options_that_their_names_say():
     def has(name, **keys):
-        config = loaded(name).model_hyperparams
+        config = load_preset(name).model_hyperparams
         assert {key: getattr(config, key) for key in keys} == keys
 
     has("strawberry-large", n_experts=1, n_ffn_experts=1)
@@ -131,7 +133,7 @@ def test_each_is_what_its_name_says():
     has("strawberry-v0-compaction", compaction=True, compaction_scope="causal")
     for mixer in ("aft", "lam", "kv"):
         has(f"palm-{mixer}", attention_type=mixer)
-        assert loaded(f"palm-{mixer}").optimizer_hyperparams.use_muon
+        assert load_preset(f"palm-{mixer}").optimizer_hyperparams.use_muon
     has("tinystar-v0.1-baseline", attention_type="MHA", ffn_type="GELU", norm_type="LayerNorm", pos_encoding="Learned")
     has("tinystar-v0.8-speedrun", qk_norm=True, ffn_type="ReLU2", n_ffn=None, logit_softcap=15, tie_embeddings=False,
         skip_scalars=True, value_embeddings=True)  # fmt: skip
@@ -139,7 +141,7 @@ def test_each_is_what_its_name_says():
         pos_encoding="Sinusoidal", norm_type="LayerNorm")  # fmt: skip
     has("transformer-pairs", kind="encoder-decoder")
     has("transformer-decoder", kind="decoder", attention_type="GQA", pos_encoding="RoPE")
-    assert loaded("transformer-decoder").model_hyperparams.rope_scaling.type == "yarn"
+    assert load_preset("transformer-decoder").model_hyperparams.rope_scaling.type == "yarn"
     has("transformer-masked", kind="encoder")
 
 
@@ -149,7 +151,7 @@ TEXT = "".join(f"the {word} sat on mat {n} and saw it.\n" for n in range(60) for
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def corpus_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("presets")
     (folder / "text.txt").write_text(TEXT)
     encoder = encoders.load(f"chars:{folder / 'text.txt'}")
@@ -172,17 +174,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def small(name, folder):
-    """The overrides that make a preset small and quick, on the corpus in `folder`."""
-    given = raw(name)["model_hyperparams"]
+def small_overrides(name, folder):
+    """The overrides that make a preset small and fast, on the corpus in `folder`."""
+    hyper = read_preset(name)["model_hyperparams"]
     encoder = encoders.load(f"chars:{folder / 'text.txt'}")
-    sizes = {key: value for key, value in SMALL.items() if key in given} | {"vocab_size": encoder.vocab_size + 2}
-    sizes["n_head"] = 8 if given.get("n_experts") or given.get("n_kv_head") else 4
-    data = "pairs.bin" if "pairs" in raw(name)["dataset"]["path"] else "text.bin"
+    sizes = {key: value for key, value in SMALL.items() if key in hyper} | {"vocab_size": encoder.vocab_size + 2}
+    sizes["n_head"] = 8 if hyper.get("n_experts") or hyper.get("n_kv_head") else 4
+    data = "pairs.bin" if "pairs" in read_preset(name)["dataset"]["path"] else "text.bin"
     run = {"dataset.path": folder / data, "encoder_path": f"chars:{folder / 'text.txt'}", "batch_size": 3,
            "max_iters": 2, "eval_interval": 2, "log_interval": 1, "eval_iters": 2, "warmup_iters": 0, "seed": 5,
            "sample_length": 4, "device": "cpu", "dtype": "float32", "compile": "false"}  # fmt: skip
-    if "rope_scaling" in given:
+    if "rope_scaling" in hyper:
         run["model_hyperparams.rope_scaling.original_max_position"] = 16
     run |= {f"model_hyperparams.{key}": value for key, value in sizes.items()}
     return [f"--{key}={value}" for key, value in run.items()]
@@ -190,12 +192,12 @@ def small(name, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
-def test_trains_evaluates_is_saved_and_makes_text(name, workshop, tmp_path, monkeypatch, capsys):
+def test_preset_trains_evaluates_saves_and_samples(name, corpus_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plot, "curves", lambda *arguments: None)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    run = loaded(name)
-    assert train.main(["--config", f"{name}.json", *small(name, workshop)]) == 0
+    run = load_preset(name)
+    assert train.main(["--config", f"{name}.json", *small_overrides(name, corpus_folder)]) == 0
     lines = plot.read_metrics(Path(run.checkpoints.path, "metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert all(0 < line[key] < 8 for line in lines for key in line if key.endswith("loss"))
@@ -218,16 +220,16 @@ def test_trains_evaluates_is_saved_and_makes_text(name, workshop, tmp_path, monk
     assert f"{Path(run.model_path)}: {model.config.arch}" in output
 
 
-def test_the_sizes_in_the_presets_of_the_objectives_are_what_they_need():
+def test_vocab_size_of_presets_includes_the_tokens_of_their_objective():
     """8192 is what prepare.py's encoder has by default."""
-    assert loaded("transformer-spans").model_hyperparams.vocab_size == 8192 + 13
-    assert loaded("transformer-masked").model_hyperparams.vocab_size == 8192 + 1
+    assert load_preset("transformer-spans").model_hyperparams.vocab_size == 8192 + 13
+    assert load_preset("transformer-masked").model_hyperparams.vocab_size == 8192 + 1
 
 
 @pytest.mark.parametrize("key", ["n_head", "n_layer", "n_embd", "n_kv_head", "vocab_size", "block_size", "n_experts",
                                  "recursions", "window"])  # fmt: skip
 @pytest.mark.parametrize("arch", CONFIGS)
-def test_a_huge_number_is_judged_at_once(arch, key):
+def test_huge_numbers_are_validated_quickly(arch, key):
     """2**62 + 1 has no small divisor: a default that searched for one would search for years."""
     began = time.process_time()
     check(CONFIGS[arch], {"arch": arch, key: 2**62 + 1})

@@ -1,18 +1,18 @@
-"""Who starts how and who is optimized by whom, parameter by parameter, as the families say it."""
+"""The role of each parameter, which decides its initialization and its optimizer."""
 
 import pytest
 from cases import CASES
 
 from model import build
 
-# what these endings say; everything else is a hidden matrix
+# roles by the ending of the name; all others are hidden matrices
 RESIDUAL = {"strawberry": (".out",), "strawberry-v0": (".w_out", "compaction.wt"),
             "strawberry-silia": (".attn2.w_out.weight",), "tinystar": (".wo.weight", ".w2.weight")}  # fmt: skip
 SPECIAL = {"tao": ".tao", "router": ("router.weight", "depth.weight"), "position": (".aft.a", ".aft.b", "aft.kernel",
            "mixer.a", "mixer.b", "mixer.kernel", "positions.weight"), "tau": (".attn1.tau", ".attn2.tau")}  # fmt: skip
 
 
-def expected(arch: str, name: str, tied: bool) -> str:
+def expected_role(arch: str, name: str, tied: bool) -> str:
     for role, ends in SPECIAL.items():
         if name.endswith(ends):
             return role
@@ -31,8 +31,8 @@ def expected(arch: str, name: str, tied: bool) -> str:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_parameter_has_the_role_that_its_family_says(case):
+def test_every_parameter_has_its_role(case):
     model = build(CASES[case])
     arch = model.config.arch
     tied = arch != "palm" and getattr(model.config, "tie_embeddings", True)
-    assert model.roles() == {name: expected(arch, name, tied) for name, _ in model.named_parameters()}
+    assert model.roles() == {name: expected_role(arch, name, tied) for name, _ in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""strawberry-silia: what the slow reference and the promises, which cover it too, do not say."""
+"""strawberry-silia: what neither the slow reference nor the three promises, which cover it too, check."""
 
 import math
 
@@ -15,11 +15,11 @@ from strawberry.training.blocks import compile_blocks
 CASE = CASES["strawberry-silia()"]
 
 
-def random(*shape: int) -> torch.Tensor:
+def randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def sink_attention_by_loops(q, k, v, sink_k, sink_v, d):
+def naive_sink_attention(q, k, v, sink_k, sink_v, d):
     """Σ over the sink and s ≤ t, one query of one head at a time; all (T, D)."""
     y = torch.empty_like(q)
     for t in range(len(q)):
@@ -30,84 +30,84 @@ def sink_attention_by_loops(q, k, v, sink_k, sink_v, d):
     return y
 
 
-@pytest.mark.parametrize("pieces", [[9], [1] * 9, [4, 1, 4]])
-def test_the_sink_is_seen_beside_all_that_is_not_later(pieces):
-    """In one call, and through the cache; a cache of a longer text before leaves nothing in it."""
+@pytest.mark.parametrize("chunks", [[9], [1] * 9, [4, 1, 4]])
+def test_sink_attention_equals_loops(chunks):
+    """In one call and with a cache that has other keys and values in its slots."""
     torch.manual_seed(0)
     mixer = build(CASE).blocks[0].attn1.mixer.double().requires_grad_(False)
-    q, k, v = (random(1, 9, 32) for _ in range(3))
-    mixer.sink_k.data, mixer.sink_v.data = 2 * random(32), 3 * random(32)
-    expected = sink_attention_by_loops(q[0], k[0], v[0], mixer.sink_k, mixer.sink_v, 8)
+    q, k, v = (randn(1, 9, 32) for _ in range(3))
+    mixer.sink_k.data, mixer.sink_v.data = 2 * randn(32), 3 * randn(32)
+    expected = naive_sink_attention(q[0], k[0], v[0], mixer.sink_k, mixer.sink_v, 8)
     cache = mixer.new_cache(1, 9, "cpu", torch.float64)
     cache.k.fill_(7.0), cache.v.fill_(7.0)
     parts, start = [], 0
     with torch.no_grad():
-        for n in pieces:
+        for n in chunks:
             at = ForwardContext(torch.arange(start, start + n)[None], Mode.PREFILL, num_cached=start,
                                 max_cached_tokens=start)  # fmt: skip
             parts.append(mixer(*(x[:, start : start + n] for x in (q, k, v, v)), at, cache))
             start += n
     torch.testing.assert_close(torch.cat(parts, dim=1)[0], expected)
-    whole = mixer(q, k, v, v, ForwardContext(torch.arange(9)[None]), None)
-    torch.testing.assert_close(whole[0], expected)
+    uncached = mixer(q, k, v, v, ForwardContext(torch.arange(9)[None]), None)
+    torch.testing.assert_close(uncached[0], expected)
 
 
 def test_a_new_sink_adds_one_to_the_denominator():
     torch.manual_seed(0)
     mixer = build(CASE).blocks[0].attn1.mixer.double()
-    q, k, v = (random(1, 1, 32) for _ in range(3))
+    q, k, v = (randn(1, 1, 32) for _ in range(3))
     y = mixer(q, k, v, v, ForwardContext(torch.zeros(1, 1, dtype=torch.int64)), None)
     weight = ((q * k).unflatten(-1, (4, 8)).sum(-1, keepdim=True) / 8**0.5).exp()
     torch.testing.assert_close(y.unflatten(-1, (4, 8)), weight / (weight + 1) * v.unflatten(-1, (4, 8)))
 
 
-def test_nothing_of_the_own_value_is_left():
+def test_exclude_value_is_orthogonal_to_the_own_value():
     torch.manual_seed(0)
-    y, v = random(2, 5, 32), random(2, 5, 32)
-    left = ops.exclude_value(y, v, 8)
-    assert (left * v).unflatten(-1, (4, 8)).sum(-1).abs().max() < 1e-12
-    along = (y - left).unflatten(-1, (4, 8)) / v.unflatten(-1, (4, 8))
-    torch.testing.assert_close(along, along[..., :1].expand_as(along))  # what was taken away is parallel to v
+    y, v = randn(2, 5, 32), randn(2, 5, 32)
+    rest = ops.exclude_value(y, v, 8)
+    assert (rest * v).unflatten(-1, (4, 8)).sum(-1).abs().max() < 1e-12
+    along = (y - rest).unflatten(-1, (4, 8)) / v.unflatten(-1, (4, 8))
+    torch.testing.assert_close(along, along[..., :1].expand_as(along))  # the removed part is parallel to v
 
 
 @pytest.mark.parametrize("length", [0.0, 1e-7])
-def test_a_value_shorter_than_a_millionth_is_divided_by_a_millionth(length):
+def test_exclude_value_divides_by_a_norm_of_1e_6_or_more(length):
     torch.manual_seed(0)
-    y, way = random(1, 1, 8), random(8)
-    v = (length * way / way.norm())[None, None].requires_grad_()
-    left = ops.exclude_value(y, v, 8)
-    torch.testing.assert_close(left, y - (y * v).sum() / 1e-6 * v / 1e-6)
-    left.sum().backward()
+    y, direction = randn(1, 1, 8), randn(8)
+    v = (length * direction / direction.norm())[None, None].requires_grad_()
+    rest = ops.exclude_value(y, v, 8)
+    torch.testing.assert_close(rest, y - (y * v).sum() / 1e-6 * v / 1e-6)
+    rest.sum().backward()
     assert v.grad.isfinite().all()
 
 
-def test_at_first_a_block_gives_the_mean_of_its_branches():
+def test_attention_residual_is_the_mean_of_branches_at_initialization():
     """A₂ writes nothing yet, so that this is x₀ / (L + 1), and the logits are those of x₀."""
     torch.manual_seed(0)
     model, idx = build(CASE).double().eval(), tokens(2, 9)
     x0, ctx = norm(model.embed(idx)), model.make_context(idx)
     x = model.hidden_states(idx, ctx, None)
     torch.testing.assert_close(x, x0 / 3)
-    branches = [random(2, 9, 16) for _ in range(4)]
+    branches = [randn(2, 9, 16) for _ in range(4)]
     torch.testing.assert_close(ops.attention_residual(branches, torch.zeros(16)), sum(branches) / 4)
 
 
-def test_the_cache_has_a_line_of_slots_for_the_sink():
+def test_the_cache_has_64_more_slots_with_a_sink():
     for sink, more in ((True, 64), (False, 0)):
         model = build({**CASE, "attention_sink": sink})
         for length in (50, 200):
-            slots = length + more + 1  # one takes what is dropped
+            slots = length + more + 1  # the last is for masked writes
             assert model.new_cache(3, length).nbytes() == 3 * 2 * 2 * slots * 2 * 32 * 4  # rows, blocks, attentions
 
 
 @pytest.mark.slow
-def test_blocks_compiled_one_by_one_are_all_compiled(monkeypatch):
-    """Each block reads another number of branches: more graphs than torch.compile makes of a function by default."""
+def test_compile_blocks_compiles_every_block(monkeypatch):
+    """Blocks differ in the number of branches, so each needs a graph: more than the recompile limit allows."""
     torch._dynamo.reset()
-    plain = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda run, **how: plain(run, **how, backend="eager"))
-    model, idx = build({**CASE, "n_layer": 5}), tokens(1, 9)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=4):
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, **options: torch_compile(run, **options, backend="eager"))
+    model, idx = build({**CASE, "n_layer": 3}), tokens(1, 9)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=2):
         with torch.no_grad():
             expected = model(idx)[0]
             compile_blocks(model, True)

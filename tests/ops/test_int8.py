@@ -1,4 +1,4 @@
-"""int8_linear on a CPU: the product of the numbers that the weights stand for, by whichever kernel."""
+"""int8_linear on a CPU, with PyTorch's kernel and without, against the product of dequantized weights."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from strawberry.ops.linear import int8_linear, quantize_int8
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("M, N, K", [(1, 7, 64), (3, 64, 128), (64, 5, 64), (65, 7, 64), (2, 6, 24), (1, 3, 13)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_int8_linear_is_the_product(dtype, M, N, K, biased):
+def test_int8_linear_equals_the_dequantized_product(dtype, M, N, K, biased):
     torch.manual_seed(0)
     w, scale = quantize_int8(torch.randn(N, K))
     x, bias = torch.randn(M, 1, K).to(dtype), torch.randn(N).to(dtype) if biased else None
@@ -20,8 +20,8 @@ def test_int8_linear_is_the_product(dtype, M, N, K, biased):
     assert (got.double() - expected).abs().max() <= tolerance
 
 
-def test_the_kernel_reads_whole_vectors_only(monkeypatch):
-    """It crashes with other widths, so they are computed without it."""
+def test_int8_kernel_is_called_only_for_widths_that_it_supports(monkeypatch):
+    """PyTorch's kernel reads whole vectors: other widths would crash it."""
     calls = []
     kernel = torch._weight_int8pack_mm
     monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(args[1].size(1)) or kernel(*args))

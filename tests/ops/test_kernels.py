@@ -14,34 +14,32 @@ from strawberry.ops.triton.common import INTERPRETED
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-GROUPS = [
-    "decode",
-    "aft",
-    "grow",
-    "not decode and not aft and not grow",
-]  # each a share of tests/ops/kernels_in_interpreter.py, as pytest's -k has it
+PROJECTIONS = "rope or float8 or quantize or linear"
+# a partition of tests/ops/kernels_in_interpreter.py into parts of about 40 s, as expressions for pytest's -k
+GROUPS = ["aft", f"not aft and ({PROJECTIONS})", f"not aft and not ({PROJECTIONS})"]
 
 
-def python(*args: str, **variables: str) -> subprocess.CompletedProcess:
+def run_python(*args: str, **variables: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | variables
     return subprocess.run([sys.executable, *args], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", GROUPS, ids=["aft", "projections", "others"])
 def test_kernels_in_the_interpreter(group):
     require_module("triton")
-    run = python("-m", "pytest", "-q", "-x", "tests/ops/kernels_in_interpreter.py", "-k", group, TRITON_INTERPRET="1")
+    file = "tests/ops/kernels_in_interpreter.py"
+    run = run_python("-m", "pytest", "-q", "-x", file, "-k", group, TRITON_INTERPRET="1")
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert "skipped" not in run.stdout
 
 
-def test_other_tests_do_not_see_the_interpreter():
+def test_the_interpreter_is_off_in_other_tests():
     assert not INTERPRETED and not kernels.can_run(torch.zeros(1))
 
 
-def test_without_triton_the_plain_paths_serve():
-    run = python(
+def test_plain_paths_run_without_triton():
+    run = run_python(
         "-c",
         """
 import sys
@@ -64,5 +62,5 @@ assert decode_attention(x[None], k, k * 7, torch.tensor([1]), 4, 1.0).flatten().
 @pytest.mark.whole_gpu
 def test_kernels_on_a_gpu():
     """Each against float64; what it prints of times is not judged."""
-    run = python("bench.py", "kernels")
+    run = run_python("bench.py", "kernels")
     assert run.returncode == 0, run.stdout + run.stderr

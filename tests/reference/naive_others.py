@@ -176,14 +176,14 @@ def rope_frequencies(dim, scaling=None, block_size=None, base=10000.0):
 
 
 def yarn_frequencies(dim, scaling, base, plain):
-    """arXiv 2309.00071: pairs that turn often stay, pairs that turn less than once are interpolated, a ramp between."""
+    """arXiv 2309.00071: pairs with many rotations stay, those with less than one are interpolated, a ramp between."""
     factor, length = scaling["factor"], scaling["original_max_position"]
 
-    def pair_that_turns(times):  # the (real) index i with length · base^(−2i/dim) = 2π · times
-        return dim * math.log(length / (2 * math.pi * times)) / (2 * math.log(base))
+    def pair_with_rotations(n):  # the (real) index i with length · base^(−2i/dim) = 2π · n
+        return dim * math.log(length / (2 * math.pi * n)) / (2 * math.log(base))
 
-    low = max(math.floor(pair_that_turns(scaling.get("beta_fast", 32))), 0)
-    high = min(math.ceil(pair_that_turns(scaling.get("beta_slow", 1))), dim - 1)
+    low = max(math.floor(pair_with_rotations(scaling.get("beta_fast", 32))), 0)
+    high = min(math.ceil(pair_with_rotations(scaling.get("beta_slow", 1))), dim - 1)
     if low == high:
         high += 0.001
     mixed = []
@@ -505,7 +505,7 @@ def as_numpy(params):
     return {name: tensor.detach().cpu().double().numpy() for name, tensor in params.items()}
 
 
-def each_row(rows):
+def stack_rows(rows):
     return torch.from_numpy(np.stack([np.stack(row) for row in rows]))
 
 
@@ -530,7 +530,7 @@ def tinystar_head(p):
 def naive_tinystar(cfg, params, idx):
     """Logits (B, T, V), float64, of tokens idx (B, T)."""
     cfg, p = {**TINYSTAR, **cfg}, as_numpy(params)
-    return each_row([tinystar_row(cfg, p, row) for row in idx.tolist()])
+    return stack_rows([tinystar_row(cfg, p, row) for row in idx.tolist()])
 
 
 def tinystar_row(cfg, p, tokens):
@@ -590,7 +590,7 @@ def palm_aft(layer):
 def naive_palm(cfg, params, idx):
     """Logits (B, T, V), float64, of tokens idx (B, T)."""
     cfg, p = {**PALM, **cfg}, as_numpy(params)
-    return each_row([palm_row(cfg, p, row) for row in idx.tolist()])
+    return stack_rows([palm_row(cfg, p, row) for row in idx.tolist()])
 
 
 def palm_row(cfg, p, tokens):
@@ -670,7 +670,7 @@ def naive_transformer(cfg, params, idx, source=None):
     """Logits (B, T, V), float64, of tokens idx (B, T); an encoder-decoder also reads source (B, S)."""
     cfg, p = {**TRANSFORMER, **cfg}, as_numpy(params)
     sources = source.tolist() if source is not None else [None] * len(idx)
-    return each_row([transformer_row(cfg, p, row, src) for row, src in zip(idx.tolist(), sources, strict=True)])
+    return stack_rows([transformer_row(cfg, p, row, src) for row, src in zip(idx.tolist(), sources, strict=True)])
 
 
 def transformer_row(cfg, p, tokens, source):

@@ -1,4 +1,4 @@
-"""Slow, literal float64 versions of the strawberry families and the parts they are made of, to hold model.py against.
+"""Slow, literal float64 versions of the strawberry families and their parts, to compare model.py with.
 
 Written from the specification and the papers it cites, sharing no code with model.py, so that agreement to 1e-9 says
 something. Everything is a loop over tokens in NumPy float64; only what happens inside one token is a matrix product.
@@ -18,11 +18,11 @@ Notation: B rows, T tokens, V vocab_size, C n_embd, D n_qkv, H n_head, d = D/H, 
 Readings, where the specification leaves a choice:
  1. Order of the whole: x = norm(embed) -> stack -> norm -> tied head -> softcap, in strawberry-v0 too. A norm is
     applied wherever it is written, also on what was just normalised (eps makes the second one count: 5e-7).
- 2. Rotary turns each head's d numbers, pair i is (i, i + d/2) at frequency 10000^(-2i/d), the position is the token's
+ 2. RoPE rotates each head's d numbers, pair i is (i, i + d/2) at frequency 10000^(-2i/d), the position is the token's
     index in its row. QK-norm comes after it, over each head's d; scores are still divided by sqrt(d).
  3. GQA: consecutive query heads share a key head (h // (H / n_kv_head)).
  4. Expert windows: window // 2^e, not under 16; a `window` that is itself under 16 is left as it is for all experts.
-    An explicit list is `windows` and taken as it stands.
+    An explicit list is `windows` and used as it is.
     The default window is block_size // 4, at least 1. a_experts and a_ffn_experts default to all.
  5. A kept expert weighs n_experts * p_e with p the softmax over all experts; kept weights aren't renormalised.
  6. A retention step is a SwiGLU step with the weights it found, followed by their update from that step's own u, v.
@@ -35,7 +35,7 @@ Readings, where the specification leaves a choice:
     oa is 0: its weights are rescaled, nothing more. By default max(16, min(C up to a power of two, block_size // 2)).
 10. Recursions: x goes on, everything else starts anew in each pass: base weights, oa, attention and AFT sums see that
     pass only. Positions don't go on counting. All passes share AFT positions and routers.
-11. Adaptive depth: x0 is the stack's input; N * q_n uses q without the bias. A frozen token's q, k, v are made from its
+11. Adaptive depth: x0 is the stack's input; N * q_n uses q without the bias. A frozen token's q, k, v come from its
     frozen x with its chunk's weights of that pass; it contributes u = v = 0 and still counts as a token of its chunk.
 12. strawberry-v0: rotary and QK-norm per head come first, AFT and expert attention then read these same q and k;
     AFT gets no further norm. r_layer counts passes through the block (1 means once).
@@ -43,7 +43,7 @@ Readings, where the specification leaves a choice:
     over earlier chunks / tokens in them, then / sqrt(C), then tanh; chunk 0 has Y = 0. Batch: the bare sum over B*T.
 14. LAM: a zero q or k stays zero. GELU is the exact one (erf).
 15. strawberry-silia: the sink's score is q·τ₀ · k_sink / √d, times the squared attention factor as every score; a
-    gate is σ of its own channels, which stand after v's.
+    gate is σ of its own channels, which come after v's.
 """
 
 import math
@@ -109,7 +109,7 @@ def frequencies(cfg):
 
 
 def rotary_and_norm(cfg, x):
-    """x (T, D) -> (T, D): each head of each token turned by the token's position, then normed over d."""
+    """x (T, D) -> (T, D): RoPE of each head of each token at the token's position, then its norm over d."""
     y = np.empty_like(x)
     frequency, _ = frequencies(cfg)
     for t in range(len(x)):
@@ -347,9 +347,9 @@ def strawberry_rows(cfg, P, idx):
     if option(cfg, "adaptive", False):
         x = adaptive_depth(cfg, P, x, N)
     else:
-        everyone = np.ones(idx.shape, bool)
+        all_tokens = np.ones(idx.shape, bool)
         for _ in range(N):
-            x = strawberry_stack(cfg, P, x, everyone)
+            x = strawberry_stack(cfg, P, x, all_tokens)
     return head(cfg, P, x)
 
 
@@ -421,22 +421,22 @@ def read_memory(cfg, P, M, x, moving):
     z, values = h @ P[M + "w_key"].T, h @ P[M + "w_value"].T
     convolved = [z[t] + sum(taps[j] * z[t - j] for j in range(min(4, t + 1))) for t in range(T)]
     for head in range(H):
-        S, mine = np.zeros((d, d)), slice(head * d, (head + 1) * d)
+        S, channels = np.zeros((d, d)), slice(head * d, (head + 1) * d)
         offset = -4 - 5 * (head / (H - 1) if H > 1 else 0)
         key = np.zeros(d)
         for t in range(T):
             forget, write, show = (P[M + "w_gates"] @ h[t] + P[M + "gate_bias"])[head::H]
-            query = about_unit(convolved[t][mine])
+            query = smooth_unit(convolved[t][channels])
             if moving[t]:
                 S = S / (1 + math.exp(forget + offset))  # exp(−softplus(z)) = 1 / (1 + e^z)
-                S = S + sigmoid(write) * np.outer(key, values[t, mine] - S.T @ key)
+                S = S + sigmoid(write) * np.outer(key, values[t, channels] - S.T @ key)
             read = S.T @ query
-            o[t, mine] = sigmoid(show) * read / np.sqrt(np.mean(read * read) + 0.01)
+            o[t, channels] = sigmoid(show) * read / np.sqrt(np.mean(read * read) + 0.01)
             key = query  # of the next token
     return o @ P[M + "out"].T
 
 
-def about_unit(x):
+def smooth_unit(x):
     return x / np.sqrt(np.sum(x * x) + 0.01)
 
 
