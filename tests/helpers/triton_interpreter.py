@@ -5,9 +5,12 @@ import operator
 from types import SimpleNamespace
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
+
+PATCHED_VERSION = "3.7."  # whose private names are used below
 
 
 def reduce_overhead() -> None:
@@ -15,8 +18,10 @@ def reduce_overhead() -> None:
 
     It replaces the functions of triton.language at every launch and at every call of a device function: do it once.
     It builds a table at every look-up of a NumPy dtype: cache the result. It checks for integer overflow by
-    operations that are interpreted in turn: check by NumPy.
+    operations that are interpreted in turn: check by NumPy. Other versions of Triton run as they are, slowly.
     """
+    if not triton.__version__.startswith(PATCHED_VERSION):
+        return
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
     of_scalar = functools.cache(interpreter._get_np_dtype)
