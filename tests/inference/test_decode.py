@@ -18,7 +18,7 @@ from strawberry.ops.sampling import sample
 
 @pytest.mark.slow
 @every_model
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_texts_are_those_that_generate_makes(name, rows):
     """Whatever the number of rows, the company and who came before in a row; rows join while others stand elsewhere."""
     model = small_model(name)
@@ -47,9 +47,9 @@ def test_a_device_that_works_ahead_makes_the_same_texts(name, rows):
 @every_model
 def test_alone_and_in_company_are_the_same_in_float32(name):
     model = small_model(name).float()
-    requests = requests_for(model, 7)
-    together = collect(Decoder(model, 4, 64, batch_invariant=True), requests)
-    alone = [collect(Decoder(model, 4, 64, batch_invariant=True), [request])[0] for request in requests]
+    requests = requests_for(model, 5)
+    together = collect(Decoder(model, 2, 64, batch_invariant=True), requests)
+    alone = [collect(Decoder(model, 2, 64, batch_invariant=True), [request])[0] for request in requests]
     assert together == alone
 
 
@@ -328,7 +328,7 @@ def probabilities(logits: list[float], temperature=1.0, top_k=None, top_p=1.0, m
 def test_draws_follow_the_filtered_probabilities(asked, size):
     """Over u in even steps, each token comes as often as it is likely; over all of [0, 1), never one left out."""
     logits = 2 * torch.randn(size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
-    n = 20_000
+    n = 5_000
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     asked = {"temperature": 1.0} | asked
     expected = torch.tensor(probabilities(logits.tolist(), **asked), dtype=torch.float64)
@@ -366,11 +366,11 @@ def learned(name: str):
     torch.manual_seed(0)
     model = build(SMALL | {"n_qkv": 32} | MODELS[name])
     follows = torch.randn(31, 31).mul(2).softmax(-1)
-    texts = torch.zeros(1024, 64, dtype=torch.int64)
-    for t in range(1, 64):
+    texts = torch.zeros(41 * 16, 34, dtype=torch.int64)
+    for t in range(1, 34):
         texts[:, t] = torch.multinomial(follows[texts[:, t - 1]], 1).squeeze(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95))
-    for step in range(60):  # no text twice
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    for step in range(40):  # no text twice
         batch = texts[16 * step :][:16]
         model(batch[:, :-1], batch[:, 1:])[1].backward()
         optimizer.step()

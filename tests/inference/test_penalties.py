@@ -1,11 +1,12 @@
 """Penalties, logit bias and minimum length: against definitions written out token by token, and transformers."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from decoding import WISHES, collect, requests_for, small_model, wishful_requests
+from decoding import WISHES, by_generate, collect, requests_for, small_model, wishful_requests
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import encoder as encoders
@@ -45,6 +46,19 @@ def by_definition(model, r: Request) -> list[int]:
     return generated
 
 
+@functools.cache
+def texts_by_definition(name: str) -> list[list[int]]:
+    """The texts of wishful_requests(small_model(name)), most of which the penalties, bias and minimum length change."""
+    model = small_model(name)
+    requests = wishful_requests(model)
+    expected = [by_definition(model, request) for request in requests]
+    plain = [replace(r, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias={},
+                     min_tokens=0) for r in requests]  # fmt: skip
+    changed = sum(by_generate(model, r) != tokens for r, tokens in zip(plain, expected, strict=True))
+    assert changed >= len(WISHES)
+    return expected
+
+
 @pytest.mark.parametrize(("name", "rows", "options"), [
     ("tinystar", 8, {}), ("tinystar", 3, {"batch_invariant": True}),
     pytest.param("strawberry", 1, {}, marks=pytest.mark.slow),
@@ -54,13 +68,8 @@ def by_definition(model, r: Request) -> list[int]:
 ])  # fmt: skip
 def test_texts_are_those_of_the_definitions(name, rows, options):
     """Rows of different settings, joined and moved in one batch; a row's counts start anew with each text."""
-    model = small_model(name)
+    model, expected = small_model(name), texts_by_definition(name)
     requests = wishful_requests(model)
-    expected = [by_definition(model, request) for request in requests]
-    plain = [replace(r, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias={},
-                     min_tokens=0) for r in requests]  # fmt: skip
-    changed = sum(by_definition(model, r) != tokens for r, tokens in zip(plain, expected, strict=True))
-    assert changed >= len(WISHES)  # they do something
     decoder = Decoder(model, rows, 64, **options)
     assert [tokens for tokens, _ in collect(decoder, requests)] == expected
     decoder.lookahead = 1 if model.causal else 0  # as on a GPU; in rows that other texts have used
