@@ -1,4 +1,4 @@
-"""What serve.py promises to clients that nobody here wrote, to many at once, and to those who mean no good."""
+"""serve.py: the completions API for other people's clients, for many clients at once, and for hostile ones."""
 
 import asyncio
 import base64
@@ -19,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 
+import forks
 import openai
 import pytest
 import torch
@@ -164,16 +165,16 @@ def error_of(answer, status):
 
 
 def sample_alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
-    """The text that the model makes with nobody else there, in a decoder of the server's shape."""
+    """The text of one request alone, in a decoder of the server's shape."""
     model, encoder, _ = load_model(folder / name)
     settings = sample.Settings(length=n, **{"temperature": 1.0, **options})
     decoder = Decoder(model, ROWS, 4096, batch_invariant=True)
     request = make_request(settings, encoder, encoder.encode(prompt), None, seed)
-    made = stream_texts(decoder, [TextStream(encoder, request, settings.stop)])
-    return replace_surrogates("".join(piece for _, piece, _ in made))
+    stream = stream_texts(decoder, [TextStream(encoder, request, settings.stop)])
+    return replace_surrogates("".join(piece for _, piece, _ in stream))
 
 
-def test_missing_folders_are_errors_and_are_not_made(tmp_path, monkeypatch):
+def test_missing_folders_are_errors_and_are_not_created(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
     Path("file").touch()
@@ -199,7 +200,7 @@ def test_missing_folders_are_errors_and_are_not_made(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_text_is_what_sample_makes(server, folder):
+def test_completions_equal_sample(server, folder):
     got = server.client.completions.create(model="air.strawberry", prompt="the cat", seed=7, max_tokens=24)
     assert got.choices[0].text == sample_alone(folder, "the cat", 7) != sample_alone(folder, "the cat", 8)
     assert (
@@ -247,8 +248,8 @@ def test_streamed_equals_plain(server, name):
     assert usage.completion_tokens == sum(len(c.logprobs.tokens) for c in plain.choices) - 3 * (7 + 4) > 60
 
 
-def test_each_piece_of_a_stream_has_the_logprobs_of_its_tokens(server):
-    """With the prompt the prompt's; then one token a piece, and more where text was held back."""
+def test_each_chunk_of_a_stream_has_the_logprobs_of_its_tokens(server):
+    """The first chunk has those of the prompt; then one token a chunk, and more where text was buffered."""
     asked = {"model": "air.strawberry", "prompt": "aé", "seed": 3, "max_tokens": 30, "logprobs": 1, "stream": True}
     first, *pieces = [chunk.choices[0] for chunk in server.client.completions.create(**asked, echo=True)]
     assert first.text == "aé" and len(first.logprobs.tokens) == 3 and first.logprobs.token_logprobs[0] is None
@@ -265,7 +266,7 @@ def test_each_piece_of_a_stream_has_the_logprobs_of_its_tokens(server):
 
 
 @pytest.mark.slow
-def test_samples_are_those_of_further_seeds(server, folder):
+def test_choices_use_consecutive_seeds(server, folder):
     got = server.client.completions.create(model="air.strawberry", prompt=["a b", "c"], seed=40, n=3, max_tokens=24)
     assert [c.index for c in got.choices] == list(range(6))
     assert [c.text for c in got.choices] == [sample_alone(folder, p, 40 + i) for p in ("a b", "c") for i in range(3)]
@@ -274,8 +275,8 @@ def test_samples_are_those_of_further_seeds(server, folder):
     assert drawn[0] != drawn[1]
 
 
-def test_rows_keep_one_shape(server):
-    """On which it rests that an answer is to the bit what it would be alone."""
+def test_the_decoder_is_batch_invariant(server):
+    """So that a text is bit for bit the one that the request would get alone."""
     server.complete()
     decoder = server.service.models.loaded["air.strawberry"].decoder
     assert decoder.batch_invariant and decoder.rows == ROWS
@@ -294,7 +295,7 @@ def test_stop_strings_end_a_text_before_them(server, folder):
     assert server.gauge("rows_busy") == 0
 
 
-def test_tokens_are_prompts_too(server):
+def test_prompts_may_be_token_ids(server):
     tokens = encoders.train(["x"], 258).encode("the cat")
     asked = {"model": "air.strawberry", "seed": 3, "max_tokens": 5}
     texts = [server.client.completions.create(**asked, prompt=prompt).choices for prompt in
@@ -304,7 +305,7 @@ def test_tokens_are_prompts_too(server):
     assert beginning == eot
 
 
-def test_logprobs_are_the_models(server, folder):
+def test_logprobs_equal_those_of_the_model_in_float64(server, folder):
     """Against the model itself, token by token, in float64."""
     model, encoder, _ = load_model(folder / "air.strawberry")
     got = server.client.completions.create(model="air.strawberry", prompt="aé", seed=3, max_tokens=3, echo=True,
@@ -348,8 +349,8 @@ def test_top_logprobs_are_in_the_order_of_probability(server, folder):
     assert [text for text, _ in best[0]][:4] == [decode_token(encoder, token) for token in likeliest]
 
 
-def test_scores_alone(server):
-    """max_tokens 0 with echo: nothing is made, and no row is needed."""
+def test_echo_without_new_tokens_scores_the_prompt(server):
+    """max_tokens 0 with echo: nothing is generated, and no row is needed."""
     got = server.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=0, echo=True, logprobs=0)
     assert got.choices[0].text == "abc" and len(got.choices[0].logprobs.token_logprobs) == 3
     assert got.usage.completion_tokens == 0 and got.choices[0].finish_reason == "length"
@@ -363,7 +364,7 @@ def test_logprobs_without_echo_are_the_end_of_those_with_it(server):
     assert without == {name: values[5:] for name, values in with_echo.items()} and len(without["tokens"]) == 6
 
 
-def test_models_that_see_the_future_score_what_they_drew_from(server, folder):
+def test_models_that_are_not_causal_score_each_token_given_its_prefix(server, folder):
     model, encoder, _ = load_model(folder / "future.strawberry")
     asked = {"model": "future.strawberry", "prompt": "a longer prompt", "max_tokens": 1, "echo": True, "logprobs": 1}
     got = server.client.completions.create(**asked)
@@ -383,7 +384,7 @@ def test_encoder_decoders_take_a_source(server):
     assert error_of(server.complete(source="x"), 400)["param"] == "source"
 
 
-def test_a_text_ends_where_positions_do(server):
+def test_texts_end_where_positions_or_context_end(server):
     got = server.client.completions.create(model="learned.tinystar", prompt="a" * 60, max_tokens=50, temperature=0)
     assert got.choices[0].finish_reason == "length" and got.usage.completion_tokens == 5
     got = server.client.completions.create(model="air.strawberry", prompt="a" * 4090, max_tokens=50, temperature=0)
@@ -424,7 +425,7 @@ def test_models_are_listed(server, folder):
     assert error.value.code == "model_not_found" and "did you mean 'air.strawberry'" in str(error.value)
 
 
-def test_models_come_change_and_go(start, folder, tmp_path):
+def test_models_are_reloaded_when_their_files_change(start, folder, tmp_path):
     (tmp_path / "notes.txt").write_text("no model")
     (tmp_path / "broken.strawberry").write_bytes(b"no model either")
     server = start(tmp_path)
@@ -468,7 +469,7 @@ DAMAGED = ["cut", "empty", "zeros", "text", "header", "pickle", "shape", "no arc
 
 
 @pytest.mark.slow
-def test_a_damaged_model_file_is_said_to_be_damaged(start, tmp_path, monkeypatch):
+def test_damaged_model_files_are_reported_without_paths(start, tmp_path, monkeypatch):
     """Whatever the damage and whoever asks: the file is named, its folder is not, and a retry is not asked for."""
     folder = tmp_path / "secret"
     folder.mkdir()
@@ -596,7 +597,7 @@ def test_errors_do_not_reveal_the_paths_of_models(server, folder):
     assert "masked.transformer" in message and str(folder) not in message
 
 
-def test_idle_models_make_room(start, tmp_path):
+def test_idle_models_are_evicted_and_busy_ones_are_not(start, tmp_path):
     for name in ("air.strawberry", "learned.tinystar", "future.strawberry"):
         make_model(tmp_path / name)
     server = start(tmp_path, memory=0.3 / 1024, context=64)  # of MiB: one of them, not two
@@ -614,7 +615,7 @@ def test_idle_models_make_room(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_clients_get_their_own_texts_or_retry_after(start, folder):
+def test_concurrent_clients_get_their_own_texts_or_retry_after(start, folder):
     clients, queue = count(24, 64), count(6, 32)
     server = start(queue=queue, batch=ROWS)
     solo = [sample_alone(folder, f"prompt {i}", i) for i in range(clients)]
@@ -640,7 +641,7 @@ def test_many_clients_get_their_own_texts_or_retry_after(start, folder):
     assert server.complete()[0] == 200
 
 
-class StepByStep:
+class SteppedEngine:
     """An engine without its thread, whose steps take time of a clock of their own: the test calls them."""
 
     def __init__(self, folder, monkeypatch, step=0.5, prompt=0.0, ends=None, **settings):
@@ -656,19 +657,19 @@ class StepByStep:
         self.engine = asyncio.run(make())
         self.engine.load()
         self.decoder, self.step, self.prompt = self.engine.decoder, step, prompt
-        self.real_step, self.real_admit = self.decoder.step, self.decoder.admit
+        self.decoder_step, self.decoder_admit = self.decoder.step, self.decoder.admit
         monkeypatch.setattr(self.decoder, "step", self.take_step)
         monkeypatch.setattr(self.decoder, "admit", self.read_prompt)
 
     def read_prompt(self, request):
         self.now += self.prompt
-        return self.real_admit(request)
+        return self.decoder_admit(request)
 
     def take_step(self):
         """A token of each row; where texts have `ends`, they end after that share of what was asked for."""
         self.now += self.step
         arrived = []
-        for handle, token, why in self.real_step():
+        for handle, token, why in self.decoder_step():
             self.token_counts[handle] = self.token_counts.get(handle, 0) + 1
             asked = self.engine.running[handle][1].request.max_new_tokens
             if self.ends and not why and self.token_counts[handle] >= self.ends * asked:
@@ -679,32 +680,32 @@ class StepByStep:
 
     def submit(self, max_tokens, n=1):
         body = CompletionRequest(model="air.strawberry", prompt="a", max_tokens=max_tokens, n=n, temperature=0)
-        order = make_request_group(body, self.engine)
-        self.engine.submit(order)
-        return order
+        group = make_request_group(body, self.engine)
+        self.engine.submit(group)
+        return group
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["equal", "mixed", "several texts", "slow prompts", "texts that end early"])
 def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind):
-    """By a clock of which each step takes half a second: the time until an order at the queue's end has begun."""
+    """By a clock of which each step takes half a second: the time until a group at the queue's end has begun."""
     more = {"slow prompts": {"prompt": 3.0}, "texts that end early": {"ends": 0.3}}.get(kind, {})
-    server = StepByStep(folder, monkeypatch, batch=ROWS, queue=6, **more)
-    dice, engine, ratios = random.Random(kind), server.engine, []
+    server = SteppedEngine(folder, monkeypatch, batch=ROWS, queue=6, **more)
+    rng, engine, ratios = random.Random(kind), server.engine, []
 
     def asked():
         several = kind == "several texts"
-        return {"max_tokens": 16 if kind == "equal" else dice.randint(4, 12 if several else 28),
-                "n": dice.randint(1, 3) if several else 1}  # fmt: skip
+        return {"max_tokens": 16 if kind == "equal" else rng.randint(4, 12 if several else 28),
+                "n": rng.randint(1, 3) if several else 1}  # fmt: skip
 
     for _ in range(8):
         refused = None
-        while refused is None:  # until as many wait as may
+        while refused is None:  # until the queue is full
             try:
                 server.submit(**asked())
             except ApiError as error:
                 refused = error
-            for _ in range(dice.randint(0, 2)):
+            for _ in range(rng.randint(0, 2)):
                 engine.step()
         assert (refused.status, refused.code) == (429, "queue_full")
         began = server.now
@@ -714,13 +715,13 @@ def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind)
         while not last.active:
             engine.step()
         ratios.append(int(refused.headers["Retry-After"]) / (server.now - began))
-    assert all(1 / 2 <= ratio <= 2 for ratio in ratios[1:]), ratios  # the first came before anything was measured
+    assert all(1 / 2 <= ratio <= 2 for ratio in ratios[1:]), ratios  # nothing was measured before the first
     assert 0.7 < sum(ratios[1:]) / len(ratios[1:]) < 1.4, ratios
 
 
 @pytest.mark.slow
 def test_a_full_queue_answers_with_retry_after(start):
-    """By the official client: 10 and 20 tokens of 2 seconds each are to be made before a third text begins."""
+    """By the official client: 10 and 20 tokens of 2 seconds each are generated before a third text begins."""
     server = start(batch=1, queue=1)
     server.complete()
     engine, go = server.service.models.loaded["air.strawberry"], threading.Event()
@@ -756,7 +757,7 @@ def test_models_share_a_gpu(start):
     assert [answer[2]["choices"] for answer in together] == [ask(i)[2]["choices"] for i in range(24)]
 
 
-def test_a_new_text_joins_those_under_way(server, folder):
+def test_a_new_request_joins_the_running_batch(server, folder):
     long = server.client.completions.create(model="air.strawberry", prompt="a", **LONG, stream=True)
     pieces = [next(long).choices[0].text]
     text = server.complete(prompt="the", seed=5, max_tokens=24)[2]["choices"][0]["text"]
@@ -769,7 +770,7 @@ def test_a_new_text_joins_those_under_way(server, folder):
 
 
 @pytest.mark.slow
-def test_one_large_order_does_not_keep_others_waiting(server):
+def test_a_large_request_group_does_not_starve_others(server):
     large = server.client.completions.create(
         model="air.strawberry", prompt=["a"] * 40, n=30, **LONG | {"max_tokens": 500}, stream=True
     )
@@ -782,7 +783,7 @@ def test_one_large_order_does_not_keep_others_waiting(server):
 
 
 @pytest.mark.parametrize("kind", ["plain", "streamed", "before the first piece", "while it waits"])
-def test_rows_of_clients_that_leave_are_free(server, kind):
+def test_a_cancelled_request_frees_its_rows(server, kind):
     body = {"model": "air.strawberry", "prompt": "a", **LONG, "n": ROWS, "stream": kind != "plain"}
     if kind == "before the first piece":
         body["prompt"] = "a" * 4000
@@ -806,8 +807,8 @@ def test_rows_of_clients_that_leave_are_free(server, kind):
     assert server.gauge("queue") == 0
 
 
-def test_pieces_are_not_kept_for_ever(server, monkeypatch):
-    """For a client that stays and takes nothing: its rows are freed, and it gets the error when it reads on."""
+def test_unread_chunks_are_bounded(server, monkeypatch):
+    """A client that stays and reads nothing: its rows are freed, and it gets the error when it reads on."""
     monkeypatch.setattr(engine, "MAX_UNREAD", 50)
     real, stuck = CompletionStream.data, threading.Event()
 
@@ -845,7 +846,7 @@ def test_a_request_has_a_timeout_of_its_own(server):
 
 
 @pytest.mark.slow
-def test_what_is_under_way_is_finished_before_the_end(folder):
+def test_shutdown_finishes_running_requests_within_the_grace_period(folder):
     server = ServerThread(folder, grace=20)
     server.complete()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -864,32 +865,32 @@ def test_what_is_under_way_is_finished_before_the_end(folder):
     server.stop()
 
 
-def broken(*arguments):
+def raise_secret(*arguments):
     raise RuntimeError("secret")
 
 
 @pytest.mark.parametrize("part", ["step", "admit"])
-def test_an_engine_that_fails_goes_on(server, monkeypatch, part):
+def test_an_engine_survives_an_exception(server, monkeypatch, part):
     server.complete()
     engine = server.service.models.loaded["air.strawberry"]
-    monkeypatch.setattr(engine.decoder, part, broken)
+    monkeypatch.setattr(engine.decoder, part, raise_secret)
     assert "secret" not in json.dumps(error_of(server.complete(), 500))
     monkeypatch.undo()
     assert server.complete()[0] == 200 and server.gauge("rows_busy") == 0
 
 
-def test_an_engine_that_cannot_go_on_is_replaced(server, monkeypatch):
+def test_an_engine_that_cannot_recover_is_replaced(server, monkeypatch):
     server.complete()
     engine = server.service.models.loaded["air.strawberry"]
-    monkeypatch.setattr(engine.decoder, "step", broken)
-    monkeypatch.setattr(engine, "make_decoder", broken)
+    monkeypatch.setattr(engine.decoder, "step", raise_secret)
+    monkeypatch.setattr(engine, "make_decoder", raise_secret)
     error_of(server.complete(), 500)
     engine.thread.join(10)
     assert server.complete()[0] == 200 and server.service.models.loaded["air.strawberry"] is not engine
 
 
-def test_scoring_that_fails_is_answered(server, monkeypatch):
-    monkeypatch.setattr(scoring, "score_tokens", broken)
+def test_an_exception_while_scoring_is_answered_with_500(server, monkeypatch):
+    monkeypatch.setattr(scoring, "score_tokens", raise_secret)
     error_of(server.complete(logprobs=1, echo=True), 500)
     assert server.complete(logprobs=1)[0] == 200  # those of new tokens come with the tokens
     monkeypatch.undo()
@@ -898,7 +899,7 @@ def test_scoring_that_fails_is_answered(server, monkeypatch):
 
 @pytest.mark.slow
 def test_a_model_may_be_wider_than_its_encoder(start, tmp_path, monkeypatch):
-    """Ids that the encoder has no text for, in the prompt and in what is made."""
+    """Ids that the encoder has no text for, in the prompt and in the text."""
     monkeypatch.setitem(MODELS, "air.strawberry", MODELS["air.strawberry"] | {"vocab_size": 300})
     make_model(tmp_path / "air.strawberry")
     server = start(tmp_path)
@@ -939,7 +940,7 @@ WRONG = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("field", WRONG)
-def test_hostile_values_name_their_field(server, field):
+def test_invalid_values_name_their_field(server, field):
     for value in WRONG[field]:
         status, _, body = server.complete(**{field: value})
         assert 400 <= status < 500, (value, body)
@@ -947,7 +948,7 @@ def test_hostile_values_name_their_field(server, field):
     assert server.complete()[0] == 200
 
 
-def test_nulls_are_left_out(server):
+def test_null_fields_get_their_defaults(server):
     fields = {name: None for name in WRONG if name not in ("model", "prompt", "unheard_of", "max_tokns")}
     assert server.complete(**fields)[2]["usage"]["completion_tokens"] <= 16
 
@@ -1028,7 +1029,7 @@ def test_each_chunk_of_a_stream_can_report_the_usage(server):
     assert counts == sorted(counts)
 
 
-def test_hostile_bodies(server):
+def test_invalid_bodies_are_refused(server):
     deep = '{"model": "air.strawberry", "prompt": "a", "user": ' + "[" * 10_000 + "]" * 10_000 + "}"
     no_json = ["[" * 10_000, b'{"model": "\xff\xfe"}', "", "{", '{"n": ' + "9" * 5000 + "}", "{} x"]
     no_object = ["[]", '"x"', "null", b"\xef\xbb\xbf\x00"]
@@ -1124,7 +1125,7 @@ def test_large_invalid_bodies_do_not_delay_other_requests(server, kind):
         assert 400 <= answer.result()[0] < 500, answer.result()
 
 
-def test_bodies_that_do_not_come_are_not_waited_for(server, monkeypatch):
+def test_a_body_that_does_not_arrive_times_out(server, monkeypatch):
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.3)
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.putrequest("POST", "/v1/completions")
@@ -1135,7 +1136,7 @@ def test_bodies_that_do_not_come_are_not_waited_for(server, monkeypatch):
     connection.close()
 
 
-def test_bodies_end_at_their_limit(start):
+def test_bodies_over_max_body_are_refused(start):
     server = start(max_body=0.01)
     long = json.dumps({"model": "air.strawberry", "prompt": "a" * 20_000}).encode()
     error_of(server.send("POST", "/v1/completions", long), 413)
@@ -1147,7 +1148,7 @@ def test_bodies_end_at_their_limit(start):
     assert server.complete()[0] == 200
 
 
-def test_what_is_no_http_gets_an_error_object(server):
+def test_invalid_http_gets_an_error_object(server):
     with socket.create_connection(("127.0.0.1", server.port)) as one:
         one.sendall(b"nonsense\r\n\r\n")
         data = b""
@@ -1171,7 +1172,7 @@ def test_slow_clients_do_not_delay_other_requests(server, monkeypatch):
         one.close()
 
 
-def test_connections_are_so_many_at_most(start, monkeypatch):
+def test_connections_over_the_limit_are_closed(start, monkeypatch):
     monkeypatch.setattr(HttpProtocol, "MAX_CONNECTIONS", 5)
     server = start()
     many = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(5)]
@@ -1185,7 +1186,7 @@ def test_connections_are_so_many_at_most(start, monkeypatch):
 
 
 @pytest.mark.slow
-def test_headers_that_do_not_come_are_not_waited_for(start, monkeypatch):
+def test_headers_that_do_not_arrive_time_out(start, monkeypatch):
     monkeypatch.setattr(HttpProtocol, "HEADER_SECONDS", 0.3)
     server = start()
     with socket.create_connection(("127.0.0.1", server.port)) as one:
@@ -1198,7 +1199,7 @@ def test_headers_that_do_not_come_are_not_waited_for(start, monkeypatch):
 # ---- who may ask ---------------------------------------------------------------------------------------------------
 
 
-def test_keys(start):
+def test_every_route_but_health_needs_an_api_key(start):
     server = start(api_key=["first-key", "second"])
     paths = ["/v1/models", "/metrics", "/openapi.json", "/docs", "/v1/models/air.strawberry", "/nothing"]
     wrong = ["", "Bearer", "Bearer wrong", "Bearer first-ke", "Bearer first-key2", "first-key", "Bearer kéy",
@@ -1229,7 +1230,7 @@ def test_every_key_is_compared_in_constant_time(start, monkeypatch):
 
 
 @pytest.mark.slow
-def test_foreign_hosts_and_origins(server, start):
+def test_foreign_hosts_and_origins_are_refused(server, start):
     for host in (
         "evil.example",
         "localhost.evil.example",
@@ -1259,7 +1260,7 @@ def test_foreign_hosts_and_origins(server, start):
 CORS = re.compile("access-control-.*", re.I)
 
 
-def test_pages_of_named_origins_may_use_the_server(start):
+def test_cors_allows_the_named_origins_only(start):
     named = ["https://box.example", "http://localhost:3000"]
     server = start(allow_origin=named, api_key=["k"])
     ask = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization,x-stainless-os"}
@@ -1288,13 +1289,13 @@ def test_pages_of_named_origins_may_use_the_server(start):
     assert error_of(server.send("OPTIONS", "/v1/models", Origin=named[0], Host="evil.example", **ask), 403)
 
 
-def test_without_named_origins_no_answer_speaks_of_them(server):
+def test_without_allowed_origins_there_are_no_cors_headers(server):
     for origin in ("https://box.example", f"http://127.0.0.1:{server.port}"):
         headers = server.send("OPTIONS", "/v1/models", Origin=origin, Access_Control_Request_Method="POST")[1]
         assert "Vary" not in headers and not [name for name in headers if CORS.match(name)]
 
 
-def test_rates_are_by_key(start):
+def test_the_rate_limit_is_per_key(start):
     server = start(rate=20, api_key=["one", "two"])  # of which two may come at once
     got = [server.send("GET", "/v1/models", Authorization="Bearer one") for _ in range(4)]
     assert [status for status, *_ in got] == [200, 200, 429, 429]
@@ -1304,7 +1305,7 @@ def test_rates_are_by_key(start):
     assert all(server.send("GET", "/health")[0] == 200 for _ in range(9))
 
 
-def test_rates_come_back_with_time(monkeypatch):
+def test_the_rate_limit_refills_with_time(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     rate, served = RateLimiter(60), 0
@@ -1349,10 +1350,15 @@ def test_addresses_in_use_are_reported(server):
 # ---- the command, the schema, the numbers --------------------------------------------------------------------------
 
 
+def serve_command(folder, data):
+    """A free port, and the words that serve the models of a folder there in another process."""
+    python, port = forks.start(with_model=True), free_port()
+    return port, [*python, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(data)]
+
+
 @pytest.mark.slow
 def test_the_command_serves_until_a_signal_stops_it(folder):
-    port = free_port()
-    argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(folder / "data")]
+    port, argv = serve_command(folder, folder / "data")
     child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
         until = time.time() + 60
@@ -1373,10 +1379,9 @@ def test_the_command_serves_until_a_signal_stops_it(folder):
 
 
 @pytest.mark.slow
-def test_polling_does_not_fill_the_console(folder, tmp_path):
+def test_successful_polling_is_not_logged(folder, tmp_path):
     """What the page asks every two seconds is not written down while it succeeds; all else is, errors above all."""
-    port = free_port()
-    argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(tmp_path / "data")]
+    port, argv = serve_command(folder, tmp_path / "data")
     child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     try:
         lines = []
@@ -1405,16 +1410,16 @@ def test_polling_does_not_fill_the_console(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_and_sampling_need_nothing_of_this():
+def test_training_and_sampling_import_no_serving_packages():
     others = {"fastapi", "uvicorn", "starlette", "prometheus_client", "rustbpe", "ijson", "serve", "prepare"}
     others |= {"torch._dynamo"}  # half of the time that a script would take to start
     code = f"import sys, train, sample; bad = {others} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_metrics(start, monkeypatch):
+def test_metrics_count_requests_tokens_and_errors(start, monkeypatch):
     server = start()
-    monkeypatch.setattr(server.service.models, "find", broken)
+    monkeypatch.setattr(server.service.models, "find", raise_secret)
     assert "secret" not in json.dumps(error_of(server.send("GET", "/v1/models/x"), 500))
     monkeypatch.undo()
     server.complete(max_tokens=7, prompt="abc", temperature=0)
@@ -1431,7 +1436,7 @@ def test_metrics(start, monkeypatch):
         assert f"strawberry_{line}\n" in text, text
 
 
-def test_the_schema_of_logit_bias_has_the_vocabularys_tokens():
+def test_the_schema_of_logit_bias_matches_the_token_ids():
     for top in (0, 5, 9, 10, 19, 99, 100, 257, 300, 999, 1000):
         pattern = re.compile(range_pattern(top))
         assert [n for n in range(2 * top + 200) if pattern.search(str(n))] == list(range(top + 1))
@@ -1439,7 +1444,7 @@ def test_the_schema_of_logit_bias_has_the_vocabularys_tokens():
 
 
 @pytest.mark.slow
-def test_the_schema_says_what_there_is(server, start, tmp_path):
+def test_the_schema_lists_models_and_the_docs_load(server, start, tmp_path):
     schema = server.send("GET", "/openapi.json")[2]
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body["properties"]["model"]["enum"] == sorted(MODELS.keys() - {"masked.transformer"})
