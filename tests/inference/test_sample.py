@@ -895,7 +895,7 @@ def test_bulk_texts_do_not_depend_on_the_other_lines(desk):
 
 
 OPTIONS = [{}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 0},
-          {"repetition_penalty": 1.5, "frequency_penalty": 0.7, "logit_bias": {"2": 3}, "min_tokens": 4}]  # fmt: skip
+           {"repetition_penalty": 1.5, "frequency_penalty": 0.7, "logit_bias": {"2": 3}, "min_tokens": 4}]  # fmt: skip
 VARIED = [{"prompt": "abcdefgh"[: i % 7 + 1], "max_tokens": 280 if i % 13 == 5 else 5 + 7 * i % 23, **OPTIONS[i % 6]}
           for i in range(26)]  # fmt: skip
 
