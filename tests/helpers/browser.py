@@ -90,7 +90,7 @@ class Browser:
     def press(self, key, modifiers=0):
         codes = {"Tab": 9, "Enter": 13, " ": 32, "Escape": 27}
         stroke = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": codes.get(key, 0),
-                "modifiers": modifiers}  # fmt: skip
+                  "modifiers": modifiers}  # fmt: skip
         text = {"Enter": "\r", " ": " "}.get(key)
         more = {"text": text} if text and not modifiers else {}
         self.send("Input.dispatchKeyEvent", type="keyDown", **stroke, **more)

@@ -530,9 +530,9 @@ def test_prompt_and_continuation_are_one_text_whose_tokens_show_their_probabilit
     begin_writing(page, Seed=3, Temperature=0.8)
     page.press("Enter", modifiers=2)
     page.has("seed 3", ".writing")
-    asked = {"model": "untrained.strawberry", "prompt": "the ", "max_tokens": 20, "seed": 3, "temperature": 0.8,
-             "logprobs": 5}  # fmt: skip
-    same = site.send("POST", "/v1/completions", asked, **key(site))[2]["choices"][0]
+    request = {"model": "untrained.strawberry", "prompt": "the ", "max_tokens": 20, "seed": 3, "temperature": 0.8,
+               "logprobs": 5}  # fmt: skip
+    same = site.send("POST", "/v1/completions", request, **key(site))[2]["choices"][0]
     assert page.js(f"{EDITOR}.textContent") == "the " + same["text"]
     assert "".join(page.js("[...document.querySelectorAll('.editor .token')].map(e => e.textContent)")) == same["text"]
     page.js(f"{EDITOR}.querySelector('.token').dispatchEvent(new MouseEvent('mouseover', {{ bubbles: true }}))")
@@ -584,8 +584,9 @@ def test_several_texts_are_written_side_by_side(page, site):
     page.js("document.querySelector('.others').closest('details').open = true")
     page.click("Write", ".writing")
     page.until("document.querySelectorAll('.choices button:not(:disabled)').length === 2")
-    asked = {"model": "untrained.strawberry", "prompt": "the ", "max_tokens": 20, "seed": 5, "n": 2, "temperature": 0.8}
-    same = site.send("POST", "/v1/completions", asked, **key(site))[2]["choices"]
+    request = {"model": "untrained.strawberry", "prompt": "the ", "max_tokens": 20, "seed": 5, "n": 2,
+               "temperature": 0.8}  # fmt: skip
+    same = site.send("POST", "/v1/completions", request, **key(site))[2]["choices"]
     texts = page.js("[...document.querySelectorAll('.choices .text')].map(e => e.textContent)")
     assert texts == [choice["text"] for choice in same] and "seed 6" in page.text(".choices")
     assert page.js("document.activeElement.innerText") == "Write", "the focus is lost"

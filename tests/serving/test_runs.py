@@ -97,8 +97,8 @@ def test_a_checkpoint_of_the_command_line_is_downloaded_and_writes(site, runs_fo
     path = runs_folder / "ck" / "step_00000008" / "model.safetensors"
     assert status == 200 and data == path.read_bytes() and newest["model"] in headers["Content-Disposition"]
     assert site.send("GET", f"/v1/runs/{about['summary']['id']}/checkpoints/7")[0] == 404
-    asked = {"model": newest["model"], "prompt": "a cat", "max_tokens": 4, "seed": 1}
-    text = site.send("POST", "/v1/completions", asked)
+    request = {"model": newest["model"], "prompt": "a cat", "max_tokens": 4, "seed": 1}
+    text = site.send("POST", "/v1/completions", request)
     assert text[0] == 200 and text[2]["usage"]["completion_tokens"] == 4
     assert site.send("POST", "/v1/completions", {"model": "tiny-step-7.tinystar", "prompt": "a"})[0] == 404
 
@@ -224,8 +224,8 @@ def test_presets_come_with_every_key_and_the_schema(site):
 @pytest.mark.parametrize("preset", ["tiny", "transformer-pairs"])
 def test_an_estimate_counts_what_the_model_has_and_warns_as_the_run_does(site, preset):
     keys = {"max_iters": 10, "batch_size": 2, "model_hyperparams.n_layer": 1, "warmup_iters": 20}
-    asked = {"model": preset, "hyperparameters": keys, "vocab_size": 300}
-    found = get(site, "/v1/fine_tuning/estimates", "POST", asked)
+    request = {"model": preset, "hyperparameters": keys, "vocab_size": 300}
+    found = get(site, "/v1/fine_tuning/estimates", "POST", request)
     hyper = {**CONFIGS_OF[preset], "n_layer": 1, "vocab_size": 300}
     model = build(hyper)
     assert found["parameters"] == sum(p.numel() for p in model.parameters())

@@ -221,7 +221,7 @@ def test_completions_equal_sample(server, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["air.strawberry", "future.strawberry", "learned.tinystar"])
 def test_streamed_equals_plain(server, name):
-    asked = {
+    request = {
         "model": name,
         "prompt": ["the cat", "öä"],
         "seed": 5,
@@ -230,9 +230,9 @@ def test_streamed_equals_plain(server, name):
         "logprobs": 2,
         "echo": True,
     }
-    plain = server.client.completions.create(**asked)
+    plain = server.client.completions.create(**request)
     texts, whys, chunk_logprobs, usage = [""] * 6, [None] * 6, [[] for _ in range(6)], None
-    for chunk in server.client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+    for chunk in server.client.completions.create(**request, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
         for choice in chunk.choices:
             assert whys[choice.index] is None  # nothing after the end
@@ -250,8 +250,8 @@ def test_streamed_equals_plain(server, name):
 
 def test_each_chunk_of_a_stream_has_the_logprobs_of_its_tokens(server):
     """The first chunk has those of the prompt; then one token a chunk, and more where text was buffered."""
-    asked = {"model": "air.strawberry", "prompt": "aé", "seed": 3, "max_tokens": 30, "logprobs": 1, "stream": True}
-    first, *pieces = [chunk.choices[0] for chunk in server.client.completions.create(**asked, echo=True)]
+    request = {"model": "air.strawberry", "prompt": "aé", "seed": 3, "max_tokens": 30, "logprobs": 1, "stream": True}
+    first, *pieces = [chunk.choices[0] for chunk in server.client.completions.create(**request, echo=True)]
     assert first.text == "aé" and len(first.logprobs.tokens) == 3 and first.logprobs.token_logprobs[0] is None
     at, counts = 2, []
     for piece in pieces:
@@ -261,7 +261,7 @@ def test_each_chunk_of_a_stream_has_the_logprobs_of_its_tokens(server):
         assert not logprobs.tokens or logprobs.text_offset[0] in (at, at - 1)  # −1: inside a character
         at += len(piece.text)
     assert sum(counts) == 30 and counts.count(1) > 10
-    plain = list(server.client.completions.create(**{**asked, "logprobs": None}))
+    plain = list(server.client.completions.create(**{**request, "logprobs": None}))
     assert all(chunk.choices[0].logprobs is None for chunk in plain)
 
 
@@ -285,10 +285,10 @@ def test_the_decoder_is_batch_invariant(server):
 def test_stop_strings_end_a_text_before_them(server, folder):
     whole = sample_alone(folder, "the", 2, n=60)
     stop = whole[20:23]
-    asked = {"model": "air.strawberry", "prompt": "the", "seed": 2, "max_tokens": 60}
+    request = {"model": "air.strawberry", "prompt": "the", "seed": 2, "max_tokens": 60}
     for given in (stop, ["\n\n\n\n", stop]):
         for stream in (False, True):
-            got = server.client.completions.create(**asked, stop=given, stream=stream)
+            got = server.client.completions.create(**request, stop=given, stream=stream)
             chunks = list(got) if stream else [got]
             assert "".join(c.text for chunk in chunks for c in chunk.choices) == whole[: whole.index(stop)]
             assert chunks[-1].choices[0].finish_reason == "stop"
@@ -297,11 +297,11 @@ def test_stop_strings_end_a_text_before_them(server, folder):
 
 def test_prompts_may_be_token_ids(server):
     tokens = encoders.train(["x"], 258).encode("the cat")
-    asked = {"model": "air.strawberry", "seed": 3, "max_tokens": 5}
-    texts = [server.client.completions.create(**asked, prompt=prompt).choices for prompt in
+    request = {"model": "air.strawberry", "seed": 3, "max_tokens": 5}
+    texts = [server.client.completions.create(**request, prompt=prompt).choices for prompt in
              ("the cat", tokens, ["the cat", "x"], [tokens, [1]], [float(t) for t in tokens])]  # fmt: skip
     assert len({choices[0].text for choices in texts}) == 1 and [len(choices) for choices in texts] == [1, 1, 2, 2, 1]
-    beginning, eot = (server.client.completions.create(**asked, prompt=p).choices[0].text for p in ("", [256]))
+    beginning, eot = (server.client.completions.create(**request, prompt=p).choices[0].text for p in ("", [256]))
     assert beginning == eot
 
 
@@ -332,9 +332,9 @@ def test_logprobs_equal_those_of_the_model_in_float64(server, folder):
 
 def test_top_logprobs_are_in_the_order_of_probability(server, folder):
     """The likeliest token first, whichever was drawn; the drawn one is among them or after them."""
-    asked = {"model": "air.strawberry", "prompt": "ab", "seed": 3, "max_tokens": 12, "temperature": 2, "logprobs": 4}
+    request = {"model": "air.strawberry", "prompt": "ab", "seed": 3, "max_tokens": 12, "temperature": 2, "logprobs": 4}
     for stream in (False, True):
-        got = server.client.completions.create(**asked, echo=True, stream=stream)
+        got = server.client.completions.create(**request, echo=True, stream=stream)
         pieces = [chunk.choices[0].logprobs for chunk in (got if stream else [got])]
         own = [logprob for piece in pieces for logprob in piece.token_logprobs][1:]
         best = [list(top.items()) for piece in pieces for top in piece.top_logprobs if top]
@@ -359,15 +359,15 @@ def test_echo_without_new_tokens_scores_the_prompt(server):
 
 
 def test_logprobs_without_echo_are_the_end_of_those_with_it(server):
-    asked = {"prompt": "abcde", "max_tokens": 6, "seed": 4, "logprobs": 2}
-    with_echo, without = (server.complete(**asked, echo=echo)[2]["choices"][0]["logprobs"] for echo in (True, False))
+    request = {"prompt": "abcde", "max_tokens": 6, "seed": 4, "logprobs": 2}
+    with_echo, without = (server.complete(**request, echo=echo)[2]["choices"][0]["logprobs"] for echo in (True, False))
     assert without == {name: values[5:] for name, values in with_echo.items()} and len(without["tokens"]) == 6
 
 
 def test_models_that_are_not_causal_score_each_token_given_its_prefix(server, folder):
     model, encoder, _ = load_model(folder / "future.strawberry")
-    asked = {"model": "future.strawberry", "prompt": "a longer prompt", "max_tokens": 1, "echo": True, "logprobs": 1}
-    got = server.client.completions.create(**asked)
+    request = {"model": "future.strawberry", "prompt": "a longer prompt", "max_tokens": 1, "echo": True, "logprobs": 1}
+    got = server.client.completions.create(**request)
     tokens = encoder.encode("a longer prompt")
     with torch.no_grad():
         for i in (1, 5, 14):
@@ -604,8 +604,8 @@ def test_idle_models_are_evicted_and_busy_ones_are_not(start, tmp_path):
     for name in ("air.strawberry", "learned.tinystar", "air.strawberry"):
         assert server.complete(model=name)[0] == 200
         assert server.gauge("models_loaded") == 1
-    asked = {"model": "air.strawberry", "prompt": ["a"] * 8, "n": 32, "max_tokens": 60, "temperature": 0}
-    busy = server.client.completions.create(**asked, stream=True)
+    request = {"model": "air.strawberry", "prompt": ["a"] * 8, "n": 32, "max_tokens": 60, "temperature": 0}
+    busy = server.client.completions.create(**request, stream=True)
     next(busy)
     assert error_of(server.complete(model="learned.tinystar"), 503)
     busy.close()
@@ -624,9 +624,10 @@ def test_concurrent_clients_get_their_own_texts_or_retry_after(start, folder):
 
     def ask(i):
         together.wait()
-        asked = {"model": "air.strawberry", "prompt": f"prompt {i}", "seed": i, "max_tokens": 24, "stream": i % 2 == 0}
+        request = {"model": "air.strawberry", "prompt": f"prompt {i}", "seed": i, "max_tokens": 24,
+                   "stream": i % 2 == 0}  # fmt: skip
         try:
-            got = server.client.completions.create(**asked)
+            got = server.client.completions.create(**request)
             return "".join(chunk.choices[0].text for chunk in (got if i % 2 == 0 else [got]))
         except openai.RateLimitError as error:
             return error
@@ -666,13 +667,13 @@ class SteppedEngine:
         return self.decoder_admit(request)
 
     def take_step(self):
-        """A token of each row; where texts have `ends`, they end after that share of what was asked for."""
+        """A token of each row; where texts have `ends`, they end after that share of max_tokens."""
         self.now += self.step
         arrived = []
         for handle, token, why in self.decoder_step():
             self.token_counts[handle] = self.token_counts.get(handle, 0) + 1
-            asked = self.engine.running[handle][1].request.max_new_tokens
-            if self.ends and not why and self.token_counts[handle] >= self.ends * asked:
+            limit = self.engine.running[handle][1].request.max_new_tokens
+            if self.ends and not why and self.token_counts[handle] >= self.ends * limit:
                 self.decoder.release(handle)
                 why = "stop"
             arrived.append((handle, token, why))
@@ -693,7 +694,7 @@ def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind)
     server = SteppedEngine(folder, monkeypatch, batch=ROWS, queue=6, **more)
     rng, engine, ratios = random.Random(kind), server.engine, []
 
-    def asked():
+    def draw_request():
         several = kind == "several texts"
         return {"max_tokens": 16 if kind == "equal" else rng.randint(4, 12 if several else 28),
                 "n": rng.randint(1, 3) if several else 1}  # fmt: skip
@@ -702,7 +703,7 @@ def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind)
         refused = None
         while refused is None:  # until the queue is full
             try:
-                server.submit(**asked())
+                server.submit(**draw_request())
             except ApiError as error:
                 refused = error
             for _ in range(rng.randint(0, 2)):
@@ -711,7 +712,7 @@ def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind)
         began = server.now
         while engine.queued >= engine.settings.queue:
             engine.step()
-        last = server.submit(**asked())
+        last = server.submit(**draw_request())
         while not last.active:
             engine.step()
         ratios.append(int(refused.headers["Retry-After"]) / (server.now - began))
@@ -975,17 +976,17 @@ SPELLED_OUT = {
 @pytest.mark.slow
 def test_fields_that_change_nothing_are_accepted(server):
     """All that clients send by default, at once and one by one: the text is the same."""
-    create, asked = server.client.completions.create, {"model": "air.strawberry", "prompt": "the cat", "seed": 7}
-    text = create(**asked).choices[0].text
+    create, request = server.client.completions.create, {"model": "air.strawberry", "prompt": "the cat", "seed": 7}
+    text = create(**request).choices[0].text
     for fields in (VLLM_DEFAULTS, SPELLED_OUT, VLLM_DEFAULTS | SPELLED_OUT, {"top_k": 0}, {"best_of": 1.0}):
         body = {name: value for name, value in fields.items() if name != "seed"}
-        assert create(**asked, extra_body=body).choices[0].text == text
+        assert create(**request, extra_body=body).choices[0].text == text
     openais = {"best_of": 1, "echo": False, "frequency_penalty": 0, "logit_bias": {}, "n": 1, "presence_penalty": 0,
                "suffix": "", "temperature": 1, "top_p": 1, "user": "me", "stop": None, "logprobs": None}  # fmt: skip
-    assert create(**asked, **openais).choices[0].text == text
-    three = create(**asked, n=3, best_of=3).choices
+    assert create(**request, **openais).choices[0].text == text
+    three = create(**request, n=3, best_of=3).choices
     assert len(three) == 3 and three[0].text == text
-    drawn = {create(**asked | {"seed": -1}).choices[0].text for _ in range(2)}
+    drawn = {create(**request | {"seed": -1}).choices[0].text for _ in range(2)}
     assert len(drawn) == 2
     schema = server.send("GET", "/openapi.json")[2]
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
@@ -1001,21 +1002,22 @@ def test_a_field_that_is_not_supported_is_refused_with_what_is_accepted(server):
 
 def test_penalties_are_those_of_sample(server, folder):
     """Against the decoder alone, which test_penalties.py judges; each of them changes the text, or how it ends."""
-    create, asked = server.client.completions.create, {"model": "air.strawberry", "prompt": "the", "seed": 2}
+    create, request = server.client.completions.create, {"model": "air.strawberry", "prompt": "the", "seed": 2}
     plain = sample_alone(folder, "the", 2)
     openais = {"presence_penalty": 2.0, "frequency_penalty": 1.5, "logit_bias": {"101": 9, "32": -100}}
     for wish in (*({name: value} for name, value in openais.items()), openais):
-        assert create(**asked, **wish, max_tokens=24).choices[0].text == sample_alone(folder, "the", 2, **wish) != plain
+        text = create(**request, **wish, max_tokens=24).choices[0].text
+        assert text == sample_alone(folder, "the", 2, **wish) != plain
     for wish in ({"repetition_penalty": 2.5}, {"stop_token_ids": list(plain.encode()[5:6])}):
-        text = create(**asked, extra_body=wish, max_tokens=24).choices[0].text
+        text = create(**request, extra_body=wish, max_tokens=24).choices[0].text
         assert text == sample_alone(folder, "the", 2, **wish) != plain
     ends = {"logit_bias": {"256": 100}, "min_tokens": 7}
-    got = create(**asked, max_tokens=24, extra_body=ends)
+    got = create(**request, max_tokens=24, extra_body=ends)
     assert got.usage.completion_tokens == 8 and got.choices[0].finish_reason == "stop"
-    got = create(**asked, max_tokens=24, extra_body=ends | {"ignore_eos": True})
+    got = create(**request, max_tokens=24, extra_body=ends | {"ignore_eos": True})
     assert got.usage.completion_tokens == 24 and got.choices[0].finish_reason == "length"
     assert got.choices[0].text == ""  # <|eot|> is no text
-    got = create(**asked, max_tokens=5, extra_body={"logit_bias": {"256": 50}, "min_tokens": 9})
+    got = create(**request, max_tokens=5, extra_body={"logit_bias": {"256": 50}, "min_tokens": 9})
     assert got.usage.completion_tokens == 5
 
 
@@ -1049,22 +1051,22 @@ def test_invalid_bodies_are_refused(server):
 def test_chat_is_refused_because_the_models_continue_texts(server):
     """By every method of OpenAI's client that would chat, and by curl."""
     client, hello = server.client, [{"role": "user", "content": "Hello"}]
-    asked = {"model": "air.strawberry", "messages": hello}
-    calls = [lambda: client.chat.completions.create(**asked),
-             lambda: client.chat.completions.create(**asked, stream=True),
-             lambda: client.chat.completions.parse(**asked),
+    request = {"model": "air.strawberry", "messages": hello}
+    calls = [lambda: client.chat.completions.create(**request),
+             lambda: client.chat.completions.create(**request, stream=True),
+             lambda: client.chat.completions.parse(**request),
              lambda: client.chat.completions.retrieve("chatcmpl-1"),
              lambda: client.chat.completions.update("chatcmpl-1", metadata={}),
              lambda: client.chat.completions.delete("chatcmpl-1"),
              lambda: client.responses.create(model="air.strawberry", input="Hello"),
-             lambda: client.with_options(base_url=server.url).chat.completions.create(**asked)]  # fmt: skip
+             lambda: client.with_options(base_url=server.url).chat.completions.create(**request)]  # fmt: skip
     for call in calls:
         with pytest.raises(openai.NotFoundError) as caught:
             call()
         assert "base models" in str(caught.value) and "/v1/completions" in str(caught.value)
         assert caught.value.body["param"] == "model"
     done = subprocess.run(["curl", "-s", "-w", "%{http_code}", f"{server.url}/v1/chat/completions", "-H",
-                           "Content-Type: application/json", "-d", json.dumps(asked)],
+                           "Content-Type: application/json", "-d", json.dumps(request)],
                           capture_output=True, text=True)  # fmt: skip
     assert done.stdout.endswith("404") and "/v1/completions" in json.loads(done.stdout[:-3])["error"]["message"]
     for method in ("GET", "PUT", "PATCH", "OPTIONS"):

@@ -52,14 +52,14 @@ def prompt_tokens(site, messages=CHAT) -> list[int]:
 
 
 def chat(site, **body):
-    asked = {"model": "chat", "messages": CHAT, "seed": 5, "max_tokens": 30}
-    return site.client.chat.completions.create(**asked | body)
+    request = {"model": "chat", "messages": CHAT, "seed": 5, "max_tokens": 30}
+    return site.client.chat.completions.create(**request | body)
 
 
 def complete(site, **body):
     extra = body.pop("extra_body", {}) | {"stop_token_ids": [END]}
-    asked = {"model": "chat", "prompt": prompt_tokens(site), "seed": 5, "max_tokens": 30, "extra_body": extra}
-    return site.client.completions.create(**asked | body)
+    request = {"model": "chat", "prompt": prompt_tokens(site), "seed": 5, "max_tokens": 30, "extra_body": extra}
+    return site.client.completions.create(**request | body)
 
 
 @pytest.mark.parametrize("wish", [
