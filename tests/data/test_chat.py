@@ -94,13 +94,13 @@ def test_templates_run_in_a_sandbox(source):
         ChatTemplate(source).split([{"role": "user", "content": "x"}])
 
 
-@pytest.mark.parametrize(("messages", "told"), [
+@pytest.mark.parametrize(("messages", "message"), [
     ([], "must be a list"), ("x", "must be a list"), (["x"], r"messages\[0\]"), ([{"content": "x"}], r"\[0\].role"),
     ([{"role": "user", "content": "x"}, {"role": "user", "content": None}], r"\[1\].content"),
     ([{"role": "user", "content": [{"type": "image_url"}]}], "type"), ([{"role": 5, "content": "x"}], "role = 5"),
 ])  # fmt: skip
-def test_wrong_messages_are_named(messages, told):
-    with pytest.raises(UserError, match=told):
+def test_invalid_messages_are_named(messages, message):
+    with pytest.raises(UserError, match=message):
         check_messages(messages)
 
 
@@ -109,21 +109,21 @@ def test_parts_of_text_are_joined():
     assert check_messages([{"role": "user", "content": parts}]) == [{"role": "user", "content": "ab"}]
 
 
-@pytest.mark.parametrize(("source", "told"), [
+@pytest.mark.parametrize(("source", "message"), [
     ("{% for", "no Jinja template"), ("hello", "leaves out messages"),
     ("{{ messages[-1]['content'] }}<|end|>", "leaves out messages"),
     ("{% for m in messages %}<|start|>{{ m['content'] }}{% endfor %}", "special token"),
     ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "special token"), ("x" * 70_000, "more than 65,536"),
 ])  # fmt: skip
-def test_templates_that_do_not_do_are_refused(source, told, tmp_path):
+def test_unusable_templates_are_refused(source, message, tmp_path):
     path = tmp_path / "t.jinja"
     path.write_text(source)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_template(str(path))
     assert str(path) in str(caught.value)
 
 
-def test_a_misspelt_template_is_told():
+def test_a_misspelt_template_gets_the_nearest_name():
     with pytest.raises(UserError, match=r"chatml is built in \(did you mean 'chatml'"):
         read_template("chatlm")
 

@@ -45,17 +45,17 @@ def run(*arguments):
 
 def read_back(path, spec):
     """The texts in a token file, in its order."""
-    made, file = encoder.load(str(spec)), TokenFile(path)
+    tokenizer, file = encoder.load(str(spec)), TokenFile(path)
     file.verify()
     tokens = file.tokens.tolist()
     texts, start = [], 0
     for place, token in enumerate(tokens):
-        if token == made.eot:
-            texts.append(made.decode(tokens[start:place]))
+        if token == tokenizer.eot:
+            texts.append(tokenizer.decode(tokens[start:place]))
             start = place + 1
     assert start == len(tokens)
     assert len(texts) == file.header.n_documents
-    assert file.header.encoder == made.fingerprint
+    assert file.header.encoder == tokenizer.fingerprint
     return texts
 
 
@@ -120,13 +120,13 @@ def test_what_is_not_utf8_is_left_out_and_counted(tmp_path, bpe, capsys):
     (folder / "empty.txt").write_bytes(b"")
     run("--input", folder, "--output", tmp_path / "out.bin", "--encoder", bpe)
     assert sorted(read_back(tmp_path / "out.bin", bpe)) == sorted([*TEXTS[:3], "first", "last", "marked"])
-    told = capsys.readouterr().out
+    out = capsys.readouterr().out
     for note in (f"left out 1 file of other kinds: {folder / 'image.png'} (a PNG image)\n",
                  "left out 3 files not in UTF-8: ", f"{folder / 'late.txt'}:1, byte 5000 (0xC3)",
                  "latin.json:1, byte 12 (0xE9)", "packed.gz:1, byte 0 (0xFF)",
                  f"left out 1 line not in UTF-8: {folder / 'mixed.jsonl'}:2, byte 12 (0xE9)",
                  "left out 1 empty"):  # fmt: skip
-        assert note in told
+        assert note in out
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_what_is_not_utf8_is_left_out_and_counted(tmp_path, bpe, capsys):
         ("a.txt", "", "there is no text"),
     ],
 )
-def test_bad_input_is_refused_and_nothing_is_made(tmp_path, bpe, name, content, message):
+def test_invalid_input_is_refused_and_nothing_is_written(tmp_path, bpe, name, content, message):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_text(content)
     (tmp_path / "out").mkdir()
@@ -233,14 +233,14 @@ def test_a_json_list_is_read_in_parts_as_in_whole(texts, indent, plain, piece):
 @given(st.lists(PARTS), st.integers(12, 40))
 def test_pieces_have_the_tokens_of_the_whole(bpe, parts, piece):
     text = "".join(f"{part} rat" for part in parts)  # a place to cut in any 12 characters
-    made = encoder.load(bpe)
+    tokenizer = encoder.load(bpe)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PIECE", piece)
         pieces = list(encoder.cut_pieces(documents.decode_parts(io.BytesIO(text.encode())), piece))
     assert "".join(part for part, _ in pieces) == text
     assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
     assert all(len(part) <= piece for part, _ in pieces[:-1])
-    assert sum((made.encode(part) for part, _ in pieces), []) == made.encode(text)
+    assert sum((tokenizer.encode(part) for part, _ in pieces), []) == tokenizer.encode(text)
 
 
 # ---- order and bytes -------------------------------------------------------------------------------------------------
@@ -297,9 +297,9 @@ def test_what_is_up_to_date_is_left_alone_and_nothing_else_is(tmp_path, bpe, cap
     def written(*arguments):
         before = output.stat().st_ino, output.stat().st_mtime_ns
         run(*arguments)
-        made = (output.stat().st_ino, output.stat().st_mtime_ns) != before
-        assert ("is up to date" in capsys.readouterr().out) != made
-        return made
+        is_new = (output.stat().st_ino, output.stat().st_mtime_ns) != before
+        assert ("is up to date" in capsys.readouterr().out) != is_new
+        return is_new
 
     run("--input", folder, *common)
     capsys.readouterr()
@@ -387,9 +387,9 @@ def test_pairs_that_are_long_or_empty_are_cut_or_left_out_and_counted(tmp_path, 
     run("--pairs", path, "--output", tmp_path / "p.bin", "--encoder", spec, "--max_tokens", 5)
     assert sorted(pair_texts(tmp_path / "p.bin", spec)) == [("a", "bbbb"), ("aaaa", "b"), ("aaaa", "b"), ("cccc", "ab")]
     out = capsys.readouterr().out
-    for told in ("4 pairs, ", "left out 2 empty pairs", "cut 2 sources to 5 tokens",
+    for note in ("4 pairs, ", "left out 2 empty pairs", "cut 2 sources to 5 tokens",
                  "left out 1 pairs with a target of more than 5 tokens"):  # fmt: skip
-        assert told in out
+        assert note in out
     write_pairs(path, [("a", "bb"), ("a", "ccc")])
     with pytest.raises(UserError, match="there is no text in .*every pair is empty .*left out 2 pairs with a target"):
         run("--pairs", path, "--output", tmp_path / "q.bin", "--encoder", spec, "--max_tokens", 2)
@@ -411,14 +411,14 @@ def test_pairs_that_are_long_or_empty_are_cut_or_left_out_and_counted(tmp_path, 
         (["--pairs", "text.jsonl", "--max_tokens", "65537"], "--max_tokens 65537: allowed"),
     ],
 )
-def test_bad_pairs_are_refused_and_nothing_is_made(tmp_path, bpe, monkeypatch, arguments, message):
+def test_invalid_pairs_are_refused_and_nothing_is_written(tmp_path, bpe, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     files = {"text.jsonl": '"text"', "half.jsonl": '{"source": "a", "target": "b"}\n{"source": "a"}', "a.txt": "text",
              "number.json": '[{"source": "a", "target": 5}]', "bad.jsonl": '{"source": '}  # fmt: skip
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message) as caught:
-        run(*arguments, "--encoder", bpe, "--output", "made.bin")
+        run(*arguments, "--encoder", bpe, "--output", "out.bin")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
 
@@ -442,8 +442,8 @@ def test_pairs_and_text_are_not_taken_for_each_other(tmp_path, bpe, capsys):
 def test_a_missing_encoder_is_trained_on_both_sides(tmp_path):
     path = write_pairs(tmp_path / "p.jsonl", [("xyxyxyxy", "zwzwzwzw")] * 20)
     run("--pairs", path, "--output", tmp_path / "p.bin", "--encoder", tmp_path / "e.bin", "--vocab_size", 262)
-    made = encoder.load(str(tmp_path / "e.bin"))
-    assert len(made.encode("xyxyxyxy")) < 8 and len(made.encode("zwzwzwzw")) < 8
+    tokenizer = encoder.load(str(tmp_path / "e.bin"))
+    assert len(tokenizer.encode("xyxyxyxy")) < 8 and len(tokenizer.encode("zwzwzwzw")) < 8
 
 
 SOURCE = '''
@@ -515,9 +515,9 @@ def test_code_without_its_docstring_is_the_same_code():
     for module in (ast, gzip, io, json, subprocess, codecs):
         text = Path(module.__file__).read_text(encoding="utf-8")
         nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-        for told, code in find_docstring_pairs(text):
+        for docstring, code in find_docstring_pairs(text):
             (again,) = ast.parse(code).body
-            same = [n for n in nodes if n.name == again.name and ast.get_docstring(n) == told]
+            same = [n for n in nodes if n.name == again.name and ast.get_docstring(n) == docstring]
             bodies = [[ast.dump(statement) for statement in n.body[1:]] for n in same]
             assert [ast.dump(statement) for statement in again.body] in bodies, code
             found += 1
@@ -559,9 +559,9 @@ def test_a_missing_encoder_is_trained_and_then_kept(tmp_path):
     folder, spec = write_texts(tmp_path / "in", TEXTS), tmp_path / "bin" / "e.bin"
     common = ["--input", folder, "--output", tmp_path / "out.bin", "--encoder", spec]
     run(*common, "--vocab_size", 280)
-    made = encoder.load(str(spec))
-    assert made.vocab_size == 280
-    assert made.fingerprint == encoder.train(TEXTS, 280).fingerprint
+    tokenizer = encoder.load(str(spec))
+    assert tokenizer.vocab_size == 280
+    assert tokenizer.fingerprint == encoder.train(TEXTS, 280).fingerprint
     before = spec.read_bytes()
     run(*common, "--force")
     assert spec.read_bytes() == before

@@ -84,14 +84,14 @@ def test_tokens_must_be_the_same(checkpoints):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init_from,options,told", [
+@pytest.mark.parametrize("init_from,options,message", [
     ("hf:gelu_new", {"n_layer": 1, "block_size": 32},
      r"block_size: 32 → 24; model_hyperparams.n_layer: 1 → 2; model_hyperparams.ffn_type: \"GELU\" → \"GELU_tanh\""),
     ("nanogpt:nano_True.pt", {"pos_encoding": "RoPE", "qk_norm": True}, "pos_encoding.*qk_norm: true → false"),
     ("nanogpt:nano_True.pt", {"vocab_size": 41, "n_ffn": 64}, "n_ffn: 64 → 128"),
 ])  # fmt: skip
-def test_other_shapes_are_listed(checkpoints, init_from, options, told):
-    with pytest.raises(UserError, match=rf"init_from: .* is of another shape .*{told}\): set them as it has"):
+def test_differing_hyperparameters_are_listed(checkpoints, init_from, options, message):
+    with pytest.raises(UserError, match=rf"init_from: .* is of another shape .*{message}\): set them as it has"):
         start(init_from, **options)
 
 
@@ -106,7 +106,7 @@ def edit(path, **changes):
     Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | changes))
 
 
-SPOILED = {
+DAMAGED = {
     "no folder": (lambda: None, "hf:none", "none is no directory"),
     "no config": (lambda: Path("gelu_new/config.json").unlink(), "hf:gelu_new", "there is no gelu_new/config.json"),
     "no JSON": (lambda: Path("gelu_new/config.json").write_text("{"), "hf:gelu_new", "cannot read gelu_new/co"),
@@ -149,23 +149,23 @@ def cut(name, tensor=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SPOILED)
-def test_a_checkpoint_that_does_not_fit_is_named(checkpoints, case):
-    spoil, init_from, told = SPOILED[case]
-    spoil()
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_or_unsuitable_checkpoints_are_named(checkpoints, case):
+    damage, init_from, message = DAMAGED[case]
+    damage()
     ffn_type = "GELU_tanh" if "gelu_new" in init_from else "GELU"
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         start(init_from, ffn_type=ffn_type)
     assert not Path("unpickled").exists() and not Path("ck").exists()
 
 
-def test_gpt2s_tokens_are_asked_for_by_name(tmp_path):
+def test_a_checkpoint_without_a_tokenizer_asks_for_the_encoder_by_name(tmp_path):
     """A checkpoint of GPT-2's size without a tokenizer file, and one of another size that characters do not have."""
     own = encoders.from_characters(set("abc"))
     messages = {50257: "GPT-2's.*--encoder tiktoken:gpt2", 50304: "GPT-2's", 65: "the 65 characters"}
-    for vocab_size, told in messages.items():
+    for vocab_size, message in messages.items():
         checkpoint = gpt2.Checkpoint(tmp_path, {"vocab_size": vocab_size}, {}, True, None)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             gpt2.check_tokens(checkpoint, own)
     data = json.loads(encoders.train(["the cat, the hat"], 261).to_bytes())
     named = {key: data[key] for key in ("pattern", "ranks", "specials")} | {"kind": "tiktoken", "name": "gpt2"}

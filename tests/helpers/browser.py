@@ -1,4 +1,4 @@
-"""Chromium without a window, told what to do over two pipes (Chrome DevTools Protocol), and one page in it."""
+"""Chromium without a window, controlled through two pipes (Chrome DevTools Protocol), and one page in it."""
 
 import base64
 import contextlib
@@ -25,8 +25,8 @@ class Browser:
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         os.close(theirs_in)
         os.close(theirs_out)
-        self.numbers, self.answers, self.told, self.session = itertools.count(1), {}, [], None
-        self.password, self.asked = "", 0
+        self.numbers, self.answers, self.events, self.session = itertools.count(1), {}, [], None
+        self.password, self.num_auth_requests = "", 0
         self.news, self.writing = threading.Condition(), threading.Lock()
         threading.Thread(target=self.listen, daemon=True).start()
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
@@ -48,11 +48,11 @@ class Browser:
                         answer = {"response": "CancelAuth"}
                         if self.password:
                             answer = {"response": "ProvideCredentials", "username": "me", "password": self.password}
-                        self.asked += 1
+                        self.num_auth_requests += 1
                         self.post("Fetch.continueWithAuth", requestId=message["params"]["requestId"],
                                   authChallengeResponse=answer)  # fmt: skip
                     else:
-                        self.told.append(message)
+                        self.events.append(message)
                 self.news.notify_all()
 
     def post(self, method, **params):
@@ -89,22 +89,22 @@ class Browser:
 
     def press(self, key, modifiers=0):
         codes = {"Tab": 9, "Enter": 13, " ": 32, "Escape": 27}
-        told = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": codes.get(key, 0),
-                "modifiers": modifiers}  # fmt: skip
+        stroke = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": codes.get(key, 0),
+                  "modifiers": modifiers}  # fmt: skip
         text = {"Enter": "\r", " ": " "}.get(key)
         more = {"text": text} if text and not modifiers else {}
-        self.send("Input.dispatchKeyEvent", type="keyDown", **told, **more)
-        self.send("Input.dispatchKeyEvent", type="keyUp", **told)
+        self.send("Input.dispatchKeyEvent", type="keyDown", **stroke, **more)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **stroke)
 
     def click_and_answer(self, button, accept):
         """Clicks what asks a question, answers it, and gives the question."""
         with self.news:
-            self.told = [m for m in self.told if m["method"] != "Page.javascriptDialogOpening"]
+            self.events = [m for m in self.events if m["method"] != "Page.javascriptDialogOpening"]
         self.post("Runtime.evaluate", expression=f"{button}.click()")
-        asked = lambda: [m for m in self.told if m["method"] == "Page.javascriptDialogOpening"]  # noqa: E731
+        dialogs = lambda: [m for m in self.events if m["method"] == "Page.javascriptDialogOpening"]  # noqa: E731
         with self.news:
-            assert self.news.wait_for(asked, 10), f"{button} asks nothing"
-            question = asked()[0]["params"]["message"]
+            assert self.news.wait_for(dialogs, 10), f"{button} asks nothing"
+            question = dialogs()[0]["params"]["message"]
         self.send("Page.handleJavaScriptDialog", accept=accept)
         return question
 
@@ -133,8 +133,8 @@ class Browser:
     def problems(self):
         """What the browser has complained of."""
         with self.news:
-            told = [m["params"] for m in self.told if m["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
-        return [t for t in told if not re.search("status of 40[0149]", t.get("entry", {}).get("text", ""))]
+            found = [m["params"] for m in self.events if m["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+        return [t for t in found if not re.search("status of 40[0149]", t.get("entry", {}).get("text", ""))]
 
     def stop(self):
         self.session = None

@@ -48,8 +48,9 @@ def requests_for(model, n: int) -> list[Request]:
     prompts = [torch.randint(1, 31, (1 + 5 * i % 23,), generator=random).tolist() for i in range(n)]
     wishes = [{}, {"temperature": 0}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.5}]
     sources = [torch.randint(0, 31, (2 + i,), generator=random).tolist() for i in range(n)]
+    lengths = [32 if i == 4 else 4 + 7 * i % 20 for i in range(n)]  # the long one ends three chunks of 16 tokens
     return [
-        Request(prompts[i], 4 + 7 * i % 30, seed=i, source=sources[i] if model.takes_source else None,
+        Request(prompts[i], lengths[i], seed=i, source=sources[i] if model.takes_source else None,
                 stop=frozenset({3} if i % 3 == 1 else ()), **wishes[i % len(wishes)])
         for i in range(n)
     ]  # fmt: skip

@@ -1,12 +1,14 @@
 """Runs Python scripts in forks of a process that has imported torch, which takes a script most of its start.
 
-The process imports no module of this repository: a fork imports them itself, from its script's folder. This file as a
-script, with the rest of a command line of Python, is the command: `python -S forks.py SOCKET train.py --help`. Its
-files 0, 1 and 2, environment and working directory are the fork's. Signals do not reach the fork, except that it ends
-with the command; tests of signals start Python itself.
+The process imports no module of this repository, or model.py only: a fork imports the others itself, from its script's
+folder, and some of them read environment variables. This file as a script, with the rest of a command line of Python,
+is the command: `python -S forks.py SOCKET train.py --help`. Its files 0, 1 and 2, environment and working directory are
+the fork's. It forwards SIGINT and SIGTERM to the fork, which ends with it. Whatever else a test does to a process
+(limits, SIGSTOP), it must do to the fork, or start Python itself.
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -22,24 +24,29 @@ import tempfile
 
 MODULES = ("torch._dynamo", "torch.utils.flop_counter", "matplotlib.backends.backend_agg", "matplotlib.figure",
            "pydantic", "tqdm")  # fmt: skip
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 @functools.cache
-def start() -> list[str]:
-    """The words that stand for `python` before a script: of the command, once the process that forks is ready."""
+def start(with_model: bool = False) -> list[str]:
+    """The words that stand for `python` before a script: of the command, once the process that forks is ready.
+    `with_model`: it has imported model.py of this repository too, for scripts of this repository."""
     if not hasattr(os, "pidfd_open"):
         return [sys.executable]
     folder = tempfile.mkdtemp()
-    server = subprocess.Popen([sys.executable, __file__, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    argv = [sys.executable, __file__, folder, *(["model"] if with_model else [])]
+    server = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     atexit.register(shutil.rmtree, folder)
     atexit.register(server.communicate)  # the end of its input ends it
     assert server.stdout.readline() == b"ready\n"
     return [sys.executable, "-I", "-S", __file__, os.path.join(folder, "socket")]
 
 
-def serve(folder: str) -> bool:
+def serve(folder: str, modules: list[str]) -> bool:
     """Fork for each command, until the input ends. Returns True in a fork, which then is the script."""
-    for module in MODULES:
+    if modules:
+        sys.path.insert(1, ROOT)  # a fork's own folder takes the place of the first
+    for module in (*modules, *MODULES):  # strawberry sets variables that torch reads when it is imported
         __import__(module)
     gc.freeze()  # what is imported: a fork need not look through it, nor copy its pages
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -63,9 +70,10 @@ def attend(connection: socket.socket) -> None:
     message, files, _, _ = socket.recv_fds(connection, 1 << 20, maxfds=3)
     if child := os.fork():
         ended = os.pidfd_open(child)
-        if ended not in select.select([ended, connection], [], [])[0]:  # the command is no more
-            os.kill(child, signal.SIGKILL)
-        connection.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        while ended not in select.select([ended, connection], [], [])[0]:
+            os.kill(child, int(connection.recv(16) or signal.SIGKILL))  # no message: the command has ended
+        with contextlib.suppress(OSError):
+            connection.send(b"%d" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         os._exit(0)
     connection.close()
     for number, file in enumerate(files):
@@ -81,16 +89,22 @@ def attend(connection: socket.socket) -> None:
 
 
 def ask(path: str, argv: list[str]) -> int:
-    """The exit code of a script that a fork runs, as a shell gives it."""
+    """The exit code of a script that a fork runs. Where a signal ended the fork, it ends this process too."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(path)
         socket.send_fds(connection, [json.dumps((argv, dict(os.environ), os.getcwd())).encode()], (0, 1, 2))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: connection.send(b"%d" % number))
         code = int(connection.recv(16))
-    return code if code >= 0 else 128 - code
+    if code < 0:
+        if code != -signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
+    if not os.path.isdir(sys.argv[1]):
         sys.exit(ask(sys.argv[1], sys.argv[2:]))
-    if serve(sys.argv[1]):
+    if serve(sys.argv[1], sys.argv[2:]):
         runpy.run_path(sys.argv[0], run_name="__main__")

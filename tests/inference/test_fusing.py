@@ -19,7 +19,7 @@ GPT2 = {"arch": "tinystar", "norm_type": "LayerNorm", "attention_type": "MHA", "
         "pos_encoding": "Learned"}  # fmt: skip
 
 
-def compute_plainly(x, weights, scales, biases, kind, gain, shift, eps, activation, residual):
+def fused_linear_reference(x, weights, scales, biases, kind, gain, shift, eps, activation, residual):
     return fused_linear_plain(x, weights, scales, biases, Norm(kind, gain, shift, eps), activation, residual)
 
 
@@ -43,7 +43,7 @@ def compare_steps(model, monkeypatch, rows: int = 3, kernels_run: bool = False) 
         for node in module.graph.nodes:
             if node.target is torch.ops.strawberry.fused_linear.default:
                 fused.append(node.args)
-                node.target = compute_plainly
+                node.target = fused_linear_reference
         assert len(fused) == count
         module.graph.lint()
         module.recompile()
@@ -70,7 +70,7 @@ def compare_steps(model, monkeypatch, rows: int = 3, kernels_run: bool = False) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "batch scope"])
-def test_a_fused_step_is_the_step(name, monkeypatch):
+def test_a_fused_decode_step_equals_the_decode_step(name, monkeypatch):
     fused, targets = compare_steps(build_small(MODELS[name] | {"n_layer": 1}), monkeypatch)
     assert fused and not targets & set(fusing.LINEARS)
 
@@ -127,7 +127,7 @@ def test_more_rows_than_a_kernel_takes_stay_products(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_compiled_sampling_makes_the_same_texts(rows):
+def test_compiled_sampling_gives_the_same_texts(rows):
     model = build_small(GPT2)
     requests = [Request([1 + i], 9, temperature=i % 2, seed=i, **wish)
                 for i, wish in enumerate([{}, {}, {"top_k": 4}, {"repetition_penalty": 1.5}])]  # fmt: skip

@@ -1,11 +1,12 @@
 """Penalties, logit bias and minimum length: against definitions written out token by token, and transformers."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from decoding import WISHES, collect, requests_for, small_model, wishful_requests
+from decoding import WISHES, by_generate, collect, requests_for, small_model, wishful_requests
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import encoder as encoders
@@ -18,7 +19,7 @@ from strawberry.inference.text import StopStringFilter, TextStream, make_request
 from strawberry.ops.sampling import sample
 
 
-def processed(logits: np.ndarray, r: Request, generated: list[int]) -> np.ndarray:
+def naive_process(logits: np.ndarray, r: Request, generated: list[int]) -> np.ndarray:
     """The logits (V,) from which a request's next token is drawn, by the definitions of OpenAI and vLLM."""
     out = logits.astype(np.float64)
     for token in range(len(out)):
@@ -40,9 +41,22 @@ def by_definition(model, r: Request) -> list[int]:
         with torch.no_grad():
             logits = model(torch.tensor([r.prompt + generated]), source=source)[0][0, -1].numpy()
         u = uniforms[len(generated)].double().view(1)
-        given = torch.from_numpy(processed(logits, r, generated)).unsqueeze(0)
+        given = torch.from_numpy(naive_process(logits, r, generated)).unsqueeze(0)
         generated.append(sample(given, u, r.temperature, r.top_k, r.top_p, r.min_p).item())
     return generated
+
+
+@functools.cache
+def texts_by_definition(name: str) -> list[list[int]]:
+    """The texts of wishful_requests(small_model(name)), most of which the penalties, bias and minimum length change."""
+    model = small_model(name)
+    requests = wishful_requests(model)
+    expected = [by_definition(model, request) for request in requests]
+    plain = [replace(r, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias={},
+                     min_tokens=0) for r in requests]  # fmt: skip
+    changed = sum(by_generate(model, r) != tokens for r, tokens in zip(plain, expected, strict=True))
+    assert changed >= len(WISHES)
+    return expected
 
 
 @pytest.mark.parametrize(("name", "rows", "options"), [
@@ -54,13 +68,8 @@ def by_definition(model, r: Request) -> list[int]:
 ])  # fmt: skip
 def test_texts_are_those_of_the_definitions(name, rows, options):
     """Rows of different settings, joined and moved in one batch; a row's counts start anew with each text."""
-    model = small_model(name)
+    model, expected = small_model(name), texts_by_definition(name)
     requests = wishful_requests(model)
-    expected = [by_definition(model, request) for request in requests]
-    plain = [replace(r, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logit_bias={},
-                     min_tokens=0) for r in requests]  # fmt: skip
-    changed = sum(by_definition(model, r) != tokens for r, tokens in zip(plain, expected, strict=True))
-    assert changed >= len(WISHES)  # they do something
     decoder = Decoder(model, rows, 64, **options)
     assert [tokens for tokens, _ in collect(decoder, requests)] == expected
     decoder.lookahead = 1 if model.causal else 0  # as on a GPU; in rows that other texts have used
@@ -97,7 +106,7 @@ def test_minimum_length_is_what_transformers_computes(n):
     assert torch.equal(ours, theirs) and ours.isinf().any() == (n < 3)
 
 
-def test_rows_that_ask_for_nothing_keep_every_bit():
+def test_rows_without_penalties_keep_their_logits_bit_for_bit():
     """Beside rows that ask for all, and after one that did in the same row; NaN and infinities too."""
     processor = LogitsProcessor(3, 31, "cpu")
     for row, wish in ((0, WISHES[6]), (1, WISHES[6]), (2, WISHES[4]), (1, {})):
@@ -112,7 +121,7 @@ def test_rows_that_ask_for_nothing_keep_every_bit():
         processor.count(slice(0, 3), torch.tensor([5, 5, 5]), torch.ones(3, dtype=torch.int64))
 
 
-def test_nothing_is_computed_or_kept_where_nobody_asks(monkeypatch):
+def test_without_penalties_nothing_is_computed_or_allocated(monkeypatch):
     monkeypatch.setattr(LogitsProcessor, "process", None)
     monkeypatch.setattr(LogitsProcessor, "count", None)
     decoder = Decoder(small_model("tinystar"), 2, 64)
@@ -143,7 +152,7 @@ def test_a_warm_up_before_a_capture_changes_no_text():
     ({"stop": frozenset({40})}, "stop_token_ids: token 40 is none of the 31"),
     ({"stop": frozenset(range(31)), "min_tokens": 1}, "every token"),
 ])  # fmt: skip
-def test_tokens_that_are_none_are_refused(wish, message):
+def test_token_ids_outside_the_vocabulary_are_refused(wish, message):
     decoder = Decoder(small_model("tinystar"), 1, 64)
     with pytest.raises(UserError, match=message):
         decoder.admit(Request([1], 5, **wish))
@@ -169,7 +178,7 @@ def vllm_stop(pieces: list[str], stops: list[str], min_tokens: int) -> str:
 
 
 @pytest.mark.parametrize("min_tokens", range(9))
-def test_stop_strings_count_after_the_minimum(min_tokens):
+def test_stop_strings_count_only_after_min_tokens(min_tokens):
     for pieces in (list("abcabcab"), ["ab", "cab", "c", "abca", "bc"], list("aabbccaa")):
         for stops in (["bc"], ["abc"], ["ca", "bb"]):
             stop_filter, printed = StopStringFilter(stops), ""
@@ -180,7 +189,7 @@ def test_stop_strings_count_after_the_minimum(min_tokens):
             assert printed == vllm_stop(pieces, stops, min_tokens)
 
 
-def text_of(tokens: list[int], **wish) -> tuple[str, str | None]:
+def decode_request(tokens: list[int], **wish) -> tuple[str, str | None]:
     """(text, finish reason) of tokens that a request gets one by one."""
     encoder = encoders.train(["x"], 258)
     settings = sampling_command.Settings(length=len(tokens), **wish)
@@ -194,14 +203,14 @@ def text_of(tokens: list[int], **wish) -> tuple[str, str | None]:
     return printed, stream.finish_reason
 
 
-def test_what_ends_a_text():
+def test_eot_stop_tokens_and_stop_strings_end_a_text():
     eot, pad, letters = 256, 257, [97, 98, 99]
-    assert text_of([*letters, eot, 100]) == ("abc", "stop") == text_of([*letters, pad, 100])
-    assert text_of([*letters, eot, pad, 100], ignore_eos=True) == ("abcd", "length")
-    assert text_of([*letters, eot, 100], stop_token_ids=[98]) == ("a", "stop")
-    assert text_of([*letters, eot, 98, 100], stop_token_ids=[100], ignore_eos=True) == ("abcb", "stop")
-    assert text_of([*letters, 97, 98], stop=["b"]) == ("a", "stop")
-    assert text_of([*letters, 97, 98], stop=["b"], min_tokens=2) == ("abca", "stop")
+    assert decode_request([*letters, eot, 100]) == ("abc", "stop") == decode_request([*letters, pad, 100])
+    assert decode_request([*letters, eot, pad, 100], ignore_eos=True) == ("abcd", "length")
+    assert decode_request([*letters, eot, 100], stop_token_ids=[98]) == ("a", "stop")
+    assert decode_request([*letters, eot, 98, 100], stop_token_ids=[100], ignore_eos=True) == ("abcb", "stop")
+    assert decode_request([*letters, 97, 98], stop=["b"]) == ("a", "stop")
+    assert decode_request([*letters, 97, 98], stop=["b"], min_tokens=2) == ("abca", "stop")
 
 
 # ---- log probabilities ---------------------------------------------------------------------------------------------

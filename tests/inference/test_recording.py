@@ -75,7 +75,7 @@ def test_a_replay_computes_what_the_function_computes(function):
         assert all(torch.equal(state[name], expected[name]) for name in SHAPES)
 
 
-def test_what_is_known_is_left_out():
+def test_a_replay_leaves_out_constants_repeated_calls_and_unused_results():
     """Views of tensors that exist before, numbers, repeated calls and unused results cost nothing in a replay."""
     x, y = torch.randn(4, 6), torch.zeros(4)
     with torch.inference_mode(), Recorder() as recorder:

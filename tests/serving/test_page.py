@@ -88,7 +88,8 @@ def test_the_chart_library_comes_with_its_licence_and_version():
 # ---- how it is served ----------------------------------------------------------------------------------------------
 
 WORDS = "the cat sat on a mat and saw that it was good; then it went home to eat and to sleep. "
-MADE = ["--max_iters=40", "--eval_interval=20", "--checkpoints.interval=20", "--log_interval=2", "--sample_length=12"]
+OPTIONS = ["--max_iters=40", "--eval_interval=20", "--checkpoints.interval=20", "--log_interval=2",
+           "--sample_length=12"]  # fmt: skip
 SMALL = {"eval_iters": 1, "compile": False, "model_hyperparams.n_layer": 1, "model_hyperparams.n_embd": 32,
          "model_hyperparams.n_qkv": 32, "model_hyperparams.n_head": 2, "model_hyperparams.block_size": 32}  # fmt: skip
 
@@ -102,16 +103,16 @@ def runs_folder(tmp_path_factory):
         Path("text.txt").write_text(ALPHABET)
         write_corpus("data.bin")
         write_config(model_hyperparams={"n_ffn_experts": 2, "a_ffn_experts": 1})
-        run(*MADE, "--model_path=out/experts.strawberry")
+        run(*OPTIONS, "--model_path=out/experts.strawberry")
         write_config("tinystar")
-        run(*MADE, "--checkpoints.path=ck2", "--learning_rate=0.004", "--model_path=out/plain.tinystar")
+        run(*OPTIONS, "--checkpoints.path=ck2", "--learning_rate=0.004", "--model_path=out/plain.tinystar")
     finally:
         os.chdir(before)
     return folder
 
 
 @pytest.fixture(scope="module")
-def site(runs_folder, tmp_path_factory):
+def site(runs_folder, tmp_path_factory, forked_training):
     """A server with a key, runs of the command line and one model, which has seen nothing yet."""
     folder = tmp_path_factory.mktemp("page")
     torch.manual_seed(1)
@@ -133,7 +134,7 @@ def key(site):
     return {"Authorization": f"Bearer {site.settings.api_key[0]}"}
 
 
-def test_the_page_calls_routes_that_there_are(site):
+def test_the_page_calls_only_routes_of_the_schema(site):
     schema = site.send("GET", "/openapi.json", **key(site))[2]["paths"]
     routes = {re.sub(r"\{\w+\}", "*", path) for path in schema}
     called = set()
@@ -143,7 +144,7 @@ def test_the_page_calls_routes_that_there_are(site):
     assert len(called) >= 15 and called <= routes, called - routes
 
 
-def test_it_is_served_without_inline_code(site):
+def test_the_page_is_served_without_inline_code(site):
     for path, kind in (("/", "html"), ("/page/style.css", "css"), ("/page/app.js", "javascript")):
         status, headers, data = site.send("GET", path, **key(site))
         assert status == 200 and headers["Content-Type"] == f"text/{kind}; charset=utf-8"
@@ -219,23 +220,23 @@ def page(browser, site):
     browser.open(site.url)
     page = Page(browser, site.url)
     page.has("experts")
-    assert browser.asked == 1
+    assert browser.num_auth_requests == 1
     return page
 
 
 def test_the_page_asks_for_a_key_and_keeps_it_in_the_tab_only(page, site):
-    page.browser.password, page.browser.asked = "", 0
+    page.browser.password, page.browser.num_auth_requests = "", 0
     site.settings.api_key[:] = ["second"]
     page.go("/data")
     page.until("!document.getElementById('key-form').hidden && document.activeElement.id === 'key'")
-    asked = page.asked
+    before = page.num_auth_requests
     for given in ("wrong", "second"):
         page.write("#key", given)
         page.press("Enter")
         page.until("/wrong/.test(document.getElementById('key-error').textContent)" if given == "wrong"
                    else "document.getElementById('key-form').hidden")  # fmt: skip
     page.has("Drop files here")
-    assert page.asked == asked  # the browser itself asked no more once a key was given
+    assert page.num_auth_requests == before  # the browser itself asked no more once a key was given
     assert page.js("sessionStorage.getItem('key')") == "second"
     assert not page.js("Object.values(localStorage).some(text => text.includes('second'))")
     assert "second" not in page.js("location.href")
@@ -311,7 +312,7 @@ def test_the_chart_shows_values_at_the_mouse_zooms_and_hides_a_run(page, site):
     page.pictures("runs")
 
 
-def test_points_and_smoothing(page):
+def test_chart_points_and_smoothing(page):
     """Evaluations have no seconds, a rollback does steps again, and averages begin at the first value."""
     got = page.js("""import('/page/chart_points.js').then(chart => {
       const lines = [{ step: 1, loss: 4, seconds: 1, tokens: 8 }, { step: 2, loss: 3, seconds: 2, tokens: 16 },
@@ -529,9 +530,9 @@ def test_prompt_and_continuation_are_one_text_whose_tokens_show_their_probabilit
     begin_writing(page, Seed=3, Temperature=0.8)
     page.press("Enter", modifiers=2)
     page.has("seed 3", ".writing")
-    asked = {"model": "untrained.strawberry", "prompt": "the ", "max_tokens": 20, "seed": 3, "temperature": 0.8,
-             "logprobs": 5}  # fmt: skip
-    same = site.send("POST", "/v1/completions", asked, **key(site))[2]["choices"][0]
+    request = {"model": "untrained.strawberry", "prompt": "the ", "max_tokens": 20, "seed": 3, "temperature": 0.8,
+               "logprobs": 5}  # fmt: skip
+    same = site.send("POST", "/v1/completions", request, **key(site))[2]["choices"][0]
     assert page.js(f"{EDITOR}.textContent") == "the " + same["text"]
     assert "".join(page.js("[...document.querySelectorAll('.editor .token')].map(e => e.textContent)")) == same["text"]
     page.js(f"{EDITOR}.querySelector('.token').dispatchEvent(new MouseEvent('mouseover', {{ bubbles: true }}))")
@@ -583,8 +584,9 @@ def test_several_texts_are_written_side_by_side(page, site):
     page.js("document.querySelector('.others').closest('details').open = true")
     page.click("Write", ".writing")
     page.until("document.querySelectorAll('.choices button:not(:disabled)').length === 2")
-    asked = {"model": "untrained.strawberry", "prompt": "the ", "max_tokens": 20, "seed": 5, "n": 2, "temperature": 0.8}
-    same = site.send("POST", "/v1/completions", asked, **key(site))[2]["choices"]
+    request = {"model": "untrained.strawberry", "prompt": "the ", "max_tokens": 20, "seed": 5, "n": 2,
+               "temperature": 0.8}  # fmt: skip
+    same = site.send("POST", "/v1/completions", request, **key(site))[2]["choices"]
     texts = page.js("[...document.querySelectorAll('.choices .text')].map(e => e.textContent)")
     assert texts == [choice["text"] for choice in same] and "seed 6" in page.text(".choices")
     assert page.js("document.activeElement.innerText") == "Write", "the focus is lost"
@@ -699,7 +701,7 @@ def test_a_lost_server_is_reported_and_the_page_keeps_its_content(page, site):
         page.send("Network.disable")
 
 
-def test_it_fits_a_phone_and_can_be_read(page, site):
+def test_the_page_fits_a_phone_and_has_enough_contrast(page, site):
     for width, height in ((390, 844), (1280, 800)):
         for scheme in ("light", "dark"):
             page.size(width, height, scheme)
@@ -713,7 +715,7 @@ def test_it_fits_a_phone_and_can_be_read(page, site):
     page.size(1280, 900)
 
 
-def test_it_is_used_by_keyboard(page, site):
+def test_the_page_can_be_used_by_keyboard(page, site):
     for view in views(page, site):
         found = tab_through(page)
         assert len(found) >= 8 and all(at["outline"] and at["width"] > 0 for at in found), (view, found)

@@ -1,6 +1,6 @@
 """Runs of the command line and of the server in one list, what a run will cost, and what is in files and datasets.
 
-The runs that are listed were made by train.py, in this process.
+train.py ran the runs that are listed, in this process.
 """
 
 import gzip
@@ -97,8 +97,8 @@ def test_a_checkpoint_of_the_command_line_is_downloaded_and_writes(site, runs_fo
     path = runs_folder / "ck" / "step_00000008" / "model.safetensors"
     assert status == 200 and data == path.read_bytes() and newest["model"] in headers["Content-Disposition"]
     assert site.send("GET", f"/v1/runs/{about['summary']['id']}/checkpoints/7")[0] == 404
-    asked = {"model": newest["model"], "prompt": "a cat", "max_tokens": 4, "seed": 1}
-    text = site.send("POST", "/v1/completions", asked)
+    request = {"model": newest["model"], "prompt": "a cat", "max_tokens": 4, "seed": 1}
+    text = site.send("POST", "/v1/completions", request)
     assert text[0] == 200 and text[2]["usage"]["completion_tokens"] == 4
     assert site.send("POST", "/v1/completions", {"model": "tiny-step-7.tinystar", "prompt": "a"})[0] == 404
 
@@ -224,8 +224,8 @@ def test_presets_come_with_every_key_and_the_schema(site):
 @pytest.mark.parametrize("preset", ["tiny", "transformer-pairs"])
 def test_an_estimate_counts_what_the_model_has_and_warns_as_the_run_does(site, preset):
     keys = {"max_iters": 10, "batch_size": 2, "model_hyperparams.n_layer": 1, "warmup_iters": 20}
-    asked = {"model": preset, "hyperparameters": keys, "vocab_size": 300}
-    found = get(site, "/v1/fine_tuning/estimates", "POST", asked)
+    request = {"model": preset, "hyperparameters": keys, "vocab_size": 300}
+    found = get(site, "/v1/fine_tuning/estimates", "POST", request)
     hyper = {**CONFIGS_OF[preset], "n_layer": 1, "vocab_size": 300}
     model = build(hyper)
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
@@ -277,23 +277,24 @@ def test_an_estimate_refuses_what_a_run_refuses(site, body, message):
 def test_the_first_documents_of_files_and_datasets_are_shown(site):
     texts = [f"document {i}, with ünïcode" for i in range(9)] + ["x" * 5000]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    made = {}
+    file_ids = {}
     for name, data in (("a.txt", texts[0].encode()), ("b.jsonl", lines), ("c.json", json.dumps(texts).encode()),
                        ("d.jsonl.gz", gzip.compress(lines)), ("e.md", b"y" * 9000)):  # fmt: skip
-        made[name] = site.client.files.create(file=(name, data), purpose="fine-tune").id
+        file_ids[name] = site.client.files.create(file=(name, data), purpose="fine-tune").id
 
     def documents(path):
         return get(site, path)["data"]
 
-    assert documents(f"/v1/files/{made['a.txt']}/documents") == [{"text": texts[0], "is_whole": True}]
+    assert documents(f"/v1/files/{file_ids['a.txt']}/documents") == [{"text": texts[0], "is_whole": True}]
     for name in ("b.jsonl", "c.json", "d.jsonl.gz"):
-        found = documents(f"/v1/files/{made[name]}/documents?limit=20")
+        found = documents(f"/v1/files/{file_ids[name]}/documents?limit=20")
         assert [one["text"] for one in found] == [*texts[:9], "x" * 2000] and not found[-1]["is_whole"]
-        assert len(documents(f"/v1/files/{made[name]}/documents?limit=2")) == 2
-    assert documents(f"/v1/files/{made['e.md']}/documents") == [{"text": "y" * 2000, "is_whole": False}]
+        assert len(documents(f"/v1/files/{file_ids[name]}/documents?limit=2")) == 2
+    assert documents(f"/v1/files/{file_ids['e.md']}/documents") == [{"text": "y" * 2000, "is_whole": False}]
     assert site.send("GET", "/v1/files/file-" + "0" * 24 + "/documents")[0] == 404
 
-    dataset = site.client.post("/datasets", body={"files": [made["b.jsonl"]], "encoder": "chars"}, cast_to=dict)["id"]
+    recipe = {"files": [file_ids["b.jsonl"]], "encoder": "chars"}
+    dataset = site.client.post("/datasets", body=recipe, cast_to=dict)["id"]
     until = time.time() + 60
     while get(site, f"/v1/datasets/{dataset}")["status"] != "succeeded":
         assert time.time() < until

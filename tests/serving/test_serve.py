@@ -1,4 +1,4 @@
-"""What serve.py promises to clients that nobody here wrote, to many at once, and to those who mean no good."""
+"""serve.py: the completions API for other people's clients, for many clients at once, and for hostile ones."""
 
 import asyncio
 import base64
@@ -19,6 +19,7 @@ import threading
 import time
 from pathlib import Path
 
+import forks
 import openai
 import pytest
 import torch
@@ -164,16 +165,16 @@ def error_of(answer, status):
 
 
 def sample_alone(folder, prompt, seed, name="air.strawberry", n=24, **options):
-    """The text that the model makes with nobody else there, in a decoder of the server's shape."""
+    """The text of one request alone, in a decoder of the server's shape."""
     model, encoder, _ = load_model(folder / name)
     settings = sample.Settings(length=n, **{"temperature": 1.0, **options})
     decoder = Decoder(model, ROWS, 4096, batch_invariant=True)
     request = make_request(settings, encoder, encoder.encode(prompt), None, seed)
-    made = stream_texts(decoder, [TextStream(encoder, request, settings.stop)])
-    return replace_surrogates("".join(piece for _, piece, _ in made))
+    stream = stream_texts(decoder, [TextStream(encoder, request, settings.stop)])
+    return replace_surrogates("".join(piece for _, piece, _ in stream))
 
 
-def test_missing_folders_are_errors_and_are_not_made(tmp_path, monkeypatch):
+def test_missing_folders_are_errors_and_are_not_created(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
     Path("file").touch()
@@ -199,7 +200,7 @@ def test_missing_folders_are_errors_and_are_not_made(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_text_is_what_sample_makes(server, folder):
+def test_completions_equal_sample(server, folder):
     got = server.client.completions.create(model="air.strawberry", prompt="the cat", seed=7, max_tokens=24)
     assert got.choices[0].text == sample_alone(folder, "the cat", 7) != sample_alone(folder, "the cat", 8)
     assert (
@@ -220,7 +221,7 @@ def test_text_is_what_sample_makes(server, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["air.strawberry", "future.strawberry", "learned.tinystar"])
 def test_streamed_equals_plain(server, name):
-    asked = {
+    request = {
         "model": name,
         "prompt": ["the cat", "öä"],
         "seed": 5,
@@ -229,9 +230,9 @@ def test_streamed_equals_plain(server, name):
         "logprobs": 2,
         "echo": True,
     }
-    plain = server.client.completions.create(**asked)
+    plain = server.client.completions.create(**request)
     texts, whys, chunk_logprobs, usage = [""] * 6, [None] * 6, [[] for _ in range(6)], None
-    for chunk in server.client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+    for chunk in server.client.completions.create(**request, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
         for choice in chunk.choices:
             assert whys[choice.index] is None  # nothing after the end
@@ -247,10 +248,10 @@ def test_streamed_equals_plain(server, name):
     assert usage.completion_tokens == sum(len(c.logprobs.tokens) for c in plain.choices) - 3 * (7 + 4) > 60
 
 
-def test_each_piece_of_a_stream_has_the_logprobs_of_its_tokens(server):
-    """With the prompt the prompt's; then one token a piece, and more where text was held back."""
-    asked = {"model": "air.strawberry", "prompt": "aé", "seed": 3, "max_tokens": 30, "logprobs": 1, "stream": True}
-    first, *pieces = [chunk.choices[0] for chunk in server.client.completions.create(**asked, echo=True)]
+def test_each_chunk_of_a_stream_has_the_logprobs_of_its_tokens(server):
+    """The first chunk has those of the prompt; then one token a chunk, and more where text was buffered."""
+    request = {"model": "air.strawberry", "prompt": "aé", "seed": 3, "max_tokens": 30, "logprobs": 1, "stream": True}
+    first, *pieces = [chunk.choices[0] for chunk in server.client.completions.create(**request, echo=True)]
     assert first.text == "aé" and len(first.logprobs.tokens) == 3 and first.logprobs.token_logprobs[0] is None
     at, counts = 2, []
     for piece in pieces:
@@ -260,12 +261,12 @@ def test_each_piece_of_a_stream_has_the_logprobs_of_its_tokens(server):
         assert not logprobs.tokens or logprobs.text_offset[0] in (at, at - 1)  # −1: inside a character
         at += len(piece.text)
     assert sum(counts) == 30 and counts.count(1) > 10
-    plain = list(server.client.completions.create(**{**asked, "logprobs": None}))
+    plain = list(server.client.completions.create(**{**request, "logprobs": None}))
     assert all(chunk.choices[0].logprobs is None for chunk in plain)
 
 
 @pytest.mark.slow
-def test_samples_are_those_of_further_seeds(server, folder):
+def test_choices_use_consecutive_seeds(server, folder):
     got = server.client.completions.create(model="air.strawberry", prompt=["a b", "c"], seed=40, n=3, max_tokens=24)
     assert [c.index for c in got.choices] == list(range(6))
     assert [c.text for c in got.choices] == [sample_alone(folder, p, 40 + i) for p in ("a b", "c") for i in range(3)]
@@ -274,8 +275,8 @@ def test_samples_are_those_of_further_seeds(server, folder):
     assert drawn[0] != drawn[1]
 
 
-def test_rows_keep_one_shape(server):
-    """On which it rests that an answer is to the bit what it would be alone."""
+def test_the_decoder_is_batch_invariant(server):
+    """So that a text is bit for bit the one that the request would get alone."""
     server.complete()
     decoder = server.service.models.loaded["air.strawberry"].decoder
     assert decoder.batch_invariant and decoder.rows == ROWS
@@ -284,27 +285,27 @@ def test_rows_keep_one_shape(server):
 def test_stop_strings_end_a_text_before_them(server, folder):
     whole = sample_alone(folder, "the", 2, n=60)
     stop = whole[20:23]
-    asked = {"model": "air.strawberry", "prompt": "the", "seed": 2, "max_tokens": 60}
+    request = {"model": "air.strawberry", "prompt": "the", "seed": 2, "max_tokens": 60}
     for given in (stop, ["\n\n\n\n", stop]):
         for stream in (False, True):
-            got = server.client.completions.create(**asked, stop=given, stream=stream)
+            got = server.client.completions.create(**request, stop=given, stream=stream)
             chunks = list(got) if stream else [got]
             assert "".join(c.text for chunk in chunks for c in chunk.choices) == whole[: whole.index(stop)]
             assert chunks[-1].choices[0].finish_reason == "stop"
     assert server.gauge("rows_busy") == 0
 
 
-def test_tokens_are_prompts_too(server):
+def test_prompts_may_be_token_ids(server):
     tokens = encoders.train(["x"], 258).encode("the cat")
-    asked = {"model": "air.strawberry", "seed": 3, "max_tokens": 5}
-    texts = [server.client.completions.create(**asked, prompt=prompt).choices for prompt in
+    request = {"model": "air.strawberry", "seed": 3, "max_tokens": 5}
+    texts = [server.client.completions.create(**request, prompt=prompt).choices for prompt in
              ("the cat", tokens, ["the cat", "x"], [tokens, [1]], [float(t) for t in tokens])]  # fmt: skip
     assert len({choices[0].text for choices in texts}) == 1 and [len(choices) for choices in texts] == [1, 1, 2, 2, 1]
-    beginning, eot = (server.client.completions.create(**asked, prompt=p).choices[0].text for p in ("", [256]))
+    beginning, eot = (server.client.completions.create(**request, prompt=p).choices[0].text for p in ("", [256]))
     assert beginning == eot
 
 
-def test_logprobs_are_the_models(server, folder):
+def test_logprobs_equal_those_of_the_model_in_float64(server, folder):
     """Against the model itself, token by token, in float64."""
     model, encoder, _ = load_model(folder / "air.strawberry")
     got = server.client.completions.create(model="air.strawberry", prompt="aé", seed=3, max_tokens=3, echo=True,
@@ -331,9 +332,9 @@ def test_logprobs_are_the_models(server, folder):
 
 def test_top_logprobs_are_in_the_order_of_probability(server, folder):
     """The likeliest token first, whichever was drawn; the drawn one is among them or after them."""
-    asked = {"model": "air.strawberry", "prompt": "ab", "seed": 3, "max_tokens": 12, "temperature": 2, "logprobs": 4}
+    request = {"model": "air.strawberry", "prompt": "ab", "seed": 3, "max_tokens": 12, "temperature": 2, "logprobs": 4}
     for stream in (False, True):
-        got = server.client.completions.create(**asked, echo=True, stream=stream)
+        got = server.client.completions.create(**request, echo=True, stream=stream)
         pieces = [chunk.choices[0].logprobs for chunk in (got if stream else [got])]
         own = [logprob for piece in pieces for logprob in piece.token_logprobs][1:]
         best = [list(top.items()) for piece in pieces for top in piece.top_logprobs if top]
@@ -348,8 +349,8 @@ def test_top_logprobs_are_in_the_order_of_probability(server, folder):
     assert [text for text, _ in best[0]][:4] == [decode_token(encoder, token) for token in likeliest]
 
 
-def test_scores_alone(server):
-    """max_tokens 0 with echo: nothing is made, and no row is needed."""
+def test_echo_without_new_tokens_scores_the_prompt(server):
+    """max_tokens 0 with echo: nothing is generated, and no row is needed."""
     got = server.client.completions.create(model="air.strawberry", prompt="abc", max_tokens=0, echo=True, logprobs=0)
     assert got.choices[0].text == "abc" and len(got.choices[0].logprobs.token_logprobs) == 3
     assert got.usage.completion_tokens == 0 and got.choices[0].finish_reason == "length"
@@ -358,15 +359,15 @@ def test_scores_alone(server):
 
 
 def test_logprobs_without_echo_are_the_end_of_those_with_it(server):
-    asked = {"prompt": "abcde", "max_tokens": 6, "seed": 4, "logprobs": 2}
-    with_echo, without = (server.complete(**asked, echo=echo)[2]["choices"][0]["logprobs"] for echo in (True, False))
+    request = {"prompt": "abcde", "max_tokens": 6, "seed": 4, "logprobs": 2}
+    with_echo, without = (server.complete(**request, echo=echo)[2]["choices"][0]["logprobs"] for echo in (True, False))
     assert without == {name: values[5:] for name, values in with_echo.items()} and len(without["tokens"]) == 6
 
 
-def test_models_that_see_the_future_score_what_they_drew_from(server, folder):
+def test_models_that_are_not_causal_score_each_token_given_its_prefix(server, folder):
     model, encoder, _ = load_model(folder / "future.strawberry")
-    asked = {"model": "future.strawberry", "prompt": "a longer prompt", "max_tokens": 1, "echo": True, "logprobs": 1}
-    got = server.client.completions.create(**asked)
+    request = {"model": "future.strawberry", "prompt": "a longer prompt", "max_tokens": 1, "echo": True, "logprobs": 1}
+    got = server.client.completions.create(**request)
     tokens = encoder.encode("a longer prompt")
     with torch.no_grad():
         for i in (1, 5, 14):
@@ -383,7 +384,7 @@ def test_encoder_decoders_take_a_source(server):
     assert error_of(server.complete(source="x"), 400)["param"] == "source"
 
 
-def test_a_text_ends_where_positions_do(server):
+def test_texts_end_where_positions_or_context_end(server):
     got = server.client.completions.create(model="learned.tinystar", prompt="a" * 60, max_tokens=50, temperature=0)
     assert got.choices[0].finish_reason == "length" and got.usage.completion_tokens == 5
     got = server.client.completions.create(model="air.strawberry", prompt="a" * 4090, max_tokens=50, temperature=0)
@@ -424,7 +425,7 @@ def test_models_are_listed(server, folder):
     assert error.value.code == "model_not_found" and "did you mean 'air.strawberry'" in str(error.value)
 
 
-def test_models_come_change_and_go(start, folder, tmp_path):
+def test_models_are_reloaded_when_their_files_change(start, folder, tmp_path):
     (tmp_path / "notes.txt").write_text("no model")
     (tmp_path / "broken.strawberry").write_bytes(b"no model either")
     server = start(tmp_path)
@@ -468,7 +469,7 @@ DAMAGED = ["cut", "empty", "zeros", "text", "header", "pickle", "shape", "no arc
 
 
 @pytest.mark.slow
-def test_a_damaged_model_file_is_said_to_be_damaged(start, tmp_path, monkeypatch):
+def test_damaged_model_files_are_reported_without_paths(start, tmp_path, monkeypatch):
     """Whatever the damage and whoever asks: the file is named, its folder is not, and a retry is not asked for."""
     folder = tmp_path / "secret"
     folder.mkdir()
@@ -596,15 +597,15 @@ def test_errors_do_not_reveal_the_paths_of_models(server, folder):
     assert "masked.transformer" in message and str(folder) not in message
 
 
-def test_idle_models_make_room(start, tmp_path):
+def test_idle_models_are_evicted_and_busy_ones_are_not(start, tmp_path):
     for name in ("air.strawberry", "learned.tinystar", "future.strawberry"):
         make_model(tmp_path / name)
     server = start(tmp_path, memory=0.3 / 1024, context=64)  # of MiB: one of them, not two
     for name in ("air.strawberry", "learned.tinystar", "air.strawberry"):
         assert server.complete(model=name)[0] == 200
         assert server.gauge("models_loaded") == 1
-    asked = {"model": "air.strawberry", "prompt": ["a"] * 8, "n": 32, "max_tokens": 60, "temperature": 0}
-    busy = server.client.completions.create(**asked, stream=True)
+    request = {"model": "air.strawberry", "prompt": ["a"] * 8, "n": 32, "max_tokens": 60, "temperature": 0}
+    busy = server.client.completions.create(**request, stream=True)
     next(busy)
     assert error_of(server.complete(model="learned.tinystar"), 503)
     busy.close()
@@ -614,7 +615,7 @@ def test_idle_models_make_room(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_clients_get_their_own_texts_or_retry_after(start, folder):
+def test_concurrent_clients_get_their_own_texts_or_retry_after(start, folder):
     clients, queue = count(24, 64), count(6, 32)
     server = start(queue=queue, batch=ROWS)
     solo = [sample_alone(folder, f"prompt {i}", i) for i in range(clients)]
@@ -623,9 +624,10 @@ def test_many_clients_get_their_own_texts_or_retry_after(start, folder):
 
     def ask(i):
         together.wait()
-        asked = {"model": "air.strawberry", "prompt": f"prompt {i}", "seed": i, "max_tokens": 24, "stream": i % 2 == 0}
+        request = {"model": "air.strawberry", "prompt": f"prompt {i}", "seed": i, "max_tokens": 24,
+                   "stream": i % 2 == 0}  # fmt: skip
         try:
-            got = server.client.completions.create(**asked)
+            got = server.client.completions.create(**request)
             return "".join(chunk.choices[0].text for chunk in (got if i % 2 == 0 else [got]))
         except openai.RateLimitError as error:
             return error
@@ -640,7 +642,7 @@ def test_many_clients_get_their_own_texts_or_retry_after(start, folder):
     assert server.complete()[0] == 200
 
 
-class StepByStep:
+class SteppedEngine:
     """An engine without its thread, whose steps take time of a clock of their own: the test calls them."""
 
     def __init__(self, folder, monkeypatch, step=0.5, prompt=0.0, ends=None, **settings):
@@ -656,22 +658,22 @@ class StepByStep:
         self.engine = asyncio.run(make())
         self.engine.load()
         self.decoder, self.step, self.prompt = self.engine.decoder, step, prompt
-        self.real_step, self.real_admit = self.decoder.step, self.decoder.admit
+        self.decoder_step, self.decoder_admit = self.decoder.step, self.decoder.admit
         monkeypatch.setattr(self.decoder, "step", self.take_step)
         monkeypatch.setattr(self.decoder, "admit", self.read_prompt)
 
     def read_prompt(self, request):
         self.now += self.prompt
-        return self.real_admit(request)
+        return self.decoder_admit(request)
 
     def take_step(self):
-        """A token of each row; where texts have `ends`, they end after that share of what was asked for."""
+        """A token of each row; where texts have `ends`, they end after that share of max_tokens."""
         self.now += self.step
         arrived = []
-        for handle, token, why in self.real_step():
+        for handle, token, why in self.decoder_step():
             self.token_counts[handle] = self.token_counts.get(handle, 0) + 1
-            asked = self.engine.running[handle][1].request.max_new_tokens
-            if self.ends and not why and self.token_counts[handle] >= self.ends * asked:
+            limit = self.engine.running[handle][1].request.max_new_tokens
+            if self.ends and not why and self.token_counts[handle] >= self.ends * limit:
                 self.decoder.release(handle)
                 why = "stop"
             arrived.append((handle, token, why))
@@ -679,48 +681,48 @@ class StepByStep:
 
     def submit(self, max_tokens, n=1):
         body = CompletionRequest(model="air.strawberry", prompt="a", max_tokens=max_tokens, n=n, temperature=0)
-        order = make_request_group(body, self.engine)
-        self.engine.submit(order)
-        return order
+        group = make_request_group(body, self.engine)
+        self.engine.submit(group)
+        return group
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["equal", "mixed", "several texts", "slow prompts", "texts that end early"])
 def test_retry_after_is_the_time_that_the_queue_takes(folder, monkeypatch, kind):
-    """By a clock of which each step takes half a second: the time until an order at the queue's end has begun."""
+    """By a clock of which each step takes half a second: the time until a group at the queue's end has begun."""
     more = {"slow prompts": {"prompt": 3.0}, "texts that end early": {"ends": 0.3}}.get(kind, {})
-    server = StepByStep(folder, monkeypatch, batch=ROWS, queue=6, **more)
-    dice, engine, ratios = random.Random(kind), server.engine, []
+    server = SteppedEngine(folder, monkeypatch, batch=ROWS, queue=6, **more)
+    rng, engine, ratios = random.Random(kind), server.engine, []
 
-    def asked():
+    def draw_request():
         several = kind == "several texts"
-        return {"max_tokens": 16 if kind == "equal" else dice.randint(4, 12 if several else 28),
-                "n": dice.randint(1, 3) if several else 1}  # fmt: skip
+        return {"max_tokens": 16 if kind == "equal" else rng.randint(4, 12 if several else 28),
+                "n": rng.randint(1, 3) if several else 1}  # fmt: skip
 
     for _ in range(8):
         refused = None
-        while refused is None:  # until as many wait as may
+        while refused is None:  # until the queue is full
             try:
-                server.submit(**asked())
+                server.submit(**draw_request())
             except ApiError as error:
                 refused = error
-            for _ in range(dice.randint(0, 2)):
+            for _ in range(rng.randint(0, 2)):
                 engine.step()
         assert (refused.status, refused.code) == (429, "queue_full")
         began = server.now
         while engine.queued >= engine.settings.queue:
             engine.step()
-        last = server.submit(**asked())
+        last = server.submit(**draw_request())
         while not last.active:
             engine.step()
         ratios.append(int(refused.headers["Retry-After"]) / (server.now - began))
-    assert all(1 / 2 <= ratio <= 2 for ratio in ratios[1:]), ratios  # the first came before anything was measured
+    assert all(1 / 2 <= ratio <= 2 for ratio in ratios[1:]), ratios  # nothing was measured before the first
     assert 0.7 < sum(ratios[1:]) / len(ratios[1:]) < 1.4, ratios
 
 
 @pytest.mark.slow
 def test_a_full_queue_answers_with_retry_after(start):
-    """By the official client: 10 and 20 tokens of 2 seconds each are to be made before a third text begins."""
+    """By the official client: 10 and 20 tokens of 2 seconds each are generated before a third text begins."""
     server = start(batch=1, queue=1)
     server.complete()
     engine, go = server.service.models.loaded["air.strawberry"], threading.Event()
@@ -756,7 +758,7 @@ def test_models_share_a_gpu(start):
     assert [answer[2]["choices"] for answer in together] == [ask(i)[2]["choices"] for i in range(24)]
 
 
-def test_a_new_text_joins_those_under_way(server, folder):
+def test_a_new_request_joins_the_running_batch(server, folder):
     long = server.client.completions.create(model="air.strawberry", prompt="a", **LONG, stream=True)
     pieces = [next(long).choices[0].text]
     text = server.complete(prompt="the", seed=5, max_tokens=24)[2]["choices"][0]["text"]
@@ -769,7 +771,7 @@ def test_a_new_text_joins_those_under_way(server, folder):
 
 
 @pytest.mark.slow
-def test_one_large_order_does_not_keep_others_waiting(server):
+def test_a_large_request_group_does_not_starve_others(server):
     large = server.client.completions.create(
         model="air.strawberry", prompt=["a"] * 40, n=30, **LONG | {"max_tokens": 500}, stream=True
     )
@@ -782,7 +784,7 @@ def test_one_large_order_does_not_keep_others_waiting(server):
 
 
 @pytest.mark.parametrize("kind", ["plain", "streamed", "before the first piece", "while it waits"])
-def test_rows_of_clients_that_leave_are_free(server, kind):
+def test_a_cancelled_request_frees_its_rows(server, kind):
     body = {"model": "air.strawberry", "prompt": "a", **LONG, "n": ROWS, "stream": kind != "plain"}
     if kind == "before the first piece":
         body["prompt"] = "a" * 4000
@@ -806,8 +808,8 @@ def test_rows_of_clients_that_leave_are_free(server, kind):
     assert server.gauge("queue") == 0
 
 
-def test_pieces_are_not_kept_for_ever(server, monkeypatch):
-    """For a client that stays and takes nothing: its rows are freed, and it gets the error when it reads on."""
+def test_unread_chunks_are_bounded(server, monkeypatch):
+    """A client that stays and reads nothing: its rows are freed, and it gets the error when it reads on."""
     monkeypatch.setattr(engine, "MAX_UNREAD", 50)
     real, stuck = CompletionStream.data, threading.Event()
 
@@ -845,7 +847,7 @@ def test_a_request_has_a_timeout_of_its_own(server):
 
 
 @pytest.mark.slow
-def test_what_is_under_way_is_finished_before_the_end(folder):
+def test_shutdown_finishes_running_requests_within_the_grace_period(folder):
     server = ServerThread(folder, grace=20)
     server.complete()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -864,32 +866,32 @@ def test_what_is_under_way_is_finished_before_the_end(folder):
     server.stop()
 
 
-def broken(*arguments):
+def raise_secret(*arguments):
     raise RuntimeError("secret")
 
 
 @pytest.mark.parametrize("part", ["step", "admit"])
-def test_an_engine_that_fails_goes_on(server, monkeypatch, part):
+def test_an_engine_survives_an_exception(server, monkeypatch, part):
     server.complete()
     engine = server.service.models.loaded["air.strawberry"]
-    monkeypatch.setattr(engine.decoder, part, broken)
+    monkeypatch.setattr(engine.decoder, part, raise_secret)
     assert "secret" not in json.dumps(error_of(server.complete(), 500))
     monkeypatch.undo()
     assert server.complete()[0] == 200 and server.gauge("rows_busy") == 0
 
 
-def test_an_engine_that_cannot_go_on_is_replaced(server, monkeypatch):
+def test_an_engine_that_cannot_recover_is_replaced(server, monkeypatch):
     server.complete()
     engine = server.service.models.loaded["air.strawberry"]
-    monkeypatch.setattr(engine.decoder, "step", broken)
-    monkeypatch.setattr(engine, "make_decoder", broken)
+    monkeypatch.setattr(engine.decoder, "step", raise_secret)
+    monkeypatch.setattr(engine, "make_decoder", raise_secret)
     error_of(server.complete(), 500)
     engine.thread.join(10)
     assert server.complete()[0] == 200 and server.service.models.loaded["air.strawberry"] is not engine
 
 
-def test_scoring_that_fails_is_answered(server, monkeypatch):
-    monkeypatch.setattr(scoring, "score_tokens", broken)
+def test_an_exception_while_scoring_is_answered_with_500(server, monkeypatch):
+    monkeypatch.setattr(scoring, "score_tokens", raise_secret)
     error_of(server.complete(logprobs=1, echo=True), 500)
     assert server.complete(logprobs=1)[0] == 200  # those of new tokens come with the tokens
     monkeypatch.undo()
@@ -898,7 +900,7 @@ def test_scoring_that_fails_is_answered(server, monkeypatch):
 
 @pytest.mark.slow
 def test_a_model_may_be_wider_than_its_encoder(start, tmp_path, monkeypatch):
-    """Ids that the encoder has no text for, in the prompt and in what is made."""
+    """Ids that the encoder has no text for, in the prompt and in the text."""
     monkeypatch.setitem(MODELS, "air.strawberry", MODELS["air.strawberry"] | {"vocab_size": 300})
     make_model(tmp_path / "air.strawberry")
     server = start(tmp_path)
@@ -939,7 +941,7 @@ WRONG = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("field", WRONG)
-def test_hostile_values_name_their_field(server, field):
+def test_invalid_values_name_their_field(server, field):
     for value in WRONG[field]:
         status, _, body = server.complete(**{field: value})
         assert 400 <= status < 500, (value, body)
@@ -947,7 +949,7 @@ def test_hostile_values_name_their_field(server, field):
     assert server.complete()[0] == 200
 
 
-def test_nulls_are_left_out(server):
+def test_null_fields_get_their_defaults(server):
     fields = {name: None for name in WRONG if name not in ("model", "prompt", "unheard_of", "max_tokns")}
     assert server.complete(**fields)[2]["usage"]["completion_tokens"] <= 16
 
@@ -974,17 +976,17 @@ SPELLED_OUT = {
 @pytest.mark.slow
 def test_fields_that_change_nothing_are_accepted(server):
     """All that clients send by default, at once and one by one: the text is the same."""
-    create, asked = server.client.completions.create, {"model": "air.strawberry", "prompt": "the cat", "seed": 7}
-    text = create(**asked).choices[0].text
+    create, request = server.client.completions.create, {"model": "air.strawberry", "prompt": "the cat", "seed": 7}
+    text = create(**request).choices[0].text
     for fields in (VLLM_DEFAULTS, SPELLED_OUT, VLLM_DEFAULTS | SPELLED_OUT, {"top_k": 0}, {"best_of": 1.0}):
         body = {name: value for name, value in fields.items() if name != "seed"}
-        assert create(**asked, extra_body=body).choices[0].text == text
+        assert create(**request, extra_body=body).choices[0].text == text
     openais = {"best_of": 1, "echo": False, "frequency_penalty": 0, "logit_bias": {}, "n": 1, "presence_penalty": 0,
                "suffix": "", "temperature": 1, "top_p": 1, "user": "me", "stop": None, "logprobs": None}  # fmt: skip
-    assert create(**asked, **openais).choices[0].text == text
-    three = create(**asked, n=3, best_of=3).choices
+    assert create(**request, **openais).choices[0].text == text
+    three = create(**request, n=3, best_of=3).choices
     assert len(three) == 3 and three[0].text == text
-    drawn = {create(**asked | {"seed": -1}).choices[0].text for _ in range(2)}
+    drawn = {create(**request | {"seed": -1}).choices[0].text for _ in range(2)}
     assert len(drawn) == 2
     schema = server.send("GET", "/openapi.json")[2]
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
@@ -1000,21 +1002,22 @@ def test_a_field_that_is_not_supported_is_refused_with_what_is_accepted(server):
 
 def test_penalties_are_those_of_sample(server, folder):
     """Against the decoder alone, which test_penalties.py judges; each of them changes the text, or how it ends."""
-    create, asked = server.client.completions.create, {"model": "air.strawberry", "prompt": "the", "seed": 2}
+    create, request = server.client.completions.create, {"model": "air.strawberry", "prompt": "the", "seed": 2}
     plain = sample_alone(folder, "the", 2)
     openais = {"presence_penalty": 2.0, "frequency_penalty": 1.5, "logit_bias": {"101": 9, "32": -100}}
     for wish in (*({name: value} for name, value in openais.items()), openais):
-        assert create(**asked, **wish, max_tokens=24).choices[0].text == sample_alone(folder, "the", 2, **wish) != plain
+        text = create(**request, **wish, max_tokens=24).choices[0].text
+        assert text == sample_alone(folder, "the", 2, **wish) != plain
     for wish in ({"repetition_penalty": 2.5}, {"stop_token_ids": list(plain.encode()[5:6])}):
-        text = create(**asked, extra_body=wish, max_tokens=24).choices[0].text
+        text = create(**request, extra_body=wish, max_tokens=24).choices[0].text
         assert text == sample_alone(folder, "the", 2, **wish) != plain
     ends = {"logit_bias": {"256": 100}, "min_tokens": 7}
-    got = create(**asked, max_tokens=24, extra_body=ends)
+    got = create(**request, max_tokens=24, extra_body=ends)
     assert got.usage.completion_tokens == 8 and got.choices[0].finish_reason == "stop"
-    got = create(**asked, max_tokens=24, extra_body=ends | {"ignore_eos": True})
+    got = create(**request, max_tokens=24, extra_body=ends | {"ignore_eos": True})
     assert got.usage.completion_tokens == 24 and got.choices[0].finish_reason == "length"
     assert got.choices[0].text == ""  # <|eot|> is no text
-    got = create(**asked, max_tokens=5, extra_body={"logit_bias": {"256": 50}, "min_tokens": 9})
+    got = create(**request, max_tokens=5, extra_body={"logit_bias": {"256": 50}, "min_tokens": 9})
     assert got.usage.completion_tokens == 5
 
 
@@ -1028,7 +1031,7 @@ def test_each_chunk_of_a_stream_can_report_the_usage(server):
     assert counts == sorted(counts)
 
 
-def test_hostile_bodies(server):
+def test_invalid_bodies_are_refused(server):
     deep = '{"model": "air.strawberry", "prompt": "a", "user": ' + "[" * 10_000 + "]" * 10_000 + "}"
     no_json = ["[" * 10_000, b'{"model": "\xff\xfe"}', "", "{", '{"n": ' + "9" * 5000 + "}", "{} x"]
     no_object = ["[]", '"x"', "null", b"\xef\xbb\xbf\x00"]
@@ -1048,22 +1051,22 @@ def test_hostile_bodies(server):
 def test_chat_is_refused_because_the_models_continue_texts(server):
     """By every method of OpenAI's client that would chat, and by curl."""
     client, hello = server.client, [{"role": "user", "content": "Hello"}]
-    asked = {"model": "air.strawberry", "messages": hello}
-    calls = [lambda: client.chat.completions.create(**asked),
-             lambda: client.chat.completions.create(**asked, stream=True),
-             lambda: client.chat.completions.parse(**asked),
+    request = {"model": "air.strawberry", "messages": hello}
+    calls = [lambda: client.chat.completions.create(**request),
+             lambda: client.chat.completions.create(**request, stream=True),
+             lambda: client.chat.completions.parse(**request),
              lambda: client.chat.completions.retrieve("chatcmpl-1"),
              lambda: client.chat.completions.update("chatcmpl-1", metadata={}),
              lambda: client.chat.completions.delete("chatcmpl-1"),
              lambda: client.responses.create(model="air.strawberry", input="Hello"),
-             lambda: client.with_options(base_url=server.url).chat.completions.create(**asked)]  # fmt: skip
+             lambda: client.with_options(base_url=server.url).chat.completions.create(**request)]  # fmt: skip
     for call in calls:
         with pytest.raises(openai.NotFoundError) as caught:
             call()
         assert "base models" in str(caught.value) and "/v1/completions" in str(caught.value)
         assert caught.value.body["param"] == "model"
     done = subprocess.run(["curl", "-s", "-w", "%{http_code}", f"{server.url}/v1/chat/completions", "-H",
-                           "Content-Type: application/json", "-d", json.dumps(asked)],
+                           "Content-Type: application/json", "-d", json.dumps(request)],
                           capture_output=True, text=True)  # fmt: skip
     assert done.stdout.endswith("404") and "/v1/completions" in json.loads(done.stdout[:-3])["error"]["message"]
     for method in ("GET", "PUT", "PATCH", "OPTIONS"):
@@ -1124,7 +1127,7 @@ def test_large_invalid_bodies_do_not_delay_other_requests(server, kind):
         assert 400 <= answer.result()[0] < 500, answer.result()
 
 
-def test_bodies_that_do_not_come_are_not_waited_for(server, monkeypatch):
+def test_a_body_that_does_not_arrive_times_out(server, monkeypatch):
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.3)
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.putrequest("POST", "/v1/completions")
@@ -1135,7 +1138,7 @@ def test_bodies_that_do_not_come_are_not_waited_for(server, monkeypatch):
     connection.close()
 
 
-def test_bodies_end_at_their_limit(start):
+def test_bodies_over_max_body_are_refused(start):
     server = start(max_body=0.01)
     long = json.dumps({"model": "air.strawberry", "prompt": "a" * 20_000}).encode()
     error_of(server.send("POST", "/v1/completions", long), 413)
@@ -1147,7 +1150,7 @@ def test_bodies_end_at_their_limit(start):
     assert server.complete()[0] == 200
 
 
-def test_what_is_no_http_gets_an_error_object(server):
+def test_invalid_http_gets_an_error_object(server):
     with socket.create_connection(("127.0.0.1", server.port)) as one:
         one.sendall(b"nonsense\r\n\r\n")
         data = b""
@@ -1171,7 +1174,7 @@ def test_slow_clients_do_not_delay_other_requests(server, monkeypatch):
         one.close()
 
 
-def test_connections_are_so_many_at_most(start, monkeypatch):
+def test_connections_over_the_limit_are_closed(start, monkeypatch):
     monkeypatch.setattr(HttpProtocol, "MAX_CONNECTIONS", 5)
     server = start()
     many = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(5)]
@@ -1185,7 +1188,7 @@ def test_connections_are_so_many_at_most(start, monkeypatch):
 
 
 @pytest.mark.slow
-def test_headers_that_do_not_come_are_not_waited_for(start, monkeypatch):
+def test_headers_that_do_not_arrive_time_out(start, monkeypatch):
     monkeypatch.setattr(HttpProtocol, "HEADER_SECONDS", 0.3)
     server = start()
     with socket.create_connection(("127.0.0.1", server.port)) as one:
@@ -1198,7 +1201,7 @@ def test_headers_that_do_not_come_are_not_waited_for(start, monkeypatch):
 # ---- who may ask ---------------------------------------------------------------------------------------------------
 
 
-def test_keys(start):
+def test_every_route_but_health_needs_an_api_key(start):
     server = start(api_key=["first-key", "second"])
     paths = ["/v1/models", "/metrics", "/openapi.json", "/docs", "/v1/models/air.strawberry", "/nothing"]
     wrong = ["", "Bearer", "Bearer wrong", "Bearer first-ke", "Bearer first-key2", "first-key", "Bearer kéy",
@@ -1229,7 +1232,7 @@ def test_every_key_is_compared_in_constant_time(start, monkeypatch):
 
 
 @pytest.mark.slow
-def test_foreign_hosts_and_origins(server, start):
+def test_foreign_hosts_and_origins_are_refused(server, start):
     for host in (
         "evil.example",
         "localhost.evil.example",
@@ -1259,7 +1262,7 @@ def test_foreign_hosts_and_origins(server, start):
 CORS = re.compile("access-control-.*", re.I)
 
 
-def test_pages_of_named_origins_may_use_the_server(start):
+def test_cors_allows_the_named_origins_only(start):
     named = ["https://box.example", "http://localhost:3000"]
     server = start(allow_origin=named, api_key=["k"])
     ask = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization,x-stainless-os"}
@@ -1288,13 +1291,13 @@ def test_pages_of_named_origins_may_use_the_server(start):
     assert error_of(server.send("OPTIONS", "/v1/models", Origin=named[0], Host="evil.example", **ask), 403)
 
 
-def test_without_named_origins_no_answer_speaks_of_them(server):
+def test_without_allowed_origins_there_are_no_cors_headers(server):
     for origin in ("https://box.example", f"http://127.0.0.1:{server.port}"):
         headers = server.send("OPTIONS", "/v1/models", Origin=origin, Access_Control_Request_Method="POST")[1]
         assert "Vary" not in headers and not [name for name in headers if CORS.match(name)]
 
 
-def test_rates_are_by_key(start):
+def test_the_rate_limit_is_per_key(start):
     server = start(rate=20, api_key=["one", "two"])  # of which two may come at once
     got = [server.send("GET", "/v1/models", Authorization="Bearer one") for _ in range(4)]
     assert [status for status, *_ in got] == [200, 200, 429, 429]
@@ -1304,7 +1307,7 @@ def test_rates_are_by_key(start):
     assert all(server.send("GET", "/health")[0] == 200 for _ in range(9))
 
 
-def test_rates_come_back_with_time(monkeypatch):
+def test_the_rate_limit_refills_with_time(monkeypatch):
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     rate, served = RateLimiter(60), 0
@@ -1349,10 +1352,15 @@ def test_addresses_in_use_are_reported(server):
 # ---- the command, the schema, the numbers --------------------------------------------------------------------------
 
 
+def serve_command(folder, data):
+    """A free port, and the words that serve the models of a folder there in another process."""
+    python, port = forks.start(with_model=True), free_port()
+    return port, [*python, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(data)]
+
+
 @pytest.mark.slow
 def test_the_command_serves_until_a_signal_stops_it(folder):
-    port = free_port()
-    argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(folder / "data")]
+    port, argv = serve_command(folder, folder / "data")
     child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
         until = time.time() + 60
@@ -1373,10 +1381,9 @@ def test_the_command_serves_until_a_signal_stops_it(folder):
 
 
 @pytest.mark.slow
-def test_polling_does_not_fill_the_console(folder, tmp_path):
+def test_successful_polling_is_not_logged(folder, tmp_path):
     """What the page asks every two seconds is not written down while it succeeds; all else is, errors above all."""
-    port = free_port()
-    argv = [sys.executable, "serve.py", "--models", str(folder), "--port", str(port), "--data", str(tmp_path / "data")]
+    port, argv = serve_command(folder, tmp_path / "data")
     child = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     try:
         lines = []
@@ -1405,16 +1412,16 @@ def test_polling_does_not_fill_the_console(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_and_sampling_need_nothing_of_this():
+def test_training_and_sampling_import_no_serving_packages():
     others = {"fastapi", "uvicorn", "starlette", "prometheus_client", "rustbpe", "ijson", "serve", "prepare"}
     others |= {"torch._dynamo"}  # half of the time that a script would take to start
     code = f"import sys, train, sample; bad = {others} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_metrics(start, monkeypatch):
+def test_metrics_count_requests_tokens_and_errors(start, monkeypatch):
     server = start()
-    monkeypatch.setattr(server.service.models, "find", broken)
+    monkeypatch.setattr(server.service.models, "find", raise_secret)
     assert "secret" not in json.dumps(error_of(server.send("GET", "/v1/models/x"), 500))
     monkeypatch.undo()
     server.complete(max_tokens=7, prompt="abc", temperature=0)
@@ -1431,7 +1438,7 @@ def test_metrics(start, monkeypatch):
         assert f"strawberry_{line}\n" in text, text
 
 
-def test_the_schema_of_logit_bias_has_the_vocabularys_tokens():
+def test_the_schema_of_logit_bias_matches_the_token_ids():
     for top in (0, 5, 9, 10, 19, 99, 100, 257, 300, 999, 1000):
         pattern = re.compile(range_pattern(top))
         assert [n for n in range(2 * top + 200) if pattern.search(str(n))] == list(range(top + 1))
@@ -1439,7 +1446,7 @@ def test_the_schema_of_logit_bias_has_the_vocabularys_tokens():
 
 
 @pytest.mark.slow
-def test_the_schema_says_what_there_is(server, start, tmp_path):
+def test_the_schema_lists_models_and_the_docs_load(server, start, tmp_path):
     schema = server.send("GET", "/openapi.json")[2]
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body["properties"]["model"]["enum"] == sorted(MODELS.keys() - {"masked.transformer"})

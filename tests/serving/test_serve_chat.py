@@ -52,14 +52,14 @@ def prompt_tokens(site, messages=CHAT) -> list[int]:
 
 
 def chat(site, **body):
-    asked = {"model": "chat", "messages": CHAT, "seed": 5, "max_tokens": 30}
-    return site.client.chat.completions.create(**asked | body)
+    request = {"model": "chat", "messages": CHAT, "seed": 5, "max_tokens": 30}
+    return site.client.chat.completions.create(**request | body)
 
 
 def complete(site, **body):
     extra = body.pop("extra_body", {}) | {"stop_token_ids": [END]}
-    asked = {"model": "chat", "prompt": prompt_tokens(site), "seed": 5, "max_tokens": 30, "extra_body": extra}
-    return site.client.completions.create(**asked | body)
+    request = {"model": "chat", "prompt": prompt_tokens(site), "seed": 5, "max_tokens": 30, "extra_body": extra}
+    return site.client.completions.create(**request | body)
 
 
 @pytest.mark.parametrize("wish", [
@@ -126,11 +126,11 @@ def test_logprobs_are_those_of_completions(site):
 
 def test_an_answer_may_be_as_long_as_the_context(site):
     longest = 256 - len(prompt_tokens(site))
-    kept = {"logit_bias": {str(token): -100 for token in (256, 257, END)}}
+    no_end = {"logit_bias": {str(token): -100 for token in (256, 257, END)}}
     for limit in ({"max_tokens": None}, {"max_tokens": None, "max_completion_tokens": 256}):
-        assert chat(site, **limit, **kept).usage.completion_tokens == longest
+        assert chat(site, **limit, **no_end).usage.completion_tokens == longest
     for limit in ({"max_tokens": None}, {"max_tokens": 9}):
-        assert chat(site, **limit, max_completion_tokens=3, **kept).usage.completion_tokens == 3
+        assert chat(site, **limit, max_completion_tokens=3, **no_end).usage.completion_tokens == 3
     with pytest.raises(openai.BadRequestError, match="context is of 256") as caught:
         chat(site, messages=[{"role": "user", "content": "x" * 300}])
     assert caught.value.body["param"] == "messages" and caught.value.body["code"] == "context_length_exceeded"
