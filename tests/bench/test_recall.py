@@ -116,7 +116,8 @@ def test_batches_are_a_function_of_seed_and_index():
 
 def test_rows_grow_longer_stage_by_stage():
     task = RecallTask((8, 64), (16, 4096))
-    assert task.lengths == [24, 144, 864, 4824] and TASK.lengths == [24, 51] and RecallTask((4,), (64,)).lengths == [24, 86]
+    assert task.lengths == [24, 144, 864, 4824] and TASK.lengths == [24, 51]
+    assert RecallTask((4,), (64,)).lengths == [24, 86]
     for stage, length in enumerate(task.lengths[:2]):
         batch = RecallObjective(task, stage=stage).make_batch(None, 1, 0, 200)
         assert batch.x.shape == (200, length)

@@ -1,6 +1,6 @@
 """What the tests of survival share: a tiny run to hurt, children that can be killed, and the counts of `make torture`.
 
-Children are forked from a server that has torch imported already, so that a hundred of them cost no hundred imports.
+Children are forked from a server that has imported all that a run does, so that a hundred cost no hundred imports.
 `python tests/training/torture.py` runs tests/training/test_survival.py with full counts and prints the table of
 docs/measurements.md.
 """
@@ -21,6 +21,7 @@ import time
 import traceback
 from pathlib import Path
 
+import forks
 from runs import ALPHABET, write_corpus
 
 from strawberry import startup
@@ -75,12 +76,13 @@ def timeless(path="ck/metrics.jsonl") -> list[dict]:
 
 @functools.cache
 def server():
-    """multiprocessing, with a server that has imported train and its kin."""
+    """multiprocessing, with a server that has imported train.py and what a run imports later, torch._dynamo above all:
+    it takes a child more than a second, as building a model does that."""
     folders = [ROOT, ROOT / "tests" / "helpers", Path(__file__).parent]
     path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     os.environ["PYTHONPATH"] = path
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torture", "safetensors.torch"])
+    context.set_forkserver_preload(["train", "torture", "safetensors.torch", *forks.MODULES])
     return context
 
 
@@ -197,15 +199,15 @@ def short_of_memory(argv):
 
 
 def record_resources(argv):
-    """used.json: the seconds and the megabytes that it took to refuse something."""
+    """used.json: the CPU seconds and the megabytes that it took to refuse something."""
     scale = 1e6 if sys.platform == "darwin" else 1e3
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
-    start = time.perf_counter()
+    start = time.process_time()  # others may use the CPU meanwhile
     try:
         program(argv)
     finally:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale - before
-        Path("used.json").write_text(json.dumps({"seconds": time.perf_counter() - start, "megabytes": used}))
+        Path("used.json").write_text(json.dumps({"seconds": time.process_time() - start, "megabytes": used}))
 
 
 def watched(argv):
