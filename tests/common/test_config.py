@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine import count, require, require_module
 from pydantic import Field, ValidationError
+from small_archs import ARCHS, Berry, Star
 
 from optimizer import lr_at
 from strawberry import config_docs
@@ -40,32 +41,6 @@ from strawberry.run_config import REMOVED, RENAMED, Run, load_run, make_run, run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclasses.dataclass
-class Berry:
-    arch: str = option("strawberry", "family", choices=["strawberry"])
-    vocab_size: int = option(8192, "tokens", low=2)
-    block_size: int = option(256, "context", low=1)
-    r_layer: int = option(2, "retention steps", low=0)
-    n_layer: int = option(2, "blocks", low=1)
-    n_head: int = option(4, "heads", low=1)
-    n_embd: int = option(64, "width", low=1)
-    n_qkv: int = option(256, "width of q, k, v", low=1)
-    window: list[int] | None = option(None, "windows", low=1)
-    dropout: float = option(0.0, "share dropped", low=0, below=1)
-
-    def problems(self):
-        if self.n_qkv % self.n_head:
-            yield "n_qkv", f"must be a multiple of n_head ({self.n_head})"
-
-
-@dataclasses.dataclass
-class Star:
-    arch: str = option("tinystar", "family", choices=["tinystar"])
-    n_layer: int = option(6, "blocks", low=1)
-    ffn_type: str = option("SwiGLU", "feed-forward", choices=["SwiGLU", "GELU"])
-
-
-ARCHS = {"strawberry": Berry, "tinystar": Star}
 BERRY_RUN = run_class(ARCHS, "strawberry")
 AIR = {
     "dataset": {"data_division": 0.8, "load_from_file": True, "path": "data/webtext.bin"},
@@ -280,6 +255,15 @@ def test_config_is_looked_for_here_then_in_config(tmp_path, monkeypatch):
     assert load_run(["--config", "air.json"], ARCHS).batch_size == 4
 
 
+def test_no_config_that_is_read_stays_in_memory():
+    """A server reads one for each training run that it is asked for."""
+    run = load_run(["--config", "air.json"], ARCHS)
+    sizes = [function.cache_info().currsize for function in (declared, validator)]
+    for _ in range(3):
+        assert load_run(["--config", "air.json"], ARCHS) == run == make_run(to_dict(run), ARCHS)
+    assert [function.cache_info().currsize for function in (declared, validator)] == sizes
+
+
 # ---- overrides -----------------------------------------------------------------------------------------------------
 
 
@@ -418,9 +402,9 @@ def test_all_problems_are_in_one_message_and_nothing_is_made(tmp_path):
     config["model_hyperparams"] |= {"n_qkv": 255, "n_layers": 3, "n_embd": 0}
     text = json.dumps(config).replace('"seed": "auto"', '"seed": 1, "seed": 2').replace("0.95", "NaN", 1)
     write(tmp_path, text)
-    body = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import test_config\n"
+    body = f"import sys; sys.path.append({str(Path(__file__).parent)!r})\nfrom small_archs import ARCHS\n"
     body += "from strawberry.run_config import load_run\n"
-    body += "run = load_run(argv, test_config.ARCHS); open('made', 'w').write('x')"
+    body += "run = load_run(argv, ARCHS); open('written', 'w').write('x')"
     ran = program(body, "--config", "run.json", "--n_head=3", "--checkpoints.keep=0", cwd=tmp_path)
     assert (ran.returncode, ran.stdout, os.listdir(tmp_path)) == (2, "", ["run.json"])
     first, *lines = ran.stderr.splitlines()
@@ -431,8 +415,8 @@ def test_all_problems_are_in_one_message_and_nothing_is_made(tmp_path):
         *("model_hyperparams.n_qkv", "model_hyperparams.n_layers", "model_hyperparams.n_embd"),
         "optimizer_hyperparams.beta2",
     }
-    made = program(body, "--config", "air.json", cwd=tmp_path)
-    assert (made.returncode, sorted(os.listdir(tmp_path))) == (0, ["made", "run.json"])
+    valid = program(body, "--config", "air.json", cwd=tmp_path)
+    assert (valid.returncode, sorted(os.listdir(tmp_path))) == (0, ["run.json", "written"])
 
 
 def test_a_list_of_wrong_items_is_one_error():
