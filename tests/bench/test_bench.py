@@ -1,5 +1,6 @@
 """Comparisons: equal conditions for all, nothing done twice, tables that say what was found."""
 
+import functools
 import http.client
 import io
 import json
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ import torch
 import bench
 import encoder as encoders
 from model import CONFIGS, build
-from strawberry.bench import child_process, compare_report, decode, growth, hardware, scale, serve, sweep, train
+from strawberry.bench import child_process, compare, compare_report, decode, growth, hardware, scale, serve, sweep, train
 from strawberry.bench.common import (
     SHARED_KEYS,
     check_results,
@@ -77,6 +79,14 @@ sys.exit(3 if lr > 0.5 else 0)
 """
 
 
+hash_code_once = functools.cache(sweep.hash_code)  # it reads all of the code
+
+
+def fork_python(words):
+    """The command line of a Python script, with a fork in the place of a new process."""
+    return [*forks.start(), *words[1:]]
+
+
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
     """A directory with a corpus and two configs, where children only pretend."""
@@ -91,6 +101,7 @@ def workshop(tmp_path, monkeypatch):
     command = lambda role, *arguments: [sys.executable, "-c", FAKE, role, *arguments]  # noqa: E731
     monkeypatch.setattr(child_process, "make_command", command)
     monkeypatch.setattr(child_process, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(compare, "hash_code", hash_code_once)
     monkeypatch.setattr(compare_report, "draw_comparison", lambda *arguments: None)
     monkeypatch.setattr(plot, "save", lambda *arguments: None)
     return tmp_path
@@ -614,8 +625,9 @@ def test_a_real_child_trains(workshop, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(workshop)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    real = child_process.make_command
-    by_role = {"_train": real, "_speed": pretended}
+    monkeypatch.setattr(compare, "hash_code", hash_code_once)
+    make_command = child_process.make_command
+    by_role = {"_train": lambda *words: fork_python(make_command(*words)), "_speed": pretended}
     monkeypatch.setattr(child_process, "make_command", lambda role, *rest: by_role[role](role, *rest))
     assert run_compare("a.json", "--seeds", "1", "--lrs", "1e-2") == 0
     row = table()["a"]
@@ -974,15 +986,16 @@ def test_a_missing_nanogpt_is_named(tmp_path):
 @pytest.fixture
 def real(workshop, monkeypatch):
     """Children are what they are; what is timed is short."""
-    quick = f"""
+    Path("quick.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(CONFIG_FOLDER.parent)!r})
 import bench
 from strawberry.bench import hardware, train
 train.MEASURED_SECONDS, train.TIMED_STEPS, hardware.MATMUL_SIZES = 0.01, 2, (64, 64)
 bench.main(sys.argv[1:])
-"""
-    monkeypatch.setattr(child_process, "make_command", lambda role, *words: [sys.executable, "-c", quick, role, *words])
+""")
+    script = str(workshop / "quick.py")
+    monkeypatch.setattr(child_process, "make_command", lambda *words: [*forks.start(), script, *words])
 
 
 @pytest.mark.slow
@@ -1163,7 +1176,9 @@ def test_growth_is_drawn_an_axis_for_each_question():
 
 
 @pytest.mark.slow
-def test_scale_measures_processes_as_train_runs_them(workshop, capsys):
+def test_scale_measures_processes_as_train_runs_them(workshop, monkeypatch, capsys):
+    run_group = child_process.run_group
+    monkeypatch.setattr(child_process, "run_group", lambda words: run_group(fork_python(words)))
     bench.main(["scale", "--config", "a.json:n_layer=1", "--processes", "1,1", "--steps", "2", "--json", "s.json"])
     (row,) = json.loads(Path("s.json").read_text())["rows"]  # one process divides nothing: no second time
     assert row["processes"] == 1 and row["tokens_per_s"] > 0 and row["loss"] < 10 and row["warnings"] == []
@@ -1188,7 +1203,9 @@ def test_scale_gives_each_process_as_many_rows_by_default(workshop, monkeypatch)
 
 
 @pytest.mark.slow
-def test_scale_tells_why_processes_could_not_start(workshop, capsys):
+def test_scale_tells_why_processes_could_not_start(workshop, monkeypatch, capsys):
+    run_group = child_process.run_group
+    monkeypatch.setattr(child_process, "run_group", lambda words: run_group(fork_python(words)))
     bench.main(["scale", "--config", "a.json", "--processes", "1", "--set", "dataset.path=nowhere.bin"])
     assert "nowhere.bin" in capsys.readouterr().out
 
@@ -1253,7 +1270,7 @@ def test_each_client_of_the_server_asks_for_its_own_text(monkeypatch):
 def test_a_server_that_does_not_start_is_reported(tmp_path):
     arguments = serve.parse_arguments(["air.json", "--queue", "4"])
     server = serve.ServerProcess(tmp_path, "m", 1, arguments)
-    server.command[2:] = ["--batch=0"]
+    server.command = [*fork_python(server.command[:2]), "--batch=0"]
     with pytest.raises(UserError, match="did not start: .*--batch = 0"), server:
         pass
 
