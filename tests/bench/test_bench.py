@@ -21,7 +21,18 @@ import torch
 import bench
 import encoder as encoders
 from model import CONFIGS, build
-from strawberry.bench import child_process, compare, compare_report, decode, growth, hardware, scale, serve, sweep, train
+from strawberry.bench import (
+    child_process,
+    compare,
+    compare_report,
+    decode,
+    growth,
+    hardware,
+    scale,
+    serve,
+    sweep,
+    train,
+)
 from strawberry.bench.common import (
     SHARED_KEYS,
     check_results,
@@ -80,11 +91,6 @@ sys.exit(3 if lr > 0.5 else 0)
 
 
 hash_code_once = functools.cache(sweep.hash_code)  # it reads all of the code
-
-
-def fork_python(words):
-    """The command line of a Python script, with a fork in the place of a new process."""
-    return [*forks.start(), *words[1:]]
 
 
 @pytest.fixture
@@ -627,7 +633,7 @@ def test_a_real_child_trains(workshop, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(compare, "hash_code", hash_code_once)
     make_command = child_process.make_command
-    by_role = {"_train": lambda *words: fork_python(make_command(*words)), "_speed": pretended}
+    by_role = {"_train": lambda *words: forks.fork_command(make_command(*words)), "_speed": pretended}
     monkeypatch.setattr(child_process, "make_command", lambda role, *rest: by_role[role](role, *rest))
     assert run_compare("a.json", "--seeds", "1", "--lrs", "1e-2") == 0
     row = table()["a"]
@@ -1178,7 +1184,7 @@ def test_growth_is_drawn_an_axis_for_each_question():
 @pytest.mark.slow
 def test_scale_measures_processes_as_train_runs_them(workshop, monkeypatch, capsys):
     run_group = child_process.run_group
-    monkeypatch.setattr(child_process, "run_group", lambda words: run_group(fork_python(words)))
+    monkeypatch.setattr(child_process, "run_group", lambda words: run_group(forks.fork_command(words)))
     bench.main(["scale", "--config", "a.json:n_layer=1", "--processes", "1,1", "--steps", "2", "--json", "s.json"])
     (row,) = json.loads(Path("s.json").read_text())["rows"]  # one process divides nothing: no second time
     assert row["processes"] == 1 and row["tokens_per_s"] > 0 and row["loss"] < 10 and row["warnings"] == []
@@ -1205,7 +1211,7 @@ def test_scale_gives_each_process_as_many_rows_by_default(workshop, monkeypatch)
 @pytest.mark.slow
 def test_scale_tells_why_processes_could_not_start(workshop, monkeypatch, capsys):
     run_group = child_process.run_group
-    monkeypatch.setattr(child_process, "run_group", lambda words: run_group(fork_python(words)))
+    monkeypatch.setattr(child_process, "run_group", lambda words: run_group(forks.fork_command(words)))
     bench.main(["scale", "--config", "a.json", "--processes", "1", "--set", "dataset.path=nowhere.bin"])
     assert "nowhere.bin" in capsys.readouterr().out
 
@@ -1270,7 +1276,7 @@ def test_each_client_of_the_server_asks_for_its_own_text(monkeypatch):
 def test_a_server_that_does_not_start_is_reported(tmp_path):
     arguments = serve.parse_arguments(["air.json", "--queue", "4"])
     server = serve.ServerProcess(tmp_path, "m", 1, arguments)
-    server.command = [*fork_python(server.command[:2]), "--batch=0"]
+    server.command = [*forks.fork_command(server.command[:2]), "--batch=0"]
     with pytest.raises(UserError, match="did not start: .*--batch = 0"), server:
         pass
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import forks
 import numpy as np
 import pytest
 
@@ -197,6 +198,8 @@ def test_full_attention_recalls_and_a_window_that_is_too_short_does_not(tmp_path
 @pytest.mark.slow
 def test_two_configs_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    make_command = recall.child_process.make_command
+    monkeypatch.setattr(recall.child_process, "make_command", lambda *words: forks.fork_command(make_command(*words)))
     shape = "n_layer=1,n_embd=16,n_head=2"
     configs = [f"tinystar-v0.2-modernbase.json:{shape}", f"air.json:{shape},r_layer=0,n_qkv=16"]
     words = ["recall", *configs, "--pairs", "2,3", "--distances", "2,5", "--steps", "3", "--rows", "20", "--set",
@@ -232,6 +235,7 @@ def test_after_an_interruption_the_same_command_goes_on(tmp_path, monkeypatch, c
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(recall.child_process, "run_at_once", measure)
+    monkeypatch.setattr(recall, "hash_code", lambda: "c")  # the code is not read again for each command
     shape = "n_layer=1,n_embd=16,n_head=2"
     words = ["recall", f"tinystar-v0.2-modernbase.json:{shape}", f"air.json:{shape},r_layer=0,n_qkv=16", "--pairs", "2",
              "--distances", "2"]  # fmt: skip

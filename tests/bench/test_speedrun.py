@@ -8,6 +8,7 @@ import json
 import textwrap
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -377,7 +378,9 @@ def test_equal_sizes_are_asked_of_gpt2(children, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_stand_in_s_curve_is_exact_and_a_config_reaches_its_loss(checkout):
+def test_the_stand_in_s_curve_is_exact_and_a_config_reaches_its_loss(checkout, monkeypatch):
+    make_command = child_process.make_command
+    monkeypatch.setattr(child_process, "make_command", lambda *words: forks.fork_command(make_command(*words)))
     words = ["--seeds", "1", "--steps", "60", "--lrs", "3e-2", "--set", "compile=false"]
     assert bench.main([*WORDS, *words]) is None
     theirs, ours = json.loads(Path("img/speedrun/speedrun.json").read_text())["rows"]

@@ -37,6 +37,11 @@ def start() -> list[str]:
     return [sys.executable, "-I", "-S", __file__, os.path.join(folder, "socket")]
 
 
+def fork_command(words: list[str]) -> list[str]:
+    """The command line of a script, `python SCRIPT …`, with a fork in the place of a new process."""
+    return [*start(), *words[1:]]
+
+
 def serve(folder: str) -> bool:
     """Fork for each command, until the input ends. Returns True in a fork, which then is the script."""
     for module in MODULES:
