@@ -87,7 +87,9 @@ GIVEN: dict[str, str | list[str]] = {  # a text, or the commands that make the f
     "pairs.jsonl": '{"source": "Return the sum.", "target": "return a + b"}\n' * 50,
     "prompts.jsonl": '{"prompt": "Once"}\n{"prompt": "Once a", "max_tokens": 5, "id": "b"}\n',
     "bin/tiny.strawberry": [
-        "python prepare.py", "python train.py --config tiny.json --max_iters=3 --eval_iters=1 --sample_length=0"],
+        "python prepare.py --input notes/day.txt --output data/webtext.bin --encoder bin/cl8k.bin --vocab_size 270",
+        "python train.py --config tiny.json --model_hyperparams.vocab_size=270 --max_iters=3 --warmup_iters=2 "
+        "--eval_iters=1 --sample_length=0"],
     "bin/verse.strawberry": [  # writes verses, a blank line after each
         "python prepare.py --input notes/day.txt --output data/verse.bin --encoder bin/verse.bin --vocab_size 270",
         f"python train.py --config tiny.json {SMALL} --dataset.path=data/verse.bin --encoder_path=bin/verse.bin "
@@ -285,8 +287,7 @@ case "$1" in
     serve.py) set -- "$@" $DOCS_SERVE ;;
 esac
 [ -t 0 ] || case "$1" in
-    serve.py) ;;  # gets signals
-    *.py) exec FORK "$@" ;;
+    *.py | -m) exec FORK "$@" ;;
 esac
 exec PYTHON "$@"
 """
