@@ -262,7 +262,7 @@ TURNING = [
 
 
 @pytest.mark.parametrize("hyper", TURNING, ids=str)
-def test_turned_by_the_kernel_gradients_are_the_plain_ones(hyper, monkeypatch):
+def test_gradients_of_fused_rope_are_the_plain_ones(hyper, monkeypatch):
     """Compiled, in bfloat16: as near to float64 as those without the kernel."""
     torch.manual_seed(0)
     model = build({"vocab_size": 64, "block_size": 512, "n_layer": 2, "n_head": 4, "n_embd": 128} | hyper).cuda()
@@ -452,7 +452,7 @@ def test_gradients_in_8_bits_point_where_those_in_bfloat16_do(hyper, monkeypatch
 
 
 @eight_bits
-def test_joined_gradients_are_those_of_the_plain_path_on_a_gpu(monkeypatch):
+def test_concatenated_float8_gradients_are_those_of_the_plain_path_on_a_gpu(monkeypatch):
     wide = torch.randn(1000, 2304, device="cuda").bfloat16()
     parts = wide[:, :768], torch.randn(1000, 256, device="cuda").bfloat16(), wide[:, 1536:]
     got, turned = concat_quantize(parts, 4.0, torch.float8_e5m2)
@@ -465,7 +465,7 @@ def test_joined_gradients_are_those_of_the_plain_path_on_a_gpu(monkeypatch):
 @eight_bits
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("d", [16, 64, 128, 256])
-def test_turned_gradients_are_those_of_the_wider_kernel_on_a_gpu(d, normed):
+def test_gradients_of_fused_rope_are_those_of_the_wider_kernel_on_a_gpu(d, normed):
     B, T, n_q, n_k = 2, 301, 4 * d, d
     wide, qkv = (torch.randn(B, T, n_q + 2 * n_k, device="cuda").bfloat16() for _ in range(2))
     grads = wide[..., :n_q], torch.randn(B, T, n_k, device="cuda").bfloat16(), wide[..., n_q + n_k :]

@@ -539,7 +539,7 @@ def read_one(marker: str, *lines: str, language: str = "") -> list[Command]:
     ("test: file", "file"),
     ("test: run\n     test: run\n     test: run", "3 markers for 2 commands"),
 ])  # fmt: skip
-def test_a_block_that_is_not_marked_well_is_refused(marker, says):
+def test_a_block_with_an_invalid_marker_is_refused(marker, says):
     with pytest.raises(ValueError, match=f"page.md:.*{says}"):
         read_one(marker, "true", "# a comment", "echo \\", "  two")
 
@@ -594,13 +594,13 @@ def test_checking_runs_nothing(tmp_path):
     ("serve", "true", "does not serve"),
     ("run; types x; prints read=y", 'printf "\\n> "; read x; echo read=$x', "has not printed"),
 ])  # fmt: skip
-def test_an_effect_that_is_not_there_is_named(tmp_path, marker, line, says):
+def test_a_missing_effect_is_named(tmp_path, marker, line, says):
     (tmp_path / "old").touch()
     with pytest.raises(AssertionError, match=says):
         run_page(read_one(f"test: {marker}", line), tmp_path)
 
 
-def test_effects_that_are_there(tmp_path):
+def test_every_effect_is_recognized(tmp_path):
     (tmp_path / "old").touch()
     lines = {
         "run; exits 3; prints": "echo; exit 3",
@@ -622,7 +622,7 @@ def test_a_file_is_written_as_it_is_printed(tmp_path):
     assert (tmp_path / "a.json").read_text() == text + "\n"
 
 
-def test_a_model_that_is_there_is_not_made_again(tmp_path):
+def test_an_existing_model_is_not_trained_again(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "tiny.strawberry").write_text("mine")
     run_page(read_one("test: run; given bin/tiny.strawberry; prints mine", "cat bin/tiny.strawberry"), tmp_path)

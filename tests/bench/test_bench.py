@@ -180,7 +180,7 @@ def test_set_is_for_all_and_yields_to_a_config_s_own(workshop):
     assert all(entry.run.optimizer_hyperparams.use_muon for entry in found)
 
 
-def test_all_see_what_the_first_sees(workshop):
+def test_all_configs_get_the_shared_keys_of_the_first(workshop):
     write_config("c", {"arch": "tinystar", "block_size": 8}, batch_size=2, eval_iters=9)
     first, second = entries("a.json", "c.json")
     for key in SHARED_KEYS:
@@ -249,7 +249,7 @@ def test_a_size_that_no_width_gives_is_an_error_with_the_nearest(workshop):
 
 
 @pytest.mark.slow
-def test_a_finished_comparison_is_not_redone(workshop):
+def test_a_finished_comparison_is_not_run_again(workshop):
     assert run_compare("a.json", "b.json") == 0
     assert sorted(calls()) == sorted(f"{width} {rest} False" for width in (16, 32)
                                      for rest in ("0.001 1", "0.003 1", "0.003 2"))  # fmt: skip
@@ -263,7 +263,7 @@ def test_a_finished_comparison_is_not_redone(workshop):
 
 
 @pytest.mark.slow
-def test_more_of_the_same_does_only_what_is_new(workshop):
+def test_a_larger_comparison_runs_only_what_is_new(workshop):
     run_compare("a.json")
     calls()
     run_compare("a.json", "--seeds", "3")
@@ -276,7 +276,7 @@ def test_more_of_the_same_does_only_what_is_new(workshop):
 
 
 @pytest.mark.slow
-def test_an_interruption_keeps_what_is_finished_and_tells_how_to_go_on(workshop, monkeypatch, capsys):
+def test_an_interruption_keeps_finished_runs_and_prints_how_to_resume(workshop, monkeypatch, capsys):
     finished = sweep.TrialPool.collect_finished
 
     def interrupted_after_two(self):
@@ -367,7 +367,7 @@ def test_a_child_that_is_running_is_asked_to_stop_and_has_not_failed(workshop, m
     assert run_compare("a.json", "b.json") == 0 and len(calls()) == 3
 
 
-def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(workshop):
+def test_a_stopped_run_resumes_from_its_checkpoint(workshop):
     (entry,) = entries("a.json")
     pool = sweep.TrialPool(plan())
     trial = sweep.make_trial(entry, pool.plan, 1e-3, 1)
@@ -381,7 +381,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(workshop):
 @pytest.mark.parametrize("change", [
     {"lr": 2e-3}, {"seed": 2}, {"model": {"dropout": 0.1}}, {"weight_decay": 0.2}, {"dataset": "x"}, {"encoder": "x"},
     {"code": "x" * 64}, {"steps": 99}, {"warmup": 0.1}, {"batch_size": 8}, {"data_division": 0.7}])  # fmt: skip
-def test_whatever_matters_makes_another_run(workshop, change):
+def test_whatever_affects_the_result_changes_the_key_of_a_run(workshop, change):
     def key(lr=1e-3, seed=1, steps=100, warmup=0.05, model=None, weight_decay=0.1, batch_size=4, data_division=0.8,
             **data):  # fmt: skip
         write_config("c", {"arch": "tinystar"} | (model or {}), batch_size=batch_size,
@@ -393,7 +393,7 @@ def test_whatever_matters_makes_another_run(workshop, change):
     assert key() == key() != key(**change)
 
 
-def test_what_does_not_matter_makes_no_other_run(workshop):
+def test_paths_and_numbers_of_runs_do_not_change_the_key_of_a_run(workshop):
     (entry,) = entries("a.json")
     Path("moved.bin").write_bytes(Path("data.bin").read_bytes())
     (moved,) = entries("a.json", common=["dataset.path=moved.bin"])
@@ -401,7 +401,7 @@ def test_what_does_not_matter_makes_no_other_run(workshop):
     assert sweep.make_trial(moved, plan(out=Path("elsewhere"), jobs=4, seeds=9, lrs=[1, 2]), 1e-3, 1).key == key
 
 
-def test_comments_and_docstrings_of_the_code_do_not_matter():
+def test_comments_and_docstrings_do_not_change_the_hash_of_the_code():
     plain = "def f(x):\n    return x + 1\n"
     dump = sweep.dump_without_comments
     assert dump(plain) == dump('"""A file."""\n\ndef f(x):  # adds\n    """Add."""\n    return x + 1')
@@ -446,7 +446,7 @@ def test_one_seed_has_no_deviation_and_a_diverged_one_no_mean(workshop):
 
 
 @pytest.mark.slow
-def test_the_best_is_first_and_every_number_is_there(workshop):
+def test_the_table_is_sorted_and_has_every_number(workshop):
     run_compare("a.json:dropout=0.3", "b.json")
     rows, text = table(), Path("out/compare.md").read_text()
     # the fake's bits per byte after 20 steps: 2 + 10/20 + 0 + seed/100, for the best rate 3e-3, seeds 1 and 2
@@ -544,7 +544,7 @@ def test_a_diverged_run_is_a_result_and_never_the_best(workshop):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["_speed", "_train"])
-def test_one_that_fails_takes_no_other_along(workshop, role):
+def test_a_failed_config_is_reported_and_the_others_finish(workshop, role):
     Path(f"fail_16_{role}").touch()
     with pytest.raises(UserError, match="1 of 2 configs failed: a .*the device is on fire; see .*log.txt"):
         run_compare("a.json", "b.json")
@@ -609,7 +609,7 @@ def test_the_picture_has_tokens_flops_and_seconds():
     (["a.json", "--set", "dataset.path=none.bin"], "none.bin"),
     (["a.json:arch=transformer"], "kind=decoder"),
 ])  # fmt: skip
-def test_mistakes_are_reported_before_anything_is_made(workshop, words, message):
+def test_mistakes_in_compare_are_reported_before_anything_is_written(workshop, words, message):
     with pytest.raises(UserError, match=message):
         run_compare(*words)
     assert not Path("out").exists() and not Path("calls.txt").exists()
@@ -646,7 +646,7 @@ def test_a_real_child_trains(workshop, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys):
+def test_a_speed_child_waits_for_the_go_of_its_parent(workshop, monkeypatch, capsys):
     monkeypatch.setattr(train, "MEASURED_SECONDS", 0.05)
     trial = sweep.make_speed_trial(entries("a.json")[0], plan())
     config = sweep.write_trial_config(Path("x"), trial, checkpoints={"path": "x/ck", "create_checkpoints": False})
@@ -689,7 +689,7 @@ def subject(spec):
 
 
 @pytest.mark.slow
-def test_the_weights_that_a_step_reads_are_counted_by_hand(quick):
+def test_the_weight_bytes_of_a_step_are_those_counted_by_hand(quick):
     V, C, F = 44, 16, 64
     # GQA of two heads: q 16·16, k and v one head of 8 channels each, out 16·16; SwiGLU of 64 channels; three norms
     tinystar = C * C + 2 * C * 8 + C * C + 3 * C * F + 3 * C + V * C  # the table is the head: read whole
@@ -712,7 +712,7 @@ def test_weights_in_8_bits_are_a_byte_each_and_their_scales_four(quick):
 
 
 @pytest.mark.slow
-def test_the_cache_is_counted_by_hand(quick):
+def test_the_bytes_of_the_cache_are_those_counted_by_hand(quick):
     config = entries("t.json")[0].run.model_hyperparams
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         each = 2 * 8 * size  # k and v, one head of 8 channels
@@ -755,7 +755,7 @@ def test_decode_measures_every_batch_at_every_context(quick):
 
 
 @pytest.mark.slow
-def test_what_a_speed_is(quick, monkeypatch):
+def test_speeds_are_computed_from_the_clock(quick, monkeypatch):
     """With a clock that a pretended decoder moves on: a second for each token of a prompt, 0.25 for a step."""
     now = [0.0]
 
@@ -798,7 +798,7 @@ def test_a_copy_counts_what_is_read_and_what_is_written(quick, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_reported_in_the_table(quick, monkeypatch):
+def test_contexts_that_do_not_fit_are_reported_in_the_table(quick, monkeypatch):
     found = run_decode("l.json", "t.json", "--batches", "1,2", "--contexts", "8,14,40")
     cells = {(cell["context"], cell["batch"]): cell for cell in found["rows"][0]["cells"]}
     assert cells[8, 1]["why"] is None and cells[8, 1]["steps"] == 3
@@ -812,7 +812,7 @@ def test_what_does_not_fit_is_reported_in_the_table(quick, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
-def test_too_little_memory_is_reported_and_the_others_are_measured(quick, monkeypatch, error):
+def test_out_of_memory_is_reported_and_other_batches_are_measured(quick, monkeypatch, error):
     real = engine.Decoder
 
     def short_of_memory(model, rows, *rest, **options):
@@ -826,14 +826,14 @@ def test_too_little_memory_is_reported_and_the_others_are_measured(quick, monkey
 
 
 @pytest.mark.slow
-def test_a_cache_beyond_the_memory_is_not_even_tried(quick, monkeypatch):
+def test_a_cache_larger_than_the_memory_is_not_measured(quick, monkeypatch):
     monkeypatch.setattr(hardware, "get_free_memory", lambda device: 64 * 60)
     cells = run_decode("t.json", "--batches", "1,4", "--contexts", "8")["rows"][0]["cells"]
     assert cells[0]["why"] is None and re.match(r"needs .* of cache, and .* are free", cells[1]["why"])
 
 
 @pytest.mark.slow
-def test_what_was_measured_is_kept_when_a_later_model_fails(quick, monkeypatch):
+def test_results_are_written_when_a_later_model_fails(quick, monkeypatch):
     real = decode.measure_model
 
     def fails_at_p(subject, *rest):
@@ -877,7 +877,7 @@ def test_trained_files_and_models_without_a_cache_are_measured_too(quick):
     assert "each token recomputes the last block_size tokens: b." in Path("out/decode.md").read_text()
 
 
-def test_nothing_of_a_fresh_model_is_idle(quick):
+def test_an_untrained_model_has_no_zero_parameters(quick):
     write_config("s", {"arch": "strawberry", "n_qkv": 16})
     model, same = subject("s.json"), subject("s.json")
     assert all(p.any() for p in model.parameters())
@@ -899,7 +899,7 @@ def test_the_speeds_are_drawn_a_panel_for_each_batch():
     assert [label.get_text() for label in panels[0].get_xticklabels()] == ["128", "1k"]
 
 
-def test_a_batch_that_fits_nowhere_is_said_in_the_picture(tmp_path):
+def test_the_picture_names_a_batch_that_fits_nowhere(tmp_path):
     cell = {"batch": 1, "context": 4000, "why": "its positions end at 1,024"}
     fig = decode.draw_speeds([{"label": "a", "cells": [cell]}], [1], "title")
     decode.plot.save(fig, tmp_path / "a.png")
@@ -920,7 +920,7 @@ def test_a_batch_that_fits_nowhere_is_said_in_the_picture(tmp_path):
     (["nowhere.strawberry"], "nowhere.strawberry"),
     (["t.json:arch=transformer,kind=encoder"], "kind=decoder"),
 ])  # fmt: skip
-def test_mistakes_in_decode_are_reported_before_anything_is_made(quick, words, message):
+def test_mistakes_in_decode_are_reported_before_anything_is_written(quick, words, message):
     with pytest.raises(UserError, match=message):
         bench.main(["decode", *words, "--device", "cpu", "--out", "out"])
     assert not Path("out").exists()
@@ -1005,7 +1005,7 @@ bench.main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_train_tells_what_a_step_is_made_of(real, capsys):
+def test_train_reports_the_parts_of_a_step(real, capsys):
     bench.main(["train", "--config", "a.json:n_layer=2", "b.json", "--set", "gradient_accumulation_steps=2",
                 "--jobs", "2", "--json", "t.json"])  # fmt: skip
     rows = json.loads(Path("t.json").read_text())
@@ -1024,7 +1024,7 @@ def test_train_tells_what_a_step_is_made_of(real, capsys):
 
 
 @pytest.mark.slow
-def test_train_counts_what_rows_have_in_common_once(real):
+def test_train_counts_flops_shared_by_rows_once(real):
     hyper = SMALL | {"arch": "strawberry", "n_embd": 16, "r_layer": 1, "retention_scope": "batch"}
     config = json.loads(Path("a.json").read_text()) | {"model_hyperparams": hyper}
     Path("c.json").write_text(json.dumps(config))
@@ -1033,7 +1033,7 @@ def test_train_counts_what_rows_have_in_common_once(real):
     assert row["flops_per_token"] == model.flops_per_token(16, rows=4) < model.flops_per_token(16)
 
 
-def test_parts_are_what_lies_between_marks(monkeypatch):
+def test_stage_times_are_medians_between_marks(monkeypatch):
     ticks = iter([0.0, 0.001, 0.004, 10.0, 10.001, 10.004, 20.0, 20.009, 20.010])
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
     marks = train.StageTimer(torch.device("cpu"))
@@ -1064,7 +1064,7 @@ def test_a_config_that_fails_is_reported_and_the_others_are_measured(real, capsy
     (["--config", "a.json", "--beside", "-1"], "--beside: '-1' is no positive number"),
     (["--config", "a.json", "--beside", "65"], "--beside 65: at most 64 more processes"),
 ])  # fmt: skip
-def test_mistakes_in_train_are_reported_before_anything_is_made(workshop, words, message):
+def test_mistakes_in_train_are_reported_before_anything_is_written(workshop, words, message):
     with pytest.raises(UserError, match=message):
         bench.main(["train", *words])
 
@@ -1209,14 +1209,14 @@ def test_scale_gives_each_process_as_many_rows_by_default(workshop, monkeypatch)
 
 
 @pytest.mark.slow
-def test_scale_tells_why_processes_could_not_start(workshop, monkeypatch, capsys):
+def test_scale_reports_why_processes_could_not_start(workshop, monkeypatch, capsys):
     run_group = child_process.run_group
     monkeypatch.setattr(child_process, "run_group", lambda words: run_group(forks.fork_command(words)))
     bench.main(["scale", "--config", "a.json", "--processes", "1", "--set", "dataset.path=nowhere.bin"])
     assert "nowhere.bin" in capsys.readouterr().out
 
 
-def test_a_share_is_of_as_many_single_processes():
+def test_efficiency_is_relative_to_as_many_single_processes():
     row = {"parallel": "", "processes": 1, "tokens_per_s": 100.0, "step_ms": 1.0, "tokens_per_step": 1, "loss": 1.0,
            "memory": 2**30, "compile": "blocks", "link_bytes_per_s": None, "cuda_graph": True, "ready_s": 1.0,
            "warnings": []}  # fmt: skip
@@ -1230,7 +1230,7 @@ def test_a_share_is_of_as_many_single_processes():
 # ---- serve ---------------------------------------------------------------------------------------------------------
 
 
-def test_clients_are_counted_and_their_texts_compared():
+def test_statuses_of_clients_are_counted_and_their_texts_compared():
     """Three turns of three clients; one is answered with 429, one gets another client's text."""
     arguments = serve.parse_arguments(["air.json", "--clients", "3", "--rows", "2", "--tokens", "9"])
     alone, good = ["a", "b", "c"], [(200, "a", 9), (200, "b", 9), (200, "c", 9)]

@@ -67,7 +67,7 @@ def test_eight_children_are_two_on_each_of_four_gpus(pretend, tmp_path):
     assert Counter(output) == {"0": 2, "1": 2, "2": 2, "3": 2}
 
 
-def test_a_gpu_that_a_child_gives_back_is_the_next_one_s(pretend, tmp_path):
+def test_a_gpu_whose_child_ended_goes_to_the_next_child(pretend, tmp_path):
     pretend(3)
     gpus, log = GpuPool(), tmp_path / "log.txt"
     start = lambda mode: child_process.start(  # noqa: E731
@@ -89,7 +89,7 @@ def test_a_gpu_that_a_child_gives_back_is_the_next_one_s(pretend, tmp_path):
     (1, "3", {"3"}),
     (0, None, {None}),
 ])  # fmt: skip
-def test_the_user_s_choice_of_gpus_holds(pretend, count, visible, expected):
+def test_cuda_visible_devices_of_the_user_is_respected(pretend, count, visible, expected):
     pretend(count, visible)
     assert set(run_children(2, 2, "ends")) == expected
 
@@ -99,7 +99,7 @@ def test_a_run_on_the_cpu_is_given_no_gpu(pretend):
     assert run_children(2, 2, device="cpu") == [None, None]
 
 
-def test_at_most_so_many_run_at_once_and_a_failure_takes_no_other_along(pretend):
+def test_at_most_jobs_children_run_at_once_and_a_failure_ends_no_other(pretend):
     pretend(2)
     words = [["a", "measures"], ["b", "fails"], ["c", "measures"], ["d", "measures"]]
     rows = dict(child_process.run_at_once("_x", words, 1))
@@ -119,7 +119,7 @@ def test_speeds_are_measured_one_at_a_time_on_each_gpu(pretend):
     assert rows[0]["ended"] <= rows[1]["began"]
 
 
-def test_children_are_killed_where_the_caller_stops(pretend):
+def test_children_are_killed_when_the_caller_stops(pretend):
     pretend(0)
     rows = child_process.run_at_once("_x", [["a", "ends"], ["b", "waits"]], 2)
     assert next(rows)[0] == 0

@@ -85,7 +85,7 @@ def test_the_optimizer_is_the_same_for_all_unless_options_change_it(tmp_path, mo
     assert run.optimizer_hyperparams.use_muon is False
 
 
-def test_keys_values_order_and_place_are_drawn_anew():
+def test_keys_values_order_and_position_are_random_in_each_row():
     rows = rows_of((5, 7), 400)
     firsts, orders, maps = set(), set(), {}
     for x, y in rows:
@@ -259,7 +259,7 @@ def test_after_an_interruption_the_same_command_goes_on(tmp_path, monkeypatch, c
     (["air.json", "air.json"], "given twice"),
     (["transformer-pairs.json"], "kind = 'encoder-decoder' does not continue text; try :kind=decoder"),
 ])  # fmt: skip
-def test_mistakes_are_named_before_anything_is_trained(tmp_path, monkeypatch, words, message):
+def test_mistakes_in_recall_are_named_before_anything_is_trained(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         bench.main(["recall", *words])

@@ -177,7 +177,7 @@ def test_a_model_s_evaluations_are_found_by_its_mode(clock):
     assert [(p.seconds, p.loss) for p in meter.points] == [(3, 2.5), (6, 2.5)]
 
 
-def test_seed_1_is_nanogpt_s_own_and_others_differ(monkeypatch):
+def test_seed_1_is_nanogpts_own_and_others_differ(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", torch.manual_seed)  # restored afterwards
     torch.manual_seed(1339)
     expected = torch.rand(3)

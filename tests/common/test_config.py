@@ -92,7 +92,7 @@ def program(body, *argv, cwd=None, **pipes):
 @pytest.mark.parametrize("env", [
     {"PYTHONIOENCODING": "cp1252"}, {"PYTHONIOENCODING": "ascii:strict"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
 ])  # fmt: skip
-def test_what_goes_to_a_pipe_is_utf_8(env):
+def test_output_to_a_pipe_is_utf_8(env):
     text = "'\\xe9\\u2605\\U0001f600'"  # in ASCII, which any locale can pass on
     code = "import sys\nfrom strawberry.common import run_cli\n"
     code += f"run_cli(lambda argv: print({text}) or print({text}, file=sys.stderr))"
@@ -156,7 +156,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(body, code, stderr):
     assert (ran.returncode, ran.stderr) == (code, stderr)
 
 
-def test_cycles_are_not_searched_among_imports_or_at_the_end():
+def test_garbage_collection_skips_imported_modules_and_the_exit():
     """Each search in torch's objects takes a tenth of a second or more."""
     ran = program("import gc\nclass Cycle:\n    def __del__(self):\n        print('searched')\n"
                   "cycle = Cycle()\ncycle.itself = cycle\nprint(gc.get_freeze_count() > 1000)")  # fmt: skip
@@ -173,7 +173,7 @@ def test_a_full_disk_under_the_output_is_one_line(characters):
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes there break in another way")
 @pytest.mark.parametrize("characters", [1, 1_000_000])
-def test_a_reader_that_leaves_early_is_no_error(characters):
+def test_a_closed_pipe_is_no_error(characters):
     reader, writer = os.pipe()
     os.close(reader)
     ran = program(f"print('x' * {characters})", stdout=writer, stderr=subprocess.PIPE)
@@ -188,7 +188,7 @@ def test_closed_streams_are_no_error():
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
-def test_atomic_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_atomic_write_replaces_completely_or_not_at_all(tmp_path, monkeypatch):
     target = tmp_path / "new" / "folder" / "file.bin"
     atomic_write(target, b"old")
     assert target.read_bytes() == b"old"
@@ -396,7 +396,7 @@ def test_rollback_needs_checkpoints():
 
 
 @pytest.mark.slow
-def test_all_problems_are_in_one_message_and_nothing_is_made(tmp_path):
+def test_all_problems_are_in_one_message_and_nothing_is_written(tmp_path):
     """Every kind of mistake at once, from file and command line, through the program's front door."""
     config = {**copy.deepcopy(AIR), "lerning_rate": 1, "eval_iters": "many", "min_lr": 1, "batch_size": -1}
     config["model_hyperparams"] |= {"n_qkv": 255, "n_layers": 3, "n_embd": 0}
@@ -431,7 +431,7 @@ class Pair:
     pair: Annotated[list[int], Field(max_length=2)] | None = option(None, "of numbers", must="at most two integers")
 
 
-def test_a_type_of_pydantic_is_told_in_words_of_its_own():
+def test_a_pydantic_type_has_an_error_message_of_its_own():
     assert check(Pair, {"pair": [1, 2, 3]}) == (None, ["pair = [1, 2, 3]: must be at most two integers"])
     assert check(Pair, {"pair": [1, 2]}) == (Pair([1, 2]), []) and check(Pair, {"pair": None}) == (Pair(), [])
     assert object_schema(Pair)["properties"]["pair"]["anyOf"][0]["maxItems"] == 2
@@ -444,7 +444,7 @@ def test_every_refusal_is_a_sentence_with_articles():
     assert not [rule for rule in rules if re.search(r"(?<!an )\binteger\b|(?<!a )\b(number|list)\b", rule)]
 
 
-def test_a_rule_is_silent_where_one_of_its_keys_is_wrong_in_itself():
+def test_a_rule_is_not_checked_where_one_of_its_keys_is_invalid():
     assert problems_of("--model_hyperparams.n_qkv=255", "--model_hyperparams.n_head=x") == [
         'model_hyperparams.n_head = "x": must be an integer >= 1'
     ]
@@ -546,7 +546,7 @@ def peak_share(run) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", SHORT)
-def test_a_schedule_that_does_not_fit_is_warned_of_and_the_values_named_would_do(what):
+def test_a_schedule_that_does_not_fit_is_warned_of_and_the_values_named_fit(what):
     run = load_run(SHORT[what], ARCHS)
     warnings = list(run.warnings())
     assert warnings
@@ -562,7 +562,7 @@ def test_a_schedule_that_does_not_fit_is_warned_of_and_the_values_named_would_do
             assert last < mended.learning_rate or not mended.decay_lr or mended.max_iters == 1
 
 
-def test_a_short_warmup_says_how_far_it_comes():
+def test_the_warning_of_an_unfinished_warmup_states_the_highest_learning_rate():
     (first, _) = load_run(["--config=air.json", "--max_iters=1000"], ARCHS).warnings()
     share = re.search(r"at (\d+) % of learning_rate", first)[1]
     assert int(share) == round(100 * peak_share(load_run(["--config=air.json", "--max_iters=1000"], ARCHS)))
@@ -572,13 +572,13 @@ def test_a_short_warmup_says_how_far_it_comes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({path.name for path in (ROOT / "config").glob("*.json")} - {"schema.json"}))
-def test_no_preset_is_warned_of(name):
+def test_no_preset_has_warnings(name):
     import model
 
     assert list(load_run(["--config", name], model.CONFIGS).warnings()) == []
 
 
-def test_what_fits_is_not_warned_of():
+def test_a_schedule_that_fits_has_no_warnings():
     for words in ("--max_iters=40 --warmup_iters=0 --eval_interval=40 --checkpoints.interval=40",
                   "--max_iters=40 --warmup_iters=39 --eval_interval=40 --checkpoints.interval=40 --cooldown_frac=1",
                   "--max_iters=40 --warmup_iters=5 --eval_interval=90 --checkpoints.create_checkpoints=false",
@@ -760,7 +760,7 @@ def test_any_command_line_is_a_run_or_a_user_error(argv):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_help_and_table_tell_every_key(arch, capsys):
+def test_help_and_table_have_every_key(arch, capsys):
     with pytest.raises(SystemExit) as stop:
         load_run(["--config", "air.json", f"--model_hyperparams.arch={arch}", "--n_layer=bad", "--help"], ARCHS)
     text, markdown = capsys.readouterr().out, config_docs.table(ARCHS)
@@ -774,7 +774,7 @@ def test_help_and_table_tell_every_key(arch, capsys):
             assert key.doc
 
 
-def test_every_key_means_something():
+def test_every_key_is_documented():
     for dotted in dotted_names(Run):
         cls = Run
         for name in dotted.split("."):
@@ -834,7 +834,7 @@ def test_every_key_that_takes_a_path_is_known_as_one():
     assert len(named) == 6
 
 
-def test_plain_data_is_judged_as_a_file_and_a_command_line_are(tmp_path):
+def test_plain_data_is_validated_as_a_file_and_a_command_line_are(tmp_path):
     made = make_run({"model_hyperparams": {"n_layer": 3}}, ARCHS)
     assert to_dict(made) == to_dict(load_run(["--model_hyperparams.n_layer=3"], ARCHS))
     with pytest.raises(UserError) as told:
@@ -857,7 +857,7 @@ def test_an_old_name_works_and_a_warning_names_the_new_one(tmp_path, monkeypatch
     assert list(run.warnings())[0] == "record is now called cuda_graph: write cuda_graph = false"
 
 
-def test_old_names_are_judged_as_the_new_ones_are(tmp_path):
+def test_old_names_are_validated_as_the_new_ones_are(tmp_path):
     with pytest.raises(UserError, match="^cuda_graph = 7: must be true or false or \"auto\"$"):
         make_run({"record": 7}, ARCHS)
     with pytest.raises(UserError, match="record = true: is the old name of cuda_graph, which is given too; keep cuda"):

@@ -31,7 +31,7 @@ def test_idle_threads_spin_briefly_unless_the_user_says_otherwise(given, expecte
     assert environment_after("import strawberry", **given) == expected
 
 
-def test_compiled_code_is_kept_where_the_next_run_finds_it(tmp_path):
+def test_compiled_code_is_cached_where_the_next_run_finds_it(tmp_path):
     kept = [str(tmp_path / "strawberry" / name) for name in ("torchinductor", "triton")]
     assert environment_after("import strawberry", CACHES, XDG_CACHE_HOME=str(tmp_path)) == kept
     given = {"XDG_CACHE_HOME": str(tmp_path), "TRITON_CACHE_DIR": "mine"}
@@ -39,7 +39,7 @@ def test_compiled_code_is_kept_where_the_next_run_finds_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_compiled_code_goes_where_torch_puts_it_if_there_is_no_other_place(tmp_path):
+def test_the_cache_is_torchs_own_where_no_other_directory_can_be_written(tmp_path):
     (tmp_path / "file").touch()
     for home in ("file", "file/below"):
         assert environment_after("import strawberry", CACHES, XDG_CACHE_HOME=str(tmp_path / home)) == ["-", "-"]
@@ -59,7 +59,7 @@ def test_torch_reads_the_cache_s_directory_and_flag(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "sample", "serve", "bench"])
-def test_scripts_set_it_before_torch_is_loaded(script):
+def test_scripts_set_the_environment_before_torch_is_imported(script):
     """libgomp reads the environment once, when torch loads it. Nothing is loaded here: the first import of torch ends
     the process."""
     code = (

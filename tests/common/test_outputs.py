@@ -270,7 +270,7 @@ def collide(given, written, spelling):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows makes links for administrators only")
 @settings(max_examples=200, deadline=None)
 @given(triple=st.sampled_from(TRIPLES), spelling=st.sampled_from(SPELLINGS))
-def test_an_input_is_never_replaced(template, triple, spelling):
+def test_no_command_overwrites_its_input(template, triple, spelling):
     name, given, written = triple
     command = COMMANDS[name]
     with scratch(template) as folder:
@@ -296,7 +296,7 @@ def run_of(command, words):
     return train.load_run([word.format(**words) for word in command.line.split()], train.CONFIGS)
 
 
-def test_the_property_covers_every_command_that_writes():
+def test_commands_that_write_are_all_tested():
     mains = [getattr(command.main, "__module__", "") for command in COMMANDS.values()]
     scripts = {name.rpartition(".")[2] for name in mains} | {"assemble"}
     root = Path(train.__file__).parent
@@ -305,7 +305,7 @@ def test_the_property_covers_every_command_that_writes():
     rooms = {"bench": "bench", "serving": "serve", "inference": "sample"}
     names = {rooms.get(path.parent.name, path.stem) for path in sources} - {"outputs"}  # which defines it
     guarded = {{"setup": "train"}.get(name, name) for name in names}
-    assert guarded - {"serve"} == scripts - {__name__}  # serve.py: test_a_lock_never_takes_the_place_of_a_file
+    assert guarded - {"serve"} == scripts - {__name__}  # serve.py: test_a_lock_never_overwrites_a_file_of_another_kind
 
 
 # ---- two outputs, and places that cannot be written ------------------------------------------------------------------
@@ -409,7 +409,7 @@ FOREIGN = {  # what a user may have under any name
 
 
 @pytest.mark.slow
-def test_each_kind_is_known_by_its_content_alone(workshop, made):
+def test_each_kind_of_file_is_recognized_by_its_content_alone(workshop, made):
     assert made.keys() == KINDS.keys()
     for kind, paths in made.items():
         for path in paths:
@@ -440,12 +440,12 @@ def test_a_file_of_another_kind_is_refused_and_one_of_the_same_replaced(workshop
     assert not Path("not").exists()
 
 
-def test_a_refusal_says_what_is_there(workshop):
+def test_a_refusal_names_the_kind_of_the_existing_file(workshop):
     with pytest.raises(UserError, match="base.bin is there and is not an encoder file but a token file; name another"):
         check_outputs([Output("--output", "base.bin", "encoder")])
 
 
-def test_half_a_line_of_a_killed_process_is_still_of_its_kind(workshop):
+def test_a_truncated_line_is_still_recognized_as_its_kind(workshop):
     lines = {"metrics": METRICS, "texts": '{"index": 0, "prompt": "a", "text": "b"}\n'}
     for kind, text in lines.items():
         for end in range(1, len(text)):
@@ -477,7 +477,7 @@ def ok(main, *words):
     assert code == 0, told
 
 
-def test_encoder_and_prepare_replace_their_own_files(workshop):
+def test_encoder_and_prepare_overwrite_their_own_files(workshop):
     """Also where those lie among the documents: there they are no documents."""
     os.mkdir("texts")
     shutil.copy("base.txt", "texts")
@@ -492,7 +492,7 @@ def test_encoder_and_prepare_replace_their_own_files(workshop):
     ok(encoders.main, "--input", "texts", "--output", "base.enc", "--vocab_size", "270")  # another encoder's place
 
 
-def test_a_dataset_is_made_anew_in_its_folder(workshop):
+def test_assemble_overwrites_its_own_dataset(workshop):
     os.mkdir("texts")
     shutil.move("base.txt", "texts")
     Path("recipe.json").write_text('{"files": ["texts"], "vocab_size": 280}')
@@ -506,7 +506,7 @@ def test_a_dataset_is_made_anew_in_its_folder(workshop):
 
 
 @pytest.mark.slow
-def test_a_model_is_trained_further_in_its_own_place(workshop):
+def test_a_pretrained_model_may_be_overwritten_by_its_own_training(workshop):
     shutil.copy("base.model", "own.model")
     os.symlink("own.model", "link.model")
     for start, end in (("own.model", "./own.model"), ("own.model", "link.model"), ("link.model", "own.model")):
@@ -518,7 +518,7 @@ def test_a_model_is_trained_further_in_its_own_place(workshop):
 
 
 @pytest.mark.slow
-def test_pictures_and_texts_are_made_anew(workshop):
+def test_plot_and_sample_overwrite_their_own_files(workshop):
     for _ in range(2):
         ok(plot.main, "metrics.jsonl", "--out", "img")
         ok(sample.main, "--model", "base.model", "--prompts_file", "prompts.jsonl", "--out", "texts.jsonl", "--length",
@@ -526,7 +526,7 @@ def test_pictures_and_texts_are_made_anew(workshop):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows makes links for administrators only")
-def test_a_link_stays_one_and_leads_to_what_was_written(workshop):
+def test_a_symbolic_link_is_written_through(workshop):
     """A link to an earlier output, or to nothing yet, is written through; one to a file of another kind is refused."""
     os.mkdir("elsewhere")
     shutil.copy("base.enc", "elsewhere/old.enc")
@@ -542,21 +542,21 @@ def test_a_link_stays_one_and_leads_to_what_was_written(workshop):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links")
-def test_a_hard_link_to_an_earlier_output_keeps_what_it_had(workshop):
+def test_a_hard_link_to_an_earlier_output_keeps_the_old_contents(workshop):
     os.link("base.enc", "kept.enc")
     before = Path("kept.enc").read_bytes()
     ok(encoders.main, "--input", "base.txt", "--output", "base.enc", "--vocab_size", "280")
     assert Path("kept.enc").read_bytes() == before != Path("base.enc").read_bytes()
 
 
-def test_what_is_written_aside_is_no_input_either(workshop):
+def test_the_temporary_file_of_an_output_is_refused_as_input(workshop):
     aside = f".new.enc.{os.getpid()}.tmp"
     shutil.copy("base.txt", aside)
     code, told = call(encoders.main, "--input", aside, "--output", "new.enc", "--vocab_size", "280")
     assert code == 2 and "--output: new.enc" in told and aside in told and Path(aside).read_text() == TEXT
 
 
-def test_a_million_inputs_take_a_look_each(workshop, monkeypatch):
+def test_checking_outputs_stats_each_input_once(workshop, monkeypatch):
     """Nothing grows with outputs times inputs, and where no output is there yet no input is looked at."""
     looks = []
     real = os.stat
@@ -568,7 +568,7 @@ def test_a_million_inputs_take_a_look_each(workshop, monkeypatch):
     assert looks.count("base.txt") == 1000
 
 
-def test_a_lock_never_takes_the_place_of_a_file(workshop):
+def test_a_lock_never_overwrites_a_file_of_another_kind(workshop):
     """A run's and a server's lock is a file that is emptied when it is taken, and removed when it is given back."""
     for folder, main, words in (
         ("ck", train.main, ["--config", "run.json", "--checkpoints.path=ck", "--check"]),
@@ -581,7 +581,7 @@ def test_a_lock_never_takes_the_place_of_a_file(workshop):
         assert Path(folder, "lock").read_text() == "the words to my lock\n"
 
 
-def test_only_what_was_left_unfinished_is_removed(workshop):
+def test_only_unfinished_temporary_files_are_removed(workshop):
     mine = [Path(folder, name) for folder in ("ck", "files") for name in (".tmp_mine", ".tmp_", "tmp_step_1")]
     left = [Path("ck/.tmp_step_00000002_77"), Path("ck/.tmp_remove_step_00000001"), Path("files/.tmp_0123456789abcdef")]
     for path in (*mine, *left):
@@ -592,7 +592,7 @@ def test_only_what_was_left_unfinished_is_removed(workshop):
     assert all((path / "file").exists() for path in mine) and not any(path.exists() for path in left)
 
 
-def test_a_checkpoint_is_no_place_for_another_file(workshop):
+def test_no_file_is_read_from_within_a_checkpoint_that_may_be_removed(workshop):
     root = Output("checkpoints.path", "ck", CHECKPOINTS)
     with pytest.raises(UserError, match=r"dataset.path: ck/step_00000020/x lies in a checkpoint of ck"):
         check_outputs([root], [Input("dataset.path", "ck/step_00000020/x")])

@@ -45,7 +45,7 @@ def close(a: dict, b: dict):
 @pytest.mark.slow
 @pytest.mark.parametrize("muon", ["true", "false"])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_captured_steps_train_as_others_do(run_folder, monkeypatch, muon, accumulation):
+def test_captured_steps_train_as_uncaptured_steps_do(run_folder, monkeypatch, muon, accumulation):
     write_config(model_hyperparams=EXPERTS | {"dropout": 0.1})
     keys = [f"--optimizer_hyperparams.use_muon={muon}", f"--gradient_accumulation_steps={accumulation}"]
     assert run(*keys, "--checkpoints.path=plain") == 0
@@ -66,7 +66,7 @@ def test_captured_steps_train_as_others_do(run_folder, monkeypatch, muon, accumu
 
 
 @pytest.mark.slow
-def test_a_captured_run_that_stopped_goes_on_as_if_it_had_not(run_folder, graph_steps):
+def test_a_resumed_captured_run_equals_the_uninterrupted_one(run_folder, graph_steps):
     assert run("--checkpoints.path=whole") == 0
     assert run("--max_iters=6", "--lr_decay_iters=10") == 0
     assert run("--init_from=resume") == 0
@@ -74,7 +74,7 @@ def test_a_captured_run_that_stopped_goes_on_as_if_it_had_not(run_folder, graph_
         assert_same(whole, resumed)
 
 
-def test_the_console_waits_for_no_more_steps_than_are_logged(run_folder, graph_steps, monkeypatch, capsys):
+def test_the_host_waits_only_for_steps_that_are_logged(run_folder, graph_steps, monkeypatch, capsys):
     """Its rows are of steps that are waited for anyway: the first, those of an interval, and the last."""
     heard, waits = CudaGraphStep.completed, []
 
@@ -139,7 +139,7 @@ def spoil(monkeypatch, *positions, value=math.nan):
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("muon", ["true", "false"])
-def test_what_is_not_finite_changes_nothing_nor_do_later_steps(run_folder, graph_steps, monkeypatch, muon, value):
+def test_a_loss_that_is_not_finite_skips_this_and_queued_updates(run_folder, graph_steps, monkeypatch, muon, value):
     write_config(model_hyperparams=EXPERTS)
     keys = [f"--optimizer_hyperparams.use_muon={muon}", "--checkpoints.interval=100", "--log_interval=100",
             "--eval_interval=100", "--max_iters=16", "--lr_decay_iters=16"]
@@ -156,7 +156,7 @@ def test_what_is_not_finite_changes_nothing_nor_do_later_steps(run_folder, graph
     assert mine["muon_step"] == find_latest("ck").load_state()["optimizer"]["muon_step"]
 
 
-def test_a_rollback_goes_on_captured(run_folder, graph_steps, monkeypatch, capsys):
+def test_steps_after_a_rollback_are_captured_again(run_folder, graph_steps, monkeypatch, capsys):
     spoil(monkeypatch, 6)
     records = []
     capture = CudaGraphStep.capture
@@ -169,7 +169,7 @@ def test_a_rollback_goes_on_captured(run_folder, graph_steps, monkeypatch, capsy
     assert find_latest("ck").load_state()["progress"]["skipped"] == 3 and Path("out/tiny.model").exists()
 
 
-def test_the_host_is_some_steps_ahead_and_no_more(run_folder, graph_steps, monkeypatch):
+def test_the_host_queues_a_limited_number_of_steps(run_folder, graph_steps, monkeypatch):
     late(monkeypatch)
     waiting, heard = [], CudaGraphStep.completed
 
@@ -185,7 +185,7 @@ def test_the_host_is_some_steps_ahead_and_no_more(run_folder, graph_steps, monke
 
 
 @pytest.mark.slow
-def test_a_signal_waits_for_the_steps_on_their_way(run_folder, graph_steps, monkeypatch):
+def test_a_signal_waits_for_the_queued_steps(run_folder, graph_steps, monkeypatch):
     late(monkeypatch)
     take = CudaGraphStep.launch
     calls = []
@@ -206,7 +206,7 @@ def test_a_signal_waits_for_the_steps_on_their_way(run_folder, graph_steps, monk
 
 
 @pytest.mark.slow
-def test_what_cannot_be_captured_trains_all_the_same(run_folder, graph_steps, monkeypatch, capsys):
+def test_steps_that_cannot_be_captured_are_trained_without_a_graph(run_folder, graph_steps, monkeypatch, capsys):
     def broken(self, batches):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 

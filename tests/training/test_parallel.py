@@ -479,7 +479,7 @@ def assert_close(one, many, what: str, rtol: float = 1e-4, atol: float = 2e-6) -
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", models())
-def test_two_processes_take_the_step_that_one_does(found, mode, name):
+def test_two_processes_compute_the_step_of_one(found, mode, name):
     alone, both = found
     one, many = alone[name], both[0][mode, name]
     if name == "dropout":  # each rank draws its own: the same in both modes, the second time in FSDP as the first
@@ -495,7 +495,7 @@ def test_two_processes_take_the_step_that_one_does(found, mode, name):
 
 
 @pytest.mark.parametrize("name", models())
-def test_replicas_stay_equal_to_the_bit(found, name):
+def test_ddp_replicas_stay_bit_identical(found, name):
     _, both = found
     assert_close(*(each["ddp", name] for each in both), name, rtol=0, atol=0)
 
@@ -511,7 +511,7 @@ def test_fsdp_and_ddp_agree_on_what_has_no_gradient(found):
         assert all(not both[0][mode, name]["state"]["state"][part] for part in idle)
 
 
-def test_fsdp_divides_what_ddp_repeats(found):
+def test_fsdp_shards_what_ddp_replicates(found):
     ddp, fsdp = (found[1][0][mode, "memory"] for mode in MODES)
     assert ddp["PARAM"] == pytest.approx(1, abs=0.01) and ddp["OPT"] == pytest.approx(2, abs=0.01)
     assert fsdp["OPT"] == pytest.approx(1, abs=0.01) and fsdp["PARAM"] < 0.75 and fsdp["GRAD"] < 0.75
@@ -519,7 +519,7 @@ def test_fsdp_divides_what_ddp_repeats(found):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_muons_work_is_spread_and_comes_back(found, mode):
+def test_muon_distributes_its_matrices_and_gathers_the_results(found, mode):
     expected = orthogonalised(distributed.SingleProcess(), STACKS)
     first, second = (both[mode, "spread"] for both in found[1])
     for whole, a, b in zip(expected, first, second, strict=True):
@@ -530,7 +530,7 @@ def test_muons_work_is_spread_and_comes_back(found, mode):
         torch.testing.assert_close(a, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_travel_once_a_step(found):
+def test_gradients_are_reduced_once_a_step(found):
     before, between, after = found[1][0]["no sync"]
     assert before == between == 0 < after
 
@@ -550,7 +550,7 @@ def assert_same_curve(a: str, b: str, rtol: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_is_the_run_of_one_process(found, mode):
+def test_a_run_of_two_processes_equals_the_run_of_one(found, mode):
     assert found[1][0][mode, "codes"] == [0] * 6
     assert_same_curve("one", mode)
     (_, one), (_, many) = newest_state("one"), newest_state(mode)
@@ -564,23 +564,23 @@ def test_a_run_is_the_run_of_one_process(found, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(found, mode):
+def test_a_resumed_parallel_run_is_bit_identical_to_the_uninterrupted_one(found, mode):
     assert_same(newest_state(f"{mode}_{mode}")[1], newest_state(mode)[1])
 
 
 @pytest.mark.parametrize("way", ["ddp_fsdp", "fsdp_ddp", "one_ddp", "one_fsdp"])
-def test_a_run_goes_on_by_another_way(found, way):
+def test_a_checkpoint_is_resumed_in_another_mode(found, way):
     assert_same_curve("one", way)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_of_two_goes_on_alone(found, mode):
+def test_a_checkpoint_of_two_processes_is_resumed_by_one(found, mode):
     shutil.copytree(f"{mode}_half", f"{mode}_one")
     run(f"--checkpoints.path={mode}_one", RESUME)
     assert_same_curve("one", f"{mode}_one")
 
 
-def test_checkpoints_are_alike(found):
+def test_checkpoints_of_all_modes_have_the_same_contents(found):
     states = {path: find_latest(path).load_state()["optimizer"] for path in ("one", *MODES)}
     headers = {path: find_latest(path).path / checkpoint.MODEL for path in states}
     for mode in MODES:
@@ -594,30 +594,30 @@ def test_checkpoints_are_alike(found):
         assert tensors[0] == tensors[1]
 
 
-def test_checking_tells_the_loss_of_all(found):
+def test_check_reports_the_loss_over_all_ranks(found):
     assert found[1][0]["checks"] == found[1][1]["checks"] == [0, 0]
     first = next(line for line in timeless("one/metrics.jsonl"))["loss"]
     assert found[1][0]["output"].count(f"first batch  loss {first:.3f}") == 2 and not Path("none").exists()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_rows_cannot_be_divided_by_batches_are(found, mode):
+def test_micro_batches_are_divided_where_rows_cannot_be(found, mode):
     assert_same_curve("turns_one", f"turns_{mode}")
 
 
-def test_half_precision_is_that_of_one_process(found):
+def test_bfloat16_of_two_processes_is_that_of_one(found):
     assert found[1][0]["half"] == 0
     assert_same_curve("narrow_one", "narrow", rtol=2e-2)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_multiply_in_8_bits_as_one(found, mode):
+def test_float8_of_two_processes_is_that_of_one(found, mode):
     assert [both["eight"] for both in found[1]] == [[0, 0]] * 2
     assert_same_curve("eight_one", f"eight_{mode}", rtol=2e-2)
     assert losses("eight_one") != losses("narrow_one")
 
 
-def test_a_signal_that_one_of_them_gets_stops_all_at_one_step(found):
+def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(found):
     assert [both["stopped"] for both in found[1]] == [143, 143]
     assert find_latest("stopped").step == timeless("stopped/metrics.jsonl")[-1]["step"] == 3
 
@@ -628,7 +628,7 @@ def test_a_signal_that_one_of_them_gets_stops_all_at_one_step(found):
     ({"arch": "palm", "n_layer": 2}, True, 1, 1024), ({"arch": "tinystar", "n_layer": 6}, "blocks", 1, None),
     ({"arch": "tinystar", "n_layer": 6}, False, 1, None),
 ], ids=str)  # fmt: skip
-def test_gradients_travel_in_large_parcels_where_all_come_at_once(hyper, compiled, pieces, parcel, monkeypatch):
+def test_ddp_buckets_are_large_where_a_graph_yields_all_gradients_at_once(hyper, compiled, pieces, parcel, monkeypatch):
     about = {}
 
     class DDP(torch.nn.Module):
@@ -646,7 +646,7 @@ def test_gradients_travel_in_large_parcels_where_all_come_at_once(hyper, compile
     assert (model.compile_partitions, about.get("bucket_cap_mb")) == (pieces, parcel)
 
 
-def test_steps_left_to_the_device_are_those_of_the_host(found):
+def test_captured_steps_equal_the_hosts(found):
     assert [both["captured"] for both in found[1]] == [[0, 0, 0, 3, *[0] * 5]] * 2
     assert_same_curve("ddp", "captured")
     assert_same_curve("turns_one", "captured_turns")
@@ -661,21 +661,21 @@ def test_steps_left_to_the_device_are_those_of_the_host(found):
     assert states[0] == states[1] == 10
 
 
-def test_all_ranks_hear_of_it_after_the_same_launch(found):
+def test_all_ranks_see_a_result_after_the_same_launch(found):
     """One that heard of it sooner would go back alone."""
     assert [both["lagging"] for both in found[1]] == [[0, 143]] * 2
     assert_same(newest_state("lagging")[1], newest_state("rolled")[1])
     assert find_latest("together").step == timeless("together/metrics.jsonl")[-1]["step"] == 3
 
 
-def test_where_one_rank_cannot_record_none_does(found):
+def test_where_one_rank_cannot_capture_no_rank_does(found):
     assert_same(newest_state("uncapturable")[1], newest_state("captured")[1])
     warning = "cannot be captured as a CUDA graph, so that steps take longer (another process could not)"
     assert warning in read("log0.txt")
     assert read("log1.txt").count("(RuntimeError: operation not permitted when stream is capturing)") == 1
 
 
-def test_all_ranks_hear_of_a_loss_that_is_not_finite_in_one(found):
+def test_all_ranks_report_a_loss_that_is_not_finite_on_one(found):
     assert timeless("spoiled/metrics.jsonl")[-1]["step"] == 6 and find_latest("spoiled").step == 4
     for rank in range(2):
         assert "error: step 7: the loss is inf" in read(f"log{rank}.txt")
@@ -684,7 +684,7 @@ def test_all_ranks_hear_of_a_loss_that_is_not_finite_in_one(found):
         assert [line["from_step"] for line in lines if "rollback" in line] == [7] and lines[-1]["step"] == 10
 
 
-def test_a_checkpoint_that_failed_is_tried_again_by_all(found):
+def test_a_failed_checkpoint_is_retried_by_all_ranks(found):
     assert found[1][0]["full disk"] == 0
     assert "cannot save" in read("log0.txt") and find_latest("full").step == 5
 
@@ -694,7 +694,7 @@ def test_a_checkpoint_that_failed_is_tried_again_by_all(found):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("batch, accumulation", [(8, 1), (3, 8), (4, 6), (12, 2)])
-def test_a_step_is_divided_without_rest(batch, accumulation, world):
+def test_a_step_is_divided_without_remainder(batch, accumulation, world):
     parts = [divide_batch(batch, accumulation, rank, world) for rank in range(world)] if (
         accumulation % batch_parts(batch, world)[1] == 0) else []  # fmt: skip
     samples = [first + row for rows, firsts in parts for first in firsts for row in range(rows)]
@@ -704,14 +704,14 @@ def test_a_step_is_divided_without_rest(batch, accumulation, world):
         assert len(firsts) == len(parts[0][1]) and rows == parts[0][0]
 
 
-def test_a_step_that_cannot_be_divided_says_what_would_do():
+def test_a_step_that_cannot_be_divided_names_values_that_can():
     with pytest.raises(UserError, match="set it to 4 or 8, or gradient_accumulation_steps to 4"):
         divide_batch(6, 3, 0, 4)
     assert divide_batch(6, 4, 1, 4) == (3, [3, 15])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
-def test_muons_work_is_shared_evenly(world):
+def test_muon_balances_its_matrices_among_ranks(world):
     shapes = [(12, 2304, 768), (12, 768, 768), (24, 768, 3072), (1, 8, 8)]
     shares = distributed.divide_matrices(shapes, world)
     for (n, *_), mine in zip(shapes, shares, strict=True):
@@ -721,14 +721,14 @@ def test_muons_work_is_shared_evenly(world):
     assert max(loads) - min(loads) <= max(cost)
 
 
-def test_blocks_travel_in_half_precision_only_where_products_alone_read_them():
+def test_blocks_are_gathered_in_half_precision_only_where_matmuls_alone_read_them():
     narrow = {name: all(map(blocks.has_only_matmul_weights, blocks.iterate_blocks(build(hyper))))
               for name, (hyper, _) in models().items()}  # fmt: skip
     assert narrow["tinystar-v0.2-modernbase"] and narrow["transformer-decoder"] and narrow["strawberry-v0"] is False
     assert not narrow["parameters without a gradient"]  # retention rewrites its weights
 
 
-def test_alone_an_unknown_way_is_refused_and_a_known_one_ignored(tmp_path, monkeypatch):
+def test_a_single_process_refuses_an_unknown_mode_and_ignores_a_known_one(tmp_path, monkeypatch):
     assert isinstance(distributed.join_processes(CPU, "fsdp"), distributed.SingleProcess)
     with pytest.raises(UserError, match='parallel = "fsdp2": must be "ddp" or "fsdp"'):
         load_run(["--parallel=fsdp2"], CONFIGS)
@@ -740,7 +740,7 @@ def test_errors_of_the_connection_are_distinguished_from_others():
     assert not distributed.is_connection_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_where_no_process_has_all_the_last_checkpoint_is_what_is_left(tmp_path, monkeypatch):
+def test_a_lost_fsdp_rank_ends_the_run_at_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     set_up(tmp_path)
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -763,7 +763,7 @@ class Never:
         return False
 
 
-def test_a_device_that_waits_for_a_process_that_is_gone_is_left(monkeypatch):
+def test_waiting_for_a_device_ends_when_a_rank_is_lost(monkeypatch):
     monkeypatch.setattr(distributed, "HEARTBEAT_INTERVAL", 0.05)
     monkeypatch.setattr(distributed, "HEARTBEAT_TIMEOUT", 0.5)
     monkeypatch.setattr(distributed, "DRAIN_TIMEOUT", 0.2)
@@ -782,7 +782,7 @@ def test_a_device_that_waits_for_a_process_that_is_gone_is_left(monkeypatch):
     this.stop()
 
 
-def test_a_process_whose_main_thread_waits_in_a_call_is_ended_by_its_heartbeat(monkeypatch):
+def test_the_heartbeat_ends_a_process_whose_main_thread_is_blocked(monkeypatch):
     """Only where the main thread takes a step, and a while after it must have seen the loss itself."""
     for name, seconds in {"INTERVAL": 0.05, "TIMEOUT": 0.5}.items():
         monkeypatch.setattr(distributed, f"HEARTBEAT_{name}", seconds)
@@ -810,7 +810,7 @@ def test_a_process_whose_main_thread_waits_in_a_call_is_ended_by_its_heartbeat(m
 
 
 @pytest.mark.parametrize("captured", [True, False])
-def test_all_that_waits_for_the_device_is_watched(tmp_path, monkeypatch, captured):
+def test_the_heartbeat_watches_all_waits_for_the_device(tmp_path, monkeypatch, captured):
     """The heartbeat gets the function that ends the process. Steps, evaluations and the reading of weights are in a
     device step, the writing of a checkpoint is not."""
     monkeypatch.chdir(tmp_path)
@@ -843,7 +843,7 @@ def test_all_that_waits_for_the_device_is_watched(tmp_path, monkeypatch, capture
         ("save_checkpoint", "host work")}  # fmt: skip
 
 
-def test_what_ranks_compute_together_is_watched(monkeypatch):
+def test_the_heartbeat_watches_collectives(monkeypatch):
     """Also outside of steps, such as in a save: each reads the device after a collective."""
     group, seen = distributed.FSDP.__new__(distributed.FSDP), []
     group.heartbeat, group.device, group.main = SimpleNamespace(in_step=False), CPU, True
@@ -860,7 +860,7 @@ def test_what_ranks_compute_together_is_watched(monkeypatch):
     assert group.heartbeat is None  # gloo needs none
 
 
-def test_a_process_that_its_heartbeat_ends_says_how_to_resume(tmp_path, monkeypatch, capsys):
+def test_a_process_ended_by_its_heartbeat_prints_how_to_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     set_up(tmp_path)
     trainer = train.Trainer(load_run(["--config", "run.json", "--max_iters=4"], CONFIGS), train.Signals())
@@ -898,7 +898,7 @@ def end_machine(number: int, agent: subprocess.Popen) -> None:
     agent.wait()
 
 
-def test_a_machine_that_dies_ends_the_run_and_the_next_launch_goes_on(tmp_path, monkeypatch):
+def test_a_lost_machine_ends_the_run_and_the_next_launch_resumes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     set_up(tmp_path)
     write_run(sample_length=0)

@@ -140,7 +140,7 @@ WIDE = TINYSTAR | {"block_size": 64, "n_embd": 64, "n_head": 2, "dropout": 0.2} 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads,model", [(1, torture.MODEL | {"dropout": 0.2}), (2, WIDE)], ids=["1", "2"])
-def test_resumed_at_any_point_it_is_the_same_run(den, monkeypatch, told, threads, model):
+def test_a_run_resumed_at_any_step_is_bit_identical(den, monkeypatch, told, threads, model):
     torch.set_num_threads(threads)
     size = model["block_size"]
     random_corpus(size, windows=41)  # 5 1/8 steps of 2 · 4 rows
@@ -187,7 +187,7 @@ def assert_an_epoch_is_every_window_once(rows: list[bytes], size: int) -> None:
 
 @pytest.mark.slow
 @posix
-def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(den, told):
+def test_a_run_killed_at_any_moment_ends_with_the_same_weights(den, told):
     write_run(max_iters=24, checkpoints={"path": "ck", "interval": 2, "keep": 2}, eval_interval=12)
     assert finish(start("--config", "run.json", "--checkpoints.path=whole")) == 0
     expected = weights_hash()
@@ -281,7 +281,7 @@ def test_sigterm_at_any_moment_saves_and_ends_with_143(den, monkeypatch, six_ste
 
 
 @posix
-def test_a_signal_that_a_callback_swallows_comes_again(den, monkeypatch):
+def test_a_signal_swallowed_by_a_callback_is_raised_again(den, monkeypatch):
     monkeypatch.setattr(signals_module, "RERAISE_INTERVAL", 0.01)
     build, swallowed = train.build, []
 
@@ -302,7 +302,7 @@ def test_a_signal_that_a_callback_swallows_comes_again(den, monkeypatch):
 
 @pytest.mark.slow
 @posix
-def test_a_step_that_takes_too_long_is_given_up(den, monkeypatch, six_steps):
+def test_a_step_longer_than_the_grace_period_is_abandoned(den, monkeypatch, six_steps):
     """Of the third step's two micro-batches only one is computed; the step is done anew on resume."""
     monkeypatch.setattr(signals_module, "GRACE_PERIOD", -1.0)
     with monkeypatch.context() as patch:
@@ -335,7 +335,7 @@ def test_sigterm_while_compiling_ends_with_143(den, told):
 
 @pytest.mark.slow
 @posix
-def test_sigterm_while_the_program_is_loaded_ends_at_once(den, told):
+def test_sigterm_during_imports_ends_with_143(den, told):
     script = [sys.executable, str(torture.ROOT / "train.py"), "--config", "run.json"]
     tries = count(1, 10)
     for number in range(tries):
@@ -349,7 +349,7 @@ def test_sigterm_while_the_program_is_loaded_ends_at_once(den, told):
 
 @pytest.mark.slow
 @posix
-def test_a_second_sigint_leaves_at_once_and_the_last_checkpoint_is_good(den, told):
+def test_a_second_sigint_exits_immediately_and_the_last_checkpoint_is_intact(den, told):
     """Both come in the middle of the second save, which is never finished."""
     assert finish(start("--config", "run.json", body=torture.interrupted_twice_in_a_save)) == 130
     assert list(Path("ck").glob(".tmp_step_00000008_*")) and find_latest("ck").step == 4
@@ -377,7 +377,7 @@ PARTS = ("model.safetensors", "state.pt", "manifest.json")
 
 
 @pytest.mark.slow
-def test_damage_is_named_and_the_checkpoint_before_is_used(den, six_steps, capsys, told):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(den, six_steps, capsys, told):
     run(*SIX)
     shutil.copytree("ck", "sound")
     for part in PARTS:
@@ -396,7 +396,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(den, six_steps, capsy
 
 @pytest.mark.slow
 @posix
-def test_all_checkpoints_damaged_is_one_line_and_never_a_new_start(den):
+def test_only_damaged_checkpoints_are_an_error_and_no_new_run_starts(den):
     run(*SIX)
     for path in Path("ck").glob("step_*"):
         flip(path / "state.pt")
@@ -409,7 +409,7 @@ def test_all_checkpoints_damaged_is_one_line_and_never_a_new_start(den):
 
 
 @pytest.mark.slow
-def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(den, capsys, monkeypatch):
+def test_a_latest_file_that_cannot_be_written_loses_no_checkpoint(den, capsys, monkeypatch):
     write = checkpoint.atomic_write
 
     def refuse(path, data):
@@ -441,7 +441,7 @@ FULL_DISK = ["--config", "run.json", "--max_iters=12", "--checkpoints.interval=2
 
 @pytest.mark.slow
 @posix
-def test_files_that_cannot_grow_are_reported_and_tried_again(den, told):
+def test_a_checkpoint_beyond_the_file_size_limit_is_reported_and_retried(den, told):
     """RLIMIT_FSIZE: no checkpoint and no picture fits."""
     assert finish(start(*FULL_DISK, body=torture.full_by_limit)) == 0, read()
     assert "File too large" in read() and "cannot draw the curves" in read()
@@ -455,7 +455,7 @@ def can_mount() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's tmpfs")
-def test_a_full_disk_is_reported_and_tried_again(den, told):
+def test_a_checkpoint_on_a_full_disk_is_reported_and_retried(den, told):
     """A tmpfs of 4 MB with nothing left on it, for the log too."""
     require_program("unshare")
     require(can_mount(), "a kernel that lets users mount a tmpfs (unshare -rm)")
@@ -472,7 +472,7 @@ def test_a_full_disk_is_reported_and_tried_again(den, told):
     told("full disk (tmpfs of 4 MB)", "4 steps, with 2 checkpoints, metrics, log and a plot due")
 
 
-def test_a_log_on_a_full_disk_ends_no_run_and_a_reader_that_leaves_does():
+def test_a_log_on_a_full_disk_ends_no_run_and_a_closed_pipe_does():
     class Full(io.StringIO):
         def write(self, text):
             raise error
@@ -503,7 +503,7 @@ def poison(monkeypatch, *positions):
 
 
 @pytest.mark.slow
-def test_a_poisoned_weight_is_rolled_back_past_its_data_at_half_the_rate(den, monkeypatch, capsys, told):
+def test_a_nan_weight_is_rolled_back_past_its_data_at_half_the_learning_rate(den, monkeypatch, capsys, told):
     poison(monkeypatch, 6)
     used = []
     at_first = TrainStep.update_weights
@@ -549,7 +549,7 @@ def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypat
 
 
 @pytest.mark.slow
-def test_a_run_that_was_rolled_back_resumes_as_if_it_had_not_stopped(den, monkeypatch):
+def test_a_resumed_run_with_a_rollback_equals_the_uninterrupted_one(den, monkeypatch):
     poison(monkeypatch, 6)
     assert run(BACK, "--checkpoints.path=whole") == 0
     # the first is right after the rollback
@@ -564,7 +564,7 @@ def test_a_run_that_was_rolled_back_resumes_as_if_it_had_not_stopped(den, monkey
 
 
 @pytest.mark.slow
-def test_three_rollbacks_and_no_more(den, monkeypatch, capsys):
+def test_a_fourth_rollback_ends_the_run(den, monkeypatch, capsys):
     poison(monkeypatch, 2, 5, 7, 9)
     assert run(BACK) == 3
     assert "3 rollbacks did not help" in capsys.readouterr().err
@@ -584,7 +584,7 @@ def test_a_rollback_takes_the_checkpoint_before_a_broken_one(den, monkeypatch, c
 
 
 @pytest.mark.slow
-def test_weights_that_went_bad_before_a_save_are_rolled_back(den, monkeypatch):
+def test_weights_that_are_not_finite_before_a_save_are_rolled_back(den, monkeypatch):
     """The gradient was finite and the update was not."""
 
     def poisoned(self):
@@ -600,7 +600,7 @@ def test_weights_that_went_bad_before_a_save_are_rolled_back(den, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_learning_rate_of_1e20_is_not_survived_and_nothing_bad_is_saved(den):
+def test_a_learning_rate_of_1e20_ends_the_run_and_saves_no_bad_weights(den):
     exploding = ["--learning_rate=1e20", "--warmup_iters=0", "--min_lr=0"]
     assert run(*exploding, BACK) == 3
     assert [line["rollback"] for line in timeless() if "rollback" in line] == [1, 2, 3]
@@ -626,7 +626,7 @@ def limited(monkeypatch, rows):
 
 
 @pytest.mark.slow
-def test_out_of_memory_says_what_took_it_and_what_to_lower(den, monkeypatch):
+def test_out_of_memory_reports_the_estimate_and_what_to_lower(den, monkeypatch):
     limited(monkeypatch, 3)
     before = files(den)
     with pytest.raises(UserError) as caught:
@@ -646,7 +646,7 @@ def test_out_of_memory_says_what_took_it_and_what_to_lower(den, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 11, 16, 1000])
-def test_auto_finds_the_largest_batch_that_fits(den, monkeypatch, capsys, rows):
+def test_batch_size_auto_finds_the_largest_batch_that_fits(den, monkeypatch, capsys, rows):
     limited(monkeypatch, rows)
     trainer = prepared("--batch_size=auto")
     expected = min(rows, trainer.corpus.train.n_windows)
@@ -656,14 +656,14 @@ def test_auto_finds_the_largest_batch_that_fits(den, monkeypatch, capsys, rows):
 
 
 @pytest.mark.slow
-def test_auto_with_room_for_nothing_says_so(den, monkeypatch):
+def test_batch_size_auto_without_memory_for_one_row_is_an_error(den, monkeypatch):
     limited(monkeypatch, 0)
     with pytest.raises(UserError, match=r"out of memory before the first step.* Lower model_hyperparams.block_size"):
         run("--batch_size=auto")
 
 
 @pytest.mark.slow
-def test_auto_is_recorded_and_resumed(den, monkeypatch):
+def test_batch_size_auto_is_recorded_and_resumed(den, monkeypatch):
     limited(monkeypatch, 5)
     run("--batch_size=auto", "--max_iters=2")
     limited(monkeypatch, 3)  # another machine computes the same, or says that it can't
@@ -673,7 +673,7 @@ def test_auto_is_recorded_and_resumed(den, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_cpu_gives_half_of_its_free_memory_and_no_more_tokens_than_help(den, monkeypatch):
+def test_batch_size_auto_on_a_cpu_takes_half_of_the_free_memory_and_limits_tokens(den, monkeypatch):
     trainer = prepared()  # its planner does not keep it
     need = trainer.memory_planner.estimate()
     room = need.fixed + 7 * need.row + need.row // 2
@@ -684,7 +684,7 @@ def test_a_cpu_gives_half_of_its_free_memory_and_no_more_tokens_than_help(den, m
 
 
 @pytest.mark.slow
-def test_what_a_cpu_has_no_memory_for_is_refused_before_the_system_kills(den, monkeypatch):
+def test_a_run_beyond_the_memory_of_a_cpu_is_refused_at_the_start(den, monkeypatch):
     trainer = prepared()  # its planner does not keep it
     need, before = trainer.memory_planner.estimate(), files(den)
     trainer.close()
@@ -700,7 +700,7 @@ def test_what_a_cpu_has_no_memory_for_is_refused_before_the_system_kills(den, mo
     assert run("--batch_size=2", "--gradient_accumulation_steps=4", "--max_iters=1") == 0  # what it said
 
 
-def test_what_a_row_keeps_for_the_backward_pass_is_counted():
+def test_activations_saved_for_backward_are_counted():
     """silu(x W) + (x W)² keeps x (n·8 floats) and x W (n·4), once though used twice, and neither W nor the result."""
     layer = torch.nn.Linear(8, 4, bias=False)
 
@@ -712,7 +712,7 @@ def test_what_a_row_keeps_for_the_backward_pass_is_counted():
     assert np.diff(kept).tolist() == [4 * (8 + 4), 3 * 4 * (8 + 4)]
 
 
-def test_the_largest_is_found_whatever_it_is():
+def test_largest_fitting_finds_any_limit():
     for limit in (1, 2, 7, 8, 100):
         for n in range(limit + 3):
             asked = []
@@ -723,7 +723,7 @@ def test_the_largest_is_found_whatever_it_is():
 
 @pytest.mark.slow
 @posix
-def test_a_cpu_that_is_out_of_memory_says_so(den):
+def test_out_of_memory_on_a_cpu_is_reported(den):
     """A real allocation fails, in a process that may have 300 MB more than it has."""
     write_run(batch_size=1 << 17)
     before = files(den)
@@ -737,7 +737,7 @@ def test_a_cpu_that_is_out_of_memory_says_so(den):
 
 @pytest.mark.cuda
 @pytest.mark.whole_gpu
-def test_a_gpu_that_is_full_and_the_batch_that_fits_it(den, capsys):
+def test_batch_size_auto_fits_a_nearly_full_gpu(den, capsys):
     """With a tenth of the GPU left, the batch that auto finds trains; four times as much does not, and is told."""
     wide = {"block_size": 256, "n_embd": 128, "n_qkv": 128, "n_layer": 4, "retention_chunk": 128}
     write_run(device="cuda", model_hyperparams=torture.MODEL | wide)
@@ -883,7 +883,7 @@ def saved(value) -> bytes:
 @posix
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("harm", HARM)
-def test_a_file_made_to_harm_is_refused_quickly_and_runs_nothing(den, told, harm):
+def test_a_malicious_file_is_refused_quickly_and_runs_nothing(den, told, harm):
     name, content, argv = HARM[harm]
     if content == "sparse":
         with open(name, "wb") as file:
@@ -901,12 +901,12 @@ def test_a_file_made_to_harm_is_refused_quickly_and_runs_nothing(den, told, harm
     told("malicious files, refused", {"s": used["seconds"], "MB": used["megabytes"]})
 
 
-def test_a_payload_would_have_run(den):
+def test_the_pickled_payload_runs_where_it_is_loaded(den):
     pickle.loads(pickle.dumps(Payload()))
     assert Path("it_ran").exists()
 
 
-def test_metrics_made_to_harm_are_skipped(den):
+def test_malicious_lines_of_metrics_are_skipped(den):
     Path("ck").mkdir()
     Path("ck/metrics.jsonl").write_bytes(DEEP + b'\n{"step": 1, "loss": 2}\n{"step": true}\n[]\n\xff\n')
     assert plot.read_metrics("ck/metrics.jsonl")[0] == {"step": 1, "loss": 2}
@@ -917,7 +917,7 @@ def test_metrics_made_to_harm_are_skipped(den):
 
 @pytest.mark.slow
 @posix
-def test_a_second_trainer_is_refused_by_the_name_of_the_first(den, told):
+def test_a_second_trainer_is_refused_and_names_the_first(den, told):
     child = start(*ENDLESS)
     try:
         wait_until(lambda: list(Path("ck").glob("step_*")), child=child)
@@ -941,7 +941,7 @@ def without_flock(monkeypatch):
 
 
 @pytest.mark.parametrize("flock", [True, False])
-def test_a_lock_is_given_back(tmp_path, monkeypatch, flock):
+def test_a_lock_is_released(tmp_path, monkeypatch, flock):
     if not flock:
         without_flock(monkeypatch)
     lock = Lock(tmp_path)
@@ -955,7 +955,7 @@ def test_a_lock_is_given_back(tmp_path, monkeypatch, flock):
 
 
 @posix
-def test_a_lock_whose_file_was_removed_still_keeps_the_directory(tmp_path):
+def test_a_lock_whose_file_was_removed_still_locks_the_directory(tmp_path):
     lock = Lock(tmp_path)
     lock.path.unlink()
     with pytest.raises(UserError, match="another process, which has not written its name"):
@@ -968,7 +968,7 @@ def test_a_lock_whose_file_was_removed_still_keeps_the_directory(tmp_path):
     ({}, False), ({"born": "1"}, True), ({"pid": 2**30}, True), ({"host": "elsewhere"}, False),
     ({"pid": -1}, False), ({"pid": "x"}, False),
 ])  # fmt: skip
-def test_without_flock_a_dead_processs_lock_is_taken_over(tmp_path, monkeypatch, left, dead):
+def test_without_flock_the_lock_of_a_dead_process_is_acquired(tmp_path, monkeypatch, left, dead):
     """By number, by the moment of birth of who has that number now, and never another machine's."""
     without_flock(monkeypatch)
     Lock(tmp_path)
@@ -984,7 +984,7 @@ def test_without_flock_a_dead_processs_lock_is_taken_over(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff", b'{"pid": 1}', b"[]"])
-def test_without_flock_a_lock_without_a_name_is_respected(tmp_path, monkeypatch, content):
+def test_without_flock_an_unreadable_lock_is_respected(tmp_path, monkeypatch, content):
     without_flock(monkeypatch)
     (tmp_path / "lock").write_bytes(content)
     with pytest.raises(UserError, match="which has not written its name; .* if it has ended, remove .*lock"):
@@ -1037,7 +1037,7 @@ def assert_close(a, b):
 
 @pytest.mark.slow
 @posix
-def test_ranks_compute_what_one_process_does_and_take_over_from_each_other(den, told):
+def test_ranks_compute_what_one_process_does_and_resume_from_each_others_checkpoints(den, told):
     halves = ["--max_iters=5", "--lr_decay_iters=10"]
     run_ranks("--checkpoints.path=two")
     run("--checkpoints.path=one")
@@ -1061,7 +1061,7 @@ def test_ranks_compute_what_one_process_does_and_take_over_from_each_other(den, 
 
 @pytest.mark.slow
 @posix
-def test_ranks_weigh_rows_by_their_targets(den):
+def test_ranks_weight_rows_by_their_targets(den):
     """Pairs: each row has a number of targets of its own."""
     model = {"arch": "transformer", "kind": "encoder-decoder", "vocab_size": 41, "block_size": 16, "n_layer": 1,
              "n_head": 2, "n_embd": 16}  # fmt: skip
@@ -1128,7 +1128,7 @@ def test_torchrun_ends_when_a_rank_is_killed(den, told):
 
 @pytest.mark.slow
 @posix
-def test_ranks_that_cannot_divide_the_batch_say_so(den):
+def test_a_batch_that_ranks_cannot_divide_is_an_error(den):
     codes = [finish(child) for child in begin_ranks("--batch_size=3", "--gradient_accumulation_steps=1")]
     assert set(codes) <= {2, 4} and 2 in codes
     assert "error: batch_size = 3: with gradient_accumulation_steps 1 it cannot be divided among 2" in read("log0.txt")
@@ -1143,7 +1143,7 @@ def test_ranks_roll_back_together(den):
     assert [line["step"] for line in timeless() if "rollback" in line] == [4] and find_latest("ck").step == 10
 
 
-def test_tensors_travel_in_buckets_of_one_dtype(monkeypatch):
+def test_tensors_are_reduced_in_buckets_of_one_dtype(monkeypatch):
     monkeypatch.setattr(distributed, "BUCKET_SIZE", 10)
     sizes = [4, 6, 1, 12, 3, 3]
     tensors = [torch.zeros(n) for n in sizes] + [torch.zeros(2, dtype=torch.float64)]
@@ -1275,7 +1275,7 @@ def test_ten_thousand_mutated_headers_are_refused_or_read(den, told):
 
 
 @pytest.mark.slow
-def test_a_long_run_grows_nothing(den, told):
+def test_a_long_run_leaks_no_memory_files_or_time(den, told):
     require(Path("/proc/self/fd").exists(), "/proc, from which memory and open files are read")
     steps = count(400, 20_000)
     model = TINYSTAR | {"block_size": 8, "n_head": 1, "n_embd": 8}
@@ -1353,7 +1353,7 @@ def test_paths_with_spaces_and_letters_of_any_alphabet(den, capsys):
 
 @pytest.mark.slow
 @posix
-def test_any_working_directory_will_do_or_is_reported(tmp_path):
+def test_presets_are_found_and_data_is_missed_in_any_working_directory(tmp_path):
     """The presets are found from everywhere; the data are looked for where one stands, and what makes them is told."""
     command = [sys.executable, str(torture.ROOT / "train.py"), "--config", "tiny.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -1364,7 +1364,7 @@ def test_any_working_directory_will_do_or_is_reported(tmp_path):
 # ---- checking ------------------------------------------------------------------------------------------------------
 
 
-def test_check_says_all_and_writes_nothing(den, capsys, monkeypatch):
+def test_check_reports_the_run_and_writes_nothing(den, capsys, monkeypatch):
     before = files(den)
     monkeypatch.setattr(torch, "compile", lambda *arguments, **options: pytest.fail("that takes minutes"))
     assert run("--check", "--compile=true") == 0
@@ -1411,7 +1411,7 @@ def corrupt_data():
     ([RESUME], change_data, "the dataset has changed"),
     ([], corrupt_data, "is damaged: the tokens' SHA-256"),
 ])  # fmt: skip
-def test_check_finds_what_would_go_wrong(den, argv, prepare, message):
+def test_check_finds_errors_of_a_run(den, argv, prepare, message):
     if prepare:
         prepare()
     before = files(den)
