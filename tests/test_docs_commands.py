@@ -312,7 +312,7 @@ def copy_repository(folder: Path) -> None:
 
 @functools.cache
 def given_shell() -> "Shell":
-    """A copy of the repository in which the files of GIVEN are made, once for all pages."""
+    """A copy of the repository in which the files of GIVEN are written, once for all pages."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy_repository(folder)
@@ -362,8 +362,8 @@ class Shell:
             return
         if path.exists():
             return
-        for made, data in make_given(name).items():
-            copy = self.folder / made
+        for file, data in make_given(name).items():
+            copy = self.folder / file
             copy.parent.mkdir(parents=True, exist_ok=True)
             if not copy.exists():
                 copy.write_bytes(data)

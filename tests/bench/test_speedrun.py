@@ -83,8 +83,8 @@ TRAIN = """
     for iter_num in range(max_iters + 1):
         if iter_num % eval_interval == 0:
             estimate_loss()
-            np.savez(f"KEPT/{iter_num}.npz", **{name: p.detach().numpy() for name, p in model.named_parameters()})
-            torch.save({"model": model.state_dict()}, "KEPT/ckpt.pt")
+            np.savez(f"SAVED/{iter_num}.npz", **{name: p.detach().numpy() for name, p in model.named_parameters()})
+            torch.save({"model": model.state_dict()}, "SAVED/ckpt.pt")
         model(*get_batch("train"))[1].backward()
         clock[0] += 1 if iter_num else 30
         optimizer.step()
@@ -109,8 +109,8 @@ CONFIGURATOR = """
 def checkout(tmp_path, monkeypatch):
     """A working directory with a stand-in in nano/ and a text."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "kept").mkdir()
-    files = {"model.py": MODEL, "train.py": TRAIN.replace("KEPT", str(tmp_path / "kept")),
+    (tmp_path / "saved").mkdir()
+    files = {"model.py": MODEL, "train.py": TRAIN.replace("SAVED", str(tmp_path / "saved")),
              "configurator.py": CONFIGURATOR, "config/train_shakespeare_char.py": "\n    max_iters = 12"}  # fmt: skip
     for name, text in files.items():
         (tmp_path / "nano" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -390,11 +390,11 @@ def test_the_stand_in_s_curve_is_exact_and_a_config_reaches_its_loss(checkout, m
     held_out = np.array([chars.index(char) for char in TEXT[int(0.9 * len(TEXT)) :]])
     n = (len(held_out) - 1) // 16 * 16
     for step, _, _, loss in theirs["curve"]:
-        kept = {name: value.astype(np.float64) for name, value in np.load(f"kept/{step}.npz").items()}
-        logits = (kept["wte.weight"][held_out[:n]] * kept["scale"]) @ kept["lm_head.weight"].T
+        weights = {name: value.astype(np.float64) for name, value in np.load(f"saved/{step}.npz").items()}
+        logits = (weights["wte.weight"][held_out[:n]] * weights["scale"]) @ weights["lm_head.weight"].T
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         assert loss == pytest.approx(-log_p[np.arange(n), held_out[1 : n + 1]].mean(), rel=1e-5)
-    assert not Path("kept/ckpt.pt").exists()  # no time goes into checkpoints
+    assert not Path("saved/ckpt.pt").exists()  # no time goes into checkpoints
     assert ours["reached"] and ours["loss"] <= theirs["loss"] and ours["seconds"] > 0 and len(ours["curve"]) < 5
     assert Path("img/speedrun/speedrun.png").stat().st_size > 10_000
     assert theirs["params"] == 64 and theirs["params_total"] == 64 + 2 * 64 * len(chars) >= ours["params_total"]

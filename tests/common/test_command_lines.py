@@ -197,9 +197,9 @@ def test_lists_end_at_the_next_option(parse, words, expected):
     (["-5"], "-5: unknown option; python x.py --help lists them"),
 ])  # fmt: skip
 def test_mistakes_are_user_errors(parse, words, message):
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         parse(*words)
-    assert str(told.value) == message
+    assert str(refused.value) == message
 
 
 def test_a_wrong_choice_is_an_error_with_the_nearest():

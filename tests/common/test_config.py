@@ -391,8 +391,8 @@ def test_an_option_is_no_value_of_another():
 
 
 def test_rollback_needs_checkpoints():
-    told = 'on_nan = "rollback": needs checkpoints.create_checkpoints: there is nothing else to return to'
-    assert problems_of("--on_nan=rollback", "--checkpoints.create_checkpoints=false") == [told]
+    message = 'on_nan = "rollback": needs checkpoints.create_checkpoints: there is nothing else to return to'
+    assert problems_of("--on_nan=rollback", "--checkpoints.create_checkpoints=false") == [message]
 
 
 @pytest.mark.slow
@@ -466,21 +466,21 @@ PATH_KEYS = path_names(Run)
 @pytest.mark.parametrize("key", PATH_KEYS)
 def test_a_path_with_a_control_character_is_refused_and_slashes_are_named(key, tmp_path):
     """The characters are those of the Unicode category Cc, and the path is one that Windows users write in JSON."""
-    told = "a path has no control characters, which \\n and \\t in quotes are; write / or \\\\ instead of \\"
+    message = "a path has no control characters, which \\n and \\t in quotes are; write / or \\\\ instead of \\"
     for character in (c for c in map(chr, range(0x250)) if unicodedata.category(c) == "Cc"):
         raw = {}
         set_key(raw, key, f"a{character}b")
         (problem,) = check(Run, raw)[1]
-        assert problem.startswith(f"{key} = ") and problem.endswith(told) and problem.isprintable()
+        assert problem.startswith(f"{key} = ") and problem.endswith(message) and problem.isprintable()
     section, _, name = key.rpartition(".")
     text = f'{{"{name}": "C:\\table\\new.bin"}}'
     path = write(tmp_path, f'{{"{section}": {text}}}' if section else text)
-    assert problems_of("--config", path)[0].endswith(f'{key} = "C:\\table\\new.bin": {told}')
-    assert problems_of(f"--{section or key}={text if section else 'a' + chr(9)}")[0].endswith(told)
+    assert problems_of("--config", path)[0].endswith(f'{key} = "C:\\table\\new.bin": {message}')
+    assert problems_of(f"--{section or key}={text if section else 'a' + chr(9)}")[0].endswith(message)
 
 
 def set_key(raw, dotted, value):
-    """Set a dotted key, sections made on the way."""
+    """Set a dotted key, with the sections that it needs."""
     *sections, name = dotted.split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
@@ -498,8 +498,8 @@ def test_every_command_refuses_control_characters_in_paths(tmp_path, monkeypatch
     needed = needed.get(command, []) if option != "--input" else []
     with pytest.raises(UserError) as refused:
         importlib.import_module(command).main([*needed, option, "C:\table\new"])
-    told = f'{option}( =)? "C:\\\\table\\\\new": a path has no control characters'
-    assert re.search(told, str(refused.value)) and os.listdir() == []
+    message = f'{option}( =)? "C:\\\\table\\\\new": a path has no control characters'
+    assert re.search(message, str(refused.value)) and os.listdir() == []
 
 
 def test_paths_with_spaces_backslashes_and_letters_of_any_script_pass():
@@ -509,15 +509,15 @@ def test_paths_with_spaces_backslashes_and_letters_of_any_script_pass():
 
 def test_a_backslash_that_escapes_nothing_is_refused_with_its_line(tmp_path):
     r"""JSON5 would drop it: "C:\data" would become "C:data"."""
-    told = "is no escape; write / or \\\\ instead of \\"
+    message = "is no escape; write / or \\\\ instead of \\"
     for escape in ("d", "g", "1", "u12", "xz", "ü"):
         text = '// C:\\data is fine here\n{"seed": 1, /* \\q */\n "model_path": "C:\\' + escape + '.bin"}'
         path = write(tmp_path, text)
         (problem,) = problems_of("--config", path)
-        assert problem.endswith(f"run.json, line 3: \\{escape[0]} {told}")
+        assert problem.endswith(f"run.json, line 3: \\{escape[0]} {message}")
         with pytest.raises(UserError, match="line 3"):
             read_json(path)
-    assert problems_of('--dataset={"path": "C:\\data"}')[0].endswith(f"\\d {told}")
+    assert problems_of('--dataset={"path": "C:\\data"}')[0].endswith(f"\\d {message}")
     good = '{"sample_prompt": "\\\\d \\" \\\' \\/ \\b\\f\\n\\r\\t\\v \\u00e9 \\x41", "model_path": \'C:\\\\data\'}'
     run = load_run(["--config", write(tmp_path, good)], ARCHS)
     assert run.sample_prompt == "\\d \" ' / \b\f\n\r\t\v é A" and run.model_path == "C:\\data"
@@ -603,9 +603,9 @@ def torchrun(monkeypatch):
 
 
 def test_processes_report_an_error_once_and_each_error_of_its_own(torchrun, monkeypatch, capsys):
-    for message, told in (("both find this", True), ("both find this", False), ("one finds this", True)):
+    for message, is_printed in (("both find this", True), ("both find this", False), ("one finds this", True)):
         report_error(message)
-        assert capsys.readouterr().err == (f"error: {message}\n" if told else "")
+        assert capsys.readouterr().err == (f"error: {message}\n" if is_printed else "")
     monkeypatch.setenv("GROUP_RANK", "1")  # another machine has a console of its own
     report_error("both find this")
     assert capsys.readouterr().err == "error: both find this\n"
@@ -756,7 +756,7 @@ def test_any_command_line_is_a_run_or_a_user_error(argv):
             assert str(error)
 
 
-# ---- what is made from the declarations ----------------------------------------------------------------------------
+# ---- what is generated from the declarations -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -835,13 +835,13 @@ def test_every_key_that_takes_a_path_is_known_as_one():
 
 
 def test_plain_data_is_validated_as_a_file_and_a_command_line_are(tmp_path):
-    made = make_run({"model_hyperparams": {"n_layer": 3}}, ARCHS)
-    assert to_dict(made) == to_dict(load_run(["--model_hyperparams.n_layer=3"], ARCHS))
-    with pytest.raises(UserError) as told:
+    run = make_run({"model_hyperparams": {"n_layer": 3}}, ARCHS)
+    assert to_dict(run) == to_dict(load_run(["--model_hyperparams.n_layer=3"], ARCHS))
+    with pytest.raises(UserError) as refused:
         make_run({"learning_rate": -1, "model_hyperparams": {"n_layr": 3}}, ARCHS)
     with pytest.raises(UserError) as expected:
         load_run(["--learning_rate=-1", "--model_hyperparams.n_layr=3"], ARCHS)
-    assert str(told.value) == str(expected.value)
+    assert str(refused.value) == str(expected.value)
     assert load_run(["--img_path=null"], ARCHS).img_path is None
 
 

@@ -32,10 +32,10 @@ def test_idle_threads_spin_briefly_unless_the_user_says_otherwise(given, expecte
 
 
 def test_compiled_code_is_cached_where_the_next_run_finds_it(tmp_path):
-    kept = [str(tmp_path / "strawberry" / name) for name in ("torchinductor", "triton")]
-    assert environment_after("import strawberry", CACHES, XDG_CACHE_HOME=str(tmp_path)) == kept
+    folders = [str(tmp_path / "strawberry" / name) for name in ("torchinductor", "triton")]
+    assert environment_after("import strawberry", CACHES, XDG_CACHE_HOME=str(tmp_path)) == folders
     given = {"XDG_CACHE_HOME": str(tmp_path), "TRITON_CACHE_DIR": "mine"}
-    assert environment_after("import strawberry", CACHES, **given) == [kept[0], "mine"]
+    assert environment_after("import strawberry", CACHES, **given) == [folders[0], "mine"]
     assert not list(tmp_path.iterdir())
 
 

@@ -342,7 +342,7 @@ def test_every_byte_of_the_manifest_counts(tmp_path, capsys):
     assert find_latest(tmp_path).step == 1
 
 
-def signed(path, **changes):
+def write_manifest(path, **changes):
     """A manifest with these changes and a hash that fits them."""
     manifest = json.loads(path.read_text()) | changes
     manifest.pop("sha256")
@@ -363,7 +363,7 @@ def signed(path, **changes):
     ],
 )
 def test_a_forged_manifest_is_refused(tmp_path, changes, message):
-    signed(save(tmp_path, 1) / "manifest.json", **changes)
+    write_manifest(save(tmp_path, 1) / "manifest.json", **changes)
     with pytest.raises(UserError, match=message):
         find_latest(tmp_path)
 
@@ -505,8 +505,8 @@ def model_file(path, tensors=None, **changes):
     size = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + size])["__metadata__"] | changes
     all_tensors = safetensors.torch.load(data) | (tensors or {})
-    kept = [{key: value for key, value in d.items() if value is not None} for d in (all_tensors, metadata)]
-    path.write_bytes(safetensors.torch.save(*kept))
+    present = [{key: value for key, value in d.items() if value is not None} for d in (all_tensors, metadata)]
+    path.write_bytes(safetensors.torch.save(*present))
     return path
 
 
@@ -521,7 +521,7 @@ def test_a_model_file_restores_model_encoder_and_record(tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     assert again.unembed.weight is again.embed.weight
-    assert torch.equal(again.table, torch.full((5,), 3.0))  # not saved, made anew
+    assert torch.equal(again.table, torch.full((5,), 3.0))  # not saved, computed again
     assert sorted(safetensors.torch.load_file(path)) == ["blocks.0.weight", "embed.weight", "router_bias"]
     assert names(path.parent) == [path.name]
     assert model_files.read_about(path) == (vars(model.config), record)

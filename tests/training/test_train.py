@@ -173,7 +173,7 @@ def test_losses_of_any_objective_are_means_over_the_targets(objective):
                     n_bytes += target not in (encoder.eot, encoder.pad)
                     count += 1
     assert got[0] == pytest.approx(nats / count, rel=1e-5)
-    if objective == "pairs":  # how well the answers are told, in bits for each byte of them
+    if objective == "pairs":  # how well the answers are predicted, in bits for each byte of them
         assert got[1] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
     else:
         assert math.isnan(got[1])
@@ -186,9 +186,9 @@ def test_accumulation_weights_rows_by_their_targets(objective):
     grads = []
     for rows in (6, 1):
         trainer.optimizer.zero_grad()
-        made = [evaluation.make_batch(trainer.objective, trainer.corpus.train, 5, i, rows, "cpu")
+        batches = [evaluation.make_batch(trainer.objective, trainer.corpus.train, 5, i, rows, "cpu")
                 for i in range(0, 6, rows)]  # fmt: skip
-        grads.append([trainer.steps.accumulate(made), *(p.grad.clone() for p in trainer.model.parameters())])
+        grads.append([trainer.steps.accumulate(batches), *(p.grad.clone() for p in trainer.model.parameters())])
     batch = evaluation.make_batch(trainer.objective, trainer.corpus.train, 5, 0, 6, "cpu")
     assert grads[0][0].item() == pytest.approx(trainer.model(batch.x, batch.y, source=batch.source)[1].item(), rel=1e-5)
     for a, b in zip(*grads, strict=True):
