@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -898,7 +899,8 @@ def begin_machine(number: int, port: int) -> subprocess.Popen:
              "--rdzv_id=run", "--local_addr=127.0.0.1"]  # fmt: skip
     script = [str(torture.ROOT / "train.py"), "--config", "run.json", "--max_iters=100000", "--eval_interval=100000"]
     Path("worker.sh").write_text('echo $$ > pid$MACHINE; echo $MACHINE > machine_of_rank$RANK; exec "$@"')
-    command = [sys.executable, "-m", "torch.distributed.run", *about, "--no-python", "sh", "worker.sh"]
+    agent = forks.fork_command([sys.executable, "-m", "torch.distributed.run"])
+    command = [*agent, *about, "--no-python", "sh", "worker.sh"]
     with open(f"machine{number}.txt", "w") as log:
         env = os.environ | {"OMP_NUM_THREADS": "1", "MACHINE": str(number)}
         return subprocess.Popen([*command, sys.executable, *script], stdout=log, stderr=log, env=env)

@@ -1134,7 +1134,8 @@ def test_when_a_rank_is_killed_the_other_ends_and_both_resume(workdir, many_step
 @pytest.mark.slow
 @posix
 def test_torchrun_ends_when_a_rank_is_killed(workdir, report):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    launcher = forks.fork_command([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                                   f"--master_port={free_port()}"])  # fmt: skip
     script = [sys.executable, str(torture.ROOT / "train.py"), *ENDLESS]
     Path("worker.sh").write_text('echo $$ > pid$RANK; exec "$@"')
     command = [*launcher, "--no-python", "sh", "worker.sh", *script]

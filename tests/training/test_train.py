@@ -12,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -865,7 +866,8 @@ def test_a_closed_stdout_loses_no_step(run_folder, monkeypatch):
 
 @pytest.mark.slow
 def test_processes_of_torchrun_report_a_mistake_once(run_folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__]
+    launcher = forks.fork_command([sys.executable, "-m", "torch.distributed.run"])
+    command = [*launcher, "--standalone", "--nproc_per_node=2", train.__file__]
     for mistake in ("--learning_rat=1", "--dataset.path=none.bin"):  # before and after they have met
         done = subprocess.run([*command, "--config", "run.json", mistake], capture_output=True, text=True, timeout=120)
         assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1, done.stderr
