@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import sys
@@ -247,8 +248,13 @@ def explain_picture_path(path: str) -> str | None:
 
 def run_class(archs: dict[str, type], arch: str) -> type[Run]:
     """Run, with model_hyperparams of the class that `arch` names."""
-    model = option(archs[arch](), declared(Run)["model_hyperparams"].doc)
-    return dataclasses.make_dataclass("Run", [("model_hyperparams", archs[arch], model)], bases=(Run,))
+    return make_run_class(archs[arch])
+
+
+@functools.cache  # what is kept of each config class, its validator above all, would grow with every config read
+def make_run_class(model: type) -> type[Run]:
+    section = option(model(), declared(Run)["model_hyperparams"].doc)
+    return dataclasses.make_dataclass("Run", [("model_hyperparams", model, section)], bases=(Run,))
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def room_of(module: str) -> int:
     return max(found)[1] if found else 0
 
 
-def test_imports_go_down():
+def test_modules_import_only_from_lower_layers():
     """From scripts to common code, never up, and no script is imported."""
     scripts = len(ROOMS) - 1
     wrong = {
@@ -110,7 +110,7 @@ def test_no_module_imports_itself_through_others():
     assert circles == KNOWN_CIRCLES
 
 
-def test_model_asks_for_no_implementation():
+def test_model_does_not_choose_implementations_of_operations():
     """model.py calls operations; which implementation runs is chosen in strawberry/ops."""
     text = (ROOT / "model.py").read_text("utf-8")
     asked = {name: len(re.findall(pattern, text)) for name, pattern in QUESTIONS.items()}

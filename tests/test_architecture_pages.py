@@ -27,7 +27,7 @@ def test_every_page_is_compared_and_listed():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_its_python_computes_the_same(page):
+def test_the_python_of_a_page_computes_the_same_as_the_code(page):
     code = code_of(page)
     assert len(code.splitlines()) <= LONGEST
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def test_its_python_computes_the_same(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_tests_that_it_names_are_there(page):
+def test_tests_named_by_a_page_exist(page):
     text = (FOLDER / page).read_text("utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(test_\w+))?`", text)
     assert named, "name the test that holds the implementation"
@@ -47,7 +47,7 @@ def test_the_tests_that_it_names_are_there(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_keys_that_it_names_are_there(page):
+def test_keys_named_by_a_page_exist(page):
     """Names in backquotes under "Options and cost" are keys of some config, or values of one."""
     from model import CONFIGS
     from strawberry.config import declared

@@ -167,7 +167,7 @@ def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-def mixed_twice(mix, shape: tuple[int, ...], keys: float, dtype: torch.dtype) -> list[tuple]:
+def mix_twice(mix, shape: tuple[int, ...], keys: float, dtype: torch.dtype) -> list[tuple]:
     """Result and gradients by the kernel, each beside those of the plain path in float64."""
     torch.manual_seed(0)
     q, k, v, slope = (torch.randn(shape, device="cuda").to(dtype) for _ in range(4))
@@ -186,7 +186,7 @@ def mixed_twice(mix, shape: tuple[int, ...], keys: float, dtype: torch.dtype) ->
 ])  # fmt: skip
 def test_aft_simple_by_its_kernel(shape, keys, dtype, bound):
     mix = AFTS["simple"](SimpleNamespace(n_qkv=shape[-1], n_head=2), no_transform)
-    for got, exact in mixed_twice(mix, shape, keys, dtype):
+    for got, exact in mix_twice(mix, shape, keys, dtype):
         assert got.dtype == dtype and relative(got, exact) < bound
 
 
@@ -196,7 +196,7 @@ def test_aft_with_positions_by_its_kernel(kind, dtype, bound):
     mix = AFTS[kind](SimpleNamespace(n_qkv=48, n_head=2, window=300, block_size=1100), no_transform).cuda()
     for p in mix.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    for got, exact in mixed_twice(mix, (2, 1030, 48), 1, dtype):
+    for got, exact in mix_twice(mix, (2, 1030, 48), 1, dtype):
         assert relative(got, exact) < bound
 
 
@@ -262,22 +262,22 @@ TURNING = [
 
 
 @pytest.mark.parametrize("hyper", TURNING, ids=str)
-def test_turned_by_the_kernel_gradients_are_the_plain_ones(hyper, monkeypatch):
+def test_gradients_of_fused_rope_are_the_plain_ones(hyper, monkeypatch):
     """Compiled, in bfloat16: as near to float64 as those without the kernel."""
     torch.manual_seed(0)
     model = build({"vocab_size": 64, "block_size": 512, "n_layer": 2, "n_head": 4, "n_embd": 128} | hyper).cuda()
     idx, plain = torch.randint(64, (4, 512), device="cuda"), copy.deepcopy(model).double()
-    turnable, turn, errors, taken = can_fuse_rope, fused_qk_rope_norm, [], []
-    monkeypatch.setattr(rope, "fused_qk_rope_norm", lambda *args, **rest: taken.append(1) or turn(*args, **rest))
+    can_fuse, fused, errors, calls = can_fuse_rope, fused_qk_rope_norm, [], []
+    monkeypatch.setattr(rope, "fused_qk_rope_norm", lambda *args, **rest: calls.append(1) or fused(*args, **rest))
     exact = gradients(plain, plain, idx)
-    assert not taken
+    assert not calls
     for by_kernel in (True, False):
-        monkeypatch.setattr(rope, "can_fuse_rope", turnable if by_kernel else lambda *args: False)
-        taken.clear()
+        monkeypatch.setattr(rope, "can_fuse_rope", can_fuse if by_kernel else lambda *args: False)
+        calls.clear()
         torch._dynamo.reset()
         with torch.autocast("cuda", torch.bfloat16):
             got = gradients(model, torch.compile(model, dynamic=False), idx)
-        assert bool(taken) == by_kernel
+        assert bool(calls) == by_kernel
         errors.append(relative(got, exact))
     assert errors[0] < 1.2 * errors[1] + 1e-3, errors
 
@@ -356,14 +356,14 @@ def test_a_captured_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatc
     trainer = trainer_of(tmp_path, monkeypatch, log_interval=100)
     take, before = cuda_graph.CudaGraphStep.launch, []
 
-    def spoiled(self, batches, step, lr):
+    def set_weight_to_nan(self, batches, step, lr):
         if step == 7:
             with torch.no_grad():
                 trainer.model.embed.weight[3, 1] = torch.nan
             before[:] = [p.clone() for p in trainer.model.parameters()]
         take(self, batches, step, lr)
 
-    monkeypatch.setattr(cuda_graph.CudaGraphStep, "launch", spoiled)
+    monkeypatch.setattr(cuda_graph.CudaGraphStep, "launch", set_weight_to_nan)
     with pytest.raises(cuda_graph.NonFinite, match="step 7"):
         trainer.train()
     assert trainer.progress.step == 6
@@ -452,29 +452,29 @@ def test_gradients_in_8_bits_point_where_those_in_bfloat16_do(hyper, monkeypatch
 
 
 @eight_bits
-def test_joined_gradients_are_those_of_the_plain_path_on_a_gpu(monkeypatch):
+def test_concatenated_float8_gradients_are_those_of_the_plain_path_on_a_gpu(monkeypatch):
     wide = torch.randn(1000, 2304, device="cuda").bfloat16()
     parts = wide[:, :768], torch.randn(1000, 256, device="cuda").bfloat16(), wide[:, 1536:]
-    got, turned = concat_quantize(parts, 4.0, torch.float8_e5m2)
+    got, transposed = concat_quantize(parts, 4.0, torch.float8_e5m2)
     monkeypatch.setattr(kernels, "can_run", lambda *tensors: False)
     exact, _ = concat_quantize(parts, 4.0, torch.float8_e5m2)
     assert torch.equal(got.view(torch.uint8), exact.view(torch.uint8))
-    assert torch.equal(got.view(torch.uint8).t(), turned.view(torch.uint8))
+    assert torch.equal(got.view(torch.uint8).t(), transposed.view(torch.uint8))
 
 
 @eight_bits
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("d", [16, 64, 128, 256])
-def test_turned_gradients_are_those_of_the_wider_kernel_on_a_gpu(d, normed):
+def test_gradients_of_fused_rope_are_those_of_the_wider_kernel_on_a_gpu(d, normed):
     B, T, n_q, n_k = 2, 301, 4 * d, d
     wide, qkv = (torch.randn(B, T, n_q + 2 * n_k, device="cuda").bfloat16() for _ in range(2))
     grads = wide[..., :n_q], torch.randn(B, T, n_k, device="cuda").bfloat16(), wide[..., n_q + n_k :]
     angle = torch.randn(1, T, 1, d // 2, device="cuda")
     about = (*grads, qkv if normed else None, angle.cos(), angle.sin())
-    got, turned = qkv_grad_quantize(*about, 4.0, torch.float8_e5m2)
+    got, transposed = qkv_grad_quantize(*about, 4.0, torch.float8_e5m2)
     exact = torch.ops.strawberry.qk_rope_norm_backward(*(x if x is None else x.float() for x in about)).flatten(0, 1)
     exact = quantize_fp8(exact, 4.0, torch.float8_e5m2)
-    assert torch.equal(got.view(torch.uint8).t(), turned.view(torch.uint8))
+    assert torch.equal(got.view(torch.uint8).t(), transposed.view(torch.uint8))
     assert (got.float() != exact.float()).float().mean() < 2e-3
 
 
@@ -491,8 +491,8 @@ def test_bytes_are_those_of_the_plain_path_on_a_gpu(kind, dtype, monkeypatch):
     wanted = [act_quantize(h, kind, 4.0, dtype), act_quantize_backward(h, grad, kind, 4.0, dtype),
               act_quantize_backward(h, grad, kind, 4.0, dtype, more)]  # fmt: skip
     assert torch.equal(flipped.view(torch.uint8), found[0][1].view(torch.uint8))
-    for (got, turned), (exact, _) in zip(found, wanted, strict=True):
-        assert torch.equal(got.view(torch.uint8).t(), turned.view(torch.uint8))
+    for (got, transposed), (exact, _) in zip(found, wanted, strict=True):
+        assert torch.equal(got.view(torch.uint8).t(), transposed.view(torch.uint8))
         assert (got.float() != exact.float()).float().mean() < 1e-3
 
 

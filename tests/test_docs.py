@@ -3,9 +3,9 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -53,12 +53,13 @@ def test_the_page_of_options_is_current():
     assert written == options_page(CONFIGS), "run: python -m strawberry.config_docs --options"
 
 
-KERNEL = """
+KERNEL = f"""
 import ast, asyncio, sys
+sys.path.append({str(ROOT)!r})
 
 async def run_cell(text):  # as a kernel does: under a running loop, the last expression's value is displayed
     *lines, last = ast.parse(text).body
-    scope = {"__name__": "__main__"}
+    scope = {{"__name__": "__main__"}}
     exec(compile(ast.Module(lines, []), "cell", "exec"), scope)
     return scope, eval(compile(ast.Expression(last.value), "cell", "eval"), scope)
 
@@ -71,15 +72,17 @@ print(scope["run"], scope["faster"], [text.get_text() for text in shown.axes[0].
 
 @pytest.mark.slow
 def test_the_lines_of_the_notebook_page_run_in_a_kernel(tmp_path, monkeypatch):
-    """In a fresh process, in another folder than the repository's, with other data than prepare.py's default."""
+    """In a process that has imported nothing of the repository, in another folder than the repository's, with other
+    data than prepare.py's default."""
     lines = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "notebook.md").read_text(encoding="utf-8"), re.S)[1]
     assert len(lines.splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
     pages = [str(ROOT / page) for page in PAGES]
     assert not prepare.main(["--input", *pages, "--output", "data/webtext.bin", "--encoder", "bin/cl8k.bin",
                              "--vocab_size", "300"])  # fmt: skip
-    ran = subprocess.run([sys.executable, "-c", KERNEL], input=lines, capture_output=True, text=True,
-                         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    Path("kernel.py").write_text(KERNEL, encoding="utf-8")
+    ran = subprocess.run([*forks.start(), "kernel.py"], input=lines, capture_output=True, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     shown = ran.stdout.splitlines()
     losses, last = next(line for line in shown if re.fullmatch(r"[\d.]+ [\d.]+", line)).split(), shown[-1]

@@ -87,7 +87,9 @@ GIVEN: dict[str, str | list[str]] = {  # a text, or the commands that make the f
     "pairs.jsonl": '{"source": "Return the sum.", "target": "return a + b"}\n' * 50,
     "prompts.jsonl": '{"prompt": "Once"}\n{"prompt": "Once a", "max_tokens": 5, "id": "b"}\n',
     "bin/tiny.strawberry": [
-        "python prepare.py", "python train.py --config tiny.json --max_iters=3 --eval_iters=1 --sample_length=0"],
+        "python prepare.py --input notes/day.txt --output data/webtext.bin --encoder bin/cl8k.bin --vocab_size 270",
+        "python train.py --config tiny.json --model_hyperparams.vocab_size=270 --max_iters=3 --warmup_iters=2 "
+        "--eval_iters=1 --sample_length=0"],
     "bin/verse.strawberry": [  # writes verses, a blank line after each
         "python prepare.py --input notes/day.txt --output data/verse.bin --encoder bin/verse.bin --vocab_size 270",
         f"python train.py --config tiny.json {SMALL} --dataset.path=data/verse.bin --encoder_path=bin/verse.bin "
@@ -285,8 +287,7 @@ case "$1" in
     serve.py) set -- "$@" $DOCS_SERVE ;;
 esac
 [ -t 0 ] || case "$1" in
-    serve.py) ;;  # gets signals
-    *.py) exec FORK "$@" ;;
+    *.py | -m) exec FORK "$@" ;;
 esac
 exec PYTHON "$@"
 """
@@ -311,7 +312,7 @@ def copy_repository(folder: Path) -> None:
 
 @functools.cache
 def given_shell() -> "Shell":
-    """A copy of the repository in which the files of GIVEN are made, once for all pages."""
+    """A copy of the repository in which the files of GIVEN are written, once for all pages."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy_repository(folder)
@@ -361,8 +362,8 @@ class Shell:
             return
         if path.exists():
             return
-        for made, data in make_given(name).items():
-            copy = self.folder / made
+        for file, data in make_given(name).items():
+            copy = self.folder / file
             copy.parent.mkdir(parents=True, exist_ok=True)
             if not copy.exists():
                 copy.write_bytes(data)
@@ -538,7 +539,7 @@ def read_one(marker: str, *lines: str, language: str = "") -> list[Command]:
     ("test: file", "file"),
     ("test: run\n     test: run\n     test: run", "3 markers for 2 commands"),
 ])  # fmt: skip
-def test_a_block_that_is_not_marked_well_is_refused(marker, says):
+def test_a_block_with_an_invalid_marker_is_refused(marker, says):
     with pytest.raises(ValueError, match=f"page.md:.*{says}"):
         read_one(marker, "true", "# a comment", "echo \\", "  two")
 
@@ -593,13 +594,13 @@ def test_checking_runs_nothing(tmp_path):
     ("serve", "true", "does not serve"),
     ("run; types x; prints read=y", 'printf "\\n> "; read x; echo read=$x', "has not printed"),
 ])  # fmt: skip
-def test_an_effect_that_is_not_there_is_named(tmp_path, marker, line, says):
+def test_a_missing_effect_is_named(tmp_path, marker, line, says):
     (tmp_path / "old").touch()
     with pytest.raises(AssertionError, match=says):
         run_page(read_one(f"test: {marker}", line), tmp_path)
 
 
-def test_effects_that_are_there(tmp_path):
+def test_every_effect_is_recognized(tmp_path):
     (tmp_path / "old").touch()
     lines = {
         "run; exits 3; prints": "echo; exit 3",
@@ -621,7 +622,7 @@ def test_a_file_is_written_as_it_is_printed(tmp_path):
     assert (tmp_path / "a.json").read_text() == text + "\n"
 
 
-def test_a_model_that_is_there_is_not_made_again(tmp_path):
+def test_an_existing_model_is_not_trained_again(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "tiny.strawberry").write_text("mine")
     run_page(read_one("test: run; given bin/tiny.strawberry; prints mine", "cat bin/tiny.strawberry"), tmp_path)

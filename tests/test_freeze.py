@@ -8,20 +8,20 @@ CASE = next(iter(CASES.values()))
 
 
 @pytest.mark.slow
-def test_it_finds_presets_cases_and_files():
+def test_freeze_finds_presets_cases_and_files():
     wanted = freeze.list_wanted(freeze.TREE, list(freeze.PARTS), "")
     assert wanted["cases"] == CASES
     assert wanted["presets"] and wanted["files"]
     assert freeze.list_wanted(freeze.TREE, ["presets"], "^tiny$") == {"presets": ["tiny"], "cases": {}, "files": []}
 
 
-def test_it_probes_a_case():
+def test_freeze_computes_a_case():
     found = freeze.probe_case(CASE)
     assert set(found) == {"loss", "gradients", "logits", "cached"}
     assert found == freeze.probe_case(CASE)
 
 
-def test_it_names_what_differs():
+def test_freeze_names_what_differs():
     before = {"a": {"loss": 1.5, "logits": "x"}, "b": {"loss": 2.5}}
     assert freeze.compare(before, before) == []
     assert freeze.compare(before, {"a": {"loss": 1.5, "logits": "y"}}) == [

@@ -1,5 +1,6 @@
 """Comparisons: equal conditions for all, nothing done twice, tables that say what was found."""
 
+import functools
 import http.client
 import io
 import json
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,18 @@ import torch
 import bench
 import encoder as encoders
 from model import CONFIGS, build
-from strawberry.bench import child_process, compare_report, decode, growth, hardware, scale, serve, sweep, train
+from strawberry.bench import (
+    child_process,
+    compare,
+    compare_report,
+    decode,
+    growth,
+    hardware,
+    scale,
+    serve,
+    sweep,
+    train,
+)
 from strawberry.bench.common import (
     SHARED_KEYS,
     check_results,
@@ -44,7 +57,7 @@ PRESETS = sorted(path.name for path in CONFIG_FOLDER.glob("*.json") if path.name
 NEXT_TOKEN = [name for name in PRESETS if name not in ("transformer-masked.json", "transformer-pairs.json",
                                                       "transformer-spans.json")]  # fmt: skip
 
-# A child that only pretends: it notes that it was called, and "measures" what its config says.
+# A child that trains nothing: it notes that it was called, and "measures" what its config says.
 FAKE = """
 import json, os, signal, sys
 role, *arguments = sys.argv[1:]
@@ -77,9 +90,12 @@ sys.exit(3 if lr > 0.5 else 0)
 """
 
 
+hash_code_once = functools.cache(sweep.hash_code)  # it reads all of the code
+
+
 @pytest.fixture
-def workshop(tmp_path, monkeypatch):
-    """A directory with a corpus and two configs, where children only pretend."""
+def workdir(tmp_path, monkeypatch):
+    """A directory with a corpus and two configs, where children are fakes."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(ALPHABET)
     encoder = encoders.load("chars:text.txt")
@@ -91,6 +107,7 @@ def workshop(tmp_path, monkeypatch):
     command = lambda role, *arguments: [sys.executable, "-c", FAKE, role, *arguments]  # noqa: E731
     monkeypatch.setattr(child_process, "make_command", command)
     monkeypatch.setattr(child_process, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(compare, "hash_code", hash_code_once)
     monkeypatch.setattr(compare_report, "draw_comparison", lambda *arguments: None)
     monkeypatch.setattr(plot, "save", lambda *arguments: None)
     return tmp_path
@@ -146,7 +163,7 @@ def test_quantities_are_read_short_and_long():
             parse_quantity(text)
 
 
-def test_overrides_on_the_command_line_reach_the_model_without_their_section(workshop):
+def test_overrides_on_the_command_line_reach_the_model_without_their_section(workdir):
     write_config("s", {"n_qkv": 16})
     found = entries("s.json", "s.json:retention=none,windows=[8],weight_decay=0.5", "s.json:r_layer=0")
     assert [entry.label for entry in found] == ["s", "s retention=none windows=[8] weight_decay=0.5", "s r_layer=0"]
@@ -157,13 +174,13 @@ def test_overrides_on_the_command_line_reach_the_model_without_their_section(wor
     assert found[1].params < found[0].params  # without `out` and `tao`
 
 
-def test_set_is_for_all_and_yields_to_a_config_s_own(workshop):
+def test_set_is_for_all_and_yields_to_a_config_s_own(workdir):
     found = entries("a.json", "b.json:n_layer=3", common=["n_layer=2", "use_muon=true"])
     assert [entry.run.model_hyperparams.n_layer for entry in found] == [2, 3]
     assert all(entry.run.optimizer_hyperparams.use_muon for entry in found)
 
 
-def test_all_see_what_the_first_sees(workshop):
+def test_all_configs_get_the_shared_keys_of_the_first(workdir):
     write_config("c", {"arch": "tinystar", "block_size": 8}, batch_size=2, eval_iters=9)
     first, second = entries("a.json", "c.json")
     for key in SHARED_KEYS:
@@ -173,7 +190,7 @@ def test_all_see_what_the_first_sees(workshop):
     assert second.run.model_hyperparams.window == 4  # what follows from block_size follows
 
 
-def test_the_schedule_is_the_same_for_all(workshop):
+def test_the_schedule_is_the_same_for_all(workdir):
     own_rates = {"muon_lr": 1e-2, "embedding_lr": 3e-3, "scalar_lr": 5e-4}
     write_config("m", {"arch": "tinystar"}, learning_rate=1e-3, warmup_iters=7, min_lr=1e-5,
                  optimizer_hyperparams={"use_muon": True, **own_rates})  # fmt: skip
@@ -213,7 +230,7 @@ def test_every_preset_can_be_given_the_same_size(name):
 
 
 @pytest.mark.slow
-def test_the_first_config_says_the_size_unless_another_is_asked_for(workshop):
+def test_the_first_config_says_the_size_unless_another_is_asked_for(workdir):
     for asked, expected in (((), entries("b.json")[0].params), (("--params", "20k"), 20_000)):
         assert run_compare("b.json", "a.json", "--match", "params", *asked, "--out", f"out{expected}") == 0
         rows = json.loads(Path(f"out{expected}/compare.json").read_text())["rows"]
@@ -222,7 +239,7 @@ def test_the_first_config_says_the_size_unless_another_is_asked_for(workshop):
         assert "n_embd 16 → " in Path(f"out{expected}/compare.md").read_text()
 
 
-def test_a_size_that_no_width_gives_is_an_error_with_the_nearest(workshop):
+def test_a_size_that_no_width_gives_is_an_error_with_the_nearest(workdir):
     with pytest.raises(UserError, match=r"a: no widths give 10 non-embedding parameters within 2%; the nearest \(.*n_"):
         run_compare("a.json", "--match", "params", "--params", "10")
     assert not Path("out").exists()
@@ -232,7 +249,7 @@ def test_a_size_that_no_width_gives_is_an_error_with_the_nearest(workshop):
 
 
 @pytest.mark.slow
-def test_a_finished_comparison_is_not_redone(workshop):
+def test_a_finished_comparison_is_not_run_again(workdir):
     assert run_compare("a.json", "b.json") == 0
     assert sorted(calls()) == sorted(f"{width} {rest} False" for width in (16, 32)
                                      for rest in ("0.001 1", "0.003 1", "0.003 2"))  # fmt: skip
@@ -246,7 +263,7 @@ def test_a_finished_comparison_is_not_redone(workshop):
 
 
 @pytest.mark.slow
-def test_more_of_the_same_does_only_what_is_new(workshop):
+def test_a_larger_comparison_runs_only_what_is_new(workdir):
     run_compare("a.json")
     calls()
     run_compare("a.json", "--seeds", "3")
@@ -259,7 +276,7 @@ def test_more_of_the_same_does_only_what_is_new(workshop):
 
 
 @pytest.mark.slow
-def test_an_interruption_keeps_what_is_finished_and_tells_how_to_go_on(workshop, monkeypatch, capsys):
+def test_an_interruption_keeps_finished_runs_and_prints_how_to_resume(workdir, monkeypatch, capsys):
     finished = sweep.TrialPool.collect_finished
 
     def interrupted_after_two(self):
@@ -334,7 +351,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="children are ended there, not asked")
-def test_a_child_that_is_running_is_asked_to_stop_and_has_not_failed(workshop, monkeypatch, capfd):
+def test_a_child_that_is_running_is_asked_to_stop_and_has_not_failed(workdir, monkeypatch, capfd):
     def interrupt(seconds):
         if "_train 32" in Path("calls.txt").read_text():
             signal.raise_signal(signal.SIGINT)
@@ -350,7 +367,7 @@ def test_a_child_that_is_running_is_asked_to_stop_and_has_not_failed(workshop, m
     assert run_compare("a.json", "b.json") == 0 and len(calls()) == 3
 
 
-def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(workshop):
+def test_a_stopped_run_resumes_from_its_checkpoint(workdir):
     (entry,) = entries("a.json")
     pool = sweep.TrialPool(plan())
     trial = sweep.make_trial(entry, pool.plan, 1e-3, 1)
@@ -364,7 +381,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(workshop):
 @pytest.mark.parametrize("change", [
     {"lr": 2e-3}, {"seed": 2}, {"model": {"dropout": 0.1}}, {"weight_decay": 0.2}, {"dataset": "x"}, {"encoder": "x"},
     {"code": "x" * 64}, {"steps": 99}, {"warmup": 0.1}, {"batch_size": 8}, {"data_division": 0.7}])  # fmt: skip
-def test_whatever_matters_makes_another_run(workshop, change):
+def test_whatever_affects_the_result_changes_the_key_of_a_run(workdir, change):
     def key(lr=1e-3, seed=1, steps=100, warmup=0.05, model=None, weight_decay=0.1, batch_size=4, data_division=0.8,
             **data):  # fmt: skip
         write_config("c", {"arch": "tinystar"} | (model or {}), batch_size=batch_size,
@@ -376,7 +393,7 @@ def test_whatever_matters_makes_another_run(workshop, change):
     assert key() == key() != key(**change)
 
 
-def test_what_does_not_matter_makes_no_other_run(workshop):
+def test_paths_and_numbers_of_runs_do_not_change_the_key_of_a_run(workdir):
     (entry,) = entries("a.json")
     Path("moved.bin").write_bytes(Path("data.bin").read_bytes())
     (moved,) = entries("a.json", common=["dataset.path=moved.bin"])
@@ -384,7 +401,7 @@ def test_what_does_not_matter_makes_no_other_run(workshop):
     assert sweep.make_trial(moved, plan(out=Path("elsewhere"), jobs=4, seeds=9, lrs=[1, 2]), 1e-3, 1).key == key
 
 
-def test_comments_and_docstrings_of_the_code_do_not_matter():
+def test_comments_and_docstrings_do_not_change_the_hash_of_the_code():
     plain = "def f(x):\n    return x + 1\n"
     dump = sweep.dump_without_comments
     assert dump(plain) == dump('"""A file."""\n\ndef f(x):  # adds\n    """Add."""\n    return x + 1')
@@ -399,7 +416,7 @@ def result(bpb, lr=1e-3, seed=1, curve=None):
             "run": {"optimizer_hyperparams": {"use_muon": False}}}  # fmt: skip
 
 
-def test_the_table_is_the_mean_and_the_standard_deviation_over_seeds(workshop):
+def test_the_table_is_the_mean_and_the_standard_deviation_over_seeds(workdir):
     (entry,) = entries("a.json")
     seeds = [result(1.0, curve=[[100, 2.0], [200, 1.0]]), result(1.2, seed=2, curve=[[100, 2.5], [200, 1.2]]),
              result(1.7, seed=3, curve=[[100, 3.0], [200, 1.7]])]  # fmt: skip
@@ -420,7 +437,7 @@ def test_the_table_is_the_mean_and_the_standard_deviation_over_seeds(workshop):
     assert "| a | 1.0000 | 1.1000 |" in compare_report.format_grid_table([row], plan(lrs=[1e-3, 3e-3]))
 
 
-def test_one_seed_has_no_deviation_and_a_diverged_one_no_mean(workshop):
+def test_one_seed_has_no_deviation_and_a_diverged_one_no_mean(workdir):
     (entry,) = entries("a.json")
     one = compare_report.make_row(entry, [], [result(1.25)], None)
     assert compare_report.format_bpb(one) == "1.2500" and one["bpb_sd"] is None
@@ -429,7 +446,7 @@ def test_one_seed_has_no_deviation_and_a_diverged_one_no_mean(workshop):
 
 
 @pytest.mark.slow
-def test_the_best_is_first_and_every_number_is_there(workshop):
+def test_the_table_is_sorted_and_has_every_number(workdir):
     run_compare("a.json:dropout=0.3", "b.json")
     rows, text = table(), Path("out/compare.md").read_text()
     # the fake's bits per byte after 20 steps: 2 + 10/20 + 0 + seed/100, for the best rate 3e-3, seeds 1 and 2
@@ -445,7 +462,7 @@ def test_the_best_is_first_and_every_number_is_there(workshop):
 
 
 @pytest.mark.slow
-def test_each_model_gets_the_optimizer_that_it_learns_best_with(workshop):
+def test_each_model_gets_the_optimizer_that_it_learns_best_with(workdir):
     """The fake's Muon adds half a bit at width 16 and takes half a bit off at width 32."""
     write_config("b", {"arch": "tinystar", "n_embd": 32}, optimizer_hyperparams={"muon_lr": 1e-2}, learning_rate=1e-3)
     assert run_compare("a.json", "b.json", "--optimizers", "adamw,muon") == 0
@@ -469,7 +486,7 @@ def test_each_model_gets_the_optimizer_that_it_learns_best_with(workshop):
     assert "Optimizer: Muon for all" in Path("out2/compare.md").read_text()
 
 
-def test_value_tables_have_a_column_where_a_model_has_some(workshop):
+def test_value_tables_have_a_column_where_a_model_has_some(workdir):
     a, b = entries("a.json", "b.json:value_embeddings=true")
     rows = [compare_report.make_row(entry, [], [], None) for entry in (a, b)]
     assert "value tables" not in compare_report.format_main_table(rows[:1])
@@ -482,14 +499,14 @@ def test_value_tables_have_a_column_where_a_model_has_some(workshop):
     assert b.params == without.params + gate and b.params_total == without.params_total + gate + 44 * 16
 
 
-def test_rates_of_muon_are_for_the_models_that_train_with_it(workshop):
+def test_rates_of_muon_are_for_the_models_that_train_with_it(workdir):
     write_config("b", {"arch": "tinystar"}, optimizer_hyperparams={"use_muon": True})
     schedule = sweep.Sweep(entries("a.json", "b.json"), plan(lrs=[1e-3], muon_lrs=[6e-3, 1e-2]))
     rates = {label: [trial.lr for trial in trials] for label, trials in schedule.grid.items()}
     assert rates == {"a": [1e-3], "b": [6e-3, 1e-2]} and schedule.total == 3
 
 
-def test_losses_by_quarter_are_means_over_seeds_or_absent(workshop):
+def test_losses_by_quarter_are_means_over_seeds_or_absent(workdir):
     (entry,) = entries("a.json")
     first, second = result(1.25) | {"quarters": [4, 3, 2, 1]}, result(1.5) | {"quarters": [4, 3, 2, 3]}
     row = compare_report.make_row(entry, [], [first, second], None)
@@ -502,7 +519,7 @@ def test_losses_by_quarter_are_means_over_seeds_or_absent(workshop):
     assert "| a | 4.0000 | 3.0000 | 2.0000 | 1.0000 |" in compare_report.format_quarter_table([one])
 
 
-def test_the_slowest_models_start_first(workshop):
+def test_the_slowest_models_start_first(workdir):
     schedule = sweep.Sweep(entries("a.json", "b.json"), plan(lrs=[1e-3, 3e-3]))
     assert [trial.label for trial in schedule.list_pending()] == ["a", "a", "b", "b"]
     schedule.speeds = {"a": {"tokens_per_s": 9.0}, "b": {"tokens_per_s": 2.0}}
@@ -517,7 +534,7 @@ def test_a_model_that_sees_the_future_is_shown_by_its_strict_loss():
 
 
 @pytest.mark.slow
-def test_a_diverged_run_is_a_result_and_never_the_best(workshop):
+def test_a_diverged_run_is_a_result_and_never_the_best(workdir):
     assert run_compare("a.json", "--lrs", "1e-3,1") == 0
     assert table()["a"]["lr"] == 1e-3 and table()["a"]["grid"] == {"AdamW 0.001": pytest.approx(2.71), "AdamW 1": None}
     assert len(calls()) == 3
@@ -527,7 +544,7 @@ def test_a_diverged_run_is_a_result_and_never_the_best(workshop):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["_speed", "_train"])
-def test_one_that_fails_takes_no_other_along(workshop, role):
+def test_a_failed_config_is_reported_and_the_others_finish(workdir, role):
     Path(f"fail_16_{role}").touch()
     with pytest.raises(UserError, match="1 of 2 configs failed: a .*the device is on fire; see .*log.txt"):
         run_compare("a.json", "b.json")
@@ -592,7 +609,7 @@ def test_the_picture_has_tokens_flops_and_seconds():
     (["a.json", "--set", "dataset.path=none.bin"], "none.bin"),
     (["a.json:arch=transformer"], "kind=decoder"),
 ])  # fmt: skip
-def test_mistakes_are_reported_before_anything_is_made(workshop, words, message):
+def test_mistakes_in_compare_are_reported_before_anything_is_written(workdir, words, message):
     with pytest.raises(UserError, match=message):
         run_compare(*words)
     assert not Path("out").exists() and not Path("calls.txt").exists()
@@ -609,13 +626,14 @@ def test_an_unknown_command_is_reported_with_the_nearest(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_real_child_trains(workshop, monkeypatch):
-    pretended = child_process.make_command
+def test_a_real_child_trains(workdir, monkeypatch):
+    fake = child_process.make_command
     monkeypatch.undo()
-    monkeypatch.chdir(workshop)
+    monkeypatch.chdir(workdir)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    real = child_process.make_command
-    by_role = {"_train": real, "_speed": pretended}
+    monkeypatch.setattr(compare, "hash_code", hash_code_once)
+    make_command = child_process.make_command
+    by_role = {"_train": lambda *words: forks.fork_command(make_command(*words)), "_speed": fake}
     monkeypatch.setattr(child_process, "make_command", lambda role, *rest: by_role[role](role, *rest))
     assert run_compare("a.json", "--seeds", "1", "--lrs", "1e-2") == 0
     row = table()["a"]
@@ -628,7 +646,7 @@ def test_a_real_child_trains(workshop, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys):
+def test_a_speed_child_waits_for_the_go_of_its_parent(workdir, monkeypatch, capsys):
     monkeypatch.setattr(train, "MEASURED_SECONDS", 0.05)
     trial = sweep.make_speed_trial(entries("a.json")[0], plan())
     config = sweep.write_trial_config(Path("x"), trial, checkpoints={"path": "x/ck", "create_checkpoints": False})
@@ -649,15 +667,15 @@ def test_a_child_that_measures_waits_for_its_turn(workshop, monkeypatch, capsys)
 
 
 @pytest.fixture
-def quick(workshop, monkeypatch):
-    """The workshop, where little is measured."""
+def quick_decode(workdir, monkeypatch):
+    """The working directory, where little is measured."""
     for name, value in {"WARMUP_STEPS": 1, "MAX_STEPS": 3, "MIN_STEPS": 2}.items():
         monkeypatch.setattr(decode, name, value)
     monkeypatch.setattr(hardware, "COPY_BYTES", (2**20, 2**20))
     write_config("t", {"arch": "tinystar"})
     write_config("p", {"arch": "palm", "d_rank": 4, "n_qkv": 16})
     write_config("l", {"arch": "tinystar", "pos_encoding": "Learned"})
-    return workshop
+    return workdir
 
 
 def run_decode(*words):
@@ -671,7 +689,7 @@ def subject(spec):
 
 
 @pytest.mark.slow
-def test_the_weights_that_a_step_reads_are_counted_by_hand(quick):
+def test_the_weight_bytes_of_a_step_are_those_counted_by_hand(quick_decode):
     V, C, F = 44, 16, 64
     # GQA of two heads: q 16·16, k and v one head of 8 channels each, out 16·16; SwiGLU of 64 channels; three norms
     tinystar = C * C + 2 * C * 8 + C * C + 3 * C * F + 3 * C + V * C  # the table is the head: read whole
@@ -684,7 +702,7 @@ def test_the_weights_that_a_step_reads_are_counted_by_hand(quick):
     assert decode.count_weight_bytes(untied, 5) == 4 * (tinystar + 5 * C)  # a head, and 5 lines of the input's table
 
 
-def test_weights_in_8_bits_are_a_byte_each_and_their_scales_four(quick):
+def test_weights_in_8_bits_are_a_byte_each_and_their_scales_four(quick_decode):
     V, C, F = 44, 16, 64
     model = decode.DecodeBenchmark(torch.device("cpu"), torch.float32, "int8", False, 1.0).prepare(subject("t.json"))
     rows = [C, 8, 8, C, 2 * F, C, V]  # of q, k, v, out, both of the feed-forward, table
@@ -694,7 +712,7 @@ def test_weights_in_8_bits_are_a_byte_each_and_their_scales_four(quick):
 
 
 @pytest.mark.slow
-def test_the_cache_is_counted_by_hand(quick):
+def test_the_bytes_of_the_cache_are_those_counted_by_hand(quick_decode):
     config = entries("t.json")[0].run.model_hyperparams
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         each = 2 * 8 * size  # k and v, one head of 8 channels
@@ -716,7 +734,7 @@ def test_the_cache_is_counted_by_hand(quick):
 
 
 @pytest.mark.slow
-def test_decode_measures_every_batch_at_every_context(quick):
+def test_decode_measures_every_batch_at_every_context(quick_decode):
     found = run_decode("t.json", "p.json", "--batches", "1,2", "--contexts", "8,24")
     assert [row["label"] for row in found["rows"]] == ["t", "p"] and found["bandwidth"] > 0
     for row in found["rows"]:
@@ -737,11 +755,11 @@ def test_decode_measures_every_batch_at_every_context(quick):
 
 
 @pytest.mark.slow
-def test_what_a_speed_is(quick, monkeypatch):
-    """With a clock that a pretended decoder moves on: a second for each token of a prompt, 0.25 for a step."""
+def test_speeds_are_computed_from_the_clock(quick_decode, monkeypatch):
+    """With a clock that a fake decoder advances: a second for each token of a prompt, 0.25 for a step."""
     now = [0.0]
 
-    class Pretended:
+    class FakeDecoder:
         def __init__(self, model, rows, max_length, **options):
             self.rows, self.lengths, self.under_way, self.steps = rows, {}, [], 0
             assert max_length == 8 + decode.WARMUP_STEPS + decode.MAX_STEPS + 2
@@ -766,21 +784,21 @@ def test_what_a_speed_is(quick, monkeypatch):
 
     monkeypatch.setattr(hardware, "synchronized_time", lambda device: now[0])
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(engine, "Decoder", Pretended)
+    monkeypatch.setattr(engine, "Decoder", FakeDecoder)
     measured = decode.DecodeBenchmark(torch.device("cpu"), torch.float32, None, False, 1000.0)
     cell = measured.measure_cell(subject("t.json"), 3, 8)
     assert cell["first_token_s"] == 8.25 and cell["tokens_per_s"] == 3 / 0.25 and cell["steps"] == decode.MAX_STEPS
     assert cell["floor_s"] == cell["bytes_per_token"] / 1000 and cell["times_floor"] == 0.25 / 3 / cell["floor_s"]
 
 
-def test_a_copy_counts_what_is_read_and_what_is_written(quick, monkeypatch):
+def test_a_copy_counts_what_is_read_and_what_is_written(quick_decode, monkeypatch):
     ticks = iter(range(100))
     monkeypatch.setattr(hardware, "synchronized_time", lambda device: 0.5 * next(ticks))
     assert hardware.measure_copy_bandwidth(torch.device("cpu")) == 2 * 2**20 / 0.5
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_reported_in_the_table(quick, monkeypatch):
+def test_contexts_that_do_not_fit_are_reported_in_the_table(quick_decode, monkeypatch):
     found = run_decode("l.json", "t.json", "--batches", "1,2", "--contexts", "8,14,40")
     cells = {(cell["context"], cell["batch"]): cell for cell in found["rows"][0]["cells"]}
     assert cells[8, 1]["why"] is None and cells[8, 1]["steps"] == 3
@@ -794,7 +812,7 @@ def test_what_does_not_fit_is_reported_in_the_table(quick, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])  # fmt: skip
-def test_too_little_memory_is_reported_and_the_others_are_measured(quick, monkeypatch, error):
+def test_out_of_memory_is_reported_and_other_batches_are_measured(quick_decode, monkeypatch, error):
     real = engine.Decoder
 
     def short_of_memory(model, rows, *rest, **options):
@@ -808,14 +826,14 @@ def test_too_little_memory_is_reported_and_the_others_are_measured(quick, monkey
 
 
 @pytest.mark.slow
-def test_a_cache_beyond_the_memory_is_not_even_tried(quick, monkeypatch):
+def test_a_cache_larger_than_the_memory_is_not_measured(quick_decode, monkeypatch):
     monkeypatch.setattr(hardware, "get_free_memory", lambda device: 64 * 60)
     cells = run_decode("t.json", "--batches", "1,4", "--contexts", "8")["rows"][0]["cells"]
     assert cells[0]["why"] is None and re.match(r"needs .* of cache, and .* are free", cells[1]["why"])
 
 
 @pytest.mark.slow
-def test_what_was_measured_is_kept_when_a_later_model_fails(quick, monkeypatch):
+def test_results_are_written_when_a_later_model_fails(quick_decode, monkeypatch):
     real = decode.measure_model
 
     def fails_at_p(subject, *rest):
@@ -831,7 +849,7 @@ def test_what_was_measured_is_kept_when_a_later_model_fails(quick, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_error_of_another_kind_is_not_hidden(quick, monkeypatch):
+def test_an_error_of_another_kind_is_not_hidden(quick_decode, monkeypatch):
     monkeypatch.setattr(engine, "Decoder", lambda *_, **__: [][0])
     with pytest.raises(IndexError):
         run_decode("t.json", "--batches", "1", "--contexts", "8")
@@ -839,7 +857,7 @@ def test_an_error_of_another_kind_is_not_hidden(quick, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.whole_gpu
-def test_decode_measures_on_a_gpu(quick):
+def test_decode_measures_on_a_gpu(quick_decode):
     bench.main(["decode", "t.json", "p.json", "--batches", "1,3", "--contexts", "8,250", "--out", "out"])
     found = json.loads(Path("out/decode.json").read_text())
     cells = [cell for row in found["rows"] for cell in row["cells"]]
@@ -848,7 +866,7 @@ def test_decode_measures_on_a_gpu(quick):
 
 
 @pytest.mark.slow
-def test_trained_files_and_models_without_a_cache_are_measured_too(quick):
+def test_trained_files_and_models_without_a_cache_are_measured_too(quick_decode):
     encoder, model = encoders.load("chars:text.txt"), subject("t.json")
     save_model("mine.tinystar", model, encoder, {})
     write_config("b", {"arch": "strawberry", "n_qkv": 16, "retention_scope": "batch"})
@@ -859,7 +877,7 @@ def test_trained_files_and_models_without_a_cache_are_measured_too(quick):
     assert "each token recomputes the last block_size tokens: b." in Path("out/decode.md").read_text()
 
 
-def test_nothing_of_a_fresh_model_is_idle(quick):
+def test_an_untrained_model_has_no_zero_parameters(quick_decode):
     write_config("s", {"arch": "strawberry", "n_qkv": 16})
     model, same = subject("s.json"), subject("s.json")
     assert all(p.any() for p in model.parameters())
@@ -881,7 +899,7 @@ def test_the_speeds_are_drawn_a_panel_for_each_batch():
     assert [label.get_text() for label in panels[0].get_xticklabels()] == ["128", "1k"]
 
 
-def test_a_batch_that_fits_nowhere_is_said_in_the_picture(tmp_path):
+def test_the_picture_names_a_batch_that_fits_nowhere(tmp_path):
     cell = {"batch": 1, "context": 4000, "why": "its positions end at 1,024"}
     fig = decode.draw_speeds([{"label": "a", "cells": [cell]}], [1], "title")
     decode.plot.save(fig, tmp_path / "a.png")
@@ -902,7 +920,7 @@ def test_a_batch_that_fits_nowhere_is_said_in_the_picture(tmp_path):
     (["nowhere.strawberry"], "nowhere.strawberry"),
     (["t.json:arch=transformer,kind=encoder"], "kind=decoder"),
 ])  # fmt: skip
-def test_mistakes_in_decode_are_reported_before_anything_is_made(quick, words, message):
+def test_mistakes_in_decode_are_reported_before_anything_is_written(quick_decode, words, message):
     with pytest.raises(UserError, match=message):
         bench.main(["decode", *words, "--device", "cpu", "--out", "out"])
     assert not Path("out").exists()
@@ -935,10 +953,10 @@ class GPT(torch.nn.Embedding):
 
 
 @pytest.mark.slow
-def test_nanogpt_s_generate_is_timed_beside_ours(quick, capsys):
-    (quick / "model.py").write_text(STAND_IN)
+def test_nanogpt_s_generate_is_timed_beside_ours(quick_decode, capsys):
+    (quick_decode / "model.py").write_text(STAND_IN)
     small = ["--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--vocab_size", "40", "--block_size", "32"]
-    bench.main(["decode", "--against", "nanogpt", "--nanogpt_path", str(quick), "--device", "cpu", *small,
+    bench.main(["decode", "--against", "nanogpt", "--nanogpt_path", str(quick_decode), "--device", "cpu", *small,
                 "--batches", "2", "--contexts", "8,30"])  # fmt: skip
     output = capsys.readouterr().out
     number = r"[\d,.]+"
@@ -972,21 +990,22 @@ def test_a_missing_nanogpt_is_named(tmp_path):
 # ---- train ---------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def real(workshop, monkeypatch):
-    """Children are what they are; what is timed is short."""
-    quick = f"""
+def real_children(workdir, monkeypatch):
+    """Children are those of bench.py; little is measured."""
+    Path("quick.py").write_text(f"""
 import sys
 sys.path.insert(0, {str(CONFIG_FOLDER.parent)!r})
 import bench
 from strawberry.bench import hardware, train
 train.MEASURED_SECONDS, train.TIMED_STEPS, hardware.MATMUL_SIZES = 0.01, 2, (64, 64)
 bench.main(sys.argv[1:])
-"""
-    monkeypatch.setattr(child_process, "make_command", lambda role, *words: [sys.executable, "-c", quick, role, *words])
+""")
+    script = str(workdir / "quick.py")
+    monkeypatch.setattr(child_process, "make_command", lambda *words: [*forks.start(), script, *words])
 
 
 @pytest.mark.slow
-def test_train_tells_what_a_step_is_made_of(real, capsys):
+def test_train_reports_the_parts_of_a_step(real_children, capsys):
     bench.main(["train", "--config", "a.json:n_layer=2", "b.json", "--set", "gradient_accumulation_steps=2",
                 "--jobs", "2", "--json", "t.json"])  # fmt: skip
     rows = json.loads(Path("t.json").read_text())
@@ -1005,7 +1024,7 @@ def test_train_tells_what_a_step_is_made_of(real, capsys):
 
 
 @pytest.mark.slow
-def test_train_counts_what_rows_have_in_common_once(real):
+def test_train_counts_flops_shared_by_rows_once(real_children):
     hyper = SMALL | {"arch": "strawberry", "n_embd": 16, "r_layer": 1, "retention_scope": "batch"}
     config = json.loads(Path("a.json").read_text()) | {"model_hyperparams": hyper}
     Path("c.json").write_text(json.dumps(config))
@@ -1014,7 +1033,7 @@ def test_train_counts_what_rows_have_in_common_once(real):
     assert row["flops_per_token"] == model.flops_per_token(16, rows=4) < model.flops_per_token(16)
 
 
-def test_parts_are_what_lies_between_marks(monkeypatch):
+def test_stage_times_are_medians_between_marks(monkeypatch):
     ticks = iter([0.0, 0.001, 0.004, 10.0, 10.001, 10.004, 20.0, 20.009, 20.010])
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
     marks = train.StageTimer(torch.device("cpu"))
@@ -1026,7 +1045,7 @@ def test_parts_are_what_lies_between_marks(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_config_that_fails_is_reported_and_the_others_are_measured(real, capsys):
+def test_a_config_that_fails_is_reported_and_the_others_are_measured(real_children, capsys):
     assert bench.main(["train", "--config", "a.json:dataset.path=nowhere.bin", "b.json"]) == 2
     output = capsys.readouterr().out
     assert "nowhere.bin" in output.splitlines()[0] and "b.json on cpu" in output
@@ -1045,7 +1064,7 @@ def test_a_config_that_fails_is_reported_and_the_others_are_measured(real, capsy
     (["--config", "a.json", "--beside", "-1"], "--beside: '-1' is no positive number"),
     (["--config", "a.json", "--beside", "65"], "--beside 65: at most 64 more processes"),
 ])  # fmt: skip
-def test_mistakes_in_train_are_reported_before_anything_is_made(workshop, words, message):
+def test_mistakes_in_train_are_reported_before_anything_is_written(workdir, words, message):
     with pytest.raises(UserError, match=message):
         bench.main(["train", *words])
 
@@ -1070,7 +1089,7 @@ for i in range(int(keys["max_iters"]) + 1):
 
 
 @pytest.mark.slow
-def test_both_train_scripts_run_on_the_same_text(real, capsys, monkeypatch):
+def test_both_train_scripts_run_on_the_same_text(real_children, capsys, monkeypatch):
     hypers, write = [], train.write_benchmark_config
     monkeypatch.setattr(train, "write_benchmark_config", lambda folder, run, **keys: (
         hypers.append(run.optimizer_hyperparams), write(folder, run, **keys))[1])  # fmt: skip
@@ -1098,7 +1117,7 @@ def test_both_train_scripts_run_on_the_same_text(real, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_growth_measures_each_window_and_width(workshop, capsys):
+def test_growth_measures_each_window_and_width(workdir, capsys):
     a = "a.json:attention_type=MHA,batch_size=1"
     bench.main(["growth", a, "b.json", "--contexts", "8,16", "--widths", "64", "--tokens", "32", "--jobs", "3",
                 "--out", "out"])  # fmt: skip
@@ -1110,7 +1129,7 @@ def test_growth_measures_each_window_and_width(workshop, capsys):
     assert "| b | C | 64 | 1,000 | 3.00 |" in Path("out/growth.md").read_text()
 
 
-def test_default_results_are_replaced_by_the_same_command_only(workshop):
+def test_default_results_are_replaced_by_the_same_command_only(workdir):
     inputs = []
     for name in ("compare", "decode", "growth", "recall", "speedrun"):
         out, argv = Path("img") / name, ["a.json", "--jobs", "2"]
@@ -1126,7 +1145,7 @@ def test_default_results_are_replaced_by_the_same_command_only(workshop):
 
 
 @pytest.mark.slow
-def test_a_command_does_not_replace_default_results_of_another(workshop):
+def test_a_command_does_not_replace_default_results_of_another(workdir):
     argv = ["growth", "a.json", "--contexts", "8", "--widths", "64", "--tokens", "32"]
     bench.main(argv)
     bench.main(argv)
@@ -1136,7 +1155,7 @@ def test_a_command_does_not_replace_default_results_of_another(workshop):
     assert Path("img/growth/growth.md").read_bytes() == report
 
 
-def test_growth_keeps_the_tokens_of_a_step(workshop):
+def test_growth_keeps_the_tokens_of_a_step(workdir):
     arguments = growth.parse_arguments(["a.json", "--contexts", "8,64", "--widths", "128", "--tokens", "32"])
     runs = [point["run"] for point in growth.list_points(arguments)]
     assert [(run.model_hyperparams.block_size, run.batch_size) for run in runs] == [(8, 4), (64, 1), (32, 1)]
@@ -1163,7 +1182,9 @@ def test_growth_is_drawn_an_axis_for_each_question():
 
 
 @pytest.mark.slow
-def test_scale_measures_processes_as_train_runs_them(workshop, capsys):
+def test_scale_measures_processes_as_train_runs_them(workdir, monkeypatch, capsys):
+    run_group = child_process.run_group
+    monkeypatch.setattr(child_process, "run_group", lambda words: run_group(forks.fork_command(words)))
     bench.main(["scale", "--config", "a.json:n_layer=1", "--processes", "1,1", "--steps", "2", "--json", "s.json"])
     (row,) = json.loads(Path("s.json").read_text())["rows"]  # one process divides nothing: no second time
     assert row["processes"] == 1 and row["tokens_per_s"] > 0 and row["loss"] < 10 and row["warnings"] == []
@@ -1171,7 +1192,7 @@ def test_scale_measures_processes_as_train_runs_them(workshop, capsys):
     assert "100.0% of 1 × one" in capsys.readouterr().out
 
 
-def test_scale_gives_each_process_as_many_rows_by_default(workshop, monkeypatch):
+def test_scale_gives_each_process_as_many_rows_by_default(workdir, monkeypatch):
     seen = []
     row = {"tokens_per_s": 1.0, "step_ms": 1.0, "tokens_per_step": 1, "loss": 1.0, "memory": None, "compile": False,
            "link_bytes_per_s": None, "cuda_graph": False, "ready_s": 1.0, "warnings": ["warning: slow"]}  # fmt: skip
@@ -1188,12 +1209,14 @@ def test_scale_gives_each_process_as_many_rows_by_default(workshop, monkeypatch)
 
 
 @pytest.mark.slow
-def test_scale_tells_why_processes_could_not_start(workshop, capsys):
+def test_scale_reports_why_processes_could_not_start(workdir, monkeypatch, capsys):
+    run_group = child_process.run_group
+    monkeypatch.setattr(child_process, "run_group", lambda words: run_group(forks.fork_command(words)))
     bench.main(["scale", "--config", "a.json", "--processes", "1", "--set", "dataset.path=nowhere.bin"])
     assert "nowhere.bin" in capsys.readouterr().out
 
 
-def test_a_share_is_of_as_many_single_processes():
+def test_efficiency_is_relative_to_as_many_single_processes():
     row = {"parallel": "", "processes": 1, "tokens_per_s": 100.0, "step_ms": 1.0, "tokens_per_step": 1, "loss": 1.0,
            "memory": 2**30, "compile": "blocks", "link_bytes_per_s": None, "cuda_graph": True, "ready_s": 1.0,
            "warnings": []}  # fmt: skip
@@ -1207,7 +1230,7 @@ def test_a_share_is_of_as_many_single_processes():
 # ---- serve ---------------------------------------------------------------------------------------------------------
 
 
-def test_clients_are_counted_and_their_texts_compared():
+def test_statuses_of_clients_are_counted_and_their_texts_compared():
     """Three turns of three clients; one is answered with 429, one gets another client's text."""
     arguments = serve.parse_arguments(["air.json", "--clients", "3", "--rows", "2", "--tokens", "9"])
     alone, good = ["a", "b", "c"], [(200, "a", 9), (200, "b", 9), (200, "c", 9)]
@@ -1253,7 +1276,7 @@ def test_each_client_of_the_server_asks_for_its_own_text(monkeypatch):
 def test_a_server_that_does_not_start_is_reported(tmp_path):
     arguments = serve.parse_arguments(["air.json", "--queue", "4"])
     server = serve.ServerProcess(tmp_path, "m", 1, arguments)
-    server.command[2:] = ["--batch=0"]
+    server.command = [*forks.fork_command(server.command[:2]), "--batch=0"]
     with pytest.raises(UserError, match="did not start: .*--batch = 0"), server:
         pass
 
@@ -1290,7 +1313,7 @@ def test_a_child_that_fails_beside_others_is_reported(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_train_measures_beside_others(real, capsys):
+def test_train_measures_beside_others(real_children, capsys):
     bench.main(["train", "--config", "a.json", "--beside", "1", "--json", "t.json"])
     (row,) = json.loads(Path("t.json").read_text())
     assert len(row["beside"]) == 2 and min(row["beside"]) > 0

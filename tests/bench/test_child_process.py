@@ -1,4 +1,4 @@
-"""Which GPU each child of bench.py is given, told by the children themselves. The GPUs are pretended."""
+"""Which GPU each child of bench.py is given, as the children report it. The GPUs are simulated."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ import torch
 from strawberry.bench import child_process
 from strawberry.bench.child_process import GpuPool
 
-# A child: tells what it sees and when, waits for its turn where it has one, and ends when the file "end" is there.
+# A child: reports what it sees and when, waits for its turn where it has one, and ends when the file "end" is there.
 CHILD = """
 import json, os, sys, time
 name, mode, *partner = sys.argv[1:]
@@ -33,7 +33,7 @@ print(json.dumps({"name": name, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "
 
 
 @pytest.fixture
-def pretend(tmp_path, monkeypatch):
+def simulate_gpus(tmp_path, monkeypatch):
     """Sets the number of GPUs that torch finds, and the user's CUDA_VISIBLE_DEVICES."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(child_process, "make_command", lambda role, *words: [sys.executable, "-c", CHILD, *words])
@@ -55,8 +55,8 @@ def run_children(count, jobs, mode="ends", device="auto"):
     return [rows[i]["gpu"] for i in range(count)]
 
 
-def test_eight_children_are_two_on_each_of_four_gpus(pretend, tmp_path):
-    pretend(4)
+def test_eight_children_are_two_on_each_of_four_gpus(simulate_gpus, tmp_path):
+    simulate_gpus(4)
     gpus, log = GpuPool(), tmp_path / "log.txt"
     start = lambda name: child_process.start(  # noqa: E731
         child_process.make_command("_x", name, "waits"), log, 8, gpus, stdout=-1
@@ -67,8 +67,8 @@ def test_eight_children_are_two_on_each_of_four_gpus(pretend, tmp_path):
     assert Counter(output) == {"0": 2, "1": 2, "2": 2, "3": 2}
 
 
-def test_a_gpu_that_a_child_gives_back_is_the_next_one_s(pretend, tmp_path):
-    pretend(3)
+def test_a_gpu_whose_child_ended_goes_to_the_next_child(simulate_gpus, tmp_path):
+    simulate_gpus(3)
     gpus, log = GpuPool(), tmp_path / "log.txt"
     start = lambda mode: child_process.start(  # noqa: E731
         child_process.make_command("_x", "a", mode), log, 3, gpus, stdout=-1
@@ -89,18 +89,18 @@ def test_a_gpu_that_a_child_gives_back_is_the_next_one_s(pretend, tmp_path):
     (1, "3", {"3"}),
     (0, None, {None}),
 ])  # fmt: skip
-def test_the_user_s_choice_of_gpus_holds(pretend, count, visible, expected):
-    pretend(count, visible)
+def test_cuda_visible_devices_of_the_user_is_respected(simulate_gpus, count, visible, expected):
+    simulate_gpus(count, visible)
     assert set(run_children(2, 2, "ends")) == expected
 
 
-def test_a_run_on_the_cpu_is_given_no_gpu(pretend):
-    pretend(4)
+def test_a_run_on_the_cpu_is_given_no_gpu(simulate_gpus):
+    simulate_gpus(4)
     assert run_children(2, 2, device="cpu") == [None, None]
 
 
-def test_at_most_so_many_run_at_once_and_a_failure_takes_no_other_along(pretend):
-    pretend(2)
+def test_at_most_jobs_children_run_at_once_and_a_failure_ends_no_other(simulate_gpus):
+    simulate_gpus(2)
     words = [["a", "measures"], ["b", "fails"], ["c", "measures"], ["d", "measures"]]
     rows = dict(child_process.run_at_once("_x", words, 1))
     assert rows.pop(1) == {"why": "no memory"}
@@ -108,19 +108,19 @@ def test_at_most_so_many_run_at_once_and_a_failure_takes_no_other_along(pretend)
     assert {row["gpu"] for row in rows.values()} == {"0"}  # one at a time: the first GPU is always free
 
 
-def test_speeds_are_measured_one_at_a_time_on_each_gpu(pretend):
-    pretend(2)
+def test_speeds_are_measured_one_at_a_time_on_each_gpu(simulate_gpus):
+    simulate_gpus(2)
     partners = {"a": "b", "b": "a", "c": "d", "d": "c"}  # each ends only when its partner has begun
     rows = child_process.run_in_turns("_x", [[name, "measures", partner] for name, partner in partners.items()])
     assert [(row["name"], row["gpu"]) for row in rows] == [("a", "0"), ("b", "1"), ("c", "0"), ("d", "1")]
     assert max(row["ended"] for row in rows[:2]) <= min(row["began"] for row in rows[2:])
-    pretend(1)
+    simulate_gpus(1)
     rows = child_process.run_in_turns("_x", [[name, "measures"] for name in "ab"])
     assert rows[0]["ended"] <= rows[1]["began"]
 
 
-def test_children_are_killed_where_the_caller_stops(pretend):
-    pretend(0)
+def test_children_are_killed_when_the_caller_stops(simulate_gpus):
+    simulate_gpus(0)
     rows = child_process.run_at_once("_x", [["a", "ends"], ["b", "waits"]], 2)
     assert next(rows)[0] == 0
     began = time.time()

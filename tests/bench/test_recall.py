@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import forks
 import numpy as np
 import pytest
 
@@ -84,7 +85,7 @@ def test_the_optimizer_is_the_same_for_all_unless_options_change_it(tmp_path, mo
     assert run.optimizer_hyperparams.use_muon is False
 
 
-def test_keys_values_order_and_place_are_drawn_anew():
+def test_keys_values_order_and_position_are_random_in_each_row():
     rows = rows_of((5, 7), 400)
     firsts, orders, maps = set(), set(), {}
     for x, y in rows:
@@ -197,6 +198,8 @@ def test_full_attention_recalls_and_a_window_that_is_too_short_does_not(tmp_path
 @pytest.mark.slow
 def test_two_configs_are_trained_measured_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    make_command = recall.child_process.make_command
+    monkeypatch.setattr(recall.child_process, "make_command", lambda *words: forks.fork_command(make_command(*words)))
     shape = "n_layer=1,n_embd=16,n_head=2"
     configs = [f"tinystar-v0.2-modernbase.json:{shape}", f"air.json:{shape},r_layer=0,n_qkv=16"]
     words = ["recall", *configs, "--pairs", "2,3", "--distances", "2,5", "--steps", "3", "--rows", "20", "--set",
@@ -232,6 +235,7 @@ def test_after_an_interruption_the_same_command_goes_on(tmp_path, monkeypatch, c
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(recall.child_process, "run_at_once", measure)
+    monkeypatch.setattr(recall, "hash_code", lambda: "c")  # the code is not read again for each command
     shape = "n_layer=1,n_embd=16,n_head=2"
     words = ["recall", f"tinystar-v0.2-modernbase.json:{shape}", f"air.json:{shape},r_layer=0,n_qkv=16", "--pairs", "2",
              "--distances", "2"]  # fmt: skip
@@ -255,7 +259,7 @@ def test_after_an_interruption_the_same_command_goes_on(tmp_path, monkeypatch, c
     (["air.json", "air.json"], "given twice"),
     (["transformer-pairs.json"], "kind = 'encoder-decoder' does not continue text; try :kind=decoder"),
 ])  # fmt: skip
-def test_mistakes_are_named_before_anything_is_trained(tmp_path, monkeypatch, words, message):
+def test_mistakes_in_recall_are_named_before_anything_is_trained(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         bench.main(["recall", *words])

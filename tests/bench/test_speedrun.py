@@ -8,6 +8,7 @@ import json
 import textwrap
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -82,8 +83,8 @@ TRAIN = """
     for iter_num in range(max_iters + 1):
         if iter_num % eval_interval == 0:
             estimate_loss()
-            np.savez(f"KEPT/{iter_num}.npz", **{name: p.detach().numpy() for name, p in model.named_parameters()})
-            torch.save({"model": model.state_dict()}, "KEPT/ckpt.pt")
+            np.savez(f"SAVED/{iter_num}.npz", **{name: p.detach().numpy() for name, p in model.named_parameters()})
+            torch.save({"model": model.state_dict()}, "SAVED/ckpt.pt")
         model(*get_batch("train"))[1].backward()
         clock[0] += 1 if iter_num else 30
         optimizer.step()
@@ -108,8 +109,8 @@ CONFIGURATOR = """
 def checkout(tmp_path, monkeypatch):
     """A working directory with a stand-in in nano/ and a text."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "kept").mkdir()
-    files = {"model.py": MODEL, "train.py": TRAIN.replace("KEPT", str(tmp_path / "kept")),
+    (tmp_path / "saved").mkdir()
+    files = {"model.py": MODEL, "train.py": TRAIN.replace("SAVED", str(tmp_path / "saved")),
              "configurator.py": CONFIGURATOR, "config/train_shakespeare_char.py": "\n    max_iters = 12"}  # fmt: skip
     for name, text in files.items():
         (tmp_path / "nano" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +177,7 @@ def test_a_model_s_evaluations_are_found_by_its_mode(clock):
     assert [(p.seconds, p.loss) for p in meter.points] == [(3, 2.5), (6, 2.5)]
 
 
-def test_seed_1_is_nanogpt_s_own_and_others_differ(monkeypatch):
+def test_seed_1_is_nanogpts_own_and_others_differ(monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", torch.manual_seed)  # restored afterwards
     torch.manual_seed(1339)
     expected = torch.rand(3)
@@ -377,7 +378,9 @@ def test_equal_sizes_are_asked_of_gpt2(children, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_stand_in_s_curve_is_exact_and_a_config_reaches_its_loss(checkout):
+def test_the_stand_in_s_curve_is_exact_and_a_config_reaches_its_loss(checkout, monkeypatch):
+    make_command = child_process.make_command
+    monkeypatch.setattr(child_process, "make_command", lambda *words: forks.fork_command(make_command(*words)))
     words = ["--seeds", "1", "--steps", "60", "--lrs", "3e-2", "--set", "compile=false"]
     assert bench.main([*WORDS, *words]) is None
     theirs, ours = json.loads(Path("img/speedrun/speedrun.json").read_text())["rows"]
@@ -387,11 +390,11 @@ def test_the_stand_in_s_curve_is_exact_and_a_config_reaches_its_loss(checkout):
     held_out = np.array([chars.index(char) for char in TEXT[int(0.9 * len(TEXT)) :]])
     n = (len(held_out) - 1) // 16 * 16
     for step, _, _, loss in theirs["curve"]:
-        kept = {name: value.astype(np.float64) for name, value in np.load(f"kept/{step}.npz").items()}
-        logits = (kept["wte.weight"][held_out[:n]] * kept["scale"]) @ kept["lm_head.weight"].T
+        weights = {name: value.astype(np.float64) for name, value in np.load(f"saved/{step}.npz").items()}
+        logits = (weights["wte.weight"][held_out[:n]] * weights["scale"]) @ weights["lm_head.weight"].T
         log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         assert loss == pytest.approx(-log_p[np.arange(n), held_out[1 : n + 1]].mean(), rel=1e-5)
-    assert not Path("kept/ckpt.pt").exists()  # no time goes into checkpoints
+    assert not Path("saved/ckpt.pt").exists()  # no time goes into checkpoints
     assert ours["reached"] and ours["loss"] <= theirs["loss"] and ours["seconds"] > 0 and len(ours["curve"]) < 5
     assert Path("img/speedrun/speedrun.png").stat().st_size > 10_000
     assert theirs["params"] == 64 and theirs["params_total"] == 64 + 2 * 64 * len(chars) >= ours["params_total"]

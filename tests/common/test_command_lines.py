@@ -130,7 +130,7 @@ def test_a_word_without_an_option_is_an_error_that_names_one(call, name, word, f
     assert (code, out) == (2, "") and err.endswith(f"on the command line: must be an option; write {fix}\n")
 
 
-def test_counts_have_their_number():
+def test_counts_are_formatted_with_singular_and_plural():
     assert [format_count(n, "file") for n in (0, 1, 2000)] == ["0 files", "1 file", "2,000 files"]
 
 
@@ -197,12 +197,12 @@ def test_lists_end_at_the_next_option(parse, words, expected):
     (["-5"], "-5: unknown option; python x.py --help lists them"),
 ])  # fmt: skip
 def test_mistakes_are_user_errors(parse, words, message):
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         parse(*words)
-    assert str(told.value) == message
+    assert str(refused.value) == message
 
 
-def test_a_wrong_choice_is_told_the_nearest():
+def test_a_wrong_choice_is_an_error_with_the_nearest():
     parser = ArgumentParser("x.py", "Test parser.")
     parser.add_argument("--corpus", choices=("stdlib", "packages"))
     with pytest.raises(UserError) as error:

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine import count, require, require_module
 from pydantic import Field, ValidationError
+from small_archs import ARCHS, Berry, Star
 
 from optimizer import lr_at
 from strawberry import config_docs
@@ -40,32 +41,6 @@ from strawberry.run_config import REMOVED, RENAMED, Run, load_run, make_run, run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclasses.dataclass
-class Berry:
-    arch: str = option("strawberry", "family", choices=["strawberry"])
-    vocab_size: int = option(8192, "tokens", low=2)
-    block_size: int = option(256, "context", low=1)
-    r_layer: int = option(2, "retention steps", low=0)
-    n_layer: int = option(2, "blocks", low=1)
-    n_head: int = option(4, "heads", low=1)
-    n_embd: int = option(64, "width", low=1)
-    n_qkv: int = option(256, "width of q, k, v", low=1)
-    window: list[int] | None = option(None, "windows", low=1)
-    dropout: float = option(0.0, "share dropped", low=0, below=1)
-
-    def problems(self):
-        if self.n_qkv % self.n_head:
-            yield "n_qkv", f"must be a multiple of n_head ({self.n_head})"
-
-
-@dataclasses.dataclass
-class Star:
-    arch: str = option("tinystar", "family", choices=["tinystar"])
-    n_layer: int = option(6, "blocks", low=1)
-    ffn_type: str = option("SwiGLU", "feed-forward", choices=["SwiGLU", "GELU"])
-
-
-ARCHS = {"strawberry": Berry, "tinystar": Star}
 BERRY_RUN = run_class(ARCHS, "strawberry")
 AIR = {
     "dataset": {"data_division": 0.8, "load_from_file": True, "path": "data/webtext.bin"},
@@ -117,7 +92,7 @@ def program(body, *argv, cwd=None, **pipes):
 @pytest.mark.parametrize("env", [
     {"PYTHONIOENCODING": "cp1252"}, {"PYTHONIOENCODING": "ascii:strict"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
 ])  # fmt: skip
-def test_what_goes_to_a_pipe_is_utf_8(env):
+def test_output_to_a_pipe_is_utf_8(env):
     text = "'\\xe9\\u2605\\U0001f600'"  # in ASCII, which any locale can pass on
     code = "import sys\nfrom strawberry.common import run_cli\n"
     code += f"run_cli(lambda argv: print({text}) or print({text}, file=sys.stderr))"
@@ -181,7 +156,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(body, code, stderr):
     assert (ran.returncode, ran.stderr) == (code, stderr)
 
 
-def test_cycles_are_not_searched_among_imports_or_at_the_end():
+def test_garbage_collection_skips_imported_modules_and_the_exit():
     """Each search in torch's objects takes a tenth of a second or more."""
     ran = program("import gc\nclass Cycle:\n    def __del__(self):\n        print('searched')\n"
                   "cycle = Cycle()\ncycle.itself = cycle\nprint(gc.get_freeze_count() > 1000)")  # fmt: skip
@@ -198,7 +173,7 @@ def test_a_full_disk_under_the_output_is_one_line(characters):
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes there break in another way")
 @pytest.mark.parametrize("characters", [1, 1_000_000])
-def test_a_reader_that_leaves_early_is_no_error(characters):
+def test_a_closed_pipe_is_no_error(characters):
     reader, writer = os.pipe()
     os.close(reader)
     ran = program(f"print('x' * {characters})", stdout=writer, stderr=subprocess.PIPE)
@@ -213,7 +188,7 @@ def test_closed_streams_are_no_error():
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
-def test_atomic_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_atomic_write_replaces_completely_or_not_at_all(tmp_path, monkeypatch):
     target = tmp_path / "new" / "folder" / "file.bin"
     atomic_write(target, b"old")
     assert target.read_bytes() == b"old"
@@ -278,6 +253,15 @@ def test_config_is_looked_for_here_then_in_config(tmp_path, monkeypatch):
     assert line.startswith('--config "tinny.json": no such file') and "'tiny.json'" in line and "air.json" in line
     (tmp_path / "air.json").mkdir()
     assert load_run(["--config", "air.json"], ARCHS).batch_size == 4
+
+
+def test_no_config_that_is_read_stays_in_memory():
+    """A server reads one for each training run that it is asked for."""
+    run = load_run(["--config", "air.json"], ARCHS)
+    sizes = [function.cache_info().currsize for function in (declared, validator)]
+    for _ in range(3):
+        assert load_run(["--config", "air.json"], ARCHS) == run == make_run(to_dict(run), ARCHS)
+    assert [function.cache_info().currsize for function in (declared, validator)] == sizes
 
 
 # ---- overrides -----------------------------------------------------------------------------------------------------
@@ -407,20 +391,20 @@ def test_an_option_is_no_value_of_another():
 
 
 def test_rollback_needs_checkpoints():
-    told = 'on_nan = "rollback": needs checkpoints.create_checkpoints: there is nothing else to return to'
-    assert problems_of("--on_nan=rollback", "--checkpoints.create_checkpoints=false") == [told]
+    message = 'on_nan = "rollback": needs checkpoints.create_checkpoints: there is nothing else to return to'
+    assert problems_of("--on_nan=rollback", "--checkpoints.create_checkpoints=false") == [message]
 
 
 @pytest.mark.slow
-def test_all_problems_are_in_one_message_and_nothing_is_made(tmp_path):
+def test_all_problems_are_in_one_message_and_nothing_is_written(tmp_path):
     """Every kind of mistake at once, from file and command line, through the program's front door."""
     config = {**copy.deepcopy(AIR), "lerning_rate": 1, "eval_iters": "many", "min_lr": 1, "batch_size": -1}
     config["model_hyperparams"] |= {"n_qkv": 255, "n_layers": 3, "n_embd": 0}
     text = json.dumps(config).replace('"seed": "auto"', '"seed": 1, "seed": 2').replace("0.95", "NaN", 1)
     write(tmp_path, text)
-    body = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import test_config\n"
+    body = f"import sys; sys.path.append({str(Path(__file__).parent)!r})\nfrom small_archs import ARCHS\n"
     body += "from strawberry.run_config import load_run\n"
-    body += "run = load_run(argv, test_config.ARCHS); open('made', 'w').write('x')"
+    body += "run = load_run(argv, ARCHS); open('written', 'w').write('x')"
     ran = program(body, "--config", "run.json", "--n_head=3", "--checkpoints.keep=0", cwd=tmp_path)
     assert (ran.returncode, ran.stdout, os.listdir(tmp_path)) == (2, "", ["run.json"])
     first, *lines = ran.stderr.splitlines()
@@ -431,8 +415,8 @@ def test_all_problems_are_in_one_message_and_nothing_is_made(tmp_path):
         *("model_hyperparams.n_qkv", "model_hyperparams.n_layers", "model_hyperparams.n_embd"),
         "optimizer_hyperparams.beta2",
     }
-    made = program(body, "--config", "air.json", cwd=tmp_path)
-    assert (made.returncode, sorted(os.listdir(tmp_path))) == (0, ["made", "run.json"])
+    valid = program(body, "--config", "air.json", cwd=tmp_path)
+    assert (valid.returncode, sorted(os.listdir(tmp_path))) == (0, ["run.json", "written"])
 
 
 def test_a_list_of_wrong_items_is_one_error():
@@ -447,7 +431,7 @@ class Pair:
     pair: Annotated[list[int], Field(max_length=2)] | None = option(None, "of numbers", must="at most two integers")
 
 
-def test_a_type_of_pydantic_is_told_in_words_of_its_own():
+def test_a_pydantic_type_has_an_error_message_of_its_own():
     assert check(Pair, {"pair": [1, 2, 3]}) == (None, ["pair = [1, 2, 3]: must be at most two integers"])
     assert check(Pair, {"pair": [1, 2]}) == (Pair([1, 2]), []) and check(Pair, {"pair": None}) == (Pair(), [])
     assert object_schema(Pair)["properties"]["pair"]["anyOf"][0]["maxItems"] == 2
@@ -460,7 +444,7 @@ def test_every_refusal_is_a_sentence_with_articles():
     assert not [rule for rule in rules if re.search(r"(?<!an )\binteger\b|(?<!a )\b(number|list)\b", rule)]
 
 
-def test_a_rule_is_silent_where_one_of_its_keys_is_wrong_in_itself():
+def test_a_rule_is_not_checked_where_one_of_its_keys_is_invalid():
     assert problems_of("--model_hyperparams.n_qkv=255", "--model_hyperparams.n_head=x") == [
         'model_hyperparams.n_head = "x": must be an integer >= 1'
     ]
@@ -482,21 +466,21 @@ PATH_KEYS = path_names(Run)
 @pytest.mark.parametrize("key", PATH_KEYS)
 def test_a_path_with_a_control_character_is_refused_and_slashes_are_named(key, tmp_path):
     """The characters are those of the Unicode category Cc, and the path is one that Windows users write in JSON."""
-    told = "a path has no control characters, which \\n and \\t in quotes are; write / or \\\\ instead of \\"
+    message = "a path has no control characters, which \\n and \\t in quotes are; write / or \\\\ instead of \\"
     for character in (c for c in map(chr, range(0x250)) if unicodedata.category(c) == "Cc"):
         raw = {}
         set_key(raw, key, f"a{character}b")
         (problem,) = check(Run, raw)[1]
-        assert problem.startswith(f"{key} = ") and problem.endswith(told) and problem.isprintable()
+        assert problem.startswith(f"{key} = ") and problem.endswith(message) and problem.isprintable()
     section, _, name = key.rpartition(".")
     text = f'{{"{name}": "C:\\table\\new.bin"}}'
     path = write(tmp_path, f'{{"{section}": {text}}}' if section else text)
-    assert problems_of("--config", path)[0].endswith(f'{key} = "C:\\table\\new.bin": {told}')
-    assert problems_of(f"--{section or key}={text if section else 'a' + chr(9)}")[0].endswith(told)
+    assert problems_of("--config", path)[0].endswith(f'{key} = "C:\\table\\new.bin": {message}')
+    assert problems_of(f"--{section or key}={text if section else 'a' + chr(9)}")[0].endswith(message)
 
 
 def set_key(raw, dotted, value):
-    """Set a dotted key, sections made on the way."""
+    """Set a dotted key, with the sections that it needs."""
     *sections, name = dotted.split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
@@ -514,8 +498,8 @@ def test_every_command_refuses_control_characters_in_paths(tmp_path, monkeypatch
     needed = needed.get(command, []) if option != "--input" else []
     with pytest.raises(UserError) as refused:
         importlib.import_module(command).main([*needed, option, "C:\table\new"])
-    told = f'{option}( =)? "C:\\\\table\\\\new": a path has no control characters'
-    assert re.search(told, str(refused.value)) and os.listdir() == []
+    message = f'{option}( =)? "C:\\\\table\\\\new": a path has no control characters'
+    assert re.search(message, str(refused.value)) and os.listdir() == []
 
 
 def test_paths_with_spaces_backslashes_and_letters_of_any_script_pass():
@@ -525,15 +509,15 @@ def test_paths_with_spaces_backslashes_and_letters_of_any_script_pass():
 
 def test_a_backslash_that_escapes_nothing_is_refused_with_its_line(tmp_path):
     r"""JSON5 would drop it: "C:\data" would become "C:data"."""
-    told = "is no escape; write / or \\\\ instead of \\"
+    message = "is no escape; write / or \\\\ instead of \\"
     for escape in ("d", "g", "1", "u12", "xz", "ü"):
         text = '// C:\\data is fine here\n{"seed": 1, /* \\q */\n "model_path": "C:\\' + escape + '.bin"}'
         path = write(tmp_path, text)
         (problem,) = problems_of("--config", path)
-        assert problem.endswith(f"run.json, line 3: \\{escape[0]} {told}")
+        assert problem.endswith(f"run.json, line 3: \\{escape[0]} {message}")
         with pytest.raises(UserError, match="line 3"):
             read_json(path)
-    assert problems_of('--dataset={"path": "C:\\data"}')[0].endswith(f"\\d {told}")
+    assert problems_of('--dataset={"path": "C:\\data"}')[0].endswith(f"\\d {message}")
     good = '{"sample_prompt": "\\\\d \\" \\\' \\/ \\b\\f\\n\\r\\t\\v \\u00e9 \\x41", "model_path": \'C:\\\\data\'}'
     run = load_run(["--config", write(tmp_path, good)], ARCHS)
     assert run.sample_prompt == "\\d \" ' / \b\f\n\r\t\v é A" and run.model_path == "C:\\data"
@@ -562,7 +546,7 @@ def peak_share(run) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", SHORT)
-def test_a_schedule_that_does_not_fit_is_warned_of_and_the_values_named_would_do(what):
+def test_a_schedule_that_does_not_fit_is_warned_of_and_the_values_named_fit(what):
     run = load_run(SHORT[what], ARCHS)
     warnings = list(run.warnings())
     assert warnings
@@ -578,7 +562,7 @@ def test_a_schedule_that_does_not_fit_is_warned_of_and_the_values_named_would_do
             assert last < mended.learning_rate or not mended.decay_lr or mended.max_iters == 1
 
 
-def test_a_short_warmup_says_how_far_it_comes():
+def test_the_warning_of_an_unfinished_warmup_states_the_highest_learning_rate():
     (first, _) = load_run(["--config=air.json", "--max_iters=1000"], ARCHS).warnings()
     share = re.search(r"at (\d+) % of learning_rate", first)[1]
     assert int(share) == round(100 * peak_share(load_run(["--config=air.json", "--max_iters=1000"], ARCHS)))
@@ -588,13 +572,13 @@ def test_a_short_warmup_says_how_far_it_comes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({path.name for path in (ROOT / "config").glob("*.json")} - {"schema.json"}))
-def test_no_preset_is_warned_of(name):
+def test_no_preset_has_warnings(name):
     import model
 
     assert list(load_run(["--config", name], model.CONFIGS).warnings()) == []
 
 
-def test_what_fits_is_not_warned_of():
+def test_a_schedule_that_fits_has_no_warnings():
     for words in ("--max_iters=40 --warmup_iters=0 --eval_interval=40 --checkpoints.interval=40",
                   "--max_iters=40 --warmup_iters=39 --eval_interval=40 --checkpoints.interval=40 --cooldown_frac=1",
                   "--max_iters=40 --warmup_iters=5 --eval_interval=90 --checkpoints.create_checkpoints=false",
@@ -619,9 +603,9 @@ def torchrun(monkeypatch):
 
 
 def test_processes_report_an_error_once_and_each_error_of_its_own(torchrun, monkeypatch, capsys):
-    for message, told in (("both find this", True), ("both find this", False), ("one finds this", True)):
+    for message, is_printed in (("both find this", True), ("both find this", False), ("one finds this", True)):
         report_error(message)
-        assert capsys.readouterr().err == (f"error: {message}\n" if told else "")
+        assert capsys.readouterr().err == (f"error: {message}\n" if is_printed else "")
     monkeypatch.setenv("GROUP_RANK", "1")  # another machine has a console of its own
     report_error("both find this")
     assert capsys.readouterr().err == "error: both find this\n"
@@ -772,11 +756,11 @@ def test_any_command_line_is_a_run_or_a_user_error(argv):
             assert str(error)
 
 
-# ---- what is made from the declarations ----------------------------------------------------------------------------
+# ---- what is generated from the declarations -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_help_and_table_tell_every_key(arch, capsys):
+def test_help_and_table_have_every_key(arch, capsys):
     with pytest.raises(SystemExit) as stop:
         load_run(["--config", "air.json", f"--model_hyperparams.arch={arch}", "--n_layer=bad", "--help"], ARCHS)
     text, markdown = capsys.readouterr().out, config_docs.table(ARCHS)
@@ -790,7 +774,7 @@ def test_help_and_table_tell_every_key(arch, capsys):
             assert key.doc
 
 
-def test_every_key_means_something():
+def test_every_key_is_documented():
     for dotted in dotted_names(Run):
         cls = Run
         for name in dotted.split("."):
@@ -850,14 +834,14 @@ def test_every_key_that_takes_a_path_is_known_as_one():
     assert len(named) == 6
 
 
-def test_plain_data_is_judged_as_a_file_and_a_command_line_are(tmp_path):
-    made = make_run({"model_hyperparams": {"n_layer": 3}}, ARCHS)
-    assert to_dict(made) == to_dict(load_run(["--model_hyperparams.n_layer=3"], ARCHS))
-    with pytest.raises(UserError) as told:
+def test_plain_data_is_validated_as_a_file_and_a_command_line_are(tmp_path):
+    run = make_run({"model_hyperparams": {"n_layer": 3}}, ARCHS)
+    assert to_dict(run) == to_dict(load_run(["--model_hyperparams.n_layer=3"], ARCHS))
+    with pytest.raises(UserError) as refused:
         make_run({"learning_rate": -1, "model_hyperparams": {"n_layr": 3}}, ARCHS)
     with pytest.raises(UserError) as expected:
         load_run(["--learning_rate=-1", "--model_hyperparams.n_layr=3"], ARCHS)
-    assert str(told.value) == str(expected.value)
+    assert str(refused.value) == str(expected.value)
     assert load_run(["--img_path=null"], ARCHS).img_path is None
 
 
@@ -873,7 +857,7 @@ def test_an_old_name_works_and_a_warning_names_the_new_one(tmp_path, monkeypatch
     assert list(run.warnings())[0] == "record is now called cuda_graph: write cuda_graph = false"
 
 
-def test_old_names_are_judged_as_the_new_ones_are(tmp_path):
+def test_old_names_are_validated_as_the_new_ones_are(tmp_path):
     with pytest.raises(UserError, match="^cuda_graph = 7: must be true or false or \"auto\"$"):
         make_run({"record": 7}, ARCHS)
     with pytest.raises(UserError, match="record = true: is the old name of cuda_graph, which is given too; keep cuda"):

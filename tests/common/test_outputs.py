@@ -73,8 +73,8 @@ def template(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def scratch(template):
-    """A copy of the template, in which the tests of a moment are at home."""
+def enter_copy(template):
+    """A copy of the template, which is the working directory."""
     before = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(template, folder, dirs_exist_ok=True)
@@ -86,20 +86,20 @@ def scratch(template):
 
 
 @pytest.fixture
-def workshop(template):
-    with scratch(template) as folder:
+def workdir(template):
+    with enter_copy(template) as folder:
         yield folder
 
 
 def call(main, *words):
     """(exit code, standard error) of a command, run in this process as its file would be."""
-    told, argv = io.StringIO(), sys.argv
+    errors, argv = io.StringIO(), sys.argv
     sys.argv = ["command", *map(str, words)]
     try:
-        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
             run_cli(main)
     except SystemExit as end:
-        return end.code, told.getvalue()
+        return end.code, errors.getvalue()
     finally:
         sys.argv = argv
 
@@ -121,7 +121,7 @@ class Command(NamedTuple):
     line: str  # with {places}
     defaults: dict[str, str]
     inputs: list[Role]
-    outputs: list[Role]  # `file`: the name that the command itself gives to the file, in the folder that it is told
+    outputs: list[Role]  # `file`: the name that the command itself gives to the file, in the folder that it is given
 
 
 def assemble_of(argv):
@@ -270,10 +270,10 @@ def collide(given, written, spelling):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows makes links for administrators only")
 @settings(max_examples=200, deadline=None)
 @given(triple=st.sampled_from(TRIPLES), spelling=st.sampled_from(SPELLINGS))
-def test_an_input_is_never_replaced(template, triple, spelling):
+def test_no_command_overwrites_its_input(template, triple, spelling):
     name, given, written = triple
     command = COMMANDS[name]
-    with scratch(template) as folder:
+    with enter_copy(template) as folder:
         words, source, target = collide(given, written, spelling)
         words = command.defaults | words
         if given.place == "data" and given.shape == "{folder}":
@@ -284,19 +284,19 @@ def test_an_input_is_never_replaced(template, triple, spelling):
         if model_trained_further:
             check_outputs(setup.list_outputs(run_of(command, words)), setup.list_inputs(run_of(command, words)))
             return
-        code, told = call(command.main, *(word.format(**words) for word in command.line.split()))
+        code, error = call(command.main, *(word.format(**words) for word in command.line.split()))
         assert {path: path.read_bytes() for path in before} == before
         assert sorted(folder.rglob("*")) == there, "something was left behind"
-    assert code == 2 and "Traceback" not in told, told
-    error = told[told.index("error: ") :]  # behind warnings
-    assert written.name in error and given.name in error, told
+    assert code == 2 and "Traceback" not in error, error
+    last = error[error.index("error: ") :]  # behind warnings
+    assert written.name in last and given.name in last, error
 
 
 def run_of(command, words):
     return train.load_run([word.format(**words) for word in command.line.split()], train.CONFIGS)
 
 
-def test_the_property_covers_every_command_that_writes():
+def test_commands_that_write_are_all_tested():
     mains = [getattr(command.main, "__module__", "") for command in COMMANDS.values()]
     scripts = {name.rpartition(".")[2] for name in mains} | {"assemble"}
     root = Path(train.__file__).parent
@@ -305,14 +305,14 @@ def test_the_property_covers_every_command_that_writes():
     rooms = {"bench": "bench", "serving": "serve", "inference": "sample"}
     names = {rooms.get(path.parent.name, path.stem) for path in sources} - {"outputs"}  # which defines it
     guarded = {{"setup": "train"}.get(name, name) for name in names}
-    assert guarded - {"serve"} == scripts - {__name__}  # serve.py: test_a_lock_never_takes_the_place_of_a_file
+    assert guarded - {"serve"} == scripts - {__name__}  # serve.py: test_a_lock_never_overwrites_a_file_of_another_kind
 
 
 # ---- two outputs, and places that cannot be written ------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command,places,told", [
+@pytest.mark.parametrize("command,places,message", [
     ("prepare", {"output": "g.bin", "encoder": "g.bin"}, "--encoder: g.bin is the same file as g.bin of --output"),
     ("prepare", {"output": "g.bin", "encoder": "x/../g.bin"}, "--encoder: x/../g.bin is the same file as g.bin of"),
     ("train", {"model": "ck/metrics.jsonl", "checkpoints": "ck"}, "is the same file as ck/metrics.jsonl of model_path"),
@@ -326,7 +326,7 @@ def test_the_property_covers_every_command_that_writes():
     ("assemble", {"folder": "base.txt"}, "base.txt is a file, not a directory"),
     ("bench decode", {"json": "x.md", "out": "base.txt"}, "base.txt is a file, not a directory"),
     ("bench decode", {"json": "new/decode.md"}, "--out: new/decode.md is the same file as new/decode.md of --json"),
-    *((command, {"output": path}, told) for command in ("encoder", "prepare") for path, told in {
+    *((command, {"output": path}, message) for command in ("encoder", "prepare") for path, message in {
         "new": "--output: new is a directory; name a file",
         "other/": "--output: other/ ends as a directory does",
         "base.txt/x": "base.txt is a file, not a directory",
@@ -336,32 +336,32 @@ def test_the_property_covers_every_command_that_writes():
     }.items()),
 ])  # fmt: skip
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no links and pipes to make")
-def test_impossible_outputs_are_refused_before_anything_is_done(workshop, command, places, told):
-    (workshop / "new").mkdir()
+def test_impossible_outputs_are_refused_before_anything_is_done(workdir, command, places, message):
+    (workdir / "new").mkdir()
     os.symlink("ring", "ring")
     os.mkfifo("pipe")
-    before = sorted(workshop.rglob("*"))
+    before = sorted(workdir.rglob("*"))
     main, line, defaults, *_ = COMMANDS[command]
     code, error = call(main, *(word.format(**defaults | places) for word in line.split()))
-    assert code == 2 and told in error and "Traceback" not in error, error
-    assert sorted(workshop.rglob("*")) == before
+    assert code == 2 and message in error and "Traceback" not in error, error
+    assert sorted(workdir.rglob("*")) == before
 
 
-def test_a_folder_without_the_right_to_write_is_named_at_once(workshop, monkeypatch):
-    (workshop / "closed").mkdir()
+def test_a_folder_without_the_right_to_write_is_named_at_once(workdir, monkeypatch):
+    (workdir / "closed").mkdir()
     real = os.access  # which is no hindrance to root
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and real(path, mode))
-    code, told = call(encoders.main, "--input", "base.txt", "--output", "closed/new/x.enc", "--vocab_size", "280")
-    assert code == 2 and "closed cannot be written to" in told and not any((workshop / "closed").iterdir())
+    code, error = call(encoders.main, "--input", "base.txt", "--output", "closed/new/x.enc", "--vocab_size", "280")
+    assert code == 2 and "closed cannot be written to" in error and not any((workdir / "closed").iterdir())
 
 
 # ---- kinds -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def made(template, tmp_path_factory):
+def file_kinds(template, tmp_path_factory):
     """A file of each kind, as the program that writes it does: {kind: [paths]}."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("kinds")
     encoders.load(f"chars:{template}/base.txt").save(folder / "chars.enc")
     log = Metrics(folder / "metrics.jsonl")
     log.add(step=1, tokens=8, loss=3.0)
@@ -409,9 +409,9 @@ FOREIGN = {  # what a user may have under any name
 
 
 @pytest.mark.slow
-def test_each_kind_is_known_by_its_content_alone(workshop, made):
-    assert made.keys() == KINDS.keys()
-    for kind, paths in made.items():
+def test_each_kind_of_file_is_recognized_by_its_content_alone(workdir, file_kinds):
+    assert file_kinds.keys() == KINDS.keys()
+    for kind, paths in file_kinds.items():
         for path in paths:
             Path("anything").write_bytes(Path(path).read_bytes())  # the name says nothing
             assert [known for known in KINDS if has_kind("anything", known)] == [kind], path
@@ -419,18 +419,18 @@ def test_each_kind_is_known_by_its_content_alone(workshop, made):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_of_another_kind_is_refused_and_one_of_the_same_replaced(workshop, made, kind):
-    (workshop / "foreign").mkdir()
-    others = [path for other, paths in made.items() if other != kind for path in paths]
+def test_a_file_of_another_kind_is_refused_and_one_of_the_same_replaced(workdir, file_kinds, kind):
+    (workdir / "foreign").mkdir()
+    others = [path for other, paths in file_kinds.items() if other != kind for path in paths]
     for name, data in FOREIGN.items():
-        (workshop / "foreign" / name).write_bytes(data)
-        others.append(workshop / "foreign" / name)
+        (workdir / "foreign" / name).write_bytes(data)
+        others.append(workdir / "foreign" / name)
     for path in others:
         before = Path(path).read_bytes()
         with pytest.raises(UserError, match=f"--x: .* is there and is not {KINDS[kind].name}.*; name another file"):
             check_outputs([Output("--x", path, kind)])
         assert Path(path).read_bytes() == before and not find_previous([Output("--x", path, kind)])
-    for path in made[kind]:
+    for path in file_kinds[kind]:
         check_outputs([Output("--x", path, kind)])
         assert find_previous([Output("--x", path, kind)]) == [path]
     for data in (b"", bytes(100)):  # nothing is lost with them
@@ -440,12 +440,12 @@ def test_a_file_of_another_kind_is_refused_and_one_of_the_same_replaced(workshop
     assert not Path("not").exists()
 
 
-def test_a_refusal_says_what_is_there(workshop):
+def test_a_refusal_names_the_kind_of_the_existing_file(workdir):
     with pytest.raises(UserError, match="base.bin is there and is not an encoder file but a token file; name another"):
         check_outputs([Output("--output", "base.bin", "encoder")])
 
 
-def test_half_a_line_of_a_killed_process_is_still_of_its_kind(workshop):
+def test_a_truncated_line_is_still_recognized_as_its_kind(workdir):
     lines = {"metrics": METRICS, "texts": '{"index": 0, "prompt": "a", "text": "b"}\n'}
     for kind, text in lines.items():
         for end in range(1, len(text)):
@@ -455,44 +455,45 @@ def test_half_a_line_of_a_killed_process_is_still_of_its_kind(workshop):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_refuses_a_file_of_another_kind(workshop, command):
+def test_every_command_refuses_a_file_of_another_kind(workdir, command):
     main, line, defaults, _, outputs = COMMANDS[command]
     for written in outputs:
-        target = workshop / "here" / (written.file or "target")
+        target = workdir / "here" / (written.file or "target")
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(b"a diary\n")
-        before = sorted(workshop.rglob("*"))
+        before = sorted(workdir.rglob("*"))
         words = defaults | {written.place: written.shape.format(path="here/target", folder="here")}
-        code, told = call(main, *(word.format(**words) for word in line.split()))
-        assert code == 2 and f"{written.name}: here/" in told and "is there and is not " in told, told
-        assert target.read_bytes() == b"a diary\n" and sorted(workshop.rglob("*")) == before
+        code, error = call(main, *(word.format(**words) for word in line.split()))
+        assert code == 2 and f"{written.name}: here/" in error and "is there and is not " in error, error
+        assert target.read_bytes() == b"a diary\n" and sorted(workdir.rglob("*")) == before
         target.unlink()
 
 
 # ---- what stays allowed ----------------------------------------------------------------------------------------------
 
 
-def ok(main, *words):
-    code, told = call(main, *words)
-    assert code == 0, told
+def succeed(main, *words):
+    code, error = call(main, *words)
+    assert code == 0, error
 
 
-def test_encoder_and_prepare_replace_their_own_files(workshop):
+def test_encoder_and_prepare_overwrite_their_own_files(workdir):
     """Also where those lie among the documents: there they are no documents."""
     os.mkdir("texts")
     shutil.copy("base.txt", "texts")
     for inputs in (["texts"], ["texts/*"], ["texts/base.txt"]):
         files = []
         for _ in range(2):
-            ok(encoders.main, "--input", *inputs, "--output", "texts/own.enc", "--vocab_size", "280")
-            ok(prepare.main, "--input", *inputs, "--output", "texts/own.bin", "--encoder", "texts/own.enc", "--force")
+            succeed(encoders.main, "--input", *inputs, "--output", "texts/own.enc", "--vocab_size", "280")
+            words = ["--input", *inputs, "--output", "texts/own.bin", "--encoder", "texts/own.enc", "--force"]
+            succeed(prepare.main, *words)
             files.append([Path("texts", name).read_bytes() for name in ("own.enc", "own.bin")])
         assert files[0] == files[1]
-    ok(prepare.main, "--input", "texts", "--output", "texts/own.bin", "--encoder", "texts/own.enc")
-    ok(encoders.main, "--input", "texts", "--output", "base.enc", "--vocab_size", "270")  # another encoder's place
+    succeed(prepare.main, "--input", "texts", "--output", "texts/own.bin", "--encoder", "texts/own.enc")
+    succeed(encoders.main, "--input", "texts", "--output", "base.enc", "--vocab_size", "270")  # another encoder's place
 
 
-def test_a_dataset_is_made_anew_in_its_folder(workshop):
+def test_assemble_overwrites_its_own_dataset(workdir):
     os.mkdir("texts")
     shutil.move("base.txt", "texts")
     Path("recipe.json").write_text('{"files": ["texts"], "vocab_size": 280}')
@@ -500,63 +501,63 @@ def test_a_dataset_is_made_anew_in_its_folder(workshop):
     sizes = set()
     for _ in range(2):
         Path("texts/.tokens.bin.99999.tmp").write_bytes(b"half of a killed one")
-        ok(assemble.main, "recipe.json", "texts")
+        succeed(assemble.main, "recipe.json", "texts")
         sizes.add(json.loads(Path("texts/result.json").read_text())["documents"])
     assert sizes == {1} and Path("texts/.own.tmp").exists() and not Path("texts/.tokens.bin.99999.tmp").exists()
 
 
 @pytest.mark.slow
-def test_a_model_is_trained_further_in_its_own_place(workshop):
+def test_a_pretrained_model_may_be_overwritten_by_its_own_training(workdir):
     shutil.copy("base.model", "own.model")
     os.symlink("own.model", "link.model")
     for start, end in (("own.model", "./own.model"), ("own.model", "link.model"), ("link.model", "own.model")):
         before = Path("own.model").read_bytes()
-        ok(train.main, "--config", "run.json", f"--init_from={start},pretrained", f"--model_path={end}",
-           "--img_path=null")  # fmt: skip
+        succeed(train.main, "--config", "run.json", f"--init_from={start},pretrained", f"--model_path={end}",
+                "--img_path=null")  # fmt: skip
         assert Path("own.model").read_bytes() != before and Path("link.model").is_symlink()
-    ok(train.main, "--config", "run.json", "--init_from=resume", "--max_iters=3")
+    succeed(train.main, "--config", "run.json", "--init_from=resume", "--max_iters=3")
 
 
 @pytest.mark.slow
-def test_pictures_and_texts_are_made_anew(workshop):
+def test_plot_and_sample_overwrite_their_own_files(workdir):
     for _ in range(2):
-        ok(plot.main, "metrics.jsonl", "--out", "img")
-        ok(sample.main, "--model", "base.model", "--prompts_file", "prompts.jsonl", "--out", "texts.jsonl", "--length",
-           "3", "--seed", "1")  # fmt: skip
+        succeed(plot.main, "metrics.jsonl", "--out", "img")
+        succeed(sample.main, "--model", "base.model", "--prompts_file", "prompts.jsonl", "--out", "texts.jsonl",
+                "--length", "3", "--seed", "1")  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows makes links for administrators only")
-def test_a_link_stays_one_and_leads_to_what_was_written(workshop):
+def test_a_symbolic_link_is_written_through(workdir):
     """A link to an earlier output, or to nothing yet, is written through; one to a file of another kind is refused."""
     os.mkdir("elsewhere")
     shutil.copy("base.enc", "elsewhere/old.enc")
     for link, target in (("a.enc", "elsewhere/old.enc"), ("b.enc", "elsewhere/new.enc")):
         os.symlink(target, link)
-        ok(encoders.main, "--input", "base.txt", "--output", link, "--vocab_size", "280")
+        succeed(encoders.main, "--input", "base.txt", "--output", link, "--vocab_size", "280")
         assert os.path.islink(link) and encoders.load(target).vocab_size == 280
     os.symlink("elsewhere/diary.txt", "c.enc")
     Path("elsewhere/diary.txt").write_text("mine")
-    code, told = call(encoders.main, "--input", "base.txt", "--output", "c.enc", "--vocab_size", "280")
-    assert code == 2 and "c.enc is there and is not an encoder file" in told
+    code, error = call(encoders.main, "--input", "base.txt", "--output", "c.enc", "--vocab_size", "280")
+    assert code == 2 and "c.enc is there and is not an encoder file" in error
     assert Path("elsewhere/diary.txt").read_text() == "mine"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links")
-def test_a_hard_link_to_an_earlier_output_keeps_what_it_had(workshop):
-    os.link("base.enc", "kept.enc")
-    before = Path("kept.enc").read_bytes()
-    ok(encoders.main, "--input", "base.txt", "--output", "base.enc", "--vocab_size", "280")
-    assert Path("kept.enc").read_bytes() == before != Path("base.enc").read_bytes()
+def test_a_hard_link_to_an_earlier_output_keeps_the_old_contents(workdir):
+    os.link("base.enc", "link.enc")
+    before = Path("link.enc").read_bytes()
+    succeed(encoders.main, "--input", "base.txt", "--output", "base.enc", "--vocab_size", "280")
+    assert Path("link.enc").read_bytes() == before != Path("base.enc").read_bytes()
 
 
-def test_what_is_written_aside_is_no_input_either(workshop):
+def test_the_temporary_file_of_an_output_is_refused_as_input(workdir):
     aside = f".new.enc.{os.getpid()}.tmp"
     shutil.copy("base.txt", aside)
-    code, told = call(encoders.main, "--input", aside, "--output", "new.enc", "--vocab_size", "280")
-    assert code == 2 and "--output: new.enc" in told and aside in told and Path(aside).read_text() == TEXT
+    code, error = call(encoders.main, "--input", aside, "--output", "new.enc", "--vocab_size", "280")
+    assert code == 2 and "--output: new.enc" in error and aside in error and Path(aside).read_text() == TEXT
 
 
-def test_a_million_inputs_take_a_look_each(workshop, monkeypatch):
+def test_checking_outputs_stats_each_input_once(workdir, monkeypatch):
     """Nothing grows with outputs times inputs, and where no output is there yet no input is looked at."""
     looks = []
     real = os.stat
@@ -568,7 +569,7 @@ def test_a_million_inputs_take_a_look_each(workshop, monkeypatch):
     assert looks.count("base.txt") == 1000
 
 
-def test_a_lock_never_takes_the_place_of_a_file(workshop):
+def test_a_lock_never_overwrites_a_file_of_another_kind(workdir):
     """A run's and a server's lock is a file that is emptied when it is taken, and removed when it is given back."""
     for folder, main, words in (
         ("ck", train.main, ["--config", "run.json", "--checkpoints.path=ck", "--check"]),
@@ -576,12 +577,12 @@ def test_a_lock_never_takes_the_place_of_a_file(workshop):
     ):
         os.mkdir(folder)
         Path(folder, "lock").write_text("the words to my lock\n")
-        code, told = call(main, *words)
-        assert code == 2 and f"{folder}/lock is there and is not the lock of a run" in told, told
+        code, error = call(main, *words)
+        assert code == 2 and f"{folder}/lock is there and is not the lock of a run" in error, error
         assert Path(folder, "lock").read_text() == "the words to my lock\n"
 
 
-def test_only_what_was_left_unfinished_is_removed(workshop):
+def test_only_unfinished_temporary_files_are_removed(workdir):
     mine = [Path(folder, name) for folder in ("ck", "files") for name in (".tmp_mine", ".tmp_", "tmp_step_1")]
     left = [Path("ck/.tmp_step_00000002_77"), Path("ck/.tmp_remove_step_00000001"), Path("files/.tmp_0123456789abcdef")]
     for path in (*mine, *left):
@@ -592,7 +593,7 @@ def test_only_what_was_left_unfinished_is_removed(workshop):
     assert all((path / "file").exists() for path in mine) and not any(path.exists() for path in left)
 
 
-def test_a_checkpoint_is_no_place_for_another_file(workshop):
+def test_no_file_is_read_from_within_a_checkpoint_that_may_be_removed(workdir):
     root = Output("checkpoints.path", "ck", CHECKPOINTS)
     with pytest.raises(UserError, match=r"dataset.path: ck/step_00000020/x lies in a checkpoint of ck"):
         check_outputs([root], [Input("dataset.path", "ck/step_00000020/x")])

@@ -155,7 +155,7 @@ def test_each_file_and_directory_is_on_disk_before_the_rename(tmp_path, monkeypa
     assert events[:6] == [*FILES, temporary, "rename to step_00000001", tmp_path.name]
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: float("nan"), 6: 1.5}
     for step, loss in losses.items():
         save(tmp_path, step, loss, keep=2)
@@ -167,7 +167,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert names(tmp_path) == ["latest", "step_00000007"]
 
 
-def test_those_that_are_whole_are_listed(tmp_path):
+def test_complete_checkpoints_are_listed(tmp_path):
     assert list_checkpoints(tmp_path / "none") == []
     for step, loss in ((1, 3.0), (20, None), (3, 1.0)):
         save(tmp_path, step, loss)
@@ -178,7 +178,7 @@ def test_those_that_are_whole_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["_read_manifest", "_describe"])
-def test_one_that_vanishes_while_it_is_read_is_not_listed(tmp_path, monkeypatch, moment):
+def test_a_checkpoint_deleted_while_it_is_read_is_not_listed(tmp_path, monkeypatch, moment):
     """Its run may remove a checkpoint, or move it aside, at any moment."""
     for step in (1, 2):
         save(tmp_path, step, 1.0)
@@ -202,21 +202,21 @@ def test_broken_checkpoints_do_not_push_out_good_ones(tmp_path):
     assert names(tmp_path) == ["latest", *(f"step_0000000{s}" for s in (1, 2, 3, 4))]
 
 
-def test_a_checkpoint_of_a_step_that_was_given_up_neither_counts_nor_goes(tmp_path):
+def test_a_checkpoint_of_an_abandoned_step_is_neither_counted_nor_deleted(tmp_path):
     save(tmp_path, 9)
     for step in (5, 6):
         save(tmp_path, step, keep=1)
     assert names(tmp_path) == ["latest", "step_00000006", "step_00000009"]
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
     save(tmp_path, 1)
     save_checkpoint(tmp_path, 1, {"state.pt": write_state({"position": "again"})}, None, 1)
     assert names(tmp_path) == ["latest", "step_00000001"]
     assert find_latest(tmp_path).load_state() == {"position": "again"}
 
 
-def test_a_checkpoint_whose_replacement_never_came_gets_its_name_back(tmp_path):
+def test_a_checkpoint_whose_replacement_was_never_written_gets_its_name_back(tmp_path):
     for step in (1, 2):
         os.rename(save(tmp_path, step), tmp_path / f".old_step_0000000{step}")
     save(tmp_path, 2)
@@ -234,7 +234,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("stop", [Killed, ValueError])
 @pytest.mark.parametrize("part", ["model.safetensors", "state.pt"])
-def test_stopped_in_the_middle_of_a_file_the_older_ones_are_as_they_were(tmp_path, part, stop):
+def test_a_save_stopped_within_a_file_leaves_older_checkpoints_unchanged(tmp_path, part, stop):
     save(tmp_path, 1)
     before = content(tmp_path)
 
@@ -281,7 +281,7 @@ def forked_kill(root, count):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_killed_before_any_system_call_a_whole_checkpoint_is_found_and_the_next_save_tidies(tmp_path):
+def test_after_a_kill_before_any_system_call_a_complete_checkpoint_is_found_and_the_next_save_cleans_up(tmp_path):
     steps_seen = []
     for count in range(100):
         root = tmp_path / str(count)
@@ -321,7 +321,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", FILES)
-def test_damage_is_found_and_named_and_the_one_before_is_used(tmp_path, capsys, file, damage):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(tmp_path, capsys, file, damage):
     save(tmp_path, 1)
     broken = save(tmp_path, 2)
     DAMAGE[damage](broken / file)
@@ -342,7 +342,7 @@ def test_every_byte_of_the_manifest_counts(tmp_path, capsys):
     assert find_latest(tmp_path).step == 1
 
 
-def signed(path, **changes):
+def write_manifest(path, **changes):
     """A manifest with these changes and a hash that fits them."""
     manifest = json.loads(path.read_text()) | changes
     manifest.pop("sha256")
@@ -362,20 +362,20 @@ def signed(path, **changes):
         ({"val_loss": "low"}, "damaged"),
     ],
 )
-def test_a_made_up_manifest_is_refused(tmp_path, changes, message):
-    signed(save(tmp_path, 1) / "manifest.json", **changes)
+def test_a_forged_manifest_is_refused(tmp_path, changes, message):
+    write_manifest(save(tmp_path, 1) / "manifest.json", **changes)
     with pytest.raises(UserError, match=message):
         find_latest(tmp_path)
 
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b"{}", b"[]", b"null", b'{"a":' * 50_000, b"\xff\xfe", b"NaN"])
-def test_a_manifest_made_to_harm_is_refused(tmp_path, data):
+def test_a_malicious_manifest_is_refused(tmp_path, data):
     (save(tmp_path, 1) / "manifest.json").write_bytes(data)
     with pytest.raises(UserError, match=r"manifest\.json"):
         find_latest(tmp_path)
 
 
-def test_all_broken_is_one_line_that_names_each(tmp_path, capsys):
+def test_only_broken_checkpoints_are_an_error_of_one_line_that_names_each(tmp_path, capsys):
     for step, file in [(1, "state.pt"), (2, "model.safetensors")]:
         flip(save(tmp_path, step) / file, 50)
     with pytest.raises(UserError) as caught:
@@ -385,7 +385,7 @@ def test_all_broken_is_one_line_that_names_each(tmp_path, capsys):
     assert "\n" not in message and message.startswith("every checkpoint")
 
 
-def test_none_is_said(tmp_path):
+def test_a_directory_without_checkpoints_is_an_error(tmp_path):
     (tmp_path / "step_elsewhere").mkdir()
     (tmp_path / ".tmp_step_00000001_12").mkdir()
     for root in (tmp_path, tmp_path / "nowhere"):
@@ -393,14 +393,14 @@ def test_none_is_said(tmp_path):
             find_latest(root)
 
 
-def test_a_newest_that_is_gone_altogether_is_said(tmp_path, capsys):
+def test_a_missing_newest_checkpoint_is_reported(tmp_path, capsys):
     save(tmp_path, 1)
     shutil.rmtree(save(tmp_path, 2))
     assert find_latest(tmp_path).step == 1
     assert "step_00000002, written last, is missing" in capsys.readouterr().err
 
 
-def test_reading_changes_nothing(tmp_path):
+def test_reading_a_checkpoint_changes_no_file(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".tmp_step_00000002_12").mkdir()
     (tmp_path / ".tmp_step_00000002_12/half").write_bytes(b"half")
@@ -459,7 +459,7 @@ LIMITED = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
-def test_a_full_disk_is_an_error_that_names_the_path_and_spares_the_older(tmp_path):
+def test_a_full_disk_is_an_error_that_names_the_path_and_keeps_older_checkpoints(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(LIMITED), str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -483,7 +483,7 @@ def test_a_directory_that_cannot_be_written_is_an_error_that_names_it(tmp_path, 
     assert content(tmp_path / "ck") == before
 
 
-def test_an_earlier_run_is_set_aside_whole(tmp_path):
+def test_an_earlier_run_is_archived_completely(tmp_path):
     root = tmp_path / "ck"
     assert archive_run(root) is None and not root.exists()
     save(root, 5)
@@ -505,12 +505,12 @@ def model_file(path, tensors=None, **changes):
     size = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + size])["__metadata__"] | changes
     all_tensors = safetensors.torch.load(data) | (tensors or {})
-    kept = [{key: value for key, value in d.items() if value is not None} for d in (all_tensors, metadata)]
-    path.write_bytes(safetensors.torch.save(*kept))
+    present = [{key: value for key, value in d.items() if value is not None} for d in (all_tensors, metadata)]
+    path.write_bytes(safetensors.torch.save(*present))
     return path
 
 
-def test_a_model_file_gives_back_model_encoder_and_record(tmp_path):
+def test_a_model_file_restores_model_encoder_and_record(tmp_path):
     path, model = tmp_path / "new/air ü.strawberry", small(5)
     before = torch.get_rng_state()
     save_model(path, model, Encoder(), {"loss": 1.25, "steps": [1, 2]})
@@ -521,14 +521,14 @@ def test_a_model_file_gives_back_model_encoder_and_record(tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     assert again.unembed.weight is again.embed.weight
-    assert torch.equal(again.table, torch.full((5,), 3.0))  # not saved, made anew
+    assert torch.equal(again.table, torch.full((5,), 3.0))  # not saved, computed again
     assert sorted(safetensors.torch.load_file(path)) == ["blocks.0.weight", "embed.weight", "router_bias"]
     assert names(path.parent) == [path.name]
     assert model_files.read_about(path) == (vars(model.config), record)
     assert model_files.read_encoder(path).fingerprint == encoder.fingerprint
 
 
-def test_real_models_come_back(tmp_path, monkeypatch):
+def test_models_of_every_family_are_restored(tmp_path, monkeypatch):
     monkeypatch.undo()  # of the stand-ins
     import encoder
     import model
@@ -546,7 +546,7 @@ def test_real_models_come_back(tmp_path, monkeypatch):
         assert torch.equal(original(tokens, source=source)[0], again(tokens, source=source)[0]), arch
 
 
-def test_half_precision_is_widened_and_never_narrowed(tmp_path):
+def test_bfloat16_is_loaded_as_float32_and_float64_is_refused(tmp_path):
     path = model_file(tmp_path / "m", {"blocks.0.weight": torch.full((2, 3), 0.5, dtype=torch.bfloat16)})
     assert torch.equal(load_model(path)[0].blocks[0].weight, torch.full((2, 3), 0.5))
     path = model_file(tmp_path / "m", {"blocks.0.weight": torch.zeros(2, 3, dtype=torch.float64)})
@@ -614,7 +614,7 @@ F32 = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
         with_header({"w": F32}),
     ],
 )
-def test_lying_headers_are_refused_in_one_line(tmp_path, data):
+def test_false_headers_are_refused_in_one_line(tmp_path, data):
     path = tmp_path / "m"
     path.write_bytes(data)
     with pytest.raises(UserError) as caught:
@@ -647,7 +647,7 @@ def test_a_header_longer_than_its_file_or_than_any_is_not_read(tmp_path):
             load_model(path)
 
 
-def test_a_model_file_that_is_not_there_or_no_file_is_said(tmp_path):
+def test_a_model_file_that_is_missing_or_a_directory_is_an_error(tmp_path):
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError, match=re.escape(f"no model file {path}")):
             load_model(path)
@@ -656,7 +656,7 @@ def test_a_model_file_that_is_not_there_or_no_file_is_said(tmp_path):
         load_model(tmp_path / "tny.palm")
 
 
-def test_a_model_file_is_replaced_wholly_or_not_at_all(tmp_path, monkeypatch):
+def test_a_model_file_is_replaced_atomically(tmp_path, monkeypatch):
     path = tmp_path / "m"
     save_model(path, small(1), Encoder(), {})
     before = path.read_bytes()

@@ -1,5 +1,5 @@
 """Steps that the host does not wait for. What is captured on a GPU is called on the CPU, by the same code: it must do
-what steps taken one by one do, and where something is not finite, nothing."""
+what steps launched one by one do, and where something is not finite, nothing."""
 
 import math
 import signal
@@ -45,7 +45,7 @@ def close(a: dict, b: dict):
 @pytest.mark.slow
 @pytest.mark.parametrize("muon", ["true", "false"])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_captured_steps_train_as_others_do(run_folder, monkeypatch, muon, accumulation):
+def test_captured_steps_train_as_uncaptured_steps_do(run_folder, monkeypatch, muon, accumulation):
     write_config(model_hyperparams=EXPERTS | {"dropout": 0.1})
     keys = [f"--optimizer_hyperparams.use_muon={muon}", f"--gradient_accumulation_steps={accumulation}"]
     assert run(*keys, "--checkpoints.path=plain") == 0
@@ -66,7 +66,7 @@ def test_captured_steps_train_as_others_do(run_folder, monkeypatch, muon, accumu
 
 
 @pytest.mark.slow
-def test_a_captured_run_that_stopped_goes_on_as_if_it_had_not(run_folder, graph_steps):
+def test_a_resumed_captured_run_equals_the_uninterrupted_one(run_folder, graph_steps):
     assert run("--checkpoints.path=whole") == 0
     assert run("--max_iters=6", "--lr_decay_iters=10") == 0
     assert run("--init_from=resume") == 0
@@ -74,16 +74,16 @@ def test_a_captured_run_that_stopped_goes_on_as_if_it_had_not(run_folder, graph_
         assert_same(whole, resumed)
 
 
-def test_the_console_waits_for_no_more_steps_than_are_logged(run_folder, graph_steps, monkeypatch, capsys):
+def test_the_host_waits_only_for_steps_that_are_logged(run_folder, graph_steps, monkeypatch, capsys):
     """Its rows are of steps that are waited for anyway: the first, those of an interval, and the last."""
-    heard, waits = CudaGraphStep.completed, []
+    completed, waits = CudaGraphStep.completed, []
 
-    def noted(self, lag):
+    def record_waits(self, lag):
         if lag == 0:
             waits.append(self.state.progress.step)
-        return heard(self, lag)
+        return completed(self, lag)
 
-    monkeypatch.setattr(CudaGraphStep, "completed", noted)
+    monkeypatch.setattr(CudaGraphStep, "completed", record_waits)
     assert run("--log_interval=3", "--eval_interval=100", "--checkpoints.create_checkpoints=false",
                "--checkpoints.interval=100") == 0  # fmt: skip
     assert sorted(set(waits)) == [1, 3, 6, 9, 10]
@@ -91,8 +91,8 @@ def test_the_console_waits_for_no_more_steps_than_are_logged(run_folder, graph_s
     assert rows == ["1", "3", "6", "9", "10"]
 
 
-class Slow:
-    """An event of a device that is behind: an answer is there only when somebody waits for it."""
+class LateEvent:
+    """An event of a device that is behind: it has completed only when the host waits for it."""
 
     waited = False
 
@@ -103,49 +103,49 @@ class Slow:
         self.waited = True
 
 
-def late(monkeypatch):
-    """Answers come as late as a GPU's may."""
-    take = CudaGraphStep.launch
+def delay_results(monkeypatch):
+    """Results come as late as a GPU's may."""
+    launch = CudaGraphStep.launch
 
-    def taken(self, *arguments):
-        take(self, *arguments)
-        self.pending[-1] = self.pending[-1]._replace(ready=Slow())
+    def launch_and_act(self, *arguments):
+        launch(self, *arguments)
+        self.pending[-1] = self.pending[-1]._replace(ready=LateEvent())
 
-    monkeypatch.setattr(CudaGraphStep, "launch", taken)
+    monkeypatch.setattr(CudaGraphStep, "launch", launch_and_act)
 
 
-def spoil(monkeypatch, *positions, value=math.nan):
+def set_gradients(monkeypatch, *positions, value=math.nan):
     """The loss of the steps at these positions is `value`; what the host sees of them comes late."""
-    take, accumulate = CudaGraphStep.launch, TrainStep.accumulate
-    spoiled = []
+    launch, accumulate = CudaGraphStep.launch, TrainStep.accumulate
+    replaced = []
 
-    def taken(self, *arguments):
-        spoiled[:] = [self.state.progress.position in positions]
-        take(self, *arguments)
-        spoiled.clear()
+    def launch_and_act(self, *arguments):
+        replaced[:] = [self.state.progress.position in positions]
+        launch(self, *arguments)
+        replaced.clear()
 
-    def accumulated(self, micro_batches):
+    def accumulate_and_replace(self, micro_batches):
         loss = accumulate(self, micro_batches)
-        if any(spoiled):
+        if any(replaced):
             for p in self.state.model.parameters():
                 p.grad.fill_(value)
         return loss
 
-    monkeypatch.setattr(CudaGraphStep, "launch", taken)
-    monkeypatch.setattr(TrainStep, "accumulate", accumulated)
-    late(monkeypatch)
+    monkeypatch.setattr(CudaGraphStep, "launch", launch_and_act)
+    monkeypatch.setattr(TrainStep, "accumulate", accumulate_and_replace)
+    delay_results(monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("muon", ["true", "false"])
-def test_what_is_not_finite_changes_nothing_nor_do_later_steps(run_folder, graph_steps, monkeypatch, muon, value):
+def test_a_loss_that_is_not_finite_skips_this_and_queued_updates(run_folder, graph_steps, monkeypatch, muon, value):
     write_config(model_hyperparams=EXPERTS)
     keys = [f"--optimizer_hyperparams.use_muon={muon}", "--checkpoints.interval=100", "--log_interval=100",
             "--eval_interval=100", "--max_iters=16", "--lr_decay_iters=16"]
     trainer = prepared(*keys)
     with monkeypatch.context() as patch, pytest.raises(NonFinite, match="step 7: the loss is .* not updated"):
-        spoil(patch, 6, value=value)
+        set_gradients(patch, 6, value=value)
         trainer.train()
     assert trainer.progress.step == 6 and trainer.progress.tokens == 6 * trainer.tokens_per_step
     run(*keys, "--max_iters=6", "--checkpoints.interval=6", "--sample_length=0")
@@ -156,8 +156,8 @@ def test_what_is_not_finite_changes_nothing_nor_do_later_steps(run_folder, graph
     assert mine["muon_step"] == find_latest("ck").load_state()["optimizer"]["muon_step"]
 
 
-def test_a_rollback_goes_on_captured(run_folder, graph_steps, monkeypatch, capsys):
-    spoil(monkeypatch, 6)
+def test_steps_after_a_rollback_are_captured_again(run_folder, graph_steps, monkeypatch, capsys):
+    set_gradients(monkeypatch, 6)
     records = []
     capture = CudaGraphStep.capture
     monkeypatch.setattr(CudaGraphStep, "capture", lambda self, batches: records.append(1) or capture(self, batches))
@@ -169,34 +169,34 @@ def test_a_rollback_goes_on_captured(run_folder, graph_steps, monkeypatch, capsy
     assert find_latest("ck").load_state()["progress"]["skipped"] == 3 and Path("out/tiny.model").exists()
 
 
-def test_the_host_is_some_steps_ahead_and_no_more(run_folder, graph_steps, monkeypatch):
-    late(monkeypatch)
-    waiting, heard = [], CudaGraphStep.completed
+def test_the_host_queues_a_limited_number_of_steps(run_folder, graph_steps, monkeypatch):
+    delay_results(monkeypatch)
+    waiting, completed = [], CudaGraphStep.completed
 
-    def listened(self, lag):
-        found = list(heard(self, lag))
+    def record_pending(self, lag):
+        found = list(completed(self, lag))
         waiting.append(len(self.pending))
         return iter(found)
 
-    monkeypatch.setattr(CudaGraphStep, "completed", listened)
+    monkeypatch.setattr(CudaGraphStep, "completed", record_pending)
     keys = ("--log_interval=100", "--eval_interval=100", "--checkpoints.interval=100")
     assert run("--max_iters=10", *keys) == 0
     assert waiting[:10] == [0, 1, 2, 3, 4, 4, 4, 4, 4, 0]
 
 
 @pytest.mark.slow
-def test_a_signal_waits_for_the_steps_on_their_way(run_folder, graph_steps, monkeypatch):
-    late(monkeypatch)
-    take = CudaGraphStep.launch
+def test_a_signal_waits_for_the_queued_steps(run_folder, graph_steps, monkeypatch):
+    delay_results(monkeypatch)
+    launch = CudaGraphStep.launch
     calls = []
 
-    def taken(self, *arguments):
+    def launch_and_act(self, *arguments):
         calls.append(1)
         if len(calls) == 7:
             signal.raise_signal(signal.SIGTERM)
-        take(self, *arguments)
+        launch(self, *arguments)
 
-    monkeypatch.setattr(CudaGraphStep, "launch", taken)
+    monkeypatch.setattr(CudaGraphStep, "launch", launch_and_act)
     keys = ("--log_interval=100", "--eval_interval=100", "--checkpoints.interval=100")
     assert run(*keys) == 143
     assert find_latest("ck").step == 7
@@ -206,7 +206,7 @@ def test_a_signal_waits_for_the_steps_on_their_way(run_folder, graph_steps, monk
 
 
 @pytest.mark.slow
-def test_what_cannot_be_captured_trains_all_the_same(run_folder, graph_steps, monkeypatch, capsys):
+def test_steps_that_cannot_be_captured_are_trained_without_a_graph(run_folder, graph_steps, monkeypatch, capsys):
     def broken(self, batches):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 

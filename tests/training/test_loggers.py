@@ -110,7 +110,7 @@ def test_a_resumed_run_repeats_no_step_in_tensorboard():
     check_events("ck/earlier_1")
 
 
-def test_rewritten_lines_keep_their_distance_in_time():
+def test_rewritten_lines_keep_their_time_differences():
     require_module("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -172,7 +172,7 @@ def check_rows(rows, lines):
 
 
 @pytest.mark.slow
-def test_wandb_has_what_metrics_jsonl_has_and_a_resumed_run_goes_on(capfd):
+def test_wandb_has_what_metrics_jsonl_has_and_a_resumed_run_is_continued(capfd):
     require_module("wandb")
     assert run("--log_to=wandb", "--max_iters=6") == 0
     (folder,) = run_folders()
@@ -237,7 +237,7 @@ def test_a_line_counts_as_written_after_some_seconds(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_in_both_without_a_gap():
+def test_a_killed_run_resumes_in_tensorboard_and_wandb_without_a_gap():
     require_module("tensorboard")
     require_module("wandb")
     write_config("tinystar", img_path=None, decay_lr=False)  # the same values whatever max_iters is
@@ -292,7 +292,7 @@ def test_a_missing_package_is_one_line_before_anything_is_written(monkeypatch, l
     assert sorted(Path().rglob("*")) == before
 
 
-def test_wandb_without_a_key_is_an_error_that_names_the_mend(monkeypatch, tmp_path):
+def test_wandb_without_a_key_is_an_error_that_names_the_fix(monkeypatch, tmp_path):
     require_module("wandb")
     import wandb
 
@@ -338,7 +338,7 @@ class Failing:
             raise OSError(28, "No space left on device")
 
 
-def test_a_logger_that_fails_warns_once_and_comes_back(capsys):
+def test_a_logger_that_fails_warns_once_and_is_tried_again(capsys):
     failing, steady = Failing(), Failing()
     both, lines = Loggers([failing, steady]), []
 
@@ -397,7 +397,7 @@ def test_only_rank_0_logs(monkeypatch):
     trainer.close()
 
 
-def test_values():
+def test_lines_are_flattened_and_versions_pinned():
     line = {"step": 3, "loss": None, "lr": 0.5, "loads": {"b": [1, 2]}, "why": "x"}
     assert dict(flatten(line))["loads/b/1"] == 2
     assert loggers.split_line(line) == ({"lr": 0.5, "loads/b/0": 1, "loads/b/1": 2}, {"why": "x"})

@@ -116,7 +116,7 @@ def test_samples_are_those_of_the_command_line(capsys):
         done.sample("a", source="b")
 
 
-def test_an_encoder_makes_no_text():
+def test_an_encoder_model_generates_no_text():
     shape = {"arch": "transformer", "kind": "encoder", "vocab_size": 44, "block_size": 16, "n_layer": 1, "n_embd": 16}
     raw = json.loads(Path("run.json").read_text()) | {"model_hyperparams": shape}
     done = strawberry.train(raw, quiet=True, max_iters=2)
@@ -175,7 +175,7 @@ def test_an_interrupt_saves_and_returns_the_run(monkeypatch, capsys):
     assert_same(dict(done.model.state_dict()), dict(whole.model.state_dict()))
 
 
-def test_a_second_interrupt_gives_up_at_once(monkeypatch):
+def test_a_second_interrupt_ends_the_run_immediately(monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3, times=2)
         with pytest.raises(KeyboardInterrupt):
@@ -191,7 +191,7 @@ def test_an_interrupt_before_the_first_step_is_python_s_own(monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGTERM ends a process there")
-def test_a_kernel_that_is_asked_to_end_does_so_after_the_step(monkeypatch):
+def test_sigterm_to_a_kernel_ends_it_after_the_step(monkeypatch):
     received = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(weights_and_state()[0]))
     try:
@@ -210,7 +210,7 @@ def test_it_runs_in_another_thread():
     assert found[0].finished
 
 
-def test_an_architecture_of_a_cell_is_trained_by_its_name(monkeypatch):
+def test_an_architecture_defined_in_a_cell_is_trained_by_its_name(monkeypatch):
     for registry in (model.MODELS, model.CONFIGS):
         monkeypatch.setitem(registry, "mean", None)  # is taken out again afterwards
     scope = {**vars(model), "__name__": "__main__"}

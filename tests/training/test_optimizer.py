@@ -262,7 +262,7 @@ def test_momentum_warms_up_over_300_steps_by_default_and_a_small_momentum_is_kep
     assert momentum_at(group | {"momentum": 0.5, "step": 0}) == 0.5
 
 
-def test_a_stack_is_the_same_as_one_by_one():
+def test_orthogonalizing_a_stack_equals_orthogonalizing_each_matrix():
     torch.manual_seed(5)
     together = [nn.Parameter(torch.randn(8, 6)) for _ in range(3)] + [nn.Parameter(torch.randn(6, 8))]
     alone = [nn.Parameter(p.detach().clone()) for p in together]
@@ -277,7 +277,7 @@ def test_a_stack_is_the_same_as_one_by_one():
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
 
 
-def test_a_parameter_without_a_gradient_stays():
+def test_a_parameter_without_a_gradient_is_unchanged():
     used, unused = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
     used.grad = torch.ones(3, 4)
     Muon([used, unused]).step()
@@ -398,7 +398,7 @@ def test_each_group_has_its_own_rate():
     assert {g["lr"] / g["base_lr"] for part in optimizer.parts.values() for g in part.param_groups} == {0.5}
 
 
-def test_a_step_that_the_device_skips_changes_nothing_and_others_are_the_hosts():
+def test_a_step_skipped_on_the_device_changes_nothing_and_others_equal_the_hosts():
     """With all options, as a CUDA graph has it: learning rates and the decision are tensors."""
     host, device = Small(), Small()
     optimizers = [build_optimizer(model, hyper(**ALL), 0.01, "cpu") for model in (host, device)]
@@ -432,7 +432,7 @@ def test_a_step_that_the_device_skips_changes_nothing_and_others_are_the_hosts()
 
 
 @pytest.mark.parametrize(("then", "now"), [({}, ALL), (ALL, {"use_muon": True})])
-def test_a_run_goes_on_with_other_options(then, now):
+def test_a_run_resumes_with_other_optimizer_options(then, now):
     model = Small()
     saved = build_optimizer(model, hyper(**{"use_muon": True} | then), 0.01, "cpu")
     train(model, saved, range(2))
@@ -448,7 +448,7 @@ def test_a_run_goes_on_with_other_options(then, now):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_muon": True}, ALL])
-def test_the_state_comes_back_bit_for_bit(options):
+def test_the_optimizer_state_is_restored_bit_for_bit(options):
     whole, settings = Small(), (hyper(**options), 0.01, "cpu")
     optimizer = build_optimizer(whole, *settings)
     train(whole, optimizer, range(5))  # inside the momentum's warmup

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -26,7 +27,17 @@ import torch.distributed as dist
 import torture
 from machine import FULL
 from ports import free_port
-from torture import assert_same, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
+from torture import (
+    assert_same,
+    newest_state,
+    read_log,
+    set_up,
+    start_child,
+    untimed_metrics,
+    wait_for_exit,
+    wait_until,
+    write_run,
+)
 
 import train
 from model import CONFIGS, build
@@ -59,7 +70,7 @@ HALF = ["--max_iters=5", "--lr_decay_iters=10"]
 
 
 @functools.cache
-def models() -> dict[str, tuple[object, int]]:
+def list_models() -> dict[str, tuple[object, int]]:
     """name → (hyperparameters, tokens in a row): every preset in small, and what no preset has."""
     found = {}
     for name in PRESETS if FULL else sorted({*PRESETS} - SIMILAR):
@@ -87,7 +98,7 @@ OPTIONS = {"options of the optimizer": {
 }}  # fmt: skip
 
 
-def perturbed(hyper: dict) -> torch.nn.Module:
+def build_perturbed(hyper: dict) -> torch.nn.Module:
     """A model none of whose matrices is zero, as some are at the start, so that every gradient counts."""
     torch.manual_seed(3)
     model = build(hyper)
@@ -97,7 +108,7 @@ def perturbed(hyper: dict) -> torch.nn.Module:
     return model
 
 
-def batches(model, T: int, rank: int, world: int) -> list[Batch]:
+def make_batches(model, T: int, rank: int, world: int) -> list[Batch]:
     """This rank's part of two micro-batches of 4 rows, each row with a number of targets of its own."""
     generator = torch.Generator().manual_seed(4)
     x, y, source = (torch.randint(60, (8, T), generator=generator) for _ in range(3))
@@ -108,15 +119,15 @@ def batches(model, T: int, rank: int, world: int) -> list[Batch]:
     return [Batch(x[p], y[p], source[p] if model.takes_source else None, int((y[p] >= 0).sum())) for p in parts]
 
 
-def steps(group, name: str) -> dict:
+def train_steps(group, name: str) -> dict:
     """What the steps of a model with both optimizers come to: train.py's own passes, clipping and update."""
-    hyper, T = models()[name]
-    model = group.place_model(perturbed(hyper), CPU, torch.float32).train()
+    hyper, T = list_models()[name]
+    model = group.place_model(build_perturbed(hyper), CPU, torch.float32).train()
     # eps: so that AdamW's first step is no mere sign of a gradient
     about = OptimizerHyperparams(use_muon=True, eps=1e-2, **OPTIONS.get(name, {}))
     optimizer = build_optimizer(model, about, 1e-2, "cpu", group)
     optimizer._fused_clipping = True  # as on a GPU
-    given = batches(model, T, group.rank, group.world)
+    given = make_batches(model, T, group.rank, group.world)
 
     def idle() -> bool:
         model(given[0].x, given[0].y, source=given[0].source)[1].backward()
@@ -148,14 +159,15 @@ def steps(group, name: str) -> dict:
     return found
 
 
-def memory(group) -> dict[str, float]:
+def measure_memory(group) -> dict[str, float]:
     """Bytes at most in a step, by kind, as torch counts them (MemTracker); the unit is all weights."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    hyper = models()["tinystar-v0.3-mha"][0] | {"n_layer": 12, "n_embd": 64, "n_qkv": 64}
-    model = group.place_model(perturbed(hyper), CPU, torch.float32).train()
+    hyper = list_models()["tinystar-v0.3-mha"][0] | {"n_layer": 12, "n_embd": 64, "n_qkv": 64}
+    model = group.place_model(build_perturbed(hyper), CPU, torch.float32).train()
     optimizer = build_optimizer(model, OptimizerHyperparams(), 1e-2, "cpu", group)
-    given, forward = batches(model, 32, group.rank, group.world)[0], group.make_forward(model, False, lambda: False)
+    given = make_batches(model, 32, group.rank, group.world)[0]
+    forward = group.make_forward(model, False, lambda: False)
 
     def step():
         forward(given.x, given.y)[1].backward(group.grad_seed)
@@ -172,8 +184,8 @@ def memory(group) -> dict[str, float]:
     return {str(kind).rpartition(".")[2]: n / (4 * model.num_params(False)) for kind, n in peak.items()}
 
 
-def orthogonalised(group, shapes) -> list[torch.Tensor]:
-    """Stacks of such shapes (n, rows, columns) through `spread`, each rank giving what it has of them."""
+def orthogonalize(group, shapes) -> list[torch.Tensor]:
+    """Stacks of such shapes (n, rows, columns) through `distribute`, each rank giving what it has of them."""
     generator = torch.Generator().manual_seed(5)
     stacks = [torch.randn(shape, generator=generator) for shape in shapes]
     if group.sharded:
@@ -188,7 +200,7 @@ STACKS = [(3, 5, 7), (1, 1, 6), (4, 8, 8), (2, 9, 2)]
 # ---- whole runs ----------------------------------------------------------------------------------------------------
 
 
-class SeenEvaluator(Evaluator):
+class TextRecordingEvaluator(Evaluator):
     """Notes the text that it makes, and draws nothing."""
 
     def evaluate_full_model(self, results):
@@ -202,15 +214,15 @@ class SeenEvaluator(Evaluator):
         pass
 
 
-class Seen(train.Trainer):
+class TextRecorder(train.Trainer):
     """A trainer that notes the text that it makes."""
 
     def __init__(self, *arguments, **more):
         super().__init__(*arguments, **more)
-        self.evaluator = SeenEvaluator(self)
+        self.evaluator = TextRecordingEvaluator(self)
 
 
-class Signalled(Seen):
+class Signalled(TextRecorder):
     """One rank gets SIGTERM in the third step, another none."""
 
     def log(self, bar, step, *about):
@@ -219,7 +231,7 @@ class Signalled(Seen):
             signal.raise_signal(signal.SIGTERM)
 
 
-class Together(Signalled):
+class StoppingTogether(Signalled):
     """As on GPUs, which wait for each other where a host does not see it."""
 
     def prepare(self):
@@ -238,7 +250,7 @@ class Event:
         return self.asked > 3
 
 
-class Lagging(cuda_graph.CudaGraphStep):
+class LateResults(cuda_graph.CudaGraphStep):
     """Answers come as late as a GPU's may, and not equally late."""
 
     def launch(self, *arguments):
@@ -246,7 +258,7 @@ class Lagging(cuda_graph.CudaGraphStep):
         self.pending[-1] = self.pending[-1]._replace(ready=Event(self.state.ranks.rank == 1))
 
 
-class Spoiled(Seen):
+class LossNotFinite(TextRecorder):
     """The seventh step's loss is not finite on one rank, of whose part the other sees nothing."""
 
     def __init__(self, *arguments, **more):
@@ -272,8 +284,8 @@ class Spoiled(Seen):
         return super().autocast()
 
 
-class Unrecordable(cuda_graph.CudaGraphStep):
-    """A GPU's recording that breaks off: with DDP in one rank, where DDP waits for gradients, with FSDP in the midst of
+class FailingCapture(cuda_graph.CudaGraphStep):
+    """A capture on a GPU that fails: with DDP in one rank, where DDP waits for gradients, with FSDP in the midst of
     the backward pass."""
 
     def capture(self, micro_batches):
@@ -298,17 +310,17 @@ class Unrecordable(cuda_graph.CudaGraphStep):
 
 
 @contextlib.contextmanager
-def leaving_steps_to_the_device():
-    """What a GPU records is called here, by the same code."""
-    can_record, cuda_graph.can_capture = cuda_graph.can_capture, lambda device: True
+def capturing_steps():
+    """Steps as a GPU captures them, called here by the same code."""
+    can_capture, cuda_graph.can_capture = cuda_graph.can_capture, lambda device: True
     try:
         yield
     finally:
-        cuda_graph.can_capture = can_record
+        cuda_graph.can_capture = can_capture
 
 
 @contextlib.contextmanager
-def small_matrices_in_8_bits():
+def float8_for_small_matrices():
     before, float8.MIN_DIM = float8.MIN_DIM, 4
     try:
         yield
@@ -316,12 +328,12 @@ def small_matrices_in_8_bits():
         float8.MIN_DIM = before
 
 
-def run(*argv, trainer=Seen) -> int:
+def run(*argv, trainer=TextRecorder) -> int:
     train.Trainer = trainer
     return train.main(["--config", "run.json", *argv])
 
 
-def copied(source: str, target: str) -> str:
+def copy_checkpoints(source: str, target: str) -> str:
     """A copy of a checkpoint directory, made by the first of the processes."""
     if dist.get_rank() == 0:
         shutil.copytree(source, target)
@@ -329,7 +341,7 @@ def copied(source: str, target: str) -> str:
     return f"--checkpoints.path={target}"
 
 
-def failing_once():
+def fail_first_save():
     """save_checkpoint that fails in the first call, on the one rank that makes it."""
     save, calls = checkpointing.save_checkpoint, []
 
@@ -342,7 +354,7 @@ def failing_once():
     return failing
 
 
-def two(argv) -> None:
+def run_rank(argv) -> None:
     """All that one of the two processes does."""
     device = CPU
     first = distributed.DDP(device)
@@ -350,55 +362,56 @@ def two(argv) -> None:
     distributed.ProcessGroup.close = lambda self: None
     found = {}
     for mode, kind in MODES.items():
-        found[mode, "spread"] = orthogonalised(kind(device), STACKS)
-        found[mode, "memory"] = memory(kind(device))
-        for name in models():
-            found[mode, name] = steps(kind(device), name)
+        found[mode, "distribute"] = orthogonalize(kind(device), STACKS)
+        found[mode, "memory"] = measure_memory(kind(device))
+        for name in list_models():
+            found[mode, name] = train_steps(kind(device), name)
         codes = [run(f"--checkpoints.path={mode}", f"--parallel={mode}")]
         codes.append(run(f"--checkpoints.path={mode}_half", f"--parallel={mode}", *HALF))
         other = next(iter(MODES.keys() - {mode}))
         for parallel, target in ((mode, f"{mode}_{mode}"), (other, f"{mode}_{other}")):
-            codes.append(run(copied(f"{mode}_half", target), f"--parallel={parallel}", RESUME))
-        codes.append(run(copied("one_half", f"one_{mode}"), f"--parallel={mode}", RESUME))
+            codes.append(run(copy_checkpoints(f"{mode}_half", target), f"--parallel={parallel}", RESUME))
+        codes.append(run(copy_checkpoints("one_half", f"one_{mode}"), f"--parallel={mode}", RESUME))
         codes.append(run(f"--checkpoints.path=turns_{mode}", f"--parallel={mode}", "--batch_size=3", "--max_iters=2"))
         found[mode, "codes"] = codes
     with contextlib.redirect_stdout(io.StringIO()) as output:
         found["checks"] = [run("--check", f"--parallel={mode}", "--checkpoints.path=none") for mode in MODES]
     found["output"] = output.getvalue()
-    found["half"] = run("--checkpoints.path=narrow", "--parallel=fsdp", "--dtype=bfloat16", *HALF)
-    with small_matrices_in_8_bits():
-        found["eight"] = [run(f"--checkpoints.path=eight_{mode}", f"--parallel={mode}", "--dtype=float8", *HALF)
+    found["bfloat16"] = run("--checkpoints.path=bfloat16", "--parallel=fsdp", "--dtype=bfloat16", *HALF)
+    with float8_for_small_matrices():
+        found["float8"] = [run(f"--checkpoints.path=float8_{mode}", f"--parallel={mode}", "--dtype=float8", *HALF)
                           for mode in MODES]  # fmt: skip
     found["stopped"] = run("--checkpoints.path=stopped", "--parallel=fsdp", "--max_iters=500", trainer=Signalled)
-    save, checkpointing.save_checkpoint = checkpointing.save_checkpoint, failing_once()
+    save, checkpointing.save_checkpoint = checkpointing.save_checkpoint, fail_first_save()
     found["full disk"] = run("--checkpoints.path=full", "--parallel=fsdp", *HALF)
     checkpointing.save_checkpoint = save
-    with leaving_steps_to_the_device():
+    with capturing_steps():
         more = ["--parallel=ddp", "--model_hyperparams.dropout=0.1"]
         found["captured"] = [run("--checkpoints.path=captured", "--parallel=ddp"),
                              run("--checkpoints.path=captured_turns", *more[:1], "--batch_size=3", "--max_iters=2"),
                              run("--checkpoints.path=captured_dropout", *more),
-                             run("--checkpoints.path=spoiled", "--parallel=ddp", trainer=Spoiled),
-                             run("--checkpoints.path=rolled", "--parallel=ddp", "--on_nan=rollback", trainer=Spoiled),
+                             run("--checkpoints.path=spoiled", "--parallel=ddp", trainer=LossNotFinite),
+                             run("--checkpoints.path=rolled", "--parallel=ddp", "--on_nan=rollback",
+                                 trainer=LossNotFinite),
                              run("--checkpoints.path=captured_fsdp", "--parallel=fsdp"),
                              run("--checkpoints.path=rolled_fsdp", "--parallel=fsdp", "--on_nan=rollback",
-                                 trainer=Spoiled)]
-        captured, cuda_graph.CudaGraphStep = cuda_graph.CudaGraphStep, Lagging
+                                 trainer=LossNotFinite)]
+        captured, cuda_graph.CudaGraphStep = cuda_graph.CudaGraphStep, LateResults
         rare = ["--parallel=ddp", "--log_interval=100", "--eval_interval=100"]
-        found["lagging"] = [run("--checkpoints.path=lagging", *rare, "--on_nan=rollback", trainer=Spoiled),
-                            run("--checkpoints.path=together", *rare[:1], "--max_iters=500", trainer=Together)]
-        cuda_graph.CudaGraphStep = Unrecordable
+        found["lagging"] = [run("--checkpoints.path=lagging", *rare, "--on_nan=rollback", trainer=LossNotFinite),
+                            run("--checkpoints.path=together", *rare[:1], "--max_iters=500", trainer=StoppingTogether)]
+        cuda_graph.CudaGraphStep = FailingCapture
         found["captured"].append(run("--checkpoints.path=uncapturable", "--parallel=ddp"))
         cuda_graph.CudaGraphStep = captured
     found["captured"].append(run("--checkpoints.path=called_dropout", *more))
-    found["no sync"] = reduced(first)
+    found["no sync"] = count_reduced_buckets(first)
     torch.save(found, f"found{first.rank}.pt")
     dist.barrier()
 
 
-def reduced(group) -> list[int]:
-    """How many buckets were reduced after each of three micro-batches, the last one being told to be that."""
-    model = perturbed(models()["tinystar-v0.3-mha"][0])
+def count_reduced_buckets(group) -> list[int]:
+    """How many buckets were reduced after each of three micro-batches, the last one marked as the last."""
+    model = build_perturbed(list_models()["tinystar-v0.3-mha"][0])
     ddp, calls, found = group.make_forward(model, False, lambda: False), [], []
 
     def hook(state, bucket):
@@ -406,7 +419,7 @@ def reduced(group) -> list[int]:
         return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
     ddp.register_comm_hook(None, hook)
-    given = batches(model, 32, group.rank, group.world)[0]
+    given = make_batches(model, 32, group.rank, group.world)[0]
     for last in (False, False, True):
         with group.sync_context(last):
             ddp(given.x, given.y)[1].backward()
@@ -414,23 +427,23 @@ def reduced(group) -> list[int]:
     return found
 
 
-def compute(there: Path) -> None:
+def compute_all(there: Path) -> None:
     """All that the two processes do, and meanwhile what one does, in a directory of its own."""
     there.mkdir()
     set_up(there)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         run("--checkpoints.path=one_half", *HALF)
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        children = [start(directory=there, log=f"log{rank}.txt", body=two, RANK=str(rank), LOCAL_RANK=str(rank), **env)
-                    for rank in range(2)]  # fmt: skip
+        children = [start_child(directory=there, log=f"log{rank}.txt", body=run_rank, RANK=str(rank),
+                                LOCAL_RANK=str(rank), **env) for rank in range(2)]  # fmt: skip
         run("--checkpoints.path=one")
         run("--checkpoints.path=turns_one", "--batch_size=3", "--max_iters=2")
-        run("--checkpoints.path=narrow_one", "--dtype=bfloat16", *HALF)
-        with small_matrices_in_8_bits():
-            run("--checkpoints.path=eight_one", "--dtype=float8", *HALF)
-        alone = {name: steps(distributed.SingleProcess(), name) for name in models()}
-        codes = [finish(child, 300) for child in children]
-    assert codes == [0, 0], "".join(read(f"log{rank}.txt")[-4000:] for rank in range(2))
+        run("--checkpoints.path=bfloat16_one", "--dtype=bfloat16", *HALF)
+        with float8_for_small_matrices():
+            run("--checkpoints.path=float8_one", "--dtype=float8", *HALF)
+        alone = {name: train_steps(distributed.SingleProcess(), name) for name in list_models()}
+        codes = [wait_for_exit(child, 300) for child in children]
+    assert codes == [0, 0], "".join(read_log(f"log{rank}.txt")[-4000:] for rank in range(2))
     torch.save(alone, "alone.pt")
 
 
@@ -447,7 +460,7 @@ def found(tmp_path_factory):
     with open(shared / "two.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (shared / "two").exists():
-            compute(shared / "two")
+            compute_all(shared / "two")
     os.chdir(shared / "two")
     yield torch.load("alone.pt", weights_only=False), [
         torch.load(f"found{rank}.pt", weights_only=False) for rank in range(2)]  # fmt: skip
@@ -478,8 +491,8 @@ def assert_close(one, many, what: str, rtol: float = 1e-4, atol: float = 2e-6) -
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", models())
-def test_two_processes_take_the_step_that_one_does(found, mode, name):
+@pytest.mark.parametrize("name", list_models())
+def test_two_processes_compute_the_step_of_one(found, mode, name):
     alone, both = found
     one, many = alone[name], both[0][mode, name]
     if name == "dropout":  # each rank draws its own: the same in both modes, the second time in FSDP as the first
@@ -494,8 +507,8 @@ def test_two_processes_take_the_step_that_one_does(found, mode, name):
     assert any(kind == "muon" for kind in one["state"]["kinds"].values())
 
 
-@pytest.mark.parametrize("name", models())
-def test_replicas_stay_equal_to_the_bit(found, name):
+@pytest.mark.parametrize("name", list_models())
+def test_ddp_replicas_stay_bit_identical(found, name):
     _, both = found
     assert_close(*(each["ddp", name] for each in both), name, rtol=0, atol=0)
 
@@ -503,7 +516,7 @@ def test_replicas_stay_equal_to_the_bit(found, name):
 def test_fsdp_and_ddp_agree_on_what_has_no_gradient(found):
     alone, both = found
     name = "parameters without a gradient"
-    named = dict(build(models()[name][0]).named_parameters())
+    named = dict(build(list_models()[name][0]).named_parameters())
     idle = named.keys() - alone[name]["grads"].keys()
     assert {part.rpartition(".")[2] for part in idle} == {"out"}
     for mode in MODES:
@@ -511,7 +524,7 @@ def test_fsdp_and_ddp_agree_on_what_has_no_gradient(found):
         assert all(not both[0][mode, name]["state"]["state"][part] for part in idle)
 
 
-def test_fsdp_divides_what_ddp_repeats(found):
+def test_fsdp_shards_what_ddp_replicates(found):
     ddp, fsdp = (found[1][0][mode, "memory"] for mode in MODES)
     assert ddp["PARAM"] == pytest.approx(1, abs=0.01) and ddp["OPT"] == pytest.approx(2, abs=0.01)
     assert fsdp["OPT"] == pytest.approx(1, abs=0.01) and fsdp["PARAM"] < 0.75 and fsdp["GRAD"] < 0.75
@@ -519,9 +532,9 @@ def test_fsdp_divides_what_ddp_repeats(found):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_muons_work_is_spread_and_comes_back(found, mode):
-    expected = orthogonalised(distributed.SingleProcess(), STACKS)
-    first, second = (both[mode, "spread"] for both in found[1])
+def test_muon_distributes_its_matrices_and_gathers_the_results(found, mode):
+    expected = orthogonalize(distributed.SingleProcess(), STACKS)
+    first, second = (both[mode, "distribute"] for both in found[1])
     for whole, a, b in zip(expected, first, second, strict=True):
         if mode == "ddp":
             assert torch.equal(a, b)
@@ -530,7 +543,7 @@ def test_muons_work_is_spread_and_comes_back(found, mode):
         torch.testing.assert_close(a, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_travel_once_a_step(found):
+def test_gradients_are_reduced_once_a_step(found):
     before, between, after = found[1][0]["no sync"]
     assert before == between == 0 < after
 
@@ -539,7 +552,8 @@ def test_gradients_travel_once_a_step(found):
 
 
 def losses(path: str) -> list:
-    return [(line["step"], key, value) for line in timeless(f"{path}/metrics.jsonl") for key, value in line.items()
+    lines = untimed_metrics(f"{path}/metrics.jsonl")
+    return [(line["step"], key, value) for line in lines for key, value in line.items()
             if key.endswith(("loss", "grad_norm", "bpb"))]  # fmt: skip
 
 
@@ -550,7 +564,7 @@ def assert_same_curve(a: str, b: str, rtol: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_is_the_run_of_one_process(found, mode):
+def test_a_run_of_two_processes_equals_the_run_of_one(found, mode):
     assert found[1][0][mode, "codes"] == [0] * 6
     assert_same_curve("one", mode)
     (_, one), (_, many) = newest_state("one"), newest_state(mode)
@@ -559,28 +573,28 @@ def test_a_run_is_the_run_of_one_process(found, mode):
         torch.testing.assert_close(one[name], many[name], rtol=1e-3, atol=1e-4, msg=name)
         if name.endswith("router.bias"):
             assert torch.equal(one[name], many[name]) and one[name].any()  # each token is counted once
-    texts = [json.loads(line) for line in read("texts").splitlines()]
+    texts = [json.loads(line) for line in read_log("texts").splitlines()]
     assert [text for path, _, text in texts if path == mode] == [text for path, _, text in texts if path == "one"]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(found, mode):
+def test_a_resumed_parallel_run_is_bit_identical_to_the_uninterrupted_one(found, mode):
     assert_same(newest_state(f"{mode}_{mode}")[1], newest_state(mode)[1])
 
 
-@pytest.mark.parametrize("way", ["ddp_fsdp", "fsdp_ddp", "one_ddp", "one_fsdp"])
-def test_a_run_goes_on_by_another_way(found, way):
-    assert_same_curve("one", way)
+@pytest.mark.parametrize("modes", ["ddp_fsdp", "fsdp_ddp", "one_ddp", "one_fsdp"])
+def test_a_checkpoint_is_resumed_in_another_mode(found, modes):
+    assert_same_curve("one", modes)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_of_two_goes_on_alone(found, mode):
+def test_a_checkpoint_of_two_processes_is_resumed_by_one(found, mode):
     shutil.copytree(f"{mode}_half", f"{mode}_one")
     run(f"--checkpoints.path={mode}_one", RESUME)
     assert_same_curve("one", f"{mode}_one")
 
 
-def test_checkpoints_are_alike(found):
+def test_checkpoints_of_all_modes_have_the_same_contents(found):
     states = {path: find_latest(path).load_state()["optimizer"] for path in ("one", *MODES)}
     headers = {path: find_latest(path).path / checkpoint.MODEL for path in states}
     for mode in MODES:
@@ -594,41 +608,41 @@ def test_checkpoints_are_alike(found):
         assert tensors[0] == tensors[1]
 
 
-def test_checking_tells_the_loss_of_all(found):
+def test_check_reports_the_loss_over_all_ranks(found):
     assert found[1][0]["checks"] == found[1][1]["checks"] == [0, 0]
-    first = next(line for line in timeless("one/metrics.jsonl"))["loss"]
+    first = next(line for line in untimed_metrics("one/metrics.jsonl"))["loss"]
     assert found[1][0]["output"].count(f"first batch  loss {first:.3f}") == 2 and not Path("none").exists()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_rows_cannot_be_divided_by_batches_are(found, mode):
+def test_micro_batches_are_divided_where_rows_cannot_be(found, mode):
     assert_same_curve("turns_one", f"turns_{mode}")
 
 
-def test_half_precision_is_that_of_one_process(found):
-    assert found[1][0]["half"] == 0
-    assert_same_curve("narrow_one", "narrow", rtol=2e-2)
+def test_bfloat16_of_two_processes_is_that_of_one(found):
+    assert found[1][0]["bfloat16"] == 0
+    assert_same_curve("bfloat16_one", "bfloat16", rtol=2e-2)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_multiply_in_8_bits_as_one(found, mode):
-    assert [both["eight"] for both in found[1]] == [[0, 0]] * 2
-    assert_same_curve("eight_one", f"eight_{mode}", rtol=2e-2)
-    assert losses("eight_one") != losses("narrow_one")
+def test_float8_of_two_processes_is_that_of_one(found, mode):
+    assert [both["float8"] for both in found[1]] == [[0, 0]] * 2
+    assert_same_curve("float8_one", f"float8_{mode}", rtol=2e-2)
+    assert losses("float8_one") != losses("bfloat16_one")
 
 
-def test_a_signal_that_one_of_them_gets_stops_all_at_one_step(found):
+def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(found):
     assert [both["stopped"] for both in found[1]] == [143, 143]
-    assert find_latest("stopped").step == timeless("stopped/metrics.jsonl")[-1]["step"] == 3
+    assert find_latest("stopped").step == untimed_metrics("stopped/metrics.jsonl")[-1]["step"] == 3
 
 
-@pytest.mark.parametrize(("hyper", "compiled", "pieces", "parcel"), [
+@pytest.mark.parametrize(("hyper", "compiled", "partitions", "bucket_size"), [
     ({"arch": "tinystar", "n_layer": 6}, True, 3, None), ({"arch": "tinystar", "n_layer": 1}, True, 1, 1024),
     ({"arch": "strawberry", "n_layer": 2}, True, 2, None), ({"arch": "strawberry", "n_layer": 1}, True, 1, 1024),
     ({"arch": "palm", "n_layer": 2}, True, 1, 1024), ({"arch": "tinystar", "n_layer": 6}, "blocks", 1, None),
     ({"arch": "tinystar", "n_layer": 6}, False, 1, None),
 ], ids=str)  # fmt: skip
-def test_gradients_travel_in_large_parcels_where_all_come_at_once(hyper, compiled, pieces, parcel, monkeypatch):
+def test_ddp_buckets_are_large_where_gradients_come_at_once(hyper, compiled, partitions, bucket_size, monkeypatch):
     about = {}
 
     class DDP(torch.nn.Module):
@@ -643,10 +657,10 @@ def test_gradients_travel_in_large_parcels_where_all_come_at_once(hyper, compile
     monkeypatch.setattr(distributed.DDP, "detect_peer_loss", lambda self: contextlib.nullcontext())
     model = build({"n_embd": 16, "n_head": 2, "vocab_size": 16, "block_size": 16} | hyper)
     object.__new__(distributed.DDP).make_forward(model, compiled, lambda: False)
-    assert (model.compile_partitions, about.get("bucket_cap_mb")) == (pieces, parcel)
+    assert (model.compile_partitions, about.get("bucket_cap_mb")) == (partitions, bucket_size)
 
 
-def test_steps_left_to_the_device_are_those_of_the_host(found):
+def test_captured_steps_equal_the_hosts(found):
     assert [both["captured"] for both in found[1]] == [[0, 0, 0, 3, *[0] * 5]] * 2
     assert_same_curve("ddp", "captured")
     assert_same_curve("turns_one", "captured_turns")
@@ -661,32 +675,32 @@ def test_steps_left_to_the_device_are_those_of_the_host(found):
     assert states[0] == states[1] == 10
 
 
-def test_all_ranks_hear_of_it_after_the_same_launch(found):
-    """One that heard of it sooner would go back alone."""
+def test_all_ranks_see_a_result_after_the_same_launch(found):
+    """A rank that saw it sooner would roll back alone."""
     assert [both["lagging"] for both in found[1]] == [[0, 143]] * 2
     assert_same(newest_state("lagging")[1], newest_state("rolled")[1])
-    assert find_latest("together").step == timeless("together/metrics.jsonl")[-1]["step"] == 3
+    assert find_latest("together").step == untimed_metrics("together/metrics.jsonl")[-1]["step"] == 3
 
 
-def test_where_one_rank_cannot_record_none_does(found):
+def test_where_one_rank_cannot_capture_no_rank_does(found):
     assert_same(newest_state("uncapturable")[1], newest_state("captured")[1])
     warning = "cannot be captured as a CUDA graph, so that steps take longer (another process could not)"
-    assert warning in read("log0.txt")
-    assert read("log1.txt").count("(RuntimeError: operation not permitted when stream is capturing)") == 1
+    assert warning in read_log("log0.txt")
+    assert read_log("log1.txt").count("(RuntimeError: operation not permitted when stream is capturing)") == 1
 
 
-def test_all_ranks_hear_of_a_loss_that_is_not_finite_in_one(found):
-    assert timeless("spoiled/metrics.jsonl")[-1]["step"] == 6 and find_latest("spoiled").step == 4
+def test_all_ranks_report_a_loss_that_is_not_finite_on_one(found):
+    assert untimed_metrics("spoiled/metrics.jsonl")[-1]["step"] == 6 and find_latest("spoiled").step == 4
     for rank in range(2):
-        assert "error: step 7: the loss is inf" in read(f"log{rank}.txt")
+        assert "error: step 7: the loss is inf" in read_log(f"log{rank}.txt")
     for path in ("rolled", "rolled_fsdp"):
-        lines = timeless(f"{path}/metrics.jsonl")
+        lines = untimed_metrics(f"{path}/metrics.jsonl")
         assert [line["from_step"] for line in lines if "rollback" in line] == [7] and lines[-1]["step"] == 10
 
 
-def test_a_checkpoint_that_failed_is_tried_again_by_all(found):
+def test_a_failed_checkpoint_is_retried_by_all_ranks(found):
     assert found[1][0]["full disk"] == 0
-    assert "cannot save" in read("log0.txt") and find_latest("full").step == 5
+    assert "cannot save" in read_log("log0.txt") and find_latest("full").step == 5
 
 
 # ---- without other processes ---------------------------------------------------------------------------------------
@@ -694,7 +708,7 @@ def test_a_checkpoint_that_failed_is_tried_again_by_all(found):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("batch, accumulation", [(8, 1), (3, 8), (4, 6), (12, 2)])
-def test_a_step_is_divided_without_rest(batch, accumulation, world):
+def test_a_step_is_divided_without_remainder(batch, accumulation, world):
     parts = [divide_batch(batch, accumulation, rank, world) for rank in range(world)] if (
         accumulation % batch_parts(batch, world)[1] == 0) else []  # fmt: skip
     samples = [first + row for rows, firsts in parts for first in firsts for row in range(rows)]
@@ -704,14 +718,14 @@ def test_a_step_is_divided_without_rest(batch, accumulation, world):
         assert len(firsts) == len(parts[0][1]) and rows == parts[0][0]
 
 
-def test_a_step_that_cannot_be_divided_says_what_would_do():
+def test_a_step_that_cannot_be_divided_names_values_that_can():
     with pytest.raises(UserError, match="set it to 4 or 8, or gradient_accumulation_steps to 4"):
         divide_batch(6, 3, 0, 4)
     assert divide_batch(6, 4, 1, 4) == (3, [3, 15])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
-def test_muons_work_is_shared_evenly(world):
+def test_muon_balances_its_matrices_among_ranks(world):
     shapes = [(12, 2304, 768), (12, 768, 768), (24, 768, 3072), (1, 8, 8)]
     shares = distributed.divide_matrices(shapes, world)
     for (n, *_), mine in zip(shapes, shares, strict=True):
@@ -721,14 +735,14 @@ def test_muons_work_is_shared_evenly(world):
     assert max(loads) - min(loads) <= max(cost)
 
 
-def test_blocks_travel_in_half_precision_only_where_products_alone_read_them():
+def test_blocks_are_gathered_in_half_precision_only_where_matmuls_alone_read_them():
     narrow = {name: all(map(blocks.has_only_matmul_weights, blocks.iterate_blocks(build(hyper))))
-              for name, (hyper, _) in models().items()}  # fmt: skip
+              for name, (hyper, _) in list_models().items()}  # fmt: skip
     assert narrow["tinystar-v0.2-modernbase"] and narrow["transformer-decoder"] and narrow["strawberry-v0"] is False
     assert not narrow["parameters without a gradient"]  # retention rewrites its weights
 
 
-def test_alone_an_unknown_way_is_refused_and_a_known_one_ignored(tmp_path, monkeypatch):
+def test_a_single_process_refuses_an_unknown_mode_and_ignores_a_known_one(tmp_path, monkeypatch):
     assert isinstance(distributed.join_processes(CPU, "fsdp"), distributed.SingleProcess)
     with pytest.raises(UserError, match='parallel = "fsdp2": must be "ddp" or "fsdp"'):
         load_run(["--parallel=fsdp2"], CONFIGS)
@@ -740,19 +754,20 @@ def test_errors_of_the_connection_are_distinguished_from_others():
     assert not distributed.is_connection_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_where_no_process_has_all_the_last_checkpoint_is_what_is_left(tmp_path, monkeypatch):
+def test_a_lost_fsdp_rank_ends_the_run_at_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     set_up(tmp_path)
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     argv = ["--config", "run.json", "--parallel=fsdp", "--max_iters=100000", "--eval_interval=100000"]
-    children = [start(*argv, log=f"log{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(2)]
-    wait_until(lambda: Path("ck/metrics.jsonl").exists() and len(timeless()) > 9, child=children[0])
+    children = [start_child(*argv, log=f"log{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **env)
+                for rank in range(2)]  # fmt: skip
+    wait_until(lambda: Path("ck/metrics.jsonl").exists() and len(untimed_metrics()) > 9, child=children[0])
     children[1].kill()
-    assert finish(children[0], 60) == 4, read("log0.txt")
-    output = read("log0.txt").splitlines()[-2:]
+    assert wait_for_exit(children[0], 60) == 4, read_log("log0.txt")
+    output = read_log("log0.txt").splitlines()[-2:]
     assert output[0].startswith("error: another process of this run has ended") and output[1].endswith(RESUME)
     step = find_latest("ck").step
-    assert step % 4 == 0 and 0 <= timeless()[-1]["step"] - step < 4
+    assert step % 4 == 0 and 0 <= untimed_metrics()[-1]["step"] - step < 4
     assert train.main(["--config", "run.json", RESUME, f"--max_iters={step + 1}"]) == 0
 
 
@@ -763,7 +778,7 @@ class Never:
         return False
 
 
-def test_a_device_that_waits_for_a_process_that_is_gone_is_left(monkeypatch):
+def test_waiting_for_a_device_ends_when_a_rank_is_lost(monkeypatch):
     monkeypatch.setattr(distributed, "HEARTBEAT_INTERVAL", 0.05)
     monkeypatch.setattr(distributed, "HEARTBEAT_TIMEOUT", 0.5)
     monkeypatch.setattr(distributed, "DRAIN_TIMEOUT", 0.2)
@@ -782,7 +797,7 @@ def test_a_device_that_waits_for_a_process_that_is_gone_is_left(monkeypatch):
     this.stop()
 
 
-def test_a_process_whose_main_thread_waits_in_a_call_is_ended_by_its_heartbeat(monkeypatch):
+def test_the_heartbeat_ends_a_process_whose_main_thread_is_blocked(monkeypatch):
     """Only where the main thread takes a step, and a while after it must have seen the loss itself."""
     for name, seconds in {"INTERVAL": 0.05, "TIMEOUT": 0.5}.items():
         monkeypatch.setattr(distributed, f"HEARTBEAT_{name}", seconds)
@@ -810,7 +825,7 @@ def test_a_process_whose_main_thread_waits_in_a_call_is_ended_by_its_heartbeat(m
 
 
 @pytest.mark.parametrize("captured", [True, False])
-def test_all_that_waits_for_the_device_is_watched(tmp_path, monkeypatch, captured):
+def test_the_heartbeat_watches_all_waits_for_the_device(tmp_path, monkeypatch, captured):
     """The heartbeat gets the function that ends the process. Steps, evaluations and the reading of weights are in a
     device step, the writing of a checkpoint is not."""
     monkeypatch.chdir(tmp_path)
@@ -834,7 +849,7 @@ def test_all_that_waits_for_the_device_is_watched(tmp_path, monkeypatch, capture
     record(evaluation, "mean_loss")
     record(checkpointing, "to_local")
     record(checkpointing, "save_checkpoint")
-    with leaving_steps_to_the_device() if captured else contextlib.nullcontext():
+    with capturing_steps() if captured else contextlib.nullcontext():
         assert train.main(["--config", "run.json", "--max_iters=4", "--eval_interval=2"], last=True) == 0
     (on_loss,) = given
     assert on_loss.func is train.end_without_main_thread
@@ -843,7 +858,7 @@ def test_all_that_waits_for_the_device_is_watched(tmp_path, monkeypatch, capture
         ("save_checkpoint", "host work")}  # fmt: skip
 
 
-def test_what_ranks_compute_together_is_watched(monkeypatch):
+def test_the_heartbeat_watches_collectives(monkeypatch):
     """Also outside of steps, such as in a save: each reads the device after a collective."""
     group, seen = distributed.FSDP.__new__(distributed.FSDP), []
     group.heartbeat, group.device, group.main = SimpleNamespace(in_step=False), CPU, True
@@ -860,7 +875,7 @@ def test_what_ranks_compute_together_is_watched(monkeypatch):
     assert group.heartbeat is None  # gloo needs none
 
 
-def test_a_process_that_its_heartbeat_ends_says_how_to_resume(tmp_path, monkeypatch, capsys):
+def test_a_process_ended_by_its_heartbeat_prints_how_to_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     set_up(tmp_path)
     trainer = train.Trainer(load_run(["--config", "run.json", "--max_iters=4"], CONFIGS), train.Signals())
@@ -884,7 +899,8 @@ def begin_machine(number: int, port: int) -> subprocess.Popen:
              "--rdzv_id=run", "--local_addr=127.0.0.1"]  # fmt: skip
     script = [str(torture.ROOT / "train.py"), "--config", "run.json", "--max_iters=100000", "--eval_interval=100000"]
     Path("worker.sh").write_text('echo $$ > pid$MACHINE; echo $MACHINE > machine_of_rank$RANK; exec "$@"')
-    command = [sys.executable, "-m", "torch.distributed.run", *about, "--no-python", "sh", "worker.sh"]
+    agent = forks.fork_command([sys.executable, "-m", "torch.distributed.run"])
+    command = [*agent, *about, "--no-python", "sh", "worker.sh"]
     with open(f"machine{number}.txt", "w") as log:
         env = os.environ | {"OMP_NUM_THREADS": "1", "MACHINE": str(number)}
         return subprocess.Popen([*command, sys.executable, *script], stdout=log, stderr=log, env=env)
@@ -894,11 +910,11 @@ def end_machine(number: int, agent: subprocess.Popen) -> None:
     """All of its processes at once, as when the power goes."""
     agent.kill()
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-        os.kill(int(read(f"pid{number}")), signal.SIGKILL)
+        os.kill(int(read_log(f"pid{number}")), signal.SIGKILL)
     agent.wait()
 
 
-def test_a_machine_that_dies_ends_the_run_and_the_next_launch_goes_on(tmp_path, monkeypatch):
+def test_a_lost_machine_ends_the_run_and_the_next_launch_resumes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     set_up(tmp_path)
     write_run(sample_length=0)
@@ -906,12 +922,12 @@ def test_a_machine_that_dies_ends_the_run_and_the_next_launch_goes_on(tmp_path, 
     machines = [begin_machine(number, port) for number in range(2)]
     try:
         log = Path("ck/metrics.jsonl")
-        wait_until(lambda: (log.exists() and len(timeless()) > 9) or any(m.poll() is not None for m in machines))
-        assert [m.poll() for m in machines] == [None, None], read("machine0.txt") + read("machine1.txt")
-        keeps = int(read("machine_of_rank0"))
+        wait_until(lambda: (log.exists() and len(untimed_metrics()) > 9) or any(m.poll() is not None for m in machines))
+        assert [m.poll() for m in machines] == [None, None], read_log("machine0.txt") + read_log("machine1.txt")
+        keeps = int(read_log("machine_of_rank0"))
         end_machine(1 - keeps, machines[1 - keeps])
         assert machines[keeps].wait(60) != 0
-        output = read(f"machine{keeps}.txt")
+        output = read_log(f"machine{keeps}.txt")
     finally:
         for number, machine in enumerate(machines):
             end_machine(number, machine)
@@ -920,6 +936,6 @@ def test_a_machine_that_dies_ends_the_run_and_the_next_launch_goes_on(tmp_path, 
     # its agent tells the worker's code, unless the machine that died was the one where the agents met
     assert "exitcode  : 4" in output or "RendezvousConnectionError" in output
     step = find_latest("ck").step
-    assert step >= timeless()[-1]["step"]  # rank 0 has saved the step that it had done
+    assert step >= untimed_metrics()[-1]["step"]  # rank 0 has saved the step that it had done
     assert train.main(["--config", "run.json", RESUME, f"--max_iters={step + 2}"]) == 0
     assert find_latest("ck").step == step + 2

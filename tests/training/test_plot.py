@@ -72,7 +72,7 @@ def test_a_run_that_is_named_twice_is_drawn_once(tmp_path):
     assert (tmp_path / "twice.svg").read_text().count("<path") == (tmp_path / "once.svg").read_text().count("<path")
 
 
-def test_evaluations_stand_at_the_seconds_of_the_line_before(tmp_path):
+def test_evaluations_are_drawn_at_the_seconds_of_the_line_before(tmp_path):
     ax = sheet("loss.png", write_run(tmp_path / "a" / "metrics.jsonl"), x="seconds")
     assert curve(ax, "validation")[0][0] == pytest.approx(10 / 9)
 
@@ -109,7 +109,7 @@ def test_short_and_broken_files_are_drawn_as_far_as_they_go(tmp_path, text):
     ("Once upon a time,\nin a book.\n", "has no metrics of a training run"),
     ('{"text": "a document"}\n', "has no metrics of a training run"),
 ])  # fmt: skip
-def test_what_has_nothing_to_draw_leaves_the_last_pictures(tmp_path, text, message):
+def test_files_without_metrics_leave_the_last_pictures_unchanged(tmp_path, text, message):
     good, other = write_run(tmp_path / "a" / "metrics.jsonl"), tmp_path / "other.txt"
     other.write_text(text)
     plot.main([str(good), "--out", str(tmp_path / "img")])
@@ -122,7 +122,7 @@ def test_what_has_nothing_to_draw_leaves_the_last_pictures(tmp_path, text, messa
     assert {path.name: path.read_bytes() for path in (tmp_path / "img").iterdir()} == before
 
 
-def test_seconds_that_no_line_has_are_no_axis(tmp_path):
+def test_metrics_without_seconds_have_no_axis_of_time(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "val_loss": 3.0}\n')
     with pytest.raises(UserError, match="holds no loss at any time in training steps"):
@@ -130,7 +130,7 @@ def test_seconds_that_no_line_has_are_no_axis(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sheet_that_fails_leaves_all_of_the_last_pictures(tmp_path, monkeypatch):
+def test_a_figure_that_fails_leaves_all_of_the_last_pictures_unchanged(tmp_path, monkeypatch):
     path = write_run(tmp_path / "a" / "metrics.jsonl")
     plot.curves(path, tmp_path / "img")
     before = {path.name: path.read_bytes() for path in (tmp_path / "img").iterdir()}
@@ -157,7 +157,7 @@ def noisy(n, seed=0):
 
 
 @pytest.mark.parametrize("n", [21, 100, 2000])
-def test_the_smoothed_batch_loss_is_nearer_to_what_batches_are_of(n):
+def test_the_smoothed_batch_loss_is_nearer_to_the_true_mean(n):
     flat = slice(n // 3, None)  # where it falls slowly
     roughness, distance = [], []
     for seed in range(20):
@@ -203,7 +203,7 @@ def inside(fig, ax):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", plot.SHEETS)
 @pytest.mark.parametrize("runs", [1, 3])
-def test_a_single_point_can_be_seen_inside_the_axes(tmp_path, name, runs):
+def test_a_single_point_is_visible_inside_the_axes(tmp_path, name, runs):
     paths = [write_run(tmp_path / f"r{i}" / "metrics.jsonl", steps=1, slope=i + 1) for i in range(runs)]
     ax = sheet(name, *paths)
     assert ink(ax.figure, ax) > 60 * runs
@@ -215,7 +215,7 @@ def test_a_single_point_can_be_seen_inside_the_axes(tmp_path, name, runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", plot.SHEETS)
 @pytest.mark.parametrize("lines", [[], [{"step": 3, "loss": None}]])
-def test_a_run_that_has_logged_nothing_has_a_word_instead_of_axes(tmp_path, name, lines):
+def test_a_run_without_logged_steps_has_a_text_instead_of_axes(tmp_path, name, lines):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     ax = sheet(name, path)
@@ -264,7 +264,7 @@ def make(folder):
     return folder
 
 
-def test_names_keep_their_signs_and_what_tells_them_apart(tmp_path):
+def test_shortened_names_keep_their_signs_and_differ(tmp_path):
     long = [f"the same beginning of both, {i} and the same end of both of them" for i in range(2)]
     names = ["_run", "$a$", "x" * 80, *long]
     ax = plot.SHEETS["loss.png"](dict.fromkeys(names, [{"step": 1, "val_loss": 2.0}]), "step").axes[0]
@@ -275,7 +275,7 @@ def test_names_keep_their_signs_and_what_tells_them_apart(tmp_path):
     assert plot.shorten_names(["air", "y" * 35]) == ["air", "y" * 16 + "…" + "y" * 17]
 
 
-def test_many_runs_can_be_told_apart():
+def test_many_runs_are_distinguishable():
     styles = [tuple(sorted(plot.choose_style(i).items())) for i in range(21)]
     assert len(set(styles)) == 21
 
@@ -287,7 +287,7 @@ BEGINS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", BEGINS)
-def test_the_extension_says_which_kind_of_file_is_written(tmp_path, suffix, capsys):
+def test_the_extension_chooses_the_file_format(tmp_path, suffix, capsys):
     run = write_run(tmp_path / "a" / "metrics.jsonl")
     for name, sheets in ((f"loss{suffix}", 1), (f"ALL{suffix.upper()}", 3)):
         out = tmp_path / "new" / name
@@ -318,7 +318,7 @@ def test_other_kinds_of_pictures_are_refused_and_directories_with_dots_are_not(t
 
 
 @pytest.mark.parametrize("value,text", [(0, "0"), (950, "950"), (2000, "2k"), (12_500_000, "12.5M"), (3e9, "3B")])
-def test_numbers_are_short(value, text):
+def test_numbers_on_axes_are_abbreviated(value, text):
     assert plot.short_number(value) == text
 
 

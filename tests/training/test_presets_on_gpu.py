@@ -45,7 +45,7 @@ def load_preset(preset: str):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_trains_compiled_and_as_one_graph_without_a_warning(preset, tmp_path, monkeypatch, capfd):
+def test_a_preset_trains_compiled_and_in_a_cuda_graph_without_a_warning(preset, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_token_files()
     replays, replay = [], torch.cuda.CUDAGraph.replay

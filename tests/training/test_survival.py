@@ -1,7 +1,7 @@
 """A run that is left alone overnight: whatever happens to the machine, it loses one interval at most, and nothing wrong
 is saved as right. `make torture` runs these tests with more of everything.
 
-Index:  resuming · kills · signals · damage · full disks · losses that are not finite · memory · files made to harm ·
+Index:  resuming · kills · signals · damage · full disks · losses that are not finite · memory · malicious files ·
         one process at a time · several processes · properties · long runs · odd surroundings · checking
 """
 
@@ -25,6 +25,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import runs
@@ -35,7 +36,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machine import FULL, count, require, require_program
 from ports import free_port
-from torture import assert_same, finish, newest_state, read, set_up, start, timeless, wait_until, write_run
+from torture import (
+    assert_same,
+    newest_state,
+    read_log,
+    set_up,
+    start_child,
+    untimed_metrics,
+    wait_for_exit,
+    wait_until,
+    write_run,
+)
 
 import encoder as encoders
 import train
@@ -71,7 +82,7 @@ def one_thread():
 
 
 @pytest.fixture
-def den(tmp_path, monkeypatch):
+def workdir(tmp_path, monkeypatch):
     """A directory with a corpus and a config, where nothing is drawn."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plot, "curves", lambda *arguments: None)
@@ -80,8 +91,8 @@ def den(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def told(record_property):
-    """Tell the table of `make torture` what was done, and how much of it."""
+def report(record_property):
+    """Add a row to the table of `make torture`: what was done, and how much of it."""
     return lambda what, how: record_property("torture", (what, how))
 
 
@@ -140,7 +151,7 @@ WIDE = TINYSTAR | {"block_size": 64, "n_embd": 64, "n_head": 2, "dropout": 0.2} 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads,model", [(1, torture.MODEL | {"dropout": 0.2}), (2, WIDE)], ids=["1", "2"])
-def test_resumed_at_any_point_it_is_the_same_run(den, monkeypatch, told, threads, model):
+def test_a_run_resumed_at_any_step_is_bit_identical(workdir, monkeypatch, report, threads, model):
     torch.set_num_threads(threads)
     size = model["block_size"]
     random_corpus(size, windows=41)  # 5 1/8 steps of 2 · 4 rows
@@ -167,10 +178,10 @@ def test_resumed_at_any_point_it_is_the_same_run(den, monkeypatch, told, threads
     assert run(RESUME) == 0
     assert rows == whole  # every batch, in order
     assert_same(newest_state("whole")[1], newest_state("ck")[1])
-    assert timeless("whole/metrics.jsonl") == timeless()
+    assert untimed_metrics("whole/metrics.jsonl") == untimed_metrics()
     assert_an_epoch_is_every_window_once(rows, size)
     threads = f"{threads} thread{'s' * (threads > 1)}"
-    told("stopped and resumed: identical bits", f"{threads}: after {len(stops)} of 10 steps")
+    report("stopped and resumed: identical bits", f"{threads}: after {len(stops)} of 10 steps")
 
 
 def assert_an_epoch_is_every_window_once(rows: list[bytes], size: int) -> None:
@@ -187,14 +198,14 @@ def assert_an_epoch_is_every_window_once(rows: list[bytes], size: int) -> None:
 
 @pytest.mark.slow
 @posix
-def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(den, told):
+def test_a_run_killed_at_any_moment_ends_with_the_same_weights(workdir, report):
     write_run(max_iters=24, checkpoints={"path": "ck", "interval": 2, "keep": 2}, eval_interval=12)
-    assert finish(start("--config", "run.json", "--checkpoints.path=whole")) == 0
+    assert wait_for_exit(start_child("--config", "run.json", "--checkpoints.path=whole")) == 0
     expected = weights_hash()
     rng, kills, in_saves, runs = random.Random(6), 0, 0, 0
     wanted = count(4, 50)
     while kills < wanted or not in_saves or Path("ck").exists():
-        child = start("--config", "run.json", *[RESUME] * bool(list(Path("ck").glob("step_*"))))
+        child = start_child("--config", "run.json", *[RESUME] * bool(list(Path("ck").glob("step_*"))))
         saving = f"ck/.tmp_step_*_{child.pid}"
         if kills < wanted or not in_saves:
             if kills % 2:
@@ -203,24 +214,24 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_been(den, told):
             else:
                 child.join(rng.uniform(0.1, 1.5))
             child.kill()
-        code = finish(child)
+        code = wait_for_exit(child)
         if code == -9:
             kills += 1
             in_saves += bool(list(Path().glob(saving)))
             assert_little_is_lost(2)
         else:
-            assert code == 0, read()
+            assert code == 0, read_log()
             assert weights_hash() == expected
-            assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, 25))
+            assert [line["step"] for line in untimed_metrics() if "loss" in line] == list(range(1, 25))
             shutil.rmtree("ck")
             runs += 1
     assert runs
-    told("SIGKILL at random moments", f"{kills} times, {in_saves} of them during a save")
+    report("SIGKILL at random moments", f"{kills} times, {in_saves} of them during a save")
 
 
 def assert_little_is_lost(interval: int) -> int:
     """The newest checkpoint is good, and at most an interval older than what was logged."""
-    logged = max((line["step"] for line in timeless()), default=0) if Path("ck/metrics.jsonl").exists() else 0
+    logged = max((line["step"] for line in untimed_metrics()), default=0) if Path("ck/metrics.jsonl").exists() else 0
     step = find_latest("ck").step if list(Path("ck").glob("step_*")) else 0
     assert step >= logged - interval
     return step
@@ -250,42 +261,42 @@ def six_steps(tmp_path_factory):
     """The last step's tensors of a run of six that nothing disturbs."""
     before = os.getcwd()
     set_up(tmp_path_factory.mktemp("six"))
-    run(*SIX)
+    run(*SIX_STEPS)
     tensors = newest_state()[1]
     os.chdir(before)
     return tensors
 
 
-SIX = ["--max_iters=6", "--eval_interval=3", "--checkpoints.interval=2"]
+SIX_STEPS = ["--max_iters=6", "--eval_interval=3", "--checkpoints.interval=2"]
 
 
 @pytest.mark.slow
 @posix
 @pytest.mark.parametrize("phase", PHASES)
-def test_sigterm_at_any_moment_saves_and_ends_with_143(den, monkeypatch, six_steps, told, phase):
+def test_sigterm_at_any_moment_saves_and_ends_with_143(workdir, monkeypatch, six_steps, report, phase):
     owner, name, number = PHASES[phase]
     with monkeypatch.context() as patch:
         moment = []
         at_call(patch, owner, name, number, lambda: (moment.append(time.monotonic()), terminate()))
-        assert run(*SIX) == 143
+        assert run(*SIX_STEPS) == 143
         seconds = time.monotonic() - moment[0]
         assert seconds < 10
     begun = Path("ck").exists()
     assert begun == (phase not in ("reading the data", "building the model", "the rehearsal"))
     if begun:
-        logged = [line["step"] for line in timeless()]
+        logged = [line["step"] for line in untimed_metrics()]
         assert find_latest("ck").step == max(logged, default=0)  # nothing at all is lost
-    assert run(*SIX, *[RESUME] * begun) == 0
+    assert run(*SIX_STEPS, *[RESUME] * begun) == 0
     assert_same(newest_state()[1], six_steps)
-    told("SIGTERM in every phase from start to the model file; nothing lost", {"s": seconds})
+    report("SIGTERM in every phase from start to the model file; nothing lost", {"s": seconds})
 
 
 @posix
-def test_a_signal_that_a_callback_swallows_comes_again(den, monkeypatch):
+def test_a_signal_swallowed_by_a_callback_is_raised_again(workdir, monkeypatch):
     monkeypatch.setattr(signals_module, "RERAISE_INTERVAL", 0.01)
     build, swallowed = train.build, []
 
-    def deaf(hyper):
+    def swallow_signal(hyper):
         with contextlib.suppress(Interrupted):
             terminate()
         swallowed.append(True)
@@ -294,7 +305,7 @@ def test_a_signal_that_a_callback_swallows_comes_again(den, monkeypatch):
             hash(end)
         return build(hyper)
 
-    monkeypatch.setattr(train, "build", deaf)
+    monkeypatch.setattr(train, "build", swallow_signal)
     began = time.monotonic()
     assert run() == 143 and swallowed and time.monotonic() - began < 10
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
@@ -302,40 +313,40 @@ def test_a_signal_that_a_callback_swallows_comes_again(den, monkeypatch):
 
 @pytest.mark.slow
 @posix
-def test_a_step_that_takes_too_long_is_given_up(den, monkeypatch, six_steps):
+def test_a_step_longer_than_the_grace_period_is_abandoned(workdir, monkeypatch, six_steps):
     """Of the third step's two micro-batches only one is computed; the step is done anew on resume."""
     monkeypatch.setattr(signals_module, "GRACE_PERIOD", -1.0)
     with monkeypatch.context() as patch:
         at_call(patch, Signals, "raise_if_late", 7, terminate)  # 1 in the rehearsal, 2 in each step
         calls = []
         at_call(patch, TrainStep, "update_weights", 3, lambda: calls.append(1))
-        assert run(*SIX) == 143
+        assert run(*SIX_STEPS) == 143
         assert not calls and find_latest("ck").step == 2
-    assert run(*SIX, RESUME) == 0
+    assert run(*SIX_STEPS, RESUME) == 0
     assert_same(newest_state()[1], six_steps)
 
 
 @pytest.mark.slow
 @posix
-def test_sigterm_while_compiling_ends_with_143(den, told):
+def test_sigterm_while_compiling_ends_with_143(workdir, report):
     times = []
     for number in range(count(1, 5)):
         log = f"log{number}.txt"
-        cold = {"TORCHINDUCTOR_CACHE_DIR": str(den / f"cache{number}")}
-        child = start(*ENDLESS, "--compile=true", f"--checkpoints.path=ck{number}", log=log, **cold)
-        wait_until(lambda log=log: "compiling" in read(log), child=child)
+        cold = {"TORCHINDUCTOR_CACHE_DIR": str(workdir / f"cache{number}")}
+        child = start_child(*ENDLESS, "--compile=true", f"--checkpoints.path=ck{number}", log=log, **cold)
+        wait_until(lambda log=log: "compiling" in read_log(log), child=child)
         child.join(0.5 + 2 * number)
         before = time.monotonic()
         os.kill(child.pid, signal.SIGTERM)
-        assert finish(child, 20) == 143, read(log)
+        assert wait_for_exit(child, 20) == 143, read_log(log)
         times.append(time.monotonic() - before)
-        assert times[-1] < 10 and "SIGTERM: " in read(log)
-    told("SIGTERM while compiling", f"{len(times)} times, the slowest took {max(times):.1f} s")
+        assert times[-1] < 10 and "SIGTERM: " in read_log(log)
+    report("SIGTERM while compiling", f"{len(times)} times, the slowest took {max(times):.1f} s")
 
 
 @pytest.mark.slow
 @posix
-def test_sigterm_while_the_program_is_loaded_ends_at_once(den, told):
+def test_sigterm_during_imports_ends_with_143(workdir, report):
     script = [sys.executable, str(torture.ROOT / "train.py"), "--config", "run.json"]
     tries = count(1, 10)
     for number in range(tries):
@@ -344,31 +355,31 @@ def test_sigterm_while_the_program_is_loaded_ends_at_once(den, told):
                 child.wait(0.4 + 0.2 * number)
             child.terminate()
             assert child.wait(10) == 143
-    told("SIGTERM while Python loads", f"{tries} times")
+    report("SIGTERM while Python loads", f"{tries} times")
 
 
 @pytest.mark.slow
 @posix
-def test_a_second_sigint_leaves_at_once_and_the_last_checkpoint_is_good(den, told):
+def test_a_second_sigint_exits_immediately_and_the_last_checkpoint_is_intact(workdir, report):
     """Both come in the middle of the second save, which is never finished."""
-    assert finish(start("--config", "run.json", body=torture.interrupted_twice_in_a_save)) == 130
+    assert wait_for_exit(start_child("--config", "run.json", body=torture.interrupt_twice_in_a_save)) == 130
     assert list(Path("ck").glob(".tmp_step_00000008_*")) and find_latest("ck").step == 4
-    assert "go on" not in read()
+    assert "go on" not in read_log()
     assert run(RESUME) == 0
-    told("SIGINT twice during a save", "once")
+    report("SIGINT twice during a save", "once")
 
 
 # ---- damage --------------------------------------------------------------------------------------------------------
 
 
-def flip(path):
+def flip_bit(path):
     data = bytearray(path.read_bytes())
     data[random.Random(len(data)).randrange(len(data))] ^= 4
     path.write_bytes(data)
 
 
 DAMAGE = {
-    "a flipped bit": flip,
+    "a flipped bit": flip_bit,
     "a truncated file": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "an empty file": lambda path: path.write_bytes(b""),
     "a missing file": lambda path: path.unlink(),
@@ -377,8 +388,8 @@ PARTS = ("model.safetensors", "state.pt", "manifest.json")
 
 
 @pytest.mark.slow
-def test_damage_is_named_and_the_checkpoint_before_is_used(den, six_steps, capsys, told):
-    run(*SIX)
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(workdir, six_steps, capsys, report):
+    run(*SIX_STEPS)
     shutil.copytree("ck", "sound")
     for part in PARTS:
         for name, damage in DAMAGE.items():
@@ -386,30 +397,30 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(den, six_steps, capsy
             shutil.copytree("sound", "ck")
             damage(Path("ck/step_00000006") / part)
             capsys.readouterr()
-            assert run(*SIX, RESUME) == 0
+            assert run(*SIX_STEPS, RESUME) == 0
             out = capsys.readouterr()
             assert re.search(rf"warning: the checkpoint ck.step_00000006 is broken \({re.escape(part)}", out.err), name
             assert "resuming ck/step_00000004" in out.out.replace(os.sep, "/")
             assert_same(newest_state()[1], six_steps)
-    told("damaged checkpoints", f"{len(DAMAGE)} kinds in each of {len(PARTS)} files")
+    report("damaged checkpoints", f"{len(DAMAGE)} kinds in each of {len(PARTS)} files")
 
 
 @pytest.mark.slow
 @posix
-def test_all_checkpoints_damaged_is_one_line_and_never_a_new_start(den):
-    run(*SIX)
+def test_only_damaged_checkpoints_are_an_error_and_no_new_run_starts(workdir):
+    run(*SIX_STEPS)
     for path in Path("ck").glob("step_*"):
-        flip(path / "state.pt")
-    before = files(den)
-    assert finish(start("--config", "run.json", *SIX, RESUME)) == 2
-    last = read().splitlines()[-1]
+        flip_bit(path / "state.pt")
+    before = files(workdir)
+    assert wait_for_exit(start_child("--config", "run.json", *SIX_STEPS, RESUME)) == 2
+    last = read_log().splitlines()[-1]
     assert last.startswith("error: every checkpoint in ck is broken (") and last.count("state.pt") == 3
     Path("log.txt").unlink()
-    assert files(den) == before
+    assert files(workdir) == before
 
 
 @pytest.mark.slow
-def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(den, capsys, monkeypatch):
+def test_a_latest_file_that_cannot_be_written_loses_no_checkpoint(workdir, capsys, monkeypatch):
     write = checkpoint.atomic_write
 
     def refuse(path, data):
@@ -418,7 +429,7 @@ def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(den, capsys, monke
         write(path, data)
 
     monkeypatch.setattr(checkpoint, "atomic_write", refuse)
-    assert run(*SIX, "--checkpoints.keep=2") == 0
+    assert run(*SIX_STEPS, "--checkpoints.keep=2") == 0
     assert capsys.readouterr().err.count("is saved all the same") == 3
     assert find_latest("ck").step == 6 and not Path("ck/step_00000002").exists()
 
@@ -427,11 +438,11 @@ def test_a_pointer_that_cannot_be_written_costs_no_checkpoint(den, capsys, monke
 
 
 def assert_it_went_on_without_the_disk() -> None:
-    """full_disk made steps 5 … 8 without room; every checkpoint then was as it had been."""
-    then = json.loads(Path("then.json").read_text())
-    assert then["newest"] == 4 and then["visible"] == ["step_00000002", "step_00000004"]
+    """The child made steps 5 … 8 without room; every checkpoint then was as it had been."""
+    found = json.loads(Path("found.json").read_text())
+    assert found["newest"] == 4 and found["visible"] == ["step_00000002", "step_00000004"]
     assert find_latest("ck").step == 12 and load_model("out/tiny.model")[2]["step"] == 12
-    assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in untimed_metrics() if "loss" in line] == list(range(1, 13))
     assert not list(Path("ck").glob(".tmp_*"))
     assert {path.name for path in Path("img").glob("*.png")} == set(plot.SHEETS)
 
@@ -441,12 +452,12 @@ FULL_DISK = ["--config", "run.json", "--max_iters=12", "--checkpoints.interval=2
 
 @pytest.mark.slow
 @posix
-def test_files_that_cannot_grow_are_reported_and_tried_again(den, told):
+def test_a_checkpoint_beyond_the_file_size_limit_is_reported_and_retried(workdir, report):
     """RLIMIT_FSIZE: no checkpoint and no picture fits."""
-    assert finish(start(*FULL_DISK, body=torture.full_by_limit)) == 0, read()
-    assert "File too large" in read() and "cannot draw the curves" in read()
+    assert wait_for_exit(start_child(*FULL_DISK, body=torture.limit_file_size)) == 0, read_log()
+    assert "File too large" in read_log() and "cannot draw the curves" in read_log()
     assert_it_went_on_without_the_disk()
-    told("full disk (RLIMIT_FSIZE)", "4 steps, with 2 checkpoints and a plot due")
+    report("full disk (RLIMIT_FSIZE)", "4 steps, with 2 checkpoints and a plot due")
 
 
 def can_mount() -> bool:
@@ -455,24 +466,24 @@ def can_mount() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's tmpfs")
-def test_a_full_disk_is_reported_and_tried_again(den, told):
+def test_a_checkpoint_on_a_full_disk_is_reported_and_retried(workdir, report):
     """A tmpfs of 4 MB with nothing left on it, for the log too."""
     require_program("unshare")
     require(can_mount(), "a kernel that lets users mount a tmpfs (unshare -rm)")
     script = f"import sys; sys.path[:0] = {[str(torture.ROOT), str(torture.ROOT / 'tests')]}; import torture, os\n"
-    script += f"torture.begin(torture.full_by_filling, {FULL_DISK}, os.getcwd(), 'log.txt', 1, {{}})"
+    script += f"torture.run_child(torture.fill_disk, {FULL_DISK}, os.getcwd(), 'log.txt', 1, {{}})"
     steps = ["mount -t tmpfs -o size=4m none small && cp *.* small && cd small", '"$0" -c "$1"; code=$?',
              "cp -r . ../after; exit $code"]  # fmt: skip
     Path("small").mkdir()
     command = ["unshare", "-rm", "sh", "-c", "\n".join(steps), sys.executable, script]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     os.chdir("after")
-    assert done.returncode == 0, done.stderr + read()
+    assert done.returncode == 0, done.stderr + read_log()
     assert_it_went_on_without_the_disk()
-    told("full disk (tmpfs of 4 MB)", "4 steps, with 2 checkpoints, metrics, log and a plot due")
+    report("full disk (tmpfs of 4 MB)", "4 steps, with 2 checkpoints, metrics, log and a plot due")
 
 
-def test_a_log_on_a_full_disk_ends_no_run_and_a_reader_that_leaves_does():
+def test_a_log_on_a_full_disk_ends_no_run_and_a_closed_pipe_does():
     class Full(io.StringIO):
         def write(self, text):
             raise error
@@ -486,7 +497,7 @@ def test_a_log_on_a_full_disk_ends_no_run_and_a_reader_that_leaves_does():
 
 # ---- losses that are not finite ------------------------------------------------------------------------------------
 
-BACK = "--on_nan=rollback"
+ROLLBACK = "--on_nan=rollback"
 
 
 def poison(monkeypatch, *positions):
@@ -503,7 +514,7 @@ def poison(monkeypatch, *positions):
 
 
 @pytest.mark.slow
-def test_a_poisoned_weight_is_rolled_back_past_its_data_at_half_the_rate(den, monkeypatch, capsys, told):
+def test_a_nan_weight_is_rolled_back_past_its_data_at_half_the_learning_rate(workdir, monkeypatch, capsys, report):
     poison(monkeypatch, 6)
     used = []
     at_first = TrainStep.update_weights
@@ -514,23 +525,23 @@ def test_a_poisoned_weight_is_rolled_back_past_its_data_at_half_the_rate(den, mo
         return lr
 
     monkeypatch.setattr(TrainStep, "update_weights", note)
-    assert run(BACK) == 0
+    assert run(ROLLBACK) == 0
     lrs = [lr_at(step, load_run(["--config", "run.json"], CONFIGS)) for step in range(10)]
     first = [(step, step, lrs[step]) for step in range(6)]  # step 7 meets the poison: back to step 4, on from batch 7
     assert used == first + [(step, step + 3, pytest.approx(lrs[step] / 2)) for step in range(4, 10)]
-    lines = [line for line in timeless() if "rollback" in line]
+    lines = [line for line in untimed_metrics() if "rollback" in line]
     keys = ("step", "from_step", "rollback", "lr_factor")
     assert [tuple(line[key] for key in keys) for line in lines] == [(4, 7, 1, 0.5)]
     record = load_model("out/tiny.model")[2]["rollbacks"]
     assert [about["from_step"] for about in record] == [7] and "the loss is nan" in record[0]["why"]
     assert find_latest("ck").load_state()["progress"]["skipped"] == 3
     assert "going back to step 4" in capsys.readouterr().err
-    assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, 11))
-    told("a weight set to NaN, `on_nan: \"rollback\"`", "once: continued; four times: exit code 3")
+    assert [line["step"] for line in untimed_metrics() if "loss" in line] == list(range(1, 11))
+    report("a weight set to NaN, `on_nan: \"rollback\"`", "once: continued; four times: exit code 3")
 
 
 @pytest.mark.slow
-def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypatch):
+def test_the_batches_after_a_rollback_are_those_after_the_bad_one(workdir, monkeypatch):
     poison(monkeypatch, 6)
     batches = []
     at_first = TrainStep.accumulate
@@ -540,7 +551,7 @@ def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypat
         return at_first(self, micro_batches)
 
     monkeypatch.setattr(TrainStep, "accumulate", note)
-    assert run(BACK) == 0
+    assert run(ROLLBACK) == 0
     trainer = prepared()
     every = [torch.from_numpy(trainer.corpus.train.read_windows(5, 8 * step, 8)[:, :-1]) for step in range(13)]
     steps = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]  # each batch once, though the steps 5 and 6 were done twice
@@ -549,42 +560,42 @@ def test_the_batches_after_a_rollback_are_those_after_the_bad_one(den, monkeypat
 
 
 @pytest.mark.slow
-def test_a_run_that_was_rolled_back_resumes_as_if_it_had_not_stopped(den, monkeypatch):
+def test_a_resumed_run_with_a_rollback_equals_the_uninterrupted_one(workdir, monkeypatch):
     poison(monkeypatch, 6)
-    assert run(BACK, "--checkpoints.path=whole") == 0
+    assert run(ROLLBACK, "--checkpoints.path=whole") == 0
     # the first is right after the rollback
     stops = [(Trainer, "take_steps", 2), (TrainStep, "update_weights", 1), (TrainStep, "update_weights", 2)]
     for i, (kind, name, number) in enumerate(stops):
         with monkeypatch.context() as patch:
             at_call(patch, kind, name, number, terminate)
-            assert run(BACK, *[RESUME] * bool(i)) == 143
-    assert run(BACK, RESUME) == 0
+            assert run(ROLLBACK, *[RESUME] * bool(i)) == 143
+    assert run(ROLLBACK, RESUME) == 0
     assert_same(newest_state("whole")[1], newest_state()[1])
-    assert timeless("whole/metrics.jsonl") == timeless()
+    assert untimed_metrics("whole/metrics.jsonl") == untimed_metrics()
 
 
 @pytest.mark.slow
-def test_three_rollbacks_and_no_more(den, monkeypatch, capsys):
+def test_a_fourth_rollback_ends_the_run(workdir, monkeypatch, capsys):
     poison(monkeypatch, 2, 5, 7, 9)
-    assert run(BACK) == 3
+    assert run(ROLLBACK) == 3
     assert "3 rollbacks did not help" in capsys.readouterr().err
-    factors = [line["lr_factor"] for line in timeless() if "rollback" in line]
+    factors = [line["lr_factor"] for line in untimed_metrics() if "rollback" in line]
     assert factors == [0.5, 0.25, 0.125] and find_latest("ck").load_state()["progress"]["rollbacks"][2]["rollback"] == 3
 
 
 @pytest.mark.slow
-def test_a_rollback_takes_the_checkpoint_before_a_broken_one(den, monkeypatch, capsys):
+def test_a_rollback_takes_the_checkpoint_before_a_broken_one(workdir, monkeypatch, capsys):
     poison(monkeypatch, 9)
     with monkeypatch.context() as patch:
-        at_call(patch, Trainer, "roll_back", 1, lambda: flip(Path("ck/step_00000008/state.pt")))
-        assert run(BACK) == 0
-    told = capsys.readouterr().err
-    assert "step_00000008 is broken" in told and "going back to step 4" in told
+        at_call(patch, Trainer, "roll_back", 1, lambda: flip_bit(Path("ck/step_00000008/state.pt")))
+        assert run(ROLLBACK) == 0
+    error = capsys.readouterr().err
+    assert "step_00000008 is broken" in error and "going back to step 4" in error
     assert find_latest("ck").step == 10 and find_latest("ck").load_state()["progress"]["skipped"] == 6
 
 
 @pytest.mark.slow
-def test_weights_that_went_bad_before_a_save_are_rolled_back(den, monkeypatch):
+def test_weights_that_are_not_finite_before_a_save_are_rolled_back(workdir, monkeypatch):
     """The gradient was finite and the update was not."""
 
     def poisoned(self):
@@ -595,15 +606,15 @@ def test_weights_that_went_bad_before_a_save_are_rolled_back(den, monkeypatch):
 
     check = Checkpointer.check_weights
     monkeypatch.setattr(Checkpointer, "check_weights", poisoned)
-    assert run(BACK) == 0
-    assert [line["step"] for line in timeless() if "rollback" in line] == [4]
+    assert run(ROLLBACK) == 0
+    assert [line["step"] for line in untimed_metrics() if "rollback" in line] == [4]
 
 
 @pytest.mark.slow
-def test_a_learning_rate_of_1e20_is_not_survived_and_nothing_bad_is_saved(den):
+def test_a_learning_rate_of_1e20_ends_the_run_and_saves_no_bad_weights(workdir):
     exploding = ["--learning_rate=1e20", "--warmup_iters=0", "--min_lr=0"]
-    assert run(*exploding, BACK) == 3
-    assert [line["rollback"] for line in timeless() if "rollback" in line] == [1, 2, 3]
+    assert run(*exploding, ROLLBACK) == 3
+    assert [line["rollback"] for line in untimed_metrics() if "rollback" in line] == [1, 2, 3]
     assert run(*exploding, "--checkpoints.path=stop", "--checkpoints.interval=1") == 3
     for root in ("ck", "stop"):
         assert all(t.isfinite().all() for t in newest_state(root)[1].values())
@@ -613,7 +624,7 @@ def test_a_learning_rate_of_1e20_is_not_survived_and_nothing_bad_is_saved(den):
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def limited(monkeypatch, rows):
+def limit_rows(monkeypatch, rows):
     """A device that has room for so many rows and no more."""
     accumulate = TrainStep.accumulate
 
@@ -626,9 +637,9 @@ def limited(monkeypatch, rows):
 
 
 @pytest.mark.slow
-def test_out_of_memory_says_what_took_it_and_what_to_lower(den, monkeypatch):
-    limited(monkeypatch, 3)
-    before = files(den)
+def test_out_of_memory_reports_the_estimate_and_what_to_lower(workdir, monkeypatch):
+    limit_rows(monkeypatch, 3)
+    before = files(workdir)
     with pytest.raises(UserError) as caught:
         run()
     message = str(caught.value)
@@ -640,14 +651,14 @@ def test_out_of_memory_says_what_took_it_and_what_to_lower(den, monkeypatch):
     assert "before the first step" in message and "nothing was changed" in message
     assert "Halve batch_size and double gradient_accumulation_steps (to 2 and 4), which computes the same" in message
     assert "model_hyperparams.block_size (16)" in message and "\n" not in message
-    assert files(den) == before
+    assert files(workdir) == before
     assert run("--batch_size=2", "--gradient_accumulation_steps=4", "--max_iters=1") == 0  # what it said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 11, 16, 1000])
-def test_auto_finds_the_largest_batch_that_fits(den, monkeypatch, capsys, rows):
-    limited(monkeypatch, rows)
+def test_batch_size_auto_finds_the_largest_batch_that_fits(workdir, monkeypatch, capsys, rows):
+    limit_rows(monkeypatch, rows)
     trainer = prepared("--batch_size=auto")
     expected = min(rows, trainer.corpus.train.n_windows)
     assert trainer.run.batch_size == expected and f"batch_size   {expected}" in capsys.readouterr().out
@@ -656,24 +667,24 @@ def test_auto_finds_the_largest_batch_that_fits(den, monkeypatch, capsys, rows):
 
 
 @pytest.mark.slow
-def test_auto_with_room_for_nothing_says_so(den, monkeypatch):
-    limited(monkeypatch, 0)
+def test_batch_size_auto_without_memory_for_one_row_is_an_error(workdir, monkeypatch):
+    limit_rows(monkeypatch, 0)
     with pytest.raises(UserError, match=r"out of memory before the first step.* Lower model_hyperparams.block_size"):
         run("--batch_size=auto")
 
 
 @pytest.mark.slow
-def test_auto_is_recorded_and_resumed(den, monkeypatch):
-    limited(monkeypatch, 5)
+def test_batch_size_auto_is_recorded_and_resumed(workdir, monkeypatch):
+    limit_rows(monkeypatch, 5)
     run("--batch_size=auto", "--max_iters=2")
-    limited(monkeypatch, 3)  # another machine computes the same, or says that it can't
+    limit_rows(monkeypatch, 3)  # another machine computes the same, or says that it can't
     assert find_latest("ck").meta["run"]["batch_size"] == 5
     with pytest.raises(UserError, match="out of memory"):
         run("--batch_size=auto", RESUME)
 
 
 @pytest.mark.slow
-def test_a_cpu_gives_half_of_its_free_memory_and_no_more_tokens_than_help(den, monkeypatch):
+def test_batch_size_auto_on_a_cpu_takes_half_of_the_free_memory_and_limits_tokens(workdir, monkeypatch):
     trainer = prepared()  # its planner does not keep it
     need = trainer.memory_planner.estimate()
     room = need.fixed + 7 * need.row + need.row // 2
@@ -684,9 +695,9 @@ def test_a_cpu_gives_half_of_its_free_memory_and_no_more_tokens_than_help(den, m
 
 
 @pytest.mark.slow
-def test_what_a_cpu_has_no_memory_for_is_refused_before_the_system_kills(den, monkeypatch):
+def test_a_run_beyond_the_memory_of_a_cpu_is_refused_at_the_start(workdir, monkeypatch):
     trainer = prepared()  # its planner does not keep it
-    need, before = trainer.memory_planner.estimate(), files(den)
+    need, before = trainer.memory_planner.estimate(), files(workdir)
     trainer.close()
     with monkeypatch.context() as patch:
         patch.setattr(memory.machine, "capacity", lambda: need.weights)
@@ -696,11 +707,11 @@ def test_what_a_cpu_has_no_memory_for_is_refused_before_the_system_kills(den, mo
     monkeypatch.setattr(memory.machine, "capacity", lambda: need.fixed + 3 * need.row)
     with pytest.raises(UserError, match="a step needs about .* activations of 4 rows .* Halve batch_size"):
         run()
-    assert files(den) == before
+    assert files(workdir) == before
     assert run("--batch_size=2", "--gradient_accumulation_steps=4", "--max_iters=1") == 0  # what it said
 
 
-def test_what_a_row_keeps_for_the_backward_pass_is_counted():
+def test_activations_saved_for_backward_are_counted():
     """silu(x W) + (x W)² keeps x (n·8 floats) and x W (n·4), once though used twice, and neither W nor the result."""
     layer = torch.nn.Linear(8, 4, bias=False)
 
@@ -708,11 +719,11 @@ def test_what_a_row_keeps_for_the_backward_pass_is_counted():
         h = layer(torch.ones(n, 8))
         return (torch.nn.functional.silu(h) + h.square()).sum()
 
-    kept = [sum(memory.saved_for_backward(layer, lambda n=n: forward(n))) for n in (1, 2, 5)]
-    assert np.diff(kept).tolist() == [4 * (8 + 4), 3 * 4 * (8 + 4)]
+    saved = [sum(memory.saved_for_backward(layer, lambda n=n: forward(n))) for n in (1, 2, 5)]
+    assert np.diff(saved).tolist() == [4 * (8 + 4), 3 * 4 * (8 + 4)]
 
 
-def test_the_largest_is_found_whatever_it_is():
+def test_largest_fitting_finds_any_limit():
     for limit in (1, 2, 7, 8, 100):
         for n in range(limit + 3):
             asked = []
@@ -723,22 +734,23 @@ def test_the_largest_is_found_whatever_it_is():
 
 @pytest.mark.slow
 @posix
-def test_a_cpu_that_is_out_of_memory_says_so(den):
+def test_out_of_memory_on_a_cpu_is_reported(workdir):
     """A real allocation fails, in a process that may have 300 MB more than it has."""
     write_run(batch_size=1 << 17)
-    before = files(den)
-    assert finish(start("--config", "run.json", body=torture.short_of_memory)) == 2, read()
-    last = read().splitlines()[-1]
-    told = ("error: cpu is out of memory before the first step", "error: a step needs about")  # 2nd: a small machine
-    assert last.startswith(told) and "Halve batch_size" in last
+    before = files(workdir)
+    assert wait_for_exit(start_child("--config", "run.json", body=torture.limit_memory)) == 2, read_log()
+    last = read_log().splitlines()[-1]
+    # the second on a small machine
+    messages = ("error: cpu is out of memory before the first step", "error: a step needs about")
+    assert last.startswith(messages) and "Halve batch_size" in last
     Path("log.txt").unlink()
-    assert files(den) == before
+    assert files(workdir) == before
 
 
 @pytest.mark.cuda
 @pytest.mark.whole_gpu
-def test_a_gpu_that_is_full_and_the_batch_that_fits_it(den, capsys):
-    """With a tenth of the GPU left, the batch that auto finds trains; four times as much does not, and is told."""
+def test_batch_size_auto_fits_a_nearly_full_gpu(workdir, capsys):
+    """With a tenth of the GPU left, the batch that auto finds trains; four times as much does not, and is reported."""
     wide = {"block_size": 256, "n_embd": 128, "n_qkv": 128, "n_layer": 4, "retention_chunk": 128}
     write_run(device="cuda", model_hyperparams=torture.MODEL | wide)
     runs.write_corpus("data.bin", runs.TEXT * 400)
@@ -754,7 +766,7 @@ def test_a_gpu_that_is_full_and_the_batch_that_fits_it(den, capsys):
         torch.cuda.empty_cache()  # the next test's child processes need it
 
 
-# ---- files made to harm --------------------------------------------------------------------------------------------
+# ---- malicious files -----------------------------------------------------------------------------------------------
 
 
 class Payload:
@@ -762,13 +774,13 @@ class Payload:
         return (os.mkdir, ("it_ran",))
 
 
-def signed(head: bytes) -> bytes:
+def sign_header(head: bytes) -> bytes:
     return head[:224] + hashlib.sha256(head[:224]).digest()
 
 
-def header(data: bytes, at: int, number: int) -> bytes:
+def change_header(data: bytes, at: int, number: int) -> bytes:
     """A token file with another number in its header, and a checksum that fits it."""
-    return signed(data[:at] + struct.pack("<Q", number) + data[at + 8 : 256]) + data[256:]
+    return sign_header(data[:at] + struct.pack("<Q", number) + data[at + 8 : 256]) + data[256:]
 
 
 def tensors_claiming(header: bytes, size: int | None = None) -> bytes:
@@ -783,14 +795,14 @@ def bomb() -> bytes:
     return Path("bomb.zip").read_bytes()
 
 
-def resigned(manifest: bytes, **changes) -> bytes:
+def sign_manifest(manifest: bytes, **changes) -> bytes:
     body = json.loads(manifest) | changes
     body.pop("sha256")
     return _render_manifest(body)
 
 
 def in_checkpoint(part: str, change) -> None:
-    """A checkpoint whose manifest vouches for a file made to harm."""
+    """A checkpoint whose manifest vouches for a malicious file."""
     run("--max_iters=1")
     path = Path("ck/step_00000001")
     content = change((path / part).read_bytes())
@@ -799,16 +811,16 @@ def in_checkpoint(part: str, change) -> None:
         manifest = (path / "manifest.json").read_bytes()
         about = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         files = json.loads(manifest)["files"] | {part: about}
-        (path / "manifest.json").write_bytes(resigned(manifest, files=files))
+        (path / "manifest.json").write_bytes(sign_manifest(manifest, files=files))
 
 
 DEEP = b"[" * 100_000
 MODEL_FILE = "--init_from=evil.model,pretrained"
 EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 # name → (the file, its content from the sound one's, the command line)
-HARM = {
+MALICIOUS_FILES = {
     "a pickle for a model": ("evil.model", lambda _: pickle.dumps(Payload()), [MODEL_FILE]),
-    "a torch file for a model": ("evil.model", lambda _: saved(Payload()), [MODEL_FILE]),
+    "a torch file for a model": ("evil.model", lambda _: save_to_bytes(Payload()), [MODEL_FILE]),
     "a pickle for an encoder": ("evil.bin", lambda _: pickle.dumps(Payload()), ["--encoder_path=evil.bin"]),
     "a pickle for a dataset": ("data.bin", lambda _: pickle.dumps(Payload()), []),
     "a pickle for a config": ("run.json", lambda _: pickle.dumps(Payload()), []),
@@ -835,11 +847,11 @@ HARM = {
         lambda _: b"{" + b",".join(b'"%d":0' % i for i in range(550_000)) + b"}",
         ["--encoder_path=evil.bin"],
     ),
-    "2^63 tokens": ("data.bin", lambda data: header(data, 56, 1 << 63), []),
-    "2^64 − 1 tokens": ("data.bin", lambda data: header(data, 56, 2**64 - 1), []),
-    "2^63 ids": ("data.bin", lambda data: header(data, 40, 1 << 63), []),
+    "2^63 tokens": ("data.bin", lambda data: change_header(data, 56, 1 << 63), []),
+    "2^64 − 1 tokens": ("data.bin", lambda data: change_header(data, 56, 2**64 - 1), []),
+    "2^63 ids": ("data.bin", lambda data: change_header(data, 40, 1 << 63), []),
     "ids beyond the vocabulary": ("data.bin", lambda data: data[:256] + b"\xff" * (len(data) - 256), []),
-    "fewer tokens than a window": ("data.bin", lambda data: header(data, 56, 12)[: 256 + 24], []),
+    "fewer tokens than a window": ("data.bin", lambda data: change_header(data, 56, 12)[: 256 + 24], []),
     "an odd length": ("data.bin", lambda data: data[:-1], []),
     "a byte too many": ("data.bin", lambda data: data + b"\0", []),
     "an empty dataset": ("data.bin", lambda data: b"", []),
@@ -848,16 +860,18 @@ HARM = {
     "a sparse file of 8 GB for a model": ("evil.model", "sparse", [MODEL_FILE]),
     "a sparse file of 8 GB for a config": ("run.json", "sparse", []),
     "a pickle for a state": ("state.pt", lambda _: pickle.dumps(Payload()), [RESUME]),
-    "a torch file with a payload for a state": ("state.pt", lambda _: saved(Payload()), [RESUME]),
+    "a torch file with a payload for a state": ("state.pt", lambda _: save_to_bytes(Payload()), [RESUME]),
     "300 MB in 300 kB for a state": ("state.pt", lambda _: bomb(), [RESUME]),
-    "numbers for a state": ("state.pt", lambda _: saved({"optimizer": 1, "progress": [2]}), [RESUME]),
-    "a list for a state": ("state.pt", lambda _: saved([1]), [RESUME]),
+    "numbers for a state": ("state.pt", lambda _: save_to_bytes({"optimizer": 1, "progress": [2]}), [RESUME]),
+    "a list for a state": ("state.pt", lambda _: save_to_bytes([1]), [RESUME]),
     "a pickle for a checkpoint's model": ("model.safetensors", lambda _: pickle.dumps(Payload()), [RESUME]),
     "a deep manifest": ("manifest.json", lambda _: DEEP, [RESUME]),
-    "a manifest of another program": ("manifest.json", lambda data: resigned(data, meta={}), [RESUME, "--seed=auto"]),
+    "a manifest of another program": (
+        "manifest.json", lambda data: sign_manifest(data, meta={}), [RESUME, "--seed=auto"],
+    ),
     "a manifest without numbers": (
         "manifest.json",
-        lambda data: resigned(data, meta=json.loads(data)["meta"] | {"run": {"seed": "x", "batch_size": {}}}),
+        lambda data: sign_manifest(data, meta=json.loads(data)["meta"] | {"run": {"seed": "x", "batch_size": {}}}),
         [RESUME, "--seed=auto", "--batch_size=auto"],
     ),
     "complex numbers for a state": ("state.pt", lambda data: complex_state(data), [RESUME]),
@@ -871,10 +885,10 @@ def complex_state(data: bytes) -> bytes:
     for values in state["optimizer"]["state"].values():
         for name, tensor in values.items():
             values[name] = torch.zeros_like(tensor, dtype=torch.complex64).to_sparse() if tensor.ndim else "x"
-    return saved(state)
+    return save_to_bytes(state)
 
 
-def saved(value) -> bytes:
+def save_to_bytes(value) -> bytes:
     torch.save(value, "saved.pt")
     return Path("saved.pt").read_bytes()
 
@@ -882,9 +896,9 @@ def saved(value) -> bytes:
 @pytest.mark.slow
 @posix
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("harm", HARM)
-def test_a_file_made_to_harm_is_refused_quickly_and_runs_nothing(den, told, harm):
-    name, content, argv = HARM[harm]
+@pytest.mark.parametrize("harm", MALICIOUS_FILES)
+def test_a_malicious_file_is_refused_quickly_and_runs_nothing(workdir, report, harm):
+    name, content, argv = MALICIOUS_FILES[harm]
     if content == "sparse":
         with open(name, "wb") as file:
             file.truncate(8 << 30)
@@ -892,21 +906,21 @@ def test_a_file_made_to_harm_is_refused_quickly_and_runs_nothing(den, told, harm
         in_checkpoint(name, content)
     else:
         Path(name).write_bytes(content(Path(name).read_bytes() if Path(name).exists() else b""))
-    assert finish(start("--config", "run.json", *argv, body=torture.record_resources)) == 2, read()
-    lines = read().splitlines()
+    assert wait_for_exit(start_child("--config", "run.json", *argv, body=torture.record_resources)) == 2, read_log()
+    lines = read_log().splitlines()
     used = json.loads(Path("used.json").read_text())
     assert used["seconds"] < 5 and used["megabytes"] < 200, used
-    assert lines[-1].startswith("error: ") and "Traceback" not in read()
+    assert lines[-1].startswith("error: ") and "Traceback" not in read_log()
     assert not Path("it_ran").exists()
-    told("malicious files, refused", {"s": used["seconds"], "MB": used["megabytes"]})
+    report("malicious files, refused", {"s": used["seconds"], "MB": used["megabytes"]})
 
 
-def test_a_payload_would_have_run(den):
+def test_the_pickled_payload_runs_where_it_is_loaded(workdir):
     pickle.loads(pickle.dumps(Payload()))
     assert Path("it_ran").exists()
 
 
-def test_metrics_made_to_harm_are_skipped(den):
+def test_malicious_lines_of_metrics_are_skipped(workdir):
     Path("ck").mkdir()
     Path("ck/metrics.jsonl").write_bytes(DEEP + b'\n{"step": 1, "loss": 2}\n{"step": true}\n[]\n\xff\n')
     assert plot.read_metrics("ck/metrics.jsonl")[0] == {"step": 1, "loss": 2}
@@ -917,8 +931,8 @@ def test_metrics_made_to_harm_are_skipped(den):
 
 @pytest.mark.slow
 @posix
-def test_a_second_trainer_is_refused_by_the_name_of_the_first(den, told):
-    child = start(*ENDLESS)
+def test_a_second_trainer_is_refused_and_names_the_first(workdir, report):
+    child = start_child(*ENDLESS)
     try:
         wait_until(lambda: list(Path("ck").glob("step_*")), child=child)
         for argv in ([], [RESUME], ["--check"]):
@@ -930,10 +944,10 @@ def test_a_second_trainer_is_refused_by_the_name_of_the_first(den, told):
         assert run("--checkpoints.path=other", "--max_iters=1") == 0
     finally:
         child.kill()
-    assert finish(child) == -9
+    assert wait_for_exit(child) == -9
     assert Path("ck/lock").exists()
     assert run(RESUME, "--max_iters=1") == 0 and not Path("ck/lock").exists()
-    told("a second trainer on one directory", "refused; accepted once the first was killed")
+    report("a second trainer on one directory", "refused; accepted once the first was killed")
 
 
 def without_flock(monkeypatch):
@@ -941,7 +955,7 @@ def without_flock(monkeypatch):
 
 
 @pytest.mark.parametrize("flock", [True, False])
-def test_a_lock_is_given_back(tmp_path, monkeypatch, flock):
+def test_a_lock_is_released(tmp_path, monkeypatch, flock):
     if not flock:
         without_flock(monkeypatch)
     lock = Lock(tmp_path)
@@ -955,7 +969,7 @@ def test_a_lock_is_given_back(tmp_path, monkeypatch, flock):
 
 
 @posix
-def test_a_lock_whose_file_was_removed_still_keeps_the_directory(tmp_path):
+def test_a_lock_whose_file_was_removed_still_locks_the_directory(tmp_path):
     lock = Lock(tmp_path)
     lock.path.unlink()
     with pytest.raises(UserError, match="another process, which has not written its name"):
@@ -968,7 +982,7 @@ def test_a_lock_whose_file_was_removed_still_keeps_the_directory(tmp_path):
     ({}, False), ({"born": "1"}, True), ({"pid": 2**30}, True), ({"host": "elsewhere"}, False),
     ({"pid": -1}, False), ({"pid": "x"}, False),
 ])  # fmt: skip
-def test_without_flock_a_dead_processs_lock_is_taken_over(tmp_path, monkeypatch, left, dead):
+def test_without_flock_the_lock_of_a_dead_process_is_acquired(tmp_path, monkeypatch, left, dead):
     """By number, by the moment of birth of who has that number now, and never another machine's."""
     without_flock(monkeypatch)
     Lock(tmp_path)
@@ -984,7 +998,7 @@ def test_without_flock_a_dead_processs_lock_is_taken_over(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff", b'{"pid": 1}', b"[]"])
-def test_without_flock_a_lock_without_a_name_is_respected(tmp_path, monkeypatch, content):
+def test_without_flock_an_unreadable_lock_is_respected(tmp_path, monkeypatch, content):
     without_flock(monkeypatch)
     (tmp_path / "lock").write_bytes(content)
     with pytest.raises(UserError, match="which has not written its name; .* if it has ended, remove .*lock"):
@@ -1008,12 +1022,12 @@ def test_a_file_system_without_flock_is_locked_by_name(tmp_path, monkeypatch):
 # ---- several processes ---------------------------------------------------------------------------------------------
 
 
-def begin_ranks(*argv, world=2, directory=".", **options):
+def start_ranks(*argv, world=2, directory=".", **options):
     """A child for each rank, as torchrun would start them; rank r's log is log<r>.txt."""
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     return [
-        start("--config", "run.json", *argv, directory=directory, log=f"log{rank}.txt", RANK=str(rank),
+        start_child("--config", "run.json", *argv, directory=directory, log=f"log{rank}.txt", RANK=str(rank),
               LOCAL_RANK=str(rank), **env, **options)
         for rank in range(world)
     ]  # fmt: skip
@@ -1021,13 +1035,14 @@ def begin_ranks(*argv, world=2, directory=".", **options):
 
 def run_ranks(*argv, world=2, directory="."):
     """Run to the end on that many processes; one is a run without torchrun."""
-    children = begin_ranks(*argv, world=world, directory=directory)
-    codes = [finish(child) for child in children]
-    assert codes == [0] * world, read(Path(directory) / "log0.txt") + read(Path(directory) / "log1.txt")
+    children = start_ranks(*argv, world=world, directory=directory)
+    codes = [wait_for_exit(child) for child in children]
+    assert codes == [0] * world, read_log(Path(directory) / "log0.txt") + read_log(Path(directory) / "log1.txt")
 
 
 def losses(path):
-    return [(line["step"], value) for line in timeless(path) for key, value in line.items() if key.endswith("loss")]
+    lines = untimed_metrics(path)
+    return [(line["step"], value) for line in lines for key, value in line.items() if key.endswith("loss")]
 
 
 def assert_close(a, b):
@@ -1037,7 +1052,7 @@ def assert_close(a, b):
 
 @pytest.mark.slow
 @posix
-def test_ranks_compute_what_one_process_does_and_take_over_from_each_other(den, told):
+def test_ranks_compute_what_one_process_does_and_resume_from_each_others_checkpoints(workdir, report):
     halves = ["--max_iters=5", "--lr_decay_iters=10"]
     run_ranks("--checkpoints.path=two")
     run("--checkpoints.path=one")
@@ -1046,7 +1061,10 @@ def test_ranks_compute_what_one_process_does_and_take_over_from_each_other(den, 
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
         if name.endswith("router.bias"):
             assert torch.equal(a, b) and a.any()  # loads are sums over all ranks
-    assert "step 10: loss" in read("log0.txt") and read("log1.txt") == ""  # only the first talks
+    assert "step 10: loss" in read_log("log0.txt") and read_log("log1.txt") == ""  # only the first talks
+    report("two processes over gloo beside one", "10 steps")
+    if not FULL:  # test_parallel.py resumes from such checkpoints too, in one process group
+        return
     run_ranks("--checkpoints.path=half", *halves)
     for world in (2, 1):
         shutil.copytree("half", f"half{world}")
@@ -1056,12 +1074,12 @@ def test_ranks_compute_what_one_process_does_and_take_over_from_each_other(den, 
     run("--checkpoints.path=other", *halves)
     run_ranks("--checkpoints.path=other", RESUME)
     assert_close(losses("one/metrics.jsonl"), losses("other/metrics.jsonl"))
-    told("two processes over gloo beside one, 2 → 2, 2 → 1, 1 → 2", "10 steps each, resumed after 5")
+    report("checkpoints resumed by other numbers of processes: 2 → 2, 2 → 1, 1 → 2", "after 5 of 10 steps")
 
 
 @pytest.mark.slow
 @posix
-def test_ranks_weigh_rows_by_their_targets(den):
+def test_ranks_weight_rows_by_their_targets(workdir):
     """Pairs: each row has a number of targets of its own."""
     model = {"arch": "transformer", "kind": "encoder-decoder", "vocab_size": 41, "block_size": 16, "n_layer": 1,
              "n_head": 2, "n_embd": 16}  # fmt: skip
@@ -1078,40 +1096,54 @@ def test_ranks_weigh_rows_by_their_targets(den):
     assert_close(losses("one/metrics.jsonl"), losses("two/metrics.jsonl"))
 
 
+MANY_STEPS = ["--max_iters=30", "--eval_interval=30"]
+
+
+@pytest.fixture(scope="module")
+def many_steps_of_two(tmp_path_factory):
+    """The last step's tensors of a run of two processes that nothing disturbs."""
+    before = os.getcwd()
+    set_up(tmp_path_factory.mktemp("many"))
+    run_ranks(*MANY_STEPS)
+    tensors = newest_state()[1]
+    os.chdir(before)
+    return tensors
+
+
 @pytest.mark.slow
 @posix
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_rank_is_killed_the_other_ends_and_both_resume(den, told, victim):
-    many = ["--max_iters=30", "--eval_interval=30"]
-    children = begin_ranks(*many)
-    wait_until(lambda: Path("ck/metrics.jsonl").exists() and len(timeless()) > 9, child=children[0])
+def test_when_a_rank_is_killed_the_other_ends_and_both_resume(workdir, many_steps_of_two, report, victim):
+    children = start_ranks(*MANY_STEPS)
+    wait_until(lambda: Path("ck/metrics.jsonl").exists() and len(untimed_metrics()) > 9, child=children[0])
     children[victim].kill()
     began = time.monotonic()
-    assert finish(children[1 - victim], 30) == 4, read(f"log{1 - victim}.txt")
+    assert wait_for_exit(children[1 - victim], 30) == 4, read_log(f"log{1 - victim}.txt")
     seconds = time.monotonic() - began
-    last = read(f"log{1 - victim}.txt").splitlines()[-2:]
+    last = read_log(f"log{1 - victim}.txt").splitlines()[-2:]
     assert last[0].startswith("error: another process of this run has ended")
     assert "torchrun --nproc_per_node=2" in last[1] and last[1].endswith(RESUME)
-    logged = timeless()[-1]["step"]
+    logged = untimed_metrics()[-1]["step"]
     assert find_latest("ck").step >= (logged - 4 if victim == 0 else logged)  # rank 0 loses nothing
-    run_ranks(*many, RESUME)
-    run_ranks(*many, "--checkpoints.path=whole")
-    assert_same(newest_state("whole")[1], newest_state()[1])
-    told("one of two processes killed; both resumed to identical bits",
+    run_ranks(*MANY_STEPS, RESUME)
+    assert_same(newest_state()[1], many_steps_of_two)
+    report("one of two processes killed; both resumed to identical bits",
          f"rank {victim}: the other ended after {seconds:.1f} s")  # fmt: skip
 
 
 @pytest.mark.slow
 @posix
-def test_torchrun_ends_when_a_rank_is_killed(den, told):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+def test_torchrun_ends_when_a_rank_is_killed(workdir, report):
+    launcher = forks.fork_command([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                                   f"--master_port={free_port()}"])  # fmt: skip
     script = [sys.executable, str(torture.ROOT / "train.py"), *ENDLESS]
     Path("worker.sh").write_text('echo $$ > pid$RANK; exec "$@"')
     command = [*launcher, "--no-python", "sh", "worker.sh", *script]
-    with open("log.txt", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as parent:
+    with open("log.txt", "w") as output, subprocess.Popen(command, stdout=output, stderr=output) as parent:
         try:
-            wait_until(lambda: Path("ck/metrics.jsonl").exists() and len(timeless()) > 3 or parent.poll() is not None)
-            assert parent.poll() is None, read()
+            log = Path("ck/metrics.jsonl")
+            wait_until(lambda: log.exists() and len(untimed_metrics()) > 3 or parent.poll() is not None)
+            assert parent.poll() is None, read_log()
             assert json.loads(Path("ck/lock").read_text())["pid"] == int(Path("pid0").read_text())
             began = time.monotonic()
             os.kill(int(Path("pid1").read_text()), signal.SIGKILL)
@@ -1121,29 +1153,30 @@ def test_torchrun_ends_when_a_rank_is_killed(den, told):
             for pid in map(Path.read_text, Path().glob("pid*")):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
-    assert "is saved in ck; to go on:" in read()
-    told("rank 1 killed under torchrun", f"all ended after {time.monotonic() - began:.1f} s")
+    assert "is saved in ck; to go on:" in read_log()
+    report("rank 1 killed under torchrun", f"all ended after {time.monotonic() - began:.1f} s")
     assert run("--max_iters=1", RESUME) == 0
 
 
 @pytest.mark.slow
 @posix
-def test_ranks_that_cannot_divide_the_batch_say_so(den):
-    codes = [finish(child) for child in begin_ranks("--batch_size=3", "--gradient_accumulation_steps=1")]
+def test_a_batch_that_ranks_cannot_divide_is_an_error(workdir):
+    codes = [wait_for_exit(child) for child in start_ranks("--batch_size=3", "--gradient_accumulation_steps=1")]
     assert set(codes) <= {2, 4} and 2 in codes
-    assert "error: batch_size = 3: with gradient_accumulation_steps 1 it cannot be divided among 2" in read("log0.txt")
+    message = "error: batch_size = 3: with gradient_accumulation_steps 1 it cannot be divided among 2"
+    assert message in read_log("log0.txt")
     assert not Path("ck").exists()
 
 
 @pytest.mark.slow
 @posix
-def test_ranks_roll_back_together(den):
-    children = begin_ranks(BACK, body=torture.poisoned_on_one_rank)
-    assert [finish(child) for child in children] == [0, 0], read("log0.txt") + read("log1.txt")
-    assert [line["step"] for line in timeless() if "rollback" in line] == [4] and find_latest("ck").step == 10
+def test_ranks_roll_back_together(workdir):
+    children = start_ranks(ROLLBACK, body=torture.poison_one_rank)
+    assert [wait_for_exit(child) for child in children] == [0, 0], read_log("log0.txt") + read_log("log1.txt")
+    assert [line["step"] for line in untimed_metrics() if "rollback" in line] == [4] and find_latest("ck").step == 10
 
 
-def test_tensors_travel_in_buckets_of_one_dtype(monkeypatch):
+def test_tensors_are_reduced_in_buckets_of_one_dtype(monkeypatch):
     monkeypatch.setattr(distributed, "BUCKET_SIZE", 10)
     sizes = [4, 6, 1, 12, 3, 3]
     tensors = [torch.zeros(n) for n in sizes] + [torch.zeros(2, dtype=torch.float64)]
@@ -1175,7 +1208,7 @@ PRESETS = sorted(path.name for path in (torture.ROOT / "config").glob("*.json") 
 thorough = settings(max_examples=count(60, 2_000), deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def plain(run) -> dict:
+def to_json_data(run) -> dict:
     return json.loads(json.dumps(to_dict(run)))
 
 
@@ -1186,14 +1219,14 @@ def places(data: dict, prefix=()) -> list[tuple]:
                     for place in places(value, (*prefix, key))]  # fmt: skip
 
 
-BASES = {name: plain(load_run(["--config", name], CONFIGS)) for name in PRESETS}
+BASES = {name: to_json_data(load_run(["--config", name], CONFIGS)) for name in PRESETS}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_json(name):
     cls = run_class(CONFIGS, BASES[name]["model_hyperparams"]["arch"])
     again, problems = check(cls, BASES[name])
-    assert not problems and plain(again) == BASES[name]
+    assert not problems and to_json_data(again) == BASES[name]
 
 
 @pytest.mark.slow
@@ -1227,7 +1260,7 @@ def test_any_mutation_of_a_config_is_valid_or_refused_by_name(data):
         assert any(key in line for key in changed) or "arch" in changed or "kind" in changed, (line, changed)
         line.encode()
     if run is not None:
-        assert plain(check(cls, plain(run))[0]) == plain(run)
+        assert to_json_data(check(cls, to_json_data(run))[0]) == to_json_data(run)
 
 
 KEYS = sorted(dotted_names(run_class(CONFIGS, "transformer")))
@@ -1244,7 +1277,7 @@ def test_any_override_is_a_run_or_a_user_error(name, key, text):
 
 
 @pytest.mark.slow
-def test_ten_thousand_mutated_headers_are_refused_or_read(den, told):
+def test_ten_thousand_mutated_headers_are_refused_or_read(workdir, report):
     """Half of them with a checksum that fits."""
     rng = np.random.default_rng(7)
     sound = Path("data.bin").read_bytes()
@@ -1257,7 +1290,7 @@ def test_ten_thousand_mutated_headers_are_refused_or_read(den, told):
         if i % 4 == 0:
             at = int(rng.choice([32, 40, 48, 56, 64]))
             data[at : at + 8] = int(rng.integers(0, 2**63)).to_bytes(8, "little")
-        head = signed(bytes(data)) if i % 2 else bytes(data)
+        head = sign_header(bytes(data)) if i % 2 else bytes(data)
         with open("data.bin", "r+b") as file:
             file.write(head)
         try:
@@ -1268,29 +1301,29 @@ def test_ten_thousand_mutated_headers_are_refused_or_read(den, told):
             assert "data.bin" in str(error) and "\n" not in str(error)
             outcomes["refused"] += 1
     assert min(outcomes.values()) > number // 100, outcomes
-    told("mutated token-file headers", f"{number:,}: {outcomes['refused']:,} refused, {outcomes['read']:,} read")
+    report("mutated token-file headers", f"{number:,}: {outcomes['refused']:,} refused, {outcomes['read']:,} read")
 
 
 # ---- long runs -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_long_run_grows_nothing(den, told):
+def test_a_long_run_leaks_no_memory_files_or_time(workdir, report):
     require(Path("/proc/self/fd").exists(), "/proc, from which memory and open files are read")
     steps = count(400, 20_000)
     model = TINYSTAR | {"block_size": 8, "n_head": 1, "n_embd": 8}
     rarely = {"eval_interval": steps // 8, "checkpoints": {"path": "ck", "interval": steps // 24}}
     write_run(model_hyperparams=model, batch_size=1, optimizer_hyperparams={}, max_iters=steps, **rarely)
-    assert finish(start("--config", "run.json", body=torture.watched), 1200) == 0, read()
-    seen = json.loads(Path("seen.json").read_text())  # eight times: anonymous memory in MB, open files, CPU seconds
-    memory, descriptors, seconds = (np.array(column) for column in zip(*seen, strict=True))
+    assert wait_for_exit(start_child("--config", "run.json", body=torture.record_growth), 1200) == 0, read_log()
+    growth = json.loads(Path("growth.json").read_text())  # eight times: anonymous memory in MB, open files, CPU seconds
+    memory, descriptors, seconds = (np.array(column) for column in zip(*growth, strict=True))
     assert np.ptp(descriptors[1:]) == 0, descriptors
     # the least of three at the end, since an allocator's peaks pass, and the middle of three, since it may start low
     assert memory[-3:].min() - np.median(memory[1:4]) < 6, memory
     each = np.diff(seconds) / (steps / 8)
     assert np.median(each[-3:]) < 2 * np.median(each[1:4]), each
-    assert [line["step"] for line in timeless() if "loss" in line] == list(range(1, steps + 1))
-    told(
+    assert [line["step"] for line in untimed_metrics() if "loss" in line] == list(range(1, steps + 1))
+    report(
         f"{steps:,} steps", f"memory {memory[3]:.0f} MB after half, {memory[-1]:.0f} MB at the end; "
         f"{descriptors[-1]:.0f} open files throughout; {1e3 * each[3]:.2f} and {1e3 * each[-1]:.2f} ms of CPU per step",
     )  # fmt: skip
@@ -1300,16 +1333,16 @@ def test_a_long_run_grows_nothing(den, told):
 
 
 @pytest.mark.slow
-def test_a_clock_that_is_set_back_changes_nothing(den, monkeypatch, six_steps):
+def test_a_clock_that_is_set_back_changes_nothing(workdir, monkeypatch, six_steps):
     """Every moment is before the last one, and the newest files are the oldest."""
     clock = iter(range(2_000_000_000, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     with monkeypatch.context() as patch:
         at_call(patch, TrainStep, "update_weights", 5, terminate)
-        assert run(*SIX) == 143
+        assert run(*SIX_STEPS) == 143
     for age, path in enumerate(sorted(Path("ck").rglob("*"), reverse=True)):
         os.utime(path, (10**9 + age, 10**9 + age))
-    assert run(*SIX, RESUME) == 0
+    assert run(*SIX_STEPS, RESUME) == 0
     assert_same(newest_state()[1], six_steps)
     lines = [json.loads(line) for line in Path("ck/metrics.jsonl").read_text().splitlines()]
     assert all(line["seconds"] > 0 and line["tokens_per_s"] > 0 for line in lines if "seconds" in line)
@@ -1318,23 +1351,24 @@ def test_a_clock_that_is_set_back_changes_nothing(den, monkeypatch, six_steps):
 @pytest.mark.slow
 @posix
 @pytest.mark.parametrize("key,path", [("model_path", "bin/tiny.model"), ("checkpoints.path", "bin/ck")])
-def test_a_read_only_directory_is_reported_before_anything_is_trained(den, key, path):
+def test_a_read_only_directory_is_reported_before_anything_is_trained(workdir, key, path):
     if os.geteuid() == 0 and sys.platform != "linux":
         pytest.skip("root may write anywhere")
     Path("bin").mkdir()
     Path("bin").chmod(0o555)
-    assert finish(start("--config", "run.json", f"--{key}={path}", body=torture.without_rights)) == 2, read()
-    last = read().splitlines()[-1]
+    child = start_child("--config", "run.json", f"--{key}={path}", body=torture.drop_capabilities)
+    assert wait_for_exit(child) == 2, read_log()
+    last = read_log().splitlines()[-1]
     assert last == f"error: {key} = {path}: bin cannot be written to; name another path, or change the rights"
     assert not Path("ck").exists()
-    child = start("--config", "run.json", "--max_iters=1", body=torture.without_rights)
-    assert finish(child) == 0, read()
+    child = start_child("--config", "run.json", "--max_iters=1", body=torture.drop_capabilities)
+    assert wait_for_exit(child) == 0, read_log()
 
 
 @pytest.mark.slow
 @posix
-def test_paths_with_spaces_and_letters_of_any_alphabet(den, capsys):
-    odd = den / "une étude — 研究 (1) 'x'"
+def test_paths_with_spaces_and_letters_of_any_alphabet(workdir, capsys):
+    odd = workdir / "une étude — 研究 (1) 'x'"
     odd.mkdir()
     for name in ("text.txt", "data.bin", "run.json"):
         shutil.copy(name, odd / f"µ {name}")
@@ -1353,9 +1387,10 @@ def test_paths_with_spaces_and_letters_of_any_alphabet(den, capsys):
 
 @pytest.mark.slow
 @posix
-def test_any_working_directory_will_do_or_is_reported(tmp_path):
-    """The presets are found from everywhere; the data are looked for where one stands, and what makes them is told."""
-    command = [sys.executable, str(torture.ROOT / "train.py"), "--config", "tiny.json"]
+def test_presets_are_found_and_data_is_missed_in_any_working_directory(tmp_path):
+    """The presets are found from everywhere; the data are looked for in the working directory, and the error
+    names the command that makes them."""
+    command = forks.fork_command([sys.executable, str(torture.ROOT / "train.py"), "--config", "tiny.json"])
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert done.stderr.count("\n") == 1 and "prepare.py" in done.stderr
@@ -1364,8 +1399,8 @@ def test_any_working_directory_will_do_or_is_reported(tmp_path):
 # ---- checking ------------------------------------------------------------------------------------------------------
 
 
-def test_check_says_all_and_writes_nothing(den, capsys, monkeypatch):
-    before = files(den)
+def test_check_reports_the_run_and_writes_nothing(workdir, capsys, monkeypatch):
+    before = files(workdir)
     monkeypatch.setattr(torch, "compile", lambda *arguments, **options: pytest.fail("that takes minutes"))
     assert run("--check", "--compile=true") == 0
     out = capsys.readouterr().out
@@ -1377,15 +1412,15 @@ def test_check_says_all_and_writes_nothing(den, capsys, monkeypatch):
     assert out.endswith("nothing was written\n")
     shutil.rmtree("ck")
     shutil.rmtree("out")
-    assert files(den) == before
+    assert files(workdir) == before
 
 
 @pytest.mark.slow
-def test_check_of_a_resumed_run_changes_nothing(den, capsys):
+def test_check_of_a_resumed_run_changes_nothing(workdir, capsys):
     run("--max_iters=4")
-    before = files(den)
+    before = files(workdir)
     assert run("--check", RESUME) == 0
-    assert files(den) == before and "resuming ck/step_00000004" in capsys.readouterr().out.replace(os.sep, "/")
+    assert files(workdir) == before and "resuming ck/step_00000004" in capsys.readouterr().out.replace(os.sep, "/")
 
 
 def change_data():
@@ -1411,16 +1446,16 @@ def corrupt_data():
     ([RESUME], change_data, "the dataset has changed"),
     ([], corrupt_data, "is damaged: the tokens' SHA-256"),
 ])  # fmt: skip
-def test_check_finds_what_would_go_wrong(den, argv, prepare, message):
+def test_check_finds_errors_of_a_run(workdir, argv, prepare, message):
     if prepare:
         prepare()
-    before = files(den)
+    before = files(workdir)
     with pytest.raises(UserError, match=re.escape(message)):
         run("--check", *argv)
-    assert files(den) == before
+    assert files(workdir) == before
 
 
-def test_check_warns_of_too_little_memory_and_disk(den, monkeypatch, capsys):
+def test_check_warns_of_too_little_memory_and_disk(workdir, monkeypatch, capsys):
     monkeypatch.setattr(memory, "device_memory", lambda device: (1000, 2000))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
     assert run("--check") == 0

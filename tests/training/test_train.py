@@ -12,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_gradients_are_clipped_to_grad_clip(run_folder):
     assert before > 0.01 and after == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_rehearsal_leaves_weights_and_buffers_as_they_were(run_folder, monkeypatch):
+def test_the_warm_up_step_leaves_weights_and_buffers_unchanged(run_folder, monkeypatch):
     class Counting(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -173,22 +174,22 @@ def test_losses_of_any_objective_are_means_over_the_targets(objective):
                     n_bytes += target not in (encoder.eot, encoder.pad)
                     count += 1
     assert got[0] == pytest.approx(nats / count, rel=1e-5)
-    if objective == "pairs":  # how well the answers are told, in bits for each byte of them
+    if objective == "pairs":  # how well the answers are predicted, in bits for each byte of them
         assert got[1] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
     else:
         assert math.isnan(got[1])
 
 
 @pytest.mark.slow
-def test_accumulation_weighs_rows_by_their_targets(objective):
+def test_accumulation_weights_rows_by_their_targets(objective):
     """Batches of 1 as one of 6, though they have unequally many targets."""
     trainer = prepared("--model_hyperparams.dropout=0")
     grads = []
     for rows in (6, 1):
         trainer.optimizer.zero_grad()
-        made = [evaluation.make_batch(trainer.objective, trainer.corpus.train, 5, i, rows, "cpu")
+        batches = [evaluation.make_batch(trainer.objective, trainer.corpus.train, 5, i, rows, "cpu")
                 for i in range(0, 6, rows)]  # fmt: skip
-        grads.append([trainer.steps.accumulate(made), *(p.grad.clone() for p in trainer.model.parameters())])
+        grads.append([trainer.steps.accumulate(batches), *(p.grad.clone() for p in trainer.model.parameters())])
     batch = evaluation.make_batch(trainer.objective, trainer.corpus.train, 5, 0, 6, "cpu")
     assert grads[0][0].item() == pytest.approx(trainer.model(batch.x, batch.y, source=batch.source)[1].item(), rel=1e-5)
     for a, b in zip(*grads, strict=True):
@@ -196,7 +197,7 @@ def test_accumulation_weighs_rows_by_their_targets(objective):
 
 
 @pytest.mark.slow
-def test_evaluations_show_what_they_can(objective, capsys):
+def test_evaluations_print_samples_of_each_objective(objective, capsys):
     run("--max_iters=1")
     out, line = capsys.readouterr().out, metrics()[-1]
     assert f"\nobjective    {objective}" in out
@@ -209,7 +210,7 @@ def test_evaluations_show_what_they_can(objective, capsys):
 
 
 @pytest.mark.slow
-def test_what_was_left_open_is_recorded(objective):
+def test_objective_and_pad_id_are_inferred_and_recorded(objective):
     trainer = prepared()
     assert trainer.run.objective == trainer.checkpoints.training_record()["run"]["objective"] == objective
     assert trainer.model.config.pad_id == trainer.encoder.pad
@@ -218,7 +219,7 @@ def test_what_was_left_open_is_recorded(objective):
         prepared("--model_hyperparams.pad_id=3")
 
 
-def test_pairs_that_are_cut_are_counted_at_the_start(run_folder, monkeypatch, capsys):
+def test_truncated_pairs_are_counted_at_the_start(run_folder, monkeypatch, capsys):
     encoder = encoders.load("chars:text.txt")
     with TokenFileWriter("pairs.bin", encoder, kind="pairs") as writer:
         for length in (3, 15, 16, 40) * 3:
@@ -284,7 +285,7 @@ def test_what_was_logged_after_the_checkpoint_is_dropped_on_resume(run_folder, m
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(run_folder, monkeypatch):
+def test_an_evaluation_interrupted_by_a_signal_is_done_on_resume(run_folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "mean_loss", lambda *arguments: signal.raise_signal(signal.SIGINT))
         assert run() == 130
@@ -303,7 +304,7 @@ def test_resuming_a_finished_run_only_writes_the_model(run_folder, capsys):
 
 
 @pytest.mark.slow
-def test_auto_seeds_are_drawn_and_kept(run_folder):
+def test_a_seed_of_auto_is_drawn_and_recorded(run_folder):
     run("--seed=auto", "--max_iters=1")
     first = find_latest("ck").meta["run"]["seed"]
     run("--seed=auto", "--max_iters=2", "--init_from=resume")
@@ -344,7 +345,7 @@ def test_resume_refuses_a_model_of_another_shape(run_folder):
         run("--init_from=resume", "--model_hyperparams.n_embd=32")
 
 
-def test_a_new_run_sets_the_earlier_one_aside_unharmed(run_folder, capsys):
+def test_a_new_run_archives_the_earlier_one_unchanged(run_folder, capsys):
     run()
     before = metrics()
     assert run("--seed=6", "--max_iters=3") == 0
@@ -378,7 +379,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(run_folder, monkeypat
     assert find_latest("ck").step == 4 and not Path("out/tiny.model").exists()
 
 
-def test_a_poisoned_weight_is_never_saved(run_folder):
+def test_a_weight_that_is_not_finite_is_never_saved(run_folder):
     trainer = prepared()
     with torch.no_grad():
         trainer.model.embed.weight[0, 0] = math.nan
@@ -405,7 +406,7 @@ def test_a_signal_before_the_first_step_changes_nothing(run_folder, monkeypatch,
     assert capsys.readouterr().out.rstrip().endswith("--config run.json")  # not resume: that is the older run's
 
 
-def test_signals_wait_for_the_end_of_what_holds_them():
+def test_deferred_signals_are_raised_at_the_end_of_the_block():
     done = []
     with Signals() as signals:
         with pytest.raises(Interrupted), signals.deferred():
@@ -418,7 +419,7 @@ def test_signals_wait_for_the_end_of_what_holds_them():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_signal_leaves_at_once(monkeypatch):
+def test_a_second_signal_exits_immediately(monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
     with Signals() as signals, pytest.raises(Interrupted), signals.deferred():
@@ -450,7 +451,7 @@ def test_sigint_saves_and_prints_the_command_that_resumes(run_folder):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_written_is_tried_again(run_folder, monkeypatch, capsys):
+def test_a_checkpoint_that_cannot_be_written_is_retried(run_folder, monkeypatch, capsys):
     save, calls = checkpointing.save_checkpoint, []
 
     def full_disk(root, step, *rest):
@@ -465,7 +466,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(run_folder, monkeypa
 
 
 @pytest.mark.slow
-def test_data_that_goes_bad_costs_no_step(run_folder, monkeypatch):
+def test_data_that_becomes_unreadable_loses_no_step(run_folder, monkeypatch):
     at_step(monkeypatch, 7, lambda: (_ for _ in ()).throw(UserError("data.bin was replaced")))
     with pytest.raises(UserError):
         run()
@@ -609,7 +610,7 @@ def test_evaluations_read_each_window_at_most_once_and_always_the_same(run_folde
     assert torch.equal(first, torch.cat(seen))
 
 
-def test_a_pretrained_model_is_gone_on_from(run_folder):
+def test_training_starts_from_a_pretrained_model(run_folder):
     run()
     trainer = prepared("--init_from=out/tiny.model,pretrained", "--checkpoints.path=ck2")
     assert_same(trainer.model.state_dict(), load_model("out/tiny.model")[0].state_dict())
@@ -618,7 +619,7 @@ def test_a_pretrained_model_is_gone_on_from(run_folder):
         run("--init_from=pretrained,out/tiny.model", "--model_hyperparams.n_layer=2")
 
 
-def test_training_goes_on_where_compiling_fails(run_folder, monkeypatch, capsys):
+def test_training_continues_where_compilation_fails(run_folder, monkeypatch, capsys):
     run("--checkpoints.path=eager")
 
     def broken(*arguments):
@@ -683,7 +684,7 @@ def test_an_evaluation_is_compiled_at_the_first_evaluation(run_folder, compiled_
 
 
 @pytest.mark.slow
-def test_evaluations_go_on_where_compiling_them_fails(run_folder, compiled_graphs, capsys):
+def test_evaluation_continues_where_compilation_fails(run_folder, compiled_graphs, capsys):
     run("--checkpoints.path=eager", "--eval_interval=2")
     compiled_graphs.fail = True
     assert run("--compile=true", "--eval_interval=2") == 0
@@ -693,7 +694,7 @@ def test_evaluations_go_on_where_compiling_them_fails(run_folder, compiled_graph
     assert len(losses[0]) > 1 and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_training_goes_on_where_drawing_fails(run_folder, monkeypatch, capsys):
+def test_training_continues_where_drawing_fails(run_folder, monkeypatch, capsys):
     def broken(*arguments):
         raise ValueError("no fonts")
 
@@ -703,7 +704,7 @@ def test_training_goes_on_where_drawing_fails(run_folder, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_or_a_directory_of_them_is_gone_on_from(run_folder):
+def test_training_starts_from_a_checkpoint_or_a_directory_of_them(run_folder):
     run()
     Path("empty").mkdir()
     with pytest.raises(UserError, match=r"init_from: empty is a directory without checkpoints; name a model file or"):
@@ -755,7 +756,7 @@ def table_of(out: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_stdout_has_a_row_for_each_logged_step_and_a_log_no_bar(run_folder, capsys):
+def test_stdout_has_a_row_for_each_logged_step_and_a_log_file_no_progress_bar(run_folder, capsys):
     assert run("--log_interval=2", "--max_iters=7") == 0
     out, err = capsys.readouterr()
     assert "\r" not in out + err and "%|" not in out + err
@@ -795,7 +796,7 @@ def test_remaining_time_follows_the_pace_since_this_start(monkeypatch, capsys):
     assert [row[5:] for row in rows] == [["03:20", "16:40"], ["1:26:40", "75:00:00"]]
 
 
-def test_on_a_terminal_a_bar_stays_below_the_lines_and_is_gone_at_the_end(run_folder, monkeypatch):
+def test_on_a_terminal_a_progress_bar_is_below_the_lines_and_removed_at_the_end(run_folder, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -833,7 +834,7 @@ def test_quiet_prints_warnings_and_errors_only(run_folder, monkeypatch, capsys, 
     assert terminal.getvalue() == ""
 
 
-def test_a_quiet_run_that_is_stopped_says_how_to_go_on(run_folder, monkeypatch, capsys):
+def test_a_quiet_run_that_is_stopped_prints_how_to_resume(run_folder, monkeypatch, capsys):
     at_step(monkeypatch, 7, lambda: signal.raise_signal(signal.SIGTERM))
     assert run("--quiet") == 143
     out, err = capsys.readouterr()
@@ -850,7 +851,7 @@ def test_a_schedule_that_does_not_fit_is_warned_of_at_the_start(run_folder, caps
 
 
 @pytest.mark.slow
-def test_a_reader_of_the_log_that_leaves_costs_no_step(run_folder, monkeypatch):
+def test_a_closed_stdout_loses_no_step(run_folder, monkeypatch):
     class Left(io.StringIO):
         def write(self, text):
             if text.lstrip().startswith("7 "):
@@ -865,7 +866,8 @@ def test_a_reader_of_the_log_that_leaves_costs_no_step(run_folder, monkeypatch):
 
 @pytest.mark.slow
 def test_processes_of_torchrun_report_a_mistake_once(run_folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__]
+    launcher = forks.fork_command([sys.executable, "-m", "torch.distributed.run"])
+    command = [*launcher, "--standalone", "--nproc_per_node=2", train.__file__]
     for mistake in ("--learning_rat=1", "--dataset.path=none.bin"):  # before and after they have met
         done = subprocess.run([*command, "--config", "run.json", mistake], capture_output=True, text=True, timeout=120)
         assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1, done.stderr
@@ -931,7 +933,7 @@ def test_a_run_is_trained_from_python_as_from_the_command_line(run_folder):
 
 
 @pytest.mark.slow
-def test_a_run_from_python_that_fails_gives_its_directory_back(run_folder, monkeypatch):
+def test_a_run_from_python_that_fails_unlocks_its_directory(run_folder, monkeypatch):
     write_config(learning_rate=1e30, on_nan="stop", decay_lr=False)
     with pytest.raises(cuda_graph.NonFinite):
         train.train(load_run(["--config", "run.json"], CONFIGS))

@@ -1,6 +1,6 @@
-"""What the tests of survival share: a tiny run to hurt, children that can be killed, and the counts of `make torture`.
+"""What the tests of survival share: a tiny run, children that can be killed, and the counts of `make torture`.
 
-Children are forked from a server that has torch imported already, so that a hundred of them cost no hundred imports.
+Children are forked from a server that has imported all that a run does, so that a hundred cost no hundred imports.
 `python tests/training/torture.py` runs tests/training/test_survival.py with full counts and prints the table of
 docs/measurements.md.
 """
@@ -21,6 +21,7 @@ import time
 import traceback
 from pathlib import Path
 
+import forks
 from runs import ALPHABET, write_corpus
 
 from strawberry import startup
@@ -40,7 +41,7 @@ MODEL = {
 }  # fmt: skip
 
 
-# ---- a run to hurt -------------------------------------------------------------------------------------------------
+# ---- a tiny run ----------------------------------------------------------------------------------------------------
 
 
 def write_run(path="run.json", **changes):
@@ -64,7 +65,7 @@ def set_up(directory: Path) -> None:
     write_run()
 
 
-def timeless(path="ck/metrics.jsonl") -> list[dict]:
+def untimed_metrics(path="ck/metrics.jsonl") -> list[dict]:
     """metrics.jsonl without what no two runs have in common."""
     lines = map(json.loads, Path(path).read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_s")} for line in lines]
@@ -75,16 +76,17 @@ def timeless(path="ck/metrics.jsonl") -> list[dict]:
 
 @functools.cache
 def server():
-    """multiprocessing, with a server that has imported train and its kin."""
+    """multiprocessing, with a server that has imported train.py and what a run imports later, torch._dynamo above all:
+    it takes a child more than a second, as building a model does that."""
     folders = [ROOT, ROOT / "tests" / "helpers", Path(__file__).parent]
     path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
     os.environ["PYTHONPATH"] = path
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "torture", "safetensors.torch"])
+    context.set_forkserver_preload(["train", "torture", "safetensors.torch", *forks.MODULES])
     return context
 
 
-def begin(body, argv, directory, log, threads, env):
+def run_child(body, argv, directory, log, threads, env):
     """A child's own main: `body(argv)` with its output in `log`, and its exit code."""
     import torch
 
@@ -107,20 +109,20 @@ def begin(body, argv, directory, log, threads, env):
         sys.exit(1)
 
 
-def program(argv):
+def train_without_curves(argv):
     """train.py, without curves."""
 
     plot.curves = lambda *arguments: None
-    program_with_curves(argv)
+    train_with_curves(argv)
 
 
-def program_with_curves(argv):
+def train_with_curves(argv):
     import train
 
     run_cli(train.main)
 
 
-def interrupted_twice_in_a_save(argv):
+def interrupt_twice_in_a_save(argv):
     """Two SIGINT while the second checkpoint's second file is written."""
 
     write, calls = checkpoint._write_file, []
@@ -133,10 +135,10 @@ def interrupted_twice_in_a_save(argv):
         return write(path, writer)
 
     checkpoint._write_file = interrupted
-    program(argv)
+    train_without_curves(argv)
 
 
-def around_steps(act) -> None:
+def act_before_steps(act) -> None:
     """Call `act(number)` before each optimizer step of that number, the first being 1."""
 
     update = TrainStep.update_weights
@@ -148,14 +150,14 @@ def around_steps(act) -> None:
     TrainStep.update_weights = then_update
 
 
-def note_checkpoints() -> None:
-    """then.json: what there is when the disk has room again."""
+def record_checkpoints() -> None:
+    """found.json: what there is when the disk has room again."""
 
     visible = sorted(path.name for path in Path("ck").glob("step_*"))
-    Path("then.json").write_text(json.dumps({"newest": find_latest("ck").step, "visible": visible}))
+    Path("found.json").write_text(json.dumps({"newest": find_latest("ck").step, "visible": visible}))
 
 
-def full_by_limit(argv):
+def limit_file_size(argv):
     """From step 5 to the end of step 8 no file can grow beyond 12 kB."""
 
     def act(step):
@@ -163,13 +165,13 @@ def full_by_limit(argv):
             resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))
         elif step == 9:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            note_checkpoints()
+            record_checkpoints()
 
-    around_steps(act)
-    program_with_curves(argv)
+    act_before_steps(act)
+    train_with_curves(argv)
 
 
-def full_by_filling(argv):
+def fill_disk(argv):
     """From step 5 to the end of step 8 the disk is full to the last byte."""
 
     def act(step):
@@ -182,53 +184,53 @@ def full_by_filling(argv):
                     pass
         elif step == 9:
             os.unlink("ballast")
-            note_checkpoints()
+            record_checkpoints()
 
-    around_steps(act)
-    program_with_curves(argv)
+    act_before_steps(act)
+    train_with_curves(argv)
 
 
-def short_of_memory(argv):
+def limit_memory(argv):
     """This process may have 300 MB more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc/self/statm") else 10**6
     room = pages * resource.getpagesize() + 300_000_000
     resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
-    program(argv)
+    train_without_curves(argv)
 
 
 def record_resources(argv):
-    """used.json: the seconds and the megabytes that it took to refuse something."""
+    """used.json: the CPU seconds and the megabytes that it took to refuse something."""
     scale = 1e6 if sys.platform == "darwin" else 1e3
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
-    start = time.perf_counter()
+    start = time.process_time()  # others may use the CPU meanwhile
     try:
-        program(argv)
+        train_without_curves(argv)
     finally:
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale - before
-        Path("used.json").write_text(json.dumps({"seconds": time.perf_counter() - start, "megabytes": used}))
+        Path("used.json").write_text(json.dumps({"seconds": time.process_time() - start, "megabytes": used}))
 
 
-def watched(argv):
-    """seen.json: memory in MB, open files and seconds of the CPU, at each evaluation."""
+def record_growth(argv):
+    """growth.json: memory in MB, open files and seconds of the CPU, at each evaluation."""
     import gc
 
     from strawberry.data.loader import resident_memory
     from train import Trainer
 
-    evaluate, seen = Trainer.evaluate, []
+    evaluate, growth = Trainer.evaluate, []
 
     def then_look(self):
         evaluate(self)
         gc.collect()
         memory = resident_memory()
-        seen.append((memory["anonymous"], len(os.listdir("/proc/self/fd")), time.process_time()))
-        Path("seen.json").write_text(json.dumps(seen))
+        growth.append((memory["anonymous"], len(os.listdir("/proc/self/fd")), time.process_time()))
+        Path("growth.json").write_text(json.dumps(growth))
 
     Trainer.evaluate = then_look
-    program_with_curves(argv)
+    train_with_curves(argv)
 
 
-def poisoned_on_one_rank(argv):
+def poison_one_rank(argv):
     """The loss of rank 1 is NaN in the seventh step, once."""
 
     accumulate = TrainStep.accumulate
@@ -238,33 +240,33 @@ def poisoned_on_one_rank(argv):
         return loss * float("nan") if self.state.ranks.rank == 1 and self.state.progress.position == 6 else loss
 
     TrainStep.accumulate = poisoned
-    program(argv)
+    train_without_curves(argv)
 
 
-def without_rights(argv):
+def drop_capabilities(argv):
     """As a user whom rights hold back, which root on Linux is without its capabilities."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None)
         none = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
         if libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), none):  # _LINUX_CAPABILITY_VERSION_3, this process
             raise OSError("capset failed")
-    program(argv)
+    train_without_curves(argv)
 
 
-def start(*argv, body=program, directory=".", log="log.txt", threads=1, **env):
+def start_child(*argv, body=train_without_curves, directory=".", log="log.txt", threads=1, **env):
     """Start a child with this command line; its output is appended to `log`."""
     context = server()
     directory = Path(directory).resolve()
-    child = context.Process(target=begin, args=(body, argv, str(directory), str(directory / log), threads, env))
+    child = context.Process(target=run_child, args=(body, argv, str(directory), str(directory / log), threads, env))
     child.start()
     return child
 
 
-def finish(child, seconds=60) -> int:
+def wait_for_exit(child, seconds=60) -> int:
     """Its exit code, as a shell tells it: −9 after SIGKILL."""
     child.join(seconds)
     if child.exitcode is None:
-        os.kill(child.pid, signal.SIGUSR1)  # its log then says where it stands
+        os.kill(child.pid, signal.SIGUSR1)  # its log then has a stack trace
         child.join(1)
         child.kill()
         child.join()
@@ -281,7 +283,7 @@ def wait_until(condition, seconds=60.0, child=None) -> None:
         time.sleep(0.002)
 
 
-def read(log="log.txt") -> str:
+def read_log(log="log.txt") -> str:
     return Path(log).read_text(errors="replace") if Path(log).exists() else ""
 
 
