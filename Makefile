@@ -1,5 +1,5 @@
 # make train      from nothing to a trained model and its text
-# make test-fast  the edit loop: most tests, in under a minute on two cores
+# make test-fast  the edit loop: most tests, in one to two minutes on two cores
 # make test       every test that needs no GPU
 # make test-gpu   those that need one
 # make torture    the tests of survival with full counts

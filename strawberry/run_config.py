@@ -289,6 +289,14 @@ def update_old_keys(raw: dict) -> tuple[list[str], list[str]]:
     return warnings, problems
 
 
+def refuse_removed_keys(raw: dict) -> list[str]:
+    """Take the keys of REMOVED out of raw: a problem for each."""
+    section = raw.get("optimizer_hyperparams")
+    names = [name for name in REMOVED if isinstance(section, dict) and name in section]
+    return [f"optimizer_hyperparams.{name} = {show(section.pop(name))}: this key was removed, and every run does what "
+            f"{show(REMOVED[name])} did; leave it out" for name in names]  # fmt: skip
+
+
 def load_run(argv: list[str], archs: dict[str, type]) -> Run:
     """The run that a command line describes: defaults, then the file of --config, then --key=value overrides.
 
@@ -318,6 +326,7 @@ def load_run(argv: list[str], archs: dict[str, type]) -> Run:
 def make_run(raw: dict, archs: dict[str, type], problems: Iterable[str] = (), source: str = "") -> Run:
     """The run that plain data describes. Raises UserError with every problem, those known before included."""
     warnings, old_problems = update_old_keys(raw)
+    old_problems += refuse_removed_keys(raw)
     arch, arch_problems = take_arch(raw, archs)
     run, found = check(run_class(archs, arch), raw)
     if problems := [*problems, *old_problems, *arch_problems, *found]:

@@ -1,4 +1,5 @@
-"""strawberry/data/documents.py: every kind of input gives the same documents, and what is no text is named."""
+"""inputs.py, json_entries.py and documents.py of strawberry/data: every kind of input gives the same documents, and what
+is no text is named."""
 
 import gzip
 import io
