@@ -1,5 +1,5 @@
-"""inputs.py, json_entries.py and documents.py of strawberry/data: every kind of input gives the same documents, and what
-is no text is named."""
+"""inputs.py, json_entries.py and documents.py of strawberry/data: every kind of input gives the same documents, and
+what is no text is named."""
 
 import gzip
 import io
