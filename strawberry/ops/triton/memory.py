@@ -6,8 +6,9 @@ below the diagonal and X = (I + L)⁻¹, the rows n_t of the writes are N = X β
 o = (decay q kᵀ) N + Γ q S, and the state after the chunk is Γ_C S + kᵀ (Γ_C / Γ) N.
 
 Two kernels are sequential over the chunks, with BLOCK columns of the state per program: states_kernel computes writes
-and states, grad_states_kernel, from the last chunk to the first, their gradients. The other kernels compute all chunks
-in parallel: prepare_kernel and grad_writes_kernel before them, read_kernel and grad_inputs_kernel after them.
+and states, states_and_grads_kernel, in the backward pass, both again and at the same time, from the last chunk to the
+first, their gradients. The other kernels compute all chunks in parallel: prepare_kernel and grad_writes_kernel before
+them, read_kernel and grad_inputs_kernel after them.
 """
 
 import torch
@@ -114,15 +115,15 @@ def prepare_kernel(
 
 
 @jit
-def states_kernel(
-    k, log_decay, erases, writes, states, first, last, T, H, chunks, k_row, k_step, k_head,
+def advance_states(
+    part, line, k, log_decay, erases, writes, states, first, last, T, H, chunks, k_row, k_step, k_head,
     FIRST: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For PART columns of a head's state, chunk after chunk: stores the state before the chunk, and replaces X β v in
     `writes` by the chunk's writes; then stores the last state."""
-    line, row, head = tl.program_id(1), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    i, c, e = tl.arange(0, C), tl.arange(0, WIDE), tl.program_id(0) * PART + tl.arange(0, PART)
+    row, head = (line // H).to(tl.int64), line % H
+    i, c, e = tl.arange(0, C), tl.arange(0, WIDE), part * PART + tl.arange(0, PART)
     k += row * k_row + head * k_head
     state_place = line.to(tl.int64) * D * D + c[:, None] * D + e[None, :]
     inside = (c < D)[:, None] & (e < D)[None, :]
@@ -143,6 +144,18 @@ def states_kernel(
         write = (fast_exp(end - log_gamma)[:, None] * write).to(DOT)
         state = tl.exp(end) * state + tl.dot(tl.trans(key), write, input_precision=PRECISION)
     tl.store(last + state_place, state, mask=inside)
+
+
+@jit
+def states_kernel(
+    k, log_decay, erases, writes, states, first, last, T, H, chunks, k_row, k_step, k_head,
+    FIRST: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    advance_states(
+        tl.program_id(0), tl.program_id(1), k, log_decay, erases, writes, states, first, last, T, H, chunks,
+        k_row, k_step, k_head, FIRST, D, WIDE, C, PART, DOT, PRECISION,
+    )  # fmt: skip
 
 
 @jit
@@ -183,16 +196,16 @@ def grad_writes_kernel(
 
 
 @jit
-def grad_states_kernel(
-    q, k, grad, log_decay, erases, d_writes, d_states, T, H, chunks,
+def advance_grad_states(
+    part, line, q, k, grad, log_decay, erases, d_writes, d_states, T, H, chunks,
     q_row, q_step, q_head, k_row, k_step, k_head, g_row, g_step, g_head,
     D: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For PART columns of a head's state, from the last chunk to the first: stores the gradient of the state after the
     chunk, and adds the writes' gradient through that state to d_writes."""
-    line, row, head = tl.program_id(1), (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    i, c, e = tl.arange(0, C), tl.arange(0, WIDE), tl.program_id(0) * PART + tl.arange(0, PART)
+    row, head = (line // H).to(tl.int64), line % H
+    i, c, e = tl.arange(0, C), tl.arange(0, WIDE), part * PART + tl.arange(0, PART)
     q, k, grad = q + row * q_row + head * q_head, k + row * k_row + head * k_head, grad + row * g_row + head * g_head
     d_state = tl.zeros((WIDE, PART), tl.float32)
     for back in range(chunks):
@@ -213,6 +226,28 @@ def grad_states_kernel(
         d_out = (fast_exp(log_gamma)[:, None] * d_out).to(DOT)
         d_state = tl.exp(end) * d_state + tl.dot(tl.trans(query), d_out, input_precision=PRECISION)
         d_state -= tl.dot(tl.trans(erase), d_write.to(DOT), input_precision=PRECISION)
+
+
+@jit
+def states_and_grads_kernel(
+    q, k, grad, log_decay, erases, writes, states, d_writes, d_states, last, T, H, chunks,
+    q_row, q_step, q_head, k_row, k_step, k_head, g_row, g_step, g_head,
+    D: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The states again, and their gradients, which do not depend on them: at the same time, since each alone leaves
+    most of a GPU idle."""
+    part, line = tl.program_id(0), tl.program_id(1)
+    if tl.program_id(2) == 0:
+        advance_states(
+            part, line, k, log_decay, erases, writes, states, last, last, T, H, chunks, k_row, k_step, k_head,
+            False, D, WIDE, C, PART, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        advance_grad_states(
+            part, line, q, k, grad, log_decay, erases, d_writes, d_states, T, H, chunks,
+            q_row, q_step, q_head, k_row, k_step, k_head, g_row, g_step, g_head, D, WIDE, C, PART, DOT, PRECISION,
+        )  # fmt: skip
 
 
 @jit
@@ -309,26 +344,21 @@ def launch_shape(v: Tensor, size: int) -> dict:
             "num_warps": 8 if wide > 64 else 4}  # fmt: skip
 
 
-def compute_states(k, v, log_decay, beta, state: Tensor | None, size: int, save: bool) -> tuple[Tensor, ...]:
-    """X (J, C, C) if `save`, X β Γ k and the writes (J, C, WIDE), the states before the chunks (J, WIDE, WIDE), all for
-    the J chunks of all rows and heads in v's dtype; and the last state (B, H, d, d)."""
+def prepare(k, v, log_decay, beta, size: int, save: bool) -> tuple[Tensor, ...]:
+    """X (J, C, C) if `save`, X β Γ k and X β v (J, C, WIDE), and room for the states before the chunks (J, WIDE, WIDE),
+    all for the J chunks of all rows and heads in v's dtype; and room for the last state (B, H, d, d)."""
     (B, T, H, D), shape = v.shape, launch_shape(v, size)
     wide, size, lines, chunks = shape["WIDE"], shape["C"], B * H, -(-T // shape["C"])
     new = {"dtype": v.dtype, "device": v.device}
     J = lines * chunks
     inverse = torch.empty((J, size, size) if save else (0,), **new)
     erases, writes = (torch.empty(J, size, wide, **new) for _ in range(2))
-    states = torch.empty(J, wide, wide, **new)
-    last = torch.empty(B, H, D, D, dtype=torch.float32, device=v.device)
     prepare_kernel[(chunks, lines)](
         k, v, log_decay, beta, inverse, erases, writes, T, H, *strides(k, v), **shape, SAVE=save,
         LEVELS=size.bit_length() - 1, INVERSE_PRECISION=shape["PRECISION"],
     )  # fmt: skip
-    states_kernel[(wide // BLOCK, lines)](
-        k, log_decay, erases, writes, states, last if state is None else state, last, T, H, chunks, *strides(k),
-        **shape, FIRST=state is not None, PART=BLOCK, num_stages=3,
-    )  # fmt: skip
-    return inverse, erases, writes, states, last
+    states = torch.empty(J, wide, wide, **new)
+    return inverse, erases, writes, states, torch.empty(B, H, D, D, dtype=torch.float32, device=v.device)
 
 
 @torch.library.custom_op("strawberry::memory", mutates_args=())
@@ -337,11 +367,15 @@ def memory_op(
 ) -> tuple[Tensor, Tensor]:
     B, T, H, D = v.shape
     state = None if state is None else state.contiguous()
-    _, _, writes, states, last = compute_states(k, v, log_decay, beta, state, size, False)
-    o = torch.empty(B, T, H, D, dtype=v.dtype, device=v.device)
-    args = (q, k, log_decay, writes, states, o, T, H, *strides(q, k))
+    _, erases, writes, states, last = prepare(k, v, log_decay, beta, size, False)
     shape = launch_shape(v, size)
-    read_kernel[(-(-T // shape["C"]), B * H)](*args, **shape)
+    lines, chunks = B * H, -(-T // shape["C"])
+    states_kernel[(shape["WIDE"] // BLOCK, lines)](
+        k, log_decay, erases, writes, states, last if state is None else state, last, T, H, chunks, *strides(k),
+        **shape, FIRST=state is not None, PART=BLOCK, num_stages=3,
+    )  # fmt: skip
+    o = torch.empty(B, T, H, D, dtype=v.dtype, device=v.device)
+    read_kernel[(chunks, lines)](q, k, log_decay, writes, states, o, T, H, *strides(q, k), **shape)
     return o, last
 
 
@@ -357,11 +391,11 @@ def memory_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, _), shape = v.shape, launch_shape(v, size)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    inverse, erases, writes, states, _ = compute_states(k, v, log_decay, beta, None, size, True)
+    inverse, erases, writes, states, last = prepare(k, v, log_decay, beta, size, True)
     chunks, lines, d_writes, d_states = -(-T // shape["C"]), B * H, torch.empty_like(writes), torch.empty_like(states)
     grad_writes_kernel[(chunks, lines)](q, k, grad, log_decay, d_writes, T, H, *strides(q, k, grad), **shape)
-    grad_states_kernel[(shape["WIDE"] // BLOCK, lines)](
-        q, k, grad, log_decay, erases, d_writes, d_states, T, H, chunks, *strides(q, k, grad),
+    states_and_grads_kernel[(shape["WIDE"] // BLOCK, lines, 2)](
+        q, k, grad, log_decay, erases, writes, states, d_writes, d_states, last, T, H, chunks, *strides(q, k, grad),
         **shape, PART=BLOCK, num_stages=3,
     )  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
