@@ -800,9 +800,10 @@ def default_attention(c) -> None:
     c.rope_dim = c.rope_dim or max(2, c.n_qkv // c.n_head // 4 * 2)
 
 
-def default_chunk_size(c) -> int:
-    """The default of retention_chunk: n_embd rounded up to a power of two, at most block_size / 2, at least 16."""
-    return max(16, min(1 << (c.n_embd - 1).bit_length(), c.block_size // 2))
+def default_chunk_size(c, widths: int = 1) -> int:
+    """`widths` times n_embd, rounded up to a power of two, at most block_size / 2, at least 16: a chunk whose update of
+    C × C matrices costs a fixed share of the steps of its tokens."""
+    return max(16, min(1 << (widths * c.n_embd - 1).bit_length(), c.block_size // 2))
 
 
 def attention_problems(c) -> Iterator[tuple[str, str]]:
@@ -1202,7 +1203,7 @@ class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
         "causal", "sum of the update: over earlier chunks of the row, or ('batch', not causal) over everything",
         choices=("causal", "batch"))
     retention_chunk: int | None = option(
-        None, "tokens that share weights; default n_embd rounded up to a power of two, at most block_size / 2, "
+        None, "tokens that share weights; default 8 n_embd rounded up to a power of two, at most block_size / 2, "
         "at least 16; with the rule delta, tokens computed at once; default 64", low=1)
     retention_scale: float | None = option(None, "size of the update; default n_embd ** -0.5", above=0)
     retention_rule: str = option(
@@ -1216,7 +1217,8 @@ class StrawberryConfig(RecursionOptions, ExpertOptions, ModelConfig):
     def __post_init__(self):
         default_window(self)
         default_experts(self)
-        chunk = default_chunk_size(self) if self.retention_rule == "silu" else ops.MEMORY_CHUNK
+        # 8 n_embd: the fewer updates, the lower the loss and the cost were (docs/architectures/retention.md)
+        chunk = default_chunk_size(self, widths=8) if self.retention_rule == "silu" else ops.MEMORY_CHUNK
         self.retention_chunk = self.retention_chunk or chunk
         self.retention_scale = self.retention_scale or self.n_embd**-0.5
         self.memory_width = self.memory_width or self.n_embd

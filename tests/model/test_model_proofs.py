@@ -546,8 +546,11 @@ def test_default_widths_are_those_of_the_specification():
     assert c.ffn.w2.weight.shape == (96, 256)  # 8C/3, already a multiple of 64
     assert build({"arch": "tinystar", "n_embd": 104, "n_layer": 1}).blocks[0].ffn.w2.weight.shape == (104, 320)
     assert build({"arch": "transformer", "n_embd": 24, "n_layer": 1}).decoder.blocks[0].ffn.w1.weight.shape == (96, 24)
-    for n_embd, block_size, chunk in [(96, 1024, 128), (128, 1024, 128), (64, 64, 32), (64, 16, 16), (8, 256, 16)]:
+    for n_embd, block_size, chunk in [(96, 4096, 1024), (128, 1024, 512), (64, 64, 32), (64, 16, 16), (8, 256, 64)]:
         assert build({"n_embd": n_embd, "block_size": block_size}).config.retention_chunk == chunk
+    v0 = {"arch": "strawberry-v0", "n_layer": 1}
+    for n_embd, block_size, chunk in [(96, 1024, 128), (128, 1024, 128), (64, 64, 32), (64, 16, 16), (8, 256, 16)]:
+        assert build(v0 | {"n_embd": n_embd, "block_size": block_size}).config.retention_chunk == chunk
     assert build({"block_size": 100}).config.window == 25
     assert build({"n_embd": 64}).config.retention_scale == 64**-0.5
 

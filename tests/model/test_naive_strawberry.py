@@ -63,6 +63,8 @@ def test_rotary_is_a_product_of_complex_numbers():
 
 def test_default_chunk():
     for C, block_size, chunk in [(16, 64, 16), (17, 64, 32), (48, 256, 64), (256, 256, 128), (8, 64, 16), (64, 20, 16)]:
+        assert naive.chunk_size({"arch": "strawberry-v0", "n_embd": C, "block_size": block_size}) == chunk
+    for C, block_size, chunk in [(16, 512, 128), (17, 1024, 256), (16, 64, 32), (2, 1024, 16), (64, 20, 16)]:
         assert naive.chunk_size({"n_embd": C, "block_size": block_size}) == chunk
     assert naive.chunk_size({"n_embd": 64, "block_size": 256, "retention_chunk": 3}) == 3
 

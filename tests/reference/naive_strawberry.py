@@ -130,8 +130,10 @@ def power_of_two(n):
 
 
 def chunk_size(cfg):
-    """retention_chunk, by default C up to a power of two, at most block_size/2, at least 16."""
-    return option(cfg, "retention_chunk", max(16, min(power_of_two(cfg["n_embd"]), cfg["block_size"] // 2)))
+    """retention_chunk, by default 8C (v0: C) up to a power of two, at most block_size/2, at least 16."""
+    widths = 1 if option(cfg, "arch", "strawberry") == "strawberry-v0" else 8
+    default = max(16, min(power_of_two(widths * cfg["n_embd"]), cfg["block_size"] // 2))
+    return option(cfg, "retention_chunk", default)
 
 
 # ---- 2 mixers: each maps q, k, v of one row, (T, D), to y (T, D) --------------------------------------------------
