@@ -1163,21 +1163,9 @@ class Memory(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext, cache: LayerCache | None) -> Tensor:
         h = norm(x)
         z, v = (ops.linear(h, w, precision=self.precision) for w in (self.w_key, self.w_value))
-        z = ops.causal_convolution(z, self.taps, ctx, cache)  # (B, T + 1, M), of the token before too
-        z, v = (y.unflatten(-1, (self.n_head, self.d)) for y in (z, v))
-        z, (log_decay, beta, read_gate) = ops.unit(z), self.gates(h, ctx)
-        state = None if cache is None else cache.state
-        o, last = ops.read_memory(z[:, 1:], z[:, :-1], v, log_decay, beta, size=self.size, state=state)
-        if cache is not None:
-            state.copy_(last)
-        o = ops.soft_norm(o) * read_gate.unsqueeze(-1)
-        return ops.linear(o.to(v.dtype).flatten(2), self.out, precision=self.precision)
-
-    def gates(self, h: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
-        """log α, β and σ(c), (B, T, H) each; tokens that write nothing have log α = β = 0."""
-        a, b, c = (to_accum_dtype(F.linear(h, self.w_gates)) + self.gate_bias).chunk(3, dim=-1)
-        offset = torch.linspace(-4, -9, self.n_head, dtype=a.dtype, device=a.device)
-        return ctx.mask_invalid(F.logsigmoid(-a - offset)), ctx.mask_invalid(torch.sigmoid(b)), torch.sigmoid(c)
+        gates = F.linear(h, self.w_gates)
+        o = ops.delta_memory(z, v, gates, self.gate_bias, self.taps, self.size, ctx, cache)
+        return ops.linear(o, self.out, precision=self.precision)
 
     def new_cache(self, batch: int, device, dtype) -> LayerCache:
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32

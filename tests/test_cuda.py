@@ -10,9 +10,11 @@ from decoding import collect, every_model, requests_for, small_model, wishful_re
 from ports import free_port
 
 from model import AFTS, build
+from strawberry.cache import LayerCache
 from strawberry.context import ForwardContext
 from strawberry.inference.engine import Decoder
 from strawberry.inference.loading import quantize_model
+from strawberry.inference.step import compile_step
 from strawberry.ops import cross_entropy, float8, memory
 from strawberry.ops.activations import ACTIVATIONS
 from strawberry.ops.aft import aft_simple
@@ -29,7 +31,7 @@ from strawberry.ops.linear import prepare_weights, quantize_int8
 from strawberry.ops.masks import AttentionPattern
 from strawberry.ops.qkv import no_transform
 from strawberry.ops.triton import common as kernels
-from strawberry.ops.triton import rope
+from strawberry.ops.triton import memory_step, rope
 from strawberry.ops.triton.rope import can_fuse_rope, fused_qk_rope_norm, qkv_grad_quantize
 from strawberry.run_config import load_run
 from strawberry.training import cuda_graph, plot
@@ -249,6 +251,69 @@ def test_a_memory_is_its_recurrence(d, dtype, bound):
         found.append((o, last, *torch.autograd.grad(o, (z, v, *gates), cast(grad))))
     for got, exact in zip(*found, strict=True):
         assert relative(got, exact) < bound
+
+
+def memory_cache(B: int, H: int, d: int, dtype: torch.dtype) -> LayerCache:
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    return LayerCache(B, "cuda", state=((H, d, d), 0.0, exact), tail=((4, H * d), 0.0, dtype))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize(("H", "d"), [(12, 64), (3, 24), (5, 128), (1, 6)])
+def test_memory_steps_by_their_kernel(H, d, dtype, bound):
+    """200 tokens, near the plain version in float64. Some rows have no token at some steps, and some tokens are frozen.
+    Each row has the same bits in any company."""
+    torch.manual_seed(0)
+    B, T, M, on_gpu = 5, 200, H * d, {"device": "cuda"}
+    z, v, gates = torch.randn(B, T, 2 * M + 3 * H, **on_gpu).to(dtype).split((M, M, 3 * H), dim=-1)
+    weights = torch.randn(3 * H, **on_gpu).to(dtype), torch.randn(4, M, **on_gpu).to(dtype)
+    valid, active = torch.rand(2, T, B, 1, **on_gpu) < 0.9
+
+    def run(rows: slice, kind: torch.dtype):
+        cache, outputs = memory_cache(len(z[rows]), H, d, kind), []
+        for t in range(T):
+            ctx = ForwardContext(torch.zeros(1, 1), lengths=valid[t, rows, 0].long(), active=active[t, rows])
+            with torch.no_grad():
+                token = (x[rows, t : t + 1].to(kind) for x in (z, v, gates))
+                outputs.append(memory.delta_memory(*token, *(w.to(kind) for w in weights), 64, ctx, cache))
+        return torch.cat(outputs, dim=1), cache.state, cache.tail
+
+    everyone, exact = run(slice(0, B), dtype), run(slice(0, B), torch.float64)
+    assert everyone[0].dtype == dtype and everyone[1].dtype == torch.float32
+    assert relative(everyone[0], exact[0]) < bound and relative(everyone[1], exact[1]) < 1e-5
+    assert torch.equal(everyone[2].double(), exact[2])
+    for b in (0, B - 1):
+        for alone, together in zip(run(slice(b, b + 1), dtype), everyone, strict=True):
+            assert torch.equal(alone[0], together[b])
+
+
+@pytest.mark.parametrize(("dtype", "passes", "bound"), [
+    (torch.float32, {}, 2e-5), (torch.float32, {"recursions": 2, "adaptive": True}, 2e-5), (torch.bfloat16, {}, 1e-3),
+], ids=["float32", "frozen tokens", "bfloat16"])  # fmt: skip
+def test_compiled_steps_of_a_memory_are_as_near_to_float64_as_plain_ones(dtype, passes, bound, monkeypatch):
+    """Logits of 20 tokens with the fused backend."""
+    torch.manual_seed(0)
+    hyper = SMALL | {"retention_rule": "delta", "memory_head": 16, "r_layer": 1} | passes
+    model = build(hyper).to("cuda", dtype).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    idx, launches, found = torch.randint(64, (3, 30), device="cuda"), [], []
+    can_fuse, fused_step = memory_step.can_fuse_step, memory_step.fused_step
+    monkeypatch.setattr(memory_step, "fused_step", lambda *inputs: launches.append(1) or fused_step(*inputs))
+    for m, by_kernel in ((copy.deepcopy(model).double(), False), (model, True), (model, False)):
+        monkeypatch.setattr(memory_step, "can_fuse_step", can_fuse if by_kernel else lambda *inputs: False)
+        torch._dynamo.reset()
+        launches.clear()
+        step, cache, logits = compile_step(m.decode_step, 3, fuse=True), m.new_cache(3, 64), []
+        with torch.inference_mode():
+            m.logits_after(idx[:, :10], cache)
+            for t in range(10, 30):
+                logits.append(step(idx[:, t], cache, 64).double())
+                cache.advance([1] * 3)
+        assert bool(launches) == by_kernel
+        found.append(torch.stack(logits))
+    errors = [relative(got, found[0]) for got in found[1:]]
+    assert errors[0] < 1.2 * errors[1] + bound, errors
 
 
 # ---- queries and keys by their kernel --------------------------------------------------------------------------------

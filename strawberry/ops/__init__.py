@@ -22,7 +22,7 @@ from strawberry.ops.chunks import build_per_chunk, chunked_linear
 from strawberry.ops.cross_entropy import linear_cross_entropy, plain_cross_entropy
 from strawberry.ops.flops import count_flops
 from strawberry.ops.linear import embedding, linear, prepare_weights
-from strawberry.ops.memory import MEMORY_CHUNK, causal_convolution, read_memory, soft_norm, unit
+from strawberry.ops.memory import MEMORY_CHUNK, delta_memory
 from strawberry.ops.mlp import mlp, swiglu_mlp
 from strawberry.ops.qkv import (
     fused_qkv_projection,

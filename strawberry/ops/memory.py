@@ -21,8 +21,39 @@ from strawberry.context import ForwardContext
 from strawberry.ops.common import no_autocast, to_accum_dtype
 from strawberry.ops.flops import counted
 from strawberry.ops.triton import memory as memory_kernels
+from strawberry.ops.triton import memory_step as memory_step_kernels
 
 MEMORY_CHUNK = 64  # default tokens in a chunk: larger chunks compute more pairs, smaller ones are more sequential steps
+EPS = 0.01  # of `unit` and `soft_norm`
+OFFSETS = (-4.0, -9.0)  # of the first and the last head's decay
+
+
+def delta_memory(
+    z: Tensor, v: Tensor, gates: Tensor, gate_bias: Tensor, taps: Tensor, size: int, ctx: ForwardContext,
+    cache: LayerCache | None,
+) -> Tensor:  # fmt: skip
+    """What the heads read, normalized and gated, (B, T, M) in v's dtype: z, v (B, T, M); gates (B, T, 3H), raw, and
+    their bias (3H,); taps (n, M); `size` tokens in a chunk. The cache has the last n tokens of z, `tail` (B, n, M), and
+    `state` (B, H, d, d). One token of each row without gradients is one kernel if it can run."""
+    if cache is not None and memory_step_kernels.can_fuse_step(z, v, gates, taps, cache.tail, cache.state):
+        return memory_step_kernels.fused_step(
+            z, v, gates, gate_bias, taps, cache.tail, cache.state, ctx.lengths, ctx.active, EPS, OFFSETS
+        )
+    z = causal_convolution(z, taps, ctx, cache)  # (B, T + 1, M), of the token before too
+    z, v = (y.unflatten(-1, (len(gate_bias) // 3, -1)) for y in (z, v))
+    z, (log_decay, beta, read_gate) = unit(z), activate_gates(gates, gate_bias, ctx)
+    state = None if cache is None else cache.state
+    o, last = read_memory(z[:, 1:], z[:, :-1], v, log_decay, beta, size=size, state=state)
+    if cache is not None:
+        state.copy_(last)
+    return (soft_norm(o) * read_gate.unsqueeze(-1)).to(v.dtype).flatten(2)
+
+
+def activate_gates(gates: Tensor, gate_bias: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+    """log α, β and σ(c), (B, T, H) each; tokens that write nothing have log α = β = 0."""
+    a, b, c = (to_accum_dtype(gates) + gate_bias).chunk(3, dim=-1)
+    offset = torch.linspace(*OFFSETS, a.size(-1), dtype=a.dtype, device=a.device)
+    return ctx.mask_invalid(F.logsigmoid(-a - offset)), ctx.mask_invalid(torch.sigmoid(b)), torch.sigmoid(c)
 
 
 def read_memory(
@@ -96,15 +127,15 @@ def step_memory(q, k, v, log_decay, beta, state: Tensor) -> tuple[Tensor, Tensor
 
 
 def unit(x: Tensor) -> Tensor:
-    """x / √(|x|² + 0.01) over the last axis, in x's dtype: about unit length, but near zero for x near zero, with
+    """x / √(|x|² + EPS) over the last axis, in x's dtype: about unit length, but near zero for x near zero, with
     bounded gradients."""
     y = to_accum_dtype(x)
-    return (y * (y.pow(2).sum(dim=-1, keepdim=True) + 0.01).rsqrt()).to(x.dtype)
+    return (y * (y.pow(2).sum(dim=-1, keepdim=True) + EPS).rsqrt()).to(x.dtype)
 
 
 def soft_norm(x: Tensor) -> Tensor:
-    """RMS norm over the last axis with eps 0.01, so that values near zero stay near zero."""
-    return F.rms_norm(x, (x.size(-1),), eps=0.01)
+    """RMS norm over the last axis with a large eps, so that values near zero stay near zero."""
+    return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
 def causal_convolution(x: Tensor, taps: Tensor, ctx: ForwardContext, cache: LayerCache | None) -> Tensor:

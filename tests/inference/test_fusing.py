@@ -7,13 +7,17 @@ import torch
 from decoding import MODELS, SMALL, collect
 
 from model import build
+from strawberry.cache import LayerCache
+from strawberry.context import ForwardContext
 from strawberry.inference import fusing
 from strawberry.inference.engine import Decoder
 from strawberry.inference.loading import quantize_model
 from strawberry.inference.sampling import Request
 from strawberry.inference.step import SIMPLE_FILTERS
 from strawberry.ops.fused_linear import Norm, fused_linear_plain
+from strawberry.ops.memory import MEMORY_CHUNK, delta_memory
 from strawberry.ops.triton import common as kernels
+from strawberry.ops.triton import memory_step
 
 GPT2 = {"arch": "tinystar", "norm_type": "LayerNorm", "attention_type": "MHA", "ffn_type": "GELU",
         "pos_encoding": "Learned"}  # fmt: skip
@@ -21,6 +25,17 @@ GPT2 = {"arch": "tinystar", "norm_type": "LayerNorm", "attention_type": "MHA", "
 
 def fused_linear_reference(x, weights, scales, biases, kind, gain, shift, eps, activation, residual):
     return fused_linear_plain(x, weights, scales, biases, Norm(kind, gain, shift, eps), activation, residual)
+
+
+def memory_step_reference(z, v, gates, gate_bias, taps, tail, state, lengths, active, eps, offsets):
+    cache = LayerCache(0, "cpu")
+    cache.tail, cache.state = tail, state
+    ctx = ForwardContext(torch.zeros(1, 1), lengths=lengths, active=active)
+    return delta_memory(z, v, gates, gate_bias, taps, MEMORY_CHUNK, ctx, cache)
+
+
+REFERENCES = {torch.ops.strawberry.fused_linear.default: fused_linear_reference,
+              torch.ops.strawberry.memory_step: memory_step_reference}  # fmt: skip
 
 
 def build_small(hyper: dict):
@@ -43,7 +58,7 @@ def compare_steps(model, monkeypatch, rows: int = 3, kernels_run: bool = False) 
         for node in module.graph.nodes:
             if node.target is torch.ops.strawberry.fused_linear.default:
                 fused.append(node.args)
-                node.target = fused_linear_reference
+            node.target = REFERENCES.get(node.target, node.target)
         assert len(fused) == count
         module.graph.lint()
         module.recompile()
@@ -111,6 +126,22 @@ def test_retention_fuses_the_matrices_of_each_row(monkeypatch):
     per_row = [args[1][0].meta["example_value"].dim() == 3 for args in fused]
     assert per_row == [False] * 3 + [True] * 3 + [False]
     assert describe(fused[4]) == ("none", 1, 0, "swiglu", False) and describe(fused[5])[-1]
+
+
+@pytest.mark.parametrize("more", [{}, {"recursions": 2, "adaptive": True}], ids=["one pass", "frozen tokens"])
+def test_a_memory_has_two_operations_around_its_step(more, monkeypatch):
+    """The norm and all three products of its input, and the product of its output with the residual sum. Between them,
+    its step is one operation in the graph of a GPU."""
+    monkeypatch.setattr(memory_step, "can_fuse_step", lambda *inputs: torch.compiler.is_compiling())
+    hyper = {"n_qkv": 32, "retention_rule": "delta", "memory_head": 8, "r_layer": 1}
+    fused, targets = compare_steps(build_small(hyper | more), monkeypatch)
+    step = [("rms", 1, 0, "identity", False), ("none", 1, 0, "swiglu", False), ("none", 1, 0, "identity", True)]
+    memory, head = [("rms", 3, 0, "identity", False), ("none", 1, 0, "identity", True)], step[0]
+    block = [*step, *memory, *step]
+    if more:  # the first product also has the matrix of the router, which selects the number of passes
+        block = [("rms", 2, 0, "identity", False), *block[1:], *block]
+    assert list(map(describe, fused)) == [*block, head]
+    assert memory_step_reference in targets and not targets & set(fusing.LINEARS)
 
 
 def test_int8_weights_are_fused_with_their_scales(monkeypatch):

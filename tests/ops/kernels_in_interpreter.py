@@ -18,6 +18,7 @@ from triton_interpreter import reduce_overhead
 
 from model import AFTS, build
 from optimizer import Muon
+from strawberry.cache import LayerCache
 from strawberry.context import ForwardContext
 from strawberry.inference.engine import Decoder
 from strawberry.inference.fusing import fuse_linears
@@ -26,10 +27,10 @@ from strawberry.ops.attention import decode_attention
 from strawberry.ops.float8 import act_quantize, act_quantize_backward, concat_quantize, transpose_fp8
 from strawberry.ops.fused_linear import NO_NORM, Norm, fused_linear, fused_linear_plain
 from strawberry.ops.linear import int8_linear, prepare_weights, quantize_int8
-from strawberry.ops.memory import read_chunks, read_memory
+from strawberry.ops.memory import delta_memory, read_chunks, read_memory
 from strawberry.ops.qkv import norm_channels
 from strawberry.ops.retention import GatedUpdate
-from strawberry.ops.triton import aft, aft_positional, memory, rope
+from strawberry.ops.triton import aft, aft_positional, memory, memory_step, rope
 from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.aft import fused_aft_simple, is_chained, segment_size
 from strawberry.ops.triton.aft_positional import fused_aft_conv, fused_aft_local
@@ -159,8 +160,8 @@ def test_decode_attention_writes_new_keys_and_values_into_the_ring_buffer(shape,
     torch.testing.assert_close((k, v), (written_k, written_v), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["tinystar", "tinystar, window", "strawberry, experts, two passes", "strawberry-silia",
-                                  "encoder-decoder"])  # fmt: skip
+@pytest.mark.parametrize("name", ["tinystar", "tinystar, window", "strawberry, experts, two passes",
+                                  "strawberry, memory", "strawberry-silia", "encoder-decoder"])  # fmt: skip
 def test_decoder_with_kernels_generates_the_tokens_of_generate_without_kernels(name, monkeypatch):
     model = small_model(name).float()
     requests = [replace(request, max_new_tokens=4) for request in requests_for(model, 3)]
@@ -673,25 +674,157 @@ def test_fused_memory_equals_the_recurrence(shape):
         check_close(got, exact, bound)
 
 
-def test_memory_model_trains_and_prefills_with_kernels(monkeypatch):
-    """Loss, gradients and cached logits equal those in float64, which kernels do not support."""
+@pytest.mark.parametrize("passes", [{}, {"recursions": 2, "adaptive": True}], ids=["one pass", "frozen tokens"])
+def test_memory_model_trains_prefills_and_decodes_with_kernels(passes, monkeypatch):
+    """Loss, gradients, cached logits and the last state equal those in float64, which kernels do not support."""
     sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_qkv": 16, "vocab_size": 32, "block_size": 64, "r_layer": 1}
-    model = build(sizes | {"retention_rule": "delta", "retention_chunk": 16, "memory_head": 8})
+    model = build(sizes | {"retention_rule": "delta", "retention_chunk": 16, "memory_head": 8} | passes)
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    idx, launches, fused = torch.randint(32, (2, 30)), [], memory.fused_memory
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+    idx, launches, steps = torch.randint(32, (2, 30), generator=torch.Generator().manual_seed(1)), [], []
+    fused, fused_step = memory.fused_memory, memory_step.fused_step
     monkeypatch.setattr(memory, "fused_memory", lambda *inputs: launches.append(1) or fused(*inputs))
+    monkeypatch.setattr(memory_step, "fused_step", lambda *inputs: steps.append(1) or fused_step(*inputs))
     results = []
     for m in (model, copy.deepcopy(model).double()):
         loss = m(idx, idx)[1]
         grads = torch.autograd.grad(loss, list(m.parameters()))
         cache = m.new_cache(2, 64)
         with torch.no_grad():
-            logits = torch.cat([m(part, cache=cache)[0] for part in idx.split((19, 1, 10), dim=1)], dim=1)
-        results.append((loss, logits, *grads))
-    assert len(launches) == 3  # training, and two prefills
+            logits = torch.cat([m(part, cache=cache)[0] for part in idx.split((18, 1, 1, 10), dim=1)], dim=1)
+        results.append((loss, logits, *grads, cache.layers[0][0][-1][1].state))
+    n = passes.get("recursions", 1)
+    assert len(launches) == 3 * n and len(steps) == 2 * n  # training, and two prefills; two tokens
     for got, exact in zip(*results, strict=True):
         check_close(got, exact, 1e-4)
+
+
+STEPS = {  # B, H, d, dtype of z, v and gates, dtype of the parameters and of the cache's tail
+    "one row": (1, 2, 16, torch.float32, torch.float32),
+    "odd heads": (3, 5, 24, torch.float32, torch.float32),
+    "one wide head": (3, 1, 128, torch.float32, torch.float32),
+    "one channel": (2, 3, 1, torch.float32, torch.float32),
+    "half": (3, 3, 24, torch.bfloat16, torch.bfloat16),
+    "autocast": (2, 2, 32, torch.bfloat16, torch.float32),
+}
+
+
+def memory_cache(B, H, d, dtype=torch.float32) -> LayerCache:
+    return LayerCache(B, "cpu", state=((H, d, d), 0.0, torch.float32), tail=((4, H * d), 0.0, dtype))
+
+
+def memory_step_inputs(B, T, H, d, dtype, weights_dtype):
+    """z, v and gates of T tokens, not contiguous, as parts of one product have it; the gates' bias; taps."""
+    M = H * d
+    parts = (2 * randn(B, T, 2 * M + 3 * H, seed=T)).to(dtype).split((M, M, 3 * H), dim=-1)
+    return parts, randn(3 * H, seed=2, dtype=weights_dtype), randn(4, M, seed=3, dtype=weights_dtype)
+
+
+def naive_delta_memory(z, v, gates, bias, taps, writes, H):
+    """o (T, M) and the last state of one row's tokens, one head and token at a time; `writes` (T,): whether the token
+    writes."""
+    (T, M), d = z.shape, z.size(1) // H
+    z, v, gates, bias, taps = (x.double() for x in (z, v, gates, bias, taps))
+    unit = torch.zeros(T + 1, H, d, dtype=torch.float64)  # of the token before each, then of the last
+    o, state = torch.zeros(T, M, dtype=torch.float64), torch.zeros(H, d, d, dtype=torch.float64)
+    for t in range(T):
+        y = z[t] + sum(taps[j] * z[t - j] for j in range(min(4, t + 1)))
+        a, b, c = (gates[t] + bias).view(3, H)
+        for h in range(H):
+            part = slice(h * d, (h + 1) * d)
+            unit[t + 1, h] = q = y[part] / (y[part].dot(y[part]) + 0.01).sqrt()
+            if writes[t]:
+                state[h] /= 1 + (a[h] - 4 - 5 * h / max(H - 1, 1)).exp()
+                new = (v[t, part] - state[h].T @ unit[t, h]) / (1 + (-b[h]).exp())
+                state[h] += torch.outer(unit[t, h], new)
+            read = state[h].T @ q
+            o[t, part] = read / (read.dot(read) / d + 0.01).sqrt() / (1 + (-c[h]).exp())
+    return o, state
+
+
+@pytest.mark.parametrize("shape", STEPS)
+def test_memory_steps_equal_the_recurrence(shape):
+    """Token by token from an empty cache. A row without a token in a call (length 0) keeps its state and tail, bit for
+    bit, and its later tokens are those of the row without that call. A frozen token keeps the state only."""
+    B, H, d, dtype, weights_dtype = STEPS[shape]
+    T, cache = 9, memory_cache(B, H, d, weights_dtype)
+    (z, v, gates), bias, taps = memory_step_inputs(B, T, H, d, dtype, weights_dtype)
+    valid, active = (torch.rand(T, B, generator=torch.Generator().manual_seed(s)) < 0.7 for s in (1, 2))
+    valid[0], valid[3], active[:2], active[3], active[4] = True, True, True, False, True
+    for x in (z, v, gates):
+        x[~valid.T] = math.nan
+    outputs = []
+    for t in range(T):
+        lengths = None if valid[t].all() else valid[t].long()
+        depth = torch.stack((active[t], active[t]), dim=-1).unsqueeze(1)
+        ctx = ForwardContext(torch.tensor([[t]]), lengths=lengths, active=None if active[t].all() else depth[..., 1])
+        before = cache.tail.clone(), cache.state.clone()
+        with torch.no_grad():
+            outputs.append(delta_memory(*(x[:, t : t + 1] for x in (z, v, gates)), bias, taps, 64, ctx, cache))
+        for b in range(B):
+            assert torch.equal(cache.tail[b], before[0][b]) == (not valid[t, b])
+            assert torch.equal(cache.state[b], before[1][b]) == (t == 0 or not (valid[t, b] and active[t, b]))
+    got = torch.cat(outputs, dim=1)
+    assert got.dtype == dtype and not got[:, 0].any()
+    for b in range(B):
+        kept = valid[:, b]
+        row = (x[b, kept] for x in (z, v, gates))
+        o, state = naive_delta_memory(*row, bias, taps, active[kept, b], H)
+        check_close(got[b, kept], o, BOUND[dtype])
+        check_close(cache.state[b], state, BOUND[torch.float32])
+        assert torch.equal(cache.tail[b].to(dtype), z[b, kept][-4:])
+
+
+def test_a_memory_step_is_batch_invariant():
+    (z, v, gates), bias, taps = memory_step_inputs(3, 6, 2, 24, torch.bfloat16, torch.bfloat16)
+
+    def steps(rows: slice):
+        cache, outputs = memory_cache(len(z[rows]), 2, 24, torch.bfloat16), []
+        for t in range(z.size(1)):
+            token = (x[rows, t : t + 1] for x in (z, v, gates))
+            with torch.no_grad():
+                outputs.append(delta_memory(*token, bias, taps, 64, ForwardContext(torch.tensor([[t]])), cache))
+        return torch.cat(outputs, dim=1), cache.tail, cache.state
+
+    everyone = steps(slice(0, 3))
+    for b in range(3):
+        for alone, together in zip(steps(slice(b, b + 1)), everyone, strict=True):
+            assert torch.equal(alone[0], together[b])
+
+
+def test_a_memory_step_with_gradients_is_plain(monkeypatch):
+    (z, v, gates), bias, taps = memory_step_inputs(2, 1, 2, 24, torch.float32, torch.float32)
+    cache, ctx = memory_cache(2, 2, 24), ForwardContext(torch.tensor([[0]]))
+    cache.state.normal_()
+    monkeypatch.setattr(memory_step, "fused_step", None)
+    o = delta_memory(z, v.clone().requires_grad_(), gates, bias, taps, 64, ctx, cache)
+    assert o.requires_grad
+
+
+def test_a_memory_step_compiles_without_graph_breaks():
+    """It changes the cache in place, in the compiled code too."""
+    B, H, d = 2, 3, 16
+    parts, bias, taps = memory_step_inputs(B, 2, H, d, torch.float32, torch.float32)
+    tokens = [[x[:, t : t + 1] for x in parts] for t in range(2)]
+    caches = memory_cache(B, H, d), memory_cache(B, H, d)
+    for state in caches:
+        state.state.copy_(randn(B, H, d, d, seed=7))
+        state.tail.copy_(randn(B, 4, H * d, seed=8))
+    lengths, active, rest = torch.tensor([1, 0]), torch.tensor([[True], [False]]), (0.01, [-4.0, -9.0])
+    for about in ((None, None), (lengths, active)):
+        args = (*tokens[0], bias, taps, caches[0].tail.clone(), caches[0].state.clone(), *about, *rest)
+        torch.library.opcheck(torch.ops.strawberry.memory_step.default, args)
+
+    def step(z, v, gates, cache):
+        return 2 * delta_memory(z, v, gates, bias, taps, 64, ForwardContext(torch.zeros(1, 1)), cache)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for token in tokens:
+            assert torch.equal(compiled(*token, caches[0]), step(*token, caches[1]))
+    for name in ("tail", "state"):
+        assert torch.equal(getattr(caches[0], name), getattr(caches[1], name))
 
 
 # ---- retention_update ------------------------------------------------------------------------------------------------

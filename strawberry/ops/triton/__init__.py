@@ -15,6 +15,7 @@ from strawberry.ops.triton import (  # noqa: F401
     float8,
     int8_linear,
     memory,
+    memory_step,
     retention,
     rope,
 )
