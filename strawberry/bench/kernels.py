@@ -10,12 +10,14 @@ from torch import Tensor
 
 from optimizer import JORDAN, newton_schulz
 from strawberry.argument_parser import ArgumentParser
+from strawberry.cache import LayerCache
 from strawberry.common import UserError
+from strawberry.context import ForwardContext
 from strawberry.ops import muon
 from strawberry.ops.activations import ACTIVATIONS
 from strawberry.ops.attention import decode_attention, decode_attention_plain
 from strawberry.ops.linear import int8_linear, quantize_int8
-from strawberry.ops.memory import read_chunks, unit
+from strawberry.ops.memory import EPS, MEMORY_CHUNK, OFFSETS, delta_memory, read_chunks, unit
 from strawberry.ops.retention import gated_update_backward_plain, gated_update_plain
 from strawberry.ops.rope import qk_rope_norm_backward_plain, qk_rope_norm_plain
 from strawberry.ops.triton.aft_positional import AFT_BLOCK, fused_aft_conv, fused_aft_local
@@ -414,6 +416,27 @@ def measure_memory(bandwidth: float) -> bool:
     return passed
 
 
+def measure_memory_step(bandwidth: float) -> bool:
+    """A token of the linear memory. Floor: the state read and written."""
+    passed = True
+    for B, H, d in ((1, 4, 64), (1, 12, 64), (16, 12, 64), (64, 12, 64), (64, 6, 128)):
+        sets = []
+        for _ in range(num_input_sets(8 * B * H * d * d)):
+            parts = random_tensor(B, 1, (2 * d + 3) * H).split((H * d, H * d, 3 * H), dim=-1)
+            weights = random_tensor(3 * H), random_tensor(4, H * d)
+            cache = random_tensor(B, 4, H * d), random_tensor(B, H, d, d, dtype=torch.float32)
+            sets.append((*parts, *weights, *cache, None, None, EPS, OFFSETS))
+        step, exact = torch.ops.strawberry.memory_step, LayerCache(B, "cuda")
+        exact.tail, exact.state = (x.double() for x in sets[0][5:7])
+        context = ForwardContext(torch.zeros(1, 1, device="cuda"))
+        with torch.no_grad():
+            o = delta_memory(*(x.double() for x in sets[0][:5]), MEMORY_CHUNK, context, exact)
+        error = max(relative_error(step(*sets[0]), o), relative_error(sets[0][6], exact.state))
+        floor = 8 * B * H * d * d / bandwidth
+        passed &= print_row(f"memory step {B} rows, {H} heads of {d}", error, 6e-3, time_graph(step, sets), floor)
+    return passed
+
+
 MEASURES = (
     measure_decode,
     measure_int8,
@@ -423,6 +446,7 @@ MEASURES = (
     measure_float8,
     measure_retention,
     measure_memory,
+    measure_memory_step,
     measure_rope,
     measure_muon,
 )
