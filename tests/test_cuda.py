@@ -272,7 +272,7 @@ def test_memory_steps_by_their_kernel(H, d, dtype, bound):
     def run(rows: slice, kind: torch.dtype):
         cache, outputs = memory_cache(len(z[rows]), H, d, kind), []
         for t in range(T):
-            ctx = ForwardContext(torch.zeros(1, 1), lengths=valid[t, rows, 0].long(), active=active[t, rows])
+            ctx = ForwardContext(torch.zeros(1, 1, **on_gpu), lengths=valid[t, rows, 0].long(), active=active[t, rows])
             with torch.no_grad():
                 token = (x[rows, t : t + 1].to(kind) for x in (z, v, gates))
                 outputs.append(memory.delta_memory(*token, *(w.to(kind) for w in weights), 64, ctx, cache))
