@@ -75,18 +75,29 @@ def decay_of_pairs(log_gamma, C: tl.constexpr):
 
 
 @jit
+def lower_left_of_pairs(block):
+    """Whether a row and a column are of the second and the first block of a pair: `block` is the number of an index's
+    block."""
+    return (block[:, None] == block[None, :] + 1) & (block[None, :] % 2 == 0)
+
+
+@jit
 def invert_unit_lower(lower, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + L)⁻¹. Blocks of 1, 2, 4 … rows are inverted in pairs: [[A, 0], [M, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ M A⁻¹, B⁻¹]]."""
-    i = tl.arange(0, C)
-    x = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
-    for level in tl.static_range(LEVELS):
-        block = i // (1 << level)
-        pair = (block[:, None] == block[None, :] + 1) & (block[None, :] % 2 == 0)  # the lower left block of each pair
-        between = tl.where(pair, lower, 0.0)
-        if level == 0:
-            x -= between
-        else:
-            x -= tl.dot(tl.dot(x, between, input_precision=PRECISION), x, input_precision=PRECISION)
+    """(I + L)⁻¹. Blocks of 1, 2, 4 … rows are inverted in pairs: [[A, 0], [M, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ M A⁻¹, B⁻¹]]. Up
+    to 16 rows, only the blocks of 16 rows on the diagonal are computed, (C / 16, 16, 16)."""
+    N: tl.constexpr = C // 16
+    b, i, j = tl.arange(0, N), tl.arange(0, C), tl.arange(0, 16)
+    on_diagonal = b[:, None, None, None] == b[None, None, :, None]
+    blocks = tl.sum(tl.where(on_diagonal, tl.reshape(lower, (N, 16, N, 16)), 0.0), axis=2)
+    identity = tl.where(j[:, None] == j[None, :], 1.0, 0.0)
+    x = identity[None, :, :] - tl.where(lower_left_of_pairs(j)[None, :, :], blocks, 0.0)
+    for level in tl.static_range(1, 4):
+        between = tl.where(lower_left_of_pairs(j // (1 << level))[None, :, :], blocks, 0.0)
+        x -= tl.dot(tl.dot(x, between, input_precision=PRECISION), x, input_precision=PRECISION)
+    x = tl.reshape(tl.where(on_diagonal, x[:, :, None, :], 0.0), (C, C))
+    for level in tl.static_range(4, LEVELS):
+        between = tl.where(lower_left_of_pairs(i // (1 << level)), lower, 0.0)
+        x -= tl.dot(tl.dot(x, between, input_precision=PRECISION), x, input_precision=PRECISION)
     return x
 
 
