@@ -50,12 +50,13 @@ class RunningSequence:
 class Decoder:
     """Decodes up to `rows` sequences at once with one model.
 
-    model: in eval mode, on its device and in its dtype. max_length: the largest number of tokens of a prompt and its
-    continuation. on_full: the action at the last learned position. With "stop" the sequence ends (reason "full");
-    with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. compile: makes a step
-    faster, and takes up to a minute. If only some rows are busy, a step computes the first n rows, n a power of two.
-    On a CPU, the operations of a step are recorded and then replayed: see recording.py. fuse: whether a compiled step
-    on CUDA computes a product of up to 64 rows and the operations around it as one kernel; False is for comparison.
+    model: in eval mode, on its device and in its dtype. max_length: the largest number of tokens of a prompt and
+    its continuation. on_full: the action at the last learned position. With "stop" the sequence ends (reason
+    "full"); with "slide" its newest capacity / 2 tokens are prefilled again and decoding continues. If only some
+    rows are busy, a step computes the first n rows, n a power of two. compile: makes a step on CUDA faster, and
+    takes up to a minute. On a CPU, the operations of a step are recorded and then replayed: see recording.py. fuse:
+    whether a compiled step on CUDA computes a product of up to 64 rows and the operations around it as one kernel;
+    False is for comparison.
 
     batch_invariant: a text is bit for bit the same whatever the other rows contain, on a CPU with a given number of
     threads. Every step computes all rows, reads a multiple of CACHE_ALIGNMENT slots of the cache, begins the chunks of
@@ -91,8 +92,6 @@ class Decoder:
         if model.causal and model.device.type == "cuda":
             self.lookahead = 1
             self.device_step.use_cuda_graphs(compile, fuse)
-        elif model.causal and compile and not self.batch_invariant:
-            self.device_step.compile_on_cpu()
         elif model.causal and model.device.type == "cpu" and not self.batch_invariant:
             self.device_step.record_on_cpu()
 

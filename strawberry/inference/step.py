@@ -298,11 +298,6 @@ class DecodeStep:
         torch.cuda.current_stream().wait_stream(stream)
         self.launch = CudaGraphs(self.run, self.warm_up_sampling).launch
 
-    def compile_on_cpu(self) -> None:
-        """Compile the model's part of a step for one shape: all rows, and the whole cache."""
-        self.uses_buckets, self.min_bucket, self.shrinks = True, self.logits.capacity, False
-        self.logits.compute = torch.compile(self.model.decode_step, dynamic=False)
-
     def record_on_cpu(self) -> None:
         """Record steps and replay them from now on."""
         is_small = count_weight_bytes(self.model) < ONE_THREAD_BYTES

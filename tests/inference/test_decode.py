@@ -399,16 +399,3 @@ def test_int8_weights_keep_the_loss(name):
 def test_only_int8_is_known():
     with pytest.raises(UserError, match="--quantize int4.*int8"):
         quantize_model(small_model("tinystar"), "int4")
-
-
-@pytest.mark.slow
-def test_compiled_decode_steps_on_a_cpu_give_the_same_texts():
-    """Of any length and any number of rows, with one compilation."""
-    model = build(SMALL | {"arch": "tinystar", "n_layer": 1}).double().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.4, generator=torch.Generator().manual_seed(p.numel()))
-    requests = [replace(request, stop=frozenset()) for request in requests_for(model, 5)]
-    expected = collect(Decoder(model, 3, 64), requests)
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        assert collect(Decoder(model, 3, 64, compile=True), requests) == expected
