@@ -1,5 +1,6 @@
 """`pytest` runs on the CPU, where results are exact, also where there is a GPU; `pytest --cuda` runs what needs one."""
 
+import gc
 import os
 import signal
 
@@ -17,6 +18,17 @@ def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
     if not config.getoption("--cuda"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # child processes inherit it
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Imports create millions of objects that stay: no collection of garbage looks through them, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config, items):

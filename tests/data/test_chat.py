@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers.utils.chat_template_utils import render_jinja_template
 
 import encoder as encoders
 import prepare
@@ -46,6 +45,8 @@ def chat_encoder(source: str = CHATML) -> encoders.Encoder:
 @pytest.mark.parametrize("source", [CHATML, ZEPHYR], ids=["chatml", "zephyr"])
 @pytest.mark.parametrize("prompt", [False, True])
 def test_text_is_what_transformers_renders(source, prompt):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     template = ChatTemplate(source)
     theirs, _ = render_jinja_template([CHAT], chat_template=source, add_generation_prompt=prompt, bos_token="",
                                       eos_token="<|eot|>")  # fmt: skip
@@ -165,6 +166,8 @@ def documents(path: str) -> set[tuple[int, ...]]:
 
 
 def test_prepare_writes_chats_beside_texts(desk, capsys):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     prepare.main(desk)
     encoder = encoders.load("chat.bin")
     assert encoder.vocab_size == 262 and template_of(encoder) == read_template("chatml")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from decoding import WISHES, by_generate, collect, requests_for, small_model, wishful_requests
-from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import encoder as encoders
 import sample as sampling_command
@@ -86,6 +85,8 @@ def random_rows(n: int = 5, vocab_size: int = 40) -> tuple[torch.Tensor, list[li
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.8])
 def test_repetition_is_what_transformers_computes(penalty):
+    from transformers import RepetitionPenaltyLogitsProcessor
+
     logits, prompts, generated = random_rows()
     texts = torch.tensor([p + g for p, g in zip(prompts, generated, strict=True)])
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(texts, logits)
@@ -97,6 +98,8 @@ def test_repetition_is_what_transformers_computes(penalty):
 
 @pytest.mark.parametrize("n", [0, 2, 3])
 def test_minimum_length_is_what_transformers_computes(n):
+    from transformers import MinNewTokensLengthLogitsProcessor
+
     logits, prompts, generated = random_rows(1)
     processor = LogitsProcessor(1, 40, "cpu")
     request = Request(prompts[0], 20, stop=frozenset({3, 17}), min_tokens=3)

@@ -24,9 +24,6 @@ from naive_others import (
     visibility,
 )
 from torch import nn
-from transformers import DeepseekV2Config, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 
 import model as model_file
 from strawberry.context import ForwardContext, Mode
@@ -68,6 +65,9 @@ def as_numpy(params):
 
 
 def library_frequencies(rope, max_position=256, head_dim=32, seq_len=None):
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     config = LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
@@ -131,6 +131,8 @@ def reverse_rotation(weight, d):
 
 def llama_as_tinystar(n_kv_head, rope):
     """(library's model, our configuration, our parameters)"""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=50,
         hidden_size=32,
@@ -202,6 +204,9 @@ def interleaved_to_half_split(weight, start, width):
 
 @pytest.mark.parametrize("yarn", [False, True])
 def test_deepseek_latent_attention(yarn):
+    from transformers import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
+
     d, rope_dim, kv_rank, n_head, T = 8, 4, 12, 4, 20
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     if yarn:  # mscale = mscale_all_dim: nothing in cos and sin, all of it in the softmax scale, as in the paper's code

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import T, causal_cases, every_case, perturbed_model, source_for, tokens
+from cases import CAUSAL_CASES, T, causal_cases, every_case, perturbed_model, source_for, tokens
 from naive_others import naive_palm, naive_tinystar, naive_transformer
 from naive_strawberry import naive_strawberry, naive_strawberry_silia, naive_strawberry_v0
 
@@ -30,6 +30,11 @@ REFERENCES = {
 
 
 # ---- the three promises --------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_it_says_whether_it_is_causal(case):
+    assert perturbed_model(case).causal == (case in CAUSAL_CASES)
 
 
 @causal_cases

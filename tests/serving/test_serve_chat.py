@@ -7,7 +7,6 @@ import openai
 import pytest
 import torch
 from test_serve import MODELS, ServerThread, error_of, make_model
-from transformers.utils.chat_template_utils import render_jinja_template
 
 import encoder as encoders
 import model as models
@@ -44,6 +43,8 @@ def site(tmp_path_factory):
 
 def prompt_tokens(site, messages=CHAT) -> list[int]:
     """By transformers' own rendering; the content's special strings are text."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     hidden = [{**message, "content": message["content"].replace("<|im_end|>", "\x00")} for message in messages]
     text = render_jinja_template([hidden], chat_template=CHATML, add_generation_prompt=True)[0][0]
     parts = [site.encoder.encode(part, {"<|im_start|>", "<|im_end|>"}) for part in text.split("\x00")]

@@ -58,6 +58,9 @@ PRESETS = sorted(path.stem for path in (torture.ROOT / "config").glob("*.json") 
 # presets with the same kinds of parameters as another one: under `make torture` only
 SIMILAR = {"air", "palm-kv", "palm-lam", "strawberry-s1", "tiny", "tinystar-v0.4-mqa", "tinystar-v0.6-gelu",
            "tinystar-v0.7-gqa-swa"}  # fmt: skip
+PRESET_MODELS = PRESETS if FULL else sorted({*PRESETS} - SIMILAR)
+MODEL_NAMES = [*PRESET_MODELS, "tokens choose their depth", "parameters without a gradient", "dropout",
+               "options of the optimizer"]  # fmt: skip
 SMALL = {"vocab_size": 67, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 16, "n_qkv": 16, "d_rank": 8}
 SMALL |= {"dropout": 0.0}
 MODES = {"ddp": distributed.DDP, "fsdp": distributed.FSDP}
@@ -73,7 +76,7 @@ HALF = ["--max_iters=5", "--lr_decay_iters=10"]
 def list_models() -> dict[str, tuple[object, int]]:
     """name → (hyperparameters, tokens in a row): every preset in small, and what no preset has."""
     found = {}
-    for name in PRESETS if FULL else sorted({*PRESETS} - SIMILAR):
+    for name in PRESET_MODELS:
         config = vars(load_run(["--config", f"{name}.json"], CONFIGS).model_hyperparams)
         small = {key: value for key, value in SMALL.items() if key in config}
         raw = json.loads(json.dumps(config, default=vars))
@@ -88,6 +91,7 @@ def list_models() -> dict[str, tuple[object, int]]:
     found["parameters without a gradient"] = ({**found["strawberry-large"][0], **rule}, 16)
     found["dropout"] = ({**found["transformer-pairs"][0], "dropout": 0.3}, 32)
     found["options of the optimizer"] = ({**found["tinystar-v0.8-speedrun"][0], "n_embd": 15}, 32)  # odd rows
+    assert [*found] == MODEL_NAMES
     return found
 
 
@@ -491,7 +495,7 @@ def assert_close(one, many, what: str, rtol: float = 1e-4, atol: float = 2e-6) -
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", MODEL_NAMES)
 def test_two_processes_compute_the_step_of_one(found, mode, name):
     alone, both = found
     one, many = alone[name], both[0][mode, name]
@@ -507,7 +511,7 @@ def test_two_processes_compute_the_step_of_one(found, mode, name):
     assert any(kind == "muon" for kind in one["state"]["kinds"].values())
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", MODEL_NAMES)
 def test_ddp_replicas_stay_bit_identical(found, name):
     _, both = found
     assert_close(*(each["ddp", name] for each in both), name, rtol=0, atol=0)

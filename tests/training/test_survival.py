@@ -7,6 +7,7 @@ Index:  resuming · kills · signals · damage · full disks · losses that are 
 
 import contextlib
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -1219,14 +1220,16 @@ def places(data: dict, prefix=()) -> list[tuple]:
                     for place in places(value, (*prefix, key))]  # fmt: skip
 
 
-BASES = {name: to_json_data(load_run(["--config", name], CONFIGS)) for name in PRESETS}
+@functools.cache
+def load_preset(name: str) -> dict:
+    return to_json_data(load_run(["--config", name], CONFIGS))
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_json(name):
-    cls = run_class(CONFIGS, BASES[name]["model_hyperparams"]["arch"])
-    again, problems = check(cls, BASES[name])
-    assert not problems and to_json_data(again) == BASES[name]
+    raw = load_preset(name)
+    again, problems = check(run_class(CONFIGS, raw["model_hyperparams"]["arch"]), raw)
+    assert not problems and to_json_data(again) == raw
 
 
 @pytest.mark.slow
@@ -1234,7 +1237,7 @@ def test_every_preset_survives_json(name):
 @given(st.data())
 def test_any_mutation_of_a_config_is_valid_or_refused_by_name(data):
     """One or two keys get another value, an extra key appears, or one goes; what is valid survives JSON."""
-    raw = copy.deepcopy(BASES[data.draw(st.sampled_from(PRESETS))])
+    raw = copy.deepcopy(load_preset(data.draw(st.sampled_from(PRESETS))))
     changed = []
     for _ in range(data.draw(st.integers(1, 2))):
         place = data.draw(st.sampled_from(places(raw)))
@@ -1249,7 +1252,7 @@ def test_any_mutation_of_a_config_is_valid_or_refused_by_name(data):
             key = key if how == "change" else key + "x"
             target[key] = data.draw(JUNK)
         changed.append(key)
-    cls = run_class(CONFIGS, BASES[PRESETS[0]]["model_hyperparams"]["arch"])
+    cls = run_class(CONFIGS, load_preset(PRESETS[0])["model_hyperparams"]["arch"])
     model = raw.get("model_hyperparams")
     arch = model.get("arch", "strawberry") if isinstance(model, dict) else None
     if isinstance(arch, str) and arch in CONFIGS:
