@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
+import gc
 import io
 import json
 import multiprocessing
@@ -90,6 +91,7 @@ def run_child(body, argv, directory, log, threads, env):
     """A child's own main: `body(argv)` with its output in `log`, and its exit code."""
     import torch
 
+    gc.freeze()  # what is imported: no collection of garbage looks through it
     os.environ.update(env)
     os.chdir(directory)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
