@@ -5,6 +5,7 @@ KNOWN lists today's violations, and a test fails when one of them is gone but st
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -50,6 +51,7 @@ QUESTIONS = {
 }
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Module name → file, of all that the project ships."""
     files = [*ROOT.glob("*.py"), *ROOT.glob("strawberry/**/*.py")]
@@ -57,10 +59,17 @@ def modules() -> dict[str, Path]:
     return {name: path for path, name in names.items()}
 
 
+@functools.cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Those that the tests ask for: imports and functions."""
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, kinds)]
+
+
 def imports_of(path: Path, known: set[str]) -> set[str]:
     """The project's modules that a file imports, at its top or inside a function."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -71,6 +80,7 @@ def imports_of(path: Path, known: set[str]) -> set[str]:
     return found & known
 
 
+@functools.cache
 def edges() -> dict[str, set[str]]:
     known = modules()
     return {name: imports_of(path, set(known)) - {name} for name, path in known.items()}
@@ -123,7 +133,7 @@ def test_model_does_not_choose_implementations_of_operations():
 def test_functions_of_python_are_short():
     found = set()
     for path in [*modules().values(), *ROOT.glob("tests/**/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= LONGEST:
                 found.add(node.name)
     assert found == KNOWN_LONG

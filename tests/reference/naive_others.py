@@ -51,6 +51,7 @@ Readings: where the specification leaves a choice, this file takes
     19. LAM divides q and k by max(‖·‖, 1e-12).
 """
 
+import functools
 import math
 import random
 
@@ -246,8 +247,12 @@ def drawn_blocks(cfg, layer, head, block):
     """BigBird's random blocks for one block of queries, all before it. cfg["drawn_blocks"] may be another draw."""
     if "drawn_blocks" in cfg:
         return cfg["drawn_blocks"](layer, head, block)
-    generator = random.Random(f"{cfg.get('sparse_seed', 0)},{layer},{head},{block}")
-    return generator.sample(range(block), min(cfg.get("n_random", 3), block))
+    return draw_blocks(cfg.get("sparse_seed", 0), layer, head, block, cfg.get("n_random", 3))
+
+
+@functools.cache
+def draw_blocks(seed, layer, head, block, n_random):
+    return random.Random(f"{seed},{layer},{head},{block}").sample(range(block), min(n_random, block))
 
 
 def visibility(cfg, layer, causal, padding=None, window=None):
@@ -284,9 +289,8 @@ def softmax_mixer(q, k, v, sees, scale):
             seen = [s for s in range(len(k)) if sees(t, s, h)]
             part = np.zeros(v[0].shape[1])
             if seen:
-                prob = softmax(np.array([q[t][h] @ k[s][shared] * scale for s in seen]))
-                for weight, s in zip(prob, seen, strict=True):
-                    part = part + weight * v[s][shared]
+                keys, values = (np.stack([x[s][shared] for s in seen]) for x in (k, v))
+                part = softmax(keys @ q[t][h] * scale) @ values
             parts.append(part)
         y.append(np.concatenate(parts))
     return y

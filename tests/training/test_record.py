@@ -4,16 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import ALPHABET, metrics, run, write_config, write_corpus
+from runs import metrics, run, write_config
 
 from strawberry.training.record import read_record
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(ALPHABET)
-    write_corpus("data.bin")
+pytestmark = pytest.mark.usefixtures("run_folder")
 
 
 def test_a_run_records_what_it_is_and_what_it_wrote_and_keeps_its_start_when_it_is_resumed():
