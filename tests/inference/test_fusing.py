@@ -157,6 +157,7 @@ def test_more_rows_than_a_kernel_takes_stay_products(monkeypatch):
     assert not fused and targets & set(fusing.LINEARS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 def test_compiled_sampling_gives_the_same_texts(rows):
     model = build_small(GPT2)

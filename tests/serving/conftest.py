@@ -11,12 +11,14 @@ collect_ignore_glob = [] if is_ci() or all(map(find_spec, PACKAGES)) else ["test
 
 
 @pytest.fixture(scope="module")
-def forked_training():
-    """Jobs of servers in this process run train.py in a fork that need not import torch, and are polled more often."""
+def forked_training(request):
+    """Jobs of servers in this process run train.py in a fork that need not import torch, and are polled more often.
+    The tests that wait for jobs are slow: without them there is no process to fork."""
     from strawberry.serving import jobs
     from strawberry.serving.job_commands import JOB_KINDS
 
-    kind, fork = JOB_KINDS["ftjob"], forks.start(with_model=True)[1:]
+    waits = any(item.get_closest_marker("slow") for item in request.session.items if item.path == request.path)
+    kind, fork = JOB_KINDS["ftjob"], forks.start(with_model=True)[1:] if waits else []
 
     def training_command(store, job):
         command = kind.command(store, job)
