@@ -120,7 +120,7 @@ class Settings(SamplingOptions, Inputs):  # fields in this order: those of Input
     )
     quantize: str | None = option(None, "int8: store matrices in 8 bits, half of bfloat16's bytes", choices=["int8"])
     compile: str = option(
-        "auto", "torch.compile, which takes a minute; auto: on cuda, if many tokens are requested",
+        "auto", "torch.compile, on cuda only, takes a minute; auto: if many tokens are requested",
         choices=["auto", "true", "false"],
     )
 

@@ -21,6 +21,8 @@ import sys
 from strawberry.command_line import format_help
 from strawberry.common import run_cli
 from strawberry.config import declared
+from strawberry.device import choose_device
+from strawberry.inference.loading import check_can_compile
 from strawberry.run_config import asks_for_help
 from strawberry.serving.app import create_app
 from strawberry.serving.server import Server, check_free, make_server_config
@@ -33,6 +35,8 @@ def main(argv: list[str]) -> None:
         return
     settings = read_command(argv)
     check_folders(settings)
+    if settings.compile == "true":
+        check_can_compile(choose_device(settings.device, "--device {}").type, "--compile true")
     check_free(settings.host, settings.port)
     app = create_app(settings)
     server = Server(make_server_config(app, settings), app.state.service)

@@ -435,7 +435,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: cuda, else mps, else cpu")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on cuda, else float32")
     add("--quantize", choices=["int8"], help="quantize weight matrices")
-    add("--compile", action="store_true", help="torch.compile the step")
+    add("--compile", action="store_true", help="torch.compile the step, on cuda only")
     add("--profile", action="store_true", help="list the kernels of a step with their times")
     add("--out", default="img/decode", type=Path, help="directory of decode.md, .json and .png (default img/decode)")
     add("--json", type=Path, help="path of the JSON file, instead of decode.json in --out")

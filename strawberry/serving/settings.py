@@ -53,7 +53,7 @@ class Settings:
         "type of the weights; auto: bfloat16 on cuda, float32 elsewhere", choices=["auto", "float32", "bfloat16"]
     )
     quantize: str | None = option(None, "int8: store matrices in 8 bits", choices=["int8"])
-    compile: str = option("false", "torch.compile; delays a model's first text",
+    compile: str = option("false", "torch.compile, on cuda only; delays a model's first text",
                           choices=["true", "false"])  # fmt: skip
 
     def problems(self) -> Iterator[tuple[str, str]]:
