@@ -262,7 +262,7 @@ def memory_cache(B: int, H: int, d: int, dtype: torch.dtype) -> LayerCache:
 @pytest.mark.parametrize(("H", "d"), [(12, 64), (3, 24), (5, 128), (1, 6)])
 def test_memory_steps_by_their_kernel(H, d, dtype, bound):
     """200 tokens, near the plain version in float64. Some rows have no token at some steps, and some tokens are frozen.
-    Each row has the same bits in any company."""
+    A row is bit for bit the same whatever the other rows contain."""
     torch.manual_seed(0)
     B, T, M, on_gpu = 5, 200, H * d, {"device": "cuda"}
     z, v, gates = torch.randn(B, T, 2 * M + 3 * H, **on_gpu).to(dtype).split((M, M, 3 * H), dim=-1)

@@ -749,6 +749,7 @@ def test_memory_steps_equal_the_recurrence(shape):
     B, H, d, dtype, weights_dtype = STEPS[shape]
     T, cache = 9, memory_cache(B, H, d, weights_dtype)
     (z, v, gates), bias, taps = memory_step_inputs(B, T, H, d, dtype, weights_dtype)
+    v = v.contiguous() if shape == "odd heads" else v  # rows of another stride than those of z
     valid, active = (torch.rand(T, B, generator=torch.Generator().manual_seed(s)) < 0.7 for s in (1, 2))
     valid[0], valid[3], active[:2], active[3], active[4] = True, True, True, False, True
     for x in (z, v, gates):
@@ -790,6 +791,23 @@ def test_a_memory_step_is_batch_invariant():
     for b in range(3):
         for alone, together in zip(steps(slice(b, b + 1)), everyone, strict=True):
             assert torch.equal(alone[0], together[b])
+
+
+def test_a_memory_step_of_some_rows_leaves_the_others():
+    """Rows side by side in the cache, and every second row, which the kernel does not support."""
+    (z, v, gates), bias, taps = memory_step_inputs(2, 1, 3, 24, torch.float32, torch.float32)
+    for rows, others in ((slice(1, 3), slice(3, 5)), (slice(0, 4, 2), slice(1, 5, 2))):
+        cache, alone = memory_cache(5, 3, 24), memory_cache(2, 3, 24)
+        cache.state.copy_(randn(*cache.state.shape, seed=7))
+        alone.state.copy_(cache.state[rows])
+        before, found = cache.state[others].clone(), []
+        for part in (cache.slice(rows), alone):
+            with torch.no_grad():
+                found.append(delta_memory(z, v, gates, bias, taps, 64, ForwardContext(torch.zeros(1, 1)), part))
+        check_close(found[0], found[1], 1e-6)
+        check_close(cache.state[rows], alone.state, 1e-6)
+        assert torch.equal(cache.tail[rows], alone.tail) and torch.equal(cache.state[others], before)
+        assert not cache.tail[others].any()
 
 
 def test_a_memory_step_with_gradients_is_plain(monkeypatch):

@@ -18,7 +18,7 @@ from strawberry.ops.triton import common as kernels
 from strawberry.ops.triton.common import dot_dtype, fast_exp, jit, next_power_of_2, tl
 
 BLOCK = 16  # columns of the state per program: few, because only columns, heads and rows are computed in parallel
-PREPARE_WARPS, GRAD_WARPS, STATES_WARPS, STAGES = 4, 4, 4, 3  # where heads have up to 64 channels; above, 8 warps
+STAGES = 3  # of the loops over the chunks: two are slower, four no faster
 MAX_WIDTH = 128  # channels of a head in a half type, half as many in float32
 MAX_TILE = 4096  # numbers in a chunk's tile in a half type, a quarter in float32: they fit 99 KiB of shared memory
 
@@ -356,14 +356,9 @@ def launch_shape(v: Tensor, size: int) -> dict:
             "num_warps": 8 if wide > 64 else 4}  # fmt: skip
 
 
-def with_warps(shape: dict, n: int) -> dict:
-    """The constants, with n warps per program if heads have up to 64 channels."""
-    return shape | {"num_warps": n} if shape["WIDE"] <= 64 else shape
-
-
-def prepare(k, v, log_decay, beta, size: int, save: bool) -> tuple[Tensor, ...]:
-    """X (J, C, C) if `save`, X β Γ k and X β v (J, C, WIDE), and room for the states before the chunks (J, WIDE, WIDE),
-    all for the J chunks of all rows and heads in v's dtype; and room for the last state (B, H, d, d)."""
+def prepare_chunks(k, v, log_decay, beta, size: int, save: bool) -> tuple[Tensor, ...]:
+    """X (J, C, C) if `save`, X β Γ k and X β v (J, C, WIDE), all for the J chunks of all rows and heads; and, not
+    initialized, the states before the chunks (J, WIDE, WIDE), all in v's dtype, and the last state (B, H, d, d)."""
     (B, T, H, D), shape = v.shape, launch_shape(v, size)
     wide, size, lines, chunks = shape["WIDE"], shape["C"], B * H, -(-T // shape["C"])
     new = {"dtype": v.dtype, "device": v.device}
@@ -371,7 +366,7 @@ def prepare(k, v, log_decay, beta, size: int, save: bool) -> tuple[Tensor, ...]:
     inverse = torch.empty((J, size, size) if save else (0,), **new)
     erases, writes = (torch.empty(J, size, wide, **new) for _ in range(2))
     prepare_kernel[(chunks, lines)](
-        k, v, log_decay, beta, inverse, erases, writes, T, H, *strides(k, v), **with_warps(shape, PREPARE_WARPS),
+        k, v, log_decay, beta, inverse, erases, writes, T, H, *strides(k, v), **shape,
         SAVE=save, LEVELS=size.bit_length() - 1, INVERSE_PRECISION=shape["PRECISION"],
     )  # fmt: skip
     states = torch.empty(J, wide, wide, **new)
@@ -384,12 +379,12 @@ def memory_op(
 ) -> tuple[Tensor, Tensor]:
     B, T, H, D = v.shape
     state = None if state is None else state.contiguous()
-    _, erases, writes, states, last = prepare(k, v, log_decay, beta, size, False)
+    _, erases, writes, states, last = prepare_chunks(k, v, log_decay, beta, size, False)
     shape = launch_shape(v, size)
     lines, chunks = B * H, -(-T // shape["C"])
     states_kernel[(shape["WIDE"] // BLOCK, lines)](
         k, log_decay, erases, writes, states, last if state is None else state, last, T, H, chunks, *strides(k),
-        **with_warps(shape, STATES_WARPS), FIRST=state is not None, PART=BLOCK, num_stages=STAGES,
+        **shape, FIRST=state is not None, PART=BLOCK, num_stages=STAGES,
     )  # fmt: skip
     o = torch.empty(B, T, H, D, dtype=v.dtype, device=v.device)
     read_kernel[(chunks, lines)](q, k, log_decay, writes, states, o, T, H, *strides(q, k), **shape)
@@ -408,18 +403,18 @@ def memory_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, _), shape = v.shape, launch_shape(v, size)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    inverse, erases, writes, states, last = prepare(k, v, log_decay, beta, size, True)
+    inverse, erases, writes, states, last = prepare_chunks(k, v, log_decay, beta, size, True)
     chunks, lines, d_writes, d_states = -(-T // shape["C"]), B * H, torch.empty_like(writes), torch.empty_like(states)
     grad_writes_kernel[(chunks, lines)](q, k, grad, log_decay, d_writes, T, H, *strides(q, k, grad), **shape)
     states_and_grads_kernel[(shape["WIDE"] // BLOCK, lines, 2)](
         q, k, grad, log_decay, erases, writes, states, d_writes, d_states, last, T, H, chunks, *strides(q, k, grad),
-        **with_warps(shape, STATES_WARPS), PART=BLOCK, num_stages=STAGES,
+        **shape, PART=BLOCK, num_stages=STAGES,
     )  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_gates = [torch.empty(B, T, H, dtype=torch.float32, device=v.device) for _ in range(2)]
     grad_inputs_kernel[(chunks, lines)](
         q, k, v, grad, log_decay, beta, inverse, writes, states, d_writes, d_states, dq, dk, dv, *d_gates, T, H,
-        *strides(q, k, v, grad), **with_warps(shape, GRAD_WARPS),
+        *strides(q, k, v, grad), **shape,
     )  # fmt: skip
     return dq, dk, dv, *d_gates
 

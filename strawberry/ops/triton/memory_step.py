@@ -13,8 +13,8 @@ from strawberry.ops.triton.memory import MAX_WIDTH
 def can_fuse_step(z: Tensor, v: Tensor, gates: Tensor, taps: Tensor, tail: Tensor, state: Tensor) -> bool:
     """Whether the kernel supports these inputs: one token of each row, without gradients, heads of up to 128
     channels."""
-    fits = z.size(1) == 1 and state.size(-1) <= MAX_WIDTH and not torch.is_grad_enabled()
-    return fits and kernels.can_run(z, v, gates, taps, tail, state)
+    fits = z.size(1) == 1 and state.size(-1) <= MAX_WIDTH and tail.is_contiguous() and state.is_contiguous()
+    return fits and not torch.is_grad_enabled() and kernels.can_run(z, v, gates, taps, tail, state)
 
 
 def fused_step(
