@@ -1,4 +1,4 @@
-"""Triton's interpreter with less overhead for each operation: the kernels' tests take 40 % of the time."""
+"""Triton's interpreter with less overhead for each operation, for the kernels' tests."""
 
 import builtins
 import functools

@@ -196,7 +196,8 @@ def test_missing_folders_are_errors_and_are_not_created(tmp_path, monkeypatch):
             serve.main([*words.split(), "--port=0"])
 
 
-def test_a_server_that_cannot_compile_does_not_start(folder):
+def test_a_server_that_cannot_compile_does_not_start(folder, monkeypatch):
+    monkeypatch.setattr(serve, "check_free", lambda *address: pytest.fail("it starts"))
     with pytest.raises(UserError, match="^--compile true: steps are compiled on cuda, and this is cpu"):
         serve.main(["--models", str(folder), "--device", "cpu", "--compile", "true", "--port", "0"])
 
